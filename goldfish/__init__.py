@@ -1,0 +1,45 @@
+"""Goldfish loss: train language models that do not recite their training data.
+
+`import goldfish` needs only torch; each public name loads its module on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Goldfish": "rule",
+    "GoldfishCollator": "labels",
+    "GoldfishLoss": "loss",
+    "GoldfishMixin": "trainer",
+    "GoldfishTrainer": "trainer",
+    "attach": "trainer",
+    "mask_labels": "labels",
+}
+__all__ = [
+    "Goldfish",
+    "GoldfishCollator",
+    "GoldfishLoss",
+    "GoldfishMixin",
+    "GoldfishTrainer",
+    "__version__",
+    "attach",
+    "mask_labels",
+]
+
+if TYPE_CHECKING:
+    from goldfish.labels import GoldfishCollator, mask_labels
+    from goldfish.loss import GoldfishLoss
+    from goldfish.rule import Goldfish
+    from goldfish.trainer import GoldfishMixin, GoldfishTrainer, attach
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'goldfish' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    return getattr(import_module(f"goldfish.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,85 @@
+"""The goldfish drop rule, as a specification that runs: plain integers and loops, no imports.
+
+`dropped(ids, ...)` says of every token of one row whether it is *dropped*: seen as context, never a target of
+the next-token loss. `goldfish.rule` computes the same thing fast; where the two differ, this file is right.
+
+All arithmetic is on unsigned 64-bit integers (modulo 2**64). Ids are taken modulo 2**64 too.
+Sources: Hans et al. 2024, "Be like a Goldfish, Don't Memorize!", section 3 (the method); Steele et al. 2014
+(the splitmix64 finaliser).
+"""
+
+WORD = 2**64 - 1  # & WORD is "modulo 2**64"
+MULTIPLIER = 0xD1342543DE82EF95  # odd, so it has an inverse modulo 2**64
+TABLE_SIZE = 1_000_003  # of the reference implementation
+
+
+def mix(x: int) -> int:
+    """splitmix64: a bijection of 64-bit integers whose every output bit depends on every input bit."""
+    z = (x + 0x9E3779B97F4A7C15) & WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+    return z ^ (z >> 31)
+
+
+def threshold(k: float) -> int:
+    """ceil(2**32 / k), k taken exactly. A 32-bit number u is below it iff u * k < 2**32: one time in k."""
+    numerator, denominator = k.as_integer_ratio()
+    return -((-(denominator << 32)) // numerator)
+
+
+def key(context: list[int], seed: int = 0) -> int:
+    """The 64-bit key of a context (a list of ids, oldest first): order, length and seed all count."""
+    state = 0
+    for token in context:
+        state = (state * MULTIPLIER + mix(token & WORD)) & WORD
+    return mix((state + len(context) + mix(seed)) & WORD)
+
+
+def dropped(
+    ids: list[int], position_ids: list[int] | None = None, attention_mask: list[int] | None = None, *,
+    k: float = 4, h: int = 13, strategy: str = "hash", seed: int = 0, window: str = "preceding",
+    head: str = "short", exempt: tuple[int, ...] = (), document_end: int | None = None,
+    row: int = 0, draw: int = 0, table: list[bool] | None = None,
+) -> list[bool]:  # fmt: skip
+    """True where ids[i] is dropped; one row, any length.
+
+    position_ids: 0 starts a document. attention_mask: 0 takes a token out before anything else happens.
+    row, draw: for strategy "random" only, the row in its batch and the number of the draw.
+    table: for strategy "reference" only, True where the reference implementation's table entry drops.
+    """
+    if strategy == "reference":  # no documents, no padding: the original, defects included
+        return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]  # type: ignore[index]
+
+    if attention_mask is not None:  # decide as if the tokens that are not attended were not there
+        attended = [i for i, m in enumerate(attention_mask) if m]
+        positions = None if position_ids is None else [position_ids[i] for i in attended]
+        decided = dropped(
+            [ids[i] for i in attended], positions, k=k, h=h, strategy=strategy, seed=seed, window=window,
+            head=head, exempt=exempt, document_end=document_end, row=row, draw=draw,
+        )  # fmt: skip
+        verdict = dict(zip(attended, decided, strict=True))
+        return [verdict.get(i, False) for i in range(len(ids))]
+
+    result, start, limit = [], 0, threshold(k)
+    for i, token in enumerate(ids):
+        if (position_ids is not None and position_ids[i] == 0) or (i > 0 and ids[i - 1] == document_end):
+            start = i  # of the document that token i belongs to; a row's first token always starts one
+        offset = i - start
+        n = min(h, offset)  # how many tokens the context has
+        if strategy == "static":
+            drop = (offset * limit) % 2**32 < limit
+        elif strategy == "random":
+            drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
+        else:
+            context = ids[i - n : i] if window == "preceding" else ids[i - n + 1 : i + 1]
+            drop = key(context, seed) >> 32 < limit and (n == h or head == "short")
+        result.append(drop and offset > 0 and token not in exempt)
+    return result
+
+
+def _reference_key(targets: list[int]) -> int:
+    """The product of h ids as a signed 64-bit integer that wraps, modulo the size of the table."""
+    product = 1
+    for token in targets:
+        product = (product * token) & WORD
+    return (product - 2**64 if product >= 2**63 else product) % TABLE_SIZE
