@@ -1,0 +1,134 @@
+"""The audit as one call: a checkpoint and texts in, summary.json and records.parquet out."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import transformers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goldfish import __version__
+from goldfish.audit.extraction import Record, make_record, summarize
+from goldfish.audit.score import score
+from goldfish.audit.windows import Window, cut_windows, read_rows
+from goldfish.receipt import read_receipt
+
+SCHEMA = "goldfish.audit/1"
+
+
+def audit(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    members: str | Path | None = None,
+    heldout: str | Path | None = None,
+    prefix_length: int = 50,
+    suffix_length: int = 50,
+    name: str | None = None,
+    device: str | torch.device | None = None,
+) -> dict[str, Any]:
+    """Ask a checkpoint to recite texts, greedily; returns the summary, which is also written.
+
+    Args:
+        checkpoint: a folder (or hub name) with model and tokenizer; goldfish.json, where there is one, says which
+            tokens its training dropped. The model runs in float32.
+        output_dir: a new or empty folder for summary.json and records.parquet.
+        members, heldout: .jsonl or .txt files of texts that were trained on, and of texts of the same kind that were
+            not; at least one of them. See `windows.read_rows` for the fields.
+        prefix_length, suffix_length: tokens that the model is given, and that it is to go on with.
+        name: what tables and reports call this checkpoint; by default its folder's name.
+        device: by default the GPU where there is one.
+
+    Raises:
+        FileExistsError: an output_dir that holds something.
+        FileNotFoundError, ValueError: a missing or malformed input, a checkpoint without a tokenizer, a split without
+            one usable window.
+    """
+    if prefix_length < 1 or suffix_length < 1:
+        raise ValueError(f"prefix and suffix need at least one token each, got {prefix_length} and {suffix_length}")
+    files = {split: file for split, file in (("members", members), ("heldout", heldout)) if file is not None}
+    if not files:
+        raise ValueError("nothing to audit: give members (texts that were trained on), heldout, or both")
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; choose another output folder or remove it")
+
+    tokenizer = _load_tokenizer(checkpoint)
+    windows: dict[str, list[Window]] = {}
+    skipped: dict[str, int] = {}
+    for split, file in files.items():
+        windows[split], skipped[split] = cut_windows(read_rows(file), split, tokenizer, prefix_length, suffix_length)
+        if not windows[split]:
+            raise ValueError(
+                f"{file} has no usable window: {skipped[split]} rows, none with {prefix_length} + {suffix_length} "
+                "tokens; ask for a shorter prefix or suffix, or join short texts"
+            )
+    receipt = read_receipt(checkpoint)
+    rule = receipt["rule"] if receipt else None
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
+
+    name = name or Path(checkpoint).name
+    records: list[Record] = []
+    splits: dict[str, Any] = {}
+    with _progress() as bar:
+        for split, its_windows in windows.items():
+            task = bar.add_task(f"audit {name}: {split}", total=len(its_windows))
+            scores = score(model, its_windows, lambda done, task=task: bar.advance(task, done))  # type: ignore[misc]
+            its_records = [make_record(*pair, rule, tokenizer) for pair in zip(its_windows, scores, strict=True)]
+            splits[split] = summarize(its_records, skipped[split])
+            records += its_records
+
+    summary = {
+        "schema": SCHEMA,
+        "name": name,
+        "checkpoint": str(checkpoint),
+        "rule": rule.to_dict() if rule else None,
+        "protocol": {
+            "prefix_length": prefix_length,
+            "suffix_length": suffix_length,
+            "decoding": "greedy",
+            "dtype": "float32",
+            "device": device.type,
+        },
+        "versions": {
+            "goldfish": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "splits": splits,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), output / "records.parquet")
+    # Last, so that a folder with a summary is a finished audit.
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _load_tokenizer(checkpoint: str | Path) -> Any:
+    folder = Path(checkpoint)
+    # transformers makes an empty tokenizer for a folder that has none, so look before asking.
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise ValueError(
+            f"{checkpoint} holds no tokenizer; save it there with tokenizer.save_pretrained({str(checkpoint)!r}), "
+            "or pass it to Trainer as processing_class so that checkpoints include it"
+        )
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or len(folder.parts) > 2):
+        raise FileNotFoundError(f"no checkpoint folder {checkpoint}")
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("windows"),
+        TimeRemainingColumn(),
+    )

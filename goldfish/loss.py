@@ -1,0 +1,105 @@
+"""The goldfish loss on logits: cross-entropy over the kept tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goldfish.labels import IGNORE_INDEX, mask_labels
+from goldfish.rule import Goldfish
+
+
+class GoldfishLoss(nn.Module):
+    """Mean negative log-likelihood of the kept tokens, -(1/|G|) sum G_i log P(x_i | x_<i) (Hans et al. 2024, eq. 1).
+
+    In a loop of your own:
+
+        loss = GoldfishLoss(rule)(logits, labels, input_ids=input_ids)
+
+    equals `F.cross_entropy(logits[:, :-1].flatten(0, 1), mask_labels(rule, input_ids, labels)[:, 1:].flatten())`,
+    except that the logits of dropped tokens are left alone and that a batch without any kept token gives a zero
+    that can be differentiated instead of NaN.
+
+    In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`. GoldfishTrainer is better; know what differs:
+
+    * Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions (-100) were not
+      there. Exact for plain language modelling, where only padding is ignored. With masked-out prompts the
+      decisions depend on the answer alone, and so differ from GoldfishTrainer's; packed rows need document_end.
+    * Trainer counted the targets before any was dropped. The loss of a batch is therefore the mean over its kept
+      tokens, weighted by its share of the targets Trainer counted. Exact with one batch an optimiser step. With
+      gradient accumulation or several processes the batches are weighted by their tokens instead of their kept
+      tokens: right in scale, different in the third digit.
+    * Evaluation (no gradients) is the plain loss.
+
+    Args:
+        rule: says which tokens are dropped.
+        ignore_index: the label that means "no target".
+    """
+
+    def __init__(self, rule: Goldfish, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__()
+        self.rule = rule
+        self.ignore_index = ignore_index
+
+    def extra_repr(self) -> str:
+        return repr(self.rule)
+
+    def forward(
+        self,
+        logits: Any,
+        labels: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss, a scalar in nats per kept token, float32 (float64 for float64 logits).
+
+        Args:
+            logits: (B, T, V), or the output of a Hugging Face model that holds them (Trainer's call).
+            labels: integers (B, T), aligned with input_ids; this function shifts.
+            input_ids: integers (B, T); what the rule decides from. By default the labels, see above.
+            position_ids, attention_mask: as for `Goldfish.dropped`.
+            num_items_in_batch: targets of the whole optimiser step, counted before dropping, as Trainer does.
+
+        Raises:
+            TypeError, ValueError: as `Goldfish.dropped`; ValueError for logits that do not fit the labels.
+        """
+        called_by_trainer = not isinstance(logits, Tensor)
+        if called_by_trainer:
+            logits = logits["logits"] if isinstance(logits, Mapping) else logits[0]
+        if labels is None:
+            raise ValueError("GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them")
+        if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: "
+                "expected (B, T, V) and (B, T), not shifted"
+            )
+        kept_labels = labels
+        if not called_by_trainer or torch.is_grad_enabled():
+            if input_ids is None:
+                attended = labels != self.ignore_index
+                attention_mask = attended if attention_mask is None else attended & (attention_mask != 0)
+                input_ids = labels.masked_fill(~attended, 0)
+            kept_labels = mask_labels(
+                self.rule,
+                input_ids,
+                labels,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                ignore_index=self.ignore_index,
+            )
+        targets, all_targets = kept_labels[..., 1:], labels[..., 1:]
+        kept = targets != self.ignore_index
+        rows = logits[..., :-1, :][kept]
+        if rows.dtype != torch.float64:
+            rows = rows.float()
+        # Sums over no rows are zeros that keep their graph, so a rank without a kept token still takes part.
+        total = nn.functional.cross_entropy(rows, targets[kept].to(rows.device), reduction="sum")
+        loss = total / kept.sum().clamp(min=1)
+        if num_items_in_batch is not None:
+            share = (all_targets != self.ignore_index).sum() / num_items_in_batch
+            loss = loss * share.to(loss.device)
+        return loss

@@ -1,0 +1,62 @@
+"""Small models and tokenizers, made from code: nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PROSE = [
+    "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the bowl.",
+    "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said the fish.",
+    "Count: one, two, three, four, five, six, seven, eight, nine, ten; then begin again at one.\n\n\tIndented.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(PROSE, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<pad>")
+
+
+def tiny_llama(vocab_size: int = 320, **changes) -> LlamaForCausalLM:
+    """The same weights whenever it is called with the same arguments."""
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A saved model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

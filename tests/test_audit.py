@@ -1,0 +1,231 @@
+"""The audit against generate at batch 1, against hand-made cases and other implementations of its numbers."""
+
+import json
+import shutil
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import PROSE, tiny_llama
+from rouge_score.rouge_scorer import _score_lcs
+from scipy.stats import beta
+
+from goldfish import Goldfish
+from goldfish.audit import audit
+from goldfish.audit.extraction import first_divergence, rouge_l, summarize, text_pieces
+from goldfish.audit.score import score
+from goldfish.audit.stats import mean, rate
+from goldfish.audit.windows import Window, cut_windows, read_rows
+from goldfish.receipt import write_receipt
+
+pytestmark = pytest.mark.core
+
+
+def windows(count=6, prefix=7, suffix=9, vocab=320):
+    ids = torch.randint(2, vocab, (count, prefix + suffix), generator=torch.Generator().manual_seed(0))
+    return [Window("members", i, f"doc {i}", row, prefix) for i, row in enumerate(ids.tolist())]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_output_equals_generate_one_prefix_at_a_time(model):
+    """Also where a window is exact, and so was never generated: half of them are made of the model's own words."""
+    asked = windows()
+    for i in range(0, 6, 2):
+        prefix = torch.tensor([asked[i].ids[:7]])
+        own = model.generate(
+            prefix, attention_mask=torch.ones_like(prefix), do_sample=False, max_new_tokens=9, pad_token_id=0
+        )
+        asked[i] = Window("members", i, "own words", own[0].tolist(), 7)
+    for window, found in zip(asked, score(model, asked), strict=True):
+        prefix = torch.tensor([window.ids[:7]])
+        expected = model.generate(
+            prefix, attention_mask=torch.ones_like(prefix), do_sample=False, max_new_tokens=9, pad_token_id=0
+        )
+        assert found.output == expected[0, 7:].tolist()
+        assert (found.output == window.suffix) == (window.document == "own words")
+
+
+def test_teacher_forced_numbers_token_by_token(model):
+    (window,) = windows(1)
+    (found,) = score(model, [window])
+    for t in range(9):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([window.ids[: 7 + t]])).logits[0, -1].double()
+        assert found.greedy[t] == logits.argmax().item()
+        assert found.nll[t] == pytest.approx(-logits.log_softmax(-1)[window.ids[7 + t]].item(), rel=1e-5)
+
+
+def test_generation_settings_of_the_checkpoint_are_ignored_and_restored(model):
+    plain = score(model, windows())
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.eos_token_id = plain[0].output[0]
+    assert score(model, windows()) == plain
+    assert model.generation_config.repetition_penalty == 5.0
+    model.train()
+    score(model, windows(1))
+    assert model.training
+
+
+def test_batches_of_any_size_agree(model, monkeypatch):
+    finished = []
+    together = score(model, windows(), finished.append)
+    monkeypatch.setattr("goldfish.audit.score.LOGITS_BUDGET", 1)
+    alone = score(model, windows(), finished.append)
+    assert finished == [6, 1, 1, 1, 1, 1, 1]
+    assert [s.output for s in alone] == [s.output for s in together]
+    assert score(model, []) == []
+
+
+def test_windows_longer_than_the_context_are_refused(model):
+    with pytest.raises(ValueError, match="windows of 100 \\+ 29 tokens do not fit this model's context of 128 tokens"):
+        score(model, windows(1, 100, 29))
+
+
+def test_divergence_and_rouge_by_hand():
+    assert first_divergence([1, 2, 3], [1, 2, 3]) == 3
+    assert first_divergence([9, 2, 3], [1, 2, 3]) == 0
+    assert first_divergence([1, 2, 4], [1, 2, 3]) == 2
+    assert rouge_l([1, 2, 3, 4], [2, 4]) == pytest.approx(2 * 2 / 6)
+    assert rouge_l([], []) == 0.0
+    assert rouge_l([1], [2]) == 0.0
+
+
+def test_rouge_equals_rouge_score():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        a, b = (torch.randint(0, 9, (n,), generator=generator).tolist() for n in (30, 25))
+        assert rouge_l(a, b) == pytest.approx(_score_lcs(b, a).fmeasure, rel=1e-12)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (0, 32), (1, 32), (16, 32), (31, 32), (32, 32), (0, 100), (3, 10_000)])
+def test_clopper_pearson_from_the_beta_distribution(k, n):
+    found = rate(k, n)
+    assert found["lower95"] == pytest.approx(beta.ppf(0.025, k, n - k + 1) if k else 0.0, abs=1e-9)
+    assert found["upper95"] == pytest.approx(beta.ppf(0.975, k + 1, n - k) if k < n else 1.0, abs=1e-9)
+    assert (found["k"], found["n"], found["rate"]) == (k, n, k / n)
+
+
+def test_statistics_of_nothing_are_nothing():
+    assert rate(0, 0) is None
+    assert mean([]) is None
+    assert mean([0.5]) == {"mean": 0.5, "lower95": 0.5, "upper95": 0.5, "n": 1}
+
+
+def test_bootstrap_interval_is_near_the_normal_one():
+    values = torch.rand(400, generator=torch.Generator().manual_seed(0)).tolist()
+    found = mean(values)
+    assert found["upper95"] - found["lower95"] == pytest.approx(2 * 1.96 * 0.2887 / 20, rel=0.1)
+
+
+def test_summary_by_hand():
+    def record(correct, dropped, exact, divergence):
+        return {
+            "correct": correct, "dropped": dropped, "exact_match": exact, "first_divergence": divergence,
+            "rouge_l_ids": 1.0 if exact else 0.5, "nll": [1.0, 3.0],
+        }  # fmt: skip
+
+    found = summarize(
+        [
+            record([True, True], [False, True], True, 2),
+            record([True, False], [False, True], False, 1),
+            record([False, True], [False, True], False, 0),
+        ],
+        skipped=4,
+    )
+    assert (found["n"], found["skipped"]) == (3, 4)
+    assert (found["exact_match"]["k"], found["exact_match"]["n"]) == (1, 3)
+    assert found["teacher_forced_accuracy"] == {"k": 4, "n": 6, "rate": 4 / 6}
+    assert found["teacher_forced_accuracy_dropped"] == {"k": 2, "n": 3, "rate": 2 / 3}
+    assert found["teacher_forced_accuracy_kept"] == {"k": 2, "n": 3, "rate": 2 / 3}
+    assert (found["first_divergence_dropped"]["k"], found["first_divergence_dropped"]["n"]) == (1, 2)
+    assert found["nll"] == {"mean": 2.0, "n": 6}
+    assert found["rouge_l_ids"]["mean"] == pytest.approx(2 / 3)
+    without_rule = summarize([record([True, False], None, False, 1)], 0)
+    assert without_rule["teacher_forced_accuracy_dropped"] is None
+    assert without_rule["first_divergence_dropped"] is None
+
+
+def test_text_pieces_join_to_the_text(tokenizer):
+    for text in [*PROSE, "naïve 日本語 “quotes” \x00 <script>"]:
+        ids = tokenizer(text)["input_ids"]
+        pieces = text_pieces(tokenizer, [], ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == text
+        assert "".join(text_pieces(tokenizer, ids[:5], ids[5:])) in text
+
+
+def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint):
+    rule = Goldfish(k=2, h=3)
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    write_receipt(folder, rule, tokenizer=tokenizer, targets=10, dropped=5)
+    ids = torch.randint(2, 320, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    members = write_jsonl(tmp_path / "m.jsonl", [{"input_ids": row, "name": f"n{i}"} for i, row in enumerate(ids)])
+    heldout = write_jsonl(tmp_path / "h.jsonl", [{"text": PROSE[0]}, {"text": "short"}, {"text": PROSE[1]}])
+    summary = audit(folder, tmp_path / "out", members=members, heldout=heldout, prefix_length=10, suffix_length=8)
+
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert summary["rule"] == rule.to_dict()
+    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (2, 1)
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "records.parquet").to_pylist()
+    assert [(row["split"], row["index"]) for row in rows] == [
+        ("members", 0), ("members", 1), ("members", 2), ("heldout", 0), ("heldout", 2),
+    ]  # fmt: skip
+    assert rows[1]["document"] == "n1"
+    assert rows[1]["prefix_ids"] + rows[1]["suffix_ids"] == ids[1][:18]
+    assert rows[1]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[10:18]
+    assert "".join(rows[3]["suffix_tokens"]) in PROSE[0]
+    for row in rows:
+        assert row["correct"][: row["first_divergence"]] == [True] * row["first_divergence"]
+
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        audit(folder, tmp_path / "out", members=members)
+
+
+def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": PROSE[0]}])
+
+    def refused(error, text, checkpoint=checkpoint, **arguments):
+        with pytest.raises(error, match=text):
+            audit(
+                checkpoint, tmp_path / "out", **{"members": good, "prefix_length": 5, "suffix_length": 5, **arguments}
+            )
+        assert not (tmp_path / "out").exists(), "a refused audit leaves nothing behind"
+
+    refused(ValueError, "nothing to audit", members=None)
+    refused(ValueError, "at least one token each, got 0 and 5", prefix_length=0)
+    refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
+    refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
+    refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)
+    refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
+    bare = tmp_path / "bare"
+    tiny_llama().save_pretrained(bare)
+    refused(ValueError, r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(", checkpoint=bare)
+
+
+def test_bad_lines_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for line, text in (
+        ("{", "line 2: not JSON"),
+        ("[]", 'line 2: expected an object such as {"text": "..."}, got list'),
+        ('{"body": ""}', r"expected a string `text` or a list `input_ids`, got the fields \['body'\]"),
+        ('{"input_ids": [1, -1]}', "input_ids must be a list of token ids"),
+    ):
+        path.write_text('{"text": "fine"}\n' + line + "\n")
+        with pytest.raises(ValueError, match=text):
+            list(read_rows(path))
+    path.write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        list(read_rows(path))
+
+
+def test_a_text_file_is_one_row(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(PROSE[0])
+    assert list(read_rows(path)) == [{"text": PROSE[0], "name": "a.txt"}]
+    cut, skipped = cut_windows(read_rows(path), "heldout", tokenizer, 4, 3)
+    assert (len(cut), skipped, len(cut[0].ids), cut[0].suffix) == (1, 0, 7, cut[0].ids[4:])

@@ -1,0 +1,92 @@
+"""The plan of the house: what imports what, and what a user gets without asking."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import goldfish
+
+PACKAGE = Path(goldfish.__file__).parent
+# A file imports only from files before it.
+ORDER = [
+    "goldfish", "spec", "hashing", "rule", "labels", "loss", "receipt", "trainer",
+    "audit.windows", "audit.score", "audit.stats", "audit.extraction", "audit.run", "audit", "audit.table",
+    "report", "cli",
+]  # fmt: skip
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "goldfish"
+
+
+def room(module: str) -> int:
+    """The place of a module in ORDER; the files inside `report` share its place."""
+    name = module.removeprefix("goldfish.")
+    return ORDER.index("report" if name.startswith("report.") else name)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_of)
+def test_imports_go_one_way(path):
+    here = room(module_of(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "goldfish" and here:
+            names = [node.module] if node.module != "goldfish" else [
+                f"goldfish.{alias.name}" if (PACKAGE / f"{alias.name}.py").exists() else "goldfish" for alias in node.names
+            ]  # fmt: skip
+            for name in names:
+                assert room(name) <= here, f"{path.name} imports {name}, which comes after it"
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_import_goldfish_needs_only_torch():
+    loaded = loaded_after("import goldfish; goldfish.Goldfish().dropped([[1, 2, 3]])")
+    assert not loaded & {"transformers", "accelerate", "datasets", "matplotlib", "scipy", "rich", "pyarrow"}
+
+
+def test_training_and_audit_do_not_load_each_other():
+    assert not any(name.startswith("goldfish.audit") for name in loaded_after("import goldfish.trainer"))
+    assert "goldfish.trainer" not in loaded_after("import goldfish.audit")
+    assert "torch" not in {m for m in loaded_after("import goldfish.report") if m == "torch"}
+
+
+def test_public_names():
+    for name in goldfish.__all__:
+        assert getattr(goldfish, name) is not None
+    assert set(goldfish.__all__) <= set(dir(goldfish))
+    with pytest.raises(AttributeError, match="has no attribute 'Goldfisch'; it has Goldfish"):
+        _ = goldfish.Goldfisch
+
+
+def test_wheel_works_outside_the_checkout(tmp_path):
+    """Templates and the type marker are in the wheel, and nothing that is not ours."""
+    root = PACKAGE.parent
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("goldfish is installed from a wheel: there is no checkout to build one from")
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("goldfish_loss-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "goldfish/py.typed" in names
+    assert any(name.endswith("report.html") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"goldfish", "goldfish_loss"}
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import goldfish.report as r; print(r.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(wheel)], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert str(wheel) in found.stdout
+
+
+def test_files_stay_small():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+    assert len((PACKAGE / "spec.py").read_text(encoding="utf-8").splitlines()) <= 120

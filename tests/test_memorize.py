@@ -1,0 +1,91 @@
+"""The main job in miniature, and what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import memorize
+
+SMALL = ["--documents", "4", "--epochs", "2", "--hidden_size", "32", "--window", "64", "--batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memorize") / "run"
+    return folder, memorize.main([*SMALL, "--output_dir", str(folder)])
+
+
+@pytest.mark.core
+def test_miniature_leaves_two_audited_checkpoints_and_a_report(finished):
+    folder, summaries = finished
+    for name in ("standard", "goldfish"):
+        assert (folder / name / "model.safetensors").is_file()
+        assert (folder / name / "tokenizer.json").is_file()
+        assert (folder / name / "goldfish.json").is_file() == (name == "goldfish")
+        assert (folder / "audit" / name / "records.parquet").is_file()
+        for split in ("members", "heldout"):
+            assert summaries[name]["splits"][split]["n"] == 4
+    assert json.loads((folder / "summary.json").read_text()) == summaries
+    assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
+    receipt = json.loads((folder / "goldfish" / "goldfish.json").read_text())
+    assert receipt["rule"]["k"] == 4
+    assert 0.1 < receipt["dropped"] / receipt["targets"] < 0.4
+
+
+def test_a_saved_model_can_be_the_start(finished, tmp_path):
+    folder, _ = finished
+    summaries = memorize.main([*SMALL, "--model", str(folder / "standard"), "--output_dir", str(tmp_path / "next")])
+    assert summaries["goldfish"]["splits"]["members"]["n"] == 4
+
+
+def test_members_and_heldout_share_no_eight_tokens(finished):
+    folder, _ = finished
+    grams = []
+    for name in ("members", "heldout"):
+        rows = [json.loads(line)["input_ids"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        grams.append({tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7)})
+    assert grams[0].isdisjoint(grams[1])
+
+
+def test_dry_run_says_what_would_run_and_leaves_nothing(tmp_path, capsys):
+    assert memorize.main(["--dry_run", "--output_dir", str(tmp_path / "run")]) == {}
+    shown = capsys.readouterr().out
+    assert "32 member and 32 held-out windows of 256 tokens" in shown
+    assert "Goldfish(k=4" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
+    rows = [{"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    memorize.main([*SMALL, "--text", str(path), "--dry_run"])
+    assert "mine.jsonl, 10 documents" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_unasked(finished, tmp_path):
+    folder, _ = finished
+    with pytest.raises(
+        FileExistsError, match="holds an earlier run; choose another --output_dir, or replace it: --overwrite"
+    ):
+        memorize.main([*SMALL, "--output_dir", str(folder)])
+    (tmp_path / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(FileExistsError, match="holds something that is not a run of this recipe"):
+        memorize.main([*SMALL, "--output_dir", str(tmp_path), "--overwrite"])
+    assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
+
+
+def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
+    path = tmp_path / "short.txt"
+    for text, message in (
+        ("a few words only", "the corpus is too short: 1 texts give 0 windows"),
+        ("  ", "holds no text"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            memorize.main([*SMALL, "--text", str(path), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="both name a corpus"):
+        memorize.main([*SMALL, "--text", str(path), "--dataset", "someone/something"])

@@ -1,0 +1,219 @@
+"""The vectorised rule against the specification, against the reference implementation's outputs, and its errors."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from goldfish import Goldfish, spec
+
+pytestmark = pytest.mark.core
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference_masks.json").read_text())
+
+
+def spec_rows(rule: Goldfish, ids, positions=None, attended=None, draw=0):
+    """The specification, row by row."""
+
+    def row(tensor, b):
+        return None if tensor is None else tensor[b].tolist()
+
+    return [
+        spec.dropped(
+            ids[b].tolist(), row(positions, b), row(attended, b), row=b, draw=draw,
+            **{**rule.to_dict(), "exempt": rule.exempt},
+        )
+        for b in range(len(ids))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"k{c['k']}-h{c['h']}-v{c['vocab']}")
+def test_reference_is_bit_exact_with_the_reference_implementation(case):
+    targets = torch.tensor(case["targets"])
+    ids = torch.cat([torch.full((len(targets), 1), 7), targets], dim=1)
+    dropped = Goldfish(k=case["k"], h=case["h"], strategy="reference").dropped(ids)
+    assert dropped[:, 1:].int().tolist() == case["dropped"]
+    assert not dropped[:, 0].any()
+
+
+def test_reference_equals_its_specification_under_padding():
+    ids = torch.randint(0, 50_000, (2, 60), generator=torch.Generator().manual_seed(0))
+    rule = Goldfish(k=3, h=5, strategy="reference")
+    table = torch.rand(spec.TABLE_SIZE, generator=torch.Generator().manual_seed(2971215073))
+    drops = (table < 1 / 3).tolist()
+    expected = [spec.dropped(row, h=5, strategy="reference", table=drops) for row in ids.tolist()]
+    assert rule.dropped(ids).tolist() == expected
+    attended = torch.ones_like(ids)
+    attended[:, 50:] = 0
+    assert rule.dropped(ids, attention_mask=attended).tolist() == [[*row[:50], *[False] * 10] for row in expected]
+
+
+@pytest.mark.parametrize("trial", range(150))
+def test_rule_equals_specification(trial):
+    pick = random.Random(trial)
+    shape = (pick.choice([1, 2, 3]), pick.choice([1, 2, 5, 20, 60]))
+    generator = torch.Generator().manual_seed(trial)
+    ids = torch.randint(0, pick.choice([3, 100, 2**31 - 1]), shape, generator=generator)
+    rule = Goldfish(
+        k=pick.choice([2, 3, 4, 50, 2.5, 1.1, 10 / 3, 10**9]),
+        h=pick.choice([1, 4, 13, 50]),
+        strategy=pick.choice(["hash", "static", "random"]),
+        seed=pick.choice([0, 5, 2**64 - 1]),
+        window=pick.choice(["preceding", "inclusive"]),
+        head=pick.choice(["short", "keep"]),
+        exempt=pick.choice([(), (1, 2)]),
+        document_end=pick.choice([None, 0, 1]),
+    )
+    positions = pick.choice([None, torch.randint(0, 6, shape, generator=generator)])
+    attended = pick.choice([None, torch.randint(0, 2, shape, generator=generator)])
+    dropped = rule.dropped(ids, positions, attention_mask=attended, draw=trial)
+    assert dropped.dtype == torch.bool
+    assert dropped.shape == ids.shape
+    assert dropped.tolist() == spec_rows(rule, ids, positions, attended, trial)
+
+
+def test_specification_by_hand():
+    """One decision worked out with nothing but this file's arithmetic."""
+    m64 = 2**64
+
+    def splitmix(x):
+        z = (x + 0x9E3779B97F4A7C15) % m64
+        z = (z ^ z // 2**30) * 0xBF58476D1CE4E5B9 % m64
+        z = (z ^ z // 2**27) * 0x94D049BB133111EB % m64
+        return z ^ z // 2**31
+
+    a, b = 17, 2**31 - 1
+    polynomial = splitmix(a) * 0xD1342543DE82EF95 + splitmix(b)
+    key = splitmix((polynomial + 2 + splitmix(9)) % m64)
+    for k in (2, 3, 4, 50):
+        expected = key // 2**32 * k < 2**32
+        assert Goldfish(k=k, h=2, seed=9).dropped(torch.tensor([5, a, b, 0]))[3].item() is expected
+    assert splitmix(0) == 0xE220A8397B1DCDAF  # the published first output of splitmix64 with seed 0
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 7, 50])
+def test_static_drops_every_kth_position_of_each_document(k):
+    positions = torch.cat([torch.arange(300), torch.arange(200)])
+    ids = torch.zeros(500, dtype=torch.int64)
+    dropped = Goldfish(k=k, strategy="static").dropped(ids, positions)
+    assert torch.equal(dropped, (positions % k == 0) & (positions > 0))
+
+
+def test_random_is_reproducible_and_changes_with_draw_seed_and_row():
+    ids = torch.zeros((2, 4000), dtype=torch.int64)
+    rule = Goldfish(strategy="random")
+    first = rule.dropped(ids, draw=1)
+    assert torch.equal(first, rule.dropped(ids, draw=1))
+    for other in (rule.dropped(ids, draw=2), Goldfish(strategy="random", seed=1).dropped(ids, draw=1)):
+        assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    assert 0.22 < first.float().mean() < 0.28  # 4 sigma of 8,000 draws is .019
+
+
+def test_order_and_ids_zero_and_one_count():
+    """Three defects of the reference: a product of ids ignores order, is 0 with an id 0, and cannot see an id 1."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2, (1, 4000), generator=generator)
+    windows = {}
+    for i in range(13, 4000):
+        windows.setdefault(tuple(ids[0, i - 13 : i].tolist()), []).append(i)
+    dropped = Goldfish(k=2).dropped(ids)[0]
+    rate = torch.tensor([dropped[places[0]].float() for places in windows.values()]).mean()
+    assert abs(rate - 0.5) < 4 * (0.25 / len(windows)) ** 0.5
+    assert all(len({dropped[i].item() for i in places}) == 1 for places in windows.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 0), (0, 5), (1, 1), (3, 2)])
+@pytest.mark.parametrize("strategy", ["hash", "static", "random", "reference"])
+def test_degenerate_shapes(shape, dtype, strategy):
+    ids = torch.ones(shape, dtype=dtype)
+    rule = Goldfish(strategy=strategy)
+    for dropped in (rule.dropped(ids), rule.dropped(ids, torch.zeros_like(ids), attention_mask=torch.zeros_like(ids))):
+        assert dropped.shape == ids.shape
+        assert dropped.dtype == torch.bool
+
+
+def test_lists_and_strided_tensors_are_welcome():
+    ids = torch.arange(200).reshape(2, 100)
+    rule = Goldfish()
+    expected = rule.dropped(ids)
+    assert expected.any()
+    assert torch.equal(rule.dropped(ids.tolist()), expected)
+    assert torch.equal(rule.dropped(ids.T.contiguous().T), expected)
+    assert torch.equal(rule.dropped(ids[0], [*range(100)]), expected[0])
+
+
+def test_documents_end_at_document_end_and_at_position_zero():
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(1, 1000, (n,), generator=generator) for n in (40, 60))
+    end = torch.tensor([0])
+    rule = Goldfish(document_end=0)
+    packed = rule.dropped(torch.cat([a, end, b, end]))
+    assert torch.equal(packed[41:101], rule.dropped(b))
+    plain = Goldfish()
+    positions = torch.cat([torch.arange(40), torch.arange(60)])
+    both = plain.dropped(torch.cat([a, b]), positions)
+    assert torch.equal(both, torch.cat([plain.dropped(a), plain.dropped(b)]))
+
+
+def test_compiles_without_a_graph_break():
+    rule = Goldfish(exempt=(3,), document_end=5)
+    ids = torch.randint(0, 100, (2, 300), generator=torch.Generator().manual_seed(0))
+    attended = torch.ones_like(ids)
+    attended[0, :7] = 0
+    compiled = torch.compile(lambda x, a: rule.dropped(x, attention_mask=a), fullgraph=True)
+    assert torch.equal(compiled(ids, attended), rule.dropped(ids, attention_mask=attended))
+
+
+def test_to_dict_survives_json():
+    for rule in (Goldfish(), Goldfish(k=2.5, h=3, strategy="static", seed=2**64 - 1, exempt=(5, 2, 2), document_end=1)):
+        again = Goldfish(**json.loads(json.dumps(rule.to_dict())))
+        assert again == rule
+        assert hash(again) == hash(rule)
+    assert Goldfish(exempt=[5, 2, 2]).exempt == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"k": 1}, ValueError, "k must be a finite number above 1.*got 1;"),
+        ({"k": 0.5}, ValueError, "got 0.5"),
+        ({"k": float("nan")}, ValueError, "got nan"),
+        ({"k": float("inf")}, ValueError, "train without a rule"),
+        ({"k": "4"}, TypeError, "k must be a number above 1, got '4'"),
+        ({"k": True}, TypeError, "got True"),
+        ({"h": 0}, ValueError, "h must be at least 1"),
+        ({"h": 2.0}, TypeError, "h must be the number of tokens that decide, got 2.0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 2**64}, ValueError, "below 2\\*\\*64"),
+        ({"strategy": "hashed"}, ValueError, "strategy must be one of 'hash', 'static'.*got 'hashed'"),
+        ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
+        ({"head": None}, ValueError, "head must be one of 'short', 'keep', got None"),
+        ({"exempt": 3}, TypeError, "collection of token ids"),
+        ({"exempt": (-1,)}, ValueError, "every id in exempt must be at least 0"),
+        ({"document_end": "</s>"}, TypeError, "document_end must be a token id or None"),
+    ],
+)
+def test_bad_rules(arguments, error, text):
+    with pytest.raises(error, match=text):
+        Goldfish(**arguments)
+
+
+def test_bad_ids():
+    rule = Goldfish()
+    with pytest.raises(TypeError, match=r"integer token ids, got torch\.float32"):
+        rule.dropped(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"for an empty row pass torch\.empty"):
+        rule.dropped([])
+    with pytest.raises(ValueError, match=r"shape \(T,\) or \(B, T\), got \(1, 2, 3\)"):
+        rule.dropped(torch.zeros((1, 2, 3), dtype=torch.int64))
+    ids = torch.zeros((2, 3), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"position_ids must have the shape of input_ids, \(2, 3\), got \(2, 4\)"):
+        rule.dropped(ids, torch.zeros((2, 4)))
+    with pytest.raises(ValueError, match="attention_mask must have the shape"):
+        rule.dropped(ids, attention_mask=torch.ones(3))
+    with pytest.raises(ValueError, match="position_ids on meta; move one of them"):
+        rule.dropped(ids, torch.zeros((2, 3), device="meta"))

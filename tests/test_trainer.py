@@ -1,0 +1,212 @@
+"""The rule inside transformers.Trainer: exact in scale, invisible to evaluation, recorded with the checkpoint."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from goldfish import Goldfish, GoldfishCollator, GoldfishLoss, GoldfishMixin, GoldfishTrainer, attach, mask_labels
+from goldfish.receipt import read_receipt
+
+pytestmark = pytest.mark.core
+RULE = Goldfish(k=3, h=4)
+
+
+def unequal_rows(count=16, longest=40):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
+    ids = [torch.randint(2, 320, (n,), generator=generator).tolist() for n in lengths]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": ids})
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every optimiser step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+
+def trained(folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1, steps=4, then=None, **more):
+    gradients = Gradients()
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", **more.pop("settings", {})}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    trainer = trainer_class(
+        model=tiny_llama(),
+        args=arguments,
+        train_dataset=unequal_rows(),
+        eval_dataset=unequal_rows(8, 30),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[gradients],
+        **more,
+    )
+    if then is not None:
+        trainer = then(trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, losses, gradients.steps
+
+
+def test_a_rule_that_drops_nothing_changes_nothing(tmp_path, tokenizer):
+    _, plain, plain_gradients = trained(tmp_path, tokenizer)
+    _, ours, gradients = trained(tmp_path, tokenizer, then=lambda t: attach(t, Goldfish(k=10**9)))
+    assert ours == plain
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))
+
+
+def test_batch_8_is_8_batches_of_1(tmp_path, tokenizer):
+    """Unequal lengths, so the micro-batches keep unequal numbers of tokens: a mean of means would show."""
+    runs = [
+        trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=batch, accumulation=8 // batch)
+        for batch in (8, 1, 4)
+    ]
+    _, losses, gradients = runs[0]
+    for _, other_losses, other_gradients in runs[1:]:
+        assert other_losses == pytest.approx(losses, rel=2e-6)
+        for ours, theirs in zip(other_gradients, gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+def test_loss_is_the_mean_over_kept_tokens(tmp_path, tokenizer):
+    """The first step's loss, computed again without Trainer."""
+    rows = unequal_rows()
+    _, losses, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=16, steps=1, settings={"seed": 1}
+    )
+    model, total, kept = tiny_llama(), 0.0, 0
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        labels = mask_labels(RULE, ids)[1:]
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        kept += (labels != -100).sum().item()
+    assert losses[0] == pytest.approx(total / kept, rel=1e-5)
+    assert kept < 0.8 * sum(len(row["input_ids"]) - 1 for row in rows)
+
+
+def test_evaluation_never_sees_the_rule(tmp_path, tokenizer):
+    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=Goldfish(k=1.1, h=2))
+    plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
+    rows = unequal_rows(8, 30)
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate(rows)["eval_loss"]
+    ours, theirs = trainer.predict(rows), plain.predict(rows)
+    assert ours.metrics["test_loss"] == theirs.metrics["test_loss"]
+
+
+def test_goldfish_loss_as_compute_loss_func(tmp_path, tokenizer):
+    """Exact with one batch a step, in scale with several; evaluation is plain."""
+    _, exact, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=8)
+    trainer, one, _ = trained(tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=8)
+    _, several, _ = trained(tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=2, accumulation=4)
+    assert one == pytest.approx(exact, rel=2e-6)
+    assert several == pytest.approx(exact, rel=2e-2)
+    assert several != pytest.approx(exact, rel=2e-6)
+    plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6)
+
+
+def test_a_step_without_a_kept_token_is_a_zero(tmp_path, tokenizer):
+    everything = Goldfish(k=1 + 1e-9)  # drops all but each document's first token, which is no target anyway
+    trainer, losses, gradients = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=everything)
+    assert losses == [0.0] * 4
+    assert all((step == 0).all() for step in gradients)
+    assert trainer.state.log_history[0]["goldfish/drop_rate"] == 1.0
+
+
+def test_drop_rate_is_logged_and_checkpoints_tell_the_rule(tmp_path, tokenizer):
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE,
+        settings={"save_strategy": "steps", "save_steps": 2},
+    )  # fmt: skip
+    trainer.save_model(str(tmp_path / "final"))
+    targets = dropped = 0
+    for row in unequal_rows():  # four steps of four rows: each row once
+        gone = RULE.dropped(torch.tensor(row["input_ids"]))[1:]
+        targets, dropped = targets + len(gone), dropped + int(gone.sum())
+    for folder in ("checkpoint-4", "final"):
+        receipt = read_receipt(tmp_path / folder)
+        assert receipt["rule"] == RULE
+        assert (receipt["targets"], receipt["dropped"]) == (targets, dropped)
+        assert len(receipt["tokenizer"]) == 64
+        assert (tmp_path / folder / "model.safetensors").is_file()
+    rates = [entry["goldfish/drop_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(rates) == 4
+    assert 0 < read_receipt(tmp_path / "checkpoint-2")["targets"] < targets
+    assert sum(rates) / 4 == pytest.approx(dropped / targets, abs=0.1)
+
+
+def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
+    whole, losses, _ = trained(
+        tmp_path / "a", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
+    )
+    totals = read_receipt(tmp_path / "a" / "checkpoint-4")["targets"]
+    whole.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    resumed = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert resumed == losses
+    assert read_receipt(tmp_path / "a" / "checkpoint-4")["targets"] == totals
+    whole.goldfish = Goldfish(k=4)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was trained under Goldfish\(k=3, h=4.*this trainer has Goldfish\(k=4"
+    ):
+        whole.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
+    class MyTrainer(Trainer):
+        marker = "mine"
+
+    _, ours, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
+    trainer, theirs, _ = trained(tmp_path, tokenizer, trainer_class=MyTrainer, then=lambda t: attach(t, RULE))
+    assert theirs == ours
+    assert isinstance(trainer, MyTrainer)
+    assert isinstance(trainer, GoldfishMixin)
+    assert type(trainer).__name__ == "GoldfishMyTrainer"
+
+
+def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(TypeError, match=r"attach needs a transformers.Trainer .* got Llama"):
+        attach(model, RULE)
+    trainer = Trainer(model=model, args=arguments)
+    with pytest.raises(TypeError, match=r"must be a Goldfish rule such as Goldfish\(k=4, h=13\), got 4"):
+        attach(trainer, 4)
+    assert type(trainer) is Trainer, "a failed attach leaves the trainer as it was"
+    attach(trainer, RULE)
+    with pytest.raises(ValueError, match=r"already has a rule, Goldfish\(k=3"):
+        attach(trainer, RULE)
+    for twice in (
+        Trainer(model=model, args=arguments, compute_loss_func=GoldfishLoss(RULE)),
+        Trainer(model=model, args=arguments, data_collator=GoldfishCollator(DataCollatorForSeq2Seq(tokenizer), RULE)),
+    ):
+        with pytest.raises(ValueError, match="already drops tokens"):
+            attach(twice, RULE)
+
+
+def test_a_broken_receipt_is_named(tmp_path):
+    assert read_receipt(tmp_path) is None
+    for broken in (
+        "{",
+        "[]",
+        json.dumps({"schema": "goldfish.receipt/9"}),
+        json.dumps({"schema": "goldfish.receipt/1"}),
+    ):
+        (tmp_path / "goldfish.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"goldfish.json is not a goldfish receipt: "):
+            read_receipt(tmp_path)
