@@ -107,7 +107,9 @@ def read_audits(folders: Sequence[str | Path]) -> list[Audit]:
         raise ValueError("audits is empty: a report needs at least one audit folder")
     names = [audit.name for audit in audits]
     return [
-        replace(audit, name=f"{audit.name} ({names[:i].count(audit.name) + 1})") if names.count(audit.name) > 1 else audit
+        replace(audit, name=f"{audit.name} ({names[:i].count(audit.name) + 1})")
+        if names.count(audit.name) > 1
+        else audit
         for i, audit in enumerate(audits)
     ]
 
@@ -163,13 +165,21 @@ class _Fields:
 
     def get(self, key: str, kind: Any) -> Any:
         if key not in self.values:
-            raise ValueError(f"{self.where}: {key!r} is missing; it has {', '.join(map(repr, self.values)) or 'nothing'}")
+            raise ValueError(
+                f"{self.where}: {key!r} is missing; it has {', '.join(map(repr, self.values)) or 'nothing'}"
+            )
         value = self.values[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             expected = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
             raise ValueError(f"{self.where}: {key!r} must be {expected}, got {value!r:.80}")
         return value
+
+    def number(self, key: str) -> float:
+        value = self.get(key, (int, float))
+        if not abs(value) < 1e300:  # 1e999 is valid JSON, and infinite
+            raise ValueError(f"{self.where}: {key!r} must be a finite number, got {value!r:.80}")
+        return float(value)
 
     def inside(self, key: str) -> "_Fields":
         return _Fields(self.get(key, dict), f"{self.where}: {key}")
@@ -200,7 +210,7 @@ def _split(fields: _Fields) -> Split:
 
     def mean(key: str) -> Mean:
         inner = fields.inside(key)
-        return Mean(float(inner.get("mean", (int, float))), inner.get("n", int), **_bounds(inner))
+        return Mean(inner.number("mean"), inner.get("n", int), **_bounds(inner))
 
     return Split(
         n=fields.get("n", int),
@@ -216,8 +226,12 @@ def _split(fields: _Fields) -> Split:
 
 
 def _bounds(fields: _Fields) -> dict[str, float]:
-    both = ("lower95", "upper95")
-    return {key: float(fields.get(key, (int, float))) for key in both} if both[0] in fields.values else {}
+    if "lower95" not in fields.values:
+        return {}
+    lower, upper = fields.number("lower95"), fields.number("upper95")
+    if not 0 <= lower <= upper <= 1:
+        raise ValueError(f"{fields.where}: expected 0 <= lower95 <= upper95 <= 1, got {lower} and {upper}")
+    return {"lower95": lower, "upper95": upper}
 
 
 def _read_windows(path: Path) -> tuple[Window, ...]:

@@ -42,10 +42,10 @@ def render(audits: Sequence[Audit], *, redact: bool) -> str:
             total=len(groups),
             hover=hover,
             split_names=SPLITS,
-            mixed=len({(a.protocol.get("prefix_length"), a.protocol.get("suffix_length")) for a in audits}) > 1,
+            mixed=len({repr([a.protocol.get(key) for key in ("prefix_length", "suffix_length")]) for a in audits}) > 1,
             redact=redact,
-            script=Markup(script),  # noqa: S704  (a file of this package)
-            style=Markup(style),  # noqa: S704
+            script=Markup(script),
+            style=Markup(style),
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             series=plots.SERIES,
         )
@@ -56,6 +56,7 @@ def render(audits: Sequence[Audit], *, redact: bool) -> str:
     def window(group: spans.Group, hover: bool) -> Markup:
         shown = template.render(
             group=group,
+            first=group is groups[0],
             names=names,
             name=spans.name_of(group.any, redact),
             split=SPLITS[group.any.split],
@@ -64,7 +65,7 @@ def render(audits: Sequence[Audit], *, redact: bool) -> str:
             outputs=[(i, w, spans.output(w, redact)) for i, w in group.present],
             series=plots.SERIES,
         )
-        return Markup(shown)  # noqa: S704  (autoescaped)
+        return Markup(shown)
 
     room = PAGE_BYTES - _size(page([], 0))
     short, long = [], []
@@ -93,7 +94,9 @@ def verdict(audit: Audit) -> dict[str, Any]:
         told.append("no member windows were audited")
     if heldout:
         held = f"held-out {_counted(heldout)} ({interval(heldout.exact_match)})"
-        told.append(held if members else f"{_counted(heldout)} held-out {_windows(heldout)} verbatim ({_interval95(heldout)})")
+        told.append(
+            held if members else f"{_counted(heldout)} held-out {_windows(heldout)} verbatim ({_interval95(heldout)})"
+        )
     else:
         told.append("no held-out windows were audited")
     mark, label = "unsure", "no members audited"

@@ -41,7 +41,7 @@ BINS = 25
 def rouge_histograms(audits: Sequence[Audit]) -> list[Markup]:
     """One panel an audit, with the same scales: share of windows by ROUGE-L, members in colour, held-out in grey."""
     shares = [[_shares(audit.of_split(split)) for split in ("members", "heldout")] for audit in audits]
-    top = max(max(share, default=0.0) for pair in shares for share in pair)
+    top = max(max(share, default=0.0) for pair in shares for share in pair) or 1.0
     left = [i / BINS for i in range(BINS)]
 
     def panel(i: int) -> Callable[[Any], None]:
@@ -69,8 +69,18 @@ def survival(audits: Sequence[Audit]) -> Markup:
             for split, dashes in (("members", "-"), ("heldout", (0, (4, 3)))):
                 shares = verbatim_shares(audit.of_split(split))
                 longest = max(longest, len(shares) - 1)
-                axes.plot(range(len(shares)), shares, color=_colour(i), linestyle=dashes, linewidth=2, clip_on=False)
-        axes.set(xlim=(0, longest), ylim=(0, 1), xlabel="tokens t of the suffix", ylabel="still verbatim after t tokens")
+                axes.plot(
+                    range(len(shares)),
+                    shares,
+                    color=_colour(i),
+                    drawstyle="steps-post",
+                    linestyle=dashes,
+                    linewidth=2,
+                    clip_on=False,
+                )
+        axes.set(
+            xlim=(0, longest), ylim=(0, 1), xlabel="tokens t of the suffix", ylabel="still verbatim after t tokens"
+        )
         axes.yaxis.set_major_formatter(_percent)
 
     return _svg("survival", "Share of windows still verbatim after t tokens", (1140, 260), draw)
@@ -126,4 +136,4 @@ def _inline(svg: str, label: str) -> Markup:
     for colour, variable in ((_INK, "ink"), (_LINE, "line"), (_HELDOUT, "heldout")):
         body = body.replace(colour, f"var(--{variable})")
     body = re.sub(r"#0000(1[0-9a-f])\b", lambda match: f"var(--c{int(match[1], 16) - 16})", body)
-    return Markup(f'<svg {box[0] if box else ""} role="img" aria-label="{label}">{body.strip()}')  # noqa: S704
+    return Markup(f'<svg {box[0] if box else ""} role="img" aria-label="{label}">{body.strip()}')

@@ -10,6 +10,7 @@ from goldfish.report.load import SPLITS, Audit, Window
 from goldfish.report.text import blocks, plain, show
 
 PREFIX_SHOWN = 4000  # characters of a prefix on the page, its last ones; of one token at most 200
+PREFIX_REDACTED = 100  # a block is three bytes
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Text:
-    """A text on the page: which audits it speaks of, how to head it, and its spans."""
+    """A text on the page and the audits it speaks of, by their place in the order given."""
 
     audits: tuple[int, ...]
     html: Markup
@@ -55,10 +56,11 @@ def group_windows(audits: Sequence[Audit]) -> list[Group]:
 
 def prefix(group: Group, redact: bool) -> Markup:
     text = group.any.prefix_text
-    hidden = len(text) - PREFIX_SHOWN
-    shown = text[-PREFIX_SHOWN:]
+    limit = PREFIX_REDACTED if redact else PREFIX_SHOWN
+    hidden = len(text) - limit
+    shown = text[-limit:]
     note = Markup("<em>[{:,} characters before this are not shown]</em> ").format(hidden) if hidden > 0 else Markup("")
-    return note + show(blocks(shown) if redact else shown, PREFIX_SHOWN)
+    return note + show(blocks(shown) if redact else shown, limit)
 
 
 def truths(group: Group, redact: bool, hover: bool) -> list[Text]:
@@ -66,6 +68,7 @@ def truths(group: Group, redact: bool, hover: bool) -> list[Text]:
 
     With `hover`, a token's title gives its nll in nats under each of those audits, and whether it was dropped.
     """
+    rules: list[tuple[bool, ...] | None]
     rules = list(dict.fromkeys(window.dropped for _, window in group.present if window.dropped is not None))
     texts = []
     for dropped in rules or [None]:
@@ -79,7 +82,7 @@ def truths(group: Group, redact: bool, hover: bool) -> list[Text]:
         titles = [""] * len(tokens)
         if hover:
             rows = zip(*(window.nll for _, window in named), strict=True)
-            nll = [" / ".join(f"{value:.2f}" for value in row) for row in rows]
+            nll = ["/".join(f"{value:.1f}" for value in row) for row in rows]
             titles = [f"nll {x}, dropped" if hole else f"nll {x}" for x, hole in zip(nll, holes, strict=True)]
         html = _spans(zip(tokens, [""] * len(tokens), holes, titles, strict=True), redact)
         texts.append(Text(tuple(i for i, _ in named), html))
@@ -111,7 +114,7 @@ def _spans(tokens: Iterable[tuple[str, str, bool, str]], redact: bool) -> Markup
             continue
         tag = "u" if dropped else "i"
         attributes = (f" class={css}" if css else "") + (f' title="{title}"' if title else "")
-        parts.append(Markup(f"<{tag}{attributes}>{inner}</{tag}>"))  # noqa: S704  (our own names and numbers)
+        parts.append(Markup(f"<{tag}{attributes}>{inner}</{tag}>"))
     return Markup("").join(parts)
 
 
