@@ -44,7 +44,7 @@ def _marked(char: str) -> Markup:
 
 def _escaped(text: str) -> Markup:
     """For the inside of an element, never an attribute: quotes stay, they are a tenth of a page about code."""
-    return Markup(escape(text).replace("&#34;", '"').replace("&#39;", "'"))
+    return Markup(str(escape(text)).replace("&#34;", '"').replace("&#39;", "'"))
 
 
 def _harmless(char: str) -> bool:
