@@ -1,0 +1,39 @@
+// Sorts and filters the documents. The page reads the same without it.
+(() => {
+  const list = document.getElementById("windows");
+  const tools = document.getElementById("tools");
+  if (!list || !tools) return;
+  const [sort, split, outcome] = ["sort", "split", "outcome"].map((id) => document.getElementById(id));
+  const count = document.getElementById("count");
+  const items = [...list.children].map((node, rank) => ({
+    node,
+    rank,
+    split: node.dataset.s,
+    r: node.dataset.r.split(" ").map(Number),
+    d: node.dataset.d.split(" ").map(Number),
+    e: node.dataset.e.split(" "),
+  }));
+  function apply() {
+    const [by, audit, sign] = sort.value.split(" ");
+    const key = (item) => (by === "rank" ? item.rank : item[by][audit] * sign);
+    const last = (value) => (Number.isNaN(value) ? Infinity : value); // absent from that audit
+    items.sort((a, b) => last(key(a)) - last(key(b)) || a.rank - b.rank);
+    const [wanted, of] = outcome.value.split(" ");
+    let shown = 0;
+    for (const item of items) {
+      const fits = (!split.value || item.split === split.value) && (!wanted || item.e[of] === wanted);
+      item.node.hidden = !fits;
+      shown += fits;
+      list.append(item.node);
+    }
+    count.textContent = `${shown} of ${items.length} shown`;
+  }
+  for (const control of [sort, split, outcome]) control.addEventListener("change", apply);
+  document.getElementById("toggle").addEventListener("click", () => {
+    const seen = items.filter((item) => !item.node.hidden);
+    const open = seen.some((item) => !item.node.open);
+    for (const item of seen) item.node.open = open;
+  });
+  tools.hidden = false;
+  apply();
+})();
