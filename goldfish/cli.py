@@ -71,11 +71,13 @@ def show_text(rule: Goldfish, tokenizer: Any, ids: list[int]) -> Text:
     import torch
 
     from goldfish.audit.extraction import text_pieces
+    from goldfish.report.text import plain
 
     dropped = rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist()
     shown = Text()
     for piece, gone in zip(text_pieces(tokenizer, [], ids), dropped, strict=True):
-        shown.append(piece, style=DROPPED if gone else None)
+        harmless = "".join(char if char in "\n\t" else plain(char) for char in piece)
+        shown.append(harmless, style=DROPPED if gone else None)
     count = f"{sum(dropped)} of {len(ids)} tokens dropped"
     return shown.append(f"\n\n{count} (k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed})", "dim")
 
