@@ -71,7 +71,7 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    rule, state = args.rule(), PartialState()
+    rule, state = args.rule(), PartialState(cpu=not torch.accelerator.is_available())
     texts = load_texts(args)
     output = Path(args.output_dir)
     if state.is_main_process and not args.dry_run:
@@ -199,6 +199,7 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
         seed=args.seed,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # several processes on CPUs find each other only when told so
     )
     rows = Dataset.from_dict({"input_ids": members, "labels": members})
     common = {
