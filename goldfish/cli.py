@@ -15,9 +15,10 @@ from goldfish.rule import Goldfish, Strategy
 DROPPED = "bold white on dark_red"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error."""
-    parser = argparse.ArgumentParser(prog="goldfish", description=__doc__.split(". ")[0] if __doc__ else None)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="goldfish", description="The goldfish loss: look at rules, audit checkpoints."
+    )
     parser.add_argument("--version", action="version", version=f"goldfish-loss {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--overwrite", action="store_true", help="replace an existing report")
     report.add_argument("--redact", action="store_true", help="leave the training text out, for sharing")
     report.set_defaults(run=_report)
+    return parser
 
-    args = parser.parse_args(argv)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error."""
+    args = build_parser().parse_args(argv)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:

@@ -1,6 +1,8 @@
 """The main job in miniature, and what it refuses."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +91,23 @@ def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
             memorize.main([*SMALL, "--text", str(path), "--output_dir", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="both name a corpus"):
         memorize.main([*SMALL, "--text", str(path), "--dataset", "someone/something"])
+
+
+def test_two_processes_train_what_one_does(finished, tmp_path):
+    """torchrun with two CPU processes: the same texts, the same counts, the same model to rounding."""
+    folder, summaries = finished
+    recipe = Path(memorize.__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *SMALL, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "two" / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
+    receipts = [json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (tmp_path / "two", folder)]
+    assert receipts[0] == receipts[1]
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    for name in ("standard", "goldfish"):
+        for split in ("members", "heldout"):
+            ours, theirs = (s[name]["splits"][split]["nll"]["mean"] for s in (two, summaries))
+            assert ours == pytest.approx(theirs, rel=1e-5)
