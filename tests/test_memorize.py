@@ -100,7 +100,11 @@ def test_two_processes_train_what_one_does(finished, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, *SMALL, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True, env=environment, timeout=300
+        [*launch, *SMALL, "--output_dir", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "two" / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
