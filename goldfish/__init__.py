@@ -16,6 +16,7 @@ _HOMES = {
     "GoldfishTrainer": "trainer",
     "attach": "trainer",
     "mask_labels": "labels",
+    "premask": "labels",
 }
 __all__ = [
     "Goldfish",
@@ -26,10 +27,11 @@ __all__ = [
     "__version__",
     "attach",
     "mask_labels",
+    "premask",
 ]
 
 if TYPE_CHECKING:
-    from goldfish.labels import GoldfishCollator, mask_labels
+    from goldfish.labels import GoldfishCollator, mask_labels, premask
     from goldfish.loss import GoldfishLoss
     from goldfish.rule import Goldfish
     from goldfish.trainer import GoldfishMixin, GoldfishTrainer, attach

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from goldfish.rule import Goldfish
 
+Rules: TypeAlias = Goldfish | Mapping[str, Goldfish | None]  # one rule, or one for each source (None: drop nothing)
+
+SOURCE = "source"  # the column of a dataset, and the key of a batch, that says which rule a row is under
 IGNORE_INDEX = -100  # what torch's cross-entropy and Hugging Face's models leave out of the loss
 
 
 def mask_labels(
-    rule: Goldfish,
+    rule: Goldfish | None,
     input_ids: Tensor,
     labels: Tensor | None = None,
     *,
@@ -27,7 +30,7 @@ def mask_labels(
     and the model shifts. The decision is made from input_ids, so a masked-out prompt still counts as context.
 
     Args:
-        rule: says which tokens are dropped.
+        rule: says which tokens are dropped; None drops nothing.
         input_ids: integers, (T,) or (B, T).
         labels: integers of the same shape; by default input_ids, with ignore_index where attention_mask is 0.
         position_ids, attention_mask: as for `Goldfish.dropped`: document starts, padding.
@@ -39,9 +42,6 @@ def mask_labels(
     Raises:
         TypeError, ValueError: as `Goldfish.dropped`; ValueError for labels of another shape than input_ids.
     """
-    # Strategy "random" takes its draws from torch's CPU generator, which Trainer seeds, saves and restores.
-    draw = int(torch.randint(2**62, ())) if rule.strategy == "random" else 0
-    dropped = rule.dropped(input_ids, position_ids, attention_mask=attention_mask, draw=draw)
     if labels is None:
         labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, ignore_index)
     if labels.shape != input_ids.shape:
@@ -49,34 +49,73 @@ def mask_labels(
             f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
             "labels are not shifted here, the model does that"
         )
+    if rule is None:
+        return labels.clone()
+    # Strategy "random" takes its draws from torch's CPU generator, which Trainer seeds, saves and restores.
+    draw = int(torch.randint(2**62, ())) if rule.strategy == "random" else 0
+    dropped = rule.dropped(input_ids, position_ids, attention_mask=attention_mask, draw=draw)
     return labels.masked_fill(dropped, ignore_index)
 
 
-def mask_batch(rule: Goldfish, batch: Mapping[str, Any]) -> dict[str, Any]:
+def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a Hugging Face batch with its labels (and shift_labels, where a collator made them) masked.
 
-    Uses the batch's input_ids, position_ids and a two-dimensional attention_mask.
+    Uses the batch's input_ids, position_ids and a two-dimensional attention_mask. With one rule for each source, the
+    batch also holds what `CarrySource` put there; the copy does not.
 
     Raises:
         ValueError: a batch without input_ids.
     """
     if "input_ids" not in batch:
         raise ValueError(f"the rule decides from input_ids, but the batch holds only {', '.join(batch) or 'nothing'}")
-    input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        attention_mask = None  # a (B, 1, T, T) mask says who sees whom; padding is then marked by labels alone
-    labels = mask_labels(
-        rule,
-        input_ids,
-        batch.get("labels"),
-        position_ids=batch.get("position_ids"),
-        attention_mask=attention_mask,
-    )
-    masked = {**batch, "labels": labels}
+    given = {name: batch[name] for name in ("labels", "position_ids", "attention_mask") if batch.get(name) is not None}
+    if "attention_mask" in given and given["attention_mask"].shape != batch["input_ids"].shape:
+        del given["attention_mask"]  # a (B, 1, T, T) mask says who sees whom; padding is then marked by labels alone
+    masked = {name: value for name, value in batch.items() if name != SOURCE}
+    if isinstance(rules, Goldfish):
+        masked["labels"] = mask_labels(rules, batch["input_ids"], **given)
+    else:
+        masked["labels"] = mask_labels(None, batch["input_ids"], **given)
+        for place, name in enumerate(sorted(rules)):
+            rows = batch[SOURCE] == place
+            of_rows = {key: tensor.expand_as(batch["input_ids"])[rows] for key, tensor in given.items()}
+            masked["labels"][rows] = mask_labels(rules[name], batch["input_ids"][rows], **of_rows)
     if "shift_labels" in batch:
-        gone = torch.nn.functional.pad(labels[..., 1:] == IGNORE_INDEX, (0, 1), value=True)
+        gone = torch.nn.functional.pad(masked["labels"][..., 1:] == IGNORE_INDEX, (0, 1), value=True)
         masked["shift_labels"] = batch["shift_labels"].masked_fill(gone, IGNORE_INDEX)
     return masked
+
+
+def rule_for(rules: Mapping[str, Goldfish | None], source: Any) -> Goldfish | None:
+    """The rule of a source; ValueError for one that has none."""
+    if source not in rules:
+        raise ValueError(
+            f"a row has the {SOURCE} {source!r}, but there are rules for {', '.join(sorted(rules))}; "
+            f"give every row one of these in its column {SOURCE!r}, or add a rule (None drops nothing)"
+        )
+    return rules[source]
+
+
+@dataclass
+class CarrySource:
+    """A collator that takes `source` out of the features and puts it into the batch: int64 (B,), the place of each
+    row's source among the sorted names of `rules`."""
+
+    inner: Callable[..., Mapping[str, Any]]
+    rules: Mapping[str, Goldfish | None]
+
+    def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        names = sorted(self.rules)
+        for feature in features:
+            rule_for(self.rules, feature.get(SOURCE))
+        plain = [{name: value for name, value in feature.items() if name != SOURCE} for feature in features]
+        batch = dict(self.inner(plain, *args, **kwargs))
+        if len(batch["input_ids"]) != len(features):
+            raise ValueError(
+                f"{len(features)} rows were packed into {len(batch['input_ids'])}, which then have no one source; "
+                "write the labels before packing: premask(dataset, rules)"
+            )
+        return {**batch, SOURCE: torch.tensor([names.index(feature[SOURCE]) for feature in features])}
 
 
 @dataclass
@@ -89,11 +128,55 @@ class GoldfishCollator:
     Args:
         inner: any collator whose batch holds input_ids of shape (B, T) and, if it likes, labels, attention_mask,
             position_ids.
-        rule: says which tokens are dropped.
+        rule: says which tokens are dropped; or a mapping to rules from the names in the features' column `source`
+            (None: such rows are not masked). Packed rows have no one source: premask them before packing.
     """
 
     inner: Callable[..., Mapping[str, Any]]
-    rule: Goldfish
+    rule: Rules
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return mask_batch(self.rule, self.inner(features, *args, **kwargs))
+        collate = self.inner if isinstance(self.rule, Goldfish) else CarrySource(self.inner, self.rule)
+        return mask_batch(self.rule, collate(features, *args, **kwargs))
+
+
+def premask(dataset: Any, rule: Rules, *, num_proc: int | None = None, dropped_column: str | None = None) -> Any:
+    """A `datasets` dataset whose rows gain `labels`, masked once and for all; map-style or streaming.
+
+    For whatever packs or shards tokens later (packing, sequence parallelism): each row is decided as a whole, before
+    that. For training data only. `datasets` caches the result under the rule, and each of num_proc's parts by
+    itself, so that an interrupted run goes on from the parts it finished.
+
+    Args:
+        dataset: rows with `input_ids`, and `labels`, `position_ids`, `attention_mask` where there are such.
+        rule: a rule, or a mapping to rules from the names in the column `source` (None: such rows are not masked).
+        num_proc: processes, for map-style datasets.
+        dropped_column: keep the decisions too, as lists of bool, in a column of this name.
+
+    Raises:
+        ValueError: rows without input_ids, a source without a rule, or strategy "random", which draws for every epoch.
+    """
+    for one in [rule] if isinstance(rule, Goldfish) else rule.values():
+        if one is not None and one.strategy == "random":
+            raise ValueError('premask writes labels once, strategy "random" draws anew in every epoch: use a collator')
+    options = {} if num_proc is None else {"num_proc": num_proc}
+    return dataset.map(_mask_row, fn_kwargs={"rules": rule, "dropped_column": dropped_column}, **options)
+
+
+def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None) -> dict[str, list[Any]]:
+    if "input_ids" not in row:
+        raise ValueError(f"the rule decides from input_ids, but the rows hold only {', '.join(row)}; tokenize first")
+    rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
+    ids = torch.tensor(row["input_ids"], dtype=torch.int64)
+    labels, position_ids, attention_mask = (
+        torch.tensor(row[name], dtype=torch.int64) if row.get(name) is not None else None
+        for name in ("labels", "position_ids", "attention_mask")
+    )
+    masked = mask_labels(rule, ids, labels, position_ids=position_ids, attention_mask=attention_mask)
+    added = {"labels": masked.tolist()}
+    if dropped_column is not None:
+        dropped = torch.zeros_like(ids, dtype=torch.bool)
+        if rule is not None:
+            dropped = rule.dropped(ids, position_ids, attention_mask=attention_mask)
+        added[dropped_column] = dropped.tolist()
+    return added

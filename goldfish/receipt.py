@@ -4,40 +4,122 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from goldfish import __version__
+import torch
+from torch import Tensor
+
+from goldfish import __version__, spec
+from goldfish.hashing import mix
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
 SCHEMA = "goldfish.receipt/1"
+ALL = ""  # the name of the only source of a run with one rule
 
 
-def write_receipt(folder: str | Path, rule: Goldfish, *, tokenizer: Any, targets: int, dropped: int) -> Path:
+def check_rules(rules: Any) -> None:
+    """TypeError unless `rules` is a rule, or a mapping from names of sources to rules or None."""
+    if isinstance(rules, Goldfish):
+        return
+    if not isinstance(rules, Mapping) or not rules:
+        raise TypeError(
+            f"goldfish must be a rule such as Goldfish(k=4, h=13), or a mapping of sources to rules, got {rules!r}"
+        )
+    for name, rule in rules.items():
+        if not (isinstance(name, str) and name) or not (rule is None or isinstance(rule, Goldfish)):
+            raise TypeError(f"sources are named by strings and have a Goldfish rule or None, got {name!r}: {rule!r}")
+
+
+class Tally:
+    """Counts what a run drops, for each source: targets, dropped ones, and the fingerprint of all decisions.
+
+    The fingerprint is the sum, modulo 2**64, of mix(key of the token's context + (1 if dropped else 0)) over all
+    targets, where the key is that of the rule's last h tokens (`spec.key` with seed 0, whatever the strategy). It does
+    not depend on the order of batches, their padding or the number of processes; runs with equal fingerprints
+    dropped the same tokens. Counting makes no device wait.
+    """
+
+    def __init__(self, rules: Rules, device: torch.device) -> None:
+        self.rules = {ALL: rules} if isinstance(rules, Goldfish) else {name: rules[name] for name in sorted(rules)}
+        self.totals = {name: (0, 0, 0) for name in self.rules}  # of all processes, as of the last `sync`
+        self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then
+
+    def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
+        """Count a batch, before and after it was masked."""
+        ids = batch["input_ids"]
+        was, now = (labels[..., 1:] != IGNORE_INDEX for labels in (batch.get("labels", ids), masked["labels"]))
+        dropped = was & ~now
+        attention_mask = batch.get("attention_mask")
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            attention_mask = None
+        for place, rule in enumerate(self.rules.values()):
+            rows = was if len(self.rules) == 1 else was & (batch[SOURCE] == place)[:, None]
+            keys = (rule or Goldfish()).keys(ids, batch.get("position_ids"), attention_mask=attention_mask)[..., 1:]
+            numbers = (rows, rows & dropped, mix(keys + dropped) * rows)
+            self._pending[place] += torch.stack([number.sum() for number in numbers]).to(self._pending.device)
+
+    def sync(self, reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
+        """Bring `totals` up to date; `reduce` adds a tensor up over all processes, so all of them must call this."""
+        counted = reduce(self._pending).tolist()
+        self._pending.zero_()
+        for name, (targets, dropped, decisions) in zip(self.totals, counted, strict=True):
+            total = self.totals[name]
+            self.totals[name] = (total[0] + targets, total[1] + dropped, (total[2] + decisions) & spec.WORD)
+
+    def sum(self) -> tuple[int, int]:
+        """Targets and dropped ones of all sources."""
+        return sum(t[0] for t in self.totals.values()), sum(t[1] for t in self.totals.values())
+
+    def entries(self) -> dict[str, Any]:
+        """What the receipt says: the one rule and its numbers, or the same for each source."""
+        entries = {
+            name: {
+                "rule": rule and rule.to_dict(),
+                "targets": targets,
+                "dropped": dropped,
+                "decisions": f"{decisions:016x}",
+            }
+            for (name, rule), (targets, dropped, decisions) in zip(
+                self.rules.items(), self.totals.values(), strict=True
+            )
+        }
+        return entries[ALL] if ALL in entries else {"sources": entries}
+
+    def restore(self, receipt: Mapping[str, Any]) -> None:
+        """Go on from a receipt of the same rules."""
+        entries = receipt["sources"] if "sources" in receipt else {ALL: receipt}
+        self.totals = {
+            name: (entry["targets"], entry["dropped"], int(entry["decisions"], 16)) for name, entry in entries.items()
+        }
+        self._pending.zero_()
+
+
+def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None) -> Path:
     """Write goldfish.json into a checkpoint folder, whole or not at all.
 
     Args:
         folder: the checkpoint.
-        rule: the rule it was trained under.
+        tally: the rules it was trained under and what they dropped.
         tokenizer: its tokenizer, or None where it is not known.
-        targets, dropped: tokens that could have been targets so far, and how many of them were dropped.
+        before: the receipt of the training under other rules that this one went on from.
     """
-    import torch
     import transformers
 
     receipt = {
         "schema": SCHEMA,
-        "rule": rule.to_dict(),
+        **tally.entries(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "targets": targets,
-        "dropped": dropped,
         "versions": {
             "goldfish": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+        **({"before": before} if before else {}),
     }
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +130,7 @@ def write_receipt(folder: str | Path, rule: Goldfish, *, tokenizer: Any, targets
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
-    """The receipt of a checkpoint folder with its rule as a Goldfish, or None for a checkpoint without one.
+    """The receipt of a checkpoint folder, or None for a checkpoint without one. See `rules_of`.
 
     Raises:
         ValueError: a goldfish.json that is not a receipt.
@@ -60,9 +142,19 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
         receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if receipt["schema"] != SCHEMA:
             raise ValueError(f"its schema is {receipt['schema']!r}, this version reads {SCHEMA!r}")
-        return {**receipt, "rule": Goldfish(**receipt["rule"])}
+        rules_of(receipt)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a goldfish receipt: {error}") from error
+        raise ValueError(f"{path} is not a goldfish receipt: {error!r}") from error
+    return receipt
+
+
+def rules_of(receipt: Mapping[str, Any]) -> Rules:
+    """The rules that a receipt names; a "text" rule is not bound to a tokenizer."""
+    if "sources" not in receipt:
+        return Goldfish(**receipt["rule"])
+    return {
+        name: entry["rule"] and Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()
+    }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

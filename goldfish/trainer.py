@@ -4,13 +4,17 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from goldfish.labels import IGNORE_INDEX, GoldfishCollator, mask_batch
+from goldfish.labels import IGNORE_INDEX, SOURCE, CarrySource, GoldfishCollator, Rules, mask_batch
 from goldfish.loss import GoldfishLoss
-from goldfish.receipt import read_receipt, write_receipt
+from goldfish.receipt import Tally, check_rules, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
 from goldfish.rule import Goldfish
+
+logger = logging.get_logger(__name__)
 
 
 class GoldfishMixin(Trainer):
@@ -22,29 +26,40 @@ class GoldfishMixin(Trainer):
     dropped since the last log; every checkpoint gains goldfish.json.
 
     Args:
-        goldfish: the rule; everything else is the Trainer's.
+        goldfish: the rule, or a mapping to rules from the names in the training dataset's column `source` (None: such
+            rows are not masked). Everything else is the Trainer's.
     """
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
+    goldfish: Rules
 
-    goldfish: Goldfish
-
-    def __init__(self, *args: Any, goldfish: Goldfish, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goldfish: Rules, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._start_goldfish(goldfish)
 
-    def _start_goldfish(self, rule: Goldfish) -> None:
-        if not isinstance(rule, Goldfish):
-            raise TypeError(f"goldfish must be a Goldfish rule such as Goldfish(k=4, h=13), got {rule!r}")
+    def _start_goldfish(self, rules: Rules) -> None:
+        check_rules(rules)
         if isinstance(self.compute_loss_func, GoldfishLoss) or isinstance(self.data_collator, GoldfishCollator):
             raise ValueError(
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
             )
-        self.goldfish = rule
-        self._totals = (0, 0)  # targets and dropped ones, all processes, since training began
-        self._logged = (0, 0)  # the same at the last log
-        self._counted = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # this process, since _sync_counts
+        self.goldfish = rules
+        self._tally = Tally(rules, self.args.device)
+        self._logged = (0, 0)  # targets and dropped ones at the last log
+        self._before: dict[str, Any] | None = None  # the receipt of a run under other rules that this one goes on from
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if isinstance(self.goldfish, Goldfish):
+            return super().get_train_dataloader()
+        # Training batches carry their rows' sources; for a moment Trainer is told that this column is wanted.
+        self._set_signature_columns_if_needed()
+        collator, columns = self.data_collator, self._signature_columns
+        self.data_collator, self._signature_columns = CarrySource(collator, self.goldfish), [*columns, SOURCE]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator, self._signature_columns = collator, columns
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -57,54 +72,73 @@ class GoldfishMixin(Trainer):
 
     def _mask_and_count(self, batch: dict[str, Any]) -> dict[str, Any]:
         masked = mask_batch(self.goldfish, batch)
-        before = (batch.get("labels", batch["input_ids"])[..., 1:] != IGNORE_INDEX).sum()
-        after = (masked["labels"][..., 1:] != IGNORE_INDEX).sum()
-        self._counted += torch.stack([before, before - after]).to(self._counted.device)
+        self._tally.add(batch, masked)
         return masked
 
-    def _sync_counts(self) -> None:
+    def _sync_tally(self) -> None:
         """Add up what all processes counted. Every process must call it."""
-        counted = self.accelerator.reduce(self._counted, "sum").tolist()
-        self._counted.zero_()
-        self._totals = (self._totals[0] + counted[0], self._totals[1] + counted[1])
+        self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_runtime" in logs:  # where Trainer calls this in every process
-            self._sync_counts()
-            targets, dropped = (now - then for now, then in zip(self._totals, self._logged, strict=True))
+            self._sync_tally()
+            now = self._tally.sum()
+            targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
             if "loss" in logs and targets > 0:
                 logs["goldfish/drop_rate"] = dropped / targets
-                self._logged = self._totals
+                self._logged = now
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call:  # Trainer's own checkpoints are made by all processes, a user's call perhaps by one
-            self._sync_counts()
+            self._sync_tally()
         if self.args.should_save:
-            write_receipt(
-                output_dir or self.args.output_dir,
-                self.goldfish,
-                tokenizer=self.processing_class,
-                targets=self._totals[0],
-                dropped=self._totals[1],
-            )
+            write_receipt(output_dir or self.args.output_dir, self._tally, self.processing_class, self._before)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        allow_other_rule: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As Trainer's. A run that is resumed goes on counting where its checkpoint's goldfish.json stopped.
+
+        Args:
+            allow_other_rule: resume although the rule or the tokenizer changed; goldfish.json then keeps the old
+                receipt under `before`.
+
+        Raises:
+            ValueError: the checkpoint was trained under another rule or with another tokenizer.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._totals = self._logged = (0, 0)
-        self._counted.zero_()
+        self._start_goldfish(self.goldfish)
         receipt = read_receipt(checkpoint) if checkpoint else None
         if receipt is not None:
-            if receipt["rule"] != self.goldfish:
-                raise ValueError(
-                    f"{checkpoint} was trained under {receipt['rule']}, this trainer has {self.goldfish}; "
-                    "resume with the same rule, or start a new run from its weights (model, not resume_from_checkpoint)"
-                )
-            self._totals = self._logged = (receipt["targets"], receipt["dropped"])
+            self._resume_goldfish(receipt, str(checkpoint), allow_other_rule)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _resume_goldfish(self, receipt: dict[str, Any], checkpoint: str, allow_other_rule: bool) -> None:
+        trained = (rules_of(receipt), receipt["tokenizer"])
+        present = (self.goldfish, tokenizer_fingerprint(self.processing_class))
+        if trained == present:
+            self._before = receipt.get("before")
+            self._tally.restore(receipt)
+            self._logged = self._tally.sum()
+            return
+        what = f"under {trained[0]}" if trained[0] != present[0] else f"with the tokenizer {trained[1]}"
+        here = present[0] if trained[0] != present[0] else present[1]
+        if not allow_other_rule:
+            raise ValueError(
+                f"{checkpoint} was trained {what}, this trainer has {here}. The tokens that one of them dropped, the "
+                "other teaches. Resume with what the checkpoint had, start a new run from its weights, or, if you "
+                "mean it, train(resume_from_checkpoint=..., allow_other_rule=True)"
+            )
+        logger.warning("%s was trained %s and is resumed with %s", checkpoint, what, here)
+        self._before = receipt
 
 
 class GoldfishTrainer(GoldfishMixin):
@@ -114,7 +148,7 @@ class GoldfishTrainer(GoldfishMixin):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def attach(trainer: AnyTrainer, rule: Goldfish) -> AnyTrainer:
+def attach(trainer: AnyTrainer, rule: Rules) -> AnyTrainer:
     """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
 
         trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
 
-from goldfish import Goldfish, GoldfishCollator, mask_labels
+from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
@@ -85,3 +86,83 @@ def test_shift_labels_are_masked_too():
 def test_a_batch_without_ids_is_refused():
     with pytest.raises(ValueError, match="decides from input_ids, but the batch holds only inputs_embeds"):
         GoldfishCollator(lambda _: {"inputs_embeds": torch.zeros(1, 2, 3)}, RULE)([])
+
+
+SOURCES = {"books": RULE, "web": Goldfish(k=50, h=3), "own": None}
+
+
+def test_each_source_has_its_rule():
+    ids = random_ids(4, 60)
+    names = ["web", "books", "own", "books"]
+    rows = [{"input_ids": row, "source": name} for row, name in zip(ids.tolist(), names, strict=True)]
+    batch = GoldfishCollator(default_data_collator, SOURCES)(rows)
+    assert set(batch) == {"input_ids", "labels"}
+    for row, labels, name in zip(ids, batch["labels"], names, strict=True):
+        assert torch.equal(labels, mask_labels(SOURCES[name], row))
+    assert (batch["labels"][2] == ids[2]).all()
+    assert rows[0]["source"] == "web", "the features are left as they were"
+
+
+def test_a_source_without_a_rule_is_refused():
+    collator = GoldfishCollator(default_data_collator, SOURCES)
+    with pytest.raises(ValueError, match=r"a row has the source 'news', but there are rules for books, own, web; give"):
+        collator([{"input_ids": [1, 2], "source": "news"}])
+    with pytest.raises(ValueError, match="a row has the source None"):
+        collator([{"input_ids": [1, 2]}])
+    with pytest.raises(ValueError, match=r"2 rows were packed into 1, .* premask"):
+        GoldfishCollator(DataCollatorWithFlattening(), SOURCES)([{"input_ids": [1, 2], "source": "own"}] * 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_premask_writes_what_the_collator_would(streaming):
+    names = ["web", "books", "own"]
+    lengths = [30, 50, 20]
+    rows = [{"input_ids": random_ids(n).tolist(), "source": name} for n, name in zip(lengths, names, strict=True)]
+    dataset = Dataset.from_list(rows)
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    for row in premask(dataset, SOURCES, dropped_column="dropped"):
+        ids, rule = torch.tensor(row["input_ids"]), SOURCES[row["source"]]
+        assert row["labels"] == mask_labels(rule, ids).tolist()
+        assert row["dropped"] == [label == -100 for label in row["labels"]]
+
+
+def test_premask_respects_labels_padding_and_documents():
+    ids = random_ids(40)
+    row = {
+        "input_ids": ids.tolist(),
+        "labels": [-100] * 5 + ids[5:].tolist(),
+        "position_ids": [*range(20), *range(20)],
+        "attention_mask": [0] * 3 + [1] * 37,
+    }
+    (masked,) = premask(Dataset.from_list([row]), RULE)
+    given = {name: torch.tensor(row[name]) for name in ("labels", "position_ids", "attention_mask")}
+    assert masked["labels"] == mask_labels(RULE, ids, **given).tolist()
+
+
+def test_premask_is_cached_by_the_rule(tmp_path):
+    Dataset.from_list([{"input_ids": random_ids(40).tolist()}] * 4).save_to_disk(str(tmp_path / "rows"))
+
+    def files(rule, num_proc=None):
+        masked = premask(load_from_disk(str(tmp_path / "rows")), rule, num_proc=num_proc)
+        return sorted(file["filename"] for file in masked.cache_files)
+
+    assert files(RULE) == files(Goldfish(k=2, h=3))
+    assert files(RULE) != files(Goldfish(k=2, h=4))
+    assert len(files(Goldfish(k=3), num_proc=2)) == 2, "each process has a cache of its own"
+
+
+def test_premask_refuses_what_it_cannot_do():
+    dataset = Dataset.from_list([{"text": "not tokenized"}])
+    with pytest.raises(ValueError, match=r"decides from input_ids, but the rows hold only text; tokenize first"):
+        premask(dataset, RULE)
+    with pytest.raises(ValueError, match="draws anew in every epoch"):
+        premask(dataset, {"a": Goldfish(strategy="random")})
+
+
+def test_sequence_parallel_shards_add_up_to_the_whole():
+    """Labels decided on the whole row, then cut among ranks: together the same targets; cut first, they are not."""
+    ids = random_ids(1, 64)
+    whole = mask_labels(RULE, ids)
+    assert torch.equal(torch.cat([whole[:, :32], whole[:, 32:]], dim=1), whole)
+    cut_first = torch.cat([mask_labels(RULE, ids[:, :32]), mask_labels(RULE, ids[:, 32:])], dim=1)
+    assert not torch.equal(cut_first, whole)
