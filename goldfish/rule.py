@@ -184,7 +184,7 @@ class Goldfish:
         if self.document_end is not None:
             ended = torch.nn.functional.pad(ids[:, :-1] == self.document_end, (1, 0))
             starts = starts | ended
-        return torch.where(starts, column, 0).cummax(-1).values
+        return (starts * column).cummax(-1).values
 
     def _decide_like_reference(self, ids: Tensor) -> Tensor:
         drop = torch.zeros_like(ids, dtype=torch.bool)

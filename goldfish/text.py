@@ -1,9 +1,10 @@
-"""Near-duplicate-proof decisions: for every token a key of the last h words before its word. Integers only, O(N).
+"""Near-duplicate-proof decisions: for every token a key of the last h words before its word. Integers only.
 
-A token's text appends to its document's normal form (`vocabulary.fold`): letters and digits, in words that each end
-in one space. What a token appends is the same wherever it stands, but for two things that earlier tokens decide:
-whether a leading separator has a word to end, and which character a leading part of a character completes. So per
-vocabulary entry its normal form is hashed once, and per batch the hashes are put together with prefix sums.
+A document's normal form (`vocabulary.fold`) is letters and digits, in words that each end in one space. What a token
+appends to it is the same wherever the token stands, but for two things that earlier tokens decide: whether a leading
+separator has a word to end, and which character a leading part of a character completes. So the normal form of each
+vocabulary entry is hashed once, and prefix sums put the hashes of a batch together. The hash of bytes b0, b1, ... is
+here the sum of mix(b[j]) * M**-(j + 1), what `hashing.prefix_hashes` sums up, and a hash at position p weighs M**-p.
 """
 
 from collections.abc import Iterable
@@ -14,38 +15,40 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from goldfish import spec
-from goldfish.hashing import INVERSE, MULTIPLIER, mix, powers, signed
-from goldfish.vocabulary import characters, fold
+from goldfish.hashing import INVERSE, MULTIPLIER, powers, signed
+from goldfish.vocabulary import characters
 
 _MIXED = [spec.mix(byte) for byte in range(256)]
 _SPACE = signed(_MIXED[0x20])
-_NOTHING, _SEPARATOR = 0, 1  # the codes of no text and of a space
+_COMPLETE = 1 << 24  # see `_tail`
+_INSIDE = 1 << 37  # see `_parts`
+_SAYS, _LEADS = 1 << 32, 1 << 33  # see `_outline`
 
 
 class Codes(NamedTuple):
-    """The normal forms of a vocabulary as integers. Each distinct form has one code c, an index of `form`.
+    """The normal forms of a vocabulary as integers, int64. Each distinct form has a number, its code; "" has 0.
 
-    The form's cuts are the places where it ends a word: the first cut is its beginning, the others follow the spaces
-    inside and at its end. All int64.
+    What a form appends is cut where it ends a word: the first cut is its beginning, the others follow the spaces
+    inside it and at its end.
     """
 
     of_id: Tensor  # (V + 1,) the code of each id's text; the last is a space, for ids outside the vocabulary
-    hash: Tensor  # (C,) the polynomial hash of what a form appends, a leading space not counted
-    form: Tensor  # (C,) five numbers in one, see `_pack`
-    cut_hash: Tensor  # (K,) the hash of what a form appends up to its cut
+    of_character: Tensor  # (0x110001,) 0, then the code of each character; (0,) where no entry ends in part of a character
+    parts: Tensor  # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
+    outline: Tensor  # (C,) five small numbers about each form, see `_outline`
+    hash: Tensor  # (C,) the hash of what a form appends
+    cut_hash: Tensor  # (K,) the same, up to each cut
     cut_length: Tensor  # (K,) and its length in bytes
-    of_character: Tensor  # (0x110001,) the code of each character, or (0,) where no entry holds part of a character
-    head: Tensor  # (V + 1,) the continuation bytes that an entry begins with, at most three, see `_head`
-    tail: Tensor  # (V + 1,) the beginning of a character that it ends in, see `_tail`
-    forward: Tensor  # powers of the multiplier,
-    backward: Tensor  # and of its inverse, enough for the longest form and a space
+    up: Tensor  # powers of the multiplier M
+    down: Tensor  # and of its inverse, enough for the longest form and a space
+    two_pieces: bool  # whether an entry that begins with part of a character has more to say
 
     def to(self, device: torch.device) -> "Codes":
-        return Codes(*(tensor.to(device) for tensor in self))
+        return Codes(*(field.to(device) if isinstance(field, Tensor) else field for field in self))
 
 
 class Vocabulary:
-    """The codes of a vocabulary, moved to each device once; of a rule that is bound to a tokenizer."""
+    """The codes of a tokenizer's vocabulary, moved to each device once."""
 
     def __init__(self, entries: list[bytes]) -> None:
         self._on = {torch.device("cpu"): encode(entries)}
@@ -59,34 +62,39 @@ class Vocabulary:
 def encode(entries: list[bytes]) -> Codes:
     """The codes of a vocabulary, given the bytes of each id (`vocabulary.token_bytes`)."""
     entries = [*entries, b" "]
-    heads, tails = [_head(entry) for entry in entries], [_tail(entry) for entry in entries]
-    index = {"": _NOTHING, " ": _SEPARATOR}
-
-    def number(form: str) -> int:
-        return index.setdefault(form, len(index))
-
-    of_id = [number("".join(map(fold, entry.decode("utf-8", "ignore")))) for entry in entries]
-    of_character = [number(form) for form in (*characters(), "")] if any(tails) else []
-    hashes, packed, cut_hashes, cut_lengths = [], [], [0], [0]
-    for form in index:
-        words = form.split(" ")
-        ended, unfinished = [f"{word} ".encode() for word in words[:-1] if word], words[-1].encode()
-        state, length, first_cut = 0, 0, len(cut_hashes) if ended else 0
+    code = {"": 0}
+    forms = [entry.decode("utf-8", "ignore").translate(characters()) for entry in entries]
+    of_id = [code.setdefault(form, len(code)) for form in forms]
+    split = any(_tail(entry) for entry in entries)
+    of_character = [code.setdefault(form, len(code)) for form in ("", *characters())] if split else []
+    outlines, hashes, cut_hashes, cut_lengths = [], [], [0], [0]
+    inverse_powers = [1]
+    for form in code:
+        *ended, unfinished = form.split(" ")
+        ended = [word for word in ended if word]
+        appended = "".join(f"{word} " for word in ended) + unfinished
+        data = appended.encode()
+        first_cut = len(cut_hashes) if ended else 0
         if ended:
             cut_hashes.append(0)
             cut_lengths.append(0)
-        for word in ended:
-            state, length = _extend(state, word), length + len(word)
-            cut_hashes.append(state)
-            cut_lengths.append(length)
-        hashes.append(_extend(state, unfinished))
-        packed.append(_pack(form, first_cut, len(ended), length + len(unfinished)))
-    longest = max(number & 0xFFFF for number in packed) + 2
-    cpu = torch.device("cpu")
+        state = 0
+        for position, byte in enumerate(data, 1):
+            if position == len(inverse_powers):
+                inverse_powers.append((inverse_powers[-1] * INVERSE) & spec.WORD)
+            state = (state + _MIXED[byte] * inverse_powers[position]) & spec.WORD
+            if byte == 0x20:
+                cut_hashes.append(state)
+                cut_lengths.append(position)
+        hashes.append(state)
+        outlines.append(_outline(form, first_cut, len(ended), len(data)))
+    longest, cpu = len(inverse_powers), torch.device("cpu")
+    parts = [_parts(entry) for entry in entries]
     return Codes(
-        *map(_tensor, (of_id, hashes, packed, cut_hashes, cut_lengths, of_character, heads, tails)),
-        powers(MULTIPLIER, longest, cpu),
-        powers(INVERSE, longest, cpu),
+        *map(_tensor, (of_id, of_character, parts, outlines, hashes, cut_hashes, cut_lengths)),
+        powers(MULTIPLIER, longest + 1, cpu),
+        powers(INVERSE, longest + 1, cpu),
+        two_pieces=any(_head(entry)[0] and form for entry, form in zip(entries, forms, strict=True)),
     )
 
 
@@ -99,114 +107,145 @@ def contexts(codes: Codes, ids: Tensor, document_start: Tensor, h: int) -> tuple
     Returns:
         The polynomial hash of the context plus its length in bytes, and its length in words; int64 (B, T).
     """
-    known = (ids >= 0) & (ids < codes.of_id.shape[0] - 1)
-    ids = torch.where(known, ids, codes.of_id.shape[0] - 1)
-    starts = document_start == torch.arange(ids.shape[-1], device=ids.device)
-    pieces = codes.of_id[ids]
-    if codes.of_character.shape[0]:  # two pieces a token: the character that it completes, then the rest of its text
-        pieces = torch.stack((_completed(codes, ids, starts), pieces), -1).flatten(-2)
-        starts = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(-2)
-    form = codes.form[pieces]
-    length, cuts, first_cut = form & 0xFFFF, (form >> 16) & 0xFFFF, form >> 35
-    says = ((form >> 32) & 1 != 0) | starts
-    leads = ((form >> 33) & 1 != 0) | starts  # a document's start ends the word before it, like a separator
-
-    # Is a word open where a piece begins? The last piece before it that says anything knows.
-    column = torch.arange(pieces.shape[-1], device=ids.device)
-    is_open = torch.where(says, 2 * column + ((form >> 34) & 1), 0).cummax(-1).values & 1
-    ends = (leads & (pad(is_open[..., :-1], (1, 0)) != 0)).long()  # 1 where a piece ends it, by one more space
-
-    # Prefix sums over the pieces. A piece appends (a space and) its form; its own hash counts at its end.
-    words, bytes_, down, up = cuts + ends, length + ends, codes.backward, codes.forward
-    inverse = down[bytes_].cumprod(-1)
-    text = codes.hash[pieces] + ends * _SPACE * up[length]
-    prefix = pad((text * inverse).cumsum(-1), (1, 0))
-    words_after, bytes_before = words.cumsum(-1), bytes_.cumsum(-1) - bytes_
-    words_before = words_after - words
-    scale_before = pad(up[bytes_].cumprod(-1)[..., :-1], (1, 0), value=1)
-    inverse_before = pad(inverse[..., :-1], (1, 0), value=1)
-
-    def cut(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the document's word of that number begins: prefix hash, position in bytes, multiplier ** position."""
-        piece = torch.searchsorted(words_after, number)
-        end = ends.gather(-1, piece)
-        within = first_cut.gather(-1, piece) + (number - words_before.gather(-1, piece) - end).clamp(min=0)
-        size = codes.cut_length[within]
-        state = codes.cut_hash[within] + end * _SPACE * up[size]
-        size = size + end
-        state = prefix.gather(-1, piece) + state * inverse_before.gather(-1, piece) * down[size]
-        return state, bytes_before.gather(-1, piece) + size, scale_before.gather(-1, piece) * up[size]
-
-    word = words_before + ends
+    last = codes.of_id.shape[0] - 1
+    ids = ids.clamp(-1, last)
+    ids = ids + (ids < 0) * (last + 1)
+    column = torch.arange(ids.shape[-1], device=ids.device)
+    starts, two_pieces = document_start == column, False
+    pieces = _look_up(codes.of_id, ids)
     if codes.of_character.shape[0]:
-        word, says = word.unflatten(-1, (-1, 2)), says.unflatten(-1, (-1, 2))
-        word = torch.where(says[..., 0], word[..., 0], word[..., 1])
+        completed = _completed(codes, ids, starts)
+        two_pieces = codes.two_pieces and not (_may_look(ids) and not ((completed != 0) & (pieces != 0)).any())
+        if two_pieces:  # of every token: the character that it completes, then the rest of its text
+            pieces = torch.stack((completed, pieces), -1).flatten(-2)
+            starts = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(-2)
+            column = torch.arange(pieces.shape[-1], device=ids.device)
+        else:
+            pieces = completed + (completed == 0) * pieces
+    outline, text = _look_up(codes.outline, pieces), _look_up(codes.hash, pieces)
+    length, cuts, first_cut = outline & 0xFFFF, (outline >> 16) & 0xFFFF, outline >> 35
+    says = ((outline & _SAYS) != 0) | starts
+    leads = ((outline & _LEADS) != 0) | starts  # a document's start ends the word before it, like a separator
+
+    # Is a word open where a piece begins? The last piece before it that says anything knows. Then `ends` is 1 where a
+    # piece begins by ending it: with one more space.
+    is_open = (says * (2 * column + ((outline >> 34) & 1))).cummax(-1).values & 1
+    ends = leads * pad(is_open[..., :-1], (1, 0))
+
+    # Of every piece, after that space: its place in bytes, M**place, M**-place, the hash of all before it.
+    step = ends + pad(length[..., :-1], (1, 0))
+    place, weight, scale = step.cumsum(-1), _look_up(codes.down, step).cumprod(-1), _look_up(codes.up, step).cumprod(-1)
+    before = (ends * _SPACE * weight + pad((text * weight)[..., :-1], (1, 0))).cumsum(-1)
+    words = cuts + ends
+    words_after = words.cumsum(-1)
+    word = words_after - cuts  # the number of the word that a piece begins with, or goes on with
+    zeroth_cut = first_cut - word  # so that `zeroth_cut + number` is the cut where word `number` begins
+
+    # The piece in which that word begins, and the word h before it.
+    ended_in = ((words > 0) * column).cummax(-1).values
+    home = pad(ended_in[..., :-1], (1, 0))
+    home = home + ends * (column - home)
+    if two_pieces:
+        own = torch.arange(0, pieces.shape[-1], 2, device=ids.device) + ~says[..., ::2]
+        word, home = word.gather(-1, own), home.gather(-1, own)
     count = (word - word.gather(-1, document_start)).clamp(max=h)
-    end_state, end, scale = cut(word)
-    begin_state, begin, _ = cut(word - count)
-    return (end_state - begin_state) * scale + (end - begin), count
+    oldest = word - count
+
+    def cut(piece: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where word `number` begins, in `piece`: the hash of all before it, its place, its distance in the piece."""
+        at = zeroth_cut.gather(-1, piece) + number
+        within = _look_up(codes.cut_length, at)
+        hashed = before.gather(-1, piece) + _look_up(codes.cut_hash, at) * weight.gather(-1, piece)
+        return hashed, place.gather(-1, piece) + within, within
+
+    end_hash, end, within = cut(home, word)
+    begin_hash, begin, _ = cut(_where_ended(words, words_after, oldest), oldest)
+    return (end_hash - begin_hash) * scale.gather(-1, home) * _look_up(codes.up, within) + (end - begin), count
+
+
+def _where_ended(words: Tensor, words_after: Tensor, number: Tensor) -> Tensor:
+    """The first piece after which `number` words have ended, for every element of number."""
+    if not _may_look(words):
+        return torch.searchsorted(words_after, number)
+    # The same, three times as fast: every piece leaves its column at the first word that it ends.
+    some = words > 0
+    column = torch.arange(words.shape[-1], device=words.device)
+    table = words.new_zeros(words.shape[0], int(words_after[:, -1].max()) + 1)
+    table.scatter_(-1, (words_after - words + 1) * some, column * some)
+    return table.cummax(-1).values.gather(-1, number)
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether shapes may depend on values: where that makes no device wait and breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
-    """The code of the character whose last byte stands at a token's beginning, `_NOTHING` where there is none.
+    """The code of the character whose last byte is among a token's leading continuation bytes, or 0.
 
-    A character has at most four bytes, so at most two tokens lie between its first and its last.
+    A character has at most four bytes, so at most two tokens lie between the first and the last of its tokens.
     """
-    head, tail = codes.head[ids], codes.tail[ids]
-    count, inside = head & 3, (head >> 2) & 1 != 0
-
-    def before(pending: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pending = torch.where(starts, 0, pad(pending[..., :-1], (1, 0)))
-        return pending >> 24, (pending >> 22) & 3, pending & 0x3FFFFF
-
+    parts = _look_up(codes.parts, ids)
+    tail, payload, shift = parts >> 38, (parts >> 19) & 0x3FFFF, parts & 0x7FFFF
+    inside = ((parts & _INSIDE) != 0) & ~starts
     pending = tail
     for _ in range(2):
-        missing, kind, value = before(pending)
-        value = (value << (6 * count)) | (head >> (21 - 6 * count))
-        longer = ((missing - count) << 24) | (kind << 22) | value
-        pending = torch.where(inside & (missing > count), longer, tail)
-    missing, kind, value = before(pending)
-    value = (value << (6 * missing)) | (head >> (21 - 6 * missing))
-    valid = (missing > 0) & (missing <= count) & (value >= (0x40 << (5 * kind)))  # no longer than it need be
-    return torch.where(valid, codes.of_character[value.clamp(max=0x110000)], _NOTHING)
+        earlier = pad(pending[..., :-1], (1, 0))
+        longer = earlier * shift + payload
+        pending = tail + (inside & (earlier != 0) & (longer < _COMPLETE)) * longer
+    earlier = pad(pending[..., :-1], (1, 0))
+    value = earlier * shift + payload
+    for _ in range(2):  # an entry with more continuation bytes than are missing: the others mean nothing
+        value = value - (value >= _COMPLETE << 6) * (value - (value >> 6))
+    character = value & 0x1FFFFF
+    least = (value >= 1 << 25) * 0x800 + (value >= 1 << 26) * 0xF800  # in more bytes than it needs it is no character
+    valid = (earlier != 0) & (value >= _COMPLETE) & (character >= least) & (character < 0x110000) & ~starts
+    return _look_up(codes.of_character, (character + 1) * valid)
 
 
-def _head(entry: bytes) -> int:
-    """The payloads of up to three leading continuation bytes, 6 bits each from bit 20 down; bit 2: there is nothing
-    else in the entry; bits 0 and 1: how many there are."""
-    rest = entry.lstrip(bytes(range(0x80, 0xC0)))
-    first = entry[: len(entry) - len(rest)][:3]
-    return sum((byte & 63) << shift for byte, shift in zip(first, (15, 9, 3), strict=False)) | (not rest) << 2 | len(first)
+def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices], three times as fast on CPU; so is a product with a bool, for torch.where, in this file."""
+    return table.index_select(0, indices.reshape(-1)).view(indices.shape)
+
+
+def _parts(entry: bytes) -> int:
+    """`_tail` from bit 38; bit 37: nothing but continuation bytes; `_head`: payload from bit 19, below 64**count."""
+    count, payload = _head(entry)
+    inside = not entry.strip(bytes(range(0x80, 0xC0)))
+    return _tail(entry) << 38 | inside << 37 | payload << 19 | 64**count
+
+
+def _head(entry: bytes) -> tuple[int, int]:
+    """How many continuation bytes an entry begins with, at most three, and their payloads, 6 bits each."""
+    count, payload = 0, 0
+    for byte in entry[:3]:
+        if not 0x80 <= byte < 0xC0:
+            break
+        count, payload = count + 1, payload << 6 | byte & 63
+    return count, payload
 
 
 def _tail(entry: bytes) -> int:
-    """The unfinished character at an entry's end: bits 24 and up: how many bytes are missing; 22 and 23: the
-    character's length in bytes, less two; below: the payload so far. 0 where there is none."""
+    """The unfinished character at an entry's end, or 0: the payload so far, and before it a bit that arrives at bit
+    24, 25 or 26 (a character of two, three or four bytes) when the missing bytes have pushed it on by 6 bits each."""
     for start in range(len(entry) - 1, max(len(entry) - 4, -1), -1):
         lead = entry[start]
-        if 0xC2 <= lead <= 0xF4:
-            length = 2 + (lead >= 0xE0) + (lead >= 0xF0)
-            value = lead & (0x7F >> length)
+        if not 0x80 <= lead < 0xC0:
+            size = 2 + (lead >= 0xE0) + (lead >= 0xF0)
+            if not (0xC2 <= lead <= 0xF4 and len(entry) - start < size):
+                return 0
+            value = 1 << (22 + size - 6 * (size - 1)) | lead & (0x7F >> size)
             for byte in entry[start + 1 :]:
                 value = value << 6 | byte & 63
-            missing = length - (len(entry) - start)
-            return missing << 24 | length - 2 << 22 | value if missing > 0 else 0
-        if not 0x80 <= lead < 0xC0:
-            return 0
+            return value
     return 0
 
 
-def _pack(form: str, first_cut: int, cuts: int, length: int) -> int:
-    """A form in one integer; from the lowest bit: its length in bytes (16), the words that it ends (16), whether it
-    says anything (1), begins with a space (1), ends inside a word (1), and the place of its first cut."""
-    says, leads, is_open = bool(form), form[:1] == " ", form[-1:] not in ("", " ")
-    return first_cut << 35 | is_open << 34 | leads << 33 | says << 32 | cuts << 16 | length
-
-
-def _extend(state: int, text: bytes) -> int:
-    for byte in text:
-        state = (state * spec.MULTIPLIER + _MIXED[byte]) & spec.WORD
-    return state
+def _outline(form: str, first_cut: int, cuts: int, length: int) -> int:
+    """In one integer, from the lowest bit: the bytes that a form appends (16 bits), the words that it ends (16),
+    whether it is not empty (1), begins with a space (1), ends inside a word (1), and the place of its first cut."""
+    is_open = form[-1:] not in ("", " ")
+    return first_cut << 35 | is_open << 34 | form.startswith(" ") << 33 | (form != "") << 32 | cuts << 16 | length
 
 
 def _tensor(numbers: Iterable[int]) -> Tensor:

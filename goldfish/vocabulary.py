@@ -14,7 +14,6 @@ UNSPACED = (
 )
 
 
-@cache
 def fold(character: str) -> str:
     """The normal form of one character: letters and digits, and a space wherever a word ends; may be empty.
 
@@ -23,6 +22,8 @@ def fold(character: str) -> str:
     else, white space and punctuation, is a space. A character of a script without spaces is a word of its own.
     Working on decomposed characters, one by one, gives composed and decomposed spellings the same normal form.
     """
+    if category(character) in ("Cn", "Co", "Cs"):  # not assigned, private or half a character
+        return " " if category(character) != "Cs" else ""
     result = ""
     for c in normalize("NFKD", normalize("NFKD", character).casefold()):
         kind = category(c)
@@ -36,7 +37,7 @@ def fold(character: str) -> str:
 @cache
 def characters() -> list[str]:
     """The normal form of every code point; `text.translate(characters())` is that of a text."""
-    return ["" if 0xD800 <= c < 0xE000 else fold(chr(c)) for c in range(0x110000)]
+    return [fold(chr(c)) for c in range(0x110000)]
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
