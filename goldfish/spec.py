@@ -88,8 +88,8 @@ def dropped(
             drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
         elif strategy == "text":  # the context is the UTF-8 text of the h words before, each with a space after it
             words = words_before([vocabulary[token] for token in ids[start : i + 1]], fold)  # type: ignore[index, arg-type]
-            text = "".join(word + " " for word in words[-h:])
-            drop = key(list(text.encode()), seed) >> 32 < limit and 0 < len(words) and (len(words) >= h or head == "short")
+            text, n = "".join(word + " " for word in words[-h:]), min(h, len(words))
+            drop = key(list(text.encode()), seed) >> 32 < limit and n > 0 and (n == h or head == "short")
         else:
             context = ids[i - n : i] if window == "preceding" else ids[i - n + 1 : i + 1]
             drop = key(context, seed) >> 32 < limit and (n == h or head == "short")

@@ -8,7 +8,7 @@ here the sum of mix(b[j]) * M**-(j + 1), what `hashing.prefix_hashes` sums up, a
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ class Codes(NamedTuple):
     """
 
     of_id: Tensor  # (V + 1,) the code of each id's text; the last is a space, for ids outside the vocabulary
-    of_character: Tensor  # (0x110001,) 0, then the code of each character; (0,) where no entry ends in part of a character
+    of_character: (
+        Tensor  # (0x110001,) 0, then the code of each character; (0,) where no entry ends in part of a character
+    )
     parts: Tensor  # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
     outline: Tensor  # (C,) five small numbers about each form, see `_outline`
     hash: Tensor  # (C,) the hash of what a form appends
@@ -44,7 +46,8 @@ class Codes(NamedTuple):
     two_pieces: bool  # whether an entry that begins with part of a character has more to say
 
     def to(self, device: torch.device) -> "Codes":
-        return Codes(*(field.to(device) if isinstance(field, Tensor) else field for field in self))
+        moved: dict[str, Any] = {n: x.to(device) for n, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved)
 
 
 class Vocabulary:
@@ -89,11 +92,16 @@ def encode(entries: list[bytes]) -> Codes:
         hashes.append(state)
         outlines.append(_outline(form, first_cut, len(ended), len(data)))
     longest, cpu = len(inverse_powers), torch.device("cpu")
-    parts = [_parts(entry) for entry in entries]
     return Codes(
-        *map(_tensor, (of_id, of_character, parts, outlines, hashes, cut_hashes, cut_lengths)),
-        powers(MULTIPLIER, longest + 1, cpu),
-        powers(INVERSE, longest + 1, cpu),
+        of_id=_tensor(of_id),
+        of_character=_tensor(of_character),
+        parts=_tensor(map(_parts, entries)),
+        outline=_tensor(outlines),
+        hash=_tensor(hashes),
+        cut_hash=_tensor(cut_hashes),
+        cut_length=_tensor(cut_lengths),
+        up=powers(MULTIPLIER, longest + 1, cpu),
+        down=powers(INVERSE, longest + 1, cpu),
         two_pieces=any(_head(entry)[0] and form for entry, form in zip(entries, forms, strict=True)),
     )
 
@@ -209,10 +217,10 @@ def _look_up(table: Tensor, indices: Tensor) -> Tensor:
 
 
 def _parts(entry: bytes) -> int:
-    """`_tail` from bit 38; bit 37: nothing but continuation bytes; `_head`: payload from bit 19, below 64**count."""
+    """`_tail` from bit 38; bit 37: nothing but continuation bytes; `_head`'s payload from bit 19, below 64**count."""
     count, payload = _head(entry)
     inside = not entry.strip(bytes(range(0x80, 0xC0)))
-    return _tail(entry) << 38 | inside << 37 | payload << 19 | 64**count
+    return _tail(entry) << 38 | inside << 37 | payload << 19 | 1 << 6 * count
 
 
 def _head(entry: bytes) -> tuple[int, int]:
@@ -244,6 +252,8 @@ def _tail(entry: bytes) -> int:
 def _outline(form: str, first_cut: int, cuts: int, length: int) -> int:
     """In one integer, from the lowest bit: the bytes that a form appends (16 bits), the words that it ends (16),
     whether it is not empty (1), begins with a space (1), ends inside a word (1), and the place of its first cut."""
+    if length > 0xFFFF:
+        raise ValueError(f"an entry of the vocabulary has {length} bytes of letters and digits; at most 65535 fit")
     is_open = form[-1:] not in ("", " ")
     return first_cut << 35 | is_open << 34 | form.startswith(" ") << 33 | (form != "") << 32 | cuts << 16 | length
 

@@ -88,7 +88,9 @@ def _reader(described: dict[str, Any]) -> Any:
     if suffix:
         return lambda token: token.removesuffix(suffix).encode() + (b" " if token.endswith(suffix) else b"")
     spaces = {part.get("replacement", "▁") for part in parts if part["type"] == "Metaspace"}
-    spaces |= {"▁" for part in parts if part["type"] == "Replace" and "▁" in (part["content"], *part["pattern"].values())}
+    spaces |= {
+        "▁" for part in parts if part["type"] == "Replace" and "▁" in (part["content"], *part["pattern"].values())
+    }
     if not spaces:
         raise ValueError(
             f"the entries of this tokenizer ({model['type']}, pre-tokenizer {described['pre_tokenizer']}) do not say "
