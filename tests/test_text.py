@@ -169,6 +169,30 @@ def test_bytes_of_any_text_equal_the_specification(vocabularies, text):
     assert rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist() == expected
 
 
+BROKEN = [
+    "c1 81", "e0 81 81", "f0 80 81 81", "f0 81 81 81",  # letters in more bytes than they need
+    "ed a0 80", "f4 90 80 80", "ff", "80", "c3 c3 a9", "e2 82 20", "e2 82 c3 a9", "f0 9d 92 c3 a9",
+    "c3 a9a0", "e2 82aca9", "c3 a9a0a0", "f0 9d92 9ca0", "c3 a9a062", "e3 808063 64",  # more than was missing
+    "c3 | a9", "e2 82 | ac", "f0 | 9d 92 9c", "c3 | a9a0",  # a document starts within
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_characters_equal_the_specification(broken):
+    """Between letters, so that a character wrongly read becomes part of a word, or ends one."""
+    row = ["78", "20", "6b", *broken.split(), "7a", "20", "79"]
+    tokens = [bytes.fromhex(token) for token in row if token != "|"]
+    positions = [1] * len(tokens)
+    if "|" in row:
+        positions[row.index("|")] = 0
+    ids, vocabulary = list(range(len(tokens))), Vocabulary(tokens)
+    for seed in range(12):
+        options = {"k": 2, "h": 2, "strategy": "text", "seed": seed}
+        rule = Goldfish(**options, vocabulary=vocabulary)
+        expected = spec.dropped(ids, positions, vocabulary=tokens, fold=FOLD, **options)
+        assert rule.dropped(torch.tensor(ids), torch.tensor(positions)).tolist() == expected
+
+
 def test_compiled_is_the_same(vocabularies):
     rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[0])
     ids = torch.randint(0, 256, (3, 200), generator=torch.Generator().manual_seed(0))
@@ -431,6 +455,11 @@ def test_special_tokens_separate_and_unknown_ids_too(tokenizers):
     expected = rule.dropped(torch.tensor(ids))
     assert torch.equal(rule.dropped(torch.tensor(beyond)), expected)
     assert torch.equal(rule.dropped(torch.tensor(negative)), expected)
+
+
+def test_unknown_tokens_separate():
+    tokenizer = Tokenizer(models.WordPiece({"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    assert token_bytes(tokenizer) == [b" one", b" two", b"two", b" "]
 
 
 @pytest.mark.core
