@@ -1,7 +1,7 @@
 """The goldfish rule: which tokens are dropped. Vectorised, CPU and GPU, integers only; `goldfish.spec` defines it."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from goldfish import spec
 from goldfish.hashing import below, mix, prefix_hashes, signed, window_hashes
+from goldfish.text import Vocabulary, contexts
+from goldfish.vocabulary import token_bytes
 
-Strategy = Literal["hash", "static", "random", "reference"]
+Strategy = Literal["hash", "text", "static", "random", "reference"]
 Window = Literal["preceding", "inclusive"]
 Head = Literal["short", "keep"]
 
@@ -22,8 +24,11 @@ class Goldfish:
 
     Args:
         k: one token in k is dropped, on average; any finite number above 1. 3 or 4 is the paper's strong setting.
-        h: how many preceding tokens decide ("hash", "reference"). 13 in the paper.
+        h: how many preceding tokens ("hash", "reference") or words ("text") decide. 13 tokens in the paper.
         strategy: "hash": from the h tokens before it, so that a passage has the same holes wherever it stands.
+            "text": from the h words before its word, as they read without case, accents, punctuation, spacing and
+            line breaks, so that near-duplicates and other tokenizers get the same holes; whole words are dropped. Needs
+            `rule.bind(tokenizer)`.
             "static": every k-th position of the document. "random": with probability 1/k in every draw; weak, for
             comparison: a passage seen often is seen whole. "reference": bit-exact with the authors' code on CPU,
             defects included; knows no documents, padding, seed, head or window.
@@ -33,6 +38,7 @@ class Goldfish:
             those there are. "keep": never drop them (the paper), which leaves every document's opening bare.
         exempt: ids that are never dropped, such as special tokens. They still are context.
         document_end: an id after which a new document starts, for rows packed without position_ids.
+        vocabulary: what `bind` adds for "text"; no part of the rule's identity.
 
     A document's first token is never dropped. Equal rules compare equal and hash equal.
 
@@ -48,6 +54,7 @@ class Goldfish:
     head: Head = "short"
     exempt: tuple[int, ...] = ()
     document_end: int | None = None
+    vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, (int, float)):
@@ -75,6 +82,21 @@ class Goldfish:
         object.__setattr__(self, "exempt", tuple(sorted(set(self.exempt))))
         if self.document_end is not None:
             _require_int("document_end", self.document_end, 0, "a token id or None")
+        if self.strategy == "text" and self.window == "inclusive":
+            raise ValueError(
+                'strategy="text" decides a whole word before it is read: window must be "preceding", got "inclusive"'
+            )
+
+    def bind(self, tokenizer: Any) -> "Goldfish":
+        """This rule for the ids of one tokenizer; what "text" needs, and nothing to the other strategies.
+
+        Args:
+            tokenizer: a Hugging Face fast tokenizer (what AutoTokenizer returns) or a `tokenizers.Tokenizer`.
+
+        Raises:
+            TypeError, ValueError: a tokenizer whose entries do not say what text they stand for.
+        """
+        return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy == "text" else self
 
     def dropped(
         self,
@@ -97,7 +119,7 @@ class Goldfish:
 
         Raises:
             TypeError: ids that are not integers.
-            ValueError: a shape or a device that does not fit.
+            ValueError: a shape or a device that does not fit; strategy "text" that is not bound to a tokenizer.
         """
         input_ids = _check_ids(input_ids)
         position_ids = _check_beside("position_ids", position_ids, input_ids, one_row=True)
@@ -123,13 +145,23 @@ class Goldfish:
         if self.strategy == "reference":
             return self._decide_like_reference(ids)
         column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-        offset = column - self._document_starts(ids, position_ids, column)
+        start = self._document_starts(ids, position_ids, column)
+        offset = column - start
         limit = spec.threshold(self.k)
         if self.strategy == "static":
             drop = ((offset * limit) & 0xFFFFFFFF) < limit
         elif self.strategy == "random":
             row = torch.arange(ids.shape[0], device=ids.device)[:, None]
             drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
+        elif self.strategy == "text":
+            if self.vocabulary is None:
+                raise ValueError(
+                    'strategy="text" reads words, so it must know the tokenizer: rule = rule.bind(tokenizer)'
+                )
+            state, n = contexts(self.vocabulary.on(ids.device), ids, start, self.h)
+            drop = below(mix(state + signed(spec.mix(self.seed))), limit) & (n > 0)
+            if self.head == "keep":
+                drop = drop & (n == self.h)
         else:
             n = offset.clamp(max=self.h)
             end = column if self.window == "preceding" else column + 1
@@ -152,7 +184,7 @@ class Goldfish:
         if self.document_end is not None:
             ended = torch.nn.functional.pad(ids[:, :-1] == self.document_end, (1, 0))
             starts = starts | ended
-        return torch.where(starts, column, 0).cummax(-1).values
+        return (starts * column).cummax(-1).values
 
     def _decide_like_reference(self, ids: Tensor) -> Tensor:
         drop = torch.zeros_like(ids, dtype=torch.bool)
@@ -169,7 +201,8 @@ class Goldfish:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values: `Goldfish(**rule.to_dict()) == rule`."""
-        return {**asdict(self), "exempt": list(self.exempt)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return {**values, "exempt": list(self.exempt)}
 
 
 @cache

@@ -35,17 +35,32 @@ def key(context: list[int], seed: int = 0) -> int:
     return mix((state + len(context) + mix(seed)) & WORD)
 
 
+def words_before(tokens: list[bytes], fold: list[str]) -> list[str]:
+    """The words that are complete before the last token's word; `tokens`: the bytes of a document's tokens up to it.
+
+    The normal form of a text is that of its characters, one after the other; words end at its spaces. A token adds the
+    normal forms of the characters that are complete with it. It belongs to the word that is open before it, unless it
+    adds a space first; then, and where no word is open, to the next word.
+    """
+    before, after = (b"".join(part).decode("utf-8", "ignore").translate(fold) for part in (tokens[:-1], tokens))
+    if after[len(before) :].startswith(" "):
+        before += " "
+    return [word for word in before.split(" ")[:-1] if word]
+
+
 def dropped(
     ids: list[int], position_ids: list[int] | None = None, attention_mask: list[int] | None = None, *,
     k: float = 4, h: int = 13, strategy: str = "hash", seed: int = 0, window: str = "preceding",
     head: str = "short", exempt: tuple[int, ...] = (), document_end: int | None = None,
     row: int = 0, draw: int = 0, table: list[bool] | None = None,
+    vocabulary: list[bytes] | None = None, fold: list[str] | None = None,
 ) -> list[bool]:  # fmt: skip
     """True where ids[i] is dropped; one row, any length.
 
     position_ids: 0 starts a document. attention_mask: 0 takes a token out before anything else happens.
     row, draw: for strategy "random" only, the row in its batch and the number of the draw.
     table: for strategy "reference" only, True where the reference implementation's table entry drops.
+    vocabulary, fold: for strategy "text" only, the bytes of each id and the normal form of each code point.
     """
     if strategy == "reference":  # no documents, no padding: the original, defects included
         return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]  # type: ignore[index]
@@ -56,6 +71,7 @@ def dropped(
         decided = dropped(
             [ids[i] for i in attended], positions, k=k, h=h, strategy=strategy, seed=seed, window=window,
             head=head, exempt=exempt, document_end=document_end, row=row, draw=draw,
+            vocabulary=vocabulary, fold=fold,
         )  # fmt: skip
         verdict = dict(zip(attended, decided, strict=True))
         return [verdict.get(i, False) for i in range(len(ids))]
@@ -70,6 +86,10 @@ def dropped(
             drop = (offset * limit) % 2**32 < limit
         elif strategy == "random":
             drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
+        elif strategy == "text":  # the context is the UTF-8 text of the h words before, each with a space after it
+            words = words_before([vocabulary[token] for token in ids[start : i + 1]], fold)  # type: ignore[index, arg-type]
+            text, n = "".join(word + " " for word in words[-h:]), min(h, len(words))
+            drop = key(list(text.encode()), seed) >> 32 < limit and n > 0 and (n == h or head == "short")
         else:
             context = ids[i - n : i] if window == "preceding" else ids[i - n + 1 : i + 1]
             drop = key(context, seed) >> 32 < limit and (n == h or head == "short")

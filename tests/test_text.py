@@ -1,0 +1,534 @@
+"""strategy="text": equal to its specification, and deaf to everything but words."""
+
+import codecs
+import json
+import pickle
+import random
+import string
+import unicodedata
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from goldfish import Goldfish, spec
+from goldfish.text import Vocabulary
+from goldfish.vocabulary import characters, fold, token_bytes
+
+FOLD = characters()
+TEXTS = [topics[name] for name in sorted(topics)][:40]
+SCRIPTS = (
+    "Straße ÉCOLE naïve ΟΔΟΣ οδός Ωμέγα don’t ﬁne co\u00adop zero\u200bwidth 𝒜lpha １２３ ½ "
+    "吾輩は猫である。名前はまだ無い。ｶﾞｷﾞ 我们在北京大学学习自然语言处理。 iPhone手机 "
+    "한국어 문장 हिन्दी भाषा ภาษาไทย 🙂👍🏽 e\u0301te\u0301 "
+)
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return train(tokenizer, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, **QUIET))
+
+
+def sentencepiece_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    return train(
+        tokenizer, trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIAL + BYTES, **QUIET), special=SPECIAL
+    )
+
+
+def unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=1500, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=[*"\t\r\n\u00a0\u3000"], **QUIET
+    )
+    return train(tokenizer, trainer)
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return train(tokenizer, trainers.WordPieceTrainer(vocab_size=1500, special_tokens=SPECIAL, **QUIET))
+
+
+QUIET = {"show_progress": False}
+SPECIAL = ["<s>", "<unk>"]
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+DECOMPOSED = [unicodedata.normalize("NFKD", SCRIPTS + SCRIPTS.upper())] * 9
+KINDS = {f.__name__: f for f in (byte_level, sentencepiece_bpe, unigram, wordpiece)}
+
+
+def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:
+    tokenizer.train_from_iterator([*TEXTS, *[t.upper() for t in TEXTS[:10]], *[SCRIPTS] * 9, *DECOMPOSED], trainer)
+    if special is None:
+        return tokenizer
+    # The trainer knows no bytes, so it made them special tokens; in a SentencePiece vocabulary they are plain entries.
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] in special]
+    return Tokenizer.from_str(json.dumps(described))
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, Tokenizer]:
+    return {name: make() for name, make in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def rules(tokenizers) -> dict[str, Goldfish]:
+    return {name: Goldfish(strategy="text", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
+
+
+def letters(text: str) -> str:
+    return "".join(map(fold, text)).replace(" ", "")
+
+
+def words(text: str) -> list[str]:
+    return "".join(map(fold, text)).split()
+
+
+def word_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bool | None]:
+    """The decision of each word: that of the (last) token that covers its first letter, found by its offset.
+
+    None for a word that begins inside the token of another word: it has no token, so no decision, of its own.
+    """
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    drop = rule.dropped(torch.tensor(encoding.ids)).tolist()
+    token_at = {c: token for token, span in enumerate(encoding.offsets) for c in range(*span)}
+    result, inside, busy = [], False, None
+    for i, character in enumerate(text):
+        for c in fold(character):
+            if c != " " and not inside:
+                result.append(None if token_at[i] == busy else drop[token_at[i]])
+            if c != " ":
+                busy = token_at[i]
+            inside = c != " "
+    assert len(result) == len(words(text))
+    return result
+
+
+def agree(one: list[bool | None], other: list[bool | None]) -> int:
+    """How many words are decided in both; fails unless all those decisions are equal."""
+    both = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    assert [a for a, _ in both] == [b for _, b in both]
+    return len(both)
+
+
+# --- the specification
+
+PIECES = [b"a", b"B", b" ", b".", b"\n", b"word", b" two words", *(bytes([b]) for b in bytes.fromhex(
+    "c2c3a9a0e38081e2ada980f09f92edf4e090efb7bac0ffe6898b"))]  # fmt: skip
+TOKENS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(b"".join)
+VOCABULARIES = [
+    [b"".join(random.Random(seed).choices(PIECES, k=1 + i % 7)) + bytes([i]) * (i % 3) for i in range(256)]
+    for seed in range(2)
+] + [[bytes([i]) for i in range(256)]]
+
+
+@pytest.fixture(scope="module")
+def vocabularies() -> list[Vocabulary]:
+    return [Vocabulary(entries) for entries in VOCABULARIES]
+
+
+@pytest.mark.core
+@settings(max_examples=150, deadline=None)
+@given(
+    which=st.integers(0, 2), ids=st.lists(st.integers(0, 255), max_size=60), h=st.sampled_from([1, 2, 3, 50]),
+    k=st.sampled_from([1.5, 2, 4]), seed=st.integers(0, 2**64 - 1), head=st.sampled_from(["short", "keep"]),
+    exempt=st.sampled_from([(), (3, 97)]), end=st.sampled_from([None, 10]), data=st.data(),
+)  # fmt: skip
+def test_equals_the_specification(vocabularies, which, ids, h, k, seed, head, exempt, end, data):
+    flags = st.lists(st.integers(0, 5), min_size=len(ids), max_size=len(ids))
+    positions = data.draw(st.none() | flags)
+    attended = data.draw(st.none() | flags)
+    options = {"k": k, "h": h, "seed": seed, "head": head, "exempt": exempt, "document_end": end, "strategy": "text"}
+    expected = spec.dropped(ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options)
+    as_row = lambda x: None if x is None else torch.tensor([x], dtype=torch.int64)  # noqa: E731
+    rule = Goldfish(**options, vocabulary=vocabularies[which])
+    actual = rule.dropped(as_row(ids), as_row(positions), attention_mask=as_row(attended))
+    assert actual[0].tolist() == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40) | st.text(st.sampled_from(SCRIPTS), max_size=60))
+def test_bytes_of_any_text_equal_the_specification(vocabularies, text):
+    ids = list(text.encode())
+    expected = spec.dropped(ids, k=2, h=3, strategy="text", vocabulary=VOCABULARIES[2], fold=FOLD)
+    rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[2])
+    assert rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist() == expected
+
+
+BROKEN = [
+    "c1 81", "e0 81 81", "f0 80 81 81", "f0 81 81 81",  # letters in more bytes than they need
+    "ed a0 80", "f4 90 80 80", "ff", "80", "c3 c3 a9", "e2 82 20", "e2 82 c3 a9", "f0 9d 92 c3 a9",
+    "c3 a9a0", "e2 82aca9", "c3 a9a0a0", "f0 9d92 9ca0", "c3 a9a062", "e3 808063 64",  # more than was missing
+    "c3 | a9", "e2 82 | ac", "f0 | 9d 92 9c", "c3 | a9a0",  # a document starts within
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_characters_equal_the_specification(broken):
+    """Between letters, so that a character wrongly read becomes part of a word, or ends one."""
+    row = ["78", "20", "6b", *broken.split(), "7a", "20", "79"]
+    tokens = [bytes.fromhex(token) for token in row if token != "|"]
+    positions = [1] * len(tokens)
+    if "|" in row:
+        positions[row.index("|")] = 0
+    ids, vocabulary = list(range(len(tokens))), Vocabulary(tokens)
+    for seed in range(12):
+        options = {"k": 2, "h": 2, "strategy": "text", "seed": seed}
+        rule = Goldfish(**options, vocabulary=vocabulary)
+        expected = spec.dropped(ids, positions, vocabulary=tokens, fold=FOLD, **options)
+        assert rule.dropped(torch.tensor(ids), torch.tensor(positions)).tolist() == expected
+
+
+def test_compiled_is_the_same(vocabularies):
+    rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[0])
+    ids = torch.randint(0, 256, (3, 200), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x: rule.dropped(x), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), rule.dropped(ids))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gpu_is_the_same(vocabularies):
+    rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[0])
+    ids = torch.randint(0, 256, (8, 2000))
+    positions = torch.arange(2000).remainder(700).expand(8, -1)
+    actual = rule.dropped(ids.cuda(), positions.cuda())
+    assert torch.equal(actual.cpu(), rule.dropped(ids, positions))
+    assert rule.vocabulary.on(ids.cuda().device) is rule.vocabulary.on(ids.cuda().device)  # moved once
+
+
+def test_the_specification_by_hand():
+    entries = [b"The", b" quick", b"br", b"own", b" fox", b",", b" ", b"\n"]
+    split = lambda *ids: spec.words_before([entries[i] for i in ids], FOLD)  # noqa: E731
+    assert split(0) == split(6) == []
+    assert split(0, 1) == split(0, 6) == split(0, 5) == ["the"]
+    assert split(0, 1, 7, 2) == split(0, 1, 7, 2, 3) == ["the", "quick"]  # "own" goes on with "brown"
+    assert split(0, 1, 7, 2, 3, 5) == split(0, 1, 7, 2, 3, 4) == ["the", "quick", "brown"]
+    # The no-break space is known with its second byte; until then its first goes with the open word.
+    assert spec.words_before([b"a b", b"\xc2"], FOLD) == ["a"]
+    assert spec.words_before([b"a b", b"\xc2", b"\xa0"], FOLD) == ["a", "b"]
+
+
+# --- the normal form
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=20))
+def test_normal_form_is_that_of_every_unicode_form(text):
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        assert words(unicodedata.normalize(form, text)) == words(text)
+    assert words("".join(map(fold, text))) == words(text)  # and of itself
+
+
+def test_normal_form_of_what_people_write():
+    assert words("Straße STRASSE ﬁne ＡＢＣ x²") == ["strasse", "strasse", "fine", "abc", "x2"]
+    assert words("é e\u0301 ΟΔΟΣ οδος") == ["e", "e", "οδοσ", "οδοσ"]
+    assert words("co\u00adop zero\u200bwidth a\ufeffb") == ["coop", "zerowidth", "ab"]  # the invisible is not there
+    assert words("don't don’t snake_case a.b(c)->d") == ["don", "t", "don", "t", "snake", "case", "a", "b", "c", "d"]
+    assert words("中文 iPhone手机") == ["中", "文", "iphone", "手", "机"]
+    assert words("ｶﾞ が") == ["カ", "か"]
+    assert all(words(FOLD[c]) == FOLD[c].split() for c in range(0x110000))
+
+
+# --- what must not matter
+
+
+def rewrap(text: str, rng: random.Random) -> str:
+    return "".join(
+        rng.choice((" ", "\n", "\r\n", "  ", "\t", "\u00a0", "\u3000", "\n    ")) if c.isspace() else c for c in text
+    )
+
+
+REFORMATTINGS = {
+    "white space": rewrap,
+    "upper case": lambda text, rng: text.upper(),
+    "random case": lambda text, rng: "".join(rng.choice((c.upper(), c.lower())) for c in text),
+    "indented": lambda text, rng: text.replace("\n", "\n\t      "),
+    "no punctuation": lambda text, rng: "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text),
+    "decomposed": lambda text, rng: unicodedata.normalize("NFKD", text),
+    "other quotes": lambda text, rng: text.replace("'", "’").replace('"', "“").replace("-", "–"),
+}
+
+
+@pytest.mark.parametrize("reformat", REFORMATTINGS.values(), ids=REFORMATTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
+    rng, tested = random.Random(0), 0
+    for text in [t[:1500] for t in TEXTS[:8]] + [ALPHABETIC * 3]:
+        changed = reformat(text, rng)
+        if not has_unknown(tokenizers[kind], changed):
+            assert words(changed) == words(text)
+            expected = word_decisions(rules[kind], tokenizers[kind], text)
+            decided = agree(word_decisions(rules[kind], tokenizers[kind], changed), expected)
+            assert decided > 0.9 * len(expected)
+            assert {True, False} <= set(expected)
+            tested += 1
+    assert tested >= (8 if kind in ("wordpiece", "unigram") else 9)  # which have no bytes for a character not seen
+
+
+def has_unknown(tokenizer: Tokenizer, text: str) -> bool:
+    return tokenizer.token_to_id("<unk>") in tokenizer.encode(text).ids
+
+
+# Every word is of one token or more, in every tokenizer; in scripts without spaces a token may hold several words.
+ALPHABETIC = "Straße ÉCOLE naïve ΟΔΟΣ οδός Ωμέγα don't co\u00adop 한국어 문장 "
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte_level"])
+def test_another_tokenizer_takes_the_same_decisions(tokenizers, rules, kind):
+    compared = 0
+    for text in [*TEXTS[:20], ALPHABETIC * 3]:
+        if not has_unknown(tokenizers[kind], text):
+            expected = word_decisions(rules["byte_level"], tokenizers["byte_level"], text)
+            compared += agree(word_decisions(rules[kind], tokenizers[kind], text), expected)
+    assert compared > 5000
+
+
+def test_whole_words_are_dropped(tokenizers, rules):
+    """Every letter of a word has the decision of its first; letters found by another way than in word_decisions."""
+    rule, entries = rules["byte_level"], token_bytes(tokenizers["byte_level"])
+    ids = tokenizers["byte_level"].encode(TEXTS[1].replace(" ", "\u00a0")).ids
+    decisions: dict[int, set[bool]] = {}
+    text, number, decoder = "", 0, codecs.getincrementaldecoder("utf-8")()
+    for token, drop in zip(ids, rule.dropped(torch.tensor(ids)).tolist(), strict=True):
+        for c in decoder.decode(entries[token]):
+            number += text[-1:].isalnum() and not c.isalnum()
+            text += c
+            if c.isalnum():
+                decisions.setdefault(number, set()).add(drop)
+    assert len(decisions) > 100
+    assert all(len(drops) == 1 for drops in decisions.values())
+
+
+def flat(rows: list) -> list:
+    return [x for row in rows for x in row]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_padded_and_alone(tokenizers, rules, kind):
+    rule = rules[kind]
+    rows = [tokenizers[kind].encode(text[:400]).ids for text in TEXTS[:4]]
+    alone = [rule.dropped(torch.tensor(row)).tolist() for row in rows]
+    positions = [i for row in rows for i in range(len(row))]
+    packed = rule.dropped(torch.tensor([flat(rows)]), torch.tensor([positions]))
+    assert packed[0].tolist() == flat(alone)
+    length = max(map(len, rows)) + 3
+    for pad_left in (False, True):
+        padding = [[0] * (length - len(row)) for row in rows]
+        place = lambda row, pad, left=pad_left: pad + row if left else row + pad  # noqa: E731
+        ids = torch.tensor([place(row, pad) for row, pad in zip(rows, padding, strict=True)])
+        attended = torch.tensor([place([1] * len(row), pad) for row, pad in zip(rows, padding, strict=True)])
+        drop = rule.dropped(ids, attention_mask=attended)
+        assert [drop[i][attended[i] == 1].tolist() for i in range(4)] == alone
+        assert not drop[attended == 0].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(0, 255), min_size=2, max_size=50), cut=st.integers(1, 49))
+def test_later_tokens_change_nothing(vocabularies, ids, cut):
+    for vocabulary in vocabularies:
+        rule = Goldfish(k=2, h=2, strategy="text", vocabulary=vocabulary)
+        prefix = rule.dropped(torch.tensor(ids[:cut])).tolist()
+        assert rule.dropped(torch.tensor(ids)).tolist()[:cut] == prefix
+
+
+def test_the_target_word_itself_decides_nothing(tokenizers, rules):
+    tokenizer, rule = tokenizers["byte_level"], rules["byte_level"]
+    head = "every word of this sentence stands before the "
+    decisions = {word_decisions(rule, tokenizer, head + word)[-1] for word in TEXTS[0].split() if words(word) == [word]}
+    assert len(decisions) == 1
+
+
+def test_exactly_h_words_count(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    vocabulary = Goldfish(strategy="text").bind(tokenizer).vocabulary
+    far = near = 0
+    for seed in range(64):
+        rule = Goldfish(strategy="text", h=3, k=2, seed=seed, vocabulary=vocabulary)
+        one = word_decisions(rule, tokenizer, "zero one two three four")
+        far += one[4] != word_decisions(rule, tokenizer, "other one two three four")[4]
+        near += one[4] != word_decisions(rule, tokenizer, "zero other two three four")[4]
+    assert far == 0
+    assert 16 <= near <= 48
+
+
+def test_word_boundaries_and_order_count(vocabularies):
+    ids = lambda text: torch.tensor(list(text.encode()))  # noqa: E731
+    differ = {"order": 0, "boundary": 0, "joined": 0}
+    for seed in range(64):
+        rule = Goldfish(k=2, h=2, strategy="text", seed=seed, vocabulary=vocabularies[2])
+        reference = rule.dropped(ids("ab c x"))[-1]
+        for what, text in zip(differ, ("c ab x", "a bc x", "abc x"), strict=True):
+            differ[what] += int(rule.dropped(ids(text))[-1] != reference)
+    assert all(16 <= count <= 48 for count in differ.values()), differ
+
+
+def test_drop_rate_is_one_in_k(tokenizers, rules):
+    for k in (2, 4, 8):
+        rule = Goldfish(**{**rules["byte_level"].to_dict(), "k": k, "h": 8}, vocabulary=rules["byte_level"].vocabulary)
+        decisions = [d for text in TEXTS for d in word_decisions(rule, tokenizers["byte_level"], text) if d is not None]
+        spread = (len(decisions) / k * (1 - 1 / k)) ** 0.5
+        assert abs(sum(decisions) - len(decisions) / k) < 5 * spread
+
+
+# --- scripts without spaces, code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
+        "我们在北京大学学习自然语言处理，今天天气很好。",
+    ],
+)
+def test_scripts_without_spaces_decide_by_character(vocabularies, text):
+    rule = Goldfish(k=2, h=4, strategy="text", vocabulary=vocabularies[2])  # every byte is a token
+    by_character = lambda t: [  # noqa: E731
+        rule.dropped(torch.tensor(list(t.encode())))[len(t[:i].encode()) + 2].item()
+        for i, c in enumerate(t) if c.isalnum()
+    ]  # fmt: skip
+    expected = by_character(text)
+    assert len(expected) == sum(c.isalnum() for c in text)
+    assert 0 < sum(expected) < len(expected)
+    # Line breaks anywhere, or spaces between all characters, change nothing.
+    assert by_character("\n".join(text)) == expected
+    assert by_character(text.replace("。", " ").replace("，", "\u3000")) == expected
+    # The context of a character is the four before it.
+    assert by_character("犬" + text[1:])[5:] == expected[5:]
+
+
+def test_words_within_one_token_all_count():
+    entries = ["我们".encode(), "在".encode(), "我".encode(), "们".encode(), b" x"]
+    vocabulary = Vocabulary(entries)
+    for seed in range(16):
+        rule = Goldfish(k=2, h=2, strategy="text", seed=seed, vocabulary=vocabulary)
+        together = rule.dropped(torch.tensor([0, 1, 4])).tolist()
+        apart = rule.dropped(torch.tensor([2, 3, 1, 4])).tolist()
+        assert together == [apart[0], *apart[2:]]  # a token of several words has the decision of its first
+
+
+def test_code_formatting_changes_nothing(tokenizers, rules):
+    compact, spaced = "def f(a,b):\n\treturn snake_case[a]+b.c", "def f( a, b ):\n    return snake_case[ a ] + b . c"
+    for kind in KINDS:
+        expected = word_decisions(rules[kind], tokenizers[kind], compact)
+        assert agree(word_decisions(rules[kind], tokenizers[kind], spaced), expected) >= 6
+
+
+# --- tokenizers
+
+
+def test_entries_are_read_as_bytes(tokenizers):
+    text = "Ünï\u00a0code 手 don't\n" * 2
+    for kind in ("byte_level", "sentencepiece_bpe"):
+        entries = token_bytes(tokenizers[kind])
+        assert b"".join(entries[i] for i in tokenizers[kind].encode(text).ids).strip() == text.strip().encode()
+    entries = token_bytes(tokenizers["wordpiece"])
+    ids = tokenizers["wordpiece"].encode("unwrapping tokens, twice").ids
+    assert words(b"".join(entries[i] for i in ids).decode()) == ["unwrapping", "tokens", "twice"]
+
+
+def test_special_tokens_separate_and_unknown_ids_too(tokenizers):
+    tokenizer = Tokenizer.from_str(tokenizers["byte_level"].to_str())
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_tokens(["<|user name|>"])
+    entries = token_bytes(tokenizer)
+    assert entries[tokenizer.token_to_id("<|end|>")] == b" "
+    assert entries[tokenizer.token_to_id("<|user name|>")] == b"<|user name|>"
+    rule = Goldfish(strategy="text", k=2).bind(tokenizer)
+    ids = tokenizer.encode("one two<|end|>three four").ids
+    beyond = [i if i != tokenizer.token_to_id("<|end|>") else 10**9 for i in ids]
+    negative = [i if i != tokenizer.token_to_id("<|end|>") else -100 for i in ids]
+    expected = rule.dropped(torch.tensor(ids))
+    assert torch.equal(rule.dropped(torch.tensor(beyond)), expected)
+    assert torch.equal(rule.dropped(torch.tensor(negative)), expected)
+
+
+def test_unknown_tokens_separate():
+    tokenizer = Tokenizer(models.WordPiece({"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    assert token_bytes(tokenizer) == [b" one", b" two", b"two", b" "]
+
+
+@pytest.mark.core
+def test_transformers_tokenizer(tokenizers, rules):
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"], eos_token="!")
+    assert token_bytes(wrapped)[wrapped.eos_token_id] == b" "  # special to transformers only
+    rule = Goldfish(strategy="text", h=4, k=3).bind(PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"]))
+    ids = torch.tensor(tokenizers["byte_level"].encode(TEXTS[0]).ids)
+    assert torch.equal(rule.dropped(ids), rules["byte_level"].dropped(ids))
+
+
+def test_end_of_word_suffix_is_read():
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
+    tokenizer.train_from_iterator(
+        TEXTS[:5], trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", special_tokens=SPECIAL, **QUIET)
+    )
+    entries = token_bytes(tokenizer)
+    ids = tokenizer.encode("return the value").ids
+    assert words(b"".join(entries[i] for i in ids).decode()) == ["return", "the", "value"]
+
+
+def test_what_cannot_be_read_is_refused():
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match=r'do not say where words begin.*use strategy="hash"'):
+        Goldfish(strategy="text").bind(plain)
+    with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
+        Goldfish(strategy="text").bind("gpt2")
+    with pytest.raises(ValueError, match=r"an entry of the vocabulary has 65536 bytes.*at most 65535"):
+        Vocabulary([b"a" * 65536])
+
+
+# --- the rule
+
+
+def test_unbound_and_inclusive_are_refused():
+    with pytest.raises(ValueError, match=r"rule = rule\.bind\(tokenizer\)"):
+        Goldfish(strategy="text").dropped(torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r'window must be "preceding", got "inclusive"'):
+        Goldfish(strategy="text", window="inclusive")
+
+
+def test_binding_is_no_part_of_the_rule(tokenizers, rules):
+    bound, bare = rules["byte_level"], Goldfish(strategy="text", h=4, k=3)
+    assert bound == bare
+    assert hash(bound) == hash(bare)
+    assert repr(bound) == repr(bare)
+    assert bound.to_dict() == bare.to_dict()
+    assert Goldfish(**bound.to_dict()) == bound
+    hashed = Goldfish(strategy="hash")
+    assert hashed.bind(tokenizers["byte_level"]) is hashed
+
+
+def test_survives_pickling(rules):
+    ids = torch.arange(300)
+    copy = pickle.loads(pickle.dumps(rules["byte_level"]))
+    assert torch.equal(copy.dropped(ids), rules["byte_level"].dropped(ids))
+
+
+def test_degenerate_sizes(rules):
+    rule = rules["byte_level"]
+    assert rule.dropped(torch.empty(0, dtype=torch.int64)).shape == (0,)
+    assert rule.dropped(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
+    assert rule.dropped(torch.tensor([5])).tolist() == [False]
+    assert Goldfish(strategy="text", vocabulary=Vocabulary([])).dropped(torch.tensor([0, 1])).tolist() == [False, False]
+
+
+def test_alphabet_is_complete():
+    """Every ASCII character is what one would think."""
+    for c in map(chr, range(128)):
+        assert fold(c) == (c.lower() if c in string.ascii_letters + string.digits else " ")
