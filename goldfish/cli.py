@@ -67,7 +67,7 @@ def _show(args: argparse.Namespace) -> None:
     if len(text) < 256 and Path(text).is_file():
         text = Path(text).read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed)
+    rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
     Console(highlight=False).print(show_text(rule, tokenizer, tokenizer(text)["input_ids"]))
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ def check_rules(rules: Any) -> None:
             raise TypeError(f"sources are named by strings and have a Goldfish rule or None, got {name!r}: {rule!r}")
 
 
+def bind(rules: Rules, tokenizer: Any) -> Rules:
+    """The same rules, those that read words bound to the tokenizer where there is one."""
+    if isinstance(rules, Mapping):
+        return {name: rule and cast(Goldfish, bind(rule, tokenizer)) for name, rule in rules.items()}
+    return rules if tokenizer is None or rules.vocabulary is not None else rules.bind(tokenizer)
+
+
 class Tally:
     """Counts what a run drops, for each source: targets, dropped ones, and the fingerprint of all decisions.
 
@@ -45,7 +52,7 @@ class Tally:
 
     def __init__(self, rules: Rules, device: torch.device) -> None:
         self.rules = {ALL: rules} if isinstance(rules, Goldfish) else {name: rules[name] for name in sorted(rules)}
-        self.totals = {name: (0, 0, 0) for name in self.rules}  # of all processes, as of the last `sync`
+        self.totals = dict.fromkeys(self.rules, (0, 0, 0))  # of all processes, as of the last `sync`
         self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then
 
     def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
@@ -87,11 +94,11 @@ class Tally:
                 self.rules.items(), self.totals.values(), strict=True
             )
         }
-        return entries[ALL] if ALL in entries else {"sources": entries}
+        return entries.get(ALL, {"sources": entries})
 
     def restore(self, receipt: Mapping[str, Any]) -> None:
         """Go on from a receipt of the same rules."""
-        entries = receipt["sources"] if "sources" in receipt else {ALL: receipt}
+        entries = receipt.get("sources", {ALL: receipt})
         self.totals = {
             name: (entry["targets"], entry["dropped"], int(entry["decisions"], 16)) for name, entry in entries.items()
         }
@@ -152,9 +159,7 @@ def rules_of(receipt: Mapping[str, Any]) -> Rules:
     """The rules that a receipt names; a "text" rule is not bound to a tokenizer."""
     if "sources" not in receipt:
         return Goldfish(**receipt["rule"])
-    return {
-        name: entry["rule"] and Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()
-    }
+    return {name: entry["rule"] and Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

@@ -1,6 +1,7 @@
 """The goldfish rule: which tokens are dropped. Vectorised, CPU and GPU, integers only; `goldfish.spec` defines it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -121,31 +122,59 @@ class Goldfish:
             TypeError: ids that are not integers.
             ValueError: a shape or a device that does not fit; strategy "text" that is not bound to a tokenizer.
         """
+        if self.strategy == "reference":  # knows no padding and no documents
+            drop = self._in_rows(self._decide_like_reference, input_ids, position_ids)
+            attention_mask = _check_beside("attention_mask", attention_mask, drop)
+            return drop if attention_mask is None else drop & (attention_mask != 0)
+
+        def decide(ids: Tensor, positions: Tensor | None) -> Tensor:
+            return self._decide(ids, positions, draw)
+
+        return self._in_rows(decide, input_ids, position_ids, attention_mask)
+
+    def keys(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """`spec.key` of the up to h tokens before every token in its document, whatever the strategy and the seed.
+
+        Arguments and errors as for `dropped`. Returns int64 of the shape of input_ids; 0 where attention_mask is 0.
+        """
+
+        def keys(ids: Tensor, positions: Tensor | None) -> Tensor:
+            column, start = self._documents(ids, positions)
+            return self._context_keys(ids, column, column - start, seed=0)
+
+        return self._in_rows(keys, input_ids, position_ids, attention_mask)
+
+    def _in_rows(
+        self,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """function(ids, position_ids), both int64 (B, T) and without padding, in the shape of input_ids."""
         input_ids = _check_ids(input_ids)
         position_ids = _check_beside("position_ids", position_ids, input_ids, one_row=True)
         attention_mask = _check_beside("attention_mask", attention_mask, input_ids)
-        if input_ids.numel() == 0:
-            return torch.zeros_like(input_ids, dtype=torch.bool)
-        ids = input_ids.reshape(-1, input_ids.shape[-1]).to(torch.int64)
-        positions = None if position_ids is None else position_ids.reshape(-1, ids.shape[-1]).expand_as(ids)
+        if input_ids.numel() == 0:  # (0,), (B, 0), (0, T): asked with one token, for the dtype of the answer
+            return function(input_ids.new_zeros((1, 1), dtype=torch.int64), None).new_zeros(input_ids.shape)
+        length = input_ids.shape[-1]
+        ids = input_ids.to(torch.int64).reshape(-1, length)
+        positions = None if position_ids is None else position_ids.reshape(-1, length).expand_as(ids)
         if attention_mask is None:
-            return self._decide(ids, positions, draw).view(input_ids.shape)
-        attended = attention_mask.reshape(ids.shape) != 0
-        if self.strategy == "reference":
-            return (self._decide(ids, None, draw) & attended).view(input_ids.shape)
+            return function(ids, positions).view(input_ids.shape)
         # Attended tokens move to the front of their row, in order; padding goes to a spare last column.
-        slot = torch.where(attended, attended.cumsum(-1) - 1, ids.shape[-1])
+        attended = attention_mask.reshape(ids.shape) != 0
+        slot = torch.where(attended, attended.cumsum(-1) - 1, length)
         ids = torch.nn.functional.pad(ids, (0, 1)).scatter(-1, slot, ids)
         if positions is not None:
             positions = torch.nn.functional.pad(positions, (0, 1)).scatter(-1, slot, positions)
-        return (self._decide(ids, positions, draw).gather(-1, slot) & attended).view(input_ids.shape)
+        return (function(ids, positions).gather(-1, slot) * attended).view(input_ids.shape)
 
     def _decide(self, ids: Tensor, position_ids: Tensor | None, draw: int) -> Tensor:
         """The decisions for int64 ids (B, T) without padding."""
-        if self.strategy == "reference":
-            return self._decide_like_reference(ids)
-        column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-        start = self._document_starts(ids, position_ids, column)
+        column, start = self._documents(ids, position_ids)
         offset = column - start
         limit = spec.threshold(self.k)
         if self.strategy == "static":
@@ -163,10 +192,8 @@ class Goldfish:
             if self.head == "keep":
                 drop = drop & (n == self.h)
         else:
-            n = offset.clamp(max=self.h)
             end = column if self.window == "preceding" else column + 1
-            state = window_hashes(prefix_hashes(mix(ids)), end - n, end)
-            drop = below(mix(state + n + signed(spec.mix(self.seed))), limit)
+            drop = below(self._context_keys(ids, end, offset, self.seed), limit)
             if self.head == "keep":
                 drop = drop & (offset >= self.h)
         drop = drop & (offset > 0)
@@ -174,19 +201,26 @@ class Goldfish:
             drop = drop & ~torch.isin(ids, torch.tensor(self.exempt, device=ids.device))
         return drop
 
-    def _document_starts(self, ids: Tensor, position_ids: Tensor | None, column: Tensor) -> Tensor:
-        """For every token the column at which its document starts, int64 (B, T)."""
+    def _context_keys(self, ids: Tensor, end: Tensor, offset: Tensor, seed: int) -> Tensor:
+        """`spec.key` of the min(h, offset) tokens that end before the column `end`, for every token."""
+        n = offset.clamp(max=self.h)
+        state = window_hashes(prefix_hashes(mix(ids)), end - n, end)
+        return mix(state + n + signed(spec.mix(seed)))
+
+    def _documents(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """For every token its column, and the column at which its document starts; int64 (B, T)."""
+        column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
         if position_ids is None and self.document_end is None:
-            return torch.zeros_like(column)
+            return column, torch.zeros_like(column)
         starts = torch.zeros_like(ids, dtype=torch.bool)
         if position_ids is not None:
             starts = position_ids == 0
         if self.document_end is not None:
             ended = torch.nn.functional.pad(ids[:, :-1] == self.document_end, (1, 0))
             starts = starts | ended
-        return (starts * column).cummax(-1).values
+        return column, (starts * column).cummax(-1).values
 
-    def _decide_like_reference(self, ids: Tensor) -> Tensor:
+    def _decide_like_reference(self, ids: Tensor, position_ids: Tensor | None) -> Tensor:
         drop = torch.zeros_like(ids, dtype=torch.bool)
         if ids.shape[-1] <= self.h:  # the original crashes on such rows; it never drops a head
             return drop

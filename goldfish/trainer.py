@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from goldfish.labels import IGNORE_INDEX, SOURCE, CarrySource, GoldfishCollator, Rules, mask_batch
+from goldfish.labels import SOURCE, CarrySource, GoldfishCollator, Rules, mask_batch
 from goldfish.loss import GoldfishLoss
-from goldfish.receipt import Tally, check_rules, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
+from goldfish.receipt import Tally, bind, check_rules, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
 from goldfish.rule import Goldfish
 
 logger = logging.get_logger(__name__)
@@ -32,6 +31,8 @@ class GoldfishMixin(Trainer):
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
     goldfish: Rules
+    data_collator: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, goldfish: Rules, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,12 +45,12 @@ class GoldfishMixin(Trainer):
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
             )
-        self.goldfish = rules
-        self._tally = Tally(rules, self.args.device)
+        self.goldfish = bind(rules, self.processing_class)
+        self._tally = Tally(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
         self._before: dict[str, Any] | None = None  # the receipt of a run under other rules that this one goes on from
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> Any:
         if isinstance(self.goldfish, Goldfish):
             return super().get_train_dataloader()
         # Training batches carry their rows' sources; for a moment Trainer is told that this column is wanted.

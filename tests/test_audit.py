@@ -16,7 +16,7 @@ from goldfish.audit.extraction import first_divergence, rouge_l, summarize, text
 from goldfish.audit.score import score
 from goldfish.audit.stats import mean, rate
 from goldfish.audit.windows import Window, cut_windows, read_rows
-from goldfish.receipt import write_receipt
+from goldfish.receipt import Tally, write_receipt
 
 pytestmark = pytest.mark.core
 
@@ -162,7 +162,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint):
     rule = Goldfish(k=2, h=3)
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
-    write_receipt(folder, rule, tokenizer=tokenizer, targets=10, dropped=5)
+    write_receipt(folder, Tally(rule, torch.device("cpu")), tokenizer)
     ids = torch.randint(2, 320, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
     members = write_jsonl(tmp_path / "m.jsonl", [{"input_ids": row, "name": f"n{i}"} for i, row in enumerate(ids)])
     heldout = write_jsonl(tmp_path / "h.jsonl", [{"text": PROSE[0]}, {"text": "short"}, {"text": PROSE[1]}])

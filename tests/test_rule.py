@@ -189,7 +189,7 @@ def test_to_dict_survives_json():
         ({"h": 2.0}, TypeError, "h must be the number of tokens that decide, got 2.0"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 2**64}, ValueError, "below 2\\*\\*64"),
-        ({"strategy": "hashed"}, ValueError, "strategy must be one of 'hash', 'static'.*got 'hashed'"),
+        ({"strategy": "hashed"}, ValueError, "strategy must be one of 'hash', 'text'.*got 'hashed'"),
         ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
         ({"head": None}, ValueError, "head must be one of 'short', 'keep', got None"),
         ({"exempt": 3}, TypeError, "collection of token ids"),

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishCollator, GoldfishLoss, GoldfishMixin, GoldfishTrainer, attach, mask_labels
-from goldfish.receipt import read_receipt
+from goldfish.receipt import read_receipt, rules_of
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=3, h=4)
@@ -49,7 +49,7 @@ def trained(folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1
     trainer = trainer_class(
         model=tiny_llama(),
         args=arguments,
-        train_dataset=unequal_rows(),
+        train_dataset=more.pop("train_dataset", unequal_rows()),
         eval_dataset=unequal_rows(8, 30),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
@@ -141,7 +141,7 @@ def test_drop_rate_is_logged_and_checkpoints_tell_the_rule(tmp_path, tokenizer):
         targets, dropped = targets + len(gone), dropped + int(gone.sum())
     for folder in ("checkpoint-4", "final"):
         receipt = read_receipt(tmp_path / folder)
-        assert receipt["rule"] == RULE
+        assert rules_of(receipt) == RULE
         assert (receipt["targets"], receipt["dropped"]) == (targets, dropped)
         assert len(receipt["tokenizer"]) == 64
         assert (tmp_path / folder / "model.safetensors").is_file()
@@ -156,16 +156,80 @@ def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer)
     whole, losses, _ = trained(
         tmp_path / "a", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
     )
-    totals = read_receipt(tmp_path / "a" / "checkpoint-4")["targets"]
+    before = read_receipt(tmp_path / "a" / "checkpoint-4")
+    totals, decisions = before["targets"], before["decisions"]
     whole.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     resumed = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert resumed == losses
     assert read_receipt(tmp_path / "a" / "checkpoint-4")["targets"] == totals
+    assert read_receipt(tmp_path / "a" / "checkpoint-4")["decisions"] == decisions
     whole.goldfish = Goldfish(k=4)
     with pytest.raises(
         ValueError, match=r"checkpoint-2 was trained under Goldfish\(k=3, h=4.*this trainer has Goldfish\(k=4"
     ):
         whole.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_another_rule_may_go_on_when_told_to(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
+    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings)
+    middle = read_receipt(tmp_path / "checkpoint-2")
+    trainer.goldfish = Goldfish(k=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
+    receipt = read_receipt(tmp_path / "checkpoint-4")
+    assert receipt["before"] == middle
+    assert rules_of(receipt) == Goldfish(k=4)
+    assert receipt["targets"] + middle["targets"] == sum(len(row["input_ids"]) - 1 for row in unequal_rows())
+
+
+def test_another_tokenizer_is_refused(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings)
+    path = tmp_path / "checkpoint-2" / "goldfish.json"
+    path.write_text(path.read_text().replace(read_receipt(path.parent)["tokenizer"], "0" * 64))
+    with pytest.raises(ValueError, match=r"was trained with the tokenizer 0000.*new run from its weights"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
+    """The same texts in another order, other batches, other padding: the same receipt. Another rule: another."""
+
+    def decisions(name, rule=RULE, **how):
+        trainer, _, _ = trained(tmp_path / name, tokenizer, trainer_class=GoldfishTrainer, goldfish=rule, **how)
+        trainer.save_model(str(tmp_path / name))
+        receipt = read_receipt(tmp_path / name)
+        return receipt["targets"], receipt["dropped"], receipt["decisions"]
+
+    first = decisions("a", batch=4, steps=4)
+    assert decisions("b", batch=2, steps=8, settings={"seed": 9}) == first
+    assert decisions("c", batch=2, steps=4, accumulation=2) == first
+    for name, other in (("d", Goldfish(k=3, h=4, seed=1)), ("e", Goldfish(k=3, h=5)), ("f", Goldfish(k=4, h=4))):
+        assert decisions(name, other)[2] != first[2]
+
+
+def test_each_source_has_its_rule(tmp_path, tokenizer):
+    rules = {"books": RULE, "web": None}
+    names = ["books", "web", "web", "books"] * 4
+    rows = unequal_rows()
+    with_sources = rows.add_column("source", names)
+    trainer, losses, _ = trained(
+        tmp_path, tokenizer, batch=16, steps=1, then=lambda t: attach(t, rules), train_dataset=with_sources
+    )
+    model, total, kept = tiny_llama(), 0.0, 0
+    for row, name in zip(rows, names, strict=True):
+        ids = torch.tensor(row["input_ids"])
+        labels = mask_labels(rules[name], ids)[1:]
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        kept += (labels != -100).sum().item()
+    assert losses[0] == pytest.approx(total / kept, rel=1e-5)
+    trainer.save_model(str(tmp_path / "out"))
+    receipt = read_receipt(tmp_path / "out")
+    assert rules_of(receipt) == rules
+    assert receipt["sources"]["web"]["dropped"] == 0
+    assert receipt["sources"]["books"]["dropped"] > 0
+    assert sum(entry["targets"] - entry["dropped"] for entry in receipt["sources"].values()) == kept
+    assert trainer.evaluate()["eval_loss"] > 0, "evaluation has no sources and needs none"
 
 
 def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
@@ -185,12 +249,17 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
     with pytest.raises(TypeError, match=r"attach needs a transformers.Trainer .* got Llama"):
         attach(model, RULE)
     trainer = Trainer(model=model, args=arguments)
-    with pytest.raises(TypeError, match=r"must be a Goldfish rule such as Goldfish\(k=4, h=13\), got 4"):
+    with pytest.raises(
+        TypeError, match=r"must be a rule such as Goldfish\(k=4, h=13\), or a mapping of sources to rules, got 4"
+    ):
         attach(trainer, 4)
     assert type(trainer) is Trainer, "a failed attach leaves the trainer as it was"
     attach(trainer, RULE)
     with pytest.raises(ValueError, match=r"already has a rule, Goldfish\(k=3"):
         attach(trainer, RULE)
+    for rules in ({}, {"a": 4}, {1: RULE}):
+        with pytest.raises(TypeError, match=r"mapping of sources to rules, got \{\}|sources are named by strings"):
+            attach(Trainer(model=model, args=arguments), rules)
     for twice in (
         Trainer(model=model, args=arguments, compute_loss_func=GoldfishLoss(RULE)),
         Trainer(model=model, args=arguments, data_collator=GoldfishCollator(DataCollatorForSeq2Seq(tokenizer), RULE)),

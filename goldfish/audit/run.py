@@ -16,7 +16,9 @@ from goldfish import __version__
 from goldfish.audit.extraction import Record, make_record, summarize
 from goldfish.audit.score import score
 from goldfish.audit.windows import Window, cut_windows, read_rows
-from goldfish.receipt import read_receipt
+from goldfish.labels import Rules
+from goldfish.receipt import bind, read_receipt, rules_of
+from goldfish.rule import Goldfish
 
 SCHEMA = "goldfish.audit/1"
 
@@ -69,7 +71,7 @@ def audit(
                 "tokens; ask for a shorter prefix or suffix, or join short texts"
             )
     receipt = read_receipt(checkpoint)
-    rule = receipt["rule"] if receipt else None
+    rules = bind(rules_of(receipt), tokenizer) if receipt else None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
 
@@ -80,7 +82,10 @@ def audit(
         for split, its_windows in windows.items():
             task = bar.add_task(f"audit {name}: {split}", total=len(its_windows))
             scores = score(model, its_windows, lambda done, task=task: bar.advance(task, done))  # type: ignore[misc]
-            its_records = [make_record(*pair, rule, tokenizer) for pair in zip(its_windows, scores, strict=True)]
+            its_records = [
+                make_record(*pair, _rule_of(pair[0], rules), tokenizer)
+                for pair in zip(its_windows, scores, strict=True)
+            ]
             splits[split] = summarize(its_records, skipped[split])
             records += its_records
 
@@ -88,7 +93,7 @@ def audit(
         "schema": SCHEMA,
         "name": name,
         "checkpoint": str(checkpoint),
-        "rule": rule.to_dict() if rule else None,
+        "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
         "protocol": {
             "prefix_length": prefix_length,
             "suffix_length": suffix_length,
@@ -109,6 +114,12 @@ def audit(
     # Last, so that a folder with a summary is a finished audit.
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def _rule_of(window: Window, rules: Rules | None) -> Goldfish | None:
+    if rules is None or isinstance(rules, Goldfish):
+        return rules
+    return rules.get(window.source or "")
 
 
 def _load_tokenizer(checkpoint: str | Path) -> Any:

@@ -12,6 +12,7 @@ class Window:
     """One question to a model: given ids[:prefix_length], does it go on with ids[prefix_length:]?
 
     split: "members" (trained on) or "heldout". index: the row of the input file, from 0. document: its name.
+    source: the rule it was trained under, where there was one for each source.
     """
 
     split: str
@@ -19,6 +20,7 @@ class Window:
     document: str
     ids: list[int]
     prefix_length: int
+    source: str | None = None
 
     @property
     def suffix(self) -> list[int]:
@@ -26,7 +28,7 @@ class Window:
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file (objects with `input_ids` or `text`, perhaps `name`), or a .txt file as one row.
+    """The rows of a .jsonl file (objects with `input_ids` or `text`, perhaps `name`, `source`), or a .txt file as one.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line and what was expected there.
@@ -78,5 +80,5 @@ def cut_windows(
             skipped += 1
             continue
         name = row.get("name") or f"{split} {index}"
-        windows.append(Window(split, index, str(name), ids, prefix_length))
+        windows.append(Window(split, index, str(name), ids, prefix_length, row.get("source")))
     return windows, skipped
