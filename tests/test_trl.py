@@ -1,0 +1,86 @@
+"""TRL's SFTTrainer and PEFT's adapters through `attach`: the loss is that of the kept tokens, computed again by hand."""
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+
+from goldfish import Goldfish, attach, mask_labels
+from goldfish.receipt import read_receipt
+
+trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
+peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
+RULE = Goldfish(k=2, h=3)
+
+
+def conversations(count=8):
+    generator = torch.Generator().manual_seed(0)
+
+    def ids():
+        length = int(torch.randint(8, 20, (), generator=generator))
+        return torch.randint(2, 320, (length,), generator=generator).tolist()
+
+    return [{"prompt_ids": ids(), "completion_ids": ids()} for _ in range(count)]
+
+
+def dataset(rows):
+    """As TRL leaves a prompt-completion dataset once it is tokenized."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [row["prompt_ids"] + row["completion_ids"] for row in rows],
+            "completion_mask": [[0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows],
+        }
+    )
+
+
+def by_hand(model, rows, prompts_too):
+    """Mean nll of the kept tokens, one conversation at a time."""
+    total, kept = 0.0, 0
+    for row in rows:
+        ids = torch.tensor(row["prompt_ids"] + row["completion_ids"])
+        labels = mask_labels(RULE, ids)
+        if not prompts_too:
+            labels[: len(row["prompt_ids"])] = -100
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
+        kept += (labels[1:] != -100).sum().item()
+    return total / kept
+
+
+def first_loss(folder, tokenizer, model, rows, **settings):
+    arguments = trl.SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+        **{"max_length": None, **settings},
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=dataset(rows), processing_class=tokenizer)
+    attach(trainer, RULE).train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert 0.3 < entry["goldfish/drop_rate"] < 0.7
+    return entry["loss"], trainer
+
+
+@pytest.mark.parametrize("prompts_too", [True, False])
+@pytest.mark.parametrize("layout", ["padded", "padding_free", "packing"])
+def test_sft_trainer(tmp_path, tokenizer, prompts_too, layout):
+    """Without padding, and packed, documents lie end to end in a row; the rule and the attention keep them apart."""
+    rows = conversations()
+    expected = by_hand(tiny_llama(), rows, prompts_too)
+    settings = {"padded": {}, "padding_free": {"padding_free": True}, "packing": {"packing": True, "max_length": 40}}
+    loss, trainer = first_loss(
+        tmp_path, tokenizer, tiny_llama(), rows, completion_only_loss=not prompts_too, **settings[layout]
+    )
+    assert type(trainer).__name__ == "GoldfishSFTTrainer"
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_adapters(tmp_path, tokenizer):
+    """LoRA: the head is frozen, the adapters learn, and their checkpoint has its receipt."""
+    rows = conversations()
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    loss, trainer = first_loss(tmp_path, tokenizer, model, rows)
+    assert loss == pytest.approx(by_hand(tiny_llama(), rows, prompts_too=True), rel=1e-5)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert read_receipt(tmp_path / "adapter")["dropped"] > 0
