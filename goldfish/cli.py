@@ -1,18 +1,17 @@
 """The `goldfish` command: show | audit | report. Training belongs to recipes, torchrun and accelerate."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from rich.console import Console
 from rich.text import Text
 
 from goldfish import __version__
 from goldfish.rule import Goldfish, Strategy
-
-DROPPED = "bold white on dark_red"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,12 +22,13 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     show = verbs.add_parser("show", help="colour the tokens of a text that a rule drops")
-    show.add_argument("text", help="the text, or a file that holds it")
+    show.add_argument("text", nargs="+", help="a text, or a file that holds it; two of them are compared side by side")
     show.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
     show.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    show.add_argument("--h", type=int, default=13, help="how many preceding tokens decide (default 13)")
+    show.add_argument("--h", type=int, default=13, help="how many preceding tokens (or words) decide (default 13)")
     show.add_argument("--strategy", choices=get_args(Strategy), default="hash")
     show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--html", metavar="FILE", help="write a page instead, to a new file")
     show.set_defaults(run=_show)
 
     audit = verbs.add_parser("audit", help="ask a checkpoint to recite texts")
@@ -63,28 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    text = args.text
-    if len(text) < 256 and Path(text).is_file():
-        text = Path(text).read_text(encoding="utf-8")
+    from goldfish.show import show_one, show_two, shown
+
+    if len(args.text) > 2:
+        raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
-    Console(highlight=False).print(show_text(rule, tokenizer, tokenizer(text)["input_ids"]))
+    texts = [shown(rule, tokenizer, _text_or_file(text)) for text in args.text]
+    console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
+    console.print(show_one(*texts) if len(texts) == 1 else show_two(*texts))
+    console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}", "dim"))
+    if args.html is not None:
+        with open(args.html, "x", encoding="utf-8") as page:
+            page.write(console.export_html(inline_styles=True))
+        print(f"Page: {args.html}")
 
 
-def show_text(rule: Goldfish, tokenizer: Any, ids: list[int]) -> Text:
-    """The text of `ids` with the dropped tokens marked, and a line that counts them."""
-    import torch
-
-    from goldfish.audit.extraction import text_pieces
-    from goldfish.report.text import plain
-
-    dropped = rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist()
-    shown = Text()
-    for piece, gone in zip(text_pieces(tokenizer, [], ids), dropped, strict=True):
-        harmless = "".join(char if char in "\n\t" else plain(char) for char in piece)
-        shown.append(harmless, style=DROPPED if gone else None)
-    count = f"{sum(dropped)} of {len(ids)} tokens dropped"
-    return shown.append(f"\n\n{count} (k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed})", "dim")
+def _text_or_file(text: str) -> str:
+    if len(text) < 256 and Path(text).is_file():
+        return Path(text).read_text(encoding="utf-8")
+    return text
 
 
 def _audit(args: argparse.Namespace) -> None:

@@ -5,20 +5,57 @@ import torch
 from conftest import PROSE
 
 from goldfish import Goldfish
-from goldfish.cli import main, show_text
+from goldfish.cli import main
+from goldfish.show import DIFFERS, DROPPED, show_one, show_two, shown
 
 pytestmark = pytest.mark.core
 
 
+def styled(text, style):
+    return "".join(text.plain[span.start : span.end] for span in text.spans if str(span.style) == style)
+
+
 def test_show_marks_exactly_the_dropped_tokens(tokenizer):
     rule, ids = Goldfish(k=2, h=2), tokenizer(PROSE[0])["input_ids"]
-    shown = show_text(rule, tokenizer, ids)
+    text = show_one(shown(rule, tokenizer, PROSE[0]))
     dropped = rule.dropped(torch.tensor(ids)).tolist()
-    assert shown.plain.startswith(PROSE[0])
-    marked = sum(span.end - span.start for span in shown.spans if "dark_red" in str(span.style))
-    expected = sum(len(tokenizer.decode([i])) for i, gone in zip(ids, dropped, strict=True) if gone)
-    assert marked == expected
-    assert f"{sum(dropped)} of {len(ids)} tokens dropped (k=2, h=2" in shown.plain
+    assert text.plain.startswith(PROSE[0])
+    assert styled(text, DROPPED) == "".join(tokenizer.decode([i]) for i, gone in zip(ids, dropped, strict=True) if gone)
+    assert f"{sum(dropped)} of {len(ids)} tokens dropped" in text.plain
+
+
+def test_show_two_marks_words_with_other_decisions(tokenizer):
+    """Another spacing: token hashes change, decisions from words do not."""
+    plain, spaced = PROSE[0], PROSE[0].replace(" ", "  ").upper()
+
+    def compared(rule):
+        rule = rule.bind(tokenizer)
+        table = show_two(*(shown(rule, tokenizer, text) for text in (plain, spaced)))
+        (left, verdict), (right, _) = (list(column.cells) for column in table.columns)
+        return styled(left, DIFFERS), styled(right, DIFFERS), verdict.plain.strip()
+
+    left, right, verdict = compared(Goldfish(k=2, h=4))
+    assert left
+    assert left.upper() == right
+    changed = int(verdict.split(" ")[0])
+    assert 0 < changed < 20
+    words = len(plain.split())
+    assert compared(Goldfish(k=2, h=4, strategy="text")) == (
+        "", "", f"{words} of {words} words that both have get the same decision"
+    )  # fmt: skip
+
+
+def test_show_writes_a_page_once(checkpoint, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    command = ["show", "<script>alert(1)</script> " + PROSE[0], "--tokenizer", str(checkpoint), "--html", str(page)]
+    assert main(command) == 0
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "&lt;" in html
+    assert main(command) == 2
+    assert page.read_text(encoding="utf-8") == html
+    assert main(["show", "a", "b", "c", "--tokenizer", str(checkpoint)]) == 2
+    assert "Put a text with spaces in quotes" in capsys.readouterr().err
 
 
 def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
@@ -28,7 +65,7 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     from_text = capsys.readouterr().out
     assert main(["show", str(file), "--tokenizer", str(checkpoint), "-k", "3"]) == 0
     assert capsys.readouterr().out == from_text
-    assert "tokens dropped (k=3, h=13, strategy=hash, seed=0)" in from_text
+    assert "tokens dropped\nk=3, h=13, strategy=hash, seed=0" in from_text
 
 
 def test_show_leaves_control_characters_harmless(checkpoint, capsys):

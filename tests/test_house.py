@@ -15,7 +15,7 @@ PACKAGE = Path(goldfish.__file__).parent
 ORDER = [
     "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss", "receipt", "trainer",
     "audit.windows", "audit.score", "audit.stats", "audit.extraction", "audit.run", "audit", "audit.table",
-    "report", "cli",
+    "report", "show", "cli",
 ]  # fmt: skip
 
 

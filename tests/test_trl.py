@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and PEFT's adapters through `attach`: the loss is that of the kept tokens, computed again by hand."""
+"""TRL's SFTTrainer and PEFT's adapters through `attach`: the loss of the kept tokens, computed again by hand."""
 
 import pytest
 import torch
