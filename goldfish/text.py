@@ -5,6 +5,14 @@ appends to it is the same wherever the token stands, but for two things that ear
 separator has a word to end, and which character a leading part of a character completes. So the normal form of each
 vocabulary entry is hashed once, and prefix sums put the hashes of a batch together. The hash of bytes b0, b1, ... is
 here the sum of mix(b[j]) * M**-(j + 1), what `hashing.prefix_hashes` sums up, and a hash at position p weighs M**-p.
+
+What follows from deciding by words, and from a token having one decision:
+- Punctuation separates, in code too: "don't" is two words, snake_case and a.b(c) are as many as their names. So spaces
+  around it change nothing; deleting it between letters joins words, and the h words after it are decided anew.
+- In scripts without spaces every character is a word. A token of several words takes the decision of its first; all of
+  them count as context, so that the next words' decisions do not depend on the tokenizer.
+- A character split over tokens is read with its last byte. The tokens before that go with the word that is open before
+  them, where there is one: in "AB手", with 手 split, the first part is decided with "ab".
 """
 
 from collections.abc import Iterable

@@ -1,83 +1,22 @@
 """strategy="text": equal to its specification, and deaf to everything but words."""
 
 import codecs
-import json
 import pickle
 import random
-import string
 import unicodedata
-from pydoc_data.topics import topics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from toy_tokenizers import ALPHABETIC, KINDS, SCRIPTS, TEXTS, words
 
 from goldfish import Goldfish, spec
 from goldfish.text import Vocabulary
 from goldfish.vocabulary import characters, fold, token_bytes
 
 FOLD = characters()
-TEXTS = [topics[name] for name in sorted(topics)][:40]
-SCRIPTS = (
-    "Straße ÉCOLE naïve ΟΔΟΣ οδός Ωμέγα don’t ﬁne co\u00adop zero\u200bwidth 𝒜lpha １２３ ½ "
-    "吾輩は猫である。名前はまだ無い。ｶﾞｷﾞ 我们在北京大学学习自然语言处理。 iPhone手机 "
-    "한국어 문장 हिन्दी भाषा ภาษาไทย 🙂👍🏽 e\u0301te\u0301 "
-)
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return train(tokenizer, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, **QUIET))
-
-
-def sentencepiece_bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    return train(
-        tokenizer, trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIAL + BYTES, **QUIET), special=SPECIAL
-    )
-
-
-def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=1500, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=[*"\t\r\n\u00a0\u3000"], **QUIET
-    )
-    return train(tokenizer, trainer)
-
-
-def wordpiece() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    return train(tokenizer, trainers.WordPieceTrainer(vocab_size=1500, special_tokens=SPECIAL, **QUIET))
-
-
-QUIET = {"show_progress": False}
-SPECIAL = ["<s>", "<unk>"]
-BYTES = [f"<0x{i:02X}>" for i in range(256)]
-DECOMPOSED = [unicodedata.normalize("NFKD", SCRIPTS + SCRIPTS.upper())] * 9
-KINDS = {f.__name__: f for f in (byte_level, sentencepiece_bpe, unigram, wordpiece)}
-
-
-def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:
-    tokenizer.train_from_iterator([*TEXTS, *[t.upper() for t in TEXTS[:10]], *[SCRIPTS] * 9, *DECOMPOSED], trainer)
-    if special is None:
-        return tokenizer
-    # The trainer knows no bytes, so it made them special tokens; in a SentencePiece vocabulary they are plain entries.
-    described = json.loads(tokenizer.to_str())
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] in special]
-    return Tokenizer.from_str(json.dumps(described))
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +27,6 @@ def tokenizers() -> dict[str, Tokenizer]:
 @pytest.fixture(scope="module")
 def rules(tokenizers) -> dict[str, Goldfish]:
     return {name: Goldfish(strategy="text", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
-
-
-def letters(text: str) -> str:
-    return "".join(map(fold, text)).replace(" ", "")
-
-
-def words(text: str) -> list[str]:
-    return "".join(map(fold, text)).split()
 
 
 def word_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bool | None]:
@@ -223,27 +154,6 @@ def test_the_specification_by_hand():
     assert spec.words_before([b"a b", b"\xc2", b"\xa0"], FOLD) == ["a", "b"]
 
 
-# --- the normal form
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(max_size=20))
-def test_normal_form_is_that_of_every_unicode_form(text):
-    for form in ("NFC", "NFD", "NFKC", "NFKD"):
-        assert words(unicodedata.normalize(form, text)) == words(text)
-    assert words("".join(map(fold, text))) == words(text)  # and of itself
-
-
-def test_normal_form_of_what_people_write():
-    assert words("Straße STRASSE ﬁne ＡＢＣ x²") == ["strasse", "strasse", "fine", "abc", "x2"]
-    assert words("é e\u0301 ΟΔΟΣ οδος") == ["e", "e", "οδοσ", "οδοσ"]
-    assert words("co\u00adop zero\u200bwidth a\ufeffb") == ["coop", "zerowidth", "ab"]  # the invisible is not there
-    assert words("don't don’t snake_case a.b(c)->d") == ["don", "t", "don", "t", "snake", "case", "a", "b", "c", "d"]
-    assert words("中文 iPhone手机") == ["中", "文", "iphone", "手", "机"]
-    assert words("ｶﾞ が") == ["カ", "か"]
-    assert all(words(FOLD[c]) == FOLD[c].split() for c in range(0x110000))
-
-
 # --- what must not matter
 
 
@@ -282,10 +192,6 @@ def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
 
 def has_unknown(tokenizer: Tokenizer, text: str) -> bool:
     return tokenizer.token_to_id("<unk>") in tokenizer.encode(text).ids
-
-
-# Every word is of one token or more, in every tokenizer; in scripts without spaces a token may hold several words.
-ALPHABETIC = "Straße ÉCOLE naïve ΟΔΟΣ οδός Ωμέγα don't co\u00adop 한국어 문장 "
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte_level"])
@@ -428,71 +334,6 @@ def test_code_formatting_changes_nothing(tokenizers, rules):
         assert agree(word_decisions(rules[kind], tokenizers[kind], spaced), expected) >= 6
 
 
-# --- tokenizers
-
-
-def test_entries_are_read_as_bytes(tokenizers):
-    text = "Ünï\u00a0code 手 don't\n" * 2
-    for kind in ("byte_level", "sentencepiece_bpe"):
-        entries = token_bytes(tokenizers[kind])
-        assert b"".join(entries[i] for i in tokenizers[kind].encode(text).ids).strip() == text.strip().encode()
-    entries = token_bytes(tokenizers["wordpiece"])
-    ids = tokenizers["wordpiece"].encode("unwrapping tokens, twice").ids
-    assert words(b"".join(entries[i] for i in ids).decode()) == ["unwrapping", "tokens", "twice"]
-
-
-def test_special_tokens_separate_and_unknown_ids_too(tokenizers):
-    tokenizer = Tokenizer.from_str(tokenizers["byte_level"].to_str())
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.add_tokens(["<|user name|>"])
-    entries = token_bytes(tokenizer)
-    assert entries[tokenizer.token_to_id("<|end|>")] == b" "
-    assert entries[tokenizer.token_to_id("<|user name|>")] == b"<|user name|>"
-    rule = Goldfish(strategy="text", k=2).bind(tokenizer)
-    ids = tokenizer.encode("one two<|end|>three four").ids
-    beyond = [i if i != tokenizer.token_to_id("<|end|>") else 10**9 for i in ids]
-    negative = [i if i != tokenizer.token_to_id("<|end|>") else -100 for i in ids]
-    expected = rule.dropped(torch.tensor(ids))
-    assert torch.equal(rule.dropped(torch.tensor(beyond)), expected)
-    assert torch.equal(rule.dropped(torch.tensor(negative)), expected)
-
-
-def test_unknown_tokens_separate():
-    tokenizer = Tokenizer(models.WordPiece({"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]"))
-    assert token_bytes(tokenizer) == [b" one", b" two", b"two", b" "]
-
-
-@pytest.mark.core
-def test_transformers_tokenizer(tokenizers, rules):
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"], eos_token="!")
-    assert token_bytes(wrapped)[wrapped.eos_token_id] == b" "  # special to transformers only
-    rule = Goldfish(strategy="text", h=4, k=3).bind(PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"]))
-    ids = torch.tensor(tokenizers["byte_level"].encode(TEXTS[0]).ids)
-    assert torch.equal(rule.dropped(ids), rules["byte_level"].dropped(ids))
-
-
-def test_end_of_word_suffix_is_read():
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
-    tokenizer.train_from_iterator(
-        TEXTS[:5], trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", special_tokens=SPECIAL, **QUIET)
-    )
-    entries = token_bytes(tokenizer)
-    ids = tokenizer.encode("return the value").ids
-    assert words(b"".join(entries[i] for i in ids).decode()) == ["return", "the", "value"]
-
-
-def test_what_cannot_be_read_is_refused():
-    plain = Tokenizer(models.BPE())
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ValueError, match=r'do not say where words begin.*use strategy="hash"'):
-        Goldfish(strategy="text").bind(plain)
-    with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
-        Goldfish(strategy="text").bind("gpt2")
-    with pytest.raises(ValueError, match=r"an entry of the vocabulary has 65536 bytes.*at most 65535"):
-        Vocabulary([b"a" * 65536])
-
-
 # --- the rule
 
 
@@ -526,9 +367,3 @@ def test_degenerate_sizes(rules):
     assert rule.dropped(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
     assert rule.dropped(torch.tensor([5])).tolist() == [False]
     assert Goldfish(strategy="text", vocabulary=Vocabulary([])).dropped(torch.tensor([0, 1])).tolist() == [False, False]
-
-
-def test_alphabet_is_complete():
-    """Every ASCII character is what one would think."""
-    for c in map(chr, range(128)):
-        assert fold(c) == (c.lower() if c in string.ascii_letters + string.digits else " ")
