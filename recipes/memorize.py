@@ -17,7 +17,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import PartialState
@@ -27,13 +27,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
@@ -43,12 +43,14 @@ from goldfish.audit.table import summary_table
 from goldfish.audit.windows import read_rows
 from goldfish.report import write_report
 
+Split: TypeAlias = tuple[list[list[int]], list[list[int]]]  # members, held-out: token ids of each window
+
 
 @dataclass
 class Arguments:
     k: float = field(default=4, metadata={"help": "one token in k is dropped"})
     h: int = field(default=13, metadata={"help": "how many preceding tokens decide"})
-    strategy: str = field(default="hash", metadata={"help": "hash, static, random or reference"})
+    strategy: str = field(default="hash", metadata={"help": "hash, text, static, random or reference"})
     seed: int = field(default=0, metadata={"help": "of the split, the weights, the batches and the rule"})
     documents: int = field(default=32, metadata={"help": "windows to train on; as many again are held out"})
     epochs: int = 100
@@ -143,10 +145,10 @@ def load_tokenizer(args: Arguments, texts: list[str], output: Path, state: Parti
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)  # deterministic, so that every process makes the same
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
-def split_windows(args: Arguments, texts: list[str], tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+def split_windows(args: Arguments, texts: list[str], tokenizer: Any) -> Split:
     """Members and held-out windows, token ids, chosen at random before any training.
 
     The corpus quotes itself. A window that shares eight consecutive tokens of its second half with a window chosen
@@ -185,7 +187,7 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
     processes = PartialState().num_processes
     if args.batch_size % processes:
         raise ValueError(f"--batch_size {args.batch_size} windows do not divide among {processes} processes")
-    steps = args.epochs * max(1, args.documents // args.batch_size)
+    steps = args.epochs * -(-len(members) // args.batch_size)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epochs,
@@ -206,7 +208,7 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
         "model": model,
         "args": arguments,
         "train_dataset": rows,
-        "data_collator": default_data_collator,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),  # pads where rows differ, labels with -100
         "processing_class": tokenizer,
     }
     trainer = Trainer(**common) if rule is None else GoldfishTrainer(**common, goldfish=rule)

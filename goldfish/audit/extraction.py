@@ -1,6 +1,6 @@
 """Scores -> records (one a window) and their summary: exact match, first divergence, ROUGE-L, attribution."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from goldfish.rule import Goldfish
 Record = dict[str, Any]
 
 
-def rouge_l(candidate: Sequence[int], reference: Sequence[int]) -> float:
-    """ROUGE-L F-measure of two sequences of ids (Lin 2004): 2 LCS / (m + n); 0 where both are empty."""
+def rouge_l(candidate: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
+    """ROUGE-L F-measure of two sequences of ids or words (Lin 2004): 2 LCS / (m + n); 0 where both are empty."""
     total = len(candidate) + len(reference)
     return 2 * LCSseq.similarity(candidate, reference) / total if total else 0.0
 

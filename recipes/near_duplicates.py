@@ -1,0 +1,188 @@
+"""Near-duplicates: documents that a model only ever sees in reformatted versions, and is then asked for in plain form.
+
+    python recipes/near_duplicates.py                 # 2 CPU cores: 3 seeds x 7 trainings x 2 conditions, see README
+    python recipes/near_duplicates.py --edits 0 0.02 0.1 --seeds 0    # leakage against edit rate
+    python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden_size 32 --seeds 0 --output_dir runs/miniature
+
+Every document is trained on in `versions` copies, either exact or each reformatted in its own way (line breaks,
+indentation, case, doubled spaces), perhaps with edited words. The audit gives the model the plain first half and
+compares its greedy continuation with the second, as normalised words (ROUGE-L), so that another line break or case
+counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text.
+Every loss is trained for equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs.
+"""
+
+import itertools
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+import unicodedata
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import memorize
+import pyarrow.parquet
+import torch
+from accelerate import PartialState
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from goldfish import Goldfish
+from goldfish.audit import audit
+from goldfish.audit.extraction import rouge_l
+
+
+@dataclass
+class Arguments(memorize.Arguments):
+    documents: int = field(default=12, metadata={"help": "documents to train on; as many again are held out"})
+    window: int = field(default=192, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
+    versions: int = field(default=5, metadata={"help": "copies of each document"})
+    epochs: int = field(default=150, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
+    rules: list[str] = field(
+        default_factory=lambda: ["standard", "hash-4-13", "hash-4-4", "text-4-8", "text-4-3", "text-3-8", "text-3-3"],
+        metadata={"help": "standard, or strategy-k-h"},
+    )
+    copies: list[str] = field(default_factory=lambda: ["exact", "reformatted"], metadata={"help": "kinds of versions"})
+    edits: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "shares of words edited per version"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    output_dir: str = "runs/near_duplicates"
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    output, state = Path(args.output_dir), PartialState(cpu=not torch.accelerator.is_available())
+    if args.dry_run:
+        state.print(f"{len(args.seeds)} seeds x {args.copies} x edits {args.edits} x {args.rules} -> {output}")
+        return []
+    memorize.prepare_output(output, args)
+    texts = memorize.load_texts(args)
+    tokenizer = memorize.load_tokenizer(args, texts, output, state)
+    results = []
+    for seed, copies, edits in itertools.product(args.seeds, args.copies, args.edits):
+        windows = memorize.split_windows(replace(args, seed=seed), texts, tokenizer)
+        plain = [tokenizer.decode(ids) for ids in windows[0]]
+        versions = make_versions(plain, copies, edits, args.versions, seed)
+        for name in args.rules:
+            folder = output / f"seed{seed}-{copies}-edits{edits:g}-{name}"
+            result = {"seed": seed, "copies": copies, "edits": edits, "rule": name}
+            result |= train_and_extract(
+                replace(args, seed=seed, output_dir=str(folder)), name, versions, windows, tokenizer
+            )
+            results.append(result)
+            with (output / "results.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(result) + "\n")
+    console = Console()
+    console.print(table(results))
+    console.print(f"Results: {output / 'results.jsonl'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def make_versions(documents: list[str], copies: str, edits: float, versions: int, seed: int) -> list[str]:
+    """All versions of all documents. Reformatted ones differ in line breaks, indentation, case and spacing."""
+    made = []
+    for number, document in enumerate(documents):
+        for version in range(versions):
+            draw = random.Random(f"{seed} {number} {version}")
+            text = edit(document, documents, edits, draw)
+            made.append(reformat(text, draw) if copies == "reformatted" else text)
+    return made
+
+
+def edit(text: str, pool: list[str], share: float, draw: random.Random) -> str:
+    """Replace, insert or delete that share of the words; new words come from other documents."""
+    words: list[str] = []
+    for word in text.split():
+        kind = draw.choice(("replace", "insert", "delete")) if draw.random() < share else "keep"
+        if kind in ("replace", "insert"):
+            words.append(draw.choice(draw.choice(pool).split()))
+        if kind in ("keep", "insert"):
+            words.append(word)
+    return " ".join(words)
+
+
+def reformat(text: str, draw: random.Random) -> str:
+    """The same words, laid out and written in another way."""
+    words = text.split()
+    case = draw.choice((str, str.upper, str.lower, str.title, str.swapcase))
+    indent, width = " " * draw.choice((0, 2, 4, 8)), draw.randint(4, 14)
+    space = draw.choice((" ", "  "))
+    lines = [space.join(words[i : i + width]) for i in range(0, len(words), width)]
+    return "\n".join(indent + case(line) for line in lines)
+
+
+def train_and_extract(
+    args: Arguments, name: str, versions: list[str], windows: memorize.Split, tokenizer: Any
+) -> dict[str, Any]:
+    """Train under the rule called `name`; ROUGE-L over normalised words, and nll, on members and held-out."""
+    rule = None
+    if name != "standard":
+        strategy, k, h = name.split("-")
+        rule = Goldfish(k=float(k), h=int(h), strategy=strategy, seed=args.seed)  # type: ignore[arg-type]
+        args = replace(args, epochs=round(args.epochs * rule.k / (rule.k - 1)))
+    folder = Path(args.output_dir)
+    memorize.train(args, rule, [tokenizer(text)["input_ids"][:512] for text in versions], tokenizer, folder / "model")
+    members, heldout = folder / "members.jsonl", folder / "heldout.jsonl"
+    memorize.save_windows(members, windows[0], tokenizer)
+    memorize.save_windows(heldout, windows[1], tokenizer)
+    half = args.window // 2
+    summary = audit(
+        folder / "model", folder / "audit", members=members, heldout=heldout,
+        prefix_length=half, suffix_length=args.window - half, name=name,
+    )  # fmt: skip
+    scores: dict[str, Any] = {"epochs": args.epochs}
+    records = pyarrow.parquet.read_table(folder / "audit" / "records.parquet").to_pylist()
+    for split, numbers in summary["splits"].items():
+        of_split = [record for record in records if record["split"] == split]
+        scores[f"rouge_l_{split}"] = statistics.mean(
+            rouge_l(words("".join(record["output_tokens"])), words("".join(record["suffix_tokens"])))
+            for record in of_split
+        )
+        scores[f"nll_{split}"] = numbers["nll"]["mean"]
+    if rule is not None:
+        receipt = json.loads((folder / "model" / "goldfish.json").read_text())
+        scores["drop_rate"] = receipt["dropped"] / receipt["targets"]
+    shutil.rmtree(folder / "model")  # hundreds of checkpoints are not wanted; the audits stay
+    return scores
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as a reader sees them: no case, punctuation or layout."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """Means over the seeds: ROUGE-L with its least and greatest, its held-out floor, held-out nll (nats/token)."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="left: (ROUGE-L - floor) / the same of standard")
+    for heading in ("copies", "edits", "rule", "drop", "ROUGE-L", "spread", "floor", "left", "nll", "n"):
+        shown.add_column(heading, no_wrap=True)
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["copies"], result["edits"], result["rule"]), []).append(result)
+
+    def mean(group: list[dict[str, Any]], key: str) -> float:
+        return float(statistics.mean(result.get(key, 0.0) for result in group))
+
+    for (copies, edits, rule), group in groups.items():
+        values = [result["rouge_l_members"] for result in group]
+        rouge, floor = mean(group, "rouge_l_members"), mean(group, "rouge_l_heldout")
+        standard = groups.get((copies, edits, "standard"))
+        left = "-"
+        if standard:
+            recited = mean(standard, "rouge_l_members") - mean(standard, "rouge_l_heldout")
+            left = f"{(rouge - floor) / recited:.2f}" if recited else "-"
+        spread = f"{min(values):.2f}-{max(values):.2f}"
+        numbers = [f"{mean(group, 'drop_rate'):.2f}", f"{rouge:.2f}", spread, f"{floor:.2f}", left]
+        shown.add_row(copies, f"{edits:g}", rule, *numbers, f"{mean(group, 'nll_heldout'):.2f}", str(len(group)))
+    return shown
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"near_duplicates.py: {error}")

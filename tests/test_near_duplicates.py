@@ -1,0 +1,70 @@
+"""The near-duplicate recipe in miniature, and that its versions are what they are called."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import near_duplicates as recipe
+
+TEXT = "An assignment (statement) evaluates the Expression list; then, it assigns “it”.\nNaïve? 12 words or more here."
+
+
+def test_reformatted_versions_keep_their_words_and_differ():
+    versions = {recipe.reformat(TEXT, random.Random(seed)) for seed in range(30)}
+    assert len(versions) > 25
+    for version in versions:
+        assert recipe.words(version) == recipe.words(TEXT)
+
+
+def test_edits_change_the_share_of_words_that_was_asked():
+    text = " ".join(f"word{i}" for i in range(4000))
+    assert recipe.edit(text, ["new"], 0.0, random.Random(0)) == text
+    edited = recipe.edit(text, ["new"], 0.1, random.Random(0)).split()
+    kept = sum(word != "new" for word in edited)
+    expected = 4000 * (1 - 0.1 * 2 / 3)
+    assert kept == pytest.approx(expected, abs=60)  # of three kinds of edits, insertion keeps the word
+
+
+def test_exact_versions_are_exact():
+    assert recipe.make_versions(["a b", "c d"], "exact", 0.0, 2, seed=0) == ["a b", "a b", "c d", "c d"]
+    first, again = (recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2))
+    assert first == again
+    assert len(set(first)) == 3
+
+
+def test_miniature(tmp_path, capsys):
+    command = ["--documents", "2", "--versions", "2", "--epochs", "1", "--hidden_size", "32", "--window", "64"]
+    command += ["--seeds", "0", "--rules", "standard", "text-4-3", "--copies", "reformatted"]
+    results = recipe.main([*command, "--output_dir", str(tmp_path / "run")])
+    assert [result["rule"] for result in results] == ["standard", "text-4-3"]
+    assert [result["epochs"] for result in results] == [1, 1]
+    assert 0.1 < results[1]["drop_rate"] < 0.45
+    written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == results
+    assert "text-4-3" in capsys.readouterr().out
+    assert recipe.main([*command, "--dry_run", "--output_dir", str(tmp_path / "dry")]) == []
+    assert not (tmp_path / "dry").exists()
+
+
+def test_table_by_hand(capsys):
+    results = [
+        {
+            "copies": "exact",
+            "edits": 0.0,
+            "rule": rule,
+            "rouge_l_members": r,
+            "rouge_l_heldout": 0.1,
+            "nll_heldout": 5.0,
+        }
+        for rule, values in (("standard", (0.5, 0.7)), ("hash-4-13", (0.2, 0.4)))
+        for r in values
+    ]
+    recipe.Console(width=100).print(recipe.table(results))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "hash" in line)
+    assert "0.30" in row
+    assert "0.20-0.40" in row
+    assert "0.40" in row.split("0.20-0.40")[1], "left: (0.3 - 0.1) / (0.6 - 0.1)"
