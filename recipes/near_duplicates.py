@@ -95,14 +95,18 @@ def make_versions(documents: list[str], copies: str, edits: float, versions: int
 
 def edit(text: str, pool: list[str], share: float, draw: random.Random) -> str:
     """Replace, insert or delete that share of the words; new words come from other documents."""
-    words: list[str] = []
-    for word in text.split():
-        kind = draw.choice(("replace", "insert", "delete")) if draw.random() < share else "keep"
+    made = []
+    for piece in re.findall(r"\s+|\S+", text):
+        kind = "keep"
+        if not piece.isspace() and draw.random() < share:
+            kind = draw.choice(("replace", "insert", "delete"))
         if kind in ("replace", "insert"):
-            words.append(draw.choice(draw.choice(pool).split()))
+            made.append(draw.choice(draw.choice(pool).split()))
+        if kind == "insert":
+            made.append(" ")
         if kind in ("keep", "insert"):
-            words.append(word)
-    return " ".join(words)
+            made.append(piece)
+    return "".join(made)
 
 
 def reformat(text: str, draw: random.Random) -> str:

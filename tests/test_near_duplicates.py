@@ -22,7 +22,7 @@ def test_reformatted_versions_keep_their_words_and_differ():
 
 def test_edits_change_the_share_of_words_that_was_asked():
     text = " ".join(f"word{i}" for i in range(4000))
-    assert recipe.edit(text, ["new"], 0.0, random.Random(0)) == text
+    assert recipe.edit(TEXT, ["new"], 0.0, random.Random(0)) == TEXT, "also its line breaks"
     edited = recipe.edit(text, ["new"], 0.1, random.Random(0)).split()
     kept = sum(word != "new" for word in edited)
     expected = 4000 * (1 - 0.1 * 2 / 3)
@@ -30,7 +30,7 @@ def test_edits_change_the_share_of_words_that_was_asked():
 
 
 def test_exact_versions_are_exact():
-    assert recipe.make_versions(["a b", "c d"], "exact", 0.0, 2, seed=0) == ["a b", "a b", "c d", "c d"]
+    assert recipe.make_versions(["a\n  b", "c d"], "exact", 0.0, 2, seed=0) == ["a\n  b", "a\n  b", "c d", "c d"]
     first, again = (recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2))
     assert first == again
     assert len(set(first)) == 3
