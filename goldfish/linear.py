@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _ROW_BLOCK = {"cpu": 2**20, "other": 2**26}  # bytes of fp32 logits under softmax at a time; on CPU per thread: its L2
-_CHUNK_CPU = 2**27  # bytes of logits
+_CHUNK_CPU = 2**27  # bytes of logits alive at a time; from 1,024 rows on (of 16 bits) more would not be faster
 
 
 def linear_cross_entropy(
@@ -65,12 +65,12 @@ def linear_cross_entropy(
         chunk_rows,
     )  # fmt: skip
     grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss_sum = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
+    loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
     count = (labels != ignore_index).sum()
     if num_items is None:
         return loss_sum / count.clamp(min=1)
     divisor = torch.as_tensor(num_items, device=loss_sum.device)
-    return loss_sum / torch.where(count == 0, 1, divisor)  # type: ignore[no-any-return]
+    return loss_sum / torch.where(count == 0, 1, divisor)
 
 
 def _check(
@@ -111,7 +111,7 @@ def _forward(
     chunk_rows: int | None,
     grads: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the nll and its gradients for hidden (N, D), weight and bias; an empty tensor for a gradient not asked for.
+    """Sum of the nll and its gradients for hidden (N, D), weight and bias; empty where a gradient is not asked for.
 
     One operator to torch.compile, which so need not know how many rows are kept.
     """
@@ -180,7 +180,7 @@ class _Gradients(torch.autograd.Function):
         return loss_sum  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.compiler.is_compiling():
             reuse = False
         else:
@@ -228,7 +228,7 @@ def _chunk_rows(weight: Tensor, dtype: torch.dtype, weight_grad: bool) -> int:
     """How many rows of logits to hold: few enough to be small, enough to keep the matrix products efficient."""
     vocabulary, width = weight.shape
     if weight.device.type == "cpu":
-        return min(512, max(128, _CHUNK_CPU // (vocabulary * dtype.itemsize)))
+        return max(128, min(2048, _CHUNK_CPU // vocabulary) // dtype.itemsize)
     # Every chunk reads and writes the fp32 gradient of the weight once: hold as many logits as it has bytes.
     return min(4096, max(1024, 4 * width // dtype.itemsize)) if weight_grad else 1024
 
@@ -245,16 +245,13 @@ def _accumulate(total: Tensor, grad_logits: Tensor, part: Tensor, first: bool) -
     if grad_logits.dtype == total.dtype:
         torch.addmm(total, grad_logits.T, part, beta=beta, out=total)
     elif total.is_cuda:
-        torch.addmm(total, grad_logits.T, part, total.dtype, beta=beta, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, grad_logits.T, part, total.dtype, beta=beta, out=total)
     else:  # no such product on CPU: add blocks of it while they are in the cache
         block = max(256, 2**21 // (part.shape[1] * part.dtype.itemsize))
         for begin in range(0, len(total), block):
-            here = slice(begin, begin + block)
-            product = grad_logits[:, here].T @ part
-            if first:
-                total[here] = product
-            else:
-                total[here] += product
+            product = grad_logits[:, begin : begin + block].T @ part
+            here = total[begin : begin + block]
+            (here.copy_ if first else here.add_)(product)
 
 
 @cache
