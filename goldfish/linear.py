@@ -91,6 +91,8 @@ def _check(
         raise TypeError(f"labels must be token ids (integers), got {labels.dtype}")
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise TypeError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them, or use autocast")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0 (or None for no cap), got {softcap!r}")
     if isinstance(num_items, (int, float)) and not num_items > 0:

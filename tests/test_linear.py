@@ -311,6 +311,7 @@ def test_shapes_batch_time():
         ({"labels": torch.zeros(299, dtype=torch.long)}, ValueError, r"one label per row .*\(300,\).*\(299,\)"),
         ({"labels": torch.zeros(300)}, TypeError, "integers.*float32"),
         ({"weight": torch.zeros(500, 31)}, ValueError, r"\(300, 32\) and \(500, 31\)"),
+        ({"weight": torch.zeros(500, 32).bfloat16()}, TypeError, "float32 and weight torch.bfloat16"),
         ({"bias": torch.zeros(499)}, ValueError, r"bias \(500,\), got \(499,\)"),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0.*0.0"),
         ({"num_items": 0}, ValueError, "num_items.*above 0"),
