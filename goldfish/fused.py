@@ -189,7 +189,9 @@ class FusedHead:
                     break
             else:
                 self._fall_back("what the model does to its logits differs from call to call")
-        return self._forward(**kept_rows_only(self._model, inputs) if self.tier == 1 else inputs)
+        if self.tier == 1:
+            return self._kept_rows(inputs)
+        return self._forward(**inputs)
 
     def _trains(self, inputs: dict[str, Any]) -> bool:
         to_keep = inputs.get("logits_to_keep")
@@ -231,6 +233,18 @@ class FusedHead:
             self._proved = True
         return _without(output, call.seen)
 
+    def _kept_rows(self, inputs: dict[str, Any]) -> Any:
+        """The output of tier 1; of tier 0 if the model turns out not to do that."""
+        try:
+            output = self._forward(**kept_rows_only(self._model, inputs))
+        except Exception as error:
+            if self._proved:
+                raise
+            output = self._forward(**inputs)  # if the inputs are at fault, this says so
+            self._fall_back(f"{self.reason}; and its forward fails on kept rows ({type(error).__name__}: {error})", 0)
+        self._proved = True
+        return output
+
     def _adopt_head(self) -> None:
         """Patch the head's linear layers, or step down if they are not known."""
         self._release_heads()
@@ -256,10 +270,11 @@ class FusedHead:
             return "its forward is patched already (by another fused loss?)"
         return _why_not_this_loss(self._model)
 
-    def _fall_back(self, reason: str) -> None:
+    def _fall_back(self, reason: str, tier: int = 1) -> None:
         """To tier 1, or to 0 where that is not possible either; says so once."""
         self._release_heads()
-        if self._why_not_this_model():
+        self._proved = False
+        if tier == 0 or self._why_not_this_model():
             self.tier, self.reason = 0, reason
         else:
             no_rows = why_not_kept_rows_only(self._model)

@@ -314,6 +314,9 @@ def test_a_copy_is_fused_on_its_own():
     assert_equal_enough(step(twin, inputs), baseline, rtol=0, atol=0)
     assert fuse_head(twin)._model is twin
     assert "logits" not in twin(**inputs)
+    head = copy.deepcopy(twin.lm_head)  # PEFT copies the head alone: that must not copy the model
+    assert head.forward.func.__self__ is fuse_head(twin)
+    assert head.forward.args[0] is head
 
 
 def test_signature_stays():
@@ -340,6 +343,7 @@ def test_inside_accelerates_autocast():
     assert handle.tier == 2
     assert "logits" not in accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)(**inputs)
     assert fuse_head(prepared) is handle
+    assert prepared.eval()(inputs["input_ids"]).logits.shape == (3, 11, V)
 
 
 # PEFT
@@ -469,6 +473,25 @@ class LossElsewhere(Odd):
         return logits
 
 
+class Prefix(Odd):
+    """The first position has no logits, as in models that put a prompt of their own before the text."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state[:, 1:])
+        loss = None if labels is None else self.loss_function(logits, labels[:, 1:], self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class HandsNothingOn(Odd):
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        if SLICES:
+            hidden = transformers.modeling_utils.slice_logits_to_keep(hidden, logits_to_keep)
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
 def odd(kind: type[Odd]) -> Odd:
     torch.manual_seed(3)
     return kind(transformers.LlamaConfig(**SHAPE)).train()
@@ -486,6 +509,7 @@ def odd(kind: type[Odd]) -> Odd:
         (Reshaped, "failed on what the head returned"),
         (OwnLoss, "failed on what the head returned"),
         (LossElsewhere, "its loss 2 times"),
+        (Prefix, "its head sees rows (3, 10), the labels are (3, 11)"),
     ],
 )
 def test_what_is_not_known_falls_back_and_stays_right(kind, reason, caplog):
@@ -500,6 +524,21 @@ def test_what_is_not_known_falls_back_and_stays_right(kind, reason, caplog):
     for result in results:
         assert_equal_enough(result, baseline)
     assert set(model.lm_head.__dict__) == set(odd(kind).lm_head.__dict__)
+
+
+def test_a_forward_that_hands_nothing_to_its_loss():
+    """It counts its own items, ignores shift_labels, and fails on kept rows: tier 2 or 0, never a crash."""
+    model, inputs = odd(HandsNothingOn), batch(num_items_in_batch=torch.tensor(1000))
+    baseline = step(model, inputs)
+    handle = fuse_head(model)
+    assert_equal_enough(step(model, inputs), baseline)
+    assert handle.tier == 2
+    shifted = inputs | {"shift_labels": inputs["labels"]}
+    for _ in range(2):
+        assert_equal_enough(step(model, shifted), baseline)
+    assert handle.tier == 0
+    assert "does not hand shift_labels to the loss" in handle.reason
+    assert not SLICES or "fails on kept rows" in handle.reason
 
 
 def test_a_scale_and_a_soft_cap_together_are_read_off():

@@ -178,12 +178,20 @@ def test_gradients_only_where_required(trainable):
             torch.testing.assert_close(inputs[name].grad, every[name], rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_but_the_loss_without_grad():
+def test_nothing_but_the_loss_without_grad(monkeypatch):
+    asked = []
+
+    def kernel(*arguments):
+        asked.append(arguments[-1])
+        return _softmax_rows(*arguments)
+
+    monkeypatch.setattr("goldfish.linear._row_kernel", lambda *_: kernel)
     inputs = case() | {"weight": case()["weight"].requires_grad_()}
     with torch.no_grad():
         loss = linear_cross_entropy(**inputs, softcap=3.0)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, linear_cross_entropy(**inputs, softcap=3.0).detach())
+    assert asked == [False, True]
 
 
 def test_memory_is_that_of_one_chunk(monkeypatch):
@@ -242,6 +250,15 @@ def test_a_large_loss_scale_is_neither_rounded_nor_overflows(dtype):
         assert scaled[name].isfinite().all()
         assert error(scaled[name] / 65_537.0, truth[name]) <= 2 * torch.finfo(dtype).eps
         assert error(one[name], truth[name]) <= (2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.05)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.25 + 2**-8), (torch.float16, 70_000.0)])
+def test_the_upstream_gradient_is_not_rounded_to_16_bits(dtype, factor):
+    """In bf16 the first factor would become 1.25, in fp16 the second infinity."""
+    inputs = {k: t.mul(0.5).to(dtype) if t.is_floating_point() else t for k, t in case().items()}
+    result = loss_and_gradients(lambda **k: linear_cross_entropy(**k, num_items=1) * factor, inputs, dtype)["hidden"]
+    truth = loss_and_gradients(lambda **k: plain(**k, num_items=1) * factor, inputs, torch.float64)["hidden"]
+    assert ((result.double() * truth).sum() / truth.square().sum()).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_backward_twice():
