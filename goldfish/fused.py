@@ -54,10 +54,12 @@ def kept_rows_only(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def why_not_kept_rows_only(model: nn.Module) -> str:
     """Why tier 1 is not possible; empty if it is."""
+    from transformers import modeling_utils
+
     model = _bare(model)
     forward = inspect.unwrap(type(model).forward)
     calls = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if "slice_logits_to_keep" not in calls:
+    if "slice_logits_to_keep" not in calls or not hasattr(modeling_utils, "slice_logits_to_keep"):
         return f"the forward of {type(model).__name__} takes no boolean logits_to_keep in this transformers version"
     if "loss_function" not in calls:
         return f"the forward of {type(model).__name__} does not call self.loss_function"
@@ -215,9 +217,6 @@ class FusedHead:
             return self._fall_back(f"the forward failed on what the head returned ({type(error).__name__}: {error})")
         finally:
             self._call = None
-        if call.loss_sum is None and call.heads:  # the head declined: the logits are real, and so is the loss
-            self._fall_back(call.problem)
-            return output
         if call.problem or (call.heads, call.losses) != (1, 1):
             return self._fall_back(
                 call.problem or f"the forward called its head {call.heads} times and its loss {call.losses} times"

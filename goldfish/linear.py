@@ -198,7 +198,7 @@ class _Gradients(torch.autograd.Function):
                 results.append(None)
             elif reuse and gradient.dtype == grad.dtype:
                 results.append(gradient.mul_(grad).to(dtype))
-            else:  # a 0-dim factor would be rounded to the gradient's own dtype: 1/3000 in bf16, infinity in fp16
+            else:  # CUDA would round a 0-dim factor to the gradient's own dtype: 1/3001 in bf16, 70,000 in fp16
                 results.append((gradient.to(grad.dtype) * grad).to(dtype))
         return results[0], results[1], None, results[2], *[None] * 7
 

@@ -52,6 +52,7 @@ ARCHITECTURES = {
     "smollm3": ("SmolLM3Config", SHAPE, (1.0, None)),
 }
 SLICES = hasattr(transformers.modeling_utils, "slice_logits_to_keep")
+pytestmark = pytest.mark.core
 needs_slices = pytest.mark.skipif(not SLICES, reason="this transformers takes no boolean logits_to_keep: no tier 1")
 
 
@@ -101,7 +102,6 @@ def assert_equal_enough(result: dict, baseline: dict, **tolerance) -> None:
         torch.testing.assert_close(result[name], expected, **tolerance or {"rtol": 1e-4, "atol": 1e-6}, msg=name)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("num_items", [None, 57])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_both_tiers_equal_the_models_own_loss_and_gradients(name, num_items):
@@ -112,6 +112,9 @@ def test_both_tiers_equal_the_models_own_loss_and_gradients(name, num_items):
     assert_as_good(step(model, kept_rows_only(model, inputs)), baseline, truth)
     with fuse_head(model) as handle:
         first, later = step(model, inputs), step(model, inputs)
+        if name == "mamba" and not SLICES:  # Mamba had a loss of its own then
+            assert (handle.tier, "failed on what the head returned" in handle.reason) == (0, True)
+            return
         assert (handle.tier, handle.reason) == (2, "")
         scale, softcap = ARCHITECTURES[name][2]
         assert handle._scale == pytest.approx(scale, rel=1e-12)
