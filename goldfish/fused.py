@@ -16,54 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goldfish.linear import linear_cross_entropy
+from goldfish.kept import (
+    HANDLE,
+    IGNORED,
+    KeptRows,
+    bare_model,
+    kept_rows_only,
+    shifted_labels,
+    why_not_kept_rows_only,
+    why_not_this_loss,
+)
+from goldfish.linear import divisor, linear_cross_entropy
 
 _log = logging.getLogger(__name__)
-_IGNORED = -100
-_HANDLE = "_goldfish_fused_head"  # the attribute of the model that holds its handle
 # Far enough apart to tell a bound from a factor, close enough (a factor of four) to tell tanh from any other bound.
 _PROBE = (*((-4.0) ** i / 16 for i in range(13)), 2.0**-40, -(2.0**20), 2.0**20)
-
-
-def kept_rows_only(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Tier 1: arguments of a Hugging Face model's forward, changed so that head and loss see the kept rows only.
-
-    Args:
-        model: a causal language model of transformers.
-        inputs: keyword arguments of its forward, with labels (B, T) that hold -100 where nothing is to be learned;
-            num_items_in_batch and shift_labels if the trainer gives them.
-
-    Returns:
-        The same arguments, or a copy with `logits_to_keep` (bool (B, T)), `shift_labels` and `num_items_in_batch`; the
-        model then returns the same loss, and logits (kept rows, V). Unchanged where the model cannot do that (see
-        `why_not_kept_rows_only`). No kept row gives a loss of 0, and a graph, instead of NaN.
-    """
-    if inputs.get("labels") is None or why_not_kept_rows_only(model):
-        return inputs
-    targets = _targets(inputs)
-    kept = targets != _IGNORED
-    count = kept.sum()
-    items = inputs.get("num_items_in_batch")
-    items = count if items is None else torch.as_tensor(items, device=count.device)
-    return inputs | {
-        "logits_to_keep": kept,
-        "shift_labels": targets[kept],
-        "num_items_in_batch": torch.where(count == 0, 1, items),
-    }
-
-
-def why_not_kept_rows_only(model: nn.Module) -> str:
-    """Why tier 1 is not possible; empty if it is."""
-    from transformers import modeling_utils
-
-    model = _bare(model)
-    forward = inspect.unwrap(type(model).forward)
-    calls = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if "slice_logits_to_keep" not in calls or not hasattr(modeling_utils, "slice_logits_to_keep"):
-        return f"the forward of {type(model).__name__} takes no boolean logits_to_keep in this transformers version"
-    if "loss_function" not in calls:
-        return f"the forward of {type(model).__name__} does not call self.loss_function"
-    return _why_not_this_loss(model)
 
 
 def fuse_head(model: nn.Module) -> "FusedHead":
@@ -92,13 +59,13 @@ def fuse_head(model: nn.Module) -> "FusedHead":
             "fuse_head cannot patch nn.DataParallel: its replicas share one forward. "
             "Use one process per GPU (torchrun), or fused=False"
         )
-    base = _bare(model)
+    base = bare_model(model)
     if not all(hasattr(base, name) for name in ("get_output_embeddings", "loss_function", "config")):
         raise TypeError(
             f"fuse_head needs a causal language model of transformers, got {type(base).__name__}; "
             "in a model of your own call linear_cross_entropy(hidden, head.weight, labels)"
         )
-    handle = base.__dict__.get(_HANDLE)
+    handle = base.__dict__.get(HANDLE)
     return handle if isinstance(handle, FusedHead) else FusedHead(base)
 
 
@@ -108,7 +75,7 @@ class _Call:
 
     targets: Tensor
     shift_labels: Tensor | None
-    rows: "_Rows"
+    rows: KeptRows
     width: int | None  # of the probe; None: the whole vocabulary
     loss_sum: Tensor | None = None
     seen: Tensor | None = None  # the probe, as it reached the loss
@@ -125,6 +92,9 @@ class FusedHead:
         reason: why it is not 2; empty if it is.
     """
 
+    tier: int
+    reason: str
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._instance_forward = model.__dict__.get("forward")
@@ -139,16 +109,15 @@ class FusedHead:
         self._scale, self._softcap = 1.0, None  # type: float, float | None
         self._proved = False
         self._active = True
-        self.tier, self.reason = 2, ""
         self._adopt_head()
-        model.__dict__ |= {_HANDLE: self, "forward": self, "_loss_function": self._loss}
+        model.__dict__ |= {HANDLE: self, "forward": self, "_loss_function": self._loss}
 
     def remove(self) -> None:
         """Give the model its own forward, head and loss back."""
         self._active = False
         self._release_heads()
         model = self._model
-        model.__dict__.pop(_HANDLE, None)
+        model.__dict__.pop(HANDLE, None)
         if model.__dict__.get("forward") is self:  # else someone wrapped it: from now on it only passes through
             _restore(model, "forward", self._instance_forward)
         if model.__dict__.get("_loss_function") == self._loss:
@@ -206,8 +175,8 @@ class FusedHead:
 
     def _fused(self, inputs: dict[str, Any]) -> Any:
         """The model's output without logits; None if what was learned on the way asks for another try."""
-        targets = _targets(inputs)
-        call = _Call(targets, inputs.get("shift_labels"), _Rows(targets), 8 if self._proved else None)
+        targets = shifted_labels(inputs)
+        call = _Call(targets, inputs.get("shift_labels"), KeptRows(targets), 8 if self._proved else None)
         self._call = call
         try:
             output = self._forward(**inputs)
@@ -248,7 +217,7 @@ class FusedHead:
         """Patch the head's linear layers, or step down if they are not known."""
         self._release_heads()
         self._head = self._model.get_output_embeddings()  # type: ignore[operator]
-        self._proved = False
+        self._proved, self.tier, self.reason = False, 2, ""
         linears = _linears(self._head)
         problem = self._why_not_this_model() or next(filter(None, map(_why_not_this_head, linears)), "")
         if problem:
@@ -267,7 +236,7 @@ class FusedHead:
         # accelerate's autocast wrapper leaves the second attribute beside the forward that it wraps
         if self._instance_forward is not None and "_original_forward" not in self._model.__dict__:
             return "its forward is patched already (by another fused loss?)"
-        return _why_not_this_loss(self._model)
+        return why_not_this_loss(self._model)
 
     def _fall_back(self, reason: str, tier: int = 1) -> None:
         """To tier 1, or to 0 where that is not possible either; says so once."""
@@ -313,44 +282,14 @@ class FusedHead:
             return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
         call.losses += 1
         call.seen = logits
-        if args or kwargs.get("ignore_index", _IGNORED) != _IGNORED:
+        if args or kwargs.get("ignore_index", IGNORED) != IGNORED:
             call.problem = "its loss has arguments that are not known"
         elif kwargs.get("shift_labels") is not call.shift_labels:
             call.problem = "its forward does not hand shift_labels to the loss"
         elif any(vocab_size != linear.out_features for linear in self._heads):
             call.problem = f"its loss expects {vocab_size} logits, the head has {self._heads[0].out_features}"
-        count = (call.targets != _IGNORED).sum().to(call.loss_sum.device)
-        items = kwargs.get("num_items_in_batch")
-        items = count if items is None else torch.as_tensor(items, device=count.device)
-        return call.loss_sum / torch.where(count == 0, 1, items)
-
-
-class _Rows:
-    """Indices of the kept rows. On CUDA their number travels to the host while the backbone runs."""
-
-    def __init__(self, targets: Tensor) -> None:
-        self._order: Tensor | None = None
-        if targets.is_cuda:
-            dropped = targets.reshape(-1) == _IGNORED
-            self._order = dropped.sort(stable=True).indices  # the kept ones first, in their order
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._count.copy_((~dropped).sum(), non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def indices(self, device: torch.device) -> Tensor | None:
-        """int64 on `device`; None: let the loss find them."""
-        if self._order is None:
-            return None
-        self._arrived.synchronize()
-        return self._order[: int(self._count)].to(device)
-
-
-def _targets(inputs: dict[str, Any]) -> Tensor:
-    """Labels aligned with the logits, as transformers' own loss aligns them."""
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"]  # type: ignore[no-any-return]
-    return nn.functional.pad(inputs["labels"], (0, 1), value=_IGNORED)[..., 1:]
+        count = (call.targets != IGNORED).sum().to(call.loss_sum.device)
+        return call.loss_sum / divisor(count, kwargs.get("num_items_in_batch"))
 
 
 def _probe(width: int, device: torch.device) -> Tensor:
@@ -403,28 +342,6 @@ def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
     if hidden.shape[:-1] != call.targets.shape:
         return f"its head sees rows {tuple(hidden.shape[:-1])}, the labels are {tuple(call.targets.shape)}"
     return ""
-
-
-def _why_not_this_loss(model: nn.Module) -> str:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    handle = model.__dict__.get(_HANDLE)
-    if (handle._plain_loss if handle else model.loss_function) is not ForCausalLMLoss:
-        return f"the loss function of {type(model).__name__} is not transformers' causal language model loss"
-    return ""
-
-
-def _bare(model: Any) -> Any:
-    """The transformers model inside torch.compile, DDP, FSDP and PEFT."""
-    while True:
-        if "_orig_mod" in getattr(model, "_modules", {}):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif "module" in getattr(model, "_modules", {}) and not hasattr(model, "get_output_embeddings"):
-            model = model.module
-        else:
-            return model
 
 
 def _without(output: Any, logits: Tensor | None) -> Any:

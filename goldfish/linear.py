@@ -66,11 +66,17 @@ def linear_cross_entropy(
     )  # fmt: skip
     grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
-    count = (labels != ignore_index).sum()
+    return loss_sum / divisor((labels != ignore_index).sum(), num_items)
+
+
+def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """What a sum over `count` (0-dim) kept rows is divided by: num_items, or the count; 1 if there are none.
+
+    A Python number is not made a tensor first: its copy to the GPU would wait.
+    """
     if num_items is None:
-        return loss_sum / count.clamp(min=1)
-    divisor = torch.as_tensor(num_items, device=loss_sum.device)
-    return loss_sum / torch.where(count == 0, 1, divisor)
+        return count.clamp(min=1)
+    return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
 
 
 def _check(

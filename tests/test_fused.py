@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 
-from goldfish.fused import FusedHead, fuse_head, kept_rows_only, why_not_kept_rows_only
+from goldfish.fused import FusedHead, fuse_head
+from goldfish.kept import kept_rows_only, why_not_kept_rows_only
 
 V = 97
 SHAPE = {
@@ -322,6 +323,19 @@ def test_a_copy_is_fused_on_its_own():
     assert head.forward.args[0] is head
 
 
+def test_a_pickled_model_stays_fused():
+    import pickle
+
+    model, inputs = build(), batch()
+    fuse_head(model)
+    baseline = step(model, inputs)
+    twin = pickle.loads(pickle.dumps(model))
+    assert fuse_head(twin)._model is twin
+    assert_equal_enough(step(twin, inputs), baseline, rtol=0, atol=0)
+    fuse_head(twin).remove()
+    assert twin(**inputs).logits is not None
+
+
 def test_signature_stays():
     import inspect
 
@@ -394,6 +408,18 @@ def test_lora_on_the_head_falls_back(fuse_first, caplog):
     assert "peft" in handle.reason
     handle.remove()
     assert_equal_enough(result, step(model, inputs))
+
+
+@needs_slices
+def test_a_head_that_becomes_plain_again_is_fused_again():
+    model, inputs = lora_on_head(build()), batch()
+    handle = fuse_head(model)
+    step(model, inputs)
+    assert handle.tier == 1
+    merged = model.merge_and_unload().train().requires_grad_()
+    step(merged, inputs)
+    assert (handle.tier, handle.reason) == (2, "")
+    assert "logits" not in merged(**inputs)
 
 
 def lora_on_head(model: nn.Module) -> nn.Module:
