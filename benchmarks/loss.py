@@ -1,0 +1,309 @@
+"""Head and loss, forward and backward: time and extra peak memory of this package and of its peers, on the same labels.
+
+    python benchmarks/loss.py                       # the CPU (or CUDA) shapes; writes benchmarks/results/loss-*.json
+    python benchmarks/loss.py --shapes 512,64,4000  # a small look
+    python benchmarks/loss.py --render              # the tables of the README, from every JSON there
+
+Every case runs once to warm up, then all of them in turn, `--repeats` times, so that a disturbance meets all. Time is
+the median; the spread is (slowest - fastest) / median. Memory is the peak above what inputs hold.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from goldfish.linear import linear_cross_entropy
+from goldfish.rule import Goldfish
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "cpu": [(4096, 512, 32_000), (4096, 512, 128_256)],
+    "cuda": [(4096, 512, 32_000), (4096, 512, 128_256), (8192, 2048, 128_256), (8192, 4096, 128_256)],
+}
+FLOOR = "three matrix products over kept rows (the floor)"
+BASE = "HF eager"
+Case = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), labels (N,) -> loss
+
+
+def hf_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss(F.linear(hidden, weight), labels, len(weight), shift_labels=labels)
+
+
+def hf_kept_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    kept = labels != -100
+    return hf_eager(hidden[kept], weight, labels[kept])
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden, weight, labels)
+
+
+def torch_chunked(**options: object) -> Case:
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.linear_cross_entropy(hidden, weight, labels, options=nn.LinearCrossEntropyOptions(**options))
+
+    return run
+
+
+def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's own path: a model of nothing but a head, patched by TRL."""
+    from transformers import LlamaConfig
+    from trl.trainer.utils import add_fused_lm_head
+
+    class Backbone(nn.Module):
+        def forward(self, hidden: Tensor, **_: object) -> object:
+            return argparse.Namespace(
+                last_hidden_state=hidden, past_key_values=None, hidden_states=None, attentions=None
+            )
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model, self.config = Backbone(), LlamaConfig()
+            self.head = nn.Linear(1, 1, bias=False)
+            self.head.weight = weight
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, hidden: Tensor) -> None: ...
+
+    model = Model()
+    add_fused_lm_head(model)
+    return model(hidden=hidden[None], labels=labels[None], shift_labels=labels[None], fused_lm_head=True).loss
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    return cce(hidden, weight, labels, impl="torch_compile" if hidden.device.type == "cpu" else "cce")
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
+
+
+def three_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """What no exact method with gradients can do without: no softmax, no loss, all logits at once."""
+    with torch.no_grad():
+        kept = hidden[labels != -100]
+        logits = kept @ weight.T
+        weight.grad = logits.T @ kept
+        return (logits @ weight).sum()
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cases(device: str, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Case]:
+    result: dict[str, Case] = {BASE: hf_eager, "HF eager, kept rows": hf_kept_rows}
+    if hasattr(F, "linear_cross_entropy"):
+        result["torch F.linear_cross_entropy, default"] = torch_chunked()
+        result["torch F.linear_cross_entropy, best chunking"] = best_torch_chunking(*inputs)
+    if installed("trl"):
+        result["TRL fused head"] = trl_head
+    if installed("cut-cross-entropy"):
+        result["cut-cross-entropy"] = cut_cross_entropy
+    if installed("liger-kernel") and device == "cuda":
+        result["Liger"] = liger
+    return result | {"goldfish": ours, FLOOR: three_products}
+
+
+def best_torch_chunking(hidden: Tensor, weight: Tensor, labels: Tensor) -> Case:
+    """The fastest of a few chunk sizes and both policies, each tried once."""
+    candidates = [
+        torch_chunked(chunking_method=None, batch_chunk_size=rows, acc_policy=policy)
+        for rows in (512, 1024, 2048)
+        if rows <= len(hidden)
+        for policy in ("compact", "accurate")
+    ]
+    return min(candidates or [torch_chunked()], key=lambda case: measure(case, hidden, weight, labels)["seconds"])
+
+
+def measure(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float]:
+    """Seconds, extra peak bytes and loss of one forward and backward."""
+    hidden.grad = weight.grad = None
+    before = start_memory(hidden.device)
+    begin = time.perf_counter()
+    loss = case(hidden, weight, labels)
+    if loss.requires_grad:
+        loss.backward()
+    if hidden.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "bytes": peak_memory(hidden.device) - before, "loss": loss.item()}
+
+
+def start_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what was freed, which would hide what the next one takes
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
+    return resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, repeats: int, only: str) -> list[dict]:
+    rows, width, vocabulary = shape
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, device=device).to(getattr(torch, dtype)).requires_grad_()
+    weight = nn.Parameter((torch.randn(vocabulary, width, device=device) * 0.02).to(hidden.dtype))
+    labels = torch.randint(vocabulary, (rows,), device=device)
+    if k != float("inf"):
+        labels[Goldfish(k=k).dropped(labels)] = -100
+    inputs = hidden, weight, labels
+    chosen = {name: case for name, case in cases(device, inputs).items() if only in name or name == BASE}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    failed: dict[str, str] = {}
+    for repeat in range(repeats + 1):  # the first is the warm-up
+        for name, case in chosen.items():
+            if name in failed:
+                continue
+            try:
+                result = measure(case, *inputs)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            if repeat:
+                runs[name].append(result)
+    common = {"n": rows, "d": width, "v": vocabulary, "dtype": dtype, "k": "inf" if k == float("inf") else k}
+    results = []
+    for name in chosen:
+        entry = common | {"name": name, "kept": int((labels != -100).sum())}
+        if name in failed:
+            entry["error"] = failed[name]
+        else:
+            seconds = [r["seconds"] for r in runs[name]]
+            entry |= {"seconds": seconds, "median": statistics.median(seconds), "loss": runs[name][-1]["loss"]}
+            entry["bytes"] = statistics.median(r["bytes"] for r in runs[name])
+            print(f"{shape} {dtype} k={k:g} {name}: {entry['median']:.4f} s, {entry['bytes'] / 1e6:.0f} MB", flush=True)
+        results.append(entry)
+    return results
+
+
+def describe(device: str) -> dict[str, object]:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    packages = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "triton")
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: installed(package) for package in packages},
+        "commit": commit + (" and changes" if changed else ""),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": "python benchmarks/loss.py " + " ".join(sys.argv[1:]),
+    }
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def render() -> str:
+    """One Markdown table per device, shape and dtype; rows are methods, columns k."""
+    parts = []
+    for path in sorted(RESULTS.glob("loss-*.json")):
+        data = json.loads(path.read_text())
+        about, results = data["about"], data["results"]
+        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
+        parts.append(f"**{about['device']}**, {about['threads']} thread(s); {versions}; commit {about['commit'][:12]}")
+        for group in dict.fromkeys((r["n"], r["d"], r["v"], r["dtype"]) for r in results):
+            chosen = [r for r in results if (r["n"], r["d"], r["v"], r["dtype"]) == group]
+            ks = list(dict.fromkeys(r["k"] for r in chosen))
+            n, d, v, dtype = group
+            parts.append(
+                f"\nN = {n}, D = {d}, V = {v}, {dtype}: "
+                "seconds (times HF eager; half the spread) / extra MB (times HF eager)\n\n"
+                + "| | " + " | ".join("all tokens" if k == "inf" else f"k = {k:g}" for k in ks) + " |\n"
+                + "|---" * (len(ks) + 1) + "|"
+            )  # fmt: skip
+            for name in dict.fromkeys(r["name"] for r in chosen):
+                cells = [cell(name, [r for r in chosen if r["k"] == k]) for k in ks]
+                parts.append(f"| {name} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def cell(name: str, results: list[dict]) -> str:
+    found = next((r for r in results if r["name"] == name), None)
+    if found is None:
+        return "not measured"
+    if "error" in found:
+        return "failed: " + found["error"].split(":")[0]
+    base = next(r for r in results if r["name"] == BASE)
+    spread = (max(found["seconds"]) - min(found["seconds"])) / found["median"]
+    time_ratio, memory_ratio = found["median"] / base["median"], found["bytes"] / base["bytes"]
+    text = (
+        f"{found['median']:.3g} ({time_ratio:.2f}; ±{spread / 2:.0%}) / {found['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
+    )
+    return f"**{text}**" if name == "goldfish" else text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="print the tables and stop")
+    parser.add_argument("--shapes", nargs="+", help="N,D,V ...")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--k", nargs="+", type=float, default=[3, 4, float("inf")])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--only", default="", help="only cases whose name holds this text, and HF eager")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/loss-<device>.json")
+    args = parser.parse_args()
+    if args.render:
+        print(render())
+        return
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES[device]
+    about = describe(device)
+    results = [
+        entry
+        for shape in shapes
+        for dtype in args.dtypes
+        for k in args.k
+        for entry in run(shape, dtype, k, device, args.repeats, args.only)  # type: ignore[arg-type]
+    ]
+    out = args.out or RESULTS / f"loss-{device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""linear_cross_entropy against the lines in its docstring, computed plainly and in fp64."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from goldfish.linear import _softmax_rows, linear_cross_entropy
+
+IGNORED = -100
+
+
+def case(
+    rows: int = 300, width: int = 32, vocabulary: int = 500, keep: float = 0.75, seed: int = 0
+) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(vocabulary, (rows,), generator=g)
+    labels[torch.rand(rows, generator=g) >= keep] = IGNORED
+    return {
+        "hidden": torch.randn(rows, width, generator=g),
+        "weight": torch.randn(vocabulary, width, generator=g) * 0.3,
+        "bias": torch.randn(vocabulary, generator=g),
+        "labels": labels,
+    }
+
+
+def plain(hidden, weight, labels, bias=None, *, num_items=None, softcap=None, scale=1.0):
+    """All logits, then a quarter thrown away."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (num_items if num_items is not None else (labels != IGNORED).sum())
+
+
+def loss_and_gradients(function, inputs: dict[str, Tensor], dtype: torch.dtype, **options) -> dict[str, Tensor]:
+    inputs = {
+        name: t.detach().to(dtype, copy=True).requires_grad_() if t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
+    loss = function(**inputs, **options)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: t.grad for name, t in inputs.items() if t.is_floating_point()}
+
+
+def error(result: Tensor, truth: Tensor) -> float:
+    return ((result.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias):
+    inputs = case()
+    if not with_bias:
+        del inputs["bias"]
+    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    truth = loss_and_gradients(plain, inputs, torch.float64, **options)
+    baseline = loss_and_gradients(plain, inputs, dtype, **options)
+    ours = loss_and_gradients(linear_cross_entropy, inputs, dtype, chunk_rows=64, **options)
+    assert ours["loss"].dtype == torch.float32
+    # One more rounding than the baseline where backward scales a 16-bit gradient, of a quarter of the spacing at most.
+    rounding = torch.finfo(dtype).eps / 2
+    for name, exact in truth.items():
+        allowed = error(baseline[name], exact) + (rounding if name != "loss" else 1e-6)
+        assert error(ours[name], exact) <= allowed, name
+        if name != "loss":
+            assert ours[name].dtype == dtype
+
+
+def test_fp64_gradients_by_finite_differences():
+    inputs = {k: t.double().requires_grad_() if t.is_floating_point() else t for k, t in case(6, 4, 7, seed=2).items()}
+    labels = inputs.pop("labels")
+
+    def function(hidden, weight, bias):
+        return linear_cross_entropy(hidden, weight, labels, bias, softcap=2.0, scale=0.7, chunk_rows=2)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+def test_two_rows_by_hand():
+    hidden = torch.eye(2, requires_grad=True)
+    weight = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([2, IGNORED]))  # three equal logits
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(3.0).log())
+    torch.testing.assert_close(weight.grad, torch.tensor([[1 / 3, 0], [1 / 3, 0], [-2 / 3, 0]]))
+    assert hidden.grad[1].eq(0).all()
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 10_000, None])
+def test_the_chunk_changes_nothing(chunk_rows):
+    inputs = case()
+    whole = loss_and_gradients(plain, inputs, torch.float64)
+    ours = loss_and_gradients(linear_cross_entropy, inputs, torch.float64, chunk_rows=chunk_rows)
+    for name, exact in whole.items():
+        torch.testing.assert_close(ours[name], exact, rtol=1e-12, atol=1e-13)
+
+
+def test_dropped_rows_are_as_good_as_absent():
+    inputs = case()
+    kept = inputs["labels"] != IGNORED
+    subset = inputs | {"hidden": inputs["hidden"][kept], "labels": inputs["labels"][kept]}
+    whole, part = (loss_and_gradients(linear_cross_entropy, x, torch.float32) for x in (inputs, subset))
+    assert torch.equal(whole["loss"], part["loss"])
+    assert torch.equal(whole["weight"], part["weight"])
+    assert torch.equal(whole["hidden"][kept], part["hidden"])
+    assert not whole["hidden"][~kept].any()
+
+
+def test_rows_may_be_given():
+    inputs = case()
+    rows = (inputs["labels"] != IGNORED).nonzero().squeeze(-1)
+    found = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
+    given = loss_and_gradients(linear_cross_entropy, inputs, torch.float32, rows=rows)
+    assert all(torch.equal(found[name], given[name]) for name in found)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 262_144])
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_extremes(vocabulary, kept):
+    inputs = case(rows=9, width=4, vocabulary=vocabulary, keep=1.0)
+    inputs["labels"][kept:] = IGNORED
+    ours = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
+    if kept == 0:
+        assert all(not t.any() for t in ours.values())  # zero, and the graph is alive
+        assert all(
+            not t.any()
+            for t in loss_and_gradients(linear_cross_entropy, inputs, torch.float32, num_items=torch.tensor(0)).values()
+        )
+        return
+    subset = inputs | {"hidden": inputs["hidden"][:kept], "labels": inputs["labels"][:kept]}
+    baseline = loss_and_gradients(
+        plain, subset, torch.float32
+    )  # of as many rows: BLAS sums one row otherwise than nine
+    for name, exact in loss_and_gradients(plain, subset, torch.float64).items():
+        result = ours[name][:kept] if name == "hidden" else ours[name]
+        assert (result - exact).abs().max() <= 1.5 * (baseline[name] - exact).abs().max() + 1e-6, name
+
+
+def test_no_rows_at_all():
+    hidden = torch.zeros(2, 0, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.ones(5, 4), torch.zeros(2, 0, dtype=torch.long))
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.shape == (2, 0, 4)
+
+
+def test_logits_too_large_for_exp():
+    hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([2, 1]))
+    loss.backward()
+    assert loss == 250.0  # row one: 1000 - 500, row two: 0
+    assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("trainable", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids="+".join)
+def test_gradients_only_where_required(trainable):
+    inputs = case()
+    for name in trainable:
+        inputs[name].requires_grad_()
+    loss = linear_cross_entropy(**inputs)
+    saved = sum(t.numel() for t in loss.grad_fn.next_functions[0][0].saved_tensors)
+    assert saved == sum(inputs[name].numel() for name in trainable)
+    loss.backward()
+    every = loss_and_gradients(plain, inputs, torch.float32)
+    for name in ("hidden", "weight", "bias"):
+        assert (inputs[name].grad is not None) == (name in trainable)
+        if name in trainable:
+            torch.testing.assert_close(inputs[name].grad, every[name], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_but_the_loss_without_grad(monkeypatch):
+    asked = []
+
+    def kernel(*arguments):
+        asked.append(arguments[-1])
+        return _softmax_rows(*arguments)
+
+    monkeypatch.setattr("goldfish.linear._row_kernel", lambda *_: kernel)
+    inputs = case() | {"weight": case()["weight"].requires_grad_()}
+    with torch.no_grad():
+        loss = linear_cross_entropy(**inputs, softcap=3.0)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, linear_cross_entropy(**inputs, softcap=3.0).detach())
+    assert asked == [False, True]
+
+
+def test_memory_is_that_of_one_chunk(monkeypatch):
+    """The largest tensor made is a chunk of logits or a gradient, never N x V."""
+    made = []
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.extend(
+                t.untyped_storage().nbytes() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)
+            )
+            return result
+
+    inputs = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in case(2048, 16, 1000).items()}
+    with Watch():
+        linear_cross_entropy(**inputs, chunk_rows=64).backward()
+    assert (
+        max(made) <= 2048 * 16 * 4
+    )  # hidden and its gradient; logits of 64 rows are 64 * 1000 * 4 < 2048 * 16 * 4 * 2
+    assert made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    inputs = case()
+
+    def under_autocast(function):
+        def run(**kwargs):
+            with torch.autocast("cpu", dtype):
+                return function(**kwargs)
+
+        return run
+
+    truth = loss_and_gradients(plain, inputs, torch.float64)
+    baseline = loss_and_gradients(under_autocast(plain), inputs, torch.float32)
+    ours = loss_and_gradients(under_autocast(linear_cross_entropy), inputs, torch.float32)
+    for name, exact in truth.items():
+        assert ours[name].dtype == torch.float32
+        assert error(ours[name], exact) <= 1.05 * error(baseline[name], exact) + 1e-6, name
+        assert error(ours[name], exact) > 1e-6 or name == "loss"  # it did compute in the smaller dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_loss_scale_is_neither_rounded_nor_overflows(dtype):
+    """65,537 and 3,001 have no 16-bit representation, and small gradients over 3,001 vanish in fp16 when unscaled."""
+    inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in case().items()}
+    options = {"num_items": 3001}
+    scaled, one = (
+        loss_and_gradients(lambda f=f, **k: linear_cross_entropy(**k, **options) * f, inputs, dtype)
+        for f in (65_537.0, 1.0)
+    )
+    truth = loss_and_gradients(lambda **k: plain(**k, **options), inputs, torch.float64)
+    for name in ("hidden", "weight", "bias"):
+        assert scaled[name].isfinite().all()
+        assert error(scaled[name] / 65_537.0, truth[name]) <= 2 * torch.finfo(dtype).eps
+        assert error(one[name], truth[name]) <= (2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.05)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.25 + 2**-8), (torch.float16, 70_000.0)])
+def test_the_upstream_gradient_is_not_rounded_to_16_bits(dtype, factor):
+    """In bf16 the first factor would become 1.25, in fp16 the second infinity."""
+    inputs = {k: t.mul(0.5).to(dtype) if t.is_floating_point() else t for k, t in case().items()}
+    result = loss_and_gradients(lambda **k: linear_cross_entropy(**k, num_items=1) * factor, inputs, dtype)["hidden"]
+    truth = loss_and_gradients(lambda **k: plain(**k, num_items=1) * factor, inputs, torch.float64)["hidden"]
+    assert ((result.double() * truth).sum() / truth.square().sum()).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_backward_twice():
+    inputs = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in case().items()}
+    loss = linear_cross_entropy(**inputs)
+    first = torch.autograd.grad(loss, inputs["weight"], retain_graph=True)[0]
+    again = torch.autograd.grad(3 * loss, inputs["weight"], retain_graph=True)[0]
+    last = torch.autograd.grad(loss, inputs["weight"])[0]
+    torch.testing.assert_close(again, 3 * first)
+    assert torch.equal(first, last)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_second_derivatives_are_refused():
+    inputs = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in case().items()}
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        linear_cross_entropy(**inputs).backward(create_graph=True)
+
+
+def test_called_twice_before_backward():
+    inputs = case()
+    once = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
+    twice = loss_and_gradients(lambda **k: linear_cross_entropy(**k) + linear_cross_entropy(**k), inputs, torch.float32)
+    for name in once:
+        torch.testing.assert_close(twice[name], 2 * once[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_compile_without_a_graph_break():
+    inputs = case(40, 8, 50)
+
+    def step(**kwargs):
+        return linear_cross_entropy(**kwargs | {"hidden": kwargs["hidden"] * 2}, softcap=4.0) * 3
+
+    eager = loss_and_gradients(step, inputs, torch.float32)
+    compiled = loss_and_gradients(torch.compile(step, fullgraph=True, backend="aot_eager"), inputs, torch.float32)
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name])
+
+
+def test_checkpointing():
+    inputs = case()
+
+    def step(**kwargs):
+        return torch.utils.checkpoint.checkpoint(lambda: linear_cross_entropy(**kwargs), use_reentrant=False)
+
+    eager, again = (loss_and_gradients(f, inputs, torch.float32) for f in (linear_cross_entropy, step))
+    assert all(torch.equal(eager[name], again[name]) for name in eager)
+
+
+def test_shapes_batch_time():
+    inputs = case(rows=60)
+    flat = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
+    shaped = inputs | {"hidden": inputs["hidden"].view(3, 20, -1), "labels": inputs["labels"].view(3, 20).int()}
+    shaped = loss_and_gradients(linear_cross_entropy, shaped, torch.float32)
+    assert torch.equal(flat["loss"], shaped["loss"])
+    assert torch.equal(flat["hidden"].view(3, 20, -1), shaped["hidden"])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"labels": torch.tensor([500] + [0] * 299)}, IndexError, r"label 500 is outside the vocabulary of 500"),
+        ({"labels": torch.tensor([-1] + [0] * 299)}, IndexError, r"label -1 is outside .*1 of 300"),
+        ({"labels": torch.zeros(299, dtype=torch.long)}, ValueError, r"one label per row .*\(300,\).*\(299,\)"),
+        ({"labels": torch.zeros(300)}, TypeError, "integers.*float32"),
+        ({"weight": torch.zeros(500, 31)}, ValueError, r"\(300, 32\) and \(500, 31\)"),
+        ({"weight": torch.zeros(500, 32).bfloat16()}, TypeError, "float32 and weight torch.bfloat16"),
+        ({"bias": torch.zeros(499)}, ValueError, r"bias \(500,\), got \(499,\)"),
+        ({"softcap": 0.0}, ValueError, "softcap must be above 0.*0.0"),
+        ({"num_items": 0}, ValueError, "num_items.*above 0"),
+    ],
+)
+def test_errors(change, kind, message):
+    with pytest.raises(kind, match=message):
+        linear_cross_entropy(**case() | change)
+
+
+KERNEL_TEST = """
+import torch
+from goldfish.kernels import softmax_rows
+from goldfish.linear import _softmax_rows
+torch.manual_seed(0)
+for dtype, v, (cap, scale), grad in {cases}:
+    dtype = getattr(torch, dtype)
+    wide = (torch.randn(3, -(-v // 8) * 8) * 4).to(dtype)  # rows padded as for cuBLAS
+    wide[1, v // 2], wide[2, :v], wide[:, v:] = 300, wide[2, :v] - 500, 999
+    labels = torch.randint(v, (3,))
+    ours, theirs = wide.clone(), wide.clone()
+    nll, expected = torch.empty(3), torch.empty(3)
+    softmax_rows(ours[:, :v], labels, nll, scale, cap, grad)
+    _softmax_rows(theirs[:, :v], labels, expected, scale, cap, grad)
+    torch.testing.assert_close(nll, expected, rtol=2e-6, atol=2e-6)
+    assert torch.equal(ours[:, v:], wide[:, v:])
+    if grad:
+        torch.testing.assert_close(ours, theirs, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    else:
+        assert torch.equal(ours, wide)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch for CUDA; its interpreter is needed")
+def test_triton_kernel_in_the_interpreter():
+    cases = list(
+        product(["float32", "bfloat16", "float16"], [1, 7, 130, 5000], [(None, 1.0), (3.0, 2.0)], [True, False])
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL_TEST.replace("{cases}", repr(cases))],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def row_gradients_by_autograd(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    logits = logits.double().requires_grad_()
+    z = logits * scale if softcap is None else softcap * torch.tanh(logits * scale / softcap)
+    nll = -torch.log_softmax(z, -1).gather(1, labels[:, None]).squeeze(1)
+    return nll.detach(), torch.autograd.grad(nll.sum(), logits)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 2.0)])
+def test_rows_in_blocks(dtype, softcap, scale, monkeypatch):
+    monkeypatch.setitem(sys.modules["goldfish.linear"]._ROW_BLOCK, "cpu", 3 * 40 * 4)  # three rows of forty logits
+    logits = torch.randn(11, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels, nll = torch.arange(11), torch.empty(11)
+    expected_nll, expected = row_gradients_by_autograd(logits, labels, scale, softcap)
+    _softmax_rows(logits, labels, nll, scale, softcap, True)
+    torch.testing.assert_close(nll.double(), expected_nll, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_against_fp64(dtype):
+    inputs = {k: t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for k, t in case(3000, 64, 5001).items()}
+    options = {"softcap": 5.0, "scale": 0.7}
+    truth, baseline, ours = (
+        loss_and_gradients(f, inputs, d, **options)
+        for f, d in ((plain, torch.float64), (plain, dtype), (linear_cross_entropy, dtype))
+    )
+    for name, exact in truth.items():
+        assert error(ours[name], exact) <= error(baseline[name], exact) + max(torch.finfo(dtype).eps / 2, 1e-6), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_does_not_wait_for_the_host_when_rows_are_known():
+    inputs = {k: t.cuda() for k, t in case().items()}
+    inputs["weight"].requires_grad_()
+    rows = (inputs["labels"] != IGNORED).nonzero().squeeze(-1)
+    linear_cross_entropy(**inputs, rows=rows).backward()  # compiles the kernel
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_cross_entropy(**inputs, rows=rows).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
