@@ -15,6 +15,8 @@ _HOMES = {
     "GoldfishMixin": "trainer",
     "GoldfishTrainer": "trainer",
     "attach": "trainer",
+    "fuse_head": "fused",
+    "linear_cross_entropy": "linear",
     "mask_labels": "labels",
     "premask": "labels",
 }
@@ -26,12 +28,16 @@ __all__ = [
     "GoldfishTrainer",
     "__version__",
     "attach",
+    "fuse_head",
+    "linear_cross_entropy",
     "mask_labels",
     "premask",
 ]
 
 if TYPE_CHECKING:
+    from goldfish.fused import fuse_head
     from goldfish.labels import GoldfishCollator, mask_labels, premask
+    from goldfish.linear import linear_cross_entropy
     from goldfish.loss import GoldfishLoss
     from goldfish.rule import Goldfish
     from goldfish.trainer import GoldfishMixin, GoldfishTrainer, attach

@@ -1,5 +1,6 @@
 """Goldfish in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -8,6 +9,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from goldfish.fused import fuse_head
+from goldfish.kept import bare_model
 from goldfish.labels import SOURCE, CarrySource, GoldfishCollator, Rules, mask_batch
 from goldfish.loss import GoldfishLoss
 from goldfish.receipt import Tally, bind, check_rules, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
@@ -27,6 +30,9 @@ class GoldfishMixin(Trainer):
     Args:
         goldfish: the rule, or a mapping to rules from the names in the training dataset's column `source` (None: such
             rows are not masked). Everything else is the Trainer's.
+        fused: compute the training loss inside the model's head, for kept tokens only and without logits
+            (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right the
+            model's own loss is used, and the log says why.
     """
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
@@ -34,8 +40,9 @@ class GoldfishMixin(Trainer):
     data_collator: Any
     _signature_columns: Any
 
-    def __init__(self, *args: Any, goldfish: Rules, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._fused = fused
         self._start_goldfish(goldfish)
 
     def _start_goldfish(self, rules: Rules) -> None:
@@ -120,7 +127,25 @@ class GoldfishMixin(Trainer):
         receipt = read_receipt(checkpoint) if checkpoint else None
         if receipt is not None:
             self._resume_goldfish(receipt, str(checkpoint), allow_other_rule)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._fused_head():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _fused_head(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._fused:
+            return contextlib.nullcontext()
+        reason = ""
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            reason = "compute_loss_func and label smoothing need the logits"
+        elif type(self).compute_loss is not Trainer.compute_loss:
+            reason = f"{type(self).__name__} computes its own loss"
+        elif self.args.n_gpu > 1:
+            reason = "nn.DataParallel runs replicas of the model; use one process per GPU (torchrun)"
+        elif not hasattr(bare_model(self.model), "loss_function"):
+            reason = f"{type(self.model).__name__} is no causal language model of transformers"
+        if reason:
+            logger.warning("The loss is not fused: %s. The model's own head and loss run on all rows.", reason)
+            return contextlib.nullcontext()
+        return fuse_head(self.model)
 
     def _resume_goldfish(self, receipt: dict[str, Any], checkpoint: str, allow_other_rule: bool) -> None:
         trained = (rules_of(receipt), receipt["tokenizer"])
@@ -149,12 +174,13 @@ class GoldfishTrainer(GoldfishMixin):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def attach(trainer: AnyTrainer, rule: Rules) -> AnyTrainer:
+def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrainer:
     """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
 
         trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))
 
-    The instance becomes one of a subclass of its class with `GoldfishMixin` in front; see there for what changes.
+    The instance becomes one of a subclass of its class with `GoldfishMixin` in front; see there for what changes. The
+    trainer goes on computing its loss as it did, unless `fused=True`.
 
     Raises:
         TypeError: not a Trainer, not a rule.
@@ -168,6 +194,7 @@ def attach(trainer: AnyTrainer, rule: Rules) -> AnyTrainer:
     with_goldfish = type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), {"__module__": plain.__module__})
     try:
         trainer.__class__ = with_goldfish
+        trainer._fused = fused
         trainer._start_goldfish(rule)
     except BaseException:
         trainer.__class__ = plain

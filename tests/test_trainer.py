@@ -1,6 +1,7 @@
 """The rule inside transformers.Trainer: exact in scale, invisible to evaluation, recorded with the checkpoint."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -236,9 +237,11 @@ def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
     class MyTrainer(Trainer):
         marker = "mine"
 
-    _, ours, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
+    _, ours, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=False)
+    _, fused, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
     trainer, theirs, _ = trained(tmp_path, tokenizer, trainer_class=MyTrainer, then=lambda t: attach(t, RULE))
     assert theirs == ours
+    assert fused == pytest.approx(ours, rel=2e-6)
     assert isinstance(trainer, MyTrainer)
     assert isinstance(trainer, GoldfishMixin)
     assert type(trainer).__name__ == "GoldfishMyTrainer"
@@ -266,6 +269,38 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
     ):
         with pytest.raises(ValueError, match="already drops tokens"):
             attach(twice, RULE)
+
+
+def test_the_head_is_fused_while_training_only(tmp_path, tokenizer, caplog):
+    """Training sees no logits; afterwards the model is as it was. Where fusing is not possible, the log says why."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            ids = torch.tensor([[5, 6, 7]])
+            seen.append(model(input_ids=ids, labels=ids).get("logits"))
+
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, then=lambda t: t.add_callback(Watch()) or t
+    )
+    assert seen == [None] * 4
+    ids = torch.tensor([[5, 6, 7]])
+    trainer.model.train()
+    assert trainer.model(input_ids=ids, labels=ids).logits.shape == (1, 3, 320)
+
+    class Own(GoldfishTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    for why, how in (
+        ("Own computes its own loss", {"trainer_class": Own}),
+        ("need the logits", {"settings": {"label_smoothing_factor": 0.1}}),
+    ):
+        caplog.clear()
+        transformers_log = logging.getLogger("goldfish.trainer")
+        with caplog.at_level("WARNING", logger=transformers_log.name):
+            trained(tmp_path, tokenizer, **{"trainer_class": GoldfishTrainer, "goldfish": RULE, **how})
+        assert why in caplog.text
 
 
 def test_a_broken_receipt_is_named(tmp_path):
