@@ -33,6 +33,11 @@ _log = logging.getLogger(__name__)
 _PROBE = (*((-4.0) ** i / 16 for i in range(13)), 2.0**-40, -(2.0**20), 2.0**20)
 
 
+# torch.compile runs the frames of these as plain Python and compiles the model's own forward, which they call.
+_between_graphs: Any = torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
+_never_compiled: Any = torch.compiler.disable()  # type: ignore[no-untyped-call]
+
+
 def fuse_head(model: nn.Module) -> "FusedHead":
     """Compute the training loss of `model` inside its head, for the kept tokens only, without logits (tier 2).
 
@@ -40,7 +45,7 @@ def fuse_head(model: nn.Module) -> "FusedHead":
     token costs no head, no softmax and no memory. Evaluation, generation and calls without labels are unchanged.
     What the model does after its head (soft cap, scale) is read off a probe that takes the logits' place, at every
     call; where that or anything else is not known to be right, the model falls back to tier 1 or 0 and says why, once,
-    in the log and in the handle.
+    in the log and in the handle. torch.compile works as it is; with fullgraph=True, take one eager step before it.
 
     Args:
         model: a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Not
@@ -138,8 +143,7 @@ class FusedHead:
         twin.__dict__.update(deepcopy(self.__dict__, memo))
         return twin
 
-    # This frame runs as plain Python between compiled ones: it decides, and reads the probe.
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    @_between_graphs  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self._model:  # accelerate binds a forward that it unwraps
             args = args[1:]
@@ -173,6 +177,7 @@ class FusedHead:
             and (to_keep is None or (isinstance(to_keep, int) and to_keep == 0))
         )
 
+    @_between_graphs  # type: ignore[untyped-decorator]
     def _fused(self, inputs: dict[str, Any]) -> Any:
         """The model's output without logits; None if what was learned on the way asks for another try."""
         targets = shifted_labels(inputs)
@@ -191,7 +196,8 @@ class FusedHead:
                 call.problem or f"the forward called its head {call.heads} times and its loss {call.losses} times"
             )
         assert call.seen is not None
-        if not self._proved or call.seen.device.type == "cpu":  # on CUDA (torch.compile) reading it would wait
+        # Inside a graph, or on CUDA (which is where a graph leaves it), it is read the first time only: that waits.
+        if not self._proved or (call.seen.device.type == "cpu" and not torch.compiler.is_compiling()):
             found = _read_probe(call.seen)
             if found is None:
                 return self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
@@ -201,6 +207,7 @@ class FusedHead:
             self._proved = True
         return _without(output, call.seen)
 
+    @_between_graphs  # type: ignore[untyped-decorator]
     def _kept_rows(self, inputs: dict[str, Any]) -> Any:
         """The output of tier 1; of tier 0 if the model turns out not to do that."""
         try:
@@ -213,6 +220,7 @@ class FusedHead:
         self._proved = True
         return output
 
+    @_never_compiled  # type: ignore[untyped-decorator]
     def _adopt_head(self) -> None:
         """Patch the head's linear layers, or step down if they are not known."""
         self._release_heads()
@@ -297,6 +305,7 @@ def _probe(width: int, device: torch.device) -> Tensor:
     return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
 
 
+@_never_compiled  # type: ignore[untyped-decorator]
 def _read_probe(seen: Tensor) -> tuple[float, float | None] | None:
     """The (scale, softcap) that turn the probe into `seen`; None if nothing of that kind does."""
     x = torch.tensor(_PROBE, dtype=torch.float64)

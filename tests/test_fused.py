@@ -261,6 +261,11 @@ def test_compiled():
         result = {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
         assert_equal_enough(result, baseline)
     assert handle.tier == 2
+    # The probe is read by now, so that a whole graph is possible.
+    assert_equal_enough(step(model, inputs), baseline)
+    torch.testing.assert_close(
+        torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss, baseline["loss"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
