@@ -148,7 +148,8 @@ def render(result: dict[str, Any]) -> str:
     """Two tables in markdown."""
     lines = [
         "| vocabulary | k, h | strategy | dropped | of distinct windows (sigmas from 1/k) |"
-        " distinct windows that share a 64-bit key | windows with key 0 | tokens in runs of 200+ without a drop (by chance) |",
+        " distinct windows that share a 64-bit key | windows with key 0 |"
+        " tokens in runs of 200+ without a drop (by chance) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in result["rates"]:

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from goldfish import Goldfish
+from goldfish import Goldfish, mask_labels
+from goldfish.receipt import Tally
 from goldfish.text import Vocabulary
 
 pytestmark = pytest.mark.core
@@ -175,6 +176,15 @@ def test_the_parts_agree_with_an_independent_implementation():
         assert not is_below(limit << 32, k)
     for context, seed, key in VECTORS["key"]:
         assert window_key(context, int(seed, 16)) == int(key, 16)
+    for case in VECTORS["receipt"]:
+        row, rule, total = VECTORS["ids"]["rows"][case["row"]], case["rule"], 0
+        seeded = {"window": "preceding", "head": "short", **rule, "seed": hex(rule["seed"])}
+        for places in documents(row):
+            for i, place in enumerate(places):
+                context = [row["ids"][p] for p in places[max(0, i - rule["h"]) : i]]
+                drop = int(decide(row, seeded)[place])
+                total += int(scramble([(window_key(context, 0) + drop) % M64])[0]) if place else 0
+        assert total % M64 == int(case["decisions"], 16)
     for character, form in VECTORS["text"]["fold"]:
         assert normal(character) == form
     for first, last, digest in VECTORS["text"]["fold_blocks"]:
@@ -183,6 +193,20 @@ def test_the_parts_agree_with_an_independent_implementation():
     for label, words in VECTORS["text"]["words"].items():
         tokens = [ENTRIES[i] for i in VECTORS["text"]["rows"][label]["ids"]]
         assert word_contexts((*tokens, b" "))[-1] == words
+
+
+@pytest.mark.parametrize("case", VECTORS["receipt"], ids=lambda case: case["row"])
+def test_the_receipt_agrees(case):
+    row, rule = VECTORS["ids"]["rows"][case["row"]], Goldfish(**case["rule"])
+    batch = {"input_ids": torch.tensor([row["ids"]])}
+    if "position_ids" in row:
+        batch["position_ids"] = torch.tensor([row["position_ids"]])
+    tally = Tally(rule, torch.device("cpu"))
+    tally.add(batch, {"labels": mask_labels(rule, **batch)})
+    tally.sync()
+    entry = tally.entries()
+    assert [entry["targets"], entry["dropped"]] == [case["targets"], case["dropped"]]
+    assert "0x" + entry["decisions"] == case["decisions"]
 
 
 @pytest.fixture(scope="module")

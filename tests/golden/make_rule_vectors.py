@@ -120,6 +120,17 @@ def text_rows() -> dict[str, dict]:
     }
 
 
+def receipt(row: dict, rule: dict) -> dict:
+    """The receipt of a row in which every token from the second on is a target."""
+    ids, start, targets, decisions = row["ids"], 0, 0, 0
+    dropped = spec.dropped(**row, **rule)
+    for i in range(1, len(ids)):
+        start = i if row.get("position_ids", [1] * len(ids))[i] == 0 else start
+        context = ids[max(start, i - rule["h"]) : i]
+        targets, decisions = targets + 1, (decisions + spec.mix(spec.key(context) + dropped[i])) & spec.WORD
+    return {"targets": targets, "dropped": sum(dropped[1:]), "decisions": hexadecimal(decisions)}
+
+
 def decisions(rows: dict[str, dict], rule: dict, **extra) -> dict:
     """A rule beside its decisions of every row; the row's own exempt and document_end are the rule's."""
     answers = {
@@ -150,6 +161,11 @@ def vectors() -> dict:
         "mix": [[hexadecimal(x), hexadecimal(spec.mix(x))] for x in (0, 1, 2**31 - 1, 2**63, 2**64 - 1)],
         "threshold": [[k, spec.threshold(k)] for k in (*KS, 1.1, 128, 2**40)],
         "key": [[c, hexadecimal(s), hexadecimal(spec.key(c, s))] for c in contexts for s in (0, 2**64 - 1)],
+        "receipt": [
+            {"row": row, "rule": {"k": 3, "h": h, "strategy": strategy, "seed": 7}}
+            | receipt(ids[row], {"k": 3, "h": h, "strategy": strategy, "seed": 7})
+            for row, h, strategy in (("plain", 13, "hash"), ("plain", 4, "static"), ("packed", 4, "hash"))
+        ],
         "ids": {"rows": ids, "rules": [decisions(ids, rule) for rule in rules]},
         "text": {
             "vocabulary": [entry.hex() for entry in VOCABULARY],
