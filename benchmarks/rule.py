@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = args.text.read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines[: args.documents]]
 
-    rates, bound, ids = [], {}, {}
+    began_at, rates, bound, ids = commit(), [], {}, {}
     for size in SIZES:
         tokenizer = train(texts, size)
         name = f"{tokenizer.get_vocab_size():,} entries"  # fewer than asked for where the text has no more pairs
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  k={k} h={h}", file=sys.stderr, flush=True)
     result = {
         "command": " ".join(["python benchmarks/rule.py", *(Path(a).name if "/" in a else a for a in words)]),
-        "commit": commit(), "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
+        "commit": began_at, "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
         "versions": {"goldfish": goldfish.__version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__,
                      "python": platform.python_version()},
         "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
