@@ -1,0 +1,240 @@
+"""Does the rule drop one token in k, whatever h and the vocabulary? And what does asking it cost?
+
+    python benchmarks/rule.py --text documents.jsonl
+    python benchmarks/rule.py --render               # the tables of the last run, as markdown
+
+The documents of a JSONL file with a `text` field, tokenized, one after the other in rows of 4096 tokens; the same for
+strategy "reference", the original's function. "hash" is told where documents start. Times are medians of many calls,
+the cells in turn, so that whatever else the machine does meets them all.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import goldfish
+from goldfish import Goldfish
+
+OUTPUT = Path(__file__).parent / "results" / "rule.json"
+SIZES = (32_000, 131_072)
+RULES = ((4, 13), (50, 50), (3, 13))  # k, h
+COSTS = (4, 13, 50)  # h
+LENGTH = 4096
+RUN = 200  # a run of so many tokens without a drop can be recited
+
+
+def train(texts: list[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def rows(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """All documents, one after the other, and each token's place in its own; int64 (N, 4096), the rest left out."""
+    ids = np.concatenate([np.array(d, dtype=np.int64) for d in documents])
+    positions = np.concatenate([np.arange(len(d)) for d in documents])
+    whole = len(ids) // LENGTH * LENGTH
+    return torch.from_numpy(ids[:whole]).view(-1, LENGTH), torch.from_numpy(positions[:whole]).view(-1, LENGTH)
+
+
+def products(ids: Tensor, h: int) -> Tensor:
+    """Of the last h tokens, from token h on: int64 (N, T - h), the key of "reference" for its table."""
+    windows = ids[:, 1:].unfold(-1, h, 1)
+    product = windows[..., 0].clone()
+    for i in range(1, h):
+        product *= windows[..., i]
+    return product
+
+
+def in_long_runs(dropped: np.ndarray) -> int:
+    """How many tokens lie in runs of at least RUN tokens of which none is dropped, in the text as a whole."""
+    runs = np.diff(np.flatnonzero(np.concatenate(([True], dropped, [True])))) - 1
+    return int(runs[runs >= RUN].sum())
+
+
+def law(k: float) -> float:
+    """The share of tokens in such runs when each token is dropped with probability 1/k on its own."""
+    q = 1 - 1 / k
+    return q**RUN * (RUN + k - 1) / k
+
+
+def measure(ids: Tensor, positions: Tensor, k: float, h: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The figures of "hash" and "reference" for one rule and one vocabulary."""
+    chunks = list(zip(ids.split(64), positions.split(64), strict=True))
+    for strategy in ("hash", "reference"):
+        rule = Goldfish(k=k, h=h, seed=seed, strategy=strategy)
+        dropped = torch.cat([rule.dropped(i, p if strategy == "hash" else None) for i, p in chunks]).numpy()
+        decided = np.zeros(dropped.shape, dtype=bool)  # the tokens with a whole window
+        decided[:, h:] = True
+        if strategy == "hash":  # it is the h tokens before them, in their document
+            keys = windows = torch.cat([rule.keys(i, p) for i, p in chunks]).numpy()
+            decided &= positions.numpy() >= h
+            zero = None
+        else:  # the last h tokens, which are those before the next token
+            windows = np.roll(torch.cat([rule.keys(i) for i, _ in chunks]).numpy(), -1, axis=1)
+            decided[:, -1] = False
+            product = torch.cat([products(i, h) for i, _ in chunks])
+            zero = float((product == 0).double().mean())
+            keys = np.zeros_like(windows)
+            keys[:, h:] = product.numpy()
+        distinct, places = np.unique(windows[decided], return_index=True)
+        n = len(distinct)
+        rate = float(dropped[decided][places].mean())
+        yield {
+            "k": k, "h": h, "strategy": strategy, "tokens": ids.numel(), "drop_rate": float(dropped.mean()),
+            "distinct_windows": n, "distinct_rate": rate, "sigmas": (rate - 1 / k) / (1 / k * (1 - 1 / k) / n) ** 0.5,
+            "distinct_keys": len(np.unique(keys[decided])), "zero_products": zero,
+            "in_long_runs": in_long_runs(dropped.reshape(-1)) / ids.numel(), "in_long_runs_law": law(k),
+        }  # fmt: skip
+
+
+def allocations(rule: Goldfish, ids: Tensor) -> tuple[float, float]:
+    """The largest tensor that one call makes, and all that it holds at a time, in multiples of the ids' bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        rule.dropped(ids)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    own = ids.numel() * ids.element_size()
+    return max(sizes) / own, float(np.cumsum(sizes).max()) / own
+
+
+def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of one call for 8 rows of 4096 tokens, all cells in turn."""
+    cells = [
+        {"vocabulary": name, "strategy": strategy, "h": h}
+        for name in rows for strategy in ("hash", "text", "reference") for h in COSTS
+    ]  # fmt: skip
+    calls = [
+        (Goldfish(k=4, h=c["h"], seed=seed, strategy=c["strategy"], vocabulary=bound[c["vocabulary"]].vocabulary),
+         rows[c["vocabulary"]][:8].clone())
+        for c in cells
+    ]  # fmt: skip
+    times: list[list[float]] = [[] for _ in cells]
+    for turn in range(repeats + 3):
+        for taken, (rule, ids) in zip(times, calls, strict=True):
+            begin = time.perf_counter()
+            rule.dropped(ids)
+            if turn >= 3:  # the first calls make tables and warm caches
+                taken.append(1e3 * (time.perf_counter() - begin))
+    for cell, taken, (rule, ids) in zip(cells, times, calls, strict=True):
+        low, median, high = statistics.quantiles(taken, n=4)
+        largest, held = allocations(rule, ids)
+        cell |= {
+            "tokens": ids.numel(), "least_ms": min(taken), "quartile_ms": low, "median_ms": median,
+            "third_quartile_ms": high, "largest_tensor": largest, "held_at_once": held,
+        }  # fmt: skip
+    return cells
+
+
+def render(result: dict[str, Any]) -> str:
+    """Two tables in markdown."""
+    lines = [
+        "| vocabulary | k, h | strategy | dropped | of distinct windows (sigmas from 1/k) |"
+        " distinct windows that share a 64-bit key | windows with key 0 |"
+        " tokens in runs of 200+ without a drop (by chance) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rates"]:
+        zero = "" if r["zero_products"] is None else f"{r['zero_products']:.1%}"
+        shared = 1 - r["distinct_keys"] / r["distinct_windows"]
+        lines.append(
+            f"| {r['vocabulary']} | {r['k']}, {r['h']} | {r['strategy']} | {r['drop_rate']:.4f} | "
+            f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f}) | {shared:.1%} | {zero} | "
+            f"{r['in_long_runs']:.1%} ({r['in_long_runs_law']:.1%}) |"
+        )
+    lines += [
+        "",
+        f"{result['hardware']['cpu']}, {result['hardware']['threads']} thread, torch {result['versions']['torch']}; "
+        f"8 x 4096 tokens, median of {result['repeats']} calls (quartiles).",
+        "",
+        "| strategy | vocabulary | " + " | ".join(f"h = {h}, ms" for h in COSTS) + " | largest tensor, held at once |",
+        "|---|---|" + "---|" * (len(COSTS) + 1),
+    ]
+    cells = {(c["strategy"], c["vocabulary"], c["h"]): c for c in result["costs"]}
+    for strategy, vocabulary in dict.fromkeys(key[:2] for key in cells):
+        row = [cells[strategy, vocabulary, h] for h in COSTS]
+        times = " | ".join(f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})" for c in row)
+        most = [max(c[what] for c in row) for what in ("largest_tensor", "held_at_once")]
+        lines.append(f"| {strategy} | {vocabulary} | {times} | {most[0]:.1f}x, {most[1]:.1f}x the ids |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", type=Path, help="a JSONL file with a `text` field")
+    parser.add_argument("--documents", type=int, help="only so many of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the rules")
+    parser.add_argument("--repeats", type=int, default=101, help="calls that are timed")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--render", action="store_true", help="print the tables of --output and stop")
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    if args.render:
+        print(render(json.loads(args.output.read_text(encoding="utf-8"))))
+        return
+    if args.text is None:
+        parser.error("--text or --render is needed")
+    torch.set_num_threads(args.threads)
+    lines = args.text.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines[: args.documents]]
+
+    began_at, rates, bound, ids = commit(), [], {}, {}
+    for size in SIZES:
+        tokenizer = train(texts, size)
+        name = f"{tokenizer.get_vocab_size():,} entries"  # fewer than asked for where the text has no more pairs
+        documents = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        ids[name], positions = rows(documents)
+        bound[name] = Goldfish(strategy="text").bind(tokenizer)
+        print(f"{name}: {ids[name].numel():,} tokens", file=sys.stderr, flush=True)
+        for k, h in RULES:
+            rates += [{"vocabulary": name, **r} for r in measure(ids[name], positions, k, h, args.seed)]
+            print(f"  k={k} h={h}", file=sys.stderr, flush=True)
+    result = {
+        "command": " ".join(["python benchmarks/rule.py", *(Path(a).name if "/" in a else a for a in words)]),
+        "commit": began_at, "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
+        "versions": {"goldfish": goldfish.__version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__,
+                     "python": platform.python_version()},
+        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "rates": rates, "costs": costs(bound, ids, args.seed, args.repeats),
+    }  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(render(result))
+
+
+def commit() -> str:
+    """The commit of the code that ran, with a + where it was changed since."""
+    git = ["git", "-C", str(Path(goldfish.__file__).parent)]
+    run = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    return run("rev-parse", "--short=12", "HEAD") + "+" * bool(run("status", "--porcelain", "."))
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""rule_vectors.json is what the specification says, and two other implementations agree with it.
+
+The second one, below, shares no line with `goldfish`: numpy for the hash, a window at a time; a document's whole text
+for the words. It is what a port to another language would look like.
+"""
+
+import codecs
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+import unicodedata
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from goldfish import Goldfish, mask_labels
+from goldfish.receipt import Tally
+from goldfish.text import Vocabulary
+
+pytestmark = pytest.mark.core
+
+GOLDEN = Path(__file__).parent / "golden"
+VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
+ENTRIES = [bytes.fromhex(entry) for entry in VECTORS["text"]["vocabulary"]]
+CASES = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["rules"]]
+
+
+def name(case) -> str:
+    _, rule = case
+    return "-".join(str(v) for key, v in rule.items() if key != "dropped")
+
+
+# --- the second implementation
+
+M64 = 1 << 64
+POWERS = [pow(0xD1342543DE82EF95, n, M64) for n in range(2000)]
+
+
+def scramble(numbers) -> np.ndarray:
+    """splitmix64 of an array of unsigned 64-bit integers."""
+    x = np.asarray(numbers, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def window_key(window: list[int], seed: int) -> int:
+    """Horner's rule written out: sum of scramble(t) * M**(tokens after t)."""
+    n = len(window)
+    symbols = scramble([t % M64 for t in window]).tolist() if window else []
+    total = sum(s * POWERS[n - 1 - j] for j, s in enumerate(symbols))
+    with np.errstate(over="ignore"):
+        return int(scramble([(total + n + int(scramble([seed])[0])) % M64])[0])
+
+
+def is_below(key: int, k: float) -> bool:
+    """Whether key // 2**32 is below 2**32 / k, as fractions."""
+    return (key >> 32) * Fraction(k) < 1 << 32
+
+
+def documents(row: dict) -> list[list[int]]:
+    """The places of each document's attended tokens."""
+    ids, found, ended = row["ids"], [], True
+    for place, attended in enumerate(row.get("attention_mask", [1] * len(ids))):
+        if attended:
+            if ended or row.get("position_ids", [1] * len(ids))[place] == 0:
+                found.append([])
+            found[-1].append(place)
+            ended = ids[place] == row.get("document_end")
+    return found
+
+
+def normal(character: str) -> str:
+    """A character's normal form, character by character of its folded decomposition."""
+    if unicodedata.category(character)[0] == "C" and unicodedata.category(character) not in ("Cc", "Cf"):
+        return "" if 0xD800 <= ord(character) <= 0xDFFF else " "
+    form = []
+    for c in unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()):
+        kind = unicodedata.category(c)
+        if c.isalpha() or kind in ("Nd", "Nl", "No"):
+            unspaced = re.match("[\u0e00-\u109f\u1780-\u17ff\u2e80-\ua4cf\U00020000-\U0003ffff]", c)
+            form.append(f" {c} " if unspaced else c)
+        elif kind not in ("Mn", "Mc", "Me", "Cf"):
+            form.append(" ")
+    return "".join(form)
+
+
+@functools.cache
+def word_contexts(tokens: tuple[bytes, ...]) -> list[list[str]]:
+    """For every token of a document the words that are complete before its word, from the document's whole text."""
+    decoder, pieces = codecs.getincrementaldecoder("utf-8")("ignore"), []
+    for token in tokens:
+        pieces.append("".join(map(normal, decoder.decode(token))))
+    text, begin, result = "".join(pieces), 0, []
+    words = [(m.start(), m.end()) for m in re.finditer("[^ ]+", text)]
+    for piece in pieces:
+        through = begin + piece.startswith(" ")  # a word that ends where the token begins, if the token ends it
+        result.append([text[a:b] for a, b in words if b < through])
+        begin += len(piece)
+    return result
+
+
+def decide(row: dict, rule: dict) -> str:
+    answer = ["0"] * len(row["ids"])
+    seed, k, h = int(rule["seed"], 16), rule["k"], rule.get("h")
+    for places in documents(row):
+        ids = [row["ids"][p] for p in places]
+        contexts = word_contexts(tuple(ENTRIES[i] for i in ids)) if rule["strategy"] == "text" else None
+        for i in range(1, len(ids)):
+            if ids[i] in row.get("exempt", ()):
+                continue
+            if rule["strategy"] == "static":  # drops where i / k passes a whole number, up to ceil(2**32 / k) / 2**32
+                step = Fraction(-(-(1 << 32) // Fraction(k)), 1 << 32)
+                drop = i * step // 1 > (i - 1) * step // 1
+            elif rule["strategy"] == "random":
+                number = [p for document in documents(row) for p in document].index(places[i])
+                draw = int(scramble([(rule["draw"] + int(scramble([seed])[0])) % M64])[0])
+                drop = is_below(int(scramble([(draw + (rule["row"] << 32) + number) % M64])[0]), k)
+            elif contexts is not None:
+                last = contexts[i][-h:]
+                data = b"".join(word.encode() + b"\x20" for word in last)
+                drop = is_below(window_key(list(data), seed), k) and bool(last)
+                drop = drop and (rule["head"] == "short" or len(last) == h)
+            else:
+                n, shift = min(h, i), rule["window"] == "inclusive"
+                drop = is_below(window_key(ids[i - n + shift : i + shift], seed), k)
+                drop = drop and (rule["head"] == "short" or n == h)
+            answer[places[i]] = "01"[drop]
+    return "".join(answer)
+
+
+# --- the tests
+
+
+def test_the_file_is_what_its_script_makes():
+    """If this fails, the rule changed: every port and every training under the old rule is affected."""
+    spec = importlib.util.spec_from_file_location("make_rule_vectors", GOLDEN / "make_rule_vectors.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.as_json(script.vectors()) + "\n" == (GOLDEN / "rule_vectors.json").read_text(encoding="ascii")
+
+
+def test_the_vectors_cover_what_they_should():
+    assert (GOLDEN / "rule_vectors.json").stat().st_size < 300_000
+    for strategy in ("hash", "text"):
+        rules = [rule for _, rule in CASES if rule["strategy"] == strategy]
+        assert {(rule["k"], rule["h"]) for rule in rules} == {
+            (k, h) for k in (2, 3, 4, 8, 50, 2.5) for h in (1, 4, 13, 50)
+        }
+        assert {rule["head"] for rule in rules} == {"short", "keep"}
+        assert {"0x0000000000000000", "0xffffffffffffffff"} <= {rule["seed"] for rule in rules}
+        for rule in rules:  # none drops everything or, for a k this small, nothing
+            drops = "".join(rule["dropped"].values())
+            assert 0 < drops.count("1") < len(drops) or rule["k"] > 8 or rule["head"] == "keep"
+    assert {rule["window"] for _, rule in CASES if rule["strategy"] == "hash"} == {"preceding", "inclusive"}
+    assert {0, 1, 2**31 - 1} <= {i for row in VECTORS["ids"]["rows"].values() for i in row["ids"]}
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_an_independent_implementation_agrees(case):
+    group, rule = case
+    for label, row in VECTORS[group]["rows"].items():
+        assert decide(row, rule) == rule["dropped"][label], label
+
+
+def test_the_parts_agree_with_an_independent_implementation():
+    for x, y in VECTORS["mix"]:
+        assert int(scramble([int(x, 16)])[0]) == int(y, 16)
+    for k, limit in VECTORS["threshold"]:
+        assert is_below((limit - 1) << 32, k)
+        assert not is_below(limit << 32, k)
+    for context, seed, key in VECTORS["key"]:
+        assert window_key(context, int(seed, 16)) == int(key, 16)
+    for case in VECTORS["receipt"]:
+        row, rule, total = VECTORS["ids"]["rows"][case["row"]], case["rule"], 0
+        seeded = {"window": "preceding", "head": "short", **rule, "seed": hex(rule["seed"])}
+        for places in documents(row):
+            for i, place in enumerate(places):
+                context = [row["ids"][p] for p in places[max(0, i - rule["h"]) : i]]
+                drop = int(decide(row, seeded)[place])
+                total += int(scramble([(window_key(context, 0) + drop) % M64])[0]) if place else 0
+        assert total % M64 == int(case["decisions"], 16)
+    for character, form in VECTORS["text"]["fold"]:
+        assert normal(character) == form
+    for first, last, digest in VECTORS["text"]["fold_blocks"]:
+        forms = "\n".join(normal(chr(c)) for c in range(first, last + 1))
+        assert hashlib.sha256(forms.encode()).hexdigest() == digest, f"U+{first:04X}"
+    for label, words in VECTORS["text"]["words"].items():
+        tokens = [ENTRIES[i] for i in VECTORS["text"]["rows"][label]["ids"]]
+        assert word_contexts((*tokens, b" "))[-1] == words
+
+
+@pytest.mark.parametrize("case", VECTORS["receipt"], ids=lambda case: case["row"])
+def test_the_receipt_agrees(case):
+    row, rule = VECTORS["ids"]["rows"][case["row"]], Goldfish(**case["rule"])
+    batch = {"input_ids": torch.tensor([row["ids"]])}
+    if "position_ids" in row:
+        batch["position_ids"] = torch.tensor([row["position_ids"]])
+    tally = Tally(rule, torch.device("cpu"))
+    tally.add(batch, {"labels": mask_labels(rule, **batch)})
+    tally.sync()
+    entry = tally.entries()
+    assert [entry["targets"], entry["dropped"]] == [case["targets"], case["dropped"]]
+    assert "0x" + entry["decisions"] == case["decisions"]
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(ENTRIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_fast_rule_agrees(vocabulary, device, dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    for group, case in CASES:
+        options = {key: v for key, v in case.items() if key not in ("dropped", "row", "draw")}
+        for label, row in VECTORS[group]["rows"].items():
+            own = {key: row[key] for key in ("exempt", "document_end") if key in row}
+            rule = Goldfish(**{**options, "seed": int(case["seed"], 16)}, **own, vocabulary=vocabulary)
+            ids, positions, attended = (
+                # The row's number counts for "random" only.
+                torch.tensor([row[key]] * (case.get("row", 0) + 1), dtype=dtype, device=device) if key in row else None
+                for key in ("ids", "position_ids", "attention_mask")
+            )
+            dropped = rule.dropped(ids, positions, attention_mask=attended, draw=case.get("draw", 0))
+            assert "".join("01"[d] for d in dropped[-1].tolist()) == case["dropped"][label], (label, case)
