@@ -39,10 +39,10 @@ from goldfish.audit.extraction import rouge_l
 
 @dataclass
 class Arguments(memorize.Arguments):
-    documents: int = field(default=12, metadata={"help": "documents to train on; as many again are held out"})
-    window: int = field(default=192, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
+    documents: int = field(default=8, metadata={"help": "documents to train on; as many again are held out"})
+    window: int = field(default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
     versions: int = field(default=5, metadata={"help": "copies of each document"})
-    epochs: int = field(default=150, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
+    epochs: int = field(default=100, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
     rules: list[str] = field(
         default_factory=lambda: ["standard", "hash-4-13", "hash-4-4", "text-4-8", "text-4-3", "text-3-8", "text-3-3"],
         metadata={"help": "standard, or strategy-k-h"},
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         state.print(f"{len(args.seeds)} seeds x {args.copies} x edits {args.edits} x {args.rules} -> {output}")
         return []
     memorize.prepare_output(output, args)
-    texts = memorize.load_texts(args)
+    texts = [" ".join(text.split()) for text in memorize.load_texts(args)]  # plain: words with a space between
     tokenizer = memorize.load_tokenizer(args, texts, output, state)
     results = []
     for seed, copies, edits in itertools.product(args.seeds, args.copies, args.edits):
@@ -112,7 +112,7 @@ def edit(text: str, pool: list[str], share: float, draw: random.Random) -> str:
 def reformat(text: str, draw: random.Random) -> str:
     """The same words, laid out and written in another way."""
     words = text.split()
-    case = draw.choice((str, str.upper, str.lower, str.title, str.swapcase))
+    case = draw.choice((str, str, str.lower, str.title, str.upper))
     indent, width = " " * draw.choice((0, 2, 4, 8)), draw.randint(4, 14)
     space = draw.choice((" ", "  "))
     lines = [space.join(words[i : i + width]) for i in range(0, len(words), width)]
