@@ -68,7 +68,8 @@ def render() -> str:
             f"{about['device']}, {about['threads']} thread(s), torch {about['versions']['torch']}, transformers "
             f"{about['versions']['transformers']}, commit {about['commit'][:12]}; Llama, 4 layers, hidden "
             f"{settings['hidden']}, vocabulary {settings['vocabulary']}, "
-            f"{settings['batch']} x {settings['length']} tokens, {'bf16' if settings['bf16'] else 'fp32'}, k = {settings['k']:g}\n"
+            f"{settings['batch']} x {settings['length']} tokens, "
+            f"{'bf16' if settings['bf16'] else 'fp32'}, k = {settings['k']:g}\n"
         )
         lines += ["| step | seconds, median | least - greatest | of standard | n |", "|---|---|---|---|---|"]
         base = statistics.median(data["seconds"]["standard"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +126,7 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            "unicode": unicodedata.unidata_version,  # strategy "text" reads characters as this version knows them
         },
         **({"before": before} if before else {}),
     }

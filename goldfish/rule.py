@@ -188,7 +188,7 @@ class Goldfish:
                     'strategy="text" reads words, so it must know the tokenizer: rule = rule.bind(tokenizer)'
                 )
             state, n = contexts(self.vocabulary.on(ids.device), ids, start, self.h)
-            drop = below(mix(state + signed(spec.mix(self.seed))), limit) & (n > 0)
+            drop = below(mix(state + _seed_term(self.seed)), limit) & (n > 0)
             if self.head == "keep":
                 drop = drop & (n == self.h)
         else:
@@ -205,7 +205,7 @@ class Goldfish:
         """`spec.key` of the min(h, offset) tokens that end before the column `end`, for every token."""
         n = offset.clamp(max=self.h)
         state = window_hashes(prefix_hashes(mix(ids)), end - n, end)
-        return mix(state + n + signed(spec.mix(seed)))
+        return mix(state + n + _seed_term(seed))
 
     def _documents(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """For every token its column, and the column at which its document starts; int64 (B, T)."""
@@ -237,6 +237,11 @@ class Goldfish:
         """The rule as JSON-ready values: `Goldfish(**rule.to_dict()) == rule`."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         return {**values, "exempt": list(self.exempt)}
+
+
+def _seed_term(seed: int) -> int:
+    """What a seed adds to the state of a context in `spec.key`."""
+    return signed(spec.mix(spec.mix(seed)))
 
 
 @cache

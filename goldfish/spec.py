@@ -32,7 +32,7 @@ def key(context: list[int], seed: int = 0) -> int:
     state = 0
     for token in context:
         state = (state * MULTIPLIER + mix(token & WORD)) & WORD
-    return mix((state + len(context) + mix(seed)) & WORD)
+    return mix((state + len(context) + mix(mix(seed))) & WORD)  # mixed twice: no token's number is a seed's
 
 
 def words_before(tokens: list[bytes], fold: list[str]) -> list[str]:
@@ -87,7 +87,8 @@ def dropped(
         elif strategy == "random":
             drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
         elif strategy == "text":  # the context is the UTF-8 text of the h words before, each with a space after it
-            words = words_before([vocabulary[token] for token in ids[start : i + 1]], fold)  # type: ignore[index, arg-type]
+            entry = dict(enumerate(vocabulary or []))  # an id outside the vocabulary is a space
+            words = words_before([entry.get(token, b" ") for token in ids[start : i + 1]], fold)  # type: ignore[arg-type]
             text, n = "".join(word + " " for word in words[-h:]), min(h, len(words))
             drop = key(list(text.encode()), seed) >> 32 < limit and n > 0 and (n == h or head == "short")
         else:

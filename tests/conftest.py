@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
 PROSE = [
     "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the bowl.",
     "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said the fish.",

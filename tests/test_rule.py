@@ -86,7 +86,7 @@ def test_specification_by_hand():
 
     a, b = 17, 2**31 - 1
     polynomial = splitmix(a) * 0xD1342543DE82EF95 + splitmix(b)
-    key = splitmix((polynomial + 2 + splitmix(9)) % m64)
+    key = splitmix((polynomial + 2 + splitmix(splitmix(9))) % m64)
     for k in (2, 3, 4, 50):
         expected = key // 2**32 * k < 2**32
         assert Goldfish(k=k, h=2, seed=9).dropped(torch.tensor([5, a, b, 0]))[3].item() is expected
@@ -110,6 +110,11 @@ def test_random_is_reproducible_and_changes_with_draw_seed_and_row():
         assert not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])
     assert 0.22 < first.float().mean() < 0.28  # 4 sigma of 8,000 draws is .019
+
+
+def test_a_seed_is_no_token():
+    """Before seeds were mixed twice, the last token and the seed could change places."""
+    assert spec.key([1, 2, 5], seed=9) != spec.key([1, 2, 9], seed=5)
 
 
 def test_order_and_ids_zero_and_one_count():

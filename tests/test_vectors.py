@@ -55,7 +55,7 @@ def window_key(window: list[int], seed: int) -> int:
     symbols = scramble([t % M64 for t in window]).tolist() if window else []
     total = sum(s * POWERS[n - 1 - j] for j, s in enumerate(symbols))
     with np.errstate(over="ignore"):
-        return int(scramble([(total + n + int(scramble([seed])[0])) % M64])[0])
+        return int(scramble([(total + n + int(scramble(scramble([seed]))[0])) % M64])[0])
 
 
 def is_below(key: int, k: float) -> bool:
