@@ -1,6 +1,6 @@
 """Near-duplicates: documents that a model only ever sees in reformatted versions, and is then asked for in plain form.
 
-    python recipes/near_duplicates.py                 # 2 CPU cores: 3 seeds x 7 trainings x 2 conditions, see README
+    python recipes/near_duplicates.py                 # 2 CPU cores: 3 seeds x 4 trainings x 2 kinds of copies, an hour
     python recipes/near_duplicates.py --edits 0 0.02 0.1 --seeds 0    # leakage against edit rate
     python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden_size 32 --seeds 0 --output_dir runs/miniature
 
@@ -39,15 +39,15 @@ from goldfish.audit.extraction import rouge_l
 
 @dataclass
 class Arguments(memorize.Arguments):
-    documents: int = field(default=8, metadata={"help": "documents to train on; as many again are held out"})
+    documents: int = field(default=6, metadata={"help": "documents to train on; as many again are held out"})
     window: int = field(default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
     versions: int = field(default=5, metadata={"help": "copies of each document"})
-    epochs: int = field(default=100, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
+    epochs: int = field(default=120, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
     rules: list[str] = field(
-        default_factory=lambda: ["standard", "hash-4-13", "hash-4-4", "text-4-8", "text-4-3", "text-3-8", "text-3-3"],
+        default_factory=lambda: ["standard", "hash-4-13", "text-4-8", "text-4-3"],
         metadata={"help": "standard, or strategy-k-h"},
     )
-    copies: list[str] = field(default_factory=lambda: ["exact", "reformatted"], metadata={"help": "kinds of versions"})
+    copies: list[str] = field(default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"})
     edits: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "shares of words edited per version"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     output_dir: str = "runs/near_duplicates"
@@ -112,9 +112,9 @@ def edit(text: str, pool: list[str], share: float, draw: random.Random) -> str:
 def reformat(text: str, draw: random.Random) -> str:
     """The same words, laid out and written in another way."""
     words = text.split()
-    case = draw.choice((str, str, str.lower, str.title, str.upper))
-    indent, width = " " * draw.choice((0, 2, 4, 8)), draw.randint(4, 14)
-    space = draw.choice((" ", "  "))
+    case = draw.choice((str, str, str, str.lower, str.upper))
+    indent, width = " " * draw.choice((0, 0, 2, 4)), draw.randint(6, 14)
+    space = draw.choice((" ", " ", " ", "  "))
     lines = [space.join(words[i : i + width]) for i in range(0, len(words), width)]
     return "\n".join(indent + case(line) for line in lines)
 
