@@ -47,7 +47,7 @@ def test_python_blocks_compile_and_import(code):
 
 
 def test_links_point_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+    for target in re.findall(r"\]\(([^)#:]+)[)#]", README):
         assert (ROOT / target).exists(), target
 
 
