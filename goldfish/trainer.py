@@ -10,6 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from goldfish.fused import fuse_head
+from goldfish.gauge import measure, readings, rows_to_measure
 from goldfish.kept import bare_model
 from goldfish.labels import SOURCE, CarrySource, GoldfishCollator, Rules, mask_batch
 from goldfish.loss import GoldfishLoss
@@ -24,8 +25,10 @@ class GoldfishMixin(Trainer):
 
     The labels of training batches are masked just before Trainer counts their targets, so the loss is the sum over
     kept tokens divided by their number over the whole optimiser step, whatever the accumulation or the number of
-    processes. Evaluation and prediction never see the rule. Logs gain `goldfish/drop_rate`, the share of targets
-    dropped since the last log; every checkpoint gains goldfish.json.
+    processes. Evaluation and prediction never see the rule. Every checkpoint gains goldfish.json. Logs gain
+    `goldfish/drop_rate`, the share of targets dropped since the last log, and a gauge of memorization:
+    `goldfish/kept_loss` and `goldfish/dropped_loss`, nats per token on rows of the last batch, without gradient, and
+    their difference `goldfish/gap`; measured when a log is due, on as many rows as take 1% of the time, at least one.
 
     Args:
         goldfish: the rule, or a mapping to rules from the names in the training dataset's column `source` (None: such
@@ -33,6 +36,7 @@ class GoldfishMixin(Trainer):
         fused: compute the training loss inside the model's head, for kept tokens only and without logits
             (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right the
             model's own loss is used, and the log says why.
+        apply: False trains with the standard loss and only shows the gauge that the rule would have: for comparison.
     """
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
@@ -40,9 +44,9 @@ class GoldfishMixin(Trainer):
     data_collator: Any
     _signature_columns: Any
 
-    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, apply: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._fused = fused
+        self._fused, self._apply = fused, apply
         self._start_goldfish(goldfish)
 
     def _start_goldfish(self, rules: Rules) -> None:
@@ -55,6 +59,7 @@ class GoldfishMixin(Trainer):
         self.goldfish = bind(rules, self.processing_class)
         self._tally = Tally(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
+        self._gauge = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._before: dict[str, Any] | None = None  # the receipt of a run under other rules that this one goes on from
 
     def get_train_dataloader(self) -> Any:
@@ -74,6 +79,8 @@ class GoldfishMixin(Trainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
+        if batches and (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0:
+            self._read_gauge()
         if num_items is not None:  # no kept token in the whole step: the loss is a zero, not 0 / 0
             num_items = num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1)
         return batches, num_items
@@ -81,7 +88,16 @@ class GoldfishMixin(Trainer):
     def _mask_and_count(self, batch: dict[str, Any]) -> dict[str, Any]:
         masked = mask_batch(self.goldfish, batch)
         self._tally.add(batch, masked)
-        return masked
+        self._last_batch = (batch, masked["labels"])
+        return masked if self._apply else {name: value for name, value in batch.items() if name != SOURCE}
+
+    def _read_gauge(self) -> None:
+        batch, labels = self._last_batch
+        step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows = rows_to_measure(len(labels), step_rows, self.state.logging_steps)
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SOURCE})
+        with self.compute_loss_context_manager():
+            self._gauge += measure(self.model_wrapped, inputs, labels.to(self.args.device), rows)
 
     def _sync_tally(self) -> None:
         """Add up what all processes counted. Every process must call it."""
@@ -93,15 +109,18 @@ class GoldfishMixin(Trainer):
             now = self._tally.sum()
             targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
             if "loss" in logs and targets > 0:
-                logs["goldfish/drop_rate"] = dropped / targets
+                if self._apply:
+                    logs["goldfish/drop_rate"] = dropped / targets
                 self._logged = now
+                logs.update(readings(self.accelerator.reduce(self._gauge, "sum")))
+                self._gauge.zero_()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call:  # Trainer's own checkpoints are made by all processes, a user's call perhaps by one
             self._sync_tally()
-        if self.args.should_save:
+        if self.args.should_save and self._apply:
             write_receipt(output_dir or self.args.output_dir, self._tally, self.processing_class, self._before)
 
     def train(
@@ -174,13 +193,13 @@ class GoldfishTrainer(GoldfishMixin):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrainer:
+def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool = True) -> AnyTrainer:
     """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
 
         trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))
 
     The instance becomes one of a subclass of its class with `GoldfishMixin` in front; see there for what changes. The
-    trainer goes on computing its loss as it did, unless `fused=True`.
+    trainer goes on computing its loss as it did, unless `fused=True`; `apply=False` only shows the gauge.
 
     Raises:
         TypeError: not a Trainer, not a rule.
@@ -194,7 +213,7 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrain
     with_goldfish = type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), {"__module__": plain.__module__})
     try:
         trainer.__class__ = with_goldfish
-        trainer._fused = fused
+        trainer._fused, trainer._apply = fused, apply
         trainer._start_goldfish(rule)
     except BaseException:
         trainer.__class__ = plain

@@ -234,7 +234,9 @@ def save_windows(path: Path, windows: list[list[int]], tokenizer: Any) -> None:
     """The audit's input: the very ids that were trained on, and their text for people."""
     with path.open("w", encoding="utf-8") as lines:
         for ids in windows:
-            lines.write(json.dumps({"input_ids": ids, "text": tokenizer.decode(ids)}) + "\n")
+            text = tokenizer.decode(ids)
+            opening = " ".join(text.split()[:6])[:60]
+            lines.write(json.dumps({"name": opening, "input_ids": ids, "text": text}) + "\n")
 
 
 def prepare_output(output: Path, args: Arguments) -> None:

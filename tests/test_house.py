@@ -14,7 +14,7 @@ PACKAGE = Path(goldfish.__file__).parent
 # A file imports only from files before it.
 ORDER = [
     "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
-    "kernels", "linear", "kept", "fused", "receipt", "trainer",
+    "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
     "audit.windows", "audit.score", "audit.stats", "audit.extraction", "audit.run", "audit", "audit.table",
     "report", "show", "cli",
 ]  # fmt: skip
