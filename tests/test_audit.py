@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from goldfish import Goldfish
 from goldfish.audit import audit
-from goldfish.audit.extraction import first_divergence, rouge_l, summarize, text_pieces
+from goldfish.audit.extraction import first_divergence, make_record, rouge_l, summarize, text_pieces
 from goldfish.audit.score import score
 from goldfish.audit.stats import mean, rate
 from goldfish.audit.windows import Window, cut_windows, read_rows
@@ -156,6 +156,14 @@ def test_text_pieces_join_to_the_text(tokenizer):
         assert len(pieces) == len(ids)
         assert "".join(pieces) == text
         assert "".join(text_pieces(tokenizer, ids[:5], ids[5:])) in text
+
+
+def test_a_random_rule_has_no_holes_to_tell(tokenizer, model):
+    """It drew anew in every epoch, so no token of the window was dropped or kept throughout."""
+    (window,) = windows(1)
+    (found,) = score(model, [window])
+    assert make_record(window, found, Goldfish(strategy="random"), tokenizer)["dropped"] is None
+    assert make_record(window, found, Goldfish(), tokenizer)["dropped"] is not None
 
 
 def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint):

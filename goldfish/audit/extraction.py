@@ -29,7 +29,7 @@ def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: 
     """One row of records.parquet: what was asked, what came, and which tokens the training had dropped."""
     prefix, suffix = window.ids[: window.prefix_length], window.suffix
     dropped = None
-    if rule is not None:
+    if rule is not None and rule.strategy != "random":  # whose holes were others in every epoch
         dropped = rule.dropped(torch.tensor(window.ids))[window.prefix_length :].tolist()
     return {
         "split": window.split,
