@@ -210,6 +210,8 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)
     refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
+    other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
+    refused(ValueError, "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`", members=other)
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)
     refused(ValueError, r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(", checkpoint=bare)
