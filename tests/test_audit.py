@@ -158,6 +158,25 @@ def test_text_pieces_join_to_the_text(tokenizer):
         assert "".join(text_pieces(tokenizer, ids[:5], ids[5:])) in text
 
 
+def test_text_pieces_of_a_long_text_take_linear_work(tokenizer):
+    """Counted in decoded tokens; characters of several tokens fall on every place where decoding starts anew."""
+    text = "“日本語” naïve 🐠 " * 40
+    ids = tokenizer(text)["input_ids"]
+
+    class Counting:
+        decoded = 0
+
+        def decode(self, ids, **options):
+            self.decoded += len(ids)
+            return tokenizer.decode(ids, **options)
+
+    counting = Counting()
+    for start in range(8):
+        assert "".join(text_pieces(counting, [], ids[start:])) == tokenizer.decode(ids[start:])
+    assert len(ids) > 500
+    assert counting.decoded < 8 * 50 * len(ids)
+
+
 def test_a_random_rule_has_no_holes_to_tell(tokenizer, model):
     """It drew anew in every epoch, so no token of the window was dropped or kept throughout."""
     (window,) = windows(1)
