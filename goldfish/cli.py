@@ -61,13 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
+    from goldfish.audit.run import load_tokenizer
     from goldfish.show import show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
     texts = [shown(rule, tokenizer, _text_or_file(text)) for text in args.text]
     console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)

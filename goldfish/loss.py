@@ -100,6 +100,6 @@ class GoldfishLoss(nn.Module):
         total = nn.functional.cross_entropy(rows, targets[kept].to(rows.device), reduction="sum")
         loss = total / kept.sum().clamp(min=1)
         if num_items_in_batch is not None:
-            share = (all_targets != self.ignore_index).sum() / num_items_in_batch
-            loss = loss * share.to(loss.device)
+            counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            loss = loss * (all_targets != self.ignore_index).sum().to(loss.device) / counted
         return loss

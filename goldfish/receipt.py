@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, mask_labels
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -59,11 +59,14 @@ class Tally:
     def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
         """Count a batch, before and after it was masked."""
         ids = batch["input_ids"]
-        was, now = (labels[..., 1:] != IGNORE_INDEX for labels in (batch.get("labels", ids), masked["labels"]))
-        dropped = was & ~now
         attention_mask = batch.get("attention_mask")
         if attention_mask is not None and attention_mask.shape != ids.shape:
             attention_mask = None
+        labels = batch.get("labels")
+        if labels is None:  # then mask_labels made them, without padding
+            labels = mask_labels(None, ids, attention_mask=attention_mask)
+        was, now = (each[..., 1:] != IGNORE_INDEX for each in (labels, masked["labels"]))
+        dropped = was & ~now
         for place, rule in enumerate(self.rules.values()):
             rows = was if len(self.rules) == 1 else was & (batch[SOURCE] == place)[:, None]
             keys = (rule or Goldfish()).keys(ids, batch.get("position_ids"), attention_mask=attention_mask)[..., 1:]

@@ -1,7 +1,7 @@
 """The goldfish rule: which tokens are dropped. Vectorised, CPU and GPU, integers only; `goldfish.spec` defines it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -76,11 +76,12 @@ class Goldfish:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        if isinstance(self.exempt, (str, bytes, int)):
+        if isinstance(self.exempt, (str, bytes)) or not isinstance(self.exempt, Iterable):
             raise TypeError(f"exempt must be a collection of token ids such as (1, 2), got {self.exempt!r}")
-        for token in self.exempt:
+        exempt = tuple(self.exempt)  # once: a generator is empty afterwards
+        for token in exempt:
             _require_int("every id in exempt", token, 0, "a token id")
-        object.__setattr__(self, "exempt", tuple(sorted(set(self.exempt))))
+        object.__setattr__(self, "exempt", tuple(sorted(set(exempt))))
         if self.document_end is not None:
             _require_int("document_end", self.document_end, 0, "a token id or None")
         if self.strategy == "text" and self.window == "inclusive":

@@ -26,7 +26,6 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     LlamaConfig,
@@ -39,6 +38,7 @@ from transformers import (
 
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.audit import audit
+from goldfish.audit import run as audit_run
 from goldfish.audit.table import summary_table
 from goldfish.audit.windows import read_rows
 from goldfish.report import write_report
@@ -67,6 +67,13 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
     dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("epochs", 1), ("window", 8), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.hidden_size < 8 or self.hidden_size % 8:
+            raise ValueError(f"--hidden_size must be a multiple of 8 (four heads of even size), got {self.hidden_size}")
+
     def rule(self) -> Goldfish:
         return Goldfish(k=self.k, h=self.h, strategy=self.strategy, seed=self.seed)  # type: ignore[arg-type]
 
@@ -76,18 +83,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rule, state = args.rule(), PartialState(cpu=not torch.accelerator.is_available())
     texts = load_texts(args)
     output = Path(args.output_dir)
-    if state.is_main_process and not args.dry_run:
-        prepare_output(output, args)
-    state.wait_for_everyone()
-
-    tokenizer = load_tokenizer(args, texts, output, state)
+    tokenizer = load_tokenizer(args, texts)
     members, heldout = split_windows(args, texts, tokenizer)
     if args.dry_run:
         describe(args, rule, len(texts), state)
         return {}
     if state.is_main_process:
+        prepare_output(output, args)
         save_windows(output / "members.jsonl", members, tokenizer)
         save_windows(output / "heldout.jsonl", heldout, tokenizer)
+    state.wait_for_everyone()
 
     for name in ("standard", "goldfish"):
         state.print(f"\nTraining {name}: {len(members)} windows of {args.window} tokens, {args.epochs} epochs")
@@ -132,9 +137,13 @@ def load_texts(args: Arguments) -> list[str]:
     return texts
 
 
-def load_tokenizer(args: Arguments, texts: list[str], output: Path, state: PartialState) -> Any:
+def load_tokenizer(args: Arguments, texts: list[str]) -> Any:
+    """That of --model, or a byte-level BPE trained on the texts."""
     if args.model is not None:
-        return AutoTokenizer.from_pretrained(args.model)
+        tokenizer = audit_run.load_tokenizer(args.model)
+        if tokenizer.pad_token is None:  # many language models have none; what pads is no target
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -151,8 +160,8 @@ def load_tokenizer(args: Arguments, texts: list[str], output: Path, state: Parti
 def split_windows(args: Arguments, texts: list[str], tokenizer: Any) -> Split:
     """Members and held-out windows, token ids, chosen at random before any training.
 
-    The corpus quotes itself. A window that shares eight consecutive tokens of its second half with a window chosen
-    before it is passed over, so that no held-out suffix was ever trained on.
+    The corpus quotes itself. A window that shares eight consecutive tokens with a window chosen before it is passed
+    over, so that no held-out suffix was ever trained on.
     """
     chosen: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
@@ -181,7 +190,7 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
     """Train on the members, with the goldfish loss where there is a rule, and save an ordinary checkpoint."""
     set_seed(args.seed)
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)  # whatever it was saved in
     else:
         model = LlamaForCausalLM(small_llama(args, tokenizer))
     processes = PartialState().num_processes

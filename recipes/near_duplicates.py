@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         return []
     memorize.prepare_output(output, args)
     texts = [" ".join(text.split()) for text in memorize.load_texts(args)]  # plain: words with a space between
-    tokenizer = memorize.load_tokenizer(args, texts, output, state)
+    tokenizer = memorize.load_tokenizer(args, texts)
     results = []
     for seed, copies, edits in itertools.product(args.seeds, args.copies, args.edits):
         windows = memorize.split_windows(replace(args, seed=seed), texts, tokenizer)

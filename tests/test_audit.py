@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from goldfish import Goldfish
 from goldfish.audit import audit
-from goldfish.audit.extraction import first_divergence, rouge_l, summarize, text_pieces
+from goldfish.audit.extraction import first_divergence, make_record, rouge_l, summarize, text_pieces
 from goldfish.audit.score import score
 from goldfish.audit.stats import mean, rate
 from goldfish.audit.windows import Window, cut_windows, read_rows
@@ -158,6 +158,33 @@ def test_text_pieces_join_to_the_text(tokenizer):
         assert "".join(text_pieces(tokenizer, ids[:5], ids[5:])) in text
 
 
+def test_text_pieces_of_a_long_text_take_linear_work(tokenizer):
+    """Counted in decoded tokens; characters of several tokens fall on every place where decoding starts anew."""
+    text = "“日本語” naïve 🐠 " * 40
+    ids = tokenizer(text)["input_ids"]
+
+    class Counting:
+        decoded = 0
+
+        def decode(self, ids, **options):
+            self.decoded += len(ids)
+            return tokenizer.decode(ids, **options)
+
+    counting = Counting()
+    for start in range(8):
+        assert "".join(text_pieces(counting, [], ids[start:])) == tokenizer.decode(ids[start:])
+    assert len(ids) > 500
+    assert counting.decoded < 8 * 50 * len(ids)
+
+
+def test_a_random_rule_has_no_holes_to_tell(tokenizer, model):
+    """It drew anew in every epoch, so no token of the window was dropped or kept throughout."""
+    (window,) = windows(1)
+    (found,) = score(model, [window])
+    assert make_record(window, found, Goldfish(strategy="random"), tokenizer)["dropped"] is None
+    assert make_record(window, found, Goldfish(), tokenizer)["dropped"] is not None
+
+
 def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint):
     rule = Goldfish(k=2, h=3)
     folder = tmp_path / "model"
@@ -202,6 +229,8 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)
     refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
+    other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
+    refused(ValueError, "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`", members=other)
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)
     refused(ValueError, r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(", checkpoint=bare)

@@ -93,7 +93,10 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
     ("command", "text"),
     [
         (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
-        (["report", "nowhere"], "goldfish report: "),
+        (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
+        (["report", "nowhere"], "goldfish report: nowhere is no audit folder"),
+        (["show", "x", "--tokenizer", "runs/typo"], "goldfish show: no folder runs/typo here, and no model"),
+        (["show", "x", "--tokenizer", "."], "goldfish show: . holds no tokenizer"),
         (["show", "x", "--tokenizer", "{checkpoint}", "-k", "1"], "goldfish show: k must be a finite number above 1"),
     ],
 )

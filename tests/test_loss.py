@@ -101,3 +101,13 @@ def test_errors():
     with pytest.raises(ValueError, match="needs labels"):
         GoldfishLoss(RULE)({"logits": logits}, None)
     assert "k=2" in repr(GoldfishLoss(RULE))
+
+
+@pytest.mark.parametrize("counted", [0, torch.tensor(0)])
+def test_no_target_in_the_whole_step_is_a_zero(counted):
+    """What Trainer counts when every label of an optimiser step is ignored."""
+    logits, ids = batch()
+    loss = GoldfishLoss(RULE)(logits, torch.full_like(ids, -100), input_ids=ids, num_items_in_batch=counted)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (logits.grad == 0).all()

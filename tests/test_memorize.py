@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import memorize
@@ -41,6 +44,20 @@ def test_a_saved_model_can_be_the_start(finished, tmp_path):
     folder, _ = finished
     summaries = memorize.main([*SMALL, "--model", str(folder / "standard"), "--output_dir", str(tmp_path / "next")])
     assert summaries["goldfish"]["splits"]["members"]["n"] == 4
+
+
+def test_a_start_without_a_padding_token_or_in_half_precision(finished, tmp_path):
+    """As most published checkpoints are."""
+    folder, _ = finished
+    start = tmp_path / "start"
+    shutil.copytree(folder / "standard", start)
+    AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(start)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(start)
+    assert AutoTokenizer.from_pretrained(start).pad_token is None
+    memorize.main([*SMALL, "--model", str(start), "--output_dir", str(tmp_path / "next")])
+    assert json.loads((tmp_path / "next" / "goldfish" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_members_and_heldout_share_no_eight_tokens(finished):
@@ -80,6 +97,25 @@ def test_nothing_is_overwritten_unasked(finished, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--documents", "0"], "--documents must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--window", "7"], "--window must be at least 8, got 7"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--hidden_size", "30"], "--hidden_size must be a multiple of 8"),
+        (["--k", "1"], "k must be a finite number above 1"),
+        (["--strategy", "hush"], "strategy must be one of 'hash'"),
+        (["--model", "runs/typo"], "no folder runs/typo here"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(wrong, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        memorize.main([*SMALL, "--output_dir", str(tmp_path / "run"), *wrong])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
     path = tmp_path / "short.txt"
     for text, message in (
@@ -89,6 +125,7 @@ def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             memorize.main([*SMALL, "--text", str(path), "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists(), "a refused run is not in the way of the next one"
     with pytest.raises(ValueError, match="both name a corpus"):
         memorize.main([*SMALL, "--text", str(path), "--dataset", "someone/something"])
 

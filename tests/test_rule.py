@@ -179,6 +179,7 @@ def test_to_dict_survives_json():
         assert again == rule
         assert hash(again) == hash(rule)
     assert Goldfish(exempt=[5, 2, 2]).exempt == (2, 5)
+    assert Goldfish(exempt=(token for token in (5, 2))).exempt == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,7 @@ def test_to_dict_survives_json():
         ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
         ({"head": None}, ValueError, "head must be one of 'short', 'keep', got None"),
         ({"exempt": 3}, TypeError, "collection of token ids"),
+        ({"exempt": None}, TypeError, "collection of token ids"),
         ({"exempt": (-1,)}, ValueError, "every id in exempt must be at least 0"),
         ({"document_end": "</s>"}, TypeError, "document_end must be a token id or None"),
     ],

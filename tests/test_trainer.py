@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishCollator, GoldfishLoss, GoldfishMixin, GoldfishTrainer, attach, mask_labels
 from goldfish.receipt import read_receipt, rules_of
@@ -206,6 +206,22 @@ def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
     assert decisions("c", batch=2, steps=4, accumulation=2) == first
     for name, other in (("d", Goldfish(k=3, h=4, seed=1)), ("e", Goldfish(k=3, h=5)), ("f", Goldfish(k=4, h=4))):
         assert decisions(name, other)[2] != first[2]
+
+
+def test_padding_is_not_counted_where_the_collator_makes_no_labels(tmp_path, tokenizer):
+    rows = unequal_rows().remove_columns("labels")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=2, report_to="none", use_cpu=True
+    )
+    trainer = GoldfishTrainer(
+        tiny_llama(), arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer), goldfish=RULE
+    )
+    trainer.train()
+    trainer.save_model()
+    gone = [RULE.dropped(torch.tensor(row["input_ids"]))[1:] for row in rows]
+    receipt = read_receipt(tmp_path)
+    assert receipt["targets"] == sum(len(row) for row in gone)
+    assert receipt["dropped"] == sum(int(row.sum()) for row in gone)
 
 
 def test_each_source_has_its_rule(tmp_path, tokenizer):

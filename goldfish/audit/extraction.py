@@ -29,7 +29,7 @@ def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: 
     """One row of records.parquet: what was asked, what came, and which tokens the training had dropped."""
     prefix, suffix = window.ids[: window.prefix_length], window.suffix
     dropped = None
-    if rule is not None:
+    if rule is not None and rule.strategy != "random":  # whose holes were others in every epoch
         dropped = rule.dropped(torch.tensor(window.ids))[window.prefix_length :].tolist()
     return {
         "split": window.split,
@@ -52,8 +52,15 @@ def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: 
 
 def text_pieces(tokenizer: Any, prefix: list[int], ids: list[int]) -> list[str]:
     """The text that each token adds to what stands before it; "" until a character's last byte has come."""
-    context = prefix[-4:]  # enough for a character cut by the prefix's end, and for spaces between words
+    all_ids, pieces = prefix + ids, []
+    for first in range(len(prefix), len(all_ids), 64):  # decoding starts anew, or the time would grow with the square
+        # 8 tokens: enough for a character cut by the start, and for spaces between words
+        context, part = all_ids[max(0, first - 8) : first], all_ids[first : first + 64]
+        pieces += _pieces_after(tokenizer, context, part, is_last=first + 64 >= len(all_ids))
+    return pieces
 
+
+def _pieces_after(tokenizer: Any, context: list[int], ids: list[int], is_last: bool) -> list[str]:
     def text(count: int) -> str:
         decoded: str = tokenizer.decode(context + ids[:count], clean_up_tokenization_spaces=False)
         return decoded
@@ -61,7 +68,7 @@ def text_pieces(tokenizer: Any, prefix: list[int], ids: list[int]) -> list[str]:
     pieces, shown = [], len(text(0).rstrip("\ufffd"))
     for count in range(1, len(ids) + 1):
         now = text(count)
-        if count < len(ids):
+        if count < len(ids) or not is_last:
             now = now.rstrip("\ufffd")
         pieces.append(now[shown:])
         shown = max(shown, len(now))

@@ -1,5 +1,6 @@
 """The audit as one call: a checkpoint and texts in, summary.json and records.parquet out."""
 
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -60,7 +61,7 @@ def audit(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; choose another output folder or remove it")
 
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     windows: dict[str, list[Window]] = {}
     skipped: dict[str, int] = {}
     for split, file in files.items():
@@ -74,6 +75,13 @@ def audit(
     rules = bind(rules_of(receipt), tokenizer) if receipt else None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device)
+    known = model.get_input_embeddings().num_embeddings
+    for window in itertools.chain(*windows.values()):
+        if max(window.ids) >= known:
+            raise ValueError(
+                f"{files[window.split]}, row {window.index}: token id {max(window.ids)}, but the model knows "
+                f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
+            )
 
     name = name or Path(checkpoint).name
     records: list[Record] = []
@@ -122,7 +130,8 @@ def _rule_of(window: Window, rules: Rules | None) -> Goldfish | None:
     return rules.get(window.source or "")
 
 
-def _load_tokenizer(checkpoint: str | Path) -> Any:
+def load_tokenizer(checkpoint: str | Path) -> Any:
+    """AutoTokenizer's, from a folder or hub name; FileNotFoundError, ValueError in words where there is none."""
     folder = Path(checkpoint)
     # transformers makes an empty tokenizer for a folder that has none, so look before asking.
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
@@ -132,7 +141,15 @@ def _load_tokenizer(checkpoint: str | Path) -> Any:
         )
     if not folder.is_dir() and (folder.is_absolute() or folder.exists() or len(folder.parts) > 2):
         raise FileNotFoundError(f"no checkpoint folder {checkpoint}")
-    return AutoTokenizer.from_pretrained(checkpoint)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"no folder {checkpoint} here, and no model of that name on the hub: {reason}"
+        ) from error
 
 
 def _progress() -> Progress:
