@@ -81,6 +81,8 @@ class Arguments:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     rule, state = args.rule(), PartialState(cpu=not torch.accelerator.is_available())
+    if args.batch_size % state.num_processes:
+        raise ValueError(f"--batch_size {args.batch_size} windows do not divide among {state.num_processes} processes")
     texts = load_texts(args)
     output = Path(args.output_dir)
     tokenizer = load_tokenizer(args, texts)
@@ -193,14 +195,11 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)  # whatever it was saved in
     else:
         model = LlamaForCausalLM(small_llama(args, tokenizer))
-    processes = PartialState().num_processes
-    if args.batch_size % processes:
-        raise ValueError(f"--batch_size {args.batch_size} windows do not divide among {processes} processes")
     steps = args.epochs * -(-len(members) // args.batch_size)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size // processes,
+        per_device_train_batch_size=args.batch_size // PartialState().num_processes,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,

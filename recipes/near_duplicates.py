@@ -52,10 +52,21 @@ class Arguments(memorize.Arguments):
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     output_dir: str = "runs/near_duplicates"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.versions < 1:
+            raise ValueError(f"--versions must be at least 1, got {self.versions}")
+        if not set(self.copies) <= {"reformatted", "exact"}:
+            raise ValueError(f"--copies are reformatted or exact, got {' '.join(self.copies)}")
+        for name in self.rules:
+            rule_of(name, seed=0)
+
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     output, state = Path(args.output_dir), PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        raise ValueError(f"this recipe runs in one process, not in {state.num_processes}; start it with python")
     if args.dry_run:
         state.print(f"{len(args.seeds)} seeds x {args.copies} x edits {args.edits} x {args.rules} -> {output}")
         return []
@@ -80,6 +91,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     console.print(table(results))
     console.print(f"Results: {output / 'results.jsonl'}", highlight=False, soft_wrap=True)
     return results
+
+
+def rule_of(name: str, seed: int) -> Goldfish | None:
+    """The rule that "strategy-k-h" names; None for "standard"."""
+    if name == "standard":
+        return None
+    try:
+        strategy, k, h = name.split("-")
+        return Goldfish(k=float(k), h=int(h), strategy=strategy, seed=seed)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"--rules are standard or strategy-k-h such as text-4-8, got {name!r}: {error}") from error
 
 
 def make_versions(documents: list[str], copies: str, edits: float, versions: int, seed: int) -> list[str]:
@@ -123,10 +145,8 @@ def train_and_extract(
     args: Arguments, name: str, versions: list[str], windows: memorize.Split, tokenizer: Any
 ) -> dict[str, Any]:
     """Train under the rule called `name`; ROUGE-L over normalised words, and nll, on members and held-out."""
-    rule = None
-    if name != "standard":
-        strategy, k, h = name.split("-")
-        rule = Goldfish(k=float(k), h=int(h), strategy=strategy, seed=args.seed)  # type: ignore[arg-type]
+    rule = rule_of(name, args.seed)
+    if rule is not None:
         args = replace(args, epochs=round(args.epochs * rule.k / (rule.k - 1)))
     folder = Path(args.output_dir)
     memorize.train(args, rule, [tokenizer(text)["input_ids"][:512] for text in versions], tokenizer, folder / "model")

@@ -68,3 +68,18 @@ def test_table_by_hand(capsys):
     assert "0.30" in row
     assert "0.20-0.40" in row
     assert "0.40" in row.split("0.20-0.40")[1], "left: (0.3 - 0.1) / (0.6 - 0.1)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--rules", "standard", "hash-4"], "strategy-k-h such as text-4-8, got 'hash-4'"),
+        (["--rules", "text-1-8"], "got 'text-1-8': k must be a finite number above 1"),
+        (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
+        (["--versions", "0"], "--versions must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_training(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        recipe.main([*wrong, "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -52,26 +52,27 @@ def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: 
 
 def text_pieces(tokenizer: Any, prefix: list[int], ids: list[int]) -> list[str]:
     """The text that each token adds to what stands before it; "" until a character's last byte has come."""
-    all_ids, pieces = prefix + ids, []
-    for first in range(len(prefix), len(all_ids), 64):  # decoding starts anew, or the time would grow with the square
-        # 8 tokens: enough for a character cut by the start, and for spaces between words
-        context, part = all_ids[max(0, first - 8) : first], all_ids[first : first + 64]
-        pieces += _pieces_after(tokenizer, context, part, is_last=first + 64 >= len(all_ids))
-    return pieces
+    context = prefix[-4:]  # enough for a character cut by the prefix's end, and for spaces between words
+    all_ids = context + ids
 
-
-def _pieces_after(tokenizer: Any, context: list[int], ids: list[int], is_last: bool) -> list[str]:
-    def text(count: int) -> str:
-        decoded: str = tokenizer.decode(context + ids[:count], clean_up_tokenization_spaces=False)
+    def text(first: int, end: int) -> str:
+        decoded: str = tokenizer.decode(all_ids[first:end], clean_up_tokenization_spaces=False)
         return decoded
 
-    pieces, shown = [], len(text(0).rstrip("\ufffd"))
-    for count in range(1, len(ids) + 1):
-        now = text(count)
-        if count < len(ids) or not is_last:
-            now = now.rstrip("\ufffd")
+    pieces, first, between = [], 0, [0]  # between: places where no character is cut
+    shown = len(text(0, len(context)).rstrip("\ufffd"))
+    for end in range(len(context) + 1, len(all_ids) + 1):
+        now = text(first, end)
+        complete = now.rstrip("\ufffd")
+        if complete == now:
+            between.append(end)
+        elif end < len(all_ids):
+            now = complete
         pieces.append(now[shown:])
         shown = max(shown, len(now))
+        if between[-1] == end and end - first > 64:  # or the time would grow with the square of the length
+            first = next(place for place in reversed(between) if place <= max(first, end - 16))
+            shown = len(text(first, end))
     return pieces
 
 
