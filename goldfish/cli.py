@@ -9,6 +9,7 @@ from typing import get_args
 
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 
 from goldfish import __version__
 from goldfish.rule import Goldfish, Strategy
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"goldfish {args.verb}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -42,8 +42,16 @@ def mask_labels(
     Raises:
         TypeError, ValueError: as `Goldfish.dropped`; ValueError for labels of another shape than input_ids.
     """
+    if not (rule is None or isinstance(rule, Goldfish)):
+        raise TypeError(f"expected a rule such as Goldfish(k=4, h=13), or None to drop nothing, got {rule!r}")
+    input_ids = torch.as_tensor(input_ids)
     if labels is None:
         labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, ignore_index)
+    if labels.device != input_ids.device:
+        raise ValueError(
+            f"input_ids is on {input_ids.device} and labels on {labels.device}; move one of them, "
+            "e.g. labels.to(input_ids.device)"
+        )
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
@@ -68,6 +76,11 @@ def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "input_ids" not in batch:
         raise ValueError(f"the rule decides from input_ids, but the batch holds only {', '.join(batch) or 'nothing'}")
+    if batch.get("labels") is None and getattr(batch.get("attention_mask"), "ndim", 2) != 2:
+        raise ValueError(
+            f"the batch has no labels, and an attention_mask of {tuple(batch['attention_mask'].shape)} does not say "
+            "which tokens are padding; let the collator make labels"
+        )
     given = {name: batch[name] for name in ("labels", "position_ids", "attention_mask") if batch.get(name) is not None}
     if "attention_mask" in given and given["attention_mask"].shape != batch["input_ids"].shape:
         del given["attention_mask"]  # a (B, 1, T, T) mask says who sees whom; padding is then marked by labels alone
@@ -84,6 +97,17 @@ def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
         gone = torch.nn.functional.pad(masked["labels"][..., 1:] == IGNORE_INDEX, (0, 1), value=True)
         masked["shift_labels"] = batch["shift_labels"].masked_fill(gone, IGNORE_INDEX)
     return masked
+
+
+def check_rules(rules: Any) -> None:
+    """TypeError unless `rules` is a rule, or a mapping from names of sources to rules or None."""
+    if isinstance(rules, Goldfish):
+        return
+    if not isinstance(rules, Mapping) or not rules:
+        raise TypeError(f"expected a rule such as Goldfish(k=4, h=13), or a mapping of sources to rules, got {rules!r}")
+    for name, rule in rules.items():
+        if not (isinstance(name, str) and name) or not (rule is None or isinstance(rule, Goldfish)):
+            raise TypeError(f"sources are named by strings and have a Goldfish rule or None, got {name!r}: {rule!r}")
 
 
 def rule_for(rules: Mapping[str, Goldfish | None], source: Any) -> Goldfish | None:
@@ -135,6 +159,9 @@ class GoldfishCollator:
     inner: Callable[..., Mapping[str, Any]]
     rule: Rules
 
+    def __post_init__(self) -> None:
+        check_rules(self.rule)
+
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         collate = self.inner if isinstance(self.rule, Goldfish) else CarrySource(self.inner, self.rule)
         return mask_batch(self.rule, collate(features, *args, **kwargs))
@@ -144,8 +171,9 @@ def premask(dataset: Any, rule: Rules, *, num_proc: int | None = None, dropped_c
     """A `datasets` dataset whose rows gain `labels`, masked once and for all; map-style or streaming.
 
     For whatever packs or shards tokens later (packing, sequence parallelism): each row is decided as a whole, before
-    that. For training data only. `datasets` caches the result under the rule, and each of num_proc's parts by
-    itself, so that an interrupted run goes on from the parts it finished.
+    that. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq, default_data_collator,
+    TRL's): DataCollatorForLanguageModeling makes them anew from input_ids. `datasets` caches the result under the
+    rule, and each of num_proc's parts by itself, so that an interrupted run goes on from the parts it finished.
 
     Args:
         dataset: rows with `input_ids`, and `labels`, `position_ids`, `attention_mask` where there are such.
@@ -154,8 +182,10 @@ def premask(dataset: Any, rule: Rules, *, num_proc: int | None = None, dropped_c
         dropped_column: keep the decisions too, as lists of bool, in a column of this name.
 
     Raises:
-        ValueError: rows without input_ids, a source without a rule, or strategy "random", which draws for every epoch.
+        TypeError: not a rule. ValueError: rows without input_ids, a source without a rule, or strategy "random",
+            which draws for every epoch.
     """
+    check_rules(rule)
     for one in [rule] if isinstance(rule, Goldfish) else rule.values():
         if one is not None and one.strategy == "random":
             raise ValueError('premask writes labels once, strategy "random" draws anew in every epoch: use a collator')

@@ -22,19 +22,6 @@ SCHEMA = "goldfish.receipt/1"
 ALL = ""  # the name of the only source of a run with one rule
 
 
-def check_rules(rules: Any) -> None:
-    """TypeError unless `rules` is a rule, or a mapping from names of sources to rules or None."""
-    if isinstance(rules, Goldfish):
-        return
-    if not isinstance(rules, Mapping) or not rules:
-        raise TypeError(
-            f"goldfish must be a rule such as Goldfish(k=4, h=13), or a mapping of sources to rules, got {rules!r}"
-        )
-    for name, rule in rules.items():
-        if not (isinstance(name, str) and name) or not (rule is None or isinstance(rule, Goldfish)):
-            raise TypeError(f"sources are named by strings and have a Goldfish rule or None, got {name!r}: {rule!r}")
-
-
 def bind(rules: Rules, tokenizer: Any) -> Rules:
     """The same rules, those that read words bound to the tokenizer where there is one."""
     if isinstance(rules, Mapping):
@@ -52,6 +39,7 @@ class Tally:
     """
 
     def __init__(self, rules: Rules, device: torch.device) -> None:
+        self.given = rules
         self.rules = {ALL: rules} if isinstance(rules, Goldfish) else {name: rules[name] for name in sorted(rules)}
         self.totals = dict.fromkeys(self.rules, (0, 0, 0))  # of all processes, as of the last `sync`
         self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then

@@ -12,9 +12,9 @@ from transformers.utils import logging
 from goldfish.fused import fuse_head
 from goldfish.gauge import measure, readings, rows_to_measure
 from goldfish.kept import bare_model
-from goldfish.labels import SOURCE, CarrySource, GoldfishCollator, Rules, mask_batch
+from goldfish.labels import SOURCE, CarrySource, GoldfishCollator, Rules, check_rules, mask_batch
 from goldfish.loss import GoldfishLoss
-from goldfish.receipt import Tally, bind, check_rules, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
+from goldfish.receipt import Tally, bind, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
 from goldfish.rule import Goldfish
 
 logger = logging.get_logger(__name__)
@@ -25,7 +25,8 @@ class GoldfishMixin(Trainer):
 
     The labels of training batches are masked just before Trainer counts their targets, so the loss is the sum over
     kept tokens divided by their number over the whole optimiser step, whatever the accumulation or the number of
-    processes. Evaluation and prediction never see the rule. Every checkpoint gains goldfish.json. Logs gain
+    processes (for models whose forward takes num_items_in_batch, as nearly all do). Evaluation and prediction never
+    see the rule. Every checkpoint gains goldfish.json. Logs gain
     `goldfish/drop_rate`, the share of targets dropped since the last log, and a gauge of memorization:
     `goldfish/kept_loss` and `goldfish/dropped_loss`, nats per token on rows of the last batch, without gradient, and
     their difference `goldfish/gap`; measured when a log is due, on as many rows as take 1% of the time, at least one.
@@ -55,6 +56,11 @@ class GoldfishMixin(Trainer):
             raise ValueError(
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
+            )
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            logger.warning_once(
+                f"the forward of {type(self.model).__name__} takes no num_items_in_batch: with gradient accumulation "
+                "or several processes Trainer averages the means of batches, which keep unequal numbers of tokens"
             )
         self.goldfish = bind(rules, self.processing_class)
         self._tally = Tally(self.goldfish, self.args.device)
@@ -142,10 +148,10 @@ class GoldfishMixin(Trainer):
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._start_goldfish(self.goldfish)
-        receipt = read_receipt(checkpoint) if checkpoint else None
-        if receipt is not None:
-            self._resume_goldfish(receipt, str(checkpoint), allow_other_rule)
+        if bind(self.goldfish, self.processing_class) != self._tally.given:  # someone set another rule
+            self._start_goldfish(self.goldfish)
+        if checkpoint and self._apply:
+            self._resume_goldfish(read_receipt(checkpoint), str(checkpoint), allow_other_rule)
         with self._fused_head():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -157,6 +163,8 @@ class GoldfishMixin(Trainer):
             reason = "compute_loss_func and label smoothing need the logits"
         elif type(self).compute_loss is not Trainer.compute_loss:
             reason = f"{type(self).__name__} computes its own loss"
+        elif self.model_init is not None:
+            reason = "model_init makes a new model when training starts"
         elif self.args.n_gpu > 1:
             reason = "nn.DataParallel runs replicas of the model; use one process per GPU (torchrun)"
         elif not hasattr(bare_model(self.model), "loss_function"):
@@ -166,15 +174,17 @@ class GoldfishMixin(Trainer):
             return contextlib.nullcontext()
         return fuse_head(self.model)
 
-    def _resume_goldfish(self, receipt: dict[str, Any], checkpoint: str, allow_other_rule: bool) -> None:
-        trained = (rules_of(receipt), receipt["tokenizer"])
+    def _resume_goldfish(self, receipt: dict[str, Any] | None, checkpoint: str, allow_other_rule: bool) -> None:
         present = (self.goldfish, tokenizer_fingerprint(self.processing_class))
-        if trained == present:
+        trained = (rules_of(receipt), receipt["tokenizer"]) if receipt else (None, present[1])
+        if receipt and trained == present:
             self._before = receipt.get("before")
             self._tally.restore(receipt)
             self._logged = self._tally.sum()
             return
-        what = f"under {trained[0]}" if trained[0] != present[0] else f"with the tokenizer {trained[1]}"
+        what = f"with the tokenizer {trained[1]}"
+        if trained[0] != present[0]:
+            what = f"under {trained[0]}" if receipt else "without a rule"
         here = present[0] if trained[0] != present[0] else present[1]
         if not allow_other_rule:
             raise ValueError(
@@ -183,7 +193,8 @@ class GoldfishMixin(Trainer):
                 "mean it, train(resume_from_checkpoint=..., allow_other_rule=True)"
             )
         logger.warning("%s was trained %s and is resumed with %s", checkpoint, what, here)
-        self._before = receipt
+        self._start_goldfish(self.goldfish)
+        self._before = receipt or {"rule": None}
 
 
 class GoldfishTrainer(GoldfishMixin):

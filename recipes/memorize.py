@@ -116,7 +116,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         console = Console()
         console.print(summary_table(summaries.values()))
         console.print(f"Report: {report}", highlight=False, soft_wrap=True)
-    state.wait_for_everyone()
     return summaries
 
 

@@ -8,6 +8,7 @@ Every document is trained on in `versions` copies, either exact or each reformat
 indentation, case, doubled spaces), perhaps with edited words. The audit gives the model the plain first half and
 compares its greedy continuation with the second, as normalised words (ROUGE-L), so that another line break or case
 counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text.
+(Of memorize.py's options --k, --h, --strategy and --seed are not used here: --rules and --seeds say the same.)
 Every loss is trained for equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs.
 """
 
@@ -149,7 +150,11 @@ def train_and_extract(
     if rule is not None:
         args = replace(args, epochs=round(args.epochs * rule.k / (rule.k - 1)))
     folder = Path(args.output_dir)
-    memorize.train(args, rule, [tokenizer(text)["input_ids"][:512] for text in versions], tokenizer, folder / "model")
+    rows = [tokenizer(text)["input_ids"] for text in versions]
+    longest, context = max(map(len, rows)), max(512, args.window)
+    if longest > context:
+        raise ValueError(f"a version has {longest} tokens, the model's context is {context}; lower --window")
+    memorize.train(args, rule, rows, tokenizer, folder / "model")
     members, heldout = folder / "members.jsonl", folder / "heldout.jsonl"
     memorize.save_windows(members, windows[0], tokenizer)
     memorize.save_windows(heldout, windows[1], tokenizer)

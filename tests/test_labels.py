@@ -1,7 +1,12 @@
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, default_data_collator
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
 
@@ -159,10 +164,35 @@ def test_premask_refuses_what_it_cannot_do():
         premask(dataset, {"a": Goldfish(strategy="random")})
 
 
-def test_sequence_parallel_shards_add_up_to_the_whole():
-    """Labels decided on the whole row, then cut among ranks: together the same targets; cut first, they are not."""
-    ids = random_ids(1, 64)
-    whole = mask_labels(RULE, ids)
-    assert torch.equal(torch.cat([whole[:, :32], whole[:, 32:]], dim=1), whole)
-    cut_first = torch.cat([mask_labels(RULE, ids[:, :32]), mask_labels(RULE, ids[:, 32:])], dim=1)
-    assert not torch.equal(cut_first, whole)
+def test_rows_cut_among_ranks_are_decided_before():
+    """Each of two ranks has half of a premasked row; what it decides from its half alone is something else."""
+    ids = random_ids(64)
+    (row,) = premask(Dataset.from_list([{"input_ids": ids.tolist()}]), RULE)
+    halves = [torch.tensor(row["labels"][:32]), torch.tensor(row["labels"][32:])]
+    alone = [mask_labels(RULE, ids[:32]), mask_labels(RULE, ids[32:])]
+    assert torch.equal(halves[0], alone[0])
+    assert not torch.equal(halves[1], alone[1])
+    assert torch.equal(halves[1][3:], alone[1][3:]), "only the first h tokens lack their context"
+
+
+def test_a_collator_that_keeps_labels_keeps_premasked_ones(tokenizer):
+    dataset = premask(Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (9, 30)]), RULE)
+    batch = DataCollatorForSeq2Seq(tokenizer)(list(dataset))
+    for row, labels in zip(dataset, batch["labels"], strict=True):
+        assert row["labels"] == [label for label, _ in zip(labels.tolist(), row["labels"], strict=False)]
+        assert -100 in row["labels"]
+
+
+def test_what_is_no_rule_is_refused():
+    for call in (
+        lambda: premask(Dataset.from_list([{"input_ids": [1]}]), 4),
+        lambda: GoldfishCollator(default_data_collator, 4),
+        lambda: mask_labels(4, random_ids(3)),
+    ):
+        with pytest.raises(TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13\), or .*, got 4"):
+            call()
+    with pytest.raises(ValueError, match="input_ids is on cpu and labels on meta; move one of them"):
+        mask_labels(RULE, random_ids(3), torch.zeros(3, device="meta"))
+    four_d = {"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)}
+    with pytest.raises(ValueError, match=r"the batch has no labels, and an attention_mask of \(1, 1, 3, 3\) does not"):
+        GoldfishCollator(lambda _: four_d, RULE)([])

@@ -46,6 +46,10 @@ def test_python_blocks_compile_and_import(code):
     exec("\n".join(line for line in code.splitlines() if line.startswith(("from goldfish", "import goldfish"))), {})
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "<!--" not in README
+
+
 def test_links_point_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)[)#]", README):
         assert (ROOT / target).exists(), target

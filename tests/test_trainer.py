@@ -183,6 +183,25 @@ def test_another_rule_may_go_on_when_told_to(tmp_path, tokenizer):
     assert receipt["targets"] + middle["targets"] == sum(len(row["input_ids"]) - 1 for row in unequal_rows())
 
 
+def test_a_checkpoint_without_a_rule_is_not_resumed_unasked(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path, tokenizer, settings=settings)
+    trainer, _, _ = trained(tmp_path / "other", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
+    with pytest.raises(ValueError, match=r"checkpoint-2 was trained without a rule, this trainer has Goldfish\(k=3"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
+    trainer.save_model(str(tmp_path / "out"))
+    assert read_receipt(tmp_path / "out")["before"] == {"rule": None}
+
+
+def test_training_on_goes_on_counting(tmp_path, tokenizer):
+    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
+    trainer.save_model(str(tmp_path / "once"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "twice"))
+    assert read_receipt(tmp_path / "twice")["targets"] == 2 * read_receipt(tmp_path / "once")["targets"]
+
+
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings)
@@ -269,7 +288,7 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
         attach(model, RULE)
     trainer = Trainer(model=model, args=arguments)
     with pytest.raises(
-        TypeError, match=r"must be a rule such as Goldfish\(k=4, h=13\), or a mapping of sources to rules, got 4"
+        TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13\), or a mapping of sources to rules, got 4"
     ):
         attach(trainer, 4)
     assert type(trainer) is Trainer, "a failed attach leaves the trainer as it was"

@@ -38,8 +38,8 @@ def audit(
     """Ask a checkpoint to recite texts, greedily; returns the summary, which is also written.
 
     Args:
-        checkpoint: a folder (or hub name) with model and tokenizer; goldfish.json, where there is one, says which
-            tokens its training dropped. The model runs in float32.
+        checkpoint: a folder (or hub name) with model and tokenizer; a folder's goldfish.json, where there is one,
+            says which tokens its training dropped. The model runs in float32.
         output_dir: a new or empty folder for summary.json and records.parquet.
         members, heldout: .jsonl or .txt files of texts that were trained on, and of texts of the same kind that were
             not; at least one of them. See `windows.read_rows` for the fields.

@@ -11,6 +11,8 @@ from goldfish.audit.windows import Window
 
 LOGITS_BUDGET = 2**28  # bytes of float32 logits that a batch may make; a larger batch was no faster on a CPU
 
+TOKENS_BUDGET = 2**16  # tokens that a batch may hold, prefixes included
+
 
 @dataclass(frozen=True)
 class Score:
@@ -43,7 +45,8 @@ def score(model: Any, windows: Sequence[Window], progress: Callable[[int], None]
             f"windows of {prefix_length} + {suffix_length} tokens do not fit this model's context of {longest} tokens; "
             "ask for a shorter prefix or suffix"
         )
-    batch_size = max(1, LOGITS_BUDGET // (4 * suffix_length * model.config.get_text_config().vocab_size))
+    rows_of_logits = LOGITS_BUDGET // (4 * suffix_length * model.config.get_text_config().vocab_size)
+    batch_size = max(1, min(rows_of_logits, TOKENS_BUDGET // len(windows[0].ids)))
     scores: list[Score] = []
     was_training = model.training
     model.eval()

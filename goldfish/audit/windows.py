@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
+
 
 @dataclass(frozen=True)
 class Window:
@@ -36,8 +38,10 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected .jsonl with a `text` or `input_ids` field a line, or .txt")
+    if path.suffix.lower() not in (".jsonl", *PLAIN):
+        raise ValueError(f"{path}: expected .jsonl with an object a line, or plain text ({', '.join(PLAIN)})")
     try:
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             yield {"text": path.read_text(encoding="utf-8"), "name": path.name}
             return
         with path.open(encoding="utf-8") as lines:
