@@ -85,6 +85,15 @@ def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
     assert "mine.jsonl, 10 documents" in capsys.readouterr().out
 
 
+def test_a_dataset_can_be_the_corpus(tmp_path, capsys):
+    """A local folder stands in for a dataset of the hub; the loading code is the same."""
+    rows = [{"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    memorize.main([*SMALL, "--dataset", str(tmp_path / "data"), "--dry_run"])
+    assert "data, 10 documents" in capsys.readouterr().out
+
+
 def test_nothing_is_overwritten_unasked(finished, tmp_path):
     folder, _ = finished
     with pytest.raises(
