@@ -65,6 +65,13 @@ def mask_labels(
     return labels.masked_fill(dropped, ignore_index)
 
 
+def padding_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """A batch's attention_mask where it has the shape of the ids and so marks padding. A (B, 1, T, T) one says who
+    sees whom; padding is then marked by labels alone."""
+    mask: Tensor | None = batch.get("attention_mask")
+    return mask if mask is not None and mask.shape == batch["input_ids"].shape else None
+
+
 def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a Hugging Face batch with its labels (and shift_labels, where a collator made them) masked.
 
@@ -81,9 +88,10 @@ def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
             f"the batch has no labels, and an attention_mask of {tuple(batch['attention_mask'].shape)} does not say "
             "which tokens are padding; let the collator make labels"
         )
-    given = {name: batch[name] for name in ("labels", "position_ids", "attention_mask") if batch.get(name) is not None}
-    if "attention_mask" in given and given["attention_mask"].shape != batch["input_ids"].shape:
-        del given["attention_mask"]  # a (B, 1, T, T) mask says who sees whom; padding is then marked by labels alone
+    given = {name: batch[name] for name in ("labels", "position_ids") if batch.get(name) is not None}
+    padding = padding_mask(batch)
+    if padding is not None:
+        given["attention_mask"] = padding
     masked = {name: value for name, value in batch.items() if name != SOURCE}
     if isinstance(rules, Goldfish):
         masked["labels"] = mask_labels(rules, batch["input_ids"], **given)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, mask_labels
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, mask_labels, padding_mask
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -47,9 +47,7 @@ class Tally:
     def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
         """Count a batch, before and after it was masked."""
         ids = batch["input_ids"]
-        attention_mask = batch.get("attention_mask")
-        if attention_mask is not None and attention_mask.shape != ids.shape:
-            attention_mask = None
+        attention_mask = padding_mask(batch)
         labels = batch.get("labels")
         if labels is None:  # then mask_labels made them, without padding
             labels = mask_labels(None, ids, attention_mask=attention_mask)
@@ -97,6 +95,18 @@ class Tally:
         self._pending.zero_()
 
 
+def versions() -> dict[str, str]:
+    """What receipts and audits were made with."""
+    import transformers
+
+    return {
+        "goldfish": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None) -> Path:
     """Write goldfish.json into a checkpoint folder, whole or not at all.
 
@@ -106,17 +116,12 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
         tokenizer: its tokenizer, or None where it is not known.
         before: the receipt of the training under other rules that this one went on from.
     """
-    import transformers
-
     receipt = {
         "schema": SCHEMA,
         **tally.entries(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "versions": {
-            "goldfish": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
+            **versions(),
             "unicode": unicodedata.unidata_version,  # strategy "text" reads characters as this version knows them
         },
         **({"before": before} if before else {}),

@@ -2,23 +2,20 @@
 
 import itertools
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import torch
-import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldfish import __version__
 from goldfish.audit.extraction import Record, make_record, summarize
 from goldfish.audit.score import score
 from goldfish.audit.windows import Window, cut_windows, read_rows
 from goldfish.labels import Rules
-from goldfish.receipt import bind, read_receipt, rules_of
+from goldfish.receipt import bind, read_receipt, rules_of, versions
 from goldfish.rule import Goldfish
 
 SCHEMA = "goldfish.audit/1"
@@ -109,12 +106,7 @@ def audit(
             "dtype": "float32",
             "device": device.type,
         },
-        "versions": {
-            "goldfish": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "splits": splits,
     }
     output.mkdir(parents=True, exist_ok=True)
