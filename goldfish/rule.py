@@ -14,9 +14,10 @@ from goldfish.hashing import below, mix, prefix_hashes, signed, window_hashes
 from goldfish.text import Vocabulary, contexts
 from goldfish.vocabulary import token_bytes
 
-Strategy = Literal["hash", "text", "static", "random", "reference"]
+Strategy = Literal["hash", "text", "letters", "static", "random", "reference"]
 Window = Literal["preceding", "inclusive"]
 Head = Literal["short", "keep"]
+READS_TEXT = ("text", "letters")  # decide from what a tokenizer's entries say
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class Goldfish:
         object.__setattr__(self, "exempt", tuple(sorted(set(exempt))))
         if self.document_end is not None:
             _require_int("document_end", self.document_end, 0, "a token id or None")
-        if self.strategy == "text" and self.window == "inclusive":
+        if self.strategy in READS_TEXT and self.window == "inclusive":
             raise ValueError(
-                'strategy="text" decides a whole word before it is read: window must be "preceding", got "inclusive"'
+                f'strategy="{self.strategy}" decides before a token is read: window must be "preceding", '
+                'got "inclusive"'
             )
 
     def bind(self, tokenizer: Any) -> "Goldfish":
@@ -98,7 +100,7 @@ class Goldfish:
         Raises:
             TypeError, ValueError: a tokenizer whose entries do not say what text they stand for.
         """
-        return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy == "text" else self
+        return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy in READS_TEXT else self
 
     def dropped(
         self,
@@ -183,15 +185,16 @@ class Goldfish:
         elif self.strategy == "random":
             row = torch.arange(ids.shape[0], device=ids.device)[:, None]
             drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
-        elif self.strategy == "text":
+        elif self.strategy in READS_TEXT:
             if self.vocabulary is None:
                 raise ValueError(
-                    'strategy="text" reads words, so it must know the tokenizer: rule = rule.bind(tokenizer)'
+                    f'strategy="{self.strategy}" reads text, so it must know the tokenizer: rule = rule.bind(tokenizer)'
                 )
-            state, n = contexts(self.vocabulary.on(ids.device), ids, start, self.h)
-            drop = below(mix(state + _seed_term(self.seed)), limit) & (n > 0)
+            letters = spec.LETTERS * self.h
+            state, n = contexts(self.vocabulary.on(ids.device), ids, start, letters, self.strategy == "text")
+            drop = below(mix(state + n + _seed_term(self.seed)), limit) & (n > 0)
             if self.head == "keep":
-                drop = drop & (n == self.h)
+                drop = drop & (n == letters)
         else:
             end = column if self.window == "preceding" else column + 1
             drop = below(self._context_keys(ids, end, offset, self.seed), limit)

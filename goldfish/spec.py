@@ -11,6 +11,7 @@ Sources: Hans et al. 2024, "Be like a Goldfish, Don't Memorize!", section 3 (the
 WORD = 2**64 - 1  # & WORD is "modulo 2**64"
 MULTIPLIER = 0xD1342543DE82EF95  # odd, so it has an inverse modulo 2**64
 TABLE_SIZE = 1_000_003  # of the reference implementation
+LETTERS = 5  # that stand for a word, in strategies "text" and "letters"
 
 
 def mix(x: int) -> int:
@@ -35,17 +36,17 @@ def key(context: list[int], seed: int = 0) -> int:
     return mix((state + len(context) + mix(mix(seed))) & WORD)  # mixed twice: no token's number is a seed's
 
 
-def words_before(tokens: list[bytes], fold: list[str]) -> list[str]:
-    """The words that are complete before the last token's word; `tokens`: the bytes of a document's tokens up to it.
+def letters_before(tokens: list[bytes], fold: list[str], whole_words: bool) -> str:
+    """The letters before the last token, or before its word; `tokens`: the bytes of a document's tokens up to it.
 
     The normal form of a text is that of its characters, one after the other; words end at its spaces. A token adds the
     normal forms of the characters that are complete with it. It belongs to the word that is open before it, unless it
     adds a space first; then, and where no word is open, to the next word.
     """
     before, after = (b"".join(part).decode("utf-8", "ignore").translate(fold) for part in (tokens[:-1], tokens))
-    if after[len(before) :].startswith(" "):
-        before += " "
-    return [word for word in before.split(" ")[:-1] if word]
+    if whole_words and not after[len(before) :].startswith(" "):
+        before = before[: before.rfind(" ") + 1]  # without the open word
+    return before.replace(" ", "")
 
 
 def dropped(
@@ -60,7 +61,7 @@ def dropped(
     position_ids: 0 starts a document. attention_mask: 0 takes a token out before anything else happens.
     row, draw: for strategy "random" only, the row in its batch and the number of the draw.
     table: for strategy "reference" only, True where the reference implementation's table entry drops.
-    vocabulary, fold: for strategy "text" only, the bytes of each id and the normal form of each code point.
+    vocabulary, fold: for strategies "text" and "letters", the bytes of each id and the normal form of each code point.
     """
     if strategy == "reference":  # no documents, no padding: the original, defects included
         return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]  # type: ignore[index]
@@ -86,11 +87,12 @@ def dropped(
             drop = (offset * limit) % 2**32 < limit
         elif strategy == "random":
             drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
-        elif strategy == "text":  # the context is the UTF-8 text of the h words before, each with a space after it
+        elif strategy in ("text", "letters"):  # the context is 5 letters for each of h words
             entry = dict(enumerate(vocabulary or []))  # an id outside the vocabulary is a space
-            words = words_before([entry.get(token, b" ") for token in ids[start : i + 1]], fold)  # type: ignore[arg-type]
-            text, n = "".join(word + " " for word in words[-h:]), min(h, len(words))
-            drop = key(list(text.encode()), seed) >> 32 < limit and n > 0 and (n == h or head == "short")
+            tokens = [entry.get(token, b" ") for token in ids[start : i + 1]]
+            letters = letters_before(tokens, fold, strategy == "text")[-LETTERS * h :]  # type: ignore[arg-type]
+            drop = key(list(map(ord, letters)), seed) >> 32 < limit and letters != ""
+            drop = drop and (len(letters) == LETTERS * h or head == "short")
         else:
             context = ids[i - n : i] if window == "preceding" else ids[i - n + 1 : i + 1]
             drop = key(context, seed) >> 32 < limit and (n == h or head == "short")

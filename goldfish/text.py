@@ -1,18 +1,17 @@
-"""Near-duplicate-proof decisions: for every token a key of the last h words before its word. Integers only.
+"""Near-duplicate-proof decisions: for every token a key of the letters before it, or before its word. Integers only.
 
-A document's normal form (`vocabulary.fold`) is letters and digits, in words that each end in one space. What a token
-appends to it is the same wherever the token stands, but for two things that earlier tokens decide: whether a leading
-separator has a word to end, and which character a leading part of a character completes. So the normal form of each
-vocabulary entry is hashed once, and prefix sums put the hashes of a batch together. The hash of bytes b0, b1, ... is
-here the sum of mix(b[j]) * M**-(j + 1), what `hashing.prefix_hashes` sums up, and a hash at position p weighs M**-p.
+A document's normal form (`vocabulary.fold`) is letters and digits, in words; its context is letters alone. What a token
+adds to the letters is the same wherever the token stands, but for a leading part of a character, which completes what
+earlier tokens began. So the letters of each vocabulary entry are hashed once, and prefix sums put the hashes of a batch
+together. The hash of letters c0, c1, ... is here the sum of mix(c[j]) * M**-(j + 1), what `hashing.prefix_hashes` sums
+up, and a hash at position p weighs M**-p.
 
-What follows from deciding by words, and from a token having one decision:
-- Punctuation separates, in code too: "don't" is two words, snake_case and a.b(c) are as many as their names. So spaces
-  around it change nothing; deleting it between letters joins words, and the h words after it are decided anew.
-- In scripts without spaces every character is a word. A token of several words takes the decision of its first; all of
-  them count as context, so that the next words' decisions do not depend on the tokenizer.
-- A character split over tokens is read with its last byte. The tokens before that go with the word that is open before
-  them, where there is one: in "AB手", with 手 split, the first part is decided with "ab".
+What follows from deciding by letters, and from a token having one decision:
+- Spaces, punctuation and line breaks never count, in code too: "don't" and "dont" and a word that is broken with a
+  hyphen at a line's end leave all that follows as it was.
+- "text" knows where words begin. Punctuation separates words: "don't" is two. In scripts without spaces every character
+  is one. A token of several words takes the decision of its first.
+- A token with a part of a character is decided with that character.
 """
 
 from collections.abc import Iterable
@@ -26,31 +25,23 @@ from goldfish import spec
 from goldfish.hashing import INVERSE, MULTIPLIER, powers, signed
 from goldfish.vocabulary import characters
 
-_MIXED = [spec.mix(byte) for byte in range(256)]
-_SPACE = signed(_MIXED[0x20])
 _COMPLETE = 1 << 24  # see `_tail`
 _INSIDE = 1 << 37  # see `_parts`
-_SAYS, _LEADS = 1 << 32, 1 << 33  # see `_outline`
+_SAYS, _LEADS, _OPEN = 1 << 32, 1 << 33, 1 << 34  # see `_outline`
 
 
 class Codes(NamedTuple):
-    """The normal forms of a vocabulary as integers, int64. Each distinct form has a number, its code; "" has 0.
-
-    What a form appends is cut where it ends a word: the first cut is its beginning, the others follow the spaces
-    inside it and at its end.
-    """
+    """The normal forms of a vocabulary as integers, int64. Each distinct form has a number, its code; "" has 0."""
 
     of_id: Tensor  # (V + 1,) the code of each id's text; the last is a space, for ids outside the vocabulary
     of_character: (
         Tensor  # (0x110001,) 0, then the code of each character; (0,) where no entry ends in part of a character
     )
     parts: Tensor  # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
-    outline: Tensor  # (C,) five small numbers about each form, see `_outline`
-    hash: Tensor  # (C,) the hash of what a form appends
-    cut_hash: Tensor  # (K,) the same, up to each cut
-    cut_length: Tensor  # (K,) and its length in bytes
+    outline: Tensor  # (C,) six small numbers about each form, see `_outline`
+    hash: Tensor  # (K,) of each form the hashes of its first 0, 1, 2, ... all letters
     up: Tensor  # powers of the multiplier M
-    down: Tensor  # and of its inverse, enough for the longest form and a space
+    down: Tensor  # and of its inverse, enough for the longest form
     two_pieces: bool  # whether an entry that begins with part of a character has more to say
 
     def to(self, device: torch.device) -> "Codes":
@@ -78,27 +69,16 @@ def encode(entries: list[bytes]) -> Codes:
     of_id = [code.setdefault(form, len(code)) for form in forms]
     split = any(_tail(entry) for entry in entries)
     of_character = [code.setdefault(form, len(code)) for form in ("", *characters())] if split else []
-    outlines, hashes, cut_hashes, cut_lengths = [], [], [0], [0]
-    inverse_powers = [1]
+    outlines, hashes, inverse_powers = [], [], [1]
     for form in code:
-        *ended, unfinished = form.split(" ")
-        ended = [word for word in ended if word]
-        appended = "".join(f"{word} " for word in ended) + unfinished
-        data = appended.encode()
-        first_cut = len(cut_hashes) if ended else 0
-        if ended:
-            cut_hashes.append(0)
-            cut_lengths.append(0)
+        outlines.append(_outline(form, len(hashes)))
         state = 0
-        for position, byte in enumerate(data, 1):
+        hashes.append(state)
+        for position, letter in enumerate(form.replace(" ", ""), 1):
             if position == len(inverse_powers):
                 inverse_powers.append((inverse_powers[-1] * INVERSE) & spec.WORD)
-            state = (state + _MIXED[byte] * inverse_powers[position]) & spec.WORD
-            if byte == 0x20:
-                cut_hashes.append(state)
-                cut_lengths.append(position)
-        hashes.append(state)
-        outlines.append(_outline(form, first_cut, len(ended), len(data)))
+            state = (state + spec.mix(ord(letter)) * inverse_powers[position]) & spec.WORD
+            hashes.append(state)
     longest, cpu = len(inverse_powers), torch.device("cpu")
     return Codes(
         of_id=_tensor(of_id),
@@ -106,22 +86,22 @@ def encode(entries: list[bytes]) -> Codes:
         parts=_tensor(map(_parts, entries)),
         outline=_tensor(outlines),
         hash=_tensor(hashes),
-        cut_hash=_tensor(cut_hashes),
-        cut_length=_tensor(cut_lengths),
-        up=powers(MULTIPLIER, longest + 1, cpu),
-        down=powers(INVERSE, longest + 1, cpu),
+        up=powers(MULTIPLIER, longest, cpu),
+        down=powers(INVERSE, longest, cpu),
         two_pieces=any(_head(entry)[0] and form for entry, form in zip(entries, forms, strict=True)),
     )
 
 
-def contexts(codes: Codes, ids: Tensor, document_start: Tensor, h: int) -> tuple[Tensor, Tensor]:
-    """The context of every token's word: the h words before it in its document, or those there are.
+def contexts(
+    codes: Codes, ids: Tensor, document_start: Tensor, letters: int, whole_words: bool
+) -> tuple[Tensor, Tensor]:
+    """The context of every token: the letters before it (or before its word) in its document, at most so many.
 
     Args:
         ids: int64 (B, T). document_start: for every token the column at which its document starts, int64 (B, T).
 
     Returns:
-        The polynomial hash of the context plus its length in bytes, and its length in words; int64 (B, T).
+        The polynomial hash of the context, and its length; int64 (B, T).
     """
     last = codes.of_id.shape[0] - 1
     ids = ids.clamp(-1, last)
@@ -135,60 +115,58 @@ def contexts(codes: Codes, ids: Tensor, document_start: Tensor, h: int) -> tuple
         if two_pieces:  # of every token: the character that it completes, then the rest of its text
             pieces = torch.stack((completed, pieces), -1).flatten(-2)
             starts = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(-2)
+            document_start = 2 * document_start
             column = torch.arange(pieces.shape[-1], device=ids.device)
         else:
             pieces = completed + (completed == 0) * pieces
-    outline, text = _look_up(codes.outline, pieces), _look_up(codes.hash, pieces)
-    length, cuts, first_cut = outline & 0xFFFF, (outline >> 16) & 0xFFFF, outline >> 35
+    outline = _look_up(codes.outline, pieces)
+    length, first = outline & 0xFFFF, outline >> 35
+
+    # Of every piece: its place in letters, M**place, M**-place, the hash of all before it.
+    step = pad(length[..., :-1], (1, 0))
+    place, scale, weight = step.cumsum(-1), _look_up(codes.up, step).cumprod(-1), _look_up(codes.down, step).cumprod(-1)
+    before = pad((_look_up(codes.hash, first + length) * weight)[..., :-1], (1, 0)).cumsum(-1)
+
+    # Where the context ends: so many letters into such a piece.
+    own = column[:: 1 + two_pieces].expand_as(ids)
+    if whole_words:
+        own, within = _word_starts(outline, length, starts, column, two_pieces)
+    end, end_hash, end_scale = (x.gather(-1, own) for x in (place, before, scale))
+    if whole_words:
+        end_hash = end_hash + _look_up(codes.hash, first.gather(-1, own) + within) * weight.gather(-1, own)
+        end, end_scale = end + within, end_scale * _look_up(codes.up, within)
+
+    begin = torch.maximum(end - letters, place.gather(-1, document_start))
+    piece = _piece_at(place, length, begin)
+    within = begin - place.gather(-1, piece)
+    begin_hash = before.gather(-1, piece)
+    begin_hash = begin_hash + _look_up(codes.hash, first.gather(-1, piece) + within) * weight.gather(-1, piece)
+    return (end_hash - begin_hash) * end_scale, end - begin
+
+
+def _word_starts(
+    outline: Tensor, length: Tensor, starts: Tensor, column: Tensor, two_pieces: bool
+) -> tuple[Tensor, Tensor]:
+    """Where the word begins that a token begins with, or goes on with: in which piece, and how many letters into it."""
     says = ((outline & _SAYS) != 0) | starts
     leads = ((outline & _LEADS) != 0) | starts  # a document's start ends the word before it, like a separator
-
-    # Is a word open where a piece begins? The last piece before it that says anything knows. Then `ends` is 1 where a
-    # piece begins by ending it: with one more space.
-    is_open = (says * (2 * column + ((outline >> 34) & 1))).cummax(-1).values & 1
-    ends = leads * pad(is_open[..., :-1], (1, 0))
-
-    # Of every piece, after that space: its place in bytes, M**place, M**-place, the hash of all before it.
-    step = ends + pad(length[..., :-1], (1, 0))
-    place, weight, scale = step.cumsum(-1), _look_up(codes.down, step).cumprod(-1), _look_up(codes.up, step).cumprod(-1)
-    before = (ends * _SPACE * weight + pad((text * weight)[..., :-1], (1, 0))).cumsum(-1)
-    words = cuts + ends
-    words_after = words.cumsum(-1)
-    word = words_after - cuts  # the number of the word that a piece begins with, or goes on with
-    zeroth_cut = first_cut - word  # so that `zeroth_cut + number` is the cut where word `number` begins
-
-    # The piece in which that word begins, and the word h before it.
-    ended_in = ((words > 0) * column).cummax(-1).values
-    home = pad(ended_in[..., :-1], (1, 0))
-    home = home + ends * (column - home)
+    # Is a word open where a piece begins? The last piece before it that says anything knows.
+    is_open = (says * (2 * column + ((outline & _OPEN) != 0))).cummax(-1).values & 1
+    anew = leads | (pad(is_open[..., :-1], (1, 0)) == 0)
+    within = (outline >> 16) & 0xFFFF
+    began_in = (((within > 0) | (anew & (length > 0))) * column).cummax(-1).values
+    home = pad(began_in[..., :-1], (1, 0))
     if two_pieces:
-        own = torch.arange(0, pieces.shape[-1], 2, device=ids.device) + ~says[..., ::2]
-        word, home = word.gather(-1, own), home.gather(-1, own)
-    count = (word - word.gather(-1, document_start)).clamp(max=h)
-    oldest = word - count
-
-    def cut(piece: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where word `number` begins, in `piece`: the hash of all before it, its place, its distance in the piece."""
-        at = zeroth_cut.gather(-1, piece) + number
-        within = _look_up(codes.cut_length, at)
-        hashed = before.gather(-1, piece) + _look_up(codes.cut_hash, at) * weight.gather(-1, piece)
-        return hashed, place.gather(-1, piece) + within, within
-
-    end_hash, end, within = cut(home, word)
-    begin_hash, begin, _ = cut(_where_ended(words, words_after, oldest), oldest)
-    return (end_hash - begin_hash) * scale.gather(-1, home) * _look_up(codes.up, within) + (end - begin), count
+        own = torch.arange(0, outline.shape[-1], 2, device=outline.device) + ~says[..., ::2]
+        anew, home = anew.gather(-1, own), home.gather(-1, own)
+    else:
+        own = column
+    return home + anew * (own - home), within.gather(-1, home) * ~anew
 
 
-def _where_ended(words: Tensor, words_after: Tensor, number: Tensor) -> Tensor:
-    """The first piece after which `number` words have ended, for every element of number."""
-    if not _may_look(words):
-        return torch.searchsorted(words_after, number)
-    # The same, three times as fast: every piece leaves its column at the first word that it ends.
-    some = words > 0
-    column = torch.arange(words.shape[-1], device=words.device)
-    table = words.new_zeros(words.shape[0], int(words_after[:, -1].max()) + 1)
-    table.scatter_(-1, (words_after - words + 1) * some, column * some)
-    return table.cummax(-1).values.gather(-1, number)
+def _piece_at(place: Tensor, length: Tensor, letter: Tensor) -> Tensor:
+    """The last piece that begins at most so many letters into its row, for every element of letter."""
+    return torch.searchsorted(place, letter, right=True) - 1
 
 
 def _may_look(tensor: Tensor) -> bool:
@@ -257,13 +235,19 @@ def _tail(entry: bytes) -> int:
     return 0
 
 
-def _outline(form: str, first_cut: int, cuts: int, length: int) -> int:
-    """In one integer, from the lowest bit: the bytes that a form appends (16 bits), the words that it ends (16),
-    whether it is not empty (1), begins with a space (1), ends inside a word (1), and the place of its first cut."""
-    if length > 0xFFFF:
-        raise ValueError(f"an entry of the vocabulary has {length} bytes of letters and digits; at most 65535 fit")
+def _outline(form: str, first: int) -> int:
+    """In one integer, from the lowest bit: the letters of a form (16 bits), those before its last word where that
+    does not begin the form (16), whether the form is not empty (1), begins with a space (1), ends inside a word (1),
+    and the place of its first hash."""
+    letters = len(form.replace(" ", ""))
+    if letters > 0xFFFF:
+        raise ValueError(f"an entry of the vocabulary has {letters} letters and digits; at most 65535 fit")
+    *earlier, _ = form.rstrip(" ").split(" ")
+    before_last_word = len("".join(earlier))
     is_open = form[-1:] not in ("", " ")
-    return first_cut << 35 | is_open << 34 | form.startswith(" ") << 33 | (form != "") << 32 | cuts << 16 | length
+    return (
+        first << 35 | is_open << 34 | form.startswith(" ") << 33 | (form != "") << 32 | before_last_word << 16 | letters
+    )
 
 
 def _tensor(numbers: Iterable[int]) -> Tensor:

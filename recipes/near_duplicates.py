@@ -1,13 +1,15 @@
 """Near-duplicates: documents that a model only ever sees in reformatted versions, and is then asked for in plain form.
 
-    python recipes/near_duplicates.py                 # 2 CPU cores: 3 seeds x 4 trainings x 2 kinds of copies, an hour
-    python recipes/near_duplicates.py --edits 0 0.02 0.1 --seeds 0    # leakage against edit rate
+    python recipes/near_duplicates.py     # 2 CPU cores: 3 seeds x 5 trainings x 2 kinds of copies, an hour or two
+    python recipes/near_duplicates.py --edits 0 0.01 0.02 0.05 0.1 --documents 4 --epochs 50 --copies reformatted \\
+        --rules standard hash-4-{3,5,8,13} text-4-{3,5,8,13} letters-4-{3,5,8,13}    # leakage against edit rate
     python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden_size 32 --seeds 0 --output_dir runs/miniature
 
 Every document is trained on in `versions` copies, either exact or each reformatted in its own way (line breaks,
 indentation, case, doubled spaces), perhaps with edited words. The audit gives the model the plain first half and
 compares its greedy continuation with the second, as normalised words (ROUGE-L), so that another line break or case
 counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text.
+With several --edits one model is trained on that many documents of each kind.
 (Of memorize.py's options --k, --h, --strategy and --seed are not used here: --rules and --seeds say the same.)
 Every loss is trained for equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs.
 """
@@ -40,12 +42,14 @@ from goldfish.audit.extraction import rouge_l
 
 @dataclass
 class Arguments(memorize.Arguments):
-    documents: int = field(default=6, metadata={"help": "documents to train on; as many again are held out"})
+    documents: int = field(
+        default=6, metadata={"help": "documents to train on, for each of --edits; as many are held out"}
+    )
     window: int = field(default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
     versions: int = field(default=5, metadata={"help": "copies of each document"})
     epochs: int = field(default=120, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
     rules: list[str] = field(
-        default_factory=lambda: ["standard", "hash-4-13", "text-4-8", "text-4-3"],
+        default_factory=lambda: ["standard", "hash-4-13", "text-4-8", "letters-4-8", "letters-4-3"],
         metadata={"help": "standard, or strategy-k-h"},
     )
     copies: list[str] = field(default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"})
@@ -69,25 +73,24 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if state.num_processes > 1:
         raise ValueError(f"this recipe runs in one process, not in {state.num_processes}; start it with python")
     if args.dry_run:
-        state.print(f"{len(args.seeds)} seeds x {args.copies} x edits {args.edits} x {args.rules} -> {output}")
+        state.print(f"{len(args.seeds)} seeds x {args.copies} x {args.rules}, edits {args.edits} together -> {output}")
         return []
     memorize.prepare_output(output, args)
     texts = [" ".join(text.split()) for text in memorize.load_texts(args)]  # plain: words with a space between
     tokenizer = memorize.load_tokenizer(args, texts)
     results = []
-    for seed, copies, edits in itertools.product(args.seeds, args.copies, args.edits):
-        windows = memorize.split_windows(replace(args, seed=seed), texts, tokenizer)
+    for seed, copies in itertools.product(args.seeds, args.copies):
+        seeded = replace(args, seed=seed, documents=args.documents * len(args.edits))
+        windows = memorize.split_windows(seeded, texts, tokenizer)
         plain = [tokenizer.decode(ids) for ids in windows[0]]
-        versions = make_versions(plain, copies, edits, args.versions, seed)
+        versions = make_versions(plain, copies, args.edits, args.versions, seed)
         for name in args.rules:
-            folder = output / f"seed{seed}-{copies}-edits{edits:g}-{name}"
-            result = {"seed": seed, "copies": copies, "edits": edits, "rule": name}
-            result |= train_and_extract(
-                replace(args, seed=seed, output_dir=str(folder)), name, versions, windows, tokenizer
-            )
-            results.append(result)
+            folder = output / f"seed{seed}-{copies}-{name}"
+            scores = train_and_extract(replace(seeded, output_dir=str(folder)), name, versions, windows, tokenizer)
             with (output / "results.jsonl").open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(result) + "\n")
+                for edits, score in zip(args.edits, scores, strict=True):
+                    results.append({"seed": seed, "copies": copies, "edits": edits, "rule": name, **score})
+                    lines.write(json.dumps(results[-1]) + "\n")
     console = Console()
     console.print(table(results))
     console.print(f"Results: {output / 'results.jsonl'}", highlight=False, soft_wrap=True)
@@ -105,13 +108,16 @@ def rule_of(name: str, seed: int) -> Goldfish | None:
         raise ValueError(f"--rules are standard or strategy-k-h such as text-4-8, got {name!r}: {error}") from error
 
 
-def make_versions(documents: list[str], copies: str, edits: float, versions: int, seed: int) -> list[str]:
-    """All versions of all documents. Reformatted ones differ in line breaks, indentation, case and spacing."""
+def make_versions(documents: list[str], copies: str, edits: list[float], versions: int, seed: int) -> list[str]:
+    """All versions of all documents, of which each of `edits` takes its turn: the first share is the first document's.
+
+    Reformatted versions differ in line breaks, indentation, case and spacing.
+    """
     made = []
     for number, document in enumerate(documents):
         for version in range(versions):
             draw = random.Random(f"{seed} {number} {version}")
-            text = edit(document, documents, edits, draw)
+            text = edit(document, documents, edits[number % len(edits)], draw)
             made.append(reformat(text, draw) if copies == "reformatted" else text)
     return made
 
@@ -144,8 +150,9 @@ def reformat(text: str, draw: random.Random) -> str:
 
 def train_and_extract(
     args: Arguments, name: str, versions: list[str], windows: memorize.Split, tokenizer: Any
-) -> dict[str, Any]:
-    """Train under the rule called `name`; ROUGE-L over normalised words, and nll, on members and held-out."""
+) -> list[dict[str, Any]]:
+    """Train under the rule called `name`; for each of args.edits ROUGE-L over normalised words, and nll (nats/token),
+    of its members and of all held-out documents."""
     rule = rule_of(name, args.seed)
     if rule is not None:
         args = replace(args, epochs=round(args.epochs * rule.k / (rule.k - 1)))
@@ -159,24 +166,32 @@ def train_and_extract(
     memorize.save_windows(members, windows[0], tokenizer)
     memorize.save_windows(heldout, windows[1], tokenizer)
     half = args.window // 2
-    summary = audit(
+    audit(
         folder / "model", folder / "audit", members=members, heldout=heldout,
         prefix_length=half, suffix_length=args.window - half, name=name,
     )  # fmt: skip
-    scores: dict[str, Any] = {"epochs": args.epochs}
-    records = pyarrow.parquet.read_table(folder / "audit" / "records.parquet").to_pylist()
-    for split, numbers in summary["splits"].items():
-        of_split = [record for record in records if record["split"] == split]
-        scores[f"rouge_l_{split}"] = statistics.mean(
-            rouge_l(words("".join(record["output_tokens"])), words("".join(record["suffix_tokens"])))
-            for record in of_split
-        )
-        scores[f"nll_{split}"] = numbers["nll"]["mean"]
+    same: dict[str, Any] = {"epochs": args.epochs}
     if rule is not None:
         receipt = json.loads((folder / "model" / "goldfish.json").read_text())
-        scores["drop_rate"] = receipt["dropped"] / receipt["targets"]
+        same["drop_rate"] = receipt["dropped"] / receipt["targets"]
     shutil.rmtree(folder / "model")  # hundreds of checkpoints are not wanted; the audits stay
-    return scores
+    records = pyarrow.parquet.read_table(folder / "audit" / "records.parquet").to_pylist()
+    of_members, of_heldout = ([r for r in records if r["split"] == split] for split in ("members", "heldout"))
+    same |= scores_of(of_heldout, "heldout")
+    return [
+        same | scores_of([r for r in of_members if r["index"] % len(args.edits) == turn], "members")
+        for turn in range(len(args.edits))
+    ]
+
+
+def scores_of(records: list[dict[str, Any]], split: str) -> dict[str, float]:
+    def rouge(record: dict[str, Any]) -> float:
+        return rouge_l(words("".join(record["output_tokens"])), words("".join(record["suffix_tokens"])))
+
+    return {
+        f"rouge_l_{split}": statistics.mean(map(rouge, records)),
+        f"nll_{split}": statistics.mean(statistics.mean(record["nll"]) for record in records),
+    }
 
 
 def words(text: str) -> list[str]:

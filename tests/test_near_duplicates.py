@@ -30,19 +30,29 @@ def test_edits_change_the_share_of_words_that_was_asked():
 
 
 def test_exact_versions_are_exact():
-    assert recipe.make_versions(["a\n  b", "c d"], "exact", 0.0, 2, seed=0) == ["a\n  b", "a\n  b", "c d", "c d"]
-    first, again = (recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2))
+    assert recipe.make_versions(["a\n  b", "c d"], "exact", [0.0], 2, seed=0) == ["a\n  b", "a\n  b", "c d", "c d"]
+    first, again = (recipe.make_versions([TEXT], "reformatted", [0.1], 3, seed=5) for _ in range(2))
     assert first == again
     assert len(set(first)) == 3
+    turns = recipe.make_versions(["a b c"] * 4, "exact", [0.0, 1.0], 1, seed=0)
+    assert [turn == "a b c" for turn in turns] == [True, False, True, False], "each share of edits takes its turn"
 
 
 def test_miniature(tmp_path, capsys):
     command = ["--documents", "2", "--versions", "2", "--epochs", "1", "--hidden_size", "32", "--window", "64"]
     command += ["--seeds", "0", "--rules", "standard", "text-4-3", "--copies", "reformatted"]
+    command += ["--edits", "0", "0.1"]
     results = recipe.main([*command, "--output_dir", str(tmp_path / "run")])
-    assert [result["rule"] for result in results] == ["standard", "text-4-3"]
-    assert [result["epochs"] for result in results] == [1, 1]
-    assert 0.1 < results[1]["drop_rate"] < 0.45
+    assert [(r["rule"], r["edits"]) for r in results] == [
+        ("standard", 0),
+        ("standard", 0.1),
+        ("text-4-3", 0),
+        ("text-4-3", 0.1),
+    ]
+    assert [result["epochs"] for result in results] == [1] * 4
+    assert 0.1 < results[2]["drop_rate"] < 0.45
+    assert results[2]["nll_members"] != results[3]["nll_members"], "other documents"
+    assert results[2]["nll_heldout"] == results[3]["nll_heldout"], "the same floor"
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == results
     assert "text-4-3" in capsys.readouterr().out

@@ -38,12 +38,12 @@ SEEDS = st.sampled_from([0, 1, 2**64 - 1])
 
 
 @st.composite
-def rules(draw, strategies=("hash", "text", "static"), **fixed) -> Goldfish:
+def rules(draw, strategies=("hash", "text", "letters", "static"), **fixed) -> Goldfish:
     strategy = draw(st.sampled_from(strategies))
     options = {
         "k": draw(st.sampled_from([1.5, 2, 2.5, 4])), "h": draw(st.sampled_from([1, 2, 3, 13])),
         "seed": draw(SEEDS), "head": draw(st.sampled_from(["short", "keep"])),
-        "window": "preceding" if strategy == "text" else draw(st.sampled_from(["preceding", "inclusive"])),
+        "window": "preceding" if strategy in ("text", "letters") else draw(st.sampled_from(["preceding", "inclusive"])),
         "exempt": draw(st.sampled_from([(), (3, 5)])),
     }  # fmt: skip
     return Goldfish(strategy=strategy, vocabulary=VOCABULARY, **{**options, **fixed})
@@ -59,8 +59,8 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
     if rule.strategy == "hash":
         return rule.h
     texts = [[ENTRIES[i] for i in passage[: i + 1]] for i in range(len(passage))]
-    counts = [len(spec.words_before(text, characters())) for text in texts]
-    return next((i for i, count in enumerate(counts) if count >= rule.h), len(passage))
+    counts = [len(spec.letters_before(text, characters(), rule.strategy == "text")) for text in texts]
+    return next((i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h), len(passage))
 
 
 # --- where a passage stands
@@ -68,7 +68,7 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
 
 @pytest.mark.core
 @stable
-@given(rule=rules(("hash", "text")), before=DOCUMENT, other=DOCUMENT, passage=DOCUMENT, after=DOCUMENT)
+@given(rule=rules(("hash", "text", "letters")), before=DOCUMENT, other=DOCUMENT, passage=DOCUMENT, after=DOCUMENT)
 def test_a_passage_keeps_its_decisions_wherever_it_stands(rule, before, other, passage, after):
     """Shift invariance. For text the passage begins with a separator: or its first word would be another word."""
     passage = [SEPARATOR, *passage]

@@ -30,47 +30,68 @@ class Corpus(NamedTuple):
     ids: Tensor  # int64 (T,), documents one after the other
     positions: Tensor  # int64 (T,), 0 where a document starts
     vocabulary: Vocabulary | None = None
+    before: tuple[tuple[str, int], ...] = ()  # of every token its document's letters, and how many of them precede it
 
     def dropped(self, **options) -> np.ndarray:
         return Goldfish(**options, vocabulary=self.vocabulary).dropped(self.ids, self.positions).numpy()
 
     def first(self, h: int) -> np.ndarray:
-        """Where each distinct context of up to h tokens stands for the first time, in order."""
+        """Where each distinct context of up to h tokens (or 5 h letters) stands for the first time, in order."""
+        if self.before:
+            seen: dict[str, int] = {}
+            for place, (letters, end) in enumerate(self.before):
+                if end > 0:
+                    seen.setdefault(letters[max(0, end - 5 * h) : end], place)
+            return np.array([*seen.values()])
         keys = Goldfish(h=h).keys(self.ids, self.positions).numpy()
         places = np.unique(keys, return_index=True)[1]
         return np.sort(places[self.positions.numpy()[places] > 0])
 
 
-def pack(documents: list[list[int]], vocabulary: Vocabulary | None = None) -> Corpus:
+def pack(documents: list[list[int]]) -> Corpus:
     ids = torch.tensor([i for document in documents for i in document])
-    return Corpus(ids, torch.cat([torch.arange(len(document)) for document in documents]), vocabulary)
+    return Corpus(ids, torch.cat([torch.arange(len(document)) for document in documents]))
+
+
+def pack_text(documents: list[list[str]]) -> Corpus:
+    """An id for each distinct piece of text."""
+    number: dict[str, int] = {}
+    packed = pack([[number.setdefault(piece, len(number)) for piece in document] for document in documents])
+    before: list[tuple[str, int]] = []
+    for document in documents:
+        letters = "".join(document).replace(" ", "")
+        ends = np.cumsum([0, *(len(piece.strip()) for piece in document)])[:-1]
+        before += [(letters, int(end)) for end in ends]
+    return packed._replace(vocabulary=Vocabulary([piece.encode() for piece in number]), before=tuple(before))
 
 
 @pytest.fixture(scope="module")
 def corpora() -> dict[str, Corpus]:
-    """Ids of a byte-level BPE; one id for each of the text's words and marks; words for strategy "text"."""
+    """Ids of a byte-level BPE; one id for each of the text's words and marks; whole words for
+    strategy "text", and pieces of up to three letters for "letters"."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False))
-    words, plain = {}, {}
+    words: dict[str, int] = {}
     spread = 131_071  # word number n has the id n * 16381 modulo a prime: a large vocabulary, ids all over it
     pieces = [re.findall(r"\w+|[^\w\s]|\s+", text) for text in TEXTS]
-    letters = [re.findall("[a-z0-9]+", text.lower()) for text in TEXTS]
+    plain = [[f" {word}" for word in re.findall("[a-z0-9]+", text.lower())] for text in TEXTS]
     number = [[words.setdefault(w, len(words)) * 16_381 % spread for w in document] for document in pieces]
-    numbered = [[plain.setdefault(w, len(plain)) for w in document] for document in letters]
     return {
         "BPE": pack([bpe.encode(text).ids for text in TEXTS]),
         "large vocabulary": pack(number),
-        "text": pack(numbered, Vocabulary([b" " + word.encode() for word in plain])),
+        "text": pack_text(plain),
+        "letters": pack_text([re.findall(" ?[a-z0-9]{1,3}", "".join(document)) for document in plain[:200]]),
     }
 
 
-NAMES = ("BPE", "large vocabulary", "text")
+IDS = ("BPE", "large vocabulary")
+NAMES = (*IDS, "text", "letters")
 
 
 def strategy(name: str) -> str:
-    return "text" if name == "text" else "hash"
+    return "hash" if name in IDS else name
 
 
 @pytest.mark.core
@@ -103,7 +124,7 @@ def test_undropped_runs_have_geometric_lengths(corpora, name, k, h):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["BPE", "large vocabulary"])
+@pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("h", [1, 4, 13, 64])
 def test_distinct_windows_have_distinct_keys(corpora, name, h):
     corpus = corpora[name]
@@ -117,7 +138,7 @@ def test_distinct_windows_have_distinct_keys(corpora, name, h):
     assert len(set(windows.values())) == len(windows)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IDS)
 def test_keys_are_uniform_in_every_bit(corpora, name):
     corpus = corpora[name]
     keys = Goldfish(h=4).keys(corpus.ids, corpus.positions).numpy().view(np.uint64)[corpus.first(4)]

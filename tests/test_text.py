@@ -4,6 +4,7 @@ import codecs
 import pickle
 import random
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,9 @@ VOCABULARIES = [
 ] + [[bytes([i]) for i in range(256)]]
 
 
+STRATEGIES = st.sampled_from(["text", "letters"])
+
+
 @pytest.fixture(scope="module")
 def vocabularies() -> list[Vocabulary]:
     return [Vocabulary(entries) for entries in VOCABULARIES]
@@ -77,13 +81,13 @@ def vocabularies() -> list[Vocabulary]:
 @given(
     which=st.integers(0, 2), ids=st.lists(st.integers(0, 255), max_size=60), h=st.sampled_from([1, 2, 3, 50]),
     k=st.sampled_from([1.5, 2, 4]), seed=st.integers(0, 2**64 - 1), head=st.sampled_from(["short", "keep"]),
-    exempt=st.sampled_from([(), (3, 97)]), end=st.sampled_from([None, 10]), data=st.data(),
+    exempt=st.sampled_from([(), (3, 97)]), end=st.sampled_from([None, 10]), strategy=STRATEGIES, data=st.data(),
 )  # fmt: skip
-def test_equals_the_specification(vocabularies, which, ids, h, k, seed, head, exempt, end, data):
+def test_equals_the_specification(vocabularies, which, ids, h, k, seed, head, exempt, end, strategy, data):
     flags = st.lists(st.integers(0, 5), min_size=len(ids), max_size=len(ids))
     positions = data.draw(st.none() | flags)
     attended = data.draw(st.none() | flags)
-    options = {"k": k, "h": h, "seed": seed, "head": head, "exempt": exempt, "document_end": end, "strategy": "text"}
+    options = {"k": k, "h": h, "seed": seed, "head": head, "exempt": exempt, "document_end": end, "strategy": strategy}
     expected = spec.dropped(ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options)
     as_row = lambda x: None if x is None else torch.tensor([x], dtype=torch.int64)  # noqa: E731
     rule = Goldfish(**options, vocabulary=vocabularies[which])
@@ -92,11 +96,14 @@ def test_equals_the_specification(vocabularies, which, ids, h, k, seed, head, ex
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(st.characters(codec="utf-8"), max_size=40) | st.text(st.sampled_from(SCRIPTS), max_size=60))
-def test_bytes_of_any_text_equal_the_specification(vocabularies, text):
+@given(
+    text=st.text(st.characters(codec="utf-8"), max_size=40) | st.text(st.sampled_from(SCRIPTS), max_size=60),
+    strategy=STRATEGIES,
+)
+def test_bytes_of_any_text_equal_the_specification(vocabularies, text, strategy):
     ids = list(text.encode())
-    expected = spec.dropped(ids, k=2, h=3, strategy="text", vocabulary=VOCABULARIES[2], fold=FOLD)
-    rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[2])
+    expected = spec.dropped(ids, k=2, h=3, strategy=strategy, vocabulary=VOCABULARIES[2], fold=FOLD)
+    rule = Goldfish(k=2, h=3, strategy=strategy, vocabulary=vocabularies[2])
     assert rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist() == expected
 
 
@@ -118,14 +125,15 @@ def test_broken_characters_equal_the_specification(broken):
         positions[row.index("|")] = 0
     ids, vocabulary = list(range(len(tokens))), Vocabulary(tokens)
     for seed in range(12):
-        options = {"k": 2, "h": 2, "strategy": "text", "seed": seed}
+        options = {"k": 2, "h": 2, "strategy": ("text", "letters")[seed % 2], "seed": seed}
         rule = Goldfish(**options, vocabulary=vocabulary)
         expected = spec.dropped(ids, positions, vocabulary=tokens, fold=FOLD, **options)
         assert rule.dropped(torch.tensor(ids), torch.tensor(positions)).tolist() == expected
 
 
-def test_compiled_is_the_same(vocabularies):
-    rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[0])
+@pytest.mark.parametrize("strategy", ["text", "letters"])
+def test_compiled_is_the_same(vocabularies, strategy):
+    rule = Goldfish(k=2, h=3, strategy=strategy, vocabulary=vocabularies[0])
     ids = torch.randint(0, 256, (3, 200), generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(lambda x: rule.dropped(x), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), rule.dropped(ids))
@@ -133,8 +141,9 @@ def test_compiled_is_the_same(vocabularies):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_gpu_is_the_same(vocabularies):
-    rule = Goldfish(k=2, h=3, strategy="text", vocabulary=vocabularies[0])
+@pytest.mark.parametrize("strategy", ["text", "letters"])
+def test_gpu_is_the_same(vocabularies, strategy):
+    rule = Goldfish(k=2, h=3, strategy=strategy, vocabulary=vocabularies[0])
     ids = torch.randint(0, 256, (8, 2000))
     positions = torch.arange(2000).remainder(700).expand(8, -1)
     actual = rule.dropped(ids.cuda(), positions.cuda())
@@ -144,14 +153,15 @@ def test_gpu_is_the_same(vocabularies):
 
 def test_the_specification_by_hand():
     entries = [b"The", b" quick", b"br", b"own", b" fox", b",", b" ", b"\n"]
-    split = lambda *ids: spec.words_before([entries[i] for i in ids], FOLD)  # noqa: E731
-    assert split(0) == split(6) == []
-    assert split(0, 1) == split(0, 6) == split(0, 5) == ["the"]
-    assert split(0, 1, 7, 2) == split(0, 1, 7, 2, 3) == ["the", "quick"]  # "own" goes on with "brown"
-    assert split(0, 1, 7, 2, 3, 5) == split(0, 1, 7, 2, 3, 4) == ["the", "quick", "brown"]
+    before = lambda *ids, whole=True: spec.letters_before([entries[i] for i in ids], FOLD, whole)  # noqa: E731
+    assert before(0) == before(6) == ""
+    assert before(0, 1) == before(0, 6) == before(0, 5) == "the"
+    assert before(0, 1, 7, 2) == before(0, 1, 7, 2, 3) == "thequick"  # "own" goes on with "brown"
+    assert before(0, 1, 7, 2, 3, whole=False) == "thequickbr"  # every token for itself
+    assert before(0, 1, 7, 2, 3, 5) == before(0, 1, 7, 2, 3, 4) == "thequickbrown"
     # The no-break space is known with its second byte; until then its first goes with the open word.
-    assert spec.words_before([b"a b", b"\xc2"], FOLD) == ["a"]
-    assert spec.words_before([b"a b", b"\xc2", b"\xa0"], FOLD) == ["a", "b"]
+    assert spec.letters_before([b"a b", b"\xc2"], FOLD, True) == "a"
+    assert spec.letters_before([b"a b", b"\xc2", b"\xa0"], FOLD, True) == "ab"
 
 
 # --- what must not matter
@@ -176,7 +186,9 @@ REFORMATTINGS = {
 
 @pytest.mark.parametrize("reformat", REFORMATTINGS.values(), ids=REFORMATTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
+@pytest.mark.parametrize("strategy", ["text", "letters"])
+def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat, strategy):
+    rules = {kind: replace(rules[kind], strategy=strategy)}
     rng, tested = random.Random(0), 0
     for text in [t[:1500] for t in TEXTS[:8]] + [ALPHABETIC * 3]:
         changed = reformat(text, rng)
@@ -259,28 +271,43 @@ def test_the_target_word_itself_decides_nothing(tokenizers, rules):
     assert len(decisions) == 1
 
 
-def test_exactly_h_words_count(tokenizers):
-    tokenizer = tokenizers["byte_level"]
-    vocabulary = Goldfish(strategy="text").bind(tokenizer).vocabulary
+@pytest.mark.parametrize("strategy", ["text", "letters"])
+def test_five_letters_count_for_each_of_h_words(vocabularies, strategy):
+    """abcdefghij klmno|x: with h=2 the ten letters f to o decide, and no others."""
+    ids = lambda text: torch.tensor(list(text.encode()))  # noqa: E731
     far = near = 0
     for seed in range(64):
-        rule = Goldfish(strategy="text", h=3, k=2, seed=seed, vocabulary=vocabulary)
-        one = word_decisions(rule, tokenizer, "zero one two three four")
-        far += one[4] != word_decisions(rule, tokenizer, "other one two three four")[4]
-        near += one[4] != word_decisions(rule, tokenizer, "zero other two three four")[4]
+        rule = Goldfish(strategy=strategy, h=2, k=2, seed=seed, vocabulary=vocabularies[2])
+        last = lambda text, rule=rule: rule.dropped(ids(text))[-1].item()  # noqa: E731
+        far += last("abcdefghij klmno x") != last("zzzzzfghij klmno x")
+        near += last("abcdefghij klmno x") != last("abcdezghij klmno x")
     assert far == 0
     assert 16 <= near <= 48
 
 
-def test_word_boundaries_and_order_count(vocabularies):
+@pytest.mark.parametrize("strategy", ["text", "letters"])
+def test_order_counts_and_boundaries_do_not(vocabularies, strategy):
     ids = lambda text: torch.tensor(list(text.encode()))  # noqa: E731
-    differ = {"order": 0, "boundary": 0, "joined": 0}
+    reordered = 0
     for seed in range(64):
-        rule = Goldfish(k=2, h=2, strategy="text", seed=seed, vocabulary=vocabularies[2])
+        rule = Goldfish(k=2, h=2, strategy=strategy, seed=seed, vocabulary=vocabularies[2])
         reference = rule.dropped(ids("ab c x"))[-1]
-        for what, text in zip(differ, ("c ab x", "a bc x", "abc x"), strict=True):
-            differ[what] += int(rule.dropped(ids(text))[-1] != reference)
-    assert all(16 <= count <= 48 for count in differ.values()), differ
+        reordered += int(rule.dropped(ids("c ab x"))[-1] != reference)
+        for joined in ("a bc x", "abc x", "a.b_c.x", "a-\nb c\n x", "Áb­C x"):
+            assert rule.dropped(ids(joined))[-1] == reference
+    assert 16 <= reordered <= 48
+
+
+def test_letters_decides_every_token_for_itself(tokenizers):
+    """Of a word cut in three the tokens share a decision under "text" and have their own under "letters"."""
+    vocabulary = Vocabulary([b"before", b" one", b"two", b"three"])
+    ids, apart = torch.tensor([0, 1, 2, 3]), 0
+    for seed in range(32):
+        text, letters = (Goldfish(k=2, strategy=s, seed=seed, vocabulary=vocabulary) for s in ("text", "letters"))
+        assert len(set(text.dropped(ids).tolist()[1:])) == 1
+        assert text.dropped(ids)[1] == letters.dropped(ids)[1]  # at a word's first token they agree
+        apart += len(set(letters.dropped(ids).tolist()[1:])) > 1
+    assert 16 <= apart <= 31
 
 
 def test_drop_rate_is_one_in_k(tokenizers, rules):
@@ -313,8 +340,8 @@ def test_scripts_without_spaces_decide_by_character(vocabularies, text):
     # Line breaks anywhere, or spaces between all characters, change nothing.
     assert by_character("\n".join(text)) == expected
     assert by_character(text.replace("。", " ").replace("，", "\u3000")) == expected
-    # The context of a character is the four before it.
-    assert by_character("犬" + text[1:])[5:] == expected[5:]
+    # The context of a character is the 5 h before it.
+    assert by_character("犬" + text[1:])[21:] == expected[21:]
 
 
 def test_words_within_one_token_all_count():
@@ -340,8 +367,9 @@ def test_code_formatting_changes_nothing(tokenizers, rules):
 def test_unbound_and_inclusive_are_refused():
     with pytest.raises(ValueError, match=r"rule = rule\.bind\(tokenizer\)"):
         Goldfish(strategy="text").dropped(torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r'window must be "preceding", got "inclusive"'):
-        Goldfish(strategy="text", window="inclusive")
+    for strategy in ("text", "letters"):
+        with pytest.raises(ValueError, match=rf'strategy="{strategy}".*window must be "preceding", got "inclusive"'):
+            Goldfish(strategy=strategy, window="inclusive")
 
 
 def test_binding_is_no_part_of_the_rule(tokenizers, rules):

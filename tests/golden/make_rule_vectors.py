@@ -96,7 +96,7 @@ def cut(text: str, seed: int) -> list[int]:
 
 
 def text_rows() -> dict[str, dict]:
-    """Rows for strategy "text": one text cut in three ways and read aloud, documents, padding, broken characters."""
+    """Rows for "text" and "letters": one text cut in three ways, documents, padding, broken characters."""
     one, other = cut(TEXT, 1), cut(TEXT, 2)
     n = len(one)
     half = TEXT[: len(TEXT) // 2]
@@ -151,8 +151,9 @@ def vectors() -> dict:
         {"strategy": "random", "k": k, "seed": SEEDS[i % seeds], "row": i % 3, "draw": i // 2} for i, k in enumerate(KS)
     ]
     text_rules = [
-        {"strategy": "text", "k": k, "h": h, "seed": SEEDS[i % seeds], "head": head}
-        for i, (k, h, head) in enumerate(product(KS, HS, ("short", "keep")))
+        {"strategy": strategy, "k": k, "h": h, "seed": SEEDS[i % seeds], "head": head}
+        for strategy, heads in (("text", ("short", "keep")), ("letters", ("short",)))
+        for i, (k, h, head) in enumerate(product(KS, HS, heads))
     ]
     table = characters()
     contexts = [[], [0], [1], [0, 0], [2**31 - 1], [1, 2, 3], [3, 2, 1], list(range(50)), [-1]]
@@ -174,8 +175,8 @@ def vectors() -> dict:
                 [first, last, hashlib.sha256("\n".join(table[first : last + 1]).encode()).hexdigest()]
                 for first, last in BLOCKS
             ],
-            "words": {name: spec.words_before([*(VOCABULARY[i] for i in row["ids"]), b" "], table)
-                      for name, row in texts.items() if len(row) == 1},
+            "letters": {name: spec.letters_before([*(VOCABULARY[i] for i in row["ids"]), b" "], table, True)
+                        for name, row in texts.items() if len(row) == 1},
             "rows": texts,
             "rules": [decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in text_rules],
         },
