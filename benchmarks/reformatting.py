@@ -1,9 +1,9 @@
-"""Does a document keep its holes when it is reformatted, or tokenized otherwise? And what does the answer cost?
+"""Does a document keep its holes when it is reformatted, or tokenized otherwise?
 
     python benchmarks/reformatting.py --text documents.jsonl
 
 For documents of a JSONL file with a `text` field: the share of words that get the decision that they get in the
-original, for strategy "text" and for "hash" over token ids. A word is a run of letters and digits; its decision is that
+original, for "text", "letters" and, over token ids, "hash". A word is a run of letters and digits; its decision is that
 of the token with its first letter; words of original and version are matched by the letters before them. In the rows
 named after tokenizers the text is the original and the tokenizer another than the first.
 """
@@ -13,10 +13,8 @@ import json
 import os
 import platform
 import random
-import statistics
 import string
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from goldfish import Goldfish
 from goldfish.vocabulary import characters
 
 FOLD = characters()
+STRATEGIES = ("text", "letters", "hash")
 
 
 def byte_level(texts: list[str], size: int) -> Tokenizer:
@@ -144,25 +143,14 @@ def decide(rule: Goldfish, tokenizer: Tokenizer, text: str) -> tuple[list[tuple[
     return list(starts(text, drop, encoding.offsets)), drop
 
 
-def seconds(rule: Goldfish, ids: torch.Tensor, repeats: int) -> list[float]:
-    rule.dropped(ids)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        rule.dropped(ids)
-        times.append(time.perf_counter() - begin)
-    return times
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="JSONL file; the field `text` of each line is used")
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--characters", type=int, default=4000, help="of each document")
     parser.add_argument("--k", type=float, default=4)
-    parser.add_argument("--h", type=int, default=8, help="words for text, tokens for hash")
+    parser.add_argument("--h", type=int, default=8, help="words of 5 letters for text and letters, tokens for hash")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=100, help="of the timing")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "reformatting.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -173,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = {name: make(texts, size) for name, (make, size) in TOKENIZERS.items()}
     rules = {
         name: {
-            "text": Goldfish(k=args.k, h=args.h, seed=args.seed, strategy="text").bind(tokenizer),
-            "hash": Goldfish(k=args.k, h=args.h, seed=args.seed),
+            strategy: Goldfish(k=args.k, h=args.h, seed=args.seed, strategy=strategy).bind(tokenizer)  # type: ignore[arg-type]
+            for strategy in STRATEGIES
         }
         for name, tokenizer in trained.items()
     }
@@ -189,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def row(change: str, name: str, base: str, versions: list[str]) -> None:
         result: dict[str, object] = {"change": change, "tokenizer": name}
-        for strategy in ("text", "hash"):
+        for strategy in STRATEGIES:
             same = total = dropped = tokens = 0
             for before, text in zip(original[base, strategy], versions, strict=True):
                 letters, drop = decide(rules[name][strategy], trained[name], text)
@@ -200,11 +188,11 @@ def main(argv: list[str] | None = None) -> None:
                 same, total = same + sum(a == b for a, b in pairs), total + len(pairs)
             result[strategy] = {"same": same, "words": total, "dropped": dropped, "tokens": tokens}
         rows.append(result)
-        shares = [f"{result[s]['same'] / result[s]['words']:8.2%}" for s in ("text", "hash")]  # type: ignore[index]
-        rates = [f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in ("text", "hash")]  # type: ignore[index]
+        shares = [f"{result[s]['same'] / result[s]['words']:8.2%}" for s in STRATEGIES]  # type: ignore[index]
+        rates = [f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in STRATEGIES]  # type: ignore[index]
         print(f"{change:34}{name:20}", *shares, "  drop rate", *rates, flush=True)
 
-    print(f"{'change':34}{'tokenizer':20}     text     hash")
+    print(f"{'change':34}{'tokenizer':20}", *(f"{strategy:>8}" for strategy in STRATEGIES))
     for name in trained:
         row("another tokenizer" if name != first else "nothing", name, first, texts)
     for change, reformat in VERSIONS.items():
@@ -213,23 +201,6 @@ def main(argv: list[str] | None = None) -> None:
         for name in trained:
             row(change, name, name, versions)
 
-    timings = []
-    for name, tokenizer in trained.items():
-        ids = torch.tensor([i for text in texts for i in tokenizer.encode(text).ids][: 8 * 4096]).view(8, 4096)
-        for h in (3, 8, 50):
-            for strategy, rule in rules[name].items():
-                timed = Goldfish(k=args.k, h=h, strategy=strategy, vocabulary=rule.vocabulary)
-                times = sorted(1e3 * t for t in seconds(timed, ids, args.repeats))
-                low, _, high = statistics.quantiles(times, n=4)
-                median = statistics.median(times)
-                timings.append(
-                    {"tokenizer": name, "strategy": strategy, "h": h, "tokens": ids.numel(), "least_ms": times[0],
-                     "quartile_ms": low, "median_ms": median, "third_quartile_ms": high}
-                )  # fmt: skip
-                print(
-                    f"{name:20}{strategy} h={h:<3} 8 x 4096 tokens: {median:5.2f} ms (quartiles {low:.2f}-{high:.2f})"
-                )
-
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": "python benchmarks/reformatting.py " + " ".join(_named(argv if argv is not None else sys.argv[1:])),
@@ -237,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {"goldfish": goldfish.__version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__,
                      "python": platform.python_version()},
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "agreement": rows, "time": {"repeats": args.repeats, "cells": timings},
+        "agreement": rows,
     }  # fmt: skip
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -120,7 +120,7 @@ def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeat
     """Milliseconds of one call for 8 rows of 4096 tokens, all cells in turn."""
     cells = [
         {"vocabulary": name, "strategy": strategy, "h": h}
-        for name in rows for strategy in ("hash", "text", "reference") for h in COSTS
+        for name in rows for strategy in ("hash", "text", "letters", "reference") for h in COSTS
     ]  # fmt: skip
     calls = [
         (Goldfish(k=4, h=c["h"], seed=seed, strategy=c["strategy"], vocabulary=bound[c["vocabulary"]].vocabulary),

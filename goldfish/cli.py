@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("text", nargs="+", help="a text, or a file that holds it; two of them are compared side by side")
     show.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
     show.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    show.add_argument("--h", type=int, default=13, help="how many preceding tokens (or words) decide (default 13)")
+    show.add_argument(
+        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
+    )
     show.add_argument("--strategy", choices=get_args(Strategy), default="hash")
     show.add_argument("--seed", type=int, default=0)
     show.add_argument("--html", metavar="FILE", help="write a page instead, to a new file")

@@ -122,7 +122,7 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "versions": {
             **versions(),
-            "unicode": unicodedata.unidata_version,  # strategy "text" reads characters as this version knows them
+            "unicode": unicodedata.unidata_version,  # "text" and "letters" read characters as this version knows them
         },
         **({"before": before} if before else {}),
     }
@@ -154,7 +154,7 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
 
 
 def rules_of(receipt: Mapping[str, Any]) -> Rules:
-    """The rules that a receipt names; a "text" rule is not bound to a tokenizer."""
+    """The rules that a receipt names; "text" and "letters" are not bound to a tokenizer."""
     if "sources" not in receipt:
         return Goldfish(**receipt["rule"])
     return {name: entry["rule"] and Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()}

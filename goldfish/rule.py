@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,11 +27,12 @@ class Goldfish:
 
     Args:
         k: one token in k is dropped, on average; any finite number above 1. 3 or 4 is the paper's strong setting.
-        h: how many preceding tokens ("hash", "reference") or words ("text") decide. 13 tokens in the paper.
+        h: how many preceding tokens ("hash", "reference") decide, 13 in the paper; for "text" and "letters" how many
+            words, counted as 5 letters each.
         strategy: "hash": from the h tokens before it, so that a passage has the same holes wherever it stands.
-            "text": from the h words before its word, as they read without case, accents, punctuation, spacing and
-            line breaks, so that near-duplicates and other tokenizers get the same holes; whole words are dropped. Needs
-            `rule.bind(tokenizer)`.
+            "letters": from the 5 h letters and digits before it, as they read without case, accents, punctuation,
+            spacing and line breaks, so that near-duplicates get the same holes. Needs `rule.bind(tokenizer)`.
+            "text": from the 5 h letters before its word; whole words are dropped, whatever tokens they are cut into.
             "static": every k-th position of the document. "random": with probability 1/k in every draw; weak, for
             comparison: a passage seen often is seen whole. "reference": bit-exact with the authors' code on CPU,
             defects included; knows no documents, padding, seed, head or window.
@@ -40,7 +42,7 @@ class Goldfish:
             those there are. "keep": never drop them (the paper), which leaves every document's opening bare.
         exempt: ids that are never dropped, such as special tokens. They still are context.
         document_end: an id after which a new document starts, for rows packed without position_ids.
-        vocabulary: what `bind` adds for "text"; no part of the rule's identity.
+        vocabulary: what `bind` adds for "text" and "letters"; no part of the rule's identity.
 
     A document's first token is never dropped. Equal rules compare equal and hash equal.
 
@@ -59,15 +61,16 @@ class Goldfish:
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, (int, float)):
+        if isinstance(self.k, bool) or not isinstance(self.k, Real):
             raise TypeError(f"k must be a number above 1, got {self.k!r}")
+        object.__setattr__(self, "k", int(self.k) if isinstance(self.k, Integral) else float(self.k))  # numpy's too
         if not (self.k > 1 and math.isfinite(self.k)):
             raise ValueError(
                 f"k must be a finite number above 1 (one token in k is dropped), got {self.k!r}; "
                 "to drop nothing, train without a rule"
             )
-        _require_int("h", self.h, 1, "the number of tokens that decide")
-        _require_int("seed", self.seed, 0, "an integer below 2**64")
+        object.__setattr__(self, "h", _integer("h", self.h, 1, "the number of tokens that decide"))
+        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, "an integer below 2**64"))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
         for name, value, choices in (
@@ -79,12 +82,11 @@ class Goldfish:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if isinstance(self.exempt, (str, bytes)) or not isinstance(self.exempt, Iterable):
             raise TypeError(f"exempt must be a collection of token ids such as (1, 2), got {self.exempt!r}")
-        exempt = tuple(self.exempt)  # once: a generator is empty afterwards
-        for token in exempt:
-            _require_int("every id in exempt", token, 0, "a token id")
-        object.__setattr__(self, "exempt", tuple(sorted(set(exempt))))
+        exempt = {_integer("every id in exempt", token, 0, "a token id") for token in self.exempt}
+        object.__setattr__(self, "exempt", tuple(sorted(exempt)))
         if self.document_end is not None:
-            _require_int("document_end", self.document_end, 0, "a token id or None")
+            end = _integer("document_end", self.document_end, 0, "a token id or None")
+            object.__setattr__(self, "document_end", end)
         if self.strategy in READS_TEXT and self.window == "inclusive":
             raise ValueError(
                 f'strategy="{self.strategy}" decides before a token is read: window must be "preceding", '
@@ -92,7 +94,7 @@ class Goldfish:
             )
 
     def bind(self, tokenizer: Any) -> "Goldfish":
-        """This rule for the ids of one tokenizer; what "text" needs, and nothing to the other strategies.
+        """This rule for the ids of one tokenizer; what "text" and "letters" need, and nothing to the others.
 
         Args:
             tokenizer: a Hugging Face fast tokenizer (what AutoTokenizer returns) or a `tokenizers.Tokenizer`.
@@ -123,7 +125,7 @@ class Goldfish:
 
         Raises:
             TypeError: ids that are not integers.
-            ValueError: a shape or a device that does not fit; strategy "text" that is not bound to a tokenizer.
+            ValueError: a shape or a device that does not fit; "text" or "letters" not bound to a tokenizer.
         """
         if self.strategy == "reference":  # knows no padding and no documents
             drop = self._in_rows(self._decide_like_reference, input_ids, position_ids)
@@ -254,11 +256,13 @@ def _reference_table() -> Tensor:
     return torch.rand(spec.TABLE_SIZE, generator=torch.Generator().manual_seed(2971215073))
 
 
-def _require_int(name: str, value: object, least: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: object, least: int, what: str) -> int:
+    """value as Python's int: numpy's are accepted, and would not go into JSON."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {what}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least} ({what}), got {value}")
+    return int(value)
 
 
 def _check_ids(input_ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a tokenizer's entries say: their bytes, and the normal form of a character that "text" decides from."""
+"""What a tokenizer's entries say: their bytes, and the normal form of characters, for "text" and "letters"."""
 
 import json
 from functools import cache
@@ -94,7 +94,7 @@ def _reader(described: dict[str, Any]) -> Any:
     if not spaces:
         raise ValueError(
             f"the entries of this tokenizer ({model['type']}, pre-tokenizer {described['pre_tokenizer']}) do not say "
-            'where words begin; strategy="text" reads byte-level BPE, SentencePiece (Metaspace, byte fallback) and '
+            'where words begin; "text" and "letters" read byte-level BPE, SentencePiece (Metaspace, byte fallback) and '
             'WordPiece; for others use strategy="hash"'
         )
     (space,) = spaces

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,7 +196,7 @@ def test_to_dict_survives_json():
         ({"h": 2.0}, TypeError, "h must be the number of tokens that decide, got 2.0"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 2**64}, ValueError, "below 2\\*\\*64"),
-        ({"strategy": "hashed"}, ValueError, "strategy must be one of 'hash', 'text'.*got 'hashed'"),
+        ({"strategy": "hashed"}, ValueError, "strategy must be one of 'hash', 'text', 'letters'.*got 'hashed'"),
         ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
         ({"head": None}, ValueError, "head must be one of 'short', 'keep', got None"),
         ({"exempt": 3}, TypeError, "collection of token ids"),
@@ -224,3 +225,12 @@ def test_bad_ids():
         rule.dropped(ids, attention_mask=torch.ones(3))
     with pytest.raises(ValueError, match="position_ids on meta; move one of them"):
         rule.dropped(ids, torch.zeros((2, 3), device="meta"))
+
+
+def test_numpy_numbers_are_numbers():
+    rule = Goldfish(
+        k=np.int64(4), h=np.int32(8), seed=np.uint64(2**64 - 1), exempt=np.array([3, 1]), document_end=np.int8(2)
+    )
+    assert rule == Goldfish(k=4, h=8, seed=2**64 - 1, exempt=(1, 3), document_end=2)
+    assert json.loads(json.dumps(rule.to_dict())) == rule.to_dict()
+    assert json.dumps(Goldfish(k=np.float32(2.5)).to_dict()["k"]) == "2.5"
