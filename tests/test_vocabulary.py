@@ -116,5 +116,5 @@ def test_what_cannot_be_read_is_refused():
         Goldfish(strategy="text").bind(plain)
     with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
         Goldfish(strategy="text").bind("gpt2")
-    with pytest.raises(ValueError, match=r"an entry of the vocabulary has 65536 bytes.*at most 65535"):
+    with pytest.raises(ValueError, match=r"an entry of the vocabulary has 65536 letters.*at most 65535"):
         Vocabulary([b"a" * 65536])
