@@ -9,6 +9,8 @@ Every document is trained on in `versions` copies, either exact or each reformat
 indentation, case, doubled spaces), perhaps with edited words. The audit gives the model the plain first half and
 compares its greedy continuation with the second, as normalised words (ROUGE-L), so that another line break or case
 counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text.
+And given the true tokens before, how often does it know a token that the rule drops in the plain text? There a rule
+that was fooled by other versions is found out, with many more tokens to count than there are documents.
 With several --edits one model is trained on that many documents of each kind.
 (Of memorize.py's options --k, --h, --strategy and --seed are not used here: --rules and --seeds say the same.)
 Every loss is trained for equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs.
@@ -188,10 +190,22 @@ def scores_of(records: list[dict[str, Any]], split: str) -> dict[str, float]:
     def rouge(record: dict[str, Any]) -> float:
         return rouge_l(words("".join(record["output_tokens"])), words("".join(record["suffix_tokens"])))
 
-    return {
+    scores = {
         f"rouge_l_{split}": statistics.mean(map(rouge, records)),
         f"nll_{split}": statistics.mean(statistics.mean(record["nll"]) for record in records),
     }
+    # Whether the holes held: does the model know the tokens that the rule drops in the plain text?
+    known: dict[bool, list[tuple[bool, float]]] = {True: [], False: []}
+    for record in records:
+        for dropped, *knows in zip(record["dropped"] or [], record["correct"], record["nll"], strict=False):
+            known[dropped].append((knows[0], knows[1]))
+    for dropped, tokens in known.items():
+        if tokens and split == "members":
+            name = "dropped" if dropped else "kept"
+            scores[f"accuracy_{name}"] = statistics.mean(correct for correct, _ in tokens)
+            scores[f"nll_{name}"] = statistics.mean(nll for _, nll in tokens)
+            scores[f"tokens_{name}"] = len(tokens)
+    return scores
 
 
 def words(text: str) -> list[str]:
@@ -201,8 +215,22 @@ def words(text: str) -> list[str]:
 
 def table(results: list[dict[str, Any]]) -> Table:
     """Means over the seeds: ROUGE-L with its least and greatest, its held-out floor, held-out nll (nats/token)."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="left: (ROUGE-L - floor) / the same of standard")
-    for heading in ("copies", "edits", "rule", "drop", "ROUGE-L", "spread", "floor", "left", "nll", "n"):
+    caption = "left: (ROUGE-L - floor) / the same of standard; kept, holes: teacher-forced accuracy there"
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption)
+    for heading in (
+        "copies",
+        "edits",
+        "rule",
+        "drop",
+        "ROUGE-L",
+        "spread",
+        "floor",
+        "left",
+        "kept",
+        "holes",
+        "nll",
+        "n",
+    ):
         shown.add_column(heading, no_wrap=True)
     groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for result in results:
@@ -221,6 +249,8 @@ def table(results: list[dict[str, Any]]) -> Table:
             left = f"{(rouge - floor) / recited:.2f}" if recited else "-"
         spread = f"{min(values):.2f}-{max(values):.2f}"
         numbers = [f"{mean(group, 'drop_rate'):.2f}", f"{rouge:.2f}", spread, f"{floor:.2f}", left]
+        for key in ("accuracy_kept", "accuracy_dropped"):
+            numbers.append(f"{mean(group, key):.2f}" if key in group[0] else "-")
         shown.add_row(copies, f"{edits:g}", rule, *numbers, f"{mean(group, 'nll_heldout'):.2f}", str(len(group)))
     return shown
 

@@ -52,6 +52,8 @@ def test_miniature(tmp_path, capsys):
     assert [result["epochs"] for result in results] == [1] * 4
     assert 0.1 < results[2]["drop_rate"] < 0.45
     assert results[2]["nll_members"] != results[3]["nll_members"], "other documents"
+    assert results[2]["tokens_dropped"] + results[2]["tokens_kept"] == 2 * 32, "of two suffixes"
+    assert "accuracy_dropped" not in results[0], "standard has no holes"
     assert results[2]["nll_heldout"] == results[3]["nll_heldout"], "the same floor"
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == results
