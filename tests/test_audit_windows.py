@@ -60,13 +60,13 @@ def test_bad_lines_are_named_and_what_came_before_is_read(tmp_path, line, text):
 
 
 def test_files_that_are_not_there_or_of_another_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file .*x.jsonl; expected .jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*x\.jsonl; expected \.jsonl"):
         list(read_rows(tmp_path / "x.jsonl"))
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"x.csv: expected .jsonl with an object a line, or plain text \(.txt"):
         list(read_rows(tmp_path / "x.csv"))
     (tmp_path / "x.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="x.txt is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"x\.txt is not UTF-8 text"):
         list(read_rows(tmp_path / "x.txt"))
 
 
