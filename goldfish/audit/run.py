@@ -115,17 +115,15 @@ def audit(
                 "tokens; ask for a shorter prefix or suffix, or join short texts"
             )
     rules = _rules(checkpoint, tokenizer)
-
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if device is None:
         device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    loaded = {}
+    models = {}
     for each in (checkpoint, *([control] if control is not None else [])):
-        loaded[each] = load_model(
+        models[each] = load_model(
             each, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
         )
-        _check_model(loaded[each], each, prefix_length + suffix_length, files, surveys)
+    _check_inputs(models, files, surveys, prefix_length + suffix_length)
     if control is not None:
         its_tokenizer = load_tokenizer(control, trust_remote_code=trust_remote_code)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -133,40 +131,40 @@ def audit(
                 f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
                 "it; take a control of the same family"
             )
-    protocol |= {"device": device.type, "ambiguous_margin": AMBIGUOUS[loaded[checkpoint].dtype]}
+    protocol |= {"device": device.type, "ambiguous_margin": AMBIGUOUS[models[checkpoint].dtype]}
 
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     header = {"name": name or Path(checkpoint).resolve().name, "checkpoint": str(checkpoint)}
     if rank == 0:
-        commits = [fingerprint(each) or getattr(model.config, "_commit_hash", None) for each, model in loaded.items()]
+        prints = [fingerprint(each) or getattr(model.config, "_commit_hash", None) for each, model in models.items()]
         inputs = {split: asdict(its) for split, its in surveys.items()}
-        run = header | protocol | {"checkpoints": commits, "inputs": inputs, "tokens": tokens, "block": BLOCK}
+        run = header | protocol | {"fingerprints": prints, "inputs": inputs, "tokens": tokens, "block": BLOCK}
         shards.open(run | {"versions": versions()})
     _wait(state)
-
     summary = shards.summary()
     if summary is not None:  # it was stopped while it cleaned up
-        if rank == 0:
-            shards.finish(None)
         _wait(state)
+        if rank == 0:
+            shards.clean()
         return summary
 
     ends = list(itertools.accumulate(-(-its.windows // BLOCK) for its in surveys.values()))
-    groups = {split: range(first, end) for split, first, end in zip(surveys, [0, *ends], ends, strict=False)}
-    context = _context(loaded[checkpoint])
+    numbers = {split: range(first, end) for split, first, end in zip(surveys, [0, *ends], ends, strict=False)}
+    context = _context(models[checkpoint])
     scorer = Scorer(
-        loaded[checkpoint],
+        models[checkpoint],
         sampling,
         protocol["beams"] or (),
         (lambda window: lowercase_ids(window, tokenizer)[:context]) if lowercase else None,
-        loaded[control] if control is not None else None,
+        models[control] if control is not None else None,
     )
     with _progress(disable=rank > 0) as bar:
-        for split, blocks in groups.items():
-            mine = [number for number in blocks if number % processes == rank]
-            sizes = {number: min(BLOCK, surveys[split].windows - (number - blocks.start) * BLOCK) for number in mine}
-            task = bar.add_task(f"audit {header['name']}: {split}", total=sum(sizes.values()))
-            for number, block in enumerate(_blocks(windows_of(split)), blocks.start):
-                if number not in sizes:
+        for split, its_numbers in numbers.items():
+            windows = surveys[split].windows
+            mine = {n: min(BLOCK, windows - i * BLOCK) for i, n in enumerate(its_numbers) if n % processes == rank}
+            task = bar.add_task(f"audit {header['name']}: {split}", total=sum(mine.values()))
+            for number, block in zip(its_numbers, _blocks(windows_of(split)), strict=True):
+                if number not in mine:
                     continue
                 if not shards.has(number):
                     scores = scorer.score(block)
@@ -175,24 +173,20 @@ def audit(
                         for window, score in zip(block, scores, strict=True)
                     ]
                     shards.write(number, records, _token_table(block, scores) if tokens else None)
-                bar.advance(task, len(block))
+                bar.advance(task, mine[number])
     _wait(state)
 
     if rank == 0:
         if tokens:
             shards.join(ends[-1], TOKENS)
         path = shards.join(ends[-1], RECORDS)
+        splits = {
+            split: summarize(Records(path, its_numbers), surveys[split].skipped)
+            for split, its_numbers in numbers.items()
+        }
+        rule = rules.to_dict() if isinstance(rules, Goldfish) else None
         shards.finish(
-            {
-                "schema": SCHEMA,
-                **header,
-                "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
-                "protocol": protocol,
-                "versions": versions(),
-                "splits": {
-                    split: summarize(Records(path, blocks), surveys[split].skipped) for split, blocks in groups.items()
-                },
-            }
+            {"schema": SCHEMA, **header, "rule": rule, "protocol": protocol, "versions": versions(), "splits": splits}
         )
     _wait(state)
     summary = shards.summary()
@@ -212,22 +206,23 @@ def _check(protocol: dict[str, Any]) -> None:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {protocol['dtype']!r}")
 
 
-def _check_model(
-    model: Any, checkpoint: str | Path, length: int, files: dict[str, Path], surveys: dict[str, Survey]
+def _check_inputs(
+    models: dict[str | Path, Any], files: dict[str, Path], surveys: dict[str, Survey], length: int
 ) -> None:
-    context = _context(model)
-    if context is not None and length > context:
-        raise ValueError(
-            f"windows of {length} tokens do not fit the context of {checkpoint}, {context} tokens; "
-            "ask for a shorter prefix or suffix"
-        )
-    known = model.get_input_embeddings().num_embeddings
-    for split, its in surveys.items():
-        if its.largest_id >= known:
+    """ValueError for windows that a model cannot take."""
+    for checkpoint, model in models.items():
+        context, known = _context(model), model.get_input_embeddings().num_embeddings
+        if context is not None and length > context:
             raise ValueError(
-                f"{files[split]}, row {its.largest_at}: token id {its.largest_id}, but {checkpoint} knows "
-                f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
+                f"windows of {length} tokens do not fit the context of {checkpoint}, {context} tokens; "
+                "ask for a shorter prefix or suffix"
             )
+        for split, its in surveys.items():
+            if its.largest_id >= known:
+                raise ValueError(
+                    f"{files[split]}, row {its.largest_at}: token id {its.largest_id}, but {checkpoint} knows "
+                    f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
+                )
 
 
 def _context(model: Any) -> int | None:

@@ -84,10 +84,12 @@ class Shards:
         _write_table(self.folder / kind, (pq.read_table(path).cast(schema) for path in paths), schema)
         return self.folder / kind
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:
-        """Write the summary, if it is not there yet, and remove what only an unfinished audit needs, marker last."""
-        if summary is not None:
-            _write_json(self.folder / SUMMARY, summary)
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        _write_json(self.folder / SUMMARY, summary)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what only an unfinished audit needs; the marker last, so that this too can be stopped."""
         for path in self._unfinished.iterdir():
             if path != self._marker:
                 path.unlink()
