@@ -97,7 +97,8 @@ def test_windows_of_any_length_and_batch_agree(model, monkeypatch):
     """Padding on the right is seen by no token; every window alone gives the same answers."""
     windows = [*asked(model, 6), *asked(model, 3, prefix=5, suffix=3), *asked(model, 2, prefix=20, suffix=1)]
     together = Scorer(model).score(windows)
-    monkeypatch.setitem(score_module.TOKENS_BUDGET, "cpu", 1)
+    monkeypatch.setitem(score_module.PASS_TOKENS, "cpu", 1)
+    monkeypatch.setitem(score_module.SEARCH_TOKENS, "cpu", 1)
     for window, one, all_ in zip(windows, Scorer(model).score(windows), together, strict=True):
         assert one.output == all_.output
         assert np.array_equal(one.rank, all_.rank)
@@ -200,10 +201,14 @@ def test_log_q_of_ties_at_the_cut():
     """Entries that equal the k-th stay; of those at the edge of top-p, some go, as in transformers."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]).repeat(6, 1)
     targets = torch.arange(6)
+
+    def log_q(sampling):
+        return score_module._reduce(logits, targets, torch.ones(6, dtype=torch.bool), [sampling])["log_q"][0]
+
     for sampling in (Sampling(top_k=2), Sampling(top_k=3), Sampling(top_p=0.6), Sampling(0.5, 2, 0.7)):
         expected = warped(logits, sampling).gather(-1, targets[:, None])[:, 0]
-        assert torch.allclose(score_module._log_q(logits, targets, sampling), expected, atol=1e-6)
-    assert torch.isfinite(score_module._log_q(logits, targets, Sampling(top_k=2))).tolist() == [0, 1, 1, 1, 1, 0]
+        assert torch.allclose(log_q(sampling), expected, atol=1e-6)
+    assert torch.isfinite(log_q(Sampling(top_k=2))).tolist() == [0, 1, 1, 1, 1, 0]
 
 
 def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
@@ -221,6 +226,21 @@ def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
     share = (drawn == torch.tensor(window.suffix)).all(-1).double().mean().item()
     assert 0.02 < p < 0.98
     assert abs(share - p) < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_logits_that_a_model_forbids():
+    """Minus infinity has probability 0, and 0 * log 0 is 0: no NaN anywhere, and the moments of the rest."""
+    logits = torch.tensor([[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    both = torch.ones(2, dtype=torch.bool)
+    settings = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.8)]
+    found = score_module._reduce(logits, torch.tensor([2, 1]), both, settings)
+    log_p = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).log_softmax(-1)
+    mean = (log_p.exp() * log_p).sum().item()
+    assert found["entropy_mean"].tolist() == pytest.approx([mean, 0.0], abs=1e-6)
+    assert found["entropy_std"][0].item() == pytest.approx(((log_p.exp() * (log_p - mean) ** 2).sum() ** 0.5).item())
+    assert found["nll"].tolist() == pytest.approx([-log_p[1].item(), torch.inf])
+    assert found["rank"].tolist() == [1, 1]
+    assert not any(column.isnan().any() for column in found.values())
 
 
 @pytest.mark.parametrize(

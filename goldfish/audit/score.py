@@ -12,8 +12,9 @@ from goldfish.audit.decode import continue_greedily, least_beams, relative_margi
 from goldfish.audit.head import RowsOfLogits
 from goldfish.audit.windows import Window
 
-# Tokens that a batch may hold, and rows of a greedy search; on a CPU larger ones were no faster.
-TOKENS_BUDGET = {"cpu": 2**12, "other": 2**16}
+# Tokens that a batch may hold in the pass, and in a greedy search, where a step has few rows; more was no faster.
+PASS_TOKENS = {"cpu": 2**12, "other": 2**16}
+SEARCH_TOKENS = {"cpu": 2**14, "other": 2**16}
 # A token is ambiguous where the second largest logit is this close to the largest, relative to it: the order of the
 # sums (batch size, cache) can then decide. Small models differed by 1.3e-6, 0.0023 and 0.020: margins by twice that.
 AMBIGUOUS = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
@@ -89,7 +90,7 @@ class Scorer:
         self._logits = RowsOfLogits(model)
         self._control = RowsOfLogits(control) if control is not None else None
         kind = "cpu" if model.device.type == "cpu" else "other"
-        self._tokens = TOKENS_BUDGET[kind]
+        self._pass_tokens, self._search_tokens = PASS_TOKENS[kind], SEARCH_TOKENS[kind]
         for each in (model, *([control] if control is not None else [])):
             each.eval()
 
@@ -128,7 +129,7 @@ class Scorer:
         """Places of rows, those of like length together, longest first: a batch that is too large fails at once."""
         batch: list[int] = []
         for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            if batch and (len(batch) + 1) * len(rows[batch[0]]) > self._tokens:
+            if batch and (len(batch) + 1) * len(rows[batch[0]]) > self._pass_tokens:
                 yield batch
                 batch = []
             batch.append(place)
@@ -168,7 +169,7 @@ class Scorer:
                 pending.setdefault((window.prefix_length, len(window.suffix)), []).append((known, i))
         for (prefix_length, suffix_length), waiting in pending.items():
             waiting.sort()
-            at_once = max(1, self._tokens // (prefix_length + suffix_length))
+            at_once = max(1, self._search_tokens // (prefix_length + suffix_length))
             for group in (waiting[first : first + at_once] for first in range(0, len(waiting), at_once)):
                 known = group[0][0]
                 starts = [windows[i].ids[:prefix_length] + rows[i]["output"][:known] for _, i in group]
@@ -219,37 +220,66 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
-    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix)."""
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix).
+
+    It passes over the logits as seldom as it can: most answers are among the few largest.
+    """
     target = logits.gather(-1, targets[:, None])
-    greedy = logits.argmax(-1)  # the first of equals, as in generate
-    rank = (logits > target).sum(-1)
-    log_q = [_log_q(logits[of_suffix], targets[of_suffix], sampling) for sampling in samplings]
-    log_q = log_q or [logits.new_empty(0, int(of_suffix.sum()))]
-    largest, second = logits.topk(2).values.unbind(-1)
-    normalizer = logits.logsumexp(-1)
-    log_p = logits.sub_(normalizer[:, None])
-    p = log_p.exp()
-    log_p.masked_fill_(p == 0, 0)  # 0 * log 0 = 0
-    mean = (p * log_p).sum(-1)
-    variance = (p * log_p.sub_(mean[:, None]).square_()).sum(-1)
+    most = max([2, *(1 + sampling.top_k for sampling in samplings if sampling.top_k is not None)])
+    top, places = logits.topk(min(most, logits.shape[-1]))
+    greedy, margin = places[:, 0], top[:, 0] - top[:, 1]
+    tied = margin == 0
+    if tied.any():
+        greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
+    rank = (top > target).sum(-1)
+    beyond = rank == top.shape[-1]
+    rank[beyond] = (logits[beyond] > target[beyond]).sum(-1)
+
+    # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
+    s = (logits - top[:, :1]).clamp_(min=-1000)  # far below what exp tells from 0, and 0 * it is 0
+    weights = s.exp()
+    total = weights.sum(-1)
+    mean = weights.mul_(s).sum(-1) / total
+    square = weights.mul_(s).sum(-1) / total
+    nll = total.log() + (top[:, 0] - target[:, 0])
+    suffix = [each[of_suffix] for each in (target[:, 0], top, nll)]
+    log_q = []
+    for sampling in samplings:
+        known = _log_q(*suffix, sampling)
+        log_q.append(_log_q_of_all(logits[of_suffix], targets[of_suffix], sampling) if known is None else known)
     return {
         "greedy": greedy,
-        "nll": normalizer - target[:, 0],
+        "nll": nll,
         "rank": rank,
-        "margin": largest - second,
-        "relative_margin": relative_margin(largest, second),
-        "entropy_mean": mean,
-        "entropy_std": variance.sqrt(),
-        "log_q": torch.stack(log_q) if samplings else log_q[0],
+        "margin": margin,
+        "relative_margin": relative_margin(top[:, 0], top[:, 1]),
+        "entropy_mean": mean - total.log(),
+        "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
+        "log_q": torch.stack(log_q) if log_q else nll.new_empty(0, int(of_suffix.sum())),
     }
 
 
-def _log_q(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
+def _log_q(target: Tensor, top: Tensor, nll: Tensor, sampling: Sampling) -> Tensor | None:
+    """`_log_q_of_all` from what is known already: each row's target, its largest logits (rows, more than top_k),
+    falling, and its nll (rows,). None where that is not enough."""
+    if sampling == Sampling():
+        return -nll
+    k = sampling.top_k
+    if k is None or k >= top.shape[-1] or sampling.top_p is not None:
+        return None
+    kept = top[:, : k + 1] / sampling.temperature
+    least = kept[:, k - 1]
+    if (kept[:, k] == least).any():  # equals of the k-th stay too
+        return None
+    target = target / sampling.temperature
+    return (target - kept[:, :k].logsumexp(-1)).masked_fill(target < least, -torch.inf)
+
+
+def _log_q_of_all(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
     """log-probability of the targets, (rows,), after transformers' logits processors in the order of generate."""
     scores = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        least = scores.topk(sampling.top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)  # what equals the k-th stays, so there may be more
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         rising, order = scores.sort(-1)
         cut = rising.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
