@@ -242,10 +242,9 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    suffix = [each[of_suffix] for each in (target[:, 0], top, nll)]
     log_q = []
     for sampling in samplings:
-        known = _log_q(*suffix, sampling)
+        known = _log_q(target[of_suffix, 0], top[of_suffix], nll[of_suffix], sampling)
         log_q.append(_log_q_of_all(logits[of_suffix], targets[of_suffix], sampling) if known is None else known)
     return {
         "greedy": greedy,
