@@ -226,9 +226,9 @@ def _seconds(result: dict | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="print the tables and stop")
-    parser.add_argument("--documents", type=int, default=32, help="members, and as many held-out texts")
+    parser.add_argument("--documents", type=int, default=16, help="members, and as many held-out texts")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=120, help="of training")
+    parser.add_argument("--steps", type=int, default=80, help="of training")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "audit-cpu.json")
