@@ -231,6 +231,7 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     )
     other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
     refused(ValueError, "other.jsonl, row 1: token id 320, but .* knows 320 ids; .*`text`", members=other)
+    refused(FileNotFoundError, "no checkpoint folder .*elsewhere", control=tmp_path / "elsewhere")
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)
     refused(ValueError, r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(", checkpoint=bare)

@@ -61,7 +61,7 @@ def load_model(
             **_options(folder, trust_remote_code),
         )
     except OSError as error:
-        if allow_pickle or any(folder.glob("*.safetensors")) or (folder.is_dir() and not pickled):
+        if allow_pickle or "safetensors" not in str(error) or (folder.is_dir() and not pickled):
             raise
         has = f"{checkpoint} has no safetensors weights" + (f" but {', '.join(pickled)}" if pickled else "")
         raise ValueError(

@@ -102,6 +102,13 @@ def audit(
     shards = Shards(Path(output_dir))
     shards.refuse()
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    if control is not None:
+        its_tokenizer = load_tokenizer(control, trust_remote_code=trust_remote_code)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
+                "it; take a control of the same family"
+            )
 
     def windows_of(split: str) -> Iterator[Window | None]:
         rows = read_rows(files[split])
@@ -124,13 +131,6 @@ def audit(
             each, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
         )
     _check_inputs(models, files, surveys, prefix_length + suffix_length)
-    if control is not None:
-        its_tokenizer = load_tokenizer(control, trust_remote_code=trust_remote_code)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
-                "it; take a control of the same family"
-            )
     protocol |= {"device": device.type, "ambiguous_margin": AMBIGUOUS[models[checkpoint].dtype]}
 
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
