@@ -34,13 +34,43 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--html", metavar="FILE", help="write a page instead, to a new file")
     show.set_defaults(run=_show)
 
-    audit = verbs.add_parser("audit", help="ask a checkpoint to recite texts")
+    audit = verbs.add_parser(
+        "audit",
+        help="ask a checkpoint to recite texts",
+        description="Ask a checkpoint to recite texts. Stopped at any moment, it goes on where it was when the same "
+        "command is given again. `accelerate launch -m goldfish audit ...` shares the work between processes.",
+    )
     audit.add_argument("checkpoint", help="a folder or hub name with model and tokenizer")
     audit.add_argument("--members", metavar="FILE", help="texts that were trained on: .jsonl or .txt")
     audit.add_argument("--heldout", metavar="FILE", help="texts of the same kind that were not")
     audit.add_argument("-o", "--output_dir", required=True, metavar="DIR", help="a new folder for the results")
     audit.add_argument("--prefix_length", type=int, default=50, help="tokens that the model is given (default 50)")
     audit.add_argument("--suffix_length", type=int, default=50, help="tokens that it is to recite (default 50)")
+    audit.add_argument(
+        "--offsets", type=int, nargs="+", default=[0], metavar="TOKENS",
+        help="where in a text the prefix begins, one window each (default 0)",
+    )  # fmt: skip
+    audit.add_argument(
+        "--sampling", type=_sampling, nargs="*", metavar="SETTING",
+        help="adversaries who sample, each such as temperature=0.8,top_k=40,top_p=0.95 "
+        "(default: temperature=1 top_k=40)",
+    )  # fmt: skip
+    audit.add_argument(
+        "--beams", type=int, nargs="+", default=[], metavar="B", help="adversaries who search with B beams, e.g. 4 16"
+    )
+    audit.add_argument("--lowercase", action="store_true", help="score the texts in lower case too (one more pass)")
+    audit.add_argument(
+        "--control", metavar="DIR", help="a checkpoint with the same tokenizer that never saw the members"
+    )
+    audit.add_argument("--tokens", action="store_true", help="also write tokens.parquet, one row a token")
+    audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
+    audit.add_argument(
+        "--dtype", default="float32", metavar="DTYPE",
+        help="float32 (default), bfloat16 or float16; in 16 bits, answers that hang on rounding are settled one by one",
+    )  # fmt: skip
+    audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
+    audit.add_argument("--allow_pickle", action="store_true", help="load weights that are pickles, which can run code")
+    audit.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     audit.set_defaults(run=_audit)
 
     report = verbs.add_parser("report", help="one HTML page from finished audits")
@@ -64,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from goldfish.audit.run import load_tokenizer
+    from goldfish.audit.load import load_tokenizer
     from goldfish.show import show_one, show_two, shown
 
     if len(args.text) > 2:
@@ -87,21 +117,34 @@ def _text_or_file(text: str) -> str:
     return text
 
 
+def _sampling(text: str) -> dict[str, float | int]:
+    """temperature=0.8,top_k=40 as the arguments of a Sampling."""
+    kinds = {"temperature": float, "top_k": int, "top_p": float}
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    try:
+        return {name: kinds[name](number) for name, number in given.items()}
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"expected settings such as temperature=0.8,top_k=40,top_p=0.95, got {text!r}"
+        ) from None
+
+
 def _audit(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from goldfish.audit import audit
+    from goldfish.audit.score import Sampling
     from goldfish.audit.table import summary_table
 
-    summary = audit(
-        args.checkpoint,
-        args.output_dir,
-        members=args.members,
-        heldout=args.heldout,
-        prefix_length=args.prefix_length,
-        suffix_length=args.suffix_length,
-    )
-    console = Console()
-    console.print(summary_table([summary]))
-    console.print(f"Next: goldfish report {args.output_dir} -o report.html", highlight=False)
+    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling")}
+    if args.sampling is not None:
+        options["sampling"] = [Sampling(**setting) for setting in args.sampling]
+    state = PartialState(cpu=args.device == "cpu")
+    summary = audit(**options, state=state)
+    if state.is_main_process:
+        console = Console()
+        console.print(summary_table([summary]))
+        console.print(f"Next: goldfish report {args.output_dir} -o report.html", highlight=False)
 
 
 def _report(args: argparse.Namespace) -> None:

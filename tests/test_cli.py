@@ -1,4 +1,5 @@
 import json
+import runpy
 
 import pytest
 import torch
@@ -87,6 +88,35 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
     assert "report.html" in capsys.readouterr().out
     assert "</html>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 2
+
+
+def test_audit_with_every_option(checkpoint, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
+    command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
+    command += ["--prefix_length", "8", "--suffix_length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
+    command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
+    command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu"]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["name"] == "mine"
+    asked = {key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "lowercase", "dtype", "device")}
+    assert asked == {
+        "offsets": [0, 2], "beams": [2], "lowercase": True, "dtype": "bfloat16", "device": "cpu",
+        "sampling": [
+            {"temperature": 0.5, "top_k": None, "top_p": None}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9},
+        ],
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--sampling", "top_q=3"])
+    assert "expected settings such as temperature=0.8,top_k=40,top_p=0.95, got 'top_q=3'" in capsys.readouterr().err
+
+
+def test_python_m_goldfish(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["goldfish", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("goldfish", run_name="__main__")
+    assert capsys.readouterr().out.startswith("goldfish-loss ")
 
 
 @pytest.mark.parametrize(

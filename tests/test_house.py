@@ -15,8 +15,9 @@ PACKAGE = Path(goldfish.__file__).parent
 ORDER = [
     "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
     "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.score", "audit.stats", "audit.extraction", "audit.run", "audit", "audit.table",
-    "report", "show", "cli",
+    "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.stats", "audit.extraction", "audit.load",
+    "audit.shards", "audit.run", "audit", "audit.table",
+    "report", "show", "cli", "__main__",
 ]  # fmt: skip
 
 

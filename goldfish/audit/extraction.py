@@ -28,6 +28,7 @@ def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
 def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: Any) -> Record:
     """One row of records.parquet: what was asked, what came, and which tokens the training had dropped."""
     prefix, suffix = window.ids[: window.prefix_length], window.suffix
+    of_suffix = slice(window.prefix_length - 1, None)
     dropped = None
     if rule is not None and rule.strategy != "random":  # whose holes were others in every epoch
         dropped = rule.dropped(torch.tensor(window.ids))[window.prefix_length :].tolist()
@@ -42,8 +43,8 @@ def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: 
         "suffix_tokens": text_pieces(tokenizer, prefix, suffix),
         "output_tokens": text_pieces(tokenizer, prefix, score.output),
         "dropped": dropped,
-        "nll": score.nll,
-        "correct": [a == b for a, b in zip(score.greedy, suffix, strict=True)],
+        "nll": score.nll[of_suffix].tolist(),
+        "correct": [a == b for a, b in zip(score.greedy[of_suffix].tolist(), suffix, strict=True)],
         "exact_match": score.output == suffix,
         "first_divergence": first_divergence(score.output, suffix),
         "rouge_l_ids": rouge_l(score.output, suffix),

@@ -1,93 +1,287 @@
-"""Windows -> scores. The only file of the audit that runs a model."""
+"""Windows -> scores: one teacher-forced pass, and generation only for the rows that need it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
+from goldfish.audit.head import RowsOfLogits
 from goldfish.audit.windows import Window
 
-LOGITS_BUDGET = 2**28  # bytes of float32 logits that a batch may make; a larger batch was no faster on a CPU
+# Tokens that a batch may hold in the pass, and in a greedy search, where a step has few rows; more was no faster.
+PASS_TOKENS = {"cpu": 2**12, "other": 2**16}
+SEARCH_TOKENS = {"cpu": 2**14, "other": 2**16}
+# A token is ambiguous where the second largest logit is this close to the largest, relative to it: the order of the
+# sums (batch size, cache) can then decide. Small models differed by 1.3e-6, 0.0023 and 0.020: margins by twice that.
+AMBIGUOUS = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 
-TOKENS_BUDGET = 2**16  # tokens that a batch may hold, prefixes included
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an adversary draws tokens: temperature, then top-k, then top-p, as transformers' `generate` applies them."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs none")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 (or None for no cut), got {self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1] (or None for no cut), got {self.top_p!r}")
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model does with a window; all lists have one entry a suffix token.
+    """What a model does with a window of T ids. Arrays of length T - 1 speak of ids[1:], each given all ids before it.
 
-    greedy: teacher-forced argmax, given the true tokens before. nll: -log P(token | all before), nats.
-    output: the free-running greedy continuation. It equals the suffix exactly where `greedy` does, so it is
-    generated only for the other windows.
+    greedy: int64 (T-1,) teacher-forced argmax. nll: float32 (T-1,) -log P(token), nats. rank: int64 (T-1,) how many
+    entries of the vocabulary have a larger logit; 0 = most probable. margin: float32 (T-1,) largest logit minus the
+    second largest. entropy_mean, entropy_std: float32 (T-1,) mean and standard deviation of log P over the vocabulary
+    under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section 4).
+    log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf where cut off.
+    output: (S,) the free-running greedy continuation of the prefix; it goes on through an EOS.
+    settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the first divergence.
+    lowercase_nll: mean nll (nats/token) of the window's text in lower case. control_nll: mean nll of the same ids
+    under another model. beams: the least number of beams among those tried that recites the suffix; 0: none of them.
+    The last three are None where they were not asked for.
     """
 
-    greedy: list[int]
-    nll: list[float]
+    greedy: np.ndarray
+    nll: np.ndarray
+    rank: np.ndarray
+    margin: np.ndarray
+    entropy_mean: np.ndarray
+    entropy_std: np.ndarray
+    log_q: np.ndarray
     output: list[int]
+    settled: bool = False
+    lowercase_nll: float | None = None
+    control_nll: float | None = None
+    beams: int | None = None
 
 
-def score(model: Any, windows: Sequence[Window], progress: Callable[[int], None] = lambda done: None) -> list[Score]:
-    """Score windows of equal length; `progress` is told how many windows each batch finished.
+class Scorer:
+    """Scores windows under one model.
 
-    One forward pass answers exact match, first divergence, teacher-forced accuracy and likelihood; a greedy
-    continuation is generated for the windows that diverge. Both ignore the checkpoint's generation settings
-    (repetition penalty and the like) and go on through an EOS, so that they mean the same thing.
+    Args:
+        model: a causal language model of transformers, on its device.
+        samplings: the settings whose log_q is wanted.
+        beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only where the ranks allow it.
+        lowercase: from a window, the ids of its text in lower case; None: not asked for.
+        control: another model, for control_nll.
     """
-    if not windows:
-        return []
-    prefix_length = windows[0].prefix_length
-    suffix_length = len(windows[0].suffix)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and len(windows[0].ids) > longest:
-        raise ValueError(
-            f"windows of {prefix_length} + {suffix_length} tokens do not fit this model's context of {longest} tokens; "
-            "ask for a shorter prefix or suffix"
-        )
-    rows_of_logits = LOGITS_BUDGET // (4 * suffix_length * model.config.get_text_config().vocab_size)
-    batch_size = max(1, min(rows_of_logits, TOKENS_BUDGET // len(windows[0].ids)))
-    scores: list[Score] = []
-    was_training = model.training
-    model.eval()
-    try:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            ids = torch.tensor([window.ids for window in batch], device=model.device)
-            greedy, nll = _teacher_forced(model, ids, suffix_length)
-            output = greedy.clone()
-            diverged = (greedy != ids[:, prefix_length:]).any(-1)
-            if diverged.any():
-                output[diverged] = _continue_greedily(model, ids[diverged, :prefix_length], suffix_length)
-            for row in zip(greedy.tolist(), nll.tolist(), output.tolist(), strict=True):
-                scores.append(Score(*row))
-            progress(len(batch))
-    finally:
-        model.train(was_training)
-    return scores
+
+    def __init__(
+        self,
+        model: Any,
+        samplings: Sequence[Sampling] = (Sampling(),),
+        beams: Sequence[int] = (),
+        lowercase: Callable[[Window], list[int]] | None = None,
+        control: Any = None,
+    ) -> None:
+        self.model, self.samplings, self.beams, self.lowercase = model, samplings, beams, lowercase
+        self._logits = RowsOfLogits(model)
+        self._control = RowsOfLogits(control) if control is not None else None
+        kind = "cpu" if model.device.type == "cpu" else "other"
+        self._pass_tokens, self._search_tokens = PASS_TOKENS[kind], SEARCH_TOKENS[kind]
+        for each in (model, *([control] if control is not None else [])):
+            each.eval()
+
+    @torch.inference_mode()
+    def score(self, windows: Sequence[Window]) -> list[Score]:
+        """One Score for each window, in their order.
+
+        Exact match, first divergence, likelihoods and ranks come from one forward pass. A greedy continuation is
+        generated for the rows that diverge, all other rows are their own; rows whose answer hangs on rounding are
+        settled by generate at batch size 1. In float32 every output equals that of generate at batch size 1; in 16
+        bits the first divergence does, the text after it may depend on the batch.
+        """
+        if not windows:
+            return []
+        rows: list[dict[str, Any]] = [{}] * len(windows)
+        for batch in self._batches([window.ids for window in windows]):
+            for place, row in zip(batch, self._teacher_forced([windows[i] for i in batch]), strict=True):
+                rows[place] = row
+        self._continue(windows, rows)
+        for window, row in zip(windows, rows, strict=True):
+            if row.pop("ambiguous"):
+                self._settle(window, row)
+            if self.beams:
+                start = window.prefix_length
+                ranks = row["rank"][start - 1 :].tolist()
+                row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
+        if self.lowercase is not None:
+            lowered = self._mean_nll(self._logits, [self.lowercase(window) for window in windows])
+            rows = [row | {"lowercase_nll": nll} for row, nll in zip(rows, lowered, strict=True)]
+        if self._control is not None:
+            controls = self._mean_nll(self._control, [window.ids for window in windows])
+            rows = [row | {"control_nll": nll} for row, nll in zip(rows, controls, strict=True)]
+        return [Score(**row) for row in rows]
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Places of rows, those of like length together, longest first: a batch that is too large fails at once."""
+        batch: list[int] = []
+        for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+            if batch and (len(batch) + 1) * len(rows[batch[0]]) > self._pass_tokens:
+                yield batch
+                batch = []
+            batch.append(place)
+        yield batch
+
+    def _teacher_forced(self, windows: Sequence[Window]) -> list[dict[str, Any]]:
+        """The arrays of Score for a batch, sorted by falling length, and `ambiguous`."""
+        ids, attention_mask = self._padded([window.ids for window in windows])
+        targets = ids[:, 1:].flatten()
+        place = torch.arange(1, ids.shape[1], device=ids.device)
+        ends = torch.tensor([[len(w.ids)] for w in windows], device=ids.device)
+        starts = torch.tensor([[w.prefix_length] for w in windows], device=ids.device)
+        of_suffix = ((starts <= place) & (place < ends)).flatten()
+        parts = []
+        for rows, logits in self._logits.chunks(ids, attention_mask):
+            parts.append(_reduce(logits, targets[rows], of_suffix[rows], self.samplings))
+        columns = {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
+        log_q, close = columns.pop("log_q"), columns.pop("relative_margin") < AMBIGUOUS[self.model.dtype]
+        found, taken = [], 0
+        for i, window in enumerate(windows):
+            first, length, start = i * (ids.shape[1] - 1), len(window.ids) - 1, window.prefix_length - 1
+            row: dict[str, Any] = {name: column[first : first + length] for name, column in columns.items()}
+            row["log_q"] = log_q[:, taken : taken + length - start]
+            taken += length - start
+            row["output"] = row["greedy"][start:].tolist()
+            end = start + _divergence(row["output"], window.suffix) + 1
+            row["ambiguous"] = bool(close[first + start : first + end].any())
+            found.append(row)
+        return found
+
+    def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
+        """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known."""
+        pending: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
+            known = _divergence(row["output"], window.suffix) + 1
+            if known < len(window.suffix) and not row["ambiguous"]:
+                pending.setdefault((window.prefix_length, len(window.suffix)), []).append((known, i))
+        for (prefix_length, suffix_length), waiting in pending.items():
+            waiting.sort()
+            at_once = max(1, self._search_tokens // (prefix_length + suffix_length))
+            for group in (waiting[first : first + at_once] for first in range(0, len(waiting), at_once)):
+                known = group[0][0]
+                starts = [windows[i].ids[:prefix_length] + rows[i]["output"][:known] for _, i in group]
+                ids = torch.tensor(starts, device=self.model.device)
+                outputs, margins = continue_greedily(self.model, ids, suffix_length - known)
+                for (_, i), output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
+                    rows[i]["output"] = rows[i]["output"][:known] + output
+                    rows[i]["ambiguous"] = self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
+
+    def _settle(self, window: Window, row: dict[str, Any]) -> None:
+        prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.model.device)
+        row["output"] = continue_greedily(self.model, prefix, len(window.suffix))[0][0].tolist()
+        known = _divergence(row["output"], window.suffix) + 1
+        start = window.prefix_length - 1
+        row["greedy"] = row["greedy"].copy()
+        row["greedy"][start : start + known] = row["output"][:known]
+        row["settled"] = True
+
+    def _mean_nll(self, model: RowsOfLogits, rows: Sequence[list[int]]) -> list[float | None]:
+        """Nats per token; None for a row of fewer than two ids."""
+        means: list[float | None] = [None] * len(rows)
+        usable = [i for i, row in enumerate(rows) if len(row) > 1]
+        for batch in self._batches([rows[i] for i in usable]) if usable else ():
+            places = [usable[i] for i in batch]
+            ids, attention_mask = self._padded([rows[i] for i in places])
+            targets = ids[:, 1:].flatten()
+            nll = torch.cat([_nll(logits, targets[part]) for part, logits in model.chunks(ids, attention_mask)])
+            for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
+                means[place] = values[: len(rows[place]) - 1].mean().item()
+        return means
+
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """(B, T), padded on the right, which no token before sees; without padding there is no attention mask."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.device)
+        if min(map(len, rows)) == longest:
+            return ids, None
+        lengths = torch.tensor([[len(row)] for row in rows], device=ids.device)
+        return ids, (torch.arange(longest, device=ids.device) < lengths).long()
 
 
-@torch.inference_mode()
-def _teacher_forced(model: Any, ids: Tensor, suffix_length: int) -> tuple[Tensor, Tensor]:
-    """Argmax and negative log-likelihood (float32) of the last suffix_length tokens, both (B, suffix_length)."""
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=suffix_length + 1).logits
-    logits = logits[:, -suffix_length - 1 : -1].float()
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, -suffix_length:], reduction="none")
-    return logits.argmax(-1), nll
+def _divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
+    return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix))
 
 
-@torch.inference_mode()
-def _continue_greedily(model: Any, prefix: Tensor, suffix_length: int) -> Tensor:
-    """The greedy continuation of prefixes of equal length, (B, suffix_length)."""
-    from transformers import GenerationConfig
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
-    own_settings = model.generation_config
-    # generate() fills what its configuration leaves open from the model's own, so that one is put aside.
-    model.generation_config = GenerationConfig()
-    try:
-        settings = GenerationConfig(do_sample=False, max_new_tokens=suffix_length, pad_token_id=0)
-        output = model.generate(prefix, attention_mask=torch.ones_like(prefix), generation_config=settings)
-    finally:
-        model.generation_config = own_settings
-    continuation: Tensor = output[:, prefix.shape[1] :]
-    return continuation
+
+def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix).
+
+    It passes over the logits as seldom as it can: most answers are among the few largest.
+    """
+    target = logits.gather(-1, targets[:, None])
+    most = max([2, *(1 + sampling.top_k for sampling in samplings if sampling.top_k is not None)])
+    top, places = logits.topk(min(most, logits.shape[-1]))
+    greedy, margin = places[:, 0], top[:, 0] - top[:, 1]
+    tied = margin == 0
+    if tied.any():
+        greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
+    rank = (top > target).sum(-1)
+    beyond = rank == top.shape[-1]
+    rank[beyond] = (logits[beyond] > target[beyond]).sum(-1)
+
+    # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
+    s = (logits - top[:, :1]).clamp_(min=-1000)  # far below what exp tells from 0, and 0 * it is 0
+    weights = s.exp()
+    total = weights.sum(-1)
+    mean = weights.mul_(s).sum(-1) / total
+    square = weights.mul_(s).sum(-1) / total
+    nll = total.log() + (top[:, 0] - target[:, 0])
+    log_q = []
+    for sampling in samplings:
+        known = _log_q(target[of_suffix, 0], top[of_suffix], nll[of_suffix], sampling)
+        log_q.append(_log_q_of_all(logits[of_suffix], targets[of_suffix], sampling) if known is None else known)
+    return {
+        "greedy": greedy,
+        "nll": nll,
+        "rank": rank,
+        "margin": margin,
+        "relative_margin": relative_margin(top[:, 0], top[:, 1]),
+        "entropy_mean": mean - total.log(),
+        "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
+        "log_q": torch.stack(log_q) if log_q else nll.new_empty(0, int(of_suffix.sum())),
+    }
+
+
+def _log_q(target: Tensor, top: Tensor, nll: Tensor, sampling: Sampling) -> Tensor | None:
+    """`_log_q_of_all` from what is known already: each row's target, its largest logits (rows, more than top_k),
+    falling, and its nll (rows,). None where that is not enough."""
+    if sampling == Sampling():
+        return -nll
+    k = sampling.top_k
+    if k is None or k >= top.shape[-1] or sampling.top_p is not None:
+        return None
+    kept = top[:, : k + 1] / sampling.temperature
+    least = kept[:, k - 1]
+    if (kept[:, k] == least).any():  # equals of the k-th stay too
+        return None
+    target = target / sampling.temperature
+    return (target - kept[:, :k].logsumexp(-1)).masked_fill(target < least, -torch.inf)
+
+
+def _log_q_of_all(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
+    """log-probability of the targets, (rows,), after transformers' logits processors in the order of generate."""
+    scores = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        rising, order = scores.sort(-1)
+        cut = rising.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        cut[:, -1] = False
+        scores = scores.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+    return -_nll(scores, targets)

@@ -1,7 +1,8 @@
-"""Texts -> windows: a prefix that the model is given and the suffix that it may recite."""
+"""Texts -> windows: a prefix that the model is given and the suffix that it may recite. Streams, in constant memory."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ class Window:
     """One question to a model: given ids[:prefix_length], does it go on with ids[prefix_length:]?
 
     split: "members" (trained on) or "heldout". index: the row of the input file, from 0. document: its name.
+    prefix_length: the longest asked for; shorter ones with the same start are read off the same scores.
     source: the rule it was trained under, where there was one for each source.
+    count: how often the document was trained on, where the input says so.
+    offset: how many tokens of the document come before the window (a BOS at its start not counted).
     """
 
     split: str
@@ -23,6 +27,8 @@ class Window:
     ids: list[int]
     prefix_length: int
     source: str | None = None
+    count: int | None = None
+    offset: int = 0
 
     @property
     def suffix(self) -> list[int]:
@@ -30,7 +36,9 @@ class Window:
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file (objects with `input_ids` or `text`, perhaps `name`, `source`), or a .txt file as one.
+    """The rows of a .jsonl file, one at a time, or a .txt file as one row.
+
+    A line is an object with `text` or `input_ids`, perhaps `name`, `source` and `count`. Empty lines are no rows.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line and what was expected there.
@@ -40,49 +48,120 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         raise FileNotFoundError(f"no file {path}; expected .jsonl with a `text` or `input_ids` field a line, or .txt")
     if path.suffix.lower() not in (".jsonl", *PLAIN):
         raise ValueError(f"{path}: expected .jsonl with an object a line, or plain text ({', '.join(PLAIN)})")
+    if path.suffix.lower() != ".jsonl":
+        yield {"text": _decoded(path.read_bytes(), str(path)), "name": path.name}
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield _row(text, where)
+
+
+def _decoded(data: bytes, where: str) -> str:
     try:
-        if path.suffix.lower() != ".jsonl":
-            yield {"text": path.read_text(encoding="utf-8"), "name": path.name}
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _row(line, f"{path}, line {number}")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first, e.g. with iconv") from error
+        raise ValueError(f"{where} is not UTF-8 text ({error}); convert the file first, e.g. with iconv") from error
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}')
     ids = row.get("input_ids")
     if ids is not None:
-        if not (isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)):
+        if not (isinstance(ids, list) and all(_is_whole(i) and i >= 0 for i in ids)):
             raise ValueError(f"{where}: input_ids must be a list of token ids")
     elif not isinstance(row.get("text"), str):
         raise ValueError(f"{where}: expected a string `text` or a list `input_ids`, got the fields {sorted(row)}")
+    for key in ("text", "name", "source"):
+        value = row.get(key)
+        if key == "source" and not isinstance(value, str | None):
+            raise ValueError(f"{where}: source must be a string, or be left out, got {value!r:.80}")
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: {key} holds half a character (a lone surrogate; {error})") from error
+    count = row.get("count")
+    if count is not None and not (_is_whole(count) and count >= 1):
+        raise ValueError(f"{where}: count must be a whole number from 1, or be left out, got {count!r:.80}")
     return row
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def cut_windows(
-    rows: Iterable[dict[str, Any]], split: str, tokenizer: Any, prefix_length: int, suffix_length: int
-) -> tuple[list[Window], int]:
-    """The first prefix_length + suffix_length tokens of every row, and how many rows were too short for that.
+    rows: Iterable[dict[str, Any]],
+    split: str,
+    tokenizer: Any,
+    prefix_length: int,
+    suffix_length: int,
+    offsets: Sequence[int] = (0,),
+) -> Iterator[Window | None]:
+    """The first prefix_length + suffix_length tokens of every row, from each offset; None for what is too short.
 
     A row's `input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where
-    it adds one), but without an EOS at its end.
+    it adds one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as
+    it would open an adversary's prompt.
     """
-    windows, skipped = [], 0
+    length = prefix_length + suffix_length
     for index, row in enumerate(rows):
-        ids = row["input_ids"] if row.get("input_ids") is not None else tokenizer(row["text"])["input_ids"]
-        ids = ids[: prefix_length + suffix_length]
-        if len(ids) < prefix_length + suffix_length:
+        all_ids, opening = row.get("input_ids"), []
+        if all_ids is None:
+            all_ids = tokenizer(row["text"])["input_ids"]
+            if all_ids[:1] == [tokenizer.bos_token_id]:
+                opening = all_ids[:1]
+            if all_ids[-1:] == [tokenizer.eos_token_id] and not row["text"].endswith(tokenizer.eos_token):
+                all_ids = all_ids[:-1]
+        name = row.get("name") or f"{split} {index}"
+        for offset in offsets:
+            ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
+            if len(ids) < length:
+                yield None
+            else:
+                source, count = row.get("source"), row.get("count")
+                yield Window(split, index, str(name), ids, prefix_length, source, count, offset)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """An input file, read once from end to end: its fingerprint, its windows, and what was too short for one."""
+
+    sha256: str
+    windows: int
+    skipped: int
+    largest_id: int  # of all windows; it stands in row `largest_at`
+    largest_at: int
+
+
+def survey(path: Path, windows: Iterable[Window | None]) -> Survey:
+    """Read a file's windows before anything is computed, so that a bad line is found at once."""
+    kept, skipped, largest, largest_at = 0, 0, -1, -1
+    for window in windows:
+        if window is None:
             skipped += 1
             continue
-        name = row.get("name") or f"{split} {index}"
-        windows.append(Window(split, index, str(name), ids, prefix_length, row.get("source")))
-    return windows, skipped
+        kept += 1
+        if (here := max(window.ids)) > largest:
+            largest, largest_at = here, window.index
+    sha256 = hashlib.sha256()
+    with path.open("rb") as data:
+        while piece := data.read(2**20):
+            sha256.update(piece)
+    return Survey(sha256.hexdigest(), kept, skipped, largest, largest_at)
+
+
+def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:
+    """The ids of the window's text in lower case, for lowercase_nll; a BOS stays."""
+    ids = window.ids
+    opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    text = tokenizer.decode(ids[len(opening) :], clean_up_tokenization_spaces=False).lower()
+    lowered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return opening + lowered

@@ -1,0 +1,319 @@
+"""The audit as a whole: what it writes, what it refuses, and that no moment is a bad one to be killed at."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import PROSE, tiny_llama
+
+from goldfish import Goldfish
+from goldfish.audit import audit, run, shards
+from goldfish.audit.score import Sampling, Scorer
+from goldfish.receipt import Tally, write_receipt
+
+pytestmark = pytest.mark.core
+ROOT = Path(__file__).parent.parent
+FILES = ("records.parquet", "summary.json", "tokens.parquet")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Four members of ids; three held-out texts, and one that is too short."""
+    ids = torch.randint(2, 320, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    members = write_jsonl(
+        tmp_path / "m.jsonl", [{"input_ids": row, "name": f"n{i}", "count": 2} for i, row in enumerate(ids)]
+    )
+    texts = [PROSE[0], "short", *PROSE[1:3]]
+    heldout = write_jsonl(tmp_path / "h.jsonl", [{"text": text} for text in texts])
+    return {"members": members, "heldout": heldout, "prefix_length": 10, "suffix_length": 8}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(run, "BLOCK", 3)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_blocks):
+    rule = Goldfish(k=2, h=3)
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    write_receipt(folder, Tally(rule, torch.device("cpu")), tokenizer)
+    sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
+    summary = audit(
+        folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,), lowercase=True,
+        control=checkpoint, tokens=True,
+    )  # fmt: skip
+    assert sorted(contents(tmp_path / "out")) == sorted(FILES)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert summary["rule"] == rule.to_dict()
+    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0)
+    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
+    assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "records.parquet").to_pylist()
+    assert [(row["split"], row["index"]) for row in rows] == [
+        *(("members", i) for i in range(4) for _ in range(2)),
+        *(("heldout", i) for i in (0, 2, 3) for _ in range(2)),
+    ]
+    ids = [json.loads(line)["input_ids"] for line in inputs["members"].read_text().splitlines()]
+    assert rows[2]["document"] == "n1"
+    assert rows[2]["prefix_ids"] + rows[2]["suffix_ids"] == ids[1][:18]
+    assert rows[3]["prefix_ids"] + rows[3]["suffix_ids"] == ids[1][3:21]
+    assert rows[2]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[10:18]
+    assert "".join(rows[8]["suffix_tokens"]) in PROSE[0]
+    for row in rows:
+        assert row["correct"][: row["first_divergence"]] == [True] * row["first_divergence"]
+
+    tokens = pyarrow.parquet.read_table(tmp_path / "out" / "tokens.parquet").to_pylist()
+    assert len(tokens) == 14 * 17
+    for row, first in zip(rows, range(0, len(tokens), 17), strict=True):
+        mine = tokens[first : first + 17]
+        assert [token["position"] for token in mine] == list(range(1, 18))
+        assert [token["id"] for token in mine] == (row["prefix_ids"] + row["suffix_ids"])[1:]
+        assert [token["nll"] for token in mine[9:]] == row["nll"]
+        assert [token["log_q"] is None for token in mine] == [True] * 9 + [False] * 8
+        assert -mine[-1]["log_q"][0] == pytest.approx(mine[-1]["nll"], rel=1e-5)
+    before = contents(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder; choose another"):
+        audit(folder, tmp_path / "out", **inputs)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.fixture
+def whole(tmp_path, checkpoint, inputs, small_blocks):
+    """The files of an audit that nobody stopped, and how many files it renamed into place or removed on the way."""
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "unlink"):
+            before = getattr(os, name)
+            patch.setattr(os, name, lambda *a, before=before, **k: (steps.append(a), before(*a, **k))[1])
+        audit(checkpoint, tmp_path / "whole", **inputs, tokens=True)
+    return contents(tmp_path / "whole"), len(steps)
+
+
+def killed(step, call):
+    """Run `call` in a child that kills itself, as kill -9 does, before its n-th change of a file's name."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counting(change):
+            def changed(*args, **options):
+                nonlocal count
+                count += 1
+                if count == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **options)
+
+            return changed
+
+        os.replace, os.unlink = counting(os.replace), counting(os.unlink)
+        try:
+            call()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inputs, whole, monkeypatch):
+    """And the files are the same bytes. Every block is scored once, but for the one that was under way."""
+    expected, steps = whole
+    scored = []
+    score = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda self, windows: scored.append(windows[0].index) or score(self, windows))
+    assert steps > 10
+    for step in range(1, steps + 1):
+        output = tmp_path / str(step)
+        assert killed(step, lambda output=output: audit(checkpoint, output, **inputs, tokens=True))
+        kept, finished = len(list(output.glob("unfinished/*.records.parquet"))), (output / "summary.json").exists()
+        scored.clear()
+        audit(checkpoint, output, **inputs, tokens=True)
+        assert len(scored) == (0 if finished else 3 - kept)
+        assert contents(output) == expected, step
+
+
+def test_an_unfinished_audit_with_other_settings_is_refused(tmp_path, checkpoint, inputs, small_blocks):
+    output = tmp_path / "out"
+    assert killed(4, lambda: audit(checkpoint, output, **inputs))
+    before = contents(output / "unfinished")
+    for changes, text in (
+        ({"prefix_length": 11}, r"prefix_length \(10 there, 11 now\)"),
+        ({"sampling": ()}, "sampling"),
+        ({"heldout": None}, "inputs"),
+        ({"tokens": True}, r"tokens \(False there, True now\)"),
+    ):
+        with pytest.raises(FileExistsError, match=f"holds an unfinished audit with other settings: .*{text}"):
+            audit(checkpoint, output, **{**inputs, **changes})
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    tiny_llama(rms_norm_eps=0.1).save_pretrained(other)
+    with pytest.raises(FileExistsError, match=r"checkpoint \(.*fingerprints"):
+        audit(other, output, **inputs)
+    inputs["members"].write_text(inputs["members"].read_text() + "\n")
+    with pytest.raises(FileExistsError, match="inputs"):
+        audit(checkpoint, output, **inputs)
+    assert contents(output / "unfinished") == before
+
+
+def test_a_full_disk_loses_nothing(tmp_path, checkpoint, inputs, whole):
+    """/dev/full stands in for the third block's file: the kernel itself says that no space is left."""
+    output = tmp_path / "out"
+    assert killed(6, lambda: audit(checkpoint, output, **inputs, tokens=True))
+    (output / "unfinished" / "000002.records.parquet.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"the disk is full; what was audited so far is kept in .*repeat the command"):
+        audit(checkpoint, output, **inputs, tokens=True)
+    assert (output / "unfinished" / "000001.records.parquet").exists()
+    audit(checkpoint, output, **inputs, tokens=True)
+    assert contents(output) == whole[0]
+
+
+def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
+    """accelerate launch with gloo: one of them has the members' only block, the other the held-out texts'."""
+    audit(checkpoint, tmp_path / "one", **inputs, tokens=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(port), "-m", "goldfish", "audit", str(checkpoint)]
+    command += ["--members", str(inputs["members"]), "--heldout", str(inputs["heldout"]), "--tokens"]
+    command += ["--prefix_length", "10", "--suffix_length", "8", "-o", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Next: goldfish report") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": PROSE[0]}])
+
+    def refused(error, text, checkpoint=checkpoint, **arguments):
+        with pytest.raises(error, match=text):
+            audit(
+                checkpoint, tmp_path / "out", **{"members": good, "prefix_length": 5, "suffix_length": 5, **arguments}
+            )
+        assert not (tmp_path / "out").exists(), "a refused audit leaves nothing behind"
+
+    refused(ValueError, "nothing to audit", members=None)
+    refused(ValueError, "at least one token each, got 0 and 5", prefix_length=0)
+    refused(ValueError, "offsets count tokens from a text's start and must be 0 or more, got", offsets=(0, -1))
+    refused(ValueError, r"must be 0 or more, got \[\]", offsets=())
+    refused(ValueError, r"a search needs at least one beam, got \[0, 2\]", beams=(2, 0))
+    refused(ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'", dtype="int8")
+    refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
+    refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
+    refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)
+    refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
+    late = tmp_path / "late.jsonl"
+    late.write_bytes(good.read_bytes() * 5 + b"{\n" + good.read_bytes())
+    refused(ValueError, "late.jsonl, line 6: not JSON", heldout=late)
+    long = write_jsonl(tmp_path / "long.jsonl", [{"input_ids": [5] * 200}])
+    refused(
+        ValueError, "windows of 129 tokens do not fit the context of .*, 128 tokens", members=long, prefix_length=124
+    )
+    other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
+    refused(ValueError, "other.jsonl, row 1: token id 320, but .* knows 320 ids; .*`text`", members=other)
+    refused(FileNotFoundError, "no checkpoint folder .*elsewhere", control=tmp_path / "elsewhere")
+    bare = tmp_path / "bare"
+    tiny_llama().save_pretrained(bare)
+    refused(ValueError, r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(", checkpoint=bare)
+    stranger = tmp_path / "stranger"
+    shutil.copytree(checkpoint, stranger)
+    described = json.loads((stranger / "tokenizer.json").read_text())
+    described["model"]["vocab"] = {f"x{token}": i for token, i in described["model"]["vocab"].items()}
+    described["model"]["merges"] = []
+    (stranger / "tokenizer.json").write_text(json.dumps(described))
+    refused(ValueError, "the control .*stranger has another tokenizer than", control=stranger)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(checkpoint, pickled)
+    torch.save(tiny_llama().state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    refused(ValueError, "has no safetensors weights but pytorch_model.bin: pickles can run code", checkpoint=pickled)
+    audit(pickled, tmp_path / "out", members=good, prefix_length=5, suffix_length=5, allow_pickle=True)
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path, checkpoint):
+    folder = tmp_path / "own code"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    members = write_jsonl(tmp_path / "m.jsonl", [{"text": PROSE[0]}])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        audit(folder, tmp_path / "out", members=members, prefix_length=5, suffix_length=5)
+    with pytest.raises(SystemExit, match="ran"):
+        audit(folder, tmp_path / "out", members=members, prefix_length=5, suffix_length=5, trust_remote_code=True)
+
+
+def test_a_tokenizer_other_than_in_training_is_told(tmp_path, tokenizer, checkpoint, inputs, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    path = write_receipt(folder, Tally(Goldfish(), torch.device("cpu")), tokenizer)
+    audit(folder, tmp_path / "same", **inputs)
+    assert not caplog.records
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "0" * 64}))
+    audit(folder, tmp_path / "other", **inputs)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        f"The tokenizer of {folder} is not the one that its goldfish.json names"
+    ]
+
+
+def test_a_folder_asks_no_network(tmp_path, checkpoint, inputs, monkeypatch):
+    class Asked(BaseException):
+        """Not an Exception, so that nobody tries again."""
+
+    def refuse(*_, **__):
+        raise Asked
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    audit(checkpoint, tmp_path / "out", **inputs)
+    with pytest.raises(Asked):
+        audit("someone/tiny", tmp_path / "other", **inputs)
+
+
+def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, monkeypatch):
+    """From a cache as the hub's client keeps it."""
+    repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(checkpoint, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    write_receipt(snapshot, Tally(Goldfish(k=5), torch.device("cpu")), tokenizer)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    summary = audit("someone/tiny", tmp_path / "out", **inputs)
+    assert summary["rule"]["k"] == 5
+    assert summary["name"] == "tiny"
+
+
+def test_records_are_read_a_row_group_at_a_time(tmp_path):
+    path = tmp_path / "r.parquet"
+    table = pyarrow.table({"a": list(range(7))})
+    shards._write_table(path, [table.slice(0, 3), table.slice(3, 3), table.slice(6)])
+    last = shards.Records(path, range(1, 3))
+    assert len(last) == 4
+    assert [row["a"] for row in last] == [3, 4, 5, 6]
+    assert [row["a"] for row in last] == [3, 4, 5, 6]
+    assert [last[0]["a"], last[3]["a"], last[-2]["a"], last[1:3][1]["a"]] == [3, 6, 5, 5]
+    with pytest.raises(IndexError):
+        last[4]

@@ -1,0 +1,332 @@
+"""Scores against the model's own forward and generate, one prefix at a time, and against transformers' processors."""
+
+import logging
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from toy_models import ARCHITECTURES, VOCABULARY, toy_model
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from goldfish.audit import head
+from goldfish.audit import score as score_module
+from goldfish.audit.score import Sampling, Scorer
+from goldfish.audit.windows import Window
+
+pytestmark = pytest.mark.core
+PREFIX, SUFFIX = 11, 9
+
+
+def generated(model, prefix, tokens=SUFFIX, **options):
+    """What a user gets who asks at batch size 1."""
+    ids = torch.tensor([prefix])
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prefix) :].tolist()
+
+
+def asked(model=None, count=8, prefix=PREFIX, suffix=SUFFIX):
+    """Random windows; with a model, every second one recites it for a while, every fourth one to the end."""
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.randint(2, VOCABULARY, (count, prefix + suffix), generator=draw).tolist()
+    if model is not None:
+        for i in range(0, count, 2):
+            own = generated(model, rows[i][:prefix], suffix)
+            end = suffix if i % 4 == 0 else 1 + i % (suffix - 1)
+            rows[i][prefix : prefix + end] = own[:end]
+    return [Window("members", i, f"doc {i}", row, prefix) for i, row in enumerate(rows)]
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_output_equals_generate_at_batch_1(kind):
+    model = toy_model(kind)
+    windows = asked(model, 12)
+    found = Scorer(model).score(windows)
+    outputs = [generated(model, window.ids[:PREFIX]) for window in windows]
+    assert [score.output for score in found] == outputs
+    assert sum(output == window.suffix for output, window in zip(outputs, windows, strict=True)) >= 3
+    assert not any(score.settled for score in found)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_logits_are_projected_in_chunks_and_are_the_models_own(kind, monkeypatch, caplog):
+    monkeypatch.setitem(head.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * 3)
+    model, window = toy_model(kind), asked(count=1)[0]
+    ids = torch.tensor([window.ids])
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[0, :-1].float()
+        rows = head.RowsOfLogits(model)
+        chunks = [logits for _, logits in rows.chunks(ids)]
+    assert [len(chunk) for chunk in chunks] == [3, 3, 3, 3, 3, 3, 1]
+    assert torch.allclose(torch.cat(chunks), expected, rtol=0, atol=1e-5)
+    assert rows.reason == ""
+    assert not caplog.records
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_arrays_token_by_token(kind):
+    """Against double-precision formulas on the logits of each prefix alone."""
+    model, window = toy_model(kind), asked(count=1)[0]
+    (found,) = Scorer(model).score([window])
+    for t in range(PREFIX + SUFFIX - 1):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([window.ids[: t + 1]])).logits[0, -1].double()
+        log_p, target = logits.log_softmax(-1), window.ids[t + 1]
+        mean = sum(p * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True))
+        square = sum(p * log * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True))
+        order = logits.sort(descending=True)
+        assert found.greedy[t] == order.indices[0]
+        assert found.rank[t] == order.indices.tolist().index(target)
+        assert found.nll[t] == pytest.approx(-log_p[target].item(), rel=1e-5)
+        assert found.margin[t] == pytest.approx((order.values[0] - order.values[1]).item(), abs=1e-5)
+        assert found.entropy_mean[t] == pytest.approx(mean, rel=1e-5)
+        assert found.entropy_std[t] == pytest.approx((square - mean**2) ** 0.5, rel=1e-4)
+    kinds = {"greedy": "int64", "rank": "int64"}
+    for name in ("greedy", "nll", "rank", "margin", "entropy_mean", "entropy_std"):
+        column = getattr(found, name)
+        assert (column.dtype, column.shape) == (kinds.get(name, "float32"), (PREFIX + SUFFIX - 1,))
+
+
+def test_windows_of_any_length_and_batch_agree(model, monkeypatch):
+    """Padding on the right is seen by no token; every window alone gives the same answers."""
+    windows = [*asked(model, 6), *asked(model, 3, prefix=5, suffix=3), *asked(model, 2, prefix=20, suffix=1)]
+    together = Scorer(model).score(windows)
+    monkeypatch.setitem(score_module.PASS_TOKENS, "cpu", 1)
+    monkeypatch.setitem(score_module.SEARCH_TOKENS, "cpu", 1)
+    for window, one, all_ in zip(windows, Scorer(model).score(windows), together, strict=True):
+        assert one.output == all_.output
+        assert np.array_equal(one.rank, all_.rank)
+        assert np.allclose(one.nll, all_.nll, rtol=1e-5)
+        assert all_.nll.shape == (len(window.ids) - 1,)
+        assert all_.log_q.shape == (1, len(window.suffix))
+    assert Scorer(model).score([]) == []
+
+
+def test_generation_settings_of_the_checkpoint_are_ignored_and_restored(model):
+    windows = asked(model)
+    plain = Scorer(model).score(windows)
+    settings = model.generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size, settings.min_new_tokens = 5.0, 2, 3
+    settings.eos_token_id, settings.bos_token_id, settings.num_beams = plain[1].output[0], 3, 4
+    assert all(map(same, Scorer(model).score(windows), plain))
+    assert model.generation_config is settings
+
+
+def test_outputs_go_on_through_an_eos(model):
+    """Up to the EOS they are what generate says with its EOS; BOS ids in the text change nothing."""
+    window = asked(model)[1]
+    window.ids[0] = 3
+    plain = generated(model, window.ids[:PREFIX])
+    model.generation_config.eos_token_id, model.generation_config.bos_token_id = plain[2], 3
+    (found,) = Scorer(model).score([window])
+    stopped = generated(model, window.ids[:PREFIX])
+    assert found.output == plain
+    assert len(stopped) <= 3
+    assert found.output[: len(stopped)] == stopped
+
+
+def test_ties_are_settled_as_generate_settles_them():
+    """Every entry of the vocabulary has a twin with the same logit, so that every margin is 0."""
+    model = toy_model("llama")
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[VOCABULARY // 2 :] = weight[: VOCABULARY // 2]
+    windows = asked(model)
+    found = Scorer(model).score(windows)
+    assert all(score.settled for score in found)
+    for window, score in zip(windows, found, strict=True):
+        assert score.output == generated(model, window.ids[:PREFIX])
+        agree = np.array(score.output) == window.suffix
+        until = SUFFIX if agree.all() else int(agree.argmin()) + 1
+        assert score.greedy[PREFIX - 1 :][:until].tolist() == score.output[:until]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sixteen_bits_agree_with_generate_up_to_the_divergence(kind, dtype):
+    """And the ambiguous rows, settled at batch size 1, from end to end."""
+    model = toy_model(kind, dtype)
+    windows = asked(model, 24)
+    found = Scorer(model).score(windows)
+    assert 0 < sum(score.settled for score in found) < len(found)
+    for window, score in zip(windows, found, strict=True):
+        truth = generated(model, window.ids[:PREFIX])
+        divergence = next((t for t in range(SUFFIX) if truth[t] != window.suffix[t]), SUFFIX)
+        assert score.output[: divergence + 1] == truth[: divergence + 1]
+        if score.settled:
+            assert score.output == truth
+
+
+SETTINGS = [
+    Sampling(), Sampling(0.5), Sampling(1.7), Sampling(top_k=1), Sampling(top_k=7), Sampling(top_k=10**6),
+    Sampling(top_p=0.3), Sampling(top_p=1e-9), Sampling(top_p=1.0), Sampling(0.7, 12, 0.8), Sampling(2.0, 40, 0.95),
+]  # fmt: skip
+
+
+def warped(logits, sampling):
+    """transformers' own processors, in the order in which generate makes them."""
+    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits)
+    if sampling.top_k is not None:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p is not None:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    return scores.log_softmax(-1)
+
+
+def test_log_q_equals_the_processors_of_transformers():
+    model = toy_model("llama")
+    windows = asked(model)
+    found = Scorer(model, SETTINGS).score(windows)
+    cut = 0
+    for window, score in zip(windows, found, strict=True):
+        ids = torch.tensor([window.ids])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, PREFIX - 1 : -1].float()
+        for row, sampling in zip(score.log_q, SETTINGS, strict=True):
+            expected = warped(logits, sampling).gather(-1, ids[0, PREFIX:, None])[:, 0].numpy()
+            assert row.dtype == np.float32
+            assert np.array_equal(np.isneginf(row), np.isneginf(expected))
+            assert np.allclose(row, expected, rtol=1e-5, atol=1e-5)
+            cut += np.isneginf(row).sum()
+    assert cut > 100
+
+
+def test_log_q_of_ties_at_the_cut():
+    """Entries that equal the k-th stay; of those at the edge of top-p, some go, as in transformers."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]).repeat(6, 1)
+    targets = torch.arange(6)
+
+    def log_q(sampling):
+        return score_module._reduce(logits, targets, torch.ones(6, dtype=torch.bool), [sampling])["log_q"][0]
+
+    for sampling in (Sampling(top_k=2), Sampling(top_k=3), Sampling(top_p=0.6), Sampling(0.5, 2, 0.7)):
+        expected = warped(logits, sampling).gather(-1, targets[:, None])[:, 0]
+        assert torch.allclose(log_q(sampling), expected, atol=1e-6)
+    assert torch.isfinite(log_q(Sampling(top_k=2))).tolist() == [0, 1, 1, 1, 1, 0]
+
+
+def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
+    """Monte Carlo: 4,000 samples of two tokens; the interval is five standard errors wide on each side."""
+    model = toy_model("gpt2")
+    sampling, draws = Sampling(0.8, 12, 0.9), 4000
+    prefix = asked()[0].ids[:PREFIX]
+    window = Window("members", 0, "", prefix + generated(model, prefix, 2), PREFIX)
+    (found,) = Scorer(model, [sampling]).score([window])
+    p = float(np.exp(found.log_q[0].astype(np.float64).sum()))
+    torch.manual_seed(0)
+    ids = torch.tensor([prefix]).repeat(draws, 1)
+    options = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "do_sample": True, "max_new_tokens": 2}
+    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)[:, PREFIX:]
+    share = (drawn == torch.tensor(window.suffix)).all(-1).double().mean().item()
+    assert 0.02 < p < 0.98
+    assert abs(share - p) < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_logits_that_a_model_forbids():
+    """Minus infinity has probability 0, and 0 * log 0 is 0: no NaN anywhere, and the moments of the rest."""
+    logits = torch.tensor([[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    both = torch.ones(2, dtype=torch.bool)
+    settings = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.8)]
+    found = score_module._reduce(logits, torch.tensor([2, 1]), both, settings)
+    log_p = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).log_softmax(-1)
+    mean = (log_p.exp() * log_p).sum().item()
+    assert found["entropy_mean"].tolist() == pytest.approx([mean, 0.0], abs=1e-6)
+    assert found["entropy_std"][0].item() == pytest.approx(((log_p.exp() * (log_p - mean) ** 2).sum() ** 0.5).item())
+    assert found["nll"].tolist() == pytest.approx([-log_p[1].item(), torch.inf])
+    assert found["rank"].tolist() == [1, 1]
+    assert not any(column.isnan().any() for column in found.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0; greedy needs none"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
+    ],
+)
+def test_sampling_settings_that_mean_nothing(setting, text):
+    with pytest.raises(ValueError, match=text):
+        Sampling(**setting)
+
+
+def test_beams_equal_a_search_over_every_row(monkeypatch):
+    """Suffixes are what searches of several widths say, so that some are found late and some never."""
+    model = toy_model("llama")
+    tried, suffix = (1, 2, 4, 8), 4
+    rows = [window.ids[:PREFIX] for window in asked(count=12)]
+    windows = []
+    for i, prefix in enumerate(rows):
+        said = generated(model, prefix, suffix, num_beams=(1, 2, 8)[i % 3])
+        windows.append(
+            Window("members", i, "", prefix + said if i < 9 else asked(count=12)[i].ids[: PREFIX + 4], PREFIX)
+        )
+    searches = []
+    generate = score_module.least_beams.__globals__["_generate"]
+
+    def counting(model, prefixes, tokens, **options):
+        searches.append(options.get("num_beams"))
+        return generate(model, prefixes, tokens, **options)
+
+    monkeypatch.setitem(score_module.least_beams.__globals__, "_generate", counting)
+    found = [score.beams for score in Scorer(model, beams=tried).score(windows)]
+    expected = [
+        next((b for b in tried if generated(model, w.ids[:PREFIX], suffix, num_beams=b) == w.suffix), 0)
+        for w in windows
+    ]
+    assert found == expected
+    assert len(set(expected)) >= 3
+    assert sum(b is not None for b in searches) < len(windows) * len(tried)
+
+
+def test_lowercase_and_control(model):
+    """Means over other ids and under another model; both None where they were not asked for."""
+    windows, other = asked(model, 3), tiny_llama(num_hidden_layers=1)
+    lowered = [[5, 6, 7, 8], [9], [3, 4]]
+    found = Scorer(model, lowercase=lambda window: lowered[window.index], control=other).score(windows)
+
+    def mean_nll(model, ids):
+        with torch.inference_mode():
+            return model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+
+    for score, window, ids in zip(found, windows, lowered, strict=True):
+        assert score.control_nll == pytest.approx(mean_nll(other.eval(), window.ids), rel=1e-5)
+        if len(ids) == 1:
+            assert score.lowercase_nll is None
+        else:
+            assert score.lowercase_nll == pytest.approx(mean_nll(model.eval(), ids), rel=1e-5)
+    (plain,) = Scorer(model).score(windows[:1])
+    assert (plain.lowercase_nll, plain.control_nll, plain.beams) == (None, None, None)
+
+
+def test_a_model_that_does_more_to_its_logits_gives_them_whole(model, monkeypatch, caplog):
+    """A bias on one entry after the head: neither a scale nor a soft cap, so nothing is taken hold of; said once."""
+    forward = model.forward
+
+    def biased(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits.clone()
+        output.logits[..., 7] += 100.0
+        return output
+
+    monkeypatch.setattr(model, "forward", biased)
+    monkeypatch.setitem(head.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * 2 * (PREFIX + SUFFIX))
+    windows = asked(count=5)
+    scorer = Scorer(model)
+    with caplog.at_level(logging.WARNING):
+        found = scorer.score(windows) + scorer.score(windows)
+    assert [record.message for record in caplog.records] == [
+        "The logits of LlamaForCausalLM are made whole, not in chunks: the model does something to its logits that is "
+        "neither a scale nor a soft cap."
+    ]
+    for score in found:
+        assert (score.greedy == 7).all()
+        assert score.output == [7] * SUFFIX
+    assert np.allclose(found[0].nll, found[5].nll)
+    assert "forward" not in model.get_output_embeddings().__dict__
