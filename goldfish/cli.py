@@ -1,11 +1,11 @@
-"""The `goldfish` command: show | audit | report. Training belongs to recipes, torchrun and accelerate."""
+"""The `goldfish` command: show | audit | compare | report. Training belongs to recipes, torchrun and accelerate."""
 
 import argparse
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.text import Text
@@ -39,7 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("-o", "--output_dir", required=True, metavar="DIR", help="a new folder for the results")
     audit.add_argument("--prefix_length", type=int, default=50, help="tokens that the model is given (default 50)")
     audit.add_argument("--suffix_length", type=int, default=50, help="tokens that it is to recite (default 50)")
+    audit.add_argument("--fail-on", action="append", default=[], metavar="CONDITION", dest="fail_on",
+                       help='exit 1 where it holds, 3 where nothing can be said: "em.upper95 > 0.01"')  # fmt: skip
+    audit.add_argument("--markdown", metavar="FILE", help="write a summary for a pull request")
+    audit.add_argument("--junit", metavar="FILE", help="write JUnit XML for CI")
     audit.set_defaults(run=_audit)
+
+    compare = verbs.add_parser("compare", help="two audits of the same items, paired")
+    compare.add_argument("first", metavar="A", help="a folder that `goldfish audit` wrote")
+    compare.add_argument("second", metavar="B", help="another, of the same texts and lengths")
+    compare.add_argument("-o", "--output_dir", required=True, metavar="DIR", help="a new folder for the results")
+    compare.set_defaults(run=_compare)
 
     report = verbs.add_parser("report", help="one HTML page from finished audits")
     report.add_argument("audits", nargs="+", metavar="DIR", help="folders that `goldfish audit` wrote")
@@ -51,14 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error."""
+    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error.
+
+    With `audit --fail-on`: 1 where a condition holds, 3 where nothing can be said about one.
+    """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
+        return code or 0
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"goldfish {args.verb}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -85,10 +98,11 @@ def _text_or_file(text: str) -> str:
     return text
 
 
-def _audit(args: argparse.Namespace) -> None:
+def _audit(args: argparse.Namespace) -> int:
     from goldfish.audit import audit
-    from goldfish.audit.table import summary_table
+    from goldfish.audit.gate import parse
 
+    conditions = [parse(text) for text in args.fail_on]  # before the work: a typo costs nothing then
     summary = audit(
         args.checkpoint,
         args.output_dir,
@@ -97,9 +111,36 @@ def _audit(args: argparse.Namespace) -> None:
         prefix_length=args.prefix_length,
         suffix_length=args.suffix_length,
     )
-    console = Console()
-    console.print(summary_table([summary]))
-    console.print(f"Next: goldfish report {args.output_dir} -o report.html", highlight=False)
+    return _tell(summary, conditions, args)
+
+
+def _tell(summary: dict[str, Any], conditions: Sequence[Any], args: argparse.Namespace) -> int:
+    """Table, verdict, conditions and the files asked for; the exit code."""
+    from goldfish.audit.formats import junit, markdown
+    from goldfish.audit.gate import exit_code, judge
+    from goldfish.audit.table import audit_table, verdict_line
+
+    checks = judge(summary, conditions)
+    console = Console(highlight=False)
+    console.print(audit_table(summary))
+    for check in checks:
+        console.print(Text(f"{check.outcome}: {check.condition.text} ({check.says})"))
+    for file, text in ((args.markdown, markdown(summary, checks)), (args.junit, junit(summary, checks))):
+        if file is not None:
+            Path(file).write_text(text, encoding="utf-8")
+    console.print(f"Next: goldfish report {args.output_dir} -o report.html")
+    console.print(verdict_line(summary))
+    return exit_code(checks)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from goldfish.audit.compare import compare, table, write
+
+    result = compare(args.first, args.second)
+    write(result, args.output_dir)
+    console = Console(highlight=False)
+    console.print(table(result))
+    console.print(Text(result["sentence"]))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -15,7 +15,9 @@ PACKAGE = Path(goldfish.__file__).parent
 ORDER = [
     "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
     "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.score", "audit.stats", "audit.extraction", "audit.run", "audit", "audit.table",
+    "audit.windows", "audit.score", "audit.schema", "audit.stats", "audit.sampling", "audit.attribution",
+    "audit.attacks", "audit.extraction", "audit.membership", "audit.verdict", "audit.summary", "audit.run",
+    "audit.results", "audit.gate", "audit.table", "audit.formats", "audit.compare", "audit",
     "report", "show", "cli",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldfish.audit.extraction import Record, make_record, summarize
-from goldfish.audit.score import score
+from goldfish.audit.extraction import Record, make_record
+from goldfish.audit.schema import RECORDS
+from goldfish.audit.score import Sampling, score
+from goldfish.audit.summary import summarize
 from goldfish.audit.windows import Window, cut_windows, read_rows
 from goldfish.labels import Rules
 from goldfish.receipt import bind, read_receipt, rules_of, versions
 from goldfish.rule import Goldfish
-
-SCHEMA = "goldfish.audit/1"
 
 
 def audit(
@@ -82,35 +83,40 @@ def audit(
 
     name = name or Path(checkpoint).name
     records: list[Record] = []
-    splits: dict[str, Any] = {}
     with _progress() as bar:
         for split, its_windows in windows.items():
             task = bar.add_task(f"audit {name}: {split}", total=len(its_windows))
             scores = score(model, its_windows, lambda done, task=task: bar.advance(task, done))  # type: ignore[misc]
-            its_records = [
+            records += [
                 make_record(*pair, _rule_of(pair[0], rules), tokenizer)
                 for pair in zip(its_windows, scores, strict=True)
             ]
-            splits[split] = summarize(its_records, skipped[split])
-            records += its_records
 
-    summary = {
-        "schema": SCHEMA,
-        "name": name,
-        "checkpoint": str(checkpoint),
-        "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
-        "protocol": {
-            "prefix_length": prefix_length,
-            "suffix_length": suffix_length,
-            "decoding": "greedy",
-            "dtype": "float32",
-            "device": device.type,
-        },
-        "versions": versions(),
-        "splits": splits,
+    protocol = {
+        "prefix_length": prefix_length,
+        "suffix_length": suffix_length,
+        "offsets": [0],
+        "lowercase": False,
+        "control": None,
+        "decoding": "greedy",
+        "sampling": [asdict(Sampling())],
+        "beams": None,
+        "dtype": "float32",
+        "device": device.type,
+        "ambiguous_margin": 0.0,
     }
+    summary = summarize(
+        records,
+        protocol=protocol,
+        skipped=skipped,
+        receipt=receipt,
+        name=name,
+        checkpoint=str(checkpoint),
+        rule=rules.to_dict() if isinstance(rules, Goldfish) else None,
+        versions=versions(),
+    )
     output.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), output / "records.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, RECORDS), output / "records.parquet")
     # Last, so that a folder with a summary is a finished audit.
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary

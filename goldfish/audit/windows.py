@@ -15,6 +15,7 @@ class Window:
 
     split: "members" (trained on) or "heldout". index: the row of the input file, from 0. document: its name.
     source: the rule it was trained under, where there was one for each source.
+    count: how often it was trained on. offset: tokens from the row's start to the window's.
     """
 
     split: str
@@ -23,6 +24,8 @@ class Window:
     ids: list[int]
     prefix_length: int
     source: str | None = None
+    count: int | None = None
+    offset: int = 0
 
     @property
     def suffix(self) -> list[int]:
@@ -84,5 +87,5 @@ def cut_windows(
             skipped += 1
             continue
         name = row.get("name") or f"{split} {index}"
-        windows.append(Window(split, index, str(name), ids, prefix_length, row.get("source")))
+        windows.append(Window(split, index, str(name), ids, prefix_length, row.get("source"), row.get("count")))
     return windows, skipped
