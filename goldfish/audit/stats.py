@@ -89,7 +89,7 @@ def interval(statistic: Callable[[Floats], Floats], columns: Floats, level: floa
     with np.errstate(divide="ignore", invalid="ignore"):
         single = statistic(columns)
         draws = statistic(resampled(columns))
-    if np.ptp(single) == 0:
+    if (single == single[0]).all():
         return none | {"reason": "every document has the same value, which says nothing about others"}
     if not np.isfinite(draws).all():
         return none | {"reason": "too few events for an interval"}
