@@ -73,11 +73,11 @@ def test_intervals_of_auc_and_tpr_hold_the_truth():
     """Scores N(1, 1) and N(0, 1): AUC is Phi(1/sqrt 2)."""
     truth = 0.5 * (1 + math.erf(1 / 2))
     held = 0
-    for seed in range(60):
+    for seed in range(30):
         found = membership_figures(side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False)))
         auc = found["attacks"]["loss"]["auc"]
         held += auc["lower95"] <= truth <= auc["upper95"]
-    assert held >= 52
+    assert held >= 25
 
 
 def test_tpr_needs_ten_heldout_documents_past_the_threshold():
@@ -118,14 +118,10 @@ def test_full_separation_still_has_a_lower_bound():
 def test_headline_pays_for_the_choice():
     generator = np.random.default_rng(0)
     members, heldout = (
-        Side(np.arange(100), {f"a{i}": generator.normal(shift, 1, 100) for i in range(8)},
+        Side(np.arange(100), {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
              [buckets("same")] * 100, np.ones(100))
         for shift in (0.3, 0)
     )  # fmt: skip
-    found = membership_figures(members, heldout) if "loss" in members.scores else None
-    assert found is None
-    for each in (members, heldout):
-        each.scores["loss"] = each.scores["a0"]
     found = membership_figures(members, heldout)
     best = found["headline"]["attack"]
     plain, widened = found["attacks"][best]["auc"], found["headline"]["auc"]
@@ -139,16 +135,16 @@ def words(n, seed, extra=""):
 
 
 def test_blind_baseline_is_at_chance_on_a_random_split():
-    """Mean AUC over 30 random splits near one half, and few of them called confounded."""
+    """Mean AUC over 15 random splits near one half, and few of them called confounded."""
     aucs, confounded = [], 0
-    for seed in range(30):
+    for seed in range(15):
         found = membership_figures(
             side(drawn(60, 1, seed), words(60, [seed, 1])), side(drawn(60, 0, seed), words(60, [seed, 2]))
         )
         aucs.append(found["blind"]["words"]["auc"]["value"])
         confounded += found["confounded"]
-    assert 0.44 < np.mean(aucs) < 0.54
-    assert confounded <= 5
+    assert 0.45 < np.mean(aucs) < 0.55
+    assert confounded <= 4  # one in thirteen is expected: two baselines, one of them on both sides
 
 
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
@@ -161,13 +157,14 @@ def test_texts_that_differ_hide_the_headline(extra):
     assert found["attacks"]["loss"]["auc"]["value"] > 0.8
 
 
-def test_words_are_cross_validated_by_document():
+def test_words_are_tested_on_other_documents():
     """Ten windows of each document share a word of their own: known from a sibling, it would tell everything."""
     texts = [f"unique{split}{i // 10} common" for split in "ab" for i in range(200)]
     documents = np.arange(200) // 10
     a, b = word_scores(side(np.zeros(200), texts[:200], documents), side(np.zeros(200), texts[200:], documents))
-    assert np.abs(a).max() < 1e-9
-    assert np.abs(b).max() < 1e-9
+    for scores in (a, b):
+        assert np.isnan(scores[documents % 2 == 0]).all()
+        assert np.abs(scores[documents % 2 == 1]).max() < 1e-9
 
 
 def test_scores_by_their_published_formulas():

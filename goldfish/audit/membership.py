@@ -18,7 +18,6 @@ from goldfish.audit.stats import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clop
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is told
 RESAMPLES = 1_000
 ROC_POINTS = 200
-FOLDS = 5
 FEATURES = 2**16  # buckets that words are hashed into
 
 
@@ -67,18 +66,16 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     """A summary's `membership`; see docs/audit.md."""
     attacks = {}
     for name in members.scores:
-        a, b = members.scores[name], heldout.scores[name]
-        here, there = ~np.isnan(a), ~np.isnan(b)
-        if here.any() and there.any():
-            attacks[name] = _Attack(a[here], b[there], members.documents[here], heldout.documents[there])
+        if attack := _attack(members, heldout, members.scores[name], heldout.scores[name]):
+            attacks[name] = attack
     blind = {
-        "words": _Attack(*word_scores(members, heldout), members.documents, heldout.documents),
-        "length": _Attack(members.lengths, heldout.lengths, members.documents, heldout.documents),
+        "words": _attack(members, heldout, *word_scores(members, heldout)),
+        "length": _attack(members, heldout, members.lengths, heldout.lengths),
     }
-    told = {name: attack.figures(0.95) for name, attack in blind.items()}
+    told = {name: attack.figures(0.95) for name, attack in blind.items() if attack}
     bounds = {name: (figures["auc"]["lower95"], figures["auc"]["upper95"]) for name, figures in told.items()}
     confounded = None
-    if all(low is not None for low, _ in bounds.values()):
+    if len(bounds) == len(blind) and all(low is not None for low, _ in bounds.values()):
         # Text lengths may differ either way; a classifier below chance has learned nothing.
         confounded = bounds["words"][0] > 0.5 or not bounds["length"][0] <= 0.5 <= bounds["length"][1]
     result: dict[str, Any] = {
@@ -100,6 +97,14 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
         result["headline"] = {"attack": best, "auc": widened["auc"], "tpr": widened["tpr"]}
     result["exposure"] = exposure(members.scores["loss"], heldout.scores["loss"])
     return result
+
+
+def _attack(members: Side, heldout: Side, scores: Floats, heldout_scores: Floats) -> "_Attack | None":
+    """Of the windows that have a score; None where a side has none."""
+    here, there = ~np.isnan(scores), ~np.isnan(heldout_scores)
+    if not (here.any() and there.any()):
+        return None
+    return _Attack(scores[here], heldout_scores[there], members.documents[here], heldout.documents[there])
 
 
 class _Attack:
@@ -160,7 +165,7 @@ class _Attack:
         if len(false) > ROC_POINTS:
             least = math.log10(1 / len(self._ones[1]))
             grid = np.concatenate([[0.0], np.logspace(least, 0, ROC_POINTS - 1)])
-            keep = np.unique(np.searchsorted(false, grid + 1e-12, side="right") - 1)
+            keep = np.unique([0, *(np.searchsorted(false, grid + 1e-12, side="right") - 1)])
             false, true = false[keep], true[keep]
         return [[float(x), float(y)] for x, y in zip(false, true, strict=True)]
 
@@ -171,27 +176,30 @@ def buckets(text: str) -> NDArray[np.int32]:
     return np.array(sorted({zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words}), dtype=np.int32)
 
 
-def word_scores(members: Side, heldout: Side) -> tuple[Floats, Floats]:
-    """Naive Bayes on whether words occur, learned from the other folds; a document lies in one fold.
+def word_scores(members: Side, heldout: Side) -> list[Floats]:
+    """Naive Bayes on which words occur, learned from every second document; the others' windows are scored.
 
-    Returns log P(words | member) - log P(words | held-out) of every window of both sides.
+    Not cross-validated: scores of several folds depend on each other, and an interval that takes them for independent
+    called one random split in ten told apart (60 and 400 documents a side) where it promised one in forty.
+
+    Returns:
+        log P(words | member) - log P(words | held-out), NaN for the windows that it learned from; of both sides.
     """
-    folds = [side.documents % FOLDS for side in (members, heldout)]
-    counts = np.zeros((2, FOLDS, FEATURES), dtype=np.int64)
-    sizes = np.zeros((2, FOLDS))
-    for i, side in enumerate((members, heldout)):
-        for fold, found in zip(folds[i], side.words, strict=True):
-            counts[i, fold, found] += 1
-            sizes[i, fold] += 1
-    scored = []
-    seen, windows = counts.sum(1), sizes.sum(1)
-    weights = []
-    for fold in range(FOLDS):
-        share = (seen - counts[:, fold] + 0.5) / (windows - sizes[:, fold] + 1)[:, None]
-        weights.append(np.log(share[0]) - np.log(share[1]))
-    for i, side in enumerate((members, heldout)):
-        scored.append(np.array([weights[fold][found].sum() for fold, found in zip(folds[i], side.words, strict=True)]))
-    return scored[0], scored[1]
+    shares = []
+    for side in (members, heldout):
+        learned = [found for found, even in zip(side.words, side.documents % 2 == 0, strict=True) if even]
+        seen = np.bincount(np.concatenate(learned), minlength=FEATURES)
+        shares.append((seen + 0.5) / (len(learned) + 1))
+    weights = np.log(shares[0]) - np.log(shares[1])
+    return [
+        np.array(
+            [
+                weights[found].sum() if odd else np.nan
+                for found, odd in zip(side.words, side.documents % 2 == 1, strict=True)
+            ]
+        )
+        for side in (members, heldout)
+    ]
 
 
 def exposure(member_scores: Floats, candidate_scores: Floats) -> dict[str, Any]:

@@ -108,12 +108,13 @@ def resampled(columns: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Flo
     """(documents, M) -> (resamples, M): sums over documents drawn with replacement; fixed seed."""
     generator, count = np.random.default_rng(seed), len(columns)
     rows = max(1, CHUNK // count)
-    return np.concatenate(
-        [
-            columns[generator.integers(count, size=(min(rows, resamples - first), count))].sum(1)
-            for first in range(0, resamples, rows)
-        ]
-    )
+    sums = []
+    for first in range(0, resamples, rows):
+        shape = (min(rows, resamples - first), count)
+        drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape)  # how often each was drawn
+        sums.append(times.astype(np.float64) @ columns)
+    return np.concatenate(sums)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -98,7 +98,7 @@ def _cell(figure: Figure | None) -> str:
 
 
 def _blind(known: Mapping[str, Figure]) -> str:
-    values = [known[f"mia.blind.{name}.auc"].value or 0.5 for name in ("words", "length")]
+    values = [known[name].value or 0.5 for name in ("mia.blind.words.auc", "mia.blind.length.auc") if name in known]
     return f"blind: {max(values, key=lambda auc: abs(auc - 0.5)):.2f}"
 
 

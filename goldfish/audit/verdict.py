@@ -87,7 +87,7 @@ def enough(limit: float = RECITED) -> int:
 
 def _membership(membership: Mapping[str, Any]) -> Question:
     headline: dict[str, Any] | None = membership["headline"]
-    blind: list[Estimate] = [membership["blind"][name]["auc"] for name in ("words", "length")]
+    blind: list[Estimate] = [attack["auc"] for attack in membership["blind"].values()]
     control = max(blind, key=lambda auc: abs(float(auc["value"]) - 0.5))
     outcome = INCONCLUSIVE
     found: Estimate = headline["auc"] if headline else {}
