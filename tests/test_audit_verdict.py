@@ -93,6 +93,7 @@ def test_attribution_question():
     assert "every recitation breaks at a dropped token" in of(1.0, 0.3)["why"]
     assert of(0.7, 0.7)["outcome"] == "INCONCLUSIVE"
     assert of(0.5, 0.98)["outcome"] == "FAIL"
+    assert of(0.0, 0.0)["outcome"] == "INCONCLUSIVE", "where nothing is recited, the rule had nothing to stop"
     assert of(1.0, 1.0)["why"] == "hazard ratio not estimable: no window diverges"
 
 

@@ -119,7 +119,7 @@ def _attribution(ratio: Estimate) -> Question:
         why = f"a recitation breaks at a dropped token {value} times as readily as at a kept one ({bounds})"
         if ratio["value"] is None:
             why = f"every recitation breaks at a dropped token; hazard ratio {bounds}"
-        outcome = PASS if low > HAZARD_RATIO else INCONCLUSIVE if high is None or high > HAZARD_RATIO else FAIL
+        outcome = PASS if low > HAZARD_RATIO else FAIL if high is not None and high < HAZARD_RATIO else INCONCLUSIVE
     return _question("attribution", "Is it the rule that stops recitation?", outcome, HAZARD_RATIO, ratio, None, why)
 
 
