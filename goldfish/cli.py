@@ -1,11 +1,11 @@
-"""The `goldfish` command: show | audit | report. Training belongs to recipes, torchrun and accelerate."""
+"""The `goldfish` command: show | audit | compare | report. Training belongs to recipes, torchrun and accelerate."""
 
 import argparse
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.text import Text
@@ -71,7 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
     audit.add_argument("--allow_pickle", action="store_true", help="load weights that are pickles, which can run code")
     audit.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    audit.add_argument("--fail-on", action="append", default=[], metavar="CONDITION", dest="fail_on",
+                       help='exit 1 where it holds, 3 where nothing can be said: "em.upper95 > 0.01"')  # fmt: skip
     audit.set_defaults(run=_audit)
+
+    compare = verbs.add_parser("compare", help="two audits of the same items, paired")
+    compare.add_argument("first", metavar="A", help="a folder that `goldfish audit` wrote")
+    compare.add_argument("second", metavar="B", help="another, of the same texts and lengths")
+    compare.add_argument("-o", "--output_dir", required=True, metavar="DIR", help="a new folder for the results")
+    compare.set_defaults(run=_compare)
 
     report = verbs.add_parser("report", help="one HTML page from finished audits")
     report.add_argument("audits", nargs="+", metavar="DIR", help="folders that `goldfish audit` wrote")
@@ -83,14 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error."""
+    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error.
+
+    With `audit --fail-on`: 1 where a condition holds, 3 where nothing can be said about one.
+    """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
+        return code or 0
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"goldfish {args.verb}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -129,22 +140,50 @@ def _sampling(text: str) -> dict[str, float | int]:
         ) from None
 
 
-def _audit(args: argparse.Namespace) -> None:
+def _audit(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from goldfish.audit import audit
+    from goldfish.audit.gate import parse
     from goldfish.audit.score import Sampling
-    from goldfish.audit.table import summary_table
 
-    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling")}
+    conditions = [parse(text) for text in args.fail_on]  # before the work: a typo costs nothing then
+    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling", "fail_on")}
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
     summary = audit(**options, state=state)
-    if state.is_main_process:
-        console = Console()
-        console.print(summary_table([summary]))
-        console.print(f"Next: goldfish report {args.output_dir} -o report.html", highlight=False)
+    return _tell(summary, conditions, Path(args.output_dir)) if state.is_main_process else 0
+
+
+def _tell(summary: dict[str, Any], conditions: Sequence[Any], folder: Path) -> int:
+    """Table, conditions, verdict; summary.md and junit.xml into the audit's folder; the exit code."""
+    from goldfish.audit.formats import junit, markdown
+    from goldfish.audit.gate import exit_code, judge
+    from goldfish.audit.table import audit_table, verdict_line
+
+    console = Console(highlight=False)
+    console.print(audit_table(summary))
+    for question in summary["verdict"]["questions"]:
+        console.print(Text(f"{question['asks']} {question['outcome']}: {question['why']}"))
+    checks = judge(summary, conditions)
+    for check in checks:
+        console.print(Text(f"{check.condition.text}: {check.outcome} ({check.says})"))
+    (folder / "summary.md").write_text(markdown(summary, checks), encoding="utf-8")
+    (folder / "junit.xml").write_text(junit(summary, checks), encoding="utf-8")
+    console.print(Text(f"Next: goldfish report {folder} -o report.html"))
+    console.print(verdict_line(summary))
+    return exit_code(checks)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from goldfish.audit.compare import compare, table, write
+
+    result = compare(args.first, args.second)
+    write(result, args.output_dir)
+    console = Console(highlight=False)
+    console.print(table(result))
+    console.print(Text(result["sentence"]))
 
 
 def _report(args: argparse.Namespace) -> None:

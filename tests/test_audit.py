@@ -6,14 +6,12 @@ import pytest
 import torch
 from conftest import PROSE
 from rouge_score.rouge_scorer import _score_lcs
-from scipy.stats import beta
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
-from goldfish.audit.extraction import first_divergence, make_record, rouge_l, summarize, text_pieces
+from goldfish.audit.extraction import first_divergence, make_record, rouge_l, text_pieces
 from goldfish.audit.score import Scorer
-from goldfish.audit.stats import mean, rate
 from goldfish.audit.windows import Window
 
 pytestmark = pytest.mark.core
@@ -38,54 +36,6 @@ def test_rouge_equals_rouge_score():
     for _ in range(50):
         a, b = (torch.randint(0, 9, (n,), generator=generator).tolist() for n in (30, 25))
         assert rouge_l(a, b) == pytest.approx(_score_lcs(b, a).fmeasure, rel=1e-12)
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (0, 32), (1, 32), (16, 32), (31, 32), (32, 32), (0, 100), (3, 10_000)])
-def test_clopper_pearson_from_the_beta_distribution(k, n):
-    found = rate(k, n)
-    assert found["lower95"] == pytest.approx(beta.ppf(0.025, k, n - k + 1) if k else 0.0, abs=1e-9)
-    assert found["upper95"] == pytest.approx(beta.ppf(0.975, k + 1, n - k) if k < n else 1.0, abs=1e-9)
-    assert (found["k"], found["n"], found["rate"]) == (k, n, k / n)
-
-
-def test_statistics_of_nothing_are_nothing():
-    assert rate(0, 0) is None
-    assert mean([]) is None
-    assert mean([0.5]) == {"mean": 0.5, "lower95": 0.5, "upper95": 0.5, "n": 1}
-
-
-def test_bootstrap_interval_is_near_the_normal_one():
-    values = torch.rand(400, generator=torch.Generator().manual_seed(0)).tolist()
-    found = mean(values)
-    assert found["upper95"] - found["lower95"] == pytest.approx(2 * 1.96 * 0.2887 / 20, rel=0.1)
-
-
-def test_summary_by_hand():
-    def record(correct, dropped, exact, divergence):
-        return {
-            "correct": correct, "dropped": dropped, "exact_match": exact, "first_divergence": divergence,
-            "rouge_l_ids": 1.0 if exact else 0.5, "nll": [1.0, 3.0],
-        }  # fmt: skip
-
-    found = summarize(
-        [
-            record([True, True], [False, True], True, 2),
-            record([True, False], [False, True], False, 1),
-            record([False, True], [False, True], False, 0),
-        ],
-        skipped=4,
-    )
-    assert (found["n"], found["skipped"]) == (3, 4)
-    assert (found["exact_match"]["k"], found["exact_match"]["n"]) == (1, 3)
-    assert found["teacher_forced_accuracy"] == {"k": 4, "n": 6, "rate": 4 / 6}
-    assert found["teacher_forced_accuracy_dropped"] == {"k": 2, "n": 3, "rate": 2 / 3}
-    assert found["teacher_forced_accuracy_kept"] == {"k": 2, "n": 3, "rate": 2 / 3}
-    assert (found["first_divergence_dropped"]["k"], found["first_divergence_dropped"]["n"]) == (1, 2)
-    assert found["nll"] == {"mean": 2.0, "n": 6}
-    assert found["rouge_l_ids"]["mean"] == pytest.approx(2 / 3)
-    without_rule = summarize([record([True, False], None, False, 1)], 0)
-    assert without_rule["teacher_forced_accuracy_dropped"] is None
-    assert without_rule["first_divergence_dropped"] is None
 
 
 def test_text_pieces_join_to_the_text(tokenizer):

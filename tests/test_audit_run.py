@@ -64,8 +64,8 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert sorted(contents(tmp_path / "out")) == sorted(FILES)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
-    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0)
-    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
+    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (4, 0), "at the first offset"
+    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (3, 2)
     assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "records.parquet").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
@@ -199,7 +199,9 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Next: goldfish report") == 1
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    for_ci = {"summary.md", "junit.xml"}  # by the command only
+    assert for_ci < contents(tmp_path / "two").keys()
+    assert {k: v for k, v in contents(tmp_path / "two").items() if k not in for_ci} == contents(tmp_path / "one")
 
 
 def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
@@ -310,10 +312,5 @@ def test_records_are_read_a_row_group_at_a_time(tmp_path):
     path = tmp_path / "r.parquet"
     table = pyarrow.table({"a": list(range(7))})
     shards._write_table(path, [table.slice(0, 3), table.slice(3, 3), table.slice(6)])
-    last = shards.Records(path, range(1, 3))
-    assert len(last) == 4
-    assert [row["a"] for row in last] == [3, 4, 5, 6]
-    assert [row["a"] for row in last] == [3, 4, 5, 6]
-    assert [last[0]["a"], last[3]["a"], last[-2]["a"], last[1:3][1]["a"]] == [3, 6, 5, 5]
-    with pytest.raises(IndexError):
-        last[4]
+    records = shards.Records(path)
+    assert [row["a"] for row in records] == [row["a"] for row in records] == list(range(7))

@@ -95,7 +95,7 @@ def write_audit(folder, rows, name="goldfish", **changes):
             else None,
         }
     summary = {
-        "schema": "goldfish.audit/1",
+        "schema": "goldfish.audit/2",
         "name": name,
         "checkpoint": f"runs/{name}",
         "rule": RULE if any(row["dropped"] for row in rows) else None,

@@ -1,13 +1,16 @@
-"""Scores -> records (one a window) and their summary: exact match, first divergence, ROUGE-L, attribution."""
+"""Scores -> records, one a window: exact match, first divergence, ROUGE-L, runs, probabilities, membership scores."""
 
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
-from rapidfuzz.distance import LCSseq
+import numpy as np
+from rapidfuzz.distance import LCSseq, Levenshtein
 
+from goldfish.audit.attacks import scores
+from goldfish.audit.attribution import decisions
+from goldfish.audit.sampling import log_p
 from goldfish.audit.score import Score
-from goldfish.audit.stats import mean, rate
 from goldfish.audit.windows import Window
 from goldfish.rule import Goldfish
 
@@ -20,34 +23,75 @@ def rouge_l(candidate: Sequence[Hashable], reference: Sequence[Hashable]) -> flo
     return 2 * LCSseq.similarity(candidate, reference) / total if total else 0.0
 
 
+def rouge_l_text(candidate: str, reference: str) -> float:
+    """What rouge_score's `rougeL` F-measure is without stemming: of lower-case words of a-z and 0-9, so 0 on text
+    without such letters."""
+    words = [re.findall("[a-z0-9]+", text.lower()) for text in (candidate, reference)]
+    return rouge_l(*words)
+
+
+def longest_run(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest contiguous run of ids that both hold."""
+    second = np.asarray(b, dtype=np.int64)
+    ending, longest = np.zeros(len(second) + 1, dtype=np.int64), 0  # ending[j + 1]: the common run that ends at b[j]
+    for token in a:
+        ending[1:] = (ending[:-1] + 1) * (second == token)
+        longest = max(longest, int(ending.max()))
+    return longest
+
+
+def edit_similarity(a: Sequence[int], b: Sequence[int]) -> float:
+    """1 - Levenshtein distance / the longer length; 1 where both are empty."""
+    return float(Levenshtein.normalized_similarity(a, b))
+
+
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
     """min{t: output[t] != suffix[t]}, or the suffix's length where they agree."""
     return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=False)) if a != b), len(suffix))
 
 
 def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: Any) -> Record:
-    """One row of records.parquet: what was asked, what came, and which tokens the training had dropped."""
-    prefix, suffix = window.ids[: window.prefix_length], window.suffix
-    of_suffix = slice(window.prefix_length - 1, None)
-    dropped = None
-    if rule is not None and rule.strategy != "random":  # whose holes were others in every epoch
-        dropped = rule.dropped(torch.tensor(window.ids))[window.prefix_length :].tolist()
+    """One row of records.parquet; docs/audit.md describes every column."""
+    start = window.prefix_length
+    prefix, suffix = window.ids[:start], window.suffix
+    dropped, known = decisions(rule, window.ids, window.offset)
+    correct = np.asarray(score.greedy) == np.asarray(window.ids[1:])
+    first = first_divergence(score.output, suffix)
+    suffix_tokens = text_pieces(tokenizer, prefix, suffix)
+    output_tokens = text_pieces(tokenizer, prefix, score.output)
+    prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
     return {
         "split": window.split,
         "index": window.index,
         "document": window.document,
+        "source": window.source,
+        "count": window.count,
+        "offset": window.offset,
         "prefix_ids": prefix,
         "suffix_ids": suffix,
         "output_ids": score.output,
-        "prefix_text": tokenizer.decode(prefix, clean_up_tokenization_spaces=False),
-        "suffix_tokens": text_pieces(tokenizer, prefix, suffix),
-        "output_tokens": text_pieces(tokenizer, prefix, score.output),
-        "dropped": dropped,
-        "nll": score.nll[of_suffix].tolist(),
-        "correct": [a == b for a, b in zip(score.greedy[of_suffix].tolist(), suffix, strict=True)],
+        "prefix_text": prefix_text,
+        "suffix_tokens": suffix_tokens,
+        "output_tokens": output_tokens,
+        "dropped": dropped[start:].tolist() if known[start:].all() else None,
+        "greedy": score.greedy[start - 1 :].tolist(),
+        "correct": correct[start - 1 :].tolist(),
+        "prefix_correct": correct[: start - 1].tolist(),
+        "nll": score.nll[start - 1 :].tolist(),
+        "rank": score.rank[start - 1 :].tolist(),
+        "smallest_margin": float(score.margin[start - 1 : start + first].min()),
+        "settled": score.settled,
         "exact_match": score.output == suffix,
-        "first_divergence": first_divergence(score.output, suffix),
+        "first_divergence": first,
+        "longest_run": longest_run(score.output, suffix),
+        "token_accuracy": sum(a == b for a, b in zip(score.output, suffix, strict=False)) / len(suffix),
+        "rouge_l_text": rouge_l_text("".join(output_tokens), "".join(suffix_tokens)),
         "rouge_l_ids": rouge_l(score.output, suffix),
+        "edit_similarity": edit_similarity(score.output, suffix),
+        "type_token_ratio": len(set(suffix)) / len(suffix),
+        "log_p": log_p(score.log_q),
+        "beams": score.beams,
+        **scores(score, prefix_text + "".join(suffix_tokens), dropped[1:], known[1:]),
     }
 
 
@@ -75,32 +119,3 @@ def text_pieces(tokenizer: Any, prefix: list[int], ids: list[int]) -> list[str]:
             first = next(place for place in reversed(between) if place <= max(first, end - 16))
             shown = len(text(first, end))
     return pieces
-
-
-def summarize(records: Sequence[Record], skipped: int) -> dict[str, Any]:
-    """The numbers of one split; see README, "The audit", for their definitions. Tokens carry no interval."""
-
-    def accuracy(dropped: bool | None) -> dict[str, Any] | None:
-        correct = [
-            hit
-            for record in records
-            for hit, gone in zip(record["correct"], record["dropped"] or [None] * len(record["correct"]), strict=True)
-            if dropped is None or gone is dropped
-        ]
-        return rate(sum(correct), len(correct), interval=False)
-
-    diverging = [record for record in records if not record["exact_match"] and record["dropped"] is not None]
-    nll = [value for record in records for value in record["nll"]]
-    return {
-        "n": len(records),
-        "skipped": skipped,
-        "exact_match": rate(sum(record["exact_match"] for record in records), len(records)),
-        "teacher_forced_accuracy": accuracy(None),
-        "teacher_forced_accuracy_dropped": accuracy(True),
-        "teacher_forced_accuracy_kept": accuracy(False),
-        "rouge_l_ids": mean([record["rouge_l_ids"] for record in records]),
-        "nll": {"mean": sum(nll) / len(nll), "n": len(nll)},
-        "first_divergence_dropped": rate(
-            sum(record["dropped"][record["first_divergence"]] for record in diverging), len(diverging)
-        ),
-    }

@@ -14,10 +14,11 @@ from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from goldfish.audit.extraction import make_record, summarize
+from goldfish.audit.extraction import make_record
 from goldfish.audit.load import fingerprint, load_model, load_receipt, load_tokenizer
 from goldfish.audit.score import AMBIGUOUS, Sampling, Score, Scorer
 from goldfish.audit.shards import RECORDS, TOKENS, Records, Shards
+from goldfish.audit.summary import summarize
 from goldfish.audit.windows import Survey, Window, cut_windows, lowercase_ids, read_rows, survey
 from goldfish.labels import Rules
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
@@ -25,7 +26,6 @@ from goldfish.rule import Goldfish
 
 __all__ = ["audit", "load_tokenizer"]
 
-SCHEMA = "goldfish.audit/1"
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCK = 256  # windows that are scored, and kept on disk, together; a killed run loses no more
 _log = logging.getLogger(__name__)
@@ -180,13 +180,16 @@ def audit(
         if tokens:
             shards.join(ends[-1], TOKENS)
         path = shards.join(ends[-1], RECORDS)
-        splits = {
-            split: summarize(Records(path, its_numbers), surveys[split].skipped)
-            for split, its_numbers in numbers.items()
-        }
-        rule = rules.to_dict() if isinstance(rules, Goldfish) else None
         shards.finish(
-            {"schema": SCHEMA, **header, "rule": rule, "protocol": protocol, "versions": versions(), "splits": splits}
+            summarize(
+                Records(path),
+                protocol=protocol,
+                skipped={split: its.skipped for split, its in surveys.items()},
+                receipt=load_receipt(checkpoint),
+                **header,
+                rule=rules.to_dict() if isinstance(rules, Goldfish) else None,
+                versions=versions(),
+            )
         )
     _wait(state)
     summary = shards.summary()

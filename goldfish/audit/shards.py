@@ -3,12 +3,14 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from goldfish.audit.schema import RECORDS as COLUMNS
 
 RECORDS, TOKENS, SUMMARY = "records.parquet", "tokens.parquet", "summary.json"
 
@@ -74,14 +76,12 @@ class Shards:
         """Write a block; its records last, since they say that it is done."""
         if tokens is not None:
             _write_table(self._path(block, TOKENS), [tokens])
-        _write_table(self._path(block, RECORDS), [pa.Table.from_pylist(list(records))])
+        _write_table(self._path(block, RECORDS), [pa.Table.from_pylist(list(records), COLUMNS)])
 
     def join(self, blocks: int, kind: str) -> Path:
         """All blocks in order as one file, a row group each."""
         paths = [self._path(block, kind) for block in range(blocks)]
-        # A column that holds nothing in one block has a type in another.
-        schema = pa.unify_schemas([pq.read_schema(path) for path in paths], promote_options="permissive")
-        _write_table(self.folder / kind, (pq.read_table(path).cast(schema) for path in paths), schema)
+        _write_table(self.folder / kind, map(pq.read_table, paths))
         return self.folder / kind
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -100,34 +100,16 @@ class Shards:
         return self._unfinished / f"{block:06d}.{kind}"
 
 
-class Records(Sequence[dict[str, Any]]):
-    """Rows of a parquet file as dictionaries, read a row group at a time whenever they are asked for."""
+class Records:
+    """Rows of a parquet file as dictionaries, read a row group at a time."""
 
-    def __init__(self, path: Path, groups: range) -> None:
-        self._file = pq.ParquetFile(path)
-        self._sizes = {group: self._file.metadata.row_group(group).num_rows for group in groups}
-
-    def __len__(self) -> int:
-        return sum(self._sizes.values())
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for group in self._sizes:
-            yield from self._file.read_row_group(group).to_pylist()
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        for group, size in self._sizes.items():
-            if place < size:
-                row: dict[str, Any] = self._file.read_row_group(group).slice(place, 1).to_pylist()[0]
-                return row
-            place -= size
-        raise IndexError(index)
+        with pq.ParquetFile(self._path) as file:
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group).to_pylist()
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -137,14 +119,14 @@ def _write_json(path: Path, value: Any) -> None:
     _whole_or_not_at_all(path, write)
 
 
-def _write_table(path: Path, tables: Any, schema: pa.Schema | None = None) -> None:
-    """Write tables of one schema (that of the first, where none is given), a row group each."""
+def _write_table(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables of one schema, a row group each."""
 
     def write(file: Path) -> None:
         writer = None
         try:
             for table in tables:
-                writer = writer or pq.ParquetWriter(file, schema or table.schema)
+                writer = writer or pq.ParquetWriter(file, table.schema)
                 writer.write_table(table, row_group_size=max(1, len(table)))
         finally:
             if writer is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA = "goldfish.audit/1"
+SCHEMA = "goldfish.audit/2"
 SPLITS = {"members": "members", "heldout": "held-out"}  # as written in the files: as said on the page
 _COLUMNS = pa.schema(
     [
@@ -210,7 +210,7 @@ def _split(fields: _Fields) -> Split:
 
     def mean(key: str) -> Mean:
         inner = fields.inside(key)
-        return Mean(inner.number("mean"), inner.get("n", int), **_bounds(inner))
+        return Mean(inner.number("mean"), inner.get("n", int), **_bounds(inner, math.inf))
 
     return Split(
         n=fields.get("n", int),
@@ -225,12 +225,12 @@ def _split(fields: _Fields) -> Split:
     )
 
 
-def _bounds(fields: _Fields) -> dict[str, float]:
-    if "lower95" not in fields.values:
+def _bounds(fields: _Fields, most: float = 1) -> dict[str, float]:
+    if fields.values.get("lower95") is None or fields.values.get("upper95") is None:
         return {}
     lower, upper = fields.number("lower95"), fields.number("upper95")
-    if not 0 <= lower <= upper <= 1:
-        raise ValueError(f"{fields.where}: expected 0 <= lower95 <= upper95 <= 1, got {lower} and {upper}")
+    if not 0 <= lower <= upper <= most:
+        raise ValueError(f"{fields.where}: expected 0 <= lower95 <= upper95 <= {most:g}, got {lower} and {upper}")
     return {"lower95": lower, "upper95": upper}
 
 

@@ -1,0 +1,117 @@
+"""Two audits, paired: hand-made counts, the power of pairing, and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from audit_records import made_up_records, write_audit
+from rich.console import Console
+
+from goldfish.audit.compare import MEANS, compare, markdown, table, write
+from goldfish.audit.stats import mcnemar
+from goldfish.cli import main
+
+pytestmark = pytest.mark.core
+
+
+def pair(tmp_path, first, second, **changes):
+    return [write_audit(tmp_path / name, records, **{"name": name, **changes})
+            for name, records in (("standard", first), ("goldfish", second))]  # fmt: skip
+
+
+def same_windows(n=40):
+    """Two models on the same items; the second recites only the first 10 of the first's 30."""
+    base = made_up_records("members", n, 1.0)
+    missed = [{**record, "exact_match": False, "first_divergence": 3, "rouge_l_text": 0.5, "nll": [1.0] * 8}
+              for record in base]  # fmt: skip
+    return base[:30] + missed[30:], base[:10] + missed[10:]
+
+
+def test_paired_by_hand(tmp_path):
+    first, second = same_windows()
+    found = compare(*pair(tmp_path, first, second[::-1]))  # the order of the rows does not matter
+    match = found["splits"]["members"]["exact_match"]
+    assert {key: match[key] for key in ("n", "first", "second", "documents_only_first", "documents_only_second")} == {
+        "n": 40, "first": 30, "second": 10, "documents_only_first": 20, "documents_only_second": 0,
+    }  # fmt: skip
+    assert match["p"] == mcnemar(20, 0)
+    assert match["difference"]["mean"] == -0.5
+    assert match["difference"]["lower95"] < -0.5 < match["difference"]["upper95"] < 0
+    rouge = found["splits"]["members"]["rouge_l_text"]
+    assert (rouge["first"], rouge["second"]) == (0.875, 0.625)
+    assert rouge["difference"]["mean"] == -0.25
+    assert found["sentence"] == (
+        "standard recites 30, goldfish 10 of 40 members windows: goldfish recites fewer (McNemar p = 1.9e-06)"
+    )
+
+
+def test_pairing_sees_what_two_samples_would_not(tmp_path):
+    """Texts differ much, models little: the paired interval is far narrower than the spread of texts."""
+    base = made_up_records("members", 60, 0.5)
+    spread = np.random.default_rng(0).random(60)
+    first = [{**record, "rouge_l_text": float(x)} for record, x in zip(base, spread, strict=True)]
+    second = [{**record, "rouge_l_text": float(x) - 0.02 + 0.001 * (i % 3)}
+              for i, (record, x) in enumerate(zip(base, spread, strict=True))]  # fmt: skip
+    difference = compare(*pair(tmp_path, first, second))["splits"]["members"]["rouge_l_text"]["difference"]
+    assert difference["mean"] == pytest.approx(-0.019)
+    assert -0.0195 < difference["lower95"] < difference["upper95"] < -0.0185
+
+
+def test_windows_of_one_document_are_one_event(tmp_path):
+    base = made_up_records("members", 40, 1.0, per_document=20)
+    missed = [{**record, "exact_match": False} for record in base]
+    match = compare(*pair(tmp_path, base, missed))["splits"]["members"]["exact_match"]
+    assert (match["first"], match["documents_only_first"], match["p"]) == (40, 2, 0.5)
+
+
+def test_equal_models_do_not_differ(tmp_path):
+    records = made_up_records("members", 12, 0.9)
+    found = compare(*pair(tmp_path, records, records, name="model"))
+    assert found["splits"]["members"]["exact_match"]["p"] == 1.0
+    assert [found[which]["name"] for which in ("first", "second")] == ["model (1)", "model (2)"]
+    assert "no difference that could not be chance" in found["sentence"]
+    difference = found["splits"]["members"]["nll"]["difference"]
+    assert (difference["mean"], difference["upper95"]) == (0.0, None)
+
+
+def test_other_items_are_refused(tmp_path):
+    records = made_up_records("members", 12, 0.9)
+    other = made_up_records("members", 12, 0.9, seed=1)
+    a, b = pair(tmp_path, records[:10], [*records[:5], *other[5:12]])
+    with pytest.raises(ValueError, match=(
+        r"audits of different items \(2 windows are only in .*goldfish; 5 windows hold other tokens, the first at "
+        r"members row 5, offset 0\); only the same items can be paired: audit both checkpoints with the same files"
+    )):  # fmt: skip
+        compare(a, b)
+    (b / "records.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="has no records"):
+        compare(a, b)
+
+
+def test_the_command_writes_once_and_shows_a_table(tmp_path, capsys):
+    first, second = same_windows()
+    folders = [str(folder) for folder in pair(tmp_path, first, second)]
+    command = ["compare", *folders, "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "goldfish recites fewer" in capsys.readouterr().out.replace("\n", " ")
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert result == compare(*folders)
+    assert set(result["splits"]["members"]) == {"n", "documents", "exact_match", *MEANS}
+    assert "| members | exact match | 30 of 40 | 10 of 40 |" in (tmp_path / "out" / "compare.md").read_text()
+    assert main(command) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["compare", folders[0], str(tmp_path / "nowhere"), "-o", str(tmp_path / "other")]) == 2
+
+
+def test_shown_in_80_columns_and_harmless(tmp_path):
+    first, second = same_windows()
+    found = compare(*pair(tmp_path, first, second))
+    found["first"]["name"] = "[red]x|<script>"
+    console = Console(width=80, record=True, highlight=False)
+    console.print(table(found))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "[red]x" in shown
+    assert "<script>" not in markdown(found)
+    with pytest.raises(FileExistsError):
+        write(found, tmp_path)

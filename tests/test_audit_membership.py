@@ -1,0 +1,260 @@
+"""Membership figures against brute force, scikit-learn and the published formulas; traps that must be seen."""
+
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary
+
+from goldfish import Goldfish
+from goldfish.audit import write_canaries
+from goldfish.audit.attacks import mean_of_lowest
+from goldfish.audit.extraction import make_record
+from goldfish.audit.membership import Side, Weighted, buckets, exposure, membership_figures, word_scores
+from goldfish.audit.windows import Window
+
+pytestmark = pytest.mark.core
+
+
+def side(scores, texts=None, documents=None, name="loss"):
+    scores = np.asarray(scores, dtype=float)
+    texts = texts if texts is not None else ["same words"] * len(scores)
+    documents = np.arange(len(scores)) if documents is None else documents
+    lengths = np.array([len(text) for text in texts], dtype=float)
+    return Side(documents, {name: scores}, [buckets(text) for text in texts], lengths)
+
+
+def drawn(n, shift, seed, ties=True):
+    values = np.random.default_rng(seed).normal(shift, 1, n)
+    return np.round(values, 1) if ties else values
+
+
+def brute_force(members, heldout, rates):
+    auc = np.mean([(a > b) + 0.5 * (a == b) for a in members for b in heldout])
+    points = [(np.mean(heldout >= t), np.mean(members >= t)) for t in {math.inf, *members, *heldout}]
+    return auc, [max(true for false, true in points if false <= fpr) for fpr in rates]
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_auc_and_tpr_equal_brute_force(ties):
+    members, heldout = drawn(60, 0.7, 0, ties), drawn(40, 0, 1, ties)
+    ones = np.ones(60), np.ones(40)
+    auc, tpr = brute_force(members, heldout, (0.0, 0.1, 0.25, 1.0))
+    found = Weighted(members, heldout)
+    assert found.auc(*ones) == pytest.approx(auc, rel=1e-12)
+    assert [found.tpr(*ones, fpr) for fpr in (0.0, 0.1, 0.25, 1.0)] == pytest.approx(tpr, rel=1e-12)
+
+
+def test_weights_are_repetitions():
+    """What the bootstrap relies on."""
+    members, heldout = drawn(30, 0.7, 0), drawn(20, 0, 1)
+    generator = np.random.default_rng(0)
+    up, down = generator.integers(0, 4, 30), generator.integers(0, 4, 20)
+    auc, tpr = brute_force(np.repeat(members, up), np.repeat(heldout, down), (0.1,))
+    found = Weighted(members, heldout)
+    assert found.auc(up.astype(float), down.astype(float)) == pytest.approx(auc, rel=1e-12)
+    assert found.tpr(up.astype(float), down.astype(float), 0.1) == pytest.approx(tpr[0], rel=1e-12)
+
+
+def test_auc_and_roc_equal_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is an oracle only")
+    members, heldout = drawn(500, 0.5, 0), drawn(700, 0, 1)
+    labels, scores = [1] * 500 + [0] * 700, np.concatenate([members, heldout])
+    found = Weighted(members, heldout)
+    assert found.auc(np.ones(500), np.ones(700)) == pytest.approx(metrics.roc_auc_score(labels, scores), rel=1e-12)
+    false, true, _ = metrics.roc_curve(labels, scores)
+    for fpr in (0.001, 0.01, 0.1, 0.5):
+        assert found.tpr(np.ones(500), np.ones(700), fpr) >= true[false <= fpr].max() - 1e-12
+        exact = metrics.roc_curve(labels, scores, drop_intermediate=False)
+        assert found.tpr(np.ones(500), np.ones(700), fpr) == pytest.approx(exact[1][exact[0] <= fpr].max(), rel=1e-12)
+
+
+def test_intervals_of_auc_and_tpr_hold_the_truth():
+    """Scores N(1, 1) and N(0, 1): AUC is Phi(1/sqrt 2)."""
+    truth = 0.5 * (1 + math.erf(1 / 2))
+    held = 0
+    for seed in range(30):
+        found = membership_figures(side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False)))
+        auc = found["attacks"]["loss"]["auc"]
+        held += auc["lower95"] <= truth <= auc["upper95"]
+    assert held >= 25
+
+
+def test_tpr_needs_ten_heldout_documents_past_the_threshold():
+    members = side(drawn(300, 1, 0, False))
+    enough, short = (membership_figures(members, side(drawn(n, 0, 1, False)))["attacks"]["loss"] for n in (1000, 999))
+    tpr = enough["tpr"][0]["tpr"]
+    assert tpr["lower95"] < tpr["value"] < tpr["upper95"]
+    assert tpr["value"] == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
+    for estimate, needed in (
+        (enough["tpr"][1]["tpr"], "0.1% needs 10000"),
+        (short["tpr"][0]["tpr"], "1.0% needs 1000"),
+    ):
+        assert (estimate["value"], estimate["lower95"], estimate["upper95"]) == (None, None, None)
+        assert needed in estimate["reason"]
+    clustered = side(drawn(1000, 0, 1, False), documents=np.arange(1000) // 2)
+    assert membership_figures(members, clustered)["attacks"]["loss"]["tpr"][0]["tpr"]["value"] is None
+
+
+def test_windows_of_a_document_do_not_narrow_the_interval():
+    members, heldout = drawn(40, 0.5, 0, False), drawn(40, 0, 1, False)
+    single = membership_figures(side(members), side(heldout))["attacks"]["loss"]["auc"]
+    documents = np.repeat(np.arange(40), 5)
+    copies = membership_figures(side(np.repeat(members, 5), documents=documents),
+                                side(np.repeat(heldout, 5), documents=documents))["attacks"]["loss"]["auc"]  # fmt: skip
+    assert (copies["lower95"], copies["upper95"]) == pytest.approx((single["lower95"], single["upper95"]))
+    assert (copies["n"], copies["documents"]) == (400, 80)
+
+
+def test_full_separation_still_has_a_lower_bound():
+    found = membership_figures(side(np.arange(32) + 100.0), side(np.arange(40.0)))
+    auc = found["attacks"]["loss"]["auc"]
+    assert auc["value"] == auc["upper95"] == 1.0
+    assert auc["lower95"] == pytest.approx(0.025 ** (1 / 32), rel=1e-9)
+    few = membership_figures(side(np.arange(9.0)), side(np.arange(40.0)))["attacks"]["loss"]["auc"]
+    assert (few["lower95"], few["reason"]) == (None, "9 documents on one side; an interval needs 10")
+
+
+def test_headline_pays_for_the_choice():
+    generator = np.random.default_rng(0)
+    members, heldout = (
+        Side(np.arange(100), {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
+             [buckets("same")] * 100, np.ones(100))
+        for shift in (0.3, 0)
+    )  # fmt: skip
+    found = membership_figures(members, heldout)
+    best = found["headline"]["attack"]
+    plain, widened = found["attacks"][best]["auc"], found["headline"]["auc"]
+    assert plain["value"] == widened["value"] == max(each["auc"]["value"] for each in found["attacks"].values())
+    assert widened["lower95"] < plain["lower95"] < plain["upper95"] < widened["upper95"]
+
+
+def words(n, seed, extra=""):
+    generator = np.random.default_rng(seed)
+    return [" ".join(f"w{i}" for i in generator.zipf(1.3, 60) % 5000) + extra for _ in range(n)]
+
+
+def test_blind_baseline_is_at_chance_on_a_random_split():
+    """Mean AUC over 15 random splits near one half, and few of them called confounded."""
+    aucs, confounded = [], 0
+    for seed in range(15):
+        found = membership_figures(
+            side(drawn(60, 1, seed), words(60, [seed, 1])), side(drawn(60, 0, seed), words(60, [seed, 2]))
+        )
+        aucs.append(found["blind"]["words"]["auc"]["value"])
+        confounded += found["confounded"]
+    assert 0.45 < np.mean(aucs) < 0.55
+    assert confounded <= 4  # one in thirteen is expected: two baselines, one of them on both sides
+
+
+@pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
+def test_texts_that_differ_hide_the_headline(extra):
+    """Dates, or lengths, tell the splits apart without any model."""
+    found = membership_figures(side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra)))
+    assert found["confounded"] is True
+    assert found["headline"] is None
+    assert "can be told apart without the model" in found["reason"]
+    assert found["attacks"]["loss"]["auc"]["value"] > 0.8
+
+
+def test_words_are_tested_on_other_documents():
+    """Ten windows of each document share a word of their own: known from a sibling, it would tell everything."""
+    texts = [f"unique{split}{i // 10} common" for split in "ab" for i in range(200)]
+    documents = np.arange(200) // 10
+    a, b = word_scores(side(np.zeros(200), texts[:200], documents), side(np.zeros(200), texts[200:], documents))
+    for scores in (a, b):
+        assert np.isnan(scores[documents % 2 == 0]).all()
+        assert np.abs(scores[documents % 2 == 1]).max() < 1e-9
+
+
+def test_scores_by_their_published_formulas():
+    generator = np.random.default_rng(0)
+    window = Window("members", 0, "d", generator.integers(50, size=PREFIX + SUFFIX).tolist(), PREFIX)
+    mu, sigma = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5
+    score = made_up_score(
+        window, generator.random(17) < 0.5, generator, entropy_mean=mu.astype(np.float32),
+        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=4.0,
+    )  # fmt: skip
+    rule = Goldfish(k=3, h=4)
+    record = make_record(window, score, rule, Words())
+    nll = [float(x) for x in score.nll]
+    text = "".join(f" w{i}" for i in window.ids)
+    z = [(-x - m) / s for x, m, s in zip(nll, score.entropy_mean.tolist(), score.entropy_std.tolist(), strict=True)]
+    gone = rule.dropped(np.array(window.ids)).tolist()[1:]
+    kept = [x for x, hole in zip(nll, gone, strict=True) if not hole]
+    holes = [x for x, hole in zip(nll, gone, strict=True) if hole]
+    expected = {
+        "mia_loss": -sum(nll) / 17,
+        "mia_zlib": -sum(nll) / len(zlib.compress(text.encode())),
+        "mia_lowercase": 5 - sum(nll) / 17,
+        "mia_reference": 4 - sum(nll) / 17,
+        "mia_min_k": -sum(sorted(nll)[-3:]) / 3,
+        "mia_min_k_plus_plus": sum(sorted(z)[:3]) / 3,
+        "mia_kept_loss": -sum(kept) / len(kept),
+        "mia_dropped_gap": sum(holes) / len(holes) - sum(kept) / len(kept),
+    }
+    assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert mean_of_lowest(np.array([3.0, 1.0, 2.0])) == 1.0, "at least one token"
+
+
+def test_a_certain_model_gives_finite_scores():
+    window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
+    zero = np.zeros(17, dtype=np.float32)
+    score = made_up_score(window, [True] * 17, np.random.default_rng(0), nll=zero, entropy_mean=zero, entropy_std=zero)
+    assert make_record(window, score, None, Words())["mia_min_k_plus_plus"] == 0.0
+
+
+def test_every_attack_points_the_same_way():
+    """Members are the more probable: no score may be inverted."""
+    rule = Goldfish(k=3, h=4)
+    records = made_up_records("members", 60, 0.95, rule=rule, recall_dropped=0.4)
+    records += made_up_records("heldout", 60, 0.3, rule=rule, recall_dropped=0.3)
+    for record in records:
+        record["mia_lowercase"] = record["mia_reference"] = 3 + record["mia_loss"]
+    found = made_up_summary(records)["membership"]
+    assert set(found["attacks"]) == {
+        "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap",
+    }  # fmt: skip
+    for name, attack in found["attacks"].items():
+        assert attack["auc"]["lower95"] > 0.7, name
+        assert attack["roc"][0] == [0.0, 0.0]
+        assert attack["roc"][-1] == [1.0, 1.0]
+        assert len(attack["roc"]) <= 200
+
+
+def test_exposure_and_its_ceiling():
+    found = exposure(np.array([9.0, 5.0, 0.0]), np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]))
+    assert found["ceiling"] == 3.0
+    assert found["greatest"] == 3.0  # more probable than all 7 candidates: rank 1 of 8
+    ranks = [1, 4, 8]  # a tie counts against
+    assert found["mean"] == pytest.approx(np.mean([3 - math.log2(rank) for rank in ranks]))
+    assert found["candidates"] == 7
+
+
+def test_long_curves_are_thinned():
+    found = membership_figures(side(drawn(3000, 1, 0, False)), side(drawn(3000, 0, 1, False)))
+    roc = np.array(found["attacks"]["loss"]["roc"])
+    assert 50 < len(roc) <= 200
+    assert (np.diff(roc, axis=0) >= 0).all()
+    assert (roc[0] == 0).all()
+    assert (roc[-1] == 1).all()
+
+
+def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer):
+    folder = write_canaries(tmp_path / "c", tokenizer, counts=(1, 3), references=7, length=20, seed=1)
+    inserted, canaries, references = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("inserted", "canaries", "references")
+    )
+    assert [(row["name"], row["count"]) for row in canaries] == [("canary 0", 1), ("canary 1", 3)]
+    assert sorted(row["name"] for row in inserted) == ["canary 0"] + ["canary 1"] * 3
+    assert len({tuple(row["input_ids"]) for row in [*inserted, *references]}) == 2 + 7
+    ids = {i for row in [*inserted, *references] for i in row["input_ids"]}
+    assert not ids & set(tokenizer.all_special_ids)
+    assert ids <= set(range(len(tokenizer)))
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        write_canaries(folder, tokenizer)
+    with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
+        write_canaries(tmp_path / "d", tokenizer, counts=(0,))

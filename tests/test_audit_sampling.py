@@ -1,0 +1,98 @@
+"""Extraction by sampling against Monte Carlo and arithmetic with 60 digits (mpmath, which torch brings)."""
+
+import mpmath
+import numpy as np
+import pytest
+
+from goldfish.audit.sampling import (
+    PROBABILITIES,
+    SAMPLES,
+    log10_samples_needed,
+    log_p,
+    probability_within,
+    sampling_figures,
+    setting_name,
+)
+
+pytestmark = pytest.mark.core
+PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
+
+
+def exactly(logarithm, n):
+    """1 - (1 - e^logarithm)^n."""
+    with mpmath.workdps(400):
+        return 1 - (1 - mpmath.exp(logarithm)) ** n
+
+
+@pytest.mark.parametrize("logarithm", [0.0, -1e-12, -0.1, -0.6931, -0.7, -5.0, -36.0, -37.0, -400.0, -700.0])
+@pytest.mark.parametrize("n", [1, 7, 1_000_000])
+def test_probability_within_n_samples_to_rounding(logarithm, n):
+    assert float(probability_within(logarithm, n)) == pytest.approx(float(exactly(logarithm, n)), rel=1e-12)
+
+
+@pytest.mark.parametrize("logarithm", [-0.01, -0.5, -3.0, -20.0, -36.5, -200.0, -1e4])
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_samples_needed_are_the_fewest(logarithm, p):
+    found = float(log10_samples_needed(logarithm, p))
+    with mpmath.workdps(60):
+        n = int(mpmath.ceil(mpmath.log1p(-mpmath.mpf(p)) / mpmath.log1p(-mpmath.exp(logarithm))))
+        assert found == pytest.approx(float(mpmath.log10(n)), rel=1e-12, abs=1e-12)
+    if n < 1e6:
+        assert probability_within(logarithm, n) >= p
+        assert n == 1 or probability_within(logarithm, n - 1) < p
+
+
+def test_ends_of_the_scale():
+    assert probability_within(-1e4, 10**6) == 0.0
+    assert probability_within(-np.inf, 10**9) == 0.0
+    assert log10_samples_needed(-np.inf, 0.5) == np.inf
+    assert log10_samples_needed(0.0, 0.999) == 0.0
+    assert log10_samples_needed(np.log(0.5), 0.5) == 0.0, "p_z = p needs one sample, whatever the rounding"
+    assert log10_samples_needed(np.log(0.9), 0.9) == 0.0
+
+
+def test_p_z_and_n_p_curve_against_monte_carlo():
+    """A model of three tokens, sampled: how often is the suffix among n samples?"""
+    generator = np.random.default_rng(0)
+    q = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    suffix = [0, 1, 2]
+    trials = 40_000
+    hits = np.ones(trials, dtype=bool)
+    for t, token in enumerate(suffix):
+        hits &= generator.choice(3, size=trials, p=q[t]) == token
+    (logarithm,) = log_p(np.log(q[range(3), suffix])[None])
+    assert np.exp(logarithm) == pytest.approx(hits.mean(), abs=4 * np.sqrt(0.224 * 0.776 / trials))
+    for n in (2, 5):
+        within = hits[: trials // n * n].reshape(-1, n).any(1)
+        assert probability_within(logarithm, n) == pytest.approx(within.mean(), abs=4 * 0.5 / np.sqrt(len(within)))
+
+
+def test_sum_in_log_space_does_not_underflow():
+    assert log_p(np.full((2, 1000), -10, dtype=np.float32)) == [-10_000.0, -10_000.0]
+    assert log_p([[-1.0, -np.inf]]) == [-np.inf]
+
+
+def test_figures_of_a_setting():
+    logs = np.log([0.6, 0.05, 1e-30, 1.0])
+    logs = np.append(logs, -np.inf)
+    found = sampling_figures(logs, np.arange(5), {"temperature": 0.8, "top_k": 40, "top_p": None})
+    assert found["name"] == "T=0.8,top_k=40"
+    assert found["impossible"]["k"] == 1
+    windows = {(each["n"], each["p"]): each["windows"]["k"] for each in found["extractable"]}
+    assert windows[1, 0.5] == 2
+    assert windows[1, 0.9] == 1
+    assert windows[10, 0.5] == 2  # 1 - 0.95^10 = 0.40
+    assert windows[100, 0.5] == 3
+    assert windows[1_000_000, 0.999] == 3
+    assert found["log_p"] == {"least": None, "median": pytest.approx(np.log(0.05)), "greatest": 0.0}
+    assert found["n_needed"][0] == {"p": 0.5, "log10_least": 0.0, "log10_median": pytest.approx(np.log10(14))}
+    shares = {each["n"]: each["share"]["mean"] for each in found["expected"]}
+    assert shares[10] == pytest.approx((1 + (1 - 0.4**10) + (1 - 0.95**10)) / 5)
+    assert tuple(shares) == SAMPLES
+    assert setting_name({"temperature": 1.0, "top_k": None, "top_p": 0.9}) == "T=1,top_p=0.9"
+
+
+def test_nothing_is_possible():
+    found = sampling_figures(np.full(3, -np.inf), np.arange(3), PLAIN)
+    assert found["n_needed"][2] == {"p": 0.999, "log10_least": None, "log10_median": None}
+    assert found["log_p"] == {"least": None, "median": None, "greatest": None}

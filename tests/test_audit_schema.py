@@ -1,0 +1,65 @@
+"""docs/audit.md is the published schema: it names every column and key, and its example has the right shape."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from audit_records import made_up_records, made_up_summary
+
+from goldfish import Goldfish
+from goldfish.audit.schema import ATTACKS, RECORDS, SCHEMA, TRIVIAL
+from goldfish.audit.verdict import AUC, HAZARD_RATIO, RECITED
+
+PAGE = Path(__file__).parents[1] / "docs" / "audit.md"
+if not PAGE.is_file():
+    pytest.skip("goldfish is installed without its docs", allow_module_level=True)
+TEXT = PAGE.read_text(encoding="utf-8")
+EXAMPLE = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1])
+
+
+def full_summary():
+    rule = Goldfish(k=3, h=4)
+    records = made_up_records("members", 20, 0.9, rule=rule, count=2) + made_up_records("heldout", 20, 0.3, rule=rule)
+    for record in records:
+        record["beams"] = 0
+        record["mia_lowercase"] = record["mia_reference"] = record["mia_loss"]
+    return made_up_summary(records, beams=[5])
+
+
+def keys(value):
+    if isinstance(value, dict):
+        return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+def test_every_column_and_key_is_documented():
+    assert SCHEMA in TEXT
+    names = {*RECORDS.names, *keys(full_summary()), *(f"mia_{attack}" for attack in ATTACKS)}
+    said = set(re.findall(r"\w+", TEXT))
+    assert not {name for name in names if name not in said}
+
+
+def test_thresholds_are_documented():
+    assert f"below {TRIVIAL}" in TEXT
+    assert f"{RECITED} of windows for extraction; AUC {AUC} for membership; hazard ratio {HAZARD_RATIO:g}" in TEXT
+
+
+def test_the_example_has_the_shape_of_a_summary():
+    """Wherever both hold an object, no key of the example is unknown, and none of a summary's is missing."""
+
+    def differ(example, real, where):
+        if isinstance(example, dict) and isinstance(real, dict) and example and where.split(".")[-1] not in VARY:
+            told = {"reason"}
+            assert set(example) - told == set(real) - told, where
+            for key in example:
+                if key in real:
+                    differ(example[key], real[key], f"{where}.{key}")
+        elif isinstance(example, list) and isinstance(real, list) and example and real:
+            differ(example[0], real[0], where)
+
+    VARY = ("rule", "versions", "splits", "attacks")
+    real = full_summary()
+    differ(EXAMPLE, real, "summary")
+    differ(EXAMPLE["splits"]["members"], real["splits"]["members"], "members")
+    differ(EXAMPLE["membership"]["attacks"]["loss"], real["membership"]["attacks"]["loss"], "loss")
