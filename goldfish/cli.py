@@ -41,8 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--suffix_length", type=int, default=50, help="tokens that it is to recite (default 50)")
     audit.add_argument("--fail-on", action="append", default=[], metavar="CONDITION", dest="fail_on",
                        help='exit 1 where it holds, 3 where nothing can be said: "em.upper95 > 0.01"')  # fmt: skip
-    audit.add_argument("--markdown", metavar="FILE", help="write a summary for a pull request")
-    audit.add_argument("--junit", metavar="FILE", help="write JUnit XML for CI")
     audit.set_defaults(run=_audit)
 
     compare = verbs.add_parser("compare", help="two audits of the same items, paired")
@@ -111,24 +109,25 @@ def _audit(args: argparse.Namespace) -> int:
         prefix_length=args.prefix_length,
         suffix_length=args.suffix_length,
     )
-    return _tell(summary, conditions, args)
+    return _tell(summary, conditions, Path(args.output_dir))
 
 
-def _tell(summary: dict[str, Any], conditions: Sequence[Any], args: argparse.Namespace) -> int:
-    """Table, verdict, conditions and the files asked for; the exit code."""
+def _tell(summary: dict[str, Any], conditions: Sequence[Any], folder: Path) -> int:
+    """Table, conditions, verdict; summary.md and junit.xml into the audit's folder; the exit code."""
     from goldfish.audit.formats import junit, markdown
     from goldfish.audit.gate import exit_code, judge
     from goldfish.audit.table import audit_table, verdict_line
 
-    checks = judge(summary, conditions)
     console = Console(highlight=False)
     console.print(audit_table(summary))
+    for question in summary["verdict"]["questions"]:
+        console.print(Text(f"{question['asks']} {question['outcome']}: {question['why']}"))
+    checks = judge(summary, conditions)
     for check in checks:
-        console.print(Text(f"{check.outcome}: {check.condition.text} ({check.says})"))
-    for file, text in ((args.markdown, markdown(summary, checks)), (args.junit, junit(summary, checks))):
-        if file is not None:
-            Path(file).write_text(text, encoding="utf-8")
-    console.print(f"Next: goldfish report {args.output_dir} -o report.html")
+        console.print(Text(f"{check.condition.text}: {check.outcome} ({check.says})"))
+    (folder / "summary.md").write_text(markdown(summary, checks), encoding="utf-8")
+    (folder / "junit.xml").write_text(junit(summary, checks), encoding="utf-8")
+    console.print(Text(f"Next: goldfish report {folder} -o report.html"))
     console.print(verdict_line(summary))
     return exit_code(checks)
 

@@ -1,5 +1,6 @@
 """Membership figures against brute force, scikit-learn and the published formulas; traps that must be seen."""
 
+import json
 import math
 import zlib
 
@@ -8,6 +9,7 @@ import pytest
 from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary
 
 from goldfish import Goldfish
+from goldfish.audit import write_canaries
 from goldfish.audit.attacks import mean_of_lowest
 from goldfish.audit.extraction import make_record
 from goldfish.audit.membership import Side, Weighted, buckets, exposure, membership_figures, word_scores
@@ -238,3 +240,21 @@ def test_long_curves_are_thinned():
     assert (np.diff(roc, axis=0) >= 0).all()
     assert (roc[0] == 0).all()
     assert (roc[-1] == 1).all()
+
+
+def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer):
+    folder = write_canaries(tmp_path / "c", tokenizer, counts=(1, 3), references=7, length=20, seed=1)
+    inserted, canaries, references = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("inserted", "canaries", "references")
+    )
+    assert [(row["name"], row["count"]) for row in canaries] == [("canary 0", 1), ("canary 1", 3)]
+    assert sorted(row["name"] for row in inserted) == ["canary 0"] + ["canary 1"] * 3
+    assert len({tuple(row["input_ids"]) for row in [*inserted, *references]}) == 2 + 7
+    ids = {i for row in [*inserted, *references] for i in row["input_ids"]}
+    assert not ids & set(tokenizer.all_special_ids)
+    assert ids <= set(range(len(tokenizer)))
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        write_canaries(folder, tokenizer)
+    with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
+        write_canaries(tmp_path / "d", tokenizer, counts=(0,))

@@ -93,14 +93,16 @@ def test_attribution_question():
     assert "every recitation breaks at a dropped token" in of(1.0, 0.3)["why"]
     assert of(0.7, 0.7)["outcome"] == "INCONCLUSIVE"
     assert of(0.5, 0.98)["outcome"] == "FAIL"
+    assert of(0.0, 0.0)["outcome"] == "INCONCLUSIVE", "where nothing is recited, the rule had nothing to stop"
     assert of(1.0, 1.0)["why"] == "hazard ratio not estimable: no window diverges"
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():
     failed = recited(40, 100)["verdict"]
     assert failed["outcome"] == "FAIL"
-    assert failed["sentence"].startswith("FAIL: greedy FAIL (40 of 100")
+    assert failed["sentence"].startswith("FAIL: greedy (40 of 100)")
     assert "INCONCLUSIVE" not in failed["sentence"]
+    assert recited(0, 32, None)["verdict"]["sentence"] == "INCONCLUSIVE: greedy (0 of 32), sampling (0 of 32)"
     assert "beam search" in failed["not_tested"]
     assert "sampling" not in failed["not_tested"]
     without = made_up_summary(made_up_records("heldout", 20, 0.2))

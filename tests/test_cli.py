@@ -89,9 +89,32 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
     assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 2
 
 
+def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, capsys):
+    members = tmp_path / "members.jsonl"
+    members.write_text("".join(json.dumps({"text": text, "name": f"{i}"}) + "\n" for i, text in enumerate(PROSE)))
+
+    def run(name, *conditions):
+        command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
+        command += ["--prefix_length", "10", "--suffix_length", "10"]
+        return main(command + [part for text in conditions for part in ("--fail-on", text)])
+
+    assert run("a", "em.k > 0", "em.upper95 > 0.5") == 0
+    assert run("b", "em.upper95 > 0.01") == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "em.upper95 > 0.01: inconclusive (members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
+    assert "INCONCLUSIVE: greedy (0 of 12)" in shown
+    assert "em.upper95 &gt; 0.01" in (tmp_path / "b" / "junit.xml").read_text(encoding="utf-8")
+    assert "0 of 12" in (tmp_path / "b" / "summary.md").read_text(encoding="utf-8")
+    assert run("c", "em.k >= 0", "em.upper95 > 0.01") == 1
+    assert run("d", "em.upper95 == 0.01") == 2
+    assert not (tmp_path / "d").exists(), "a typo is found before the work"
+    assert run("e", "emm > 0.01") == 2
+
+
 @pytest.mark.parametrize(
     ("command", "text"),
     [
+        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is no finished audit"),
         (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
         (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
         (["report", "nowhere"], "goldfish report: nowhere is no audit folder"),

@@ -17,7 +17,7 @@ ORDER = [
     "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
     "audit.windows", "audit.score", "audit.schema", "audit.stats", "audit.sampling", "audit.attribution",
     "audit.attacks", "audit.extraction", "audit.membership", "audit.verdict", "audit.summary", "audit.run",
-    "audit.results", "audit.gate", "audit.table", "audit.formats", "audit.compare", "audit",
+    "audit.results", "audit.gate", "audit.table", "audit.formats", "audit.compare", "audit.canaries", "audit",
     "report", "show", "cli",
 ]  # fmt: skip
 

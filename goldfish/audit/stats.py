@@ -93,6 +93,8 @@ def interval(statistic: Callable[[Floats], Floats], columns: Floats, level: floa
         return none | {"reason": "every document has the same value, which says nothing about others"}
     if not np.isfinite(draws).all():
         return none | {"reason": "too few events for an interval"}
+    if (draws == draws[0]).all():
+        return none | {"reason": "every resample gives the same value, which says nothing about other documents"}
     tail = 50 * (1 - level)
     low, high = np.percentile(draws, [tail, 100 - tail])
     return {"lower95": float(low), "upper95": float(high)}

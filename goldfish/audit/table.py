@@ -13,18 +13,18 @@ COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yello
 ROWS = (  # of audit_table: what it says, the figure's name
     ("recited word for word", "exact_match"),
     ("  without trivial suffixes", "exact_match_nontrivial"),
-    ("  in 1,000 samples, even odds", "extractable@1000,0.5"),
+    ("  in 1,000 samples, p=0.5", "extractable@1000,0.5"),
     ("  by beam search", "beam_search"),
     ("ROUGE-L (text)", "rouge_l_text"),
     ("ROUGE-L (token ids)", "rouge_l_ids"),
     ("longest common run, tokens", "longest_run"),
     ("edit similarity", "edit_similarity"),
-    ("token accuracy, free running", "token_accuracy"),
-    ("token accuracy, teacher forced", "teacher_forced_accuracy"),
+    ("accuracy, free running", "token_accuracy"),
+    ("accuracy, teacher forced", "teacher_forced_accuracy"),
     ("  on dropped tokens", "teacher_forced_accuracy_dropped"),
     ("  on kept tokens", "teacher_forced_accuracy_kept"),
     ("loss, nats/token", "nll"),
-    ("hazard ratio, dropped to kept", "attribution.hazard_ratio"),
+    ("hazard ratio, dropped/kept", "attribution.hazard_ratio"),
 )
 
 

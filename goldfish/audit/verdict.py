@@ -119,7 +119,7 @@ def _attribution(ratio: Estimate) -> Question:
         why = f"a recitation breaks at a dropped token {value} times as readily as at a kept one ({bounds})"
         if ratio["value"] is None:
             why = f"every recitation breaks at a dropped token; hazard ratio {bounds}"
-        outcome = PASS if low > HAZARD_RATIO else INCONCLUSIVE if high is None or high > HAZARD_RATIO else FAIL
+        outcome = PASS if low > HAZARD_RATIO else FAIL if high is not None and high < HAZARD_RATIO else INCONCLUSIVE
     return _question("attribution", "Is it the rule that stops recitation?", outcome, HAZARD_RATIO, ratio, None, why)
 
 
@@ -141,11 +141,17 @@ def _sentence(outcome: str, questions: list[Question]) -> str:
     if not questions:
         return f"{outcome}: no members were audited"
     parts = [
-        f"{question['question'].replace('_', ' ')} {question['outcome']} ({question['why']})"
-        for question in sorted(questions, key=lambda question: (FAIL, INCONCLUSIVE, PASS).index(question["outcome"]))
+        f"{question['question'].replace('_', ' ')} ({_short(question['estimate'])})"
+        for question in questions
         if question["outcome"] == outcome
     ]
-    return f"{outcome}: {'; '.join(parts)}"
+    return f"{outcome}: {', '.join(parts)}"
+
+
+def _short(estimate: Estimate | None) -> str:
+    if estimate is None or (estimate.get("value") is None and "k" not in estimate):
+        return "not estimable"
+    return f"{estimate['k']} of {estimate['n']}" if "k" in estimate else f"{estimate['value']:.2f}"
 
 
 def _not_tested(summary: Mapping[str, Any]) -> list[str]:
