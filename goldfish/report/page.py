@@ -21,6 +21,13 @@ from goldfish.report.text import plain
 PAGE_BYTES = 4_700_000  # all windows with hover values where that fits, then without, then the first ones only
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 
+ATTACK_NAMES = {
+    "min_k": "Min-K%",
+    "min_k_plus_plus": "Min-K%++",
+    "kept_loss": "kept loss",
+    "dropped_gap": "dropped gap",
+}
+
 
 def render(audits: Sequence[Audit], *, redact: bool) -> str:
     """The whole page as a string that encodes to UTF-8, whatever the audits hold."""
@@ -143,9 +150,18 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=visible,
     )
-    formats = (words.percent, words.decimals, words.signed, words.point, words.interval, words.bound, words.power_of_ten)
+    formats = (
+        words.percent,
+        words.decimals,
+        words.signed,
+        words.point,
+        words.interval,
+        words.bound,
+        words.power_of_ten,
+    )
     environment.filters.update({each.__name__: each for each in formats}, figure=words.of_estimate, plain=plain)
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels={name: label.strip() for label, name in ROWS})
+    labels = {name: label.strip() for label, name in ROWS}
+    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=labels, attacks=ATTACK_NAMES)
     return environment
 
 

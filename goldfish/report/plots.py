@@ -194,7 +194,8 @@ def roc(audits: Sequence[Audit]) -> list[Markup | None]:
             axes.plot([least, 1], [least, 1], color=LINE, linestyle=":", linewidth=1.5)
             for i, (name, attack) in enumerate(membership["attacks"].items()):
                 x, y = np.maximum(attack["roc"], least).T
-                axes.plot(x, y, color=colour(i), drawstyle="steps-post", linewidth=2.6 if name == best else 1.2)
+                axes.plot(x, y, color=colour(i), drawstyle="steps-post", linewidth=2.6 if name == best else 1.2,
+                          clip_on=False)  # fmt: skip
             for dashes, attack in zip(((0, (5, 2)), (0, (1, 1.5))), membership["blind"].values(), strict=False):
                 x, y = np.maximum(attack["roc"], least).T
                 axes.plot(x, y, color=INK, drawstyle="steps-post", linewidth=1.6, linestyle=dashes)

@@ -142,6 +142,8 @@ _MEASURED = fields(
 
 def _membership(value: Any, where: str) -> None:
     _MEASURED(value, where)
+    if not value["attacks"]:
+        raise ValueError(f"{where}.attacks is empty: there is always one")
     if value["headline"] is None:
         fields(reason=_TEXT)(value, where)
 

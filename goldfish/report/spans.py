@@ -50,7 +50,13 @@ def group_windows(audits: Sequence[Audit]) -> list[Group]:
 
     def rank(group: Group) -> tuple[object, ...]:
         scores = [window.rouge_l_ids for _, window in group.present]
-        return (list(SPLITS).index(group.any.split), -max(scores), -sum(scores) / len(scores), group.any.index, group.any.offset)
+        return (
+            list(SPLITS).index(group.any.split),
+            -max(scores),
+            -sum(scores) / len(scores),
+            group.any.index,
+            group.any.offset,
+        )
 
     return sorted((Group(tuple(row)) for row in rows.values()), key=rank)
 

@@ -28,6 +28,8 @@ def decimals(value: float) -> str:
 
 def signed(value: float) -> str:
     """A difference, with its sign."""
+    if value == 0:
+        return "0"
     return f"{'−' if value < 0 else '+'}{decimals(abs(value))}"
 
 
@@ -46,6 +48,8 @@ def interval(figure: Figure) -> str:
     write = decimals if figure.k is None else percent
     if low is None and high is None:
         return figure.reason or "no interval"
+    if figure.value is None and high is None:
+        return "no upper bound"
     if low is None or high is None:
         return f"at least {write(low)}" if low is not None else f"at most {write(high or 0.0)}"
     return f"{write(low).removesuffix('%')}–{write(high)}"
