@@ -1,71 +1,80 @@
-"""The page: figures in words, the tables' rows, and as many documents as fit."""
+"""The page: the templates filled in, with as many documents as fit."""
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from math import log
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from goldfish.report import plots, spans
-from goldfish.report.load import SPLITS, Audit, Mean, Proportion, Split
+from goldfish.audit.compare import compare
+from goldfish.audit.results import NO_RULE
+from goldfish.audit.table import ROWS
+from goldfish.report import plots, spans, words
+from goldfish.report.load import SPLITS, Audit
+from goldfish.report.svg import COLOURS
 from goldfish.report.text import plain
 
 PAGE_BYTES = 4_700_000  # all windows with hover values where that fits, then without, then the first ones only
+BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
+
+ATTACK_NAMES = {
+    "min_k": "Min-K%",
+    "min_k_plus_plus": "Min-K%++",
+    "kept_loss": "kept loss",
+    "dropped_gap": "dropped gap",
+}
 
 
 def render(audits: Sequence[Audit], *, redact: bool) -> str:
     """The whole page as a string that encodes to UTF-8, whatever the audits hold."""
-    environment = Environment(
-        loader=PackageLoader("goldfish.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(plain=plain, percent=percent, of=k_of_n, interval=interval, decimals=decimals)
+    environment = _environment()
     names = [plain(audit.name, 60) for audit in audits]
     script, style = _asset("report.js"), _asset("report.css")
     groups = spans.group_windows(audits)
+    common = {"audits": audits, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
+    shown = {
+        "questions": questions(audits),
+        "gaps": gaps(audits),
+        "rows": figure_rows(audits),
+        "every": sorted({name: None for audit in audits for name in audit.figures}, key=_order),
+        "comparisons": comparisons(audits),
+        "histograms": plots.rouge_histograms(audits),
+        "survival": plots.survival(audits),
+        "prefix_sweep": plots.sweep(audits, "prefix_sweep", "prefix_length", "tokens of prefix given"),
+        "offset_sweep": plots.sweep(audits, "offset_sweep", "offset", "tokens from the start of the document"),
+        "extractable": plots.extractable(audits),
+        "divergences": plots.divergences(audits),
+        "losses": plots.losses(audits),
+        "roc": plots.roc(audits),
+        "strata": any(split["strata"] for audit in audits for split in audit.summary["splits"].values()),
+        "mixed": len({repr([a.summary["protocol"][f"{key}_length"] for key in ("prefix", "suffix")]) for a in audits})
+        > 1,
+        "script": Markup(script),
+        "style": Markup(style),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
 
     def page(windows: Sequence[Markup], hover: int) -> str:
-        return environment.get_template("report.html").render(
-            audits=audits,
-            names=names,
-            verdicts=[verdict(audit) for audit in audits],
-            drop_shares=[{split: drop_share(audit, split) for split in audit.splits} for audit in audits],
-            histograms=histograms,
-            survival=survival,
-            windows=windows,
-            total=len(groups),
-            hover=hover,
-            split_names=SPLITS,
-            mixed=len({repr([a.protocol.get(key) for key in ("prefix_length", "suffix_length")]) for a in audits}) > 1,
-            redact=redact,
-            script=Markup(script),
-            style=Markup(style),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            series=plots.SERIES,
-        )
+        template = environment.get_template("report.html")
+        return template.render(**common, **shown, windows=windows, total=len(groups), hover=hover)
 
-    histograms, survival = plots.rouge_histograms(audits), plots.survival(audits)
     template = environment.get_template("window.html")
 
     def window(group: spans.Group, hover: bool) -> Markup:
-        shown = template.render(
+        html = template.render(
+            **common,
             group=group,
             first=group is groups[0],
-            names=names,
             name=spans.name_of(group.any, redact),
-            split=SPLITS[group.any.split],
             prefix=spans.prefix(group, redact),
             truths=spans.truths(group, redact, hover),
             outputs=[(i, w, spans.output(w, redact)) for i, w in group.present],
-            series=plots.SERIES,
         )
-        return Markup(shown)
+        return Markup(html)
 
     room = PAGE_BYTES - _size(page([], 0))
     short, long = [], []
@@ -75,7 +84,7 @@ def render(audits: Sequence[Audit], *, redact: bool) -> str:
         if room < 0:
             room += _size(short.pop())
             break
-    for group, html in zip(groups, short, strict=False):
+    for group, html in zip([] if redact else groups, short, strict=False):  # ranks would give a text away
         long.append(window(group, hover=True))
         room -= _size(long[-1]) - _size(html)
         if room < 0:
@@ -84,78 +93,81 @@ def render(audits: Sequence[Audit], *, redact: bool) -> str:
     return page([*long, *short[len(long) :]], len(long))
 
 
-def verdict(audit: Audit) -> dict[str, Any]:
-    """One audit in words. `mark` is bad, unsure or good, for the colour; `label` says the same."""
-    members, heldout = audit.splits.get("members"), audit.splits.get("heldout")
+def questions(audits: Sequence[Audit]) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
+    """Each question of the verdicts once, with the audits that answer it."""
+    asked: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for i, audit in enumerate(audits):
+        for question in audit.summary["verdict"]["questions"]:
+            asked.setdefault(question["asks"], []).append((i, question))
+    return list(asked.items())
+
+
+def gaps(audits: Sequence[Audit]) -> list[tuple[str, list[int]]]:
+    """What was not tested, and in which audits."""
+    found: dict[str, list[int]] = {}
+    for i, audit in enumerate(audits):
+        for gap in audit.summary["verdict"]["not_tested"]:
+            found.setdefault(gap, []).append(i)
+    return list(found.items())
+
+
+def figure_rows(audits: Sequence[Audit]) -> list[tuple[str, list[Any]]]:
+    """The terminal's figures: what each says, and its value in every audit and split; rows without any left out."""
+    rows = []
+    for label, name in ROWS:
+        values = []
+        for audit in audits:
+            if name == "beam_search":
+                name = f"beam_search@{max(audit.summary['protocol']['beams'] or [0])}"
+            values += [audit.figures.get(f"{split}.{name}") for split in audit.splits]
+        if any(value is not None for value in values):
+            rows.append((label, values))
+    return rows
+
+
+def comparisons(audits: Sequence[Audit]) -> list[dict[str, Any]]:
+    """Every audit paired with the first; where the items differ, `reason` says so."""
     told = []
-    if members:
-        told.append(f"{_counted(members)} member {_windows(members)} verbatim ({_interval95(members)})")
-    else:
-        told.append("no member windows were audited")
-    if heldout:
-        held = f"held-out {_counted(heldout)} ({interval(heldout.exact_match)})"
-        told.append(
-            held if members else f"{_counted(heldout)} held-out {_windows(heldout)} verbatim ({_interval95(heldout)})"
-        )
-    else:
-        told.append("no held-out windows were audited")
-    mark, label = "unsure", "no members audited"
-    if members and members.exact_match.n:
-        mark, label = _mark(members.exact_match, heldout.exact_match if heldout else None)
-    return {"mark": mark, "label": label, "sentence": "; ".join(told) + "."}
+    for i, audit in enumerate(audits[1:], 1):
+        try:
+            told.append({"other": i, **compare(audits[0].folder, audit.folder)})
+        except ValueError as error:
+            told.append({"other": i, "reason": str(error)})
+    return told
 
 
-def _mark(members: Proportion, heldout: Proportion | None) -> tuple[str, str]:
-    if members.k == 0:
-        return "good", "none verbatim"
-    if heldout is None or not heldout.n:
-        return "unsure", "verbatim, without a control"
-    if (members.lower95 or 0.0) > (1.0 if heldout.upper95 is None else heldout.upper95):
-        return "bad", "recites its members"
-    return "unsure", "verbatim, not clearly above held-out"
+def _environment() -> Environment:
+    """Escapes what a template prints, and writes invisible characters out: no template can forget it."""
+
+    def visible(value: Any) -> Any:
+        return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=PackageLoader("goldfish.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
+    )
+    formats = (
+        words.percent,
+        words.decimals,
+        words.signed,
+        words.point,
+        words.interval,
+        words.bound,
+        words.power_of_ten,
+    )
+    environment.filters.update({each.__name__: each for each in formats}, figure=words.of_estimate, plain=plain)
+    labels = {name: label.strip() for label, name in ROWS}
+    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=labels, attacks=ATTACK_NAMES)
+    return environment
 
 
-def drop_share(audit: Audit, split: str) -> Proportion | None:
-    """How many of the suffix tokens the rule dropped: what a share of divergences on dropped tokens compares with."""
-    rows = [window.dropped for window in audit.of_split(split) if window.dropped is not None]
-    total = sum(map(len, rows))
-    return Proportion(sum(map(sum, rows)), total) if total else None
-
-
-def percent(share: float) -> str:
-    """0 and 1 only where exact: '<0.1%' and '>99.9%' beside them."""
-    if share in (0, 1):
-        return f"{share:.0%}"
-    return "<0.1%" if share < 0.0005 else ">99.9%" if share > 0.9995 else f"{100 * share:.1f}".removesuffix(".0") + "%"
-
-
-def k_of_n(value: Proportion) -> str:
-    return f"{value.k:,} of {value.n:,}"
-
-
-def interval(value: Proportion | Mean) -> str:
-    if value.lower95 is None or value.upper95 is None:
-        return "no interval"
-    if isinstance(value, Mean):
-        return f"{value.lower95:.2f}–{value.upper95:.2f}"
-    low, high = percent(value.lower95), percent(value.upper95)
-    return f"{low.removesuffix('%')}–{high}"
-
-
-def decimals(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _counted(split: Split) -> str:
-    return k_of_n(split.exact_match)
-
-
-def _windows(split: Split) -> str:
-    return "window comes out" if split.exact_match.n == 1 else "windows come out"
-
-
-def _interval95(split: Split) -> str:
-    return f"95% interval {interval(split.exact_match)}"
+def _order(name: str) -> tuple[int, str]:
+    """Members, held-out, membership; in each the order of the summary."""
+    return next((i for i, start in enumerate((*SPLITS, "mia")) if name.startswith(f"{start}.")), 9), ""
 
 
 def _size(html: str) -> int:

@@ -34,6 +34,7 @@ class Text:
 
     audits: tuple[int, ...]
     html: Markup
+    values: str = ""  # for report.js: the loss and rank of every token under each of the audits
 
 
 def group_windows(audits: Sequence[Audit]) -> list[Group]:
@@ -41,7 +42,7 @@ def group_windows(audits: Sequence[Audit]) -> list[Group]:
     rows: dict[tuple[object, ...], list[Window | None]] = {}
     for i, audit in enumerate(audits):
         for window in audit.windows:
-            key = (window.split, window.index, window.prefix_text, window.suffix_tokens)
+            key = (window.split, window.index, window.offset, window.prefix_text, window.suffix_tokens)
             row = rows.setdefault(key, [None] * len(audits))
             if row[i] is not None:  # a text that one audit holds twice is shown twice
                 row = rows.setdefault((*key, i, len(rows)), [None] * len(audits))
@@ -49,7 +50,13 @@ def group_windows(audits: Sequence[Audit]) -> list[Group]:
 
     def rank(group: Group) -> tuple[object, ...]:
         scores = [window.rouge_l_ids for _, window in group.present]
-        return (list(SPLITS).index(group.any.split), -max(scores), -sum(scores) / len(scores), group.any.index)
+        return (
+            list(SPLITS).index(group.any.split),
+            -max(scores),
+            -sum(scores) / len(scores),
+            group.any.index,
+            group.any.offset,
+        )
 
     return sorted((Group(tuple(row)) for row in rows.values()), key=rank)
 
@@ -66,7 +73,7 @@ def prefix(group: Group, redact: bool) -> Markup:
 def truths(group: Group, redact: bool, hover: bool) -> list[Text]:
     """The true suffix, once for each set of dropped tokens; audits without a rule join the first set.
 
-    With `hover`, a token's title gives its nll in nats under each of those audits, and whether it was dropped.
+    With `hover`, every token is an element of its own, and the values that report.js shows beside it come along.
     """
     rules: list[tuple[bool, ...] | None]
     rules = list(dict.fromkeys(window.dropped for _, window in group.present if window.dropped is not None))
@@ -79,14 +86,24 @@ def truths(group: Group, redact: bool, hover: bool) -> list[Text]:
         ]
         tokens = group.any.suffix_tokens
         holes = dropped or (False,) * len(tokens)
-        titles = [""] * len(tokens)
-        if hover:
-            rows = zip(*(window.nll for _, window in named), strict=True)
-            nll = ["/".join(f"{value:.1f}" for value in row) for row in rows]
-            titles = [f"nll {x}, dropped" if hole else f"nll {x}" for x, hole in zip(nll, holes, strict=True)]
-        html = _spans(zip(tokens, [""] * len(tokens), holes, titles, strict=True), redact)
-        texts.append(Text(tuple(i for i, _ in named), html))
+        html = _spans(zip(tokens, [""] * len(tokens), holes, strict=True), redact, apart=hover)
+        values = ";".join(_values(window) for _, window in named) if hover else ""
+        texts.append(Text(tuple(i for i, _ in named), html, values))
     return texts
+
+
+def _values(window: Window) -> str:
+    """Of each token its loss in hundredths of a nat and, after a dot, its rank where that is not 0, in base 36."""
+    pairs = zip(window.nll, window.rank, strict=True)
+    return " ".join(_base36(min(nll, 1e4) * 100) + (f".{_base36(rank)}" if rank else "") for nll, rank in pairs)
+
+
+def _base36(number: float) -> str:
+    left, digits = round(max(number, 0)), ""
+    while left or not digits:
+        left, digit = divmod(left, 36)
+        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
+    return digits
 
 
 def output(window: Window, redact: bool) -> Markup:
@@ -98,23 +115,22 @@ def output(window: Window, redact: bool) -> Markup:
     classes = ["m" if t < d else "x" if t == d else "" for t in range(len(window.output_tokens))]
     dropped = [window.dropped is not None and t <= d and t < len(window.dropped) and window.dropped[t]
                for t in range(len(window.output_tokens))]  # fmt: skip
-    html = _spans(zip(window.output_tokens, classes, dropped, [""] * len(classes), strict=True), redact)
+    html = _spans(zip(window.output_tokens, classes, dropped, strict=True), redact)
     if d >= len(window.output_tokens) and not window.exact_match:
         html += Markup('<i class="x end">[stops here]</i>')
     return html
 
 
-def _spans(tokens: Iterable[tuple[str, str, bool, str]], redact: bool) -> Markup:
-    """HTML of (text, class, dropped, title) tokens; equal neighbours share an element, <u> where dropped, else <i>."""
+def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool, apart: bool = False) -> Markup:
+    """HTML of (text, class, dropped) tokens: <u> where dropped, else <i>; equal neighbours share one unless `apart`."""
     parts = []
-    for (css, dropped, title), run in groupby(tokens, key=lambda token: token[1:]):
-        inner = Markup("").join(show(blocks(token[0]) if redact else token[0]) for token in run)
-        if not (css or dropped or title):
+    for (_, css, dropped), run in groupby(enumerate(tokens), key=lambda token: (token[0] * apart, *token[1][1:])):
+        inner = Markup("").join(show(blocks(token[0]) if redact else token[0]) for _, token in run)
+        if not (css or dropped or apart):
             parts.append(inner)
             continue
         tag = "u" if dropped else "i"
-        attributes = (f" class={css}" if css else "") + (f' title="{title}"' if title else "")
-        parts.append(Markup(f"<{tag}{attributes}>{inner}</{tag}>"))
+        parts.append(Markup(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>"))
     return Markup("").join(parts)
 
 

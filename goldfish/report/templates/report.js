@@ -1,16 +1,18 @@
-// Sorts and filters the documents. The page reads the same without it.
+// Sorts and filters the documents, and shows p and rank beside the pointer. The page reads the same without it.
 (() => {
   const list = document.getElementById("windows");
   const tools = document.getElementById("tools");
   if (!list || !tools) return;
-  const [sort, split, outcome] = ["sort", "split", "outcome"].map((id) => document.getElementById(id));
+  const [sort, split, outcome, find] = ["sort", "split", "outcome", "find"].map((id) => document.getElementById(id));
   const count = document.getElementById("count");
   const items = [...list.children].map((node, rank) => ({
     node,
     rank,
     split: node.dataset.s,
+    name: node.querySelector(".name").textContent.toLowerCase(),
     r: node.dataset.r.split(" ").map(Number),
     d: node.dataset.d.split(" ").map(Number),
+    p: node.dataset.p.split(" ").map((ln) => (ln === "-inf" ? -Number.MAX_VALUE : Number(ln))),
     e: node.dataset.e.split(" "),
   }));
   function apply() {
@@ -19,20 +21,48 @@
     const last = (value) => (Number.isNaN(value) ? Infinity : value); // absent from that audit
     items.sort((a, b) => last(key(a)) - last(key(b)) || a.rank - b.rank);
     const [wanted, of] = outcome.value.split(" ");
+    const outcomes = wanted === "0" ? "02" : wanted;
+    const words = find.value.toLowerCase();
     let shown = 0;
     for (const item of items) {
-      const fits = (!split.value || item.split === split.value) && (!wanted || item.e[of] === wanted);
+      const fits =
+        (!split.value || item.split === split.value) &&
+        (!wanted || outcomes.includes(item.e[of])) &&
+        item.name.includes(words);
       item.node.hidden = !fits;
       shown += fits;
-      list.append(item.node);
     }
+    list.append(...items.map((item) => item.node));
     count.textContent = `${shown} of ${items.length} shown`;
   }
   for (const control of [sort, split, outcome]) control.addEventListener("change", apply);
+  find.addEventListener("input", apply);
   document.getElementById("toggle").addEventListener("click", () => {
     const seen = items.filter((item) => !item.node.hidden);
     const open = seen.some((item) => !item.node.open);
     for (const item of seen) item.node.open = open;
+  });
+
+  const tip = document.getElementById("tip");
+  const names = [...document.querySelectorAll(".head span")].slice(1).map((span) => span.textContent);
+  list.addEventListener("mouseover", (event) => {
+    const token = event.target.closest("[data-v] > i, [data-v] > u");
+    tip.hidden = !token;
+    if (!token) return;
+    const text = token.parentNode;
+    const t = [...text.children].indexOf(token);
+    const audits = text.dataset.a.split(" ");
+    const lines = text.dataset.v.split(";").map((values, i) => {
+      const [nll, rank] = values.split(" ")[t].split(".").map((digits) => parseInt(digits, 36));
+      const p = nll ? Math.exp(-nll / 100).toPrecision(2) : ">0.99";
+      const name = audits.length > 1 ? `${names[audits[i]]}: ` : "";
+      return `${name}p ${p}, rank ${rank || 0}, loss ${(nll / 100).toFixed(2)}`;
+    });
+    tip.textContent = [`token ${t}${token.tagName === "U" ? ", dropped" : ""}`, ...lines].join("\n");
+    const box = token.getBoundingClientRect();
+    const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
+    tip.style.left = `${Math.max(left, 8)}px`;
+    tip.style.top = `${box.top > tip.offsetHeight + 8 ? box.top - tip.offsetHeight - 4 : box.bottom + 4}px`;
   });
   tools.hidden = false;
   apply();

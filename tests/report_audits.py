@@ -1,0 +1,144 @@
+"""Audits for the tests of the report: made-up records under the real summary, and the page taken apart."""
+
+import json
+import random
+import re
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from goldfish.audit.schema import ATTACKS, RECORDS
+from goldfish.audit.summary import summarize
+from goldfish.report import write_report
+
+RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "head": "short", "exempt": [],
+        "document_end": None}  # fmt: skip
+PROTOCOL = {
+    "prefix_length": 4, "suffix_length": 6, "offsets": [0], "decoding": "greedy", "beams": None,
+    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
+    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0,
+}  # fmt: skip
+NASTY = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "</p></details></style>",
+    "{{ 7 * 7 }}{% for x in y %}{# gone #}",
+    'x" onmouseover="alert(1)',
+    "&lt;&amp;",
+    "$\\frac{1}{2}$",
+    "a\x00b\x1b[31m",
+    "\u202egnihtemos\u2066",
+    "\ufffd\u200b\ufeff\u00a0",
+    "tab\tline\r\n\u2028end",
+    "👩\u200d👧 שלום ελληνικά",
+]
+
+
+def window(index, split="members", rule=True, diverge=None, suffix=None, prefix="A prefix. ", name=None, seed=0):
+    """One synthetic record; the output matches the suffix up to `diverge` and is something else after it."""
+    suffix = suffix if suffix is not None else [" the", " quick", "\n", "fox", " runs", "."]
+    n = len(suffix)
+    d = n if diverge is None else diverge
+    rng = random.Random(f"{index} {split} {seed}")
+    nll = [rng.expovariate(1 / (0.02 if t < d else 1.5)) for t in range(n)]
+    dropped = [i % 4 == 1 for i in range(n)] if rule else None
+    record = dict.fromkeys(RECORDS.names) | {
+        "split": split, "index": index, "document": name or f"doc-{index}", "offset": 0, "prefix_text": prefix,
+        "prefix_ids": [1, 2, 3, 4], "suffix_ids": list(range(n)), "output_ids": [t if t < d else -1 for t in range(n)],
+        "suffix_tokens": suffix, "output_tokens": suffix[:d] + [" other"] * (n - d), "dropped": dropped, "nll": nll,
+        "rank": [0 if t < d else rng.randrange(40) for t in range(n)], "greedy": list(range(n)), "smallest_margin": 1.0,
+        "correct": [t < d for t in range(n)], "prefix_correct": [True] * 3, "settled": False, "exact_match": d == n,
+        "first_divergence": d, "longest_run": d, "token_accuracy": d / n, "type_token_ratio": 1.0,
+        "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
+    }  # fmt: skip
+    scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
+    return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
+
+
+UNRULED = ("mia_kept_loss", "mia_dropped_gap")
+
+
+def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
+    """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
+    versions = {"goldfish": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"}
+    summary = summarize(
+        rows, protocol=PROTOCOL | (protocol or {}), skipped={"members": 1}, name=name, checkpoint=f"runs/{name:.40}",
+        rule=RULE if any(row["dropped"] for row in rows) else None, versions=versions,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary | changes, allow_nan=False), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows, RECORDS), folder / "records.parquet")
+    return folder
+
+
+def realistic(folder, name, n, recites):
+    """n member and n // 4 held-out windows of English prose with 128-token suffixes; `recites`: share verbatim."""
+    from pydoc_data.topics import topics
+
+    tokens = re.findall(r" ?\w{1,6}| ?[^\w\s]|\s+", "\n\n".join(topics[key] for key in sorted(topics)))
+    rows = []
+    for i in range(n + n // 4):
+        split, at, rng = ("members" if i < n else "heldout"), 97 * i % (len(tokens) - 256), random.Random(f"{name}{i}")
+        suffix = tokens[at + 128 : at + 256]
+        exact = split == "members" and rng.random() < recites
+        d = 128 if exact else min(int(rng.expovariate(0.08 if split == "members" else 0.5)), 127)
+        if not exact and split == "members" and name != "standard" and rng.random() < 0.8:
+            d = min(d | 1 if d % 4 == 1 else d // 4 * 4 + 1, 127)
+        row = window(i if i < n else i - n, split, name != "standard", None if exact else d, suffix, seed=name,
+                     prefix="".join(tokens[at : at + 128]), name=f"topic {i:04d}")  # fmt: skip
+        after = rng.randrange(len(tokens) - 256)
+        score = 1.0 if exact else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
+        row |= {
+            "prefix_ids": [at], "suffix_ids": list(range(at, at + 128)),
+            "output_tokens": suffix[:d] + ([] if exact else [" however", *tokens[after : after + 127 - d]]),
+            "correct": [t < d or rng.random() < 0.5 for t in range(128)],
+            "exact_match": exact,
+            "first_divergence": d,
+            "rouge_l_ids": max(0.0, score),
+        }  # fmt: skip
+        rows.append(row)
+    return write_audit(folder, rows, name, {"prefix_length": 128, "suffix_length": 128})
+
+
+class Page(HTMLParser):
+    """The page as a browser would take it apart: its elements, its scripts, and the text of every window."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.stack, self.texts, self.scripts, self.inside = [], [], [], [], False
+        self.feed(html)
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("meta", "br", "input"):
+            return
+        self.stack.append(tag)
+        if tag == "p" and "details" in self.stack:
+            self.texts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] == "script":
+            self.scripts.append(data)
+        if "p" in self.stack and "details" in self.stack and "em" not in self.stack:
+            self.texts[-1] += self.undone(data) if self.stack[-1] == "s" else data
+
+    @staticmethod
+    def undone(escape):
+        """What a visible escape stands for; the signs for line feed and tab stand before the character itself."""
+        return "" if escape in "↵⇥" else escape.encode("ascii").decode("unicode_escape")
+
+
+def report(tmp_path, *audits, **options):
+    path = write_report(audits, tmp_path / "report.html", **options)
+    return path.read_bytes().decode("utf-8")
+
+
+def flat(html):
+    """The words of the page as read, white space collapsed."""
+    return " ".join(re.sub(r"<[^>]*>", "", html).split())

@@ -1,0 +1,87 @@
+"""The report in Chromium: what its script does, what training text cannot do, and how it looks on screen and paper."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from matplotlib.image import imread
+from report_audits import NASTY, window, write_audit
+
+from goldfish.report import write_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+
+
+def browse(tmp_path, page, *flags):
+    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
+    command = [BROWSER, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path / 'profile'}", *flags]
+    return subprocess.run([*command, page.as_uri()], capture_output=True, timeout=120, check=True).stdout.decode()
+
+
+def test_the_page_works_and_the_training_text_does_not(tmp_path):
+    pwn = ["<script>document.title='pwned'</script>", "<img src=x onerror=\"document.title='pwned'\">"]
+    rows = [window(0, suffix=NASTY + pwn, prefix=pwn[0], name=pwn[1]), window(1, "heldout", diverge=1)]
+    path = write_report([write_audit(tmp_path / "a", rows, pwn[0])], tmp_path / "report.html")
+    dom = browse(tmp_path, path, "--dump-dom")
+    assert "2 of 2 shown" in dom  # written by the page's own script, so its hash in the policy is right
+    assert "<title>Memorization audit: " in dom
+    assert 'id="tools">' in dom
+    assert "<img" not in dom
+
+
+def test_sorting_filtering_and_what_the_pointer_shows(tmp_path):
+    rows = [window(i, diverge=d) for i, d in enumerate([None, 1, 4])] + [window(0, "heldout", diverge=2, name="other")]
+    rows[0] |= {"nll": [0, 0.01, 0.69, 6.91, 0, 0], "rank": [0, 0, 1, 40, 0, 0], "log_p": [-7.61]}
+    rows[1]["log_p"], rows[2]["log_p"], rows[3]["log_p"] = [-1.0], [float("-inf")], [-3.0]
+    path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
+    act = """
+    const say = [];
+    const names = () => [...document.querySelectorAll(".w:not([hidden]) .name")].map((n) => n.firstChild.data).join();
+    const choose = (id, value, event = "change") => {
+      const control = document.getElementById(id);
+      control.value = value;
+      control.dispatchEvent(new Event(event));
+      say.push(names());
+    };
+    for (const order of ["d 0 1", "p 0 -1", "r 0 1"]) choose("sort", order);
+    choose("split", "members"); choose("outcome", "0 0"); choose("outcome", "2 0"); choose("outcome", "");
+    choose("find", "DOC-2", "input"); choose("find", "", "input");
+    const tokens = document.querySelector("[data-v]").children;
+    for (const t of [0, 1, 3]) {
+      tokens[t].dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
+      say.push(document.getElementById("tip").textContent.replace("\\n", ": "));
+    }
+    document.title = say.join("|");
+    """
+    html = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", f"<script>{act}</script></body>"))
+    title = re.search("<title>(.*?)</title>", browse(tmp_path, path, "--dump-dom"))[1].replace("&gt;", ">")
+    assert title.split("|") == [
+        "doc-1,other,doc-2,doc-0", "doc-1,other,doc-0,doc-2", "doc-1,other,doc-2,doc-0",
+        "doc-1,doc-2,doc-0", "doc-1,doc-2", "doc-1", "doc-1,doc-2,doc-0",
+        "doc-2", "doc-1,doc-2,doc-0",
+        "token 0: p >0.99, rank 0, loss 0.00", "token 1, dropped: p 0.99, rank 0, loss 0.01",
+        "token 3: p 0.0010, rank 40, loss 6.91",
+    ]  # fmt: skip
+
+
+def test_light_dark_and_on_paper(tmp_path):
+    rows = [window(i, split, diverge=i % 3) for split in ("members", "heldout") for i in range(12)]
+    path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
+    paper, written = [], []
+    for scheme, mode in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{scheme}.png"
+        browse(tmp_path, path, "--window-size=1280,1600", f"--screenshot={picture}",
+               f"--blink-settings=preferredColorScheme={mode}")  # fmt: skip
+        pixels = imread(picture)[..., :3]
+        assert pixels.shape == (1600, 1280, 3)
+        paper.append(float(pixels[2, 2].mean()))
+        written.append(float(pixels.std()))
+    assert paper[0] > 0.9 > 0.2 > paper[1]
+    assert min(written) > 0.03
+    browse(tmp_path, path, f"--print-to-pdf={tmp_path / 'report.pdf'}", "--no-pdf-header-footer")
+    pages = re.findall(rb"/Type ?/Page\b", (tmp_path / "report.pdf").read_bytes())
+    assert 4 <= len(pages) <= 12  # verdict, figures, documents and method each begin a page
