@@ -90,7 +90,7 @@ def realistic(folder, name, n, recites):
         after = rng.randrange(len(tokens) - 256)
         score = 1.0 if exact else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
         row |= {
-            "prefix_ids": [at], "suffix_ids": list(range(at, at + 128)),
+            "prefix_ids": [at], "prefix_correct": [True] * 127, "suffix_ids": list(range(at, at + 128)),
             "output_tokens": suffix[:d] + ([] if exact else [" however", *tokens[after : after + 127 - d]]),
             "correct": [t < d or rng.random() < 0.5 for t in range(128)],
             "exact_match": exact,

@@ -202,7 +202,7 @@ def test_redaction_shows_no_text_but_lengths_and_colours(tmp_path):
     rows[0]["output_tokens"][2:] = [" kudu", "\toryx"]
     audit = write_audit(tmp_path / "a", rows)
     html = report(tmp_path, audit, audit, redact=True)
-    assert "data-v" not in html  # with the model at hand, a token's rank says which it is
+    assert 'data-v="' not in html  # with the model at hand, a token's rank says which it is
     for word in ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥"):
         assert word not in html, word
     texts = ("okapi gnu", "zebra\n quagga", "zebra\n kudu\toryx", "zebra\n kudu\toryx")
@@ -252,7 +252,7 @@ def test_a_thousand_documents_of_two_audits_stay_below_five_megabytes(tmp_path, 
     shown = page.count('class="w"')
     assert ("the first" in page and f"holds the first {shown}" in page) or shown == 1000
     assert redact or shown == 1000
-    assert re.search(r"the first [\d,]+ texts of [\d,]+ carry p and rank of each token", page)
+    assert redact or re.search(r"the first [\d,]+ texts of [\d,]+ carry p and rank of each token", page)
 
 
 def test_equal_names_are_numbered(tmp_path, pair):

@@ -49,7 +49,7 @@ def test_sorting_filtering_and_what_the_pointer_shows(tmp_path):
     for (const order of ["d 0 1", "p 0 -1", "r 0 1"]) choose("sort", order);
     choose("split", "members"); choose("outcome", "0 0"); choose("outcome", "2 0"); choose("outcome", "");
     choose("find", "DOC-2", "input"); choose("find", "", "input");
-    const tokens = document.querySelector("[data-v]").children;
+    const tokens = document.querySelectorAll("[data-v]")[3].children;  // doc-0, in the order of the last sort
     for (const t of [0, 1, 3]) {
       tokens[t].dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
       say.push(document.getElementById("tip").textContent.replace("\\n", ": "));

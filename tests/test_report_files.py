@@ -30,18 +30,26 @@ def members(summary):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(schema="goldfish.audit/9"), r"schema is 'goldfish.audit/9', this version reads 'goldfish"),
-        (lambda s: s.pop("schema"), r"'schema' is missing; it has 'name'"),
+        (lambda s: s.update(schema="goldfish.audit/1"), r"schema is 'goldfish.audit/1', this version reads 'goldfish"),
+        (lambda s: s.pop("schema"), r"summary: 'schema' is missing; it has 'name'"),
         (lambda s: s.update(splits={}), r"splits must hold members, heldout or both, got \[\]"),
         (lambda s: s["splits"].update(test={}), r"splits must hold members, heldout or both"),
-        (lambda s: s.update(name=3), r"'name' must be str, got 3"),
-        (lambda s: s.update(rule="k=4"), r"'rule' must be dict or null, got 'k=4'"),
-        (lambda s: members(s).pop("nll"), r"splits: members: 'nll' is missing"),
-        (lambda s: members(s)["nll"].update(mean=True), r"members: nll: 'mean' must be int or float, got True"),
+        (lambda s: s.update(name=3), r"summary\.name must be str, got 3"),
+        (lambda s: s.update(rule="k=4"), r"summary\.rule must be dict or null, got 'k=4'"),
+        (lambda s: s["protocol"].update(offsets=[]), r"protocol\.offsets is empty"),
+        (lambda s: members(s).pop("nll"), r"splits\.members: 'nll' is missing"),
+        (lambda s: members(s)["nll"].update(mean=True), r"members\.nll\.mean must be float, got True"),
         (lambda s: members(s)["nll"].update(mean=float("nan")), r"NaN, which is no JSON number"),
+        (lambda s: members(s)["nll"].pop("mean"), r"members\.nll: expected one of rate, mean and value, got none"),
+        (lambda s: members(s)["prefix_sweep"][0].pop("exact_match"), r"prefix_sweep\[0\]: 'exact_match' is missing"),
         (lambda s: members(s)["exact_match"].update(k=9), r"expected 0 <= k <= n, got k=9, n=3"),
-        (lambda s: members(s)["exact_match"].update(lower95=2), r"expected 0 <= lower95 <= upper95 <= 1"),
+        (lambda s: members(s)["exact_match"].update(lower95=2), r"expected lower95 <= upper95, got 2"),
+        (lambda s: members(s)["exact_match"].update(upper95=2), r"expected 0 <= lower95 <= upper95 <= 1"),
         (lambda s: members(s).update(n=4), r"summary.json speaks of 4 members windows, 0 of them exact"),
+        (lambda s: s["verdict"].update(outcome="MAYBE"), r"must be one of PASS, FAIL, INCONCLUSIVE, got 'MAYBE'"),
+        (lambda s: s["membership"].update(headline=None), r"membership: 'reason' is missing"),
+        (lambda s: s["membership"].update(attacks={}), r"membership\.attacks is empty"),
+        (lambda s: s["membership"]["blind"]["length"].update(roc=[[0, 2]]), r"roc must be points of two shares each"),
     ],
 )  # fmt: skip
 def test_a_summary_that_does_not_fit_is_refused(tmp_path, pair, change, message):
@@ -56,7 +64,9 @@ def test_a_summary_that_does_not_fit_is_refused(tmp_path, pair, change, message)
     [
         ({"split": "test"}, "row 0: split must be one of members, heldout, got 'test'"),
         ({"nll": [0.1]}, "row 0: nll has 1 entries for a suffix of 6 tokens"),
-        ({"nll": [float("nan")] * 6}, "row 0: nll holds NaN"),
+        ({"nll": [float("nan")] * 6}, "row 0: nll or log_p holds NaN"),
+        ({"rank": [1]}, "row 0: rank has 1 entries for a suffix of 6 tokens"),
+        ({"log_p": []}, "row 0: log_p has 0 entries for 1 sampling settings"),
         ({"dropped": [True]}, "row 0: dropped has 1 entries for a suffix of 6 tokens"),
         ({"first_divergence": 7}, "row 0: first_divergence 7 does not fit a suffix of 6 tokens"),
         ({"first_divergence": 3}, "row 0: first_divergence 3 does not fit .* with exact_match True"),
@@ -94,7 +104,7 @@ def test_missing_and_broken_files_are_named(tmp_path, pair):
         with pytest.raises(ValueError, match=r"summary\.json: not readable as JSON"):
             report(tmp_path, pair[1])
     (pair[1] / "summary.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"summary must be dict, got \[\]"):
         report(tmp_path, pair[1])
     with pytest.raises(ValueError, match="audits is empty"):
         report(tmp_path)

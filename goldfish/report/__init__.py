@@ -14,6 +14,9 @@ def write_report(
 ) -> Path:
     """Writes the report of one or more audits as one HTML file and returns its path.
 
+    Verdicts for who decides, figures and plots for engineers, every document to look at. Audits of the same windows
+    are also compared in pairs, each with the first.
+
     The file holds everything it needs: no network, no external font or script. What comes from the data is escaped,
     and the page forbids itself every script but its own sorting. The same audits give the same bytes.
 
@@ -22,7 +25,7 @@ def write_report(
         output: the HTML file to write; its folder is made where it is missing.
         overwrite: replace an existing file.
         redact: for sharing: block characters in place of texts and document names. Lengths, colours and figures
-            stay, so whoever holds a text already can still recognise it.
+            stay, so whoever holds a text already can still recognise it; p and rank of single tokens are left out.
 
     Raises:
         FileExistsError: `output` exists and `overwrite` is False, or it is a folder.

@@ -122,8 +122,6 @@ def _read_summary(path: Path) -> dict[str, Any]:
             "audit again, or report with the version that audited"
         )
     SUMMARY(summary, f"{path}: summary")
-    if not summary["splits"] or not summary["splits"].keys() <= SPLITS.keys():
-        raise ValueError(f"{path}: splits must hold members, heldout or both, got {sorted(summary['splits'])!r:.80}")
     if not summary["protocol"]["offsets"]:
         raise ValueError(f"{path}: protocol.offsets is empty: an audit has at least one offset")
     return dict(summary)

@@ -117,9 +117,8 @@ def figure_rows(audits: Sequence[Audit]) -> list[tuple[str, list[Any]]]:
     for label, name in ROWS:
         values = []
         for audit in audits:
-            if name == "beam_search":
-                name = f"beam_search@{max(audit.summary['protocol']['beams'] or [0])}"
-            values += [audit.figures.get(f"{split}.{name}") for split in audit.splits]
+            most = f"@{max(audit.summary['protocol']['beams'] or [0])}" if name == "beam_search" else ""
+            values += [audit.figures.get(f"{split}.{name}{most}") for split in audit.splits]
         if any(value is not None for value in values):
             rows.append((label, values))
     return rows
@@ -165,9 +164,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _order(name: str) -> tuple[int, str]:
+def _order(name: str) -> int:
     """Members, held-out, membership; in each the order of the summary."""
-    return next((i for i, start in enumerate((*SPLITS, "mia")) if name.startswith(f"{start}.")), 9), ""
+    return ("members", "heldout", "mia").index(name.split(".")[0])
 
 
 def _size(html: str) -> int:

@@ -187,7 +187,7 @@ def roc(audits: Sequence[Audit]) -> list[Markup | None]:
     def panel(membership: Any) -> Callable[[Any], None]:
         curves = [*membership["attacks"].values(), *membership["blind"].values()]
         positive = [share for curve in curves for point in curve["roc"] for share in point if share > 0]
-        least = 10 ** np.floor(np.log10(min(positive, default=0.1)) + 1e-9)
+        least = 10 ** np.floor(np.log10(min(0.1, *positive)) + 1e-9)
         best = (membership["headline"] or {}).get("attack")
 
         def draw(axes: Any) -> None:

@@ -158,6 +158,15 @@ _QUESTION = fields(
     control=maybe(estimate),
     why=_TEXT,
 )
+
+
+def _splits(value: Any, where: str) -> None:
+    named(of(dict))(value, where)
+    if not value or not value.keys() <= {"members", "heldout"}:
+        raise ValueError(f"{where} must hold members, heldout or both, got {sorted(value)!r:.80}")
+    named(_SPLIT)(value, where)
+
+
 SUMMARY = fields(
     name=_TEXT,
     checkpoint=_TEXT,
@@ -171,7 +180,7 @@ SUMMARY = fields(
         control=maybe(_TEXT),
     ),
     versions=of(dict),
-    splits=named(_SPLIT),
+    splits=_splits,
     membership=maybe(_membership),
     verdict=fields(outcome=_OUTCOME, sentence=_TEXT, not_tested=each(_TEXT), questions=each(_QUESTION)),
 )
