@@ -42,7 +42,7 @@ def measure(model: nn.Module, batch: Mapping[str, Any], dropped_labels: Tensor, 
     }
     length = max(2, LOGITS_BUDGET // (rows * _vocabulary(model)))
     cut = {name: value[:rows, :length] if value.ndim == 2 else value[:rows] for name, value in inputs.items()}
-    labels = batch.get("labels", batch["input_ids"])[:rows, 1:length]
+    labels = batch["labels"][:rows, 1:length]
     was_training = model.training
     model.eval()
     try:
