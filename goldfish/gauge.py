@@ -46,7 +46,7 @@ def measure(model: nn.Module, batch: Mapping[str, Any], dropped_labels: Tensor, 
     was_training = model.training
     model.eval()
     try:
-        logits = model(**cut, use_cache=False).logits[:, :-1]
+        logits = model(**cut).logits[:, :-1]
     finally:
         model.train(was_training)
     nll = nn.functional.cross_entropy(

@@ -350,16 +350,6 @@ def test_signature_stays():
     assert inspect.signature(model.forward) == expected  # Trainer and generate() read it
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate keeps the first precision of a process; Trainers of other tests have chosen one."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_inside_accelerates_autocast(fresh_accelerate):
     from accelerate import Accelerator
 
