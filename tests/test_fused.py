@@ -740,6 +740,18 @@ def test_a_tensor_parallel_head_falls_back(mesh):
         assert_equal_enough(values, baseline)
 
 
+def test_zero_3_falls_back(caplog):
+    """DeepSpeed marks the parameters that it shards; benchmarks and CI do without it."""
+    model, inputs = build("gemma2"), batch()
+    baseline = step(model, inputs)
+    handle = fuse_head(model)
+    model.lm_head.weight.ds_id = 0
+    assert_equal_enough(step(model, inputs), baseline)
+    assert handle.tier == (1 if SLICES else 0)
+    assert "ZeRO-3" in handle.reason
+    assert caplog.text.count("ZeRO-3") == 1
+
+
 def test_the_oracle_can_fail():
     """The odd models do differ from a plain Llama: a fused loss that ignored what they do would be noticed."""
     inputs = batch()
