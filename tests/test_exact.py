@@ -135,6 +135,16 @@ def test_average_tokens_across_devices_of_one_device(tmp_path, tokenizer, across
     assert_as_good(*one_step(tmp_path, tokenizer, 2, 4, model, settings, **WAYS["fused"])[1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs one CUDA device; several make a DataParallel")
+@pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments])
+@pytest.mark.parametrize("way", WAYS)
+def test_trainer_on_cuda(fresh_accelerate, tmp_path, tokenizer, way, model):
+    trainer, loss, gradient = one_step(tmp_path, tokenizer, 2, 4, model, {"use_cpu": False}, **WAYS[way])
+    assert trainer.model.device.type == "cuda"
+    assert_as_good(loss, gradient.cpu())
+
+
 def test_evaluation_of_a_model_with_its_own_mean(tmp_path, tokenizer):
     trainer, _, _ = one_step(tmp_path, tokenizer, 2, 4, OwnMean, **WAYS["logits"])
     plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)

@@ -37,7 +37,8 @@ def trained(
     folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1, steps=4, then=None, train=None, **more
 ):
     gradients = Gradients()
-    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", **more.pop("settings", {})}
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", "use_cpu": True}
+    settings |= more.pop("settings", {})
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
@@ -46,7 +47,6 @@ def trained(
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
         **settings,
     )
     trainer = trainer_class(
