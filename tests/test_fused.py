@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 
 from goldfish.fused import FusedHead, fuse_head
+from goldfish.gauge import measure
 from goldfish.kept import kept_rows_only, why_not_kept_rows_only
 
 V = 97
@@ -261,7 +262,8 @@ def test_compiled():
         result = {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
         assert_equal_enough(result, baseline)
     assert handle.tier == 2
-    # The probe is read by now, so that a whole graph is possible.
+    # The probe is read by now, so that a whole graph is possible, without what the compilation above left out.
+    torch._dynamo.reset()
     assert_equal_enough(step(model, inputs), baseline)
     torch.testing.assert_close(
         torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss, baseline["loss"]
@@ -740,8 +742,35 @@ def test_a_tensor_parallel_head_falls_back(mesh):
         assert_equal_enough(values, baseline)
 
 
+class Engine(nn.Module):
+    """As DeepSpeed's: it has a config of its own, and answers for its module's other attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.config = module, {"zero_optimization": {}}
+
+    def __getattr__(self, name: str):
+        return self._modules["module"] if name == "module" else getattr(self._modules["module"], name)
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_inside_deepspeeds_engine():
+    model, inputs = build(), batch()
+    engine = Engine(model)
+    handle = fuse_head(engine)
+    assert handle is fuse_head(model)
+    assert handle.tier == 2
+    assert "logits" not in engine(**inputs)
+    handle.remove()
+    sums = measure(engine, inputs, inputs["labels"], rows=2)
+    targets = (inputs["labels"][:2, 1:] != -100).sum()
+    assert sums[1:].tolist() == [targets, 0, 0]
+
+
 def test_zero_3_falls_back(caplog):
-    """DeepSpeed marks the parameters that it shards; benchmarks and CI do without it."""
+    """DeepSpeed marks the parameters that it shards with ds_id; it is not among our tests' packages."""
     model, inputs = build("gemma2"), batch()
     baseline = step(model, inputs)
     handle = fuse_head(model)
@@ -793,7 +822,7 @@ def test_cuda_gradient_scaler():
     model, inputs = build("gemma2").cuda(), moved(batch())
     truth = step(copy.deepcopy(model).double(), inputs)
     handle = fuse_head(model)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with torch.autocast("cuda", torch.float16):
         loss = model(**inputs).loss
