@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
-from itertools import product
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 
 import torch
