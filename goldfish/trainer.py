@@ -53,6 +53,7 @@ class GoldfishMixin(Trainer):
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
     goldfish: Rules
     data_collator: Any
+    label_smoother: Any
     compute_loss_func: Any
     _signature_columns: Any
 
@@ -69,7 +70,8 @@ class GoldfishMixin(Trainer):
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
             )
         self.goldfish = bind(rules, self.processing_class)
-        if self._apply and self.label_smoother is not None and self.compute_loss_func is None:
+        smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
+        if self._apply and smooth and self.compute_loss_func is None:
             self.compute_loss_func = SmoothedLoss(self.label_smoother.epsilon)
         if self._averages() and self._replicas() > 1:
             logger.warning_once(

@@ -37,7 +37,8 @@ class OwnMean(LlamaForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         if labels is not None:
-            output.loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            total = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            output.loss = total / (labels[:, 1:] != -100).sum()
         return output
 
 
