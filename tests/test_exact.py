@@ -37,8 +37,9 @@ class OwnMean(LlamaForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         if labels is not None:
-            total = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            output.loss = total / (labels[:, 1:] != -100).sum()
+            log_p, targets = torch.log_softmax(output.logits[:, :-1], -1), labels[:, 1:, None]
+            kept = targets != -100
+            output.loss = -(log_p.gather(-1, targets * kept) * kept).sum() / kept.sum()
         return output
 
 
