@@ -286,11 +286,11 @@ def cell(name: str, results: list[dict]) -> str:
     if "error" in found:
         return "failed: " + found["error"].split(":")[0]
     base = next(r for r in results if r["name"] == BASE)
-    spread = (max(found["seconds"]) - min(found["seconds"])) / found["median"]
+    spread = f"±{(max(found['seconds']) - min(found['seconds'])) / found['median'] / 2:.0%}"
+    if len(found["seconds"]) == 1:
+        spread = "one run"
     time_ratio, memory_ratio = found["median"] / base["median"], found["bytes"] / base["bytes"]
-    text = (
-        f"{found['median']:.3g} ({time_ratio:.2f}; ±{spread / 2:.0%}) / {found['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
-    )
+    text = f"{found['median']:.3g} ({time_ratio:.2f}; {spread}) / {found['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
     return f"**{text}**" if name == "goldfish" else text
 
 
