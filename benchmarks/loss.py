@@ -4,13 +4,16 @@
     python benchmarks/loss.py --shapes 512,64,4000  # a small look
     python benchmarks/loss.py --render              # the tables of the README, from every JSON there
 
-Every case runs once to warm up, then all of them in turn, `--repeats` times, so that a disturbance meets all. Time is
-the median; the spread is (slowest - fastest) / median. Memory is the peak above what inputs hold.
+Every case warms up on a few rows, then all of them run in turn, `--repeats` times, so that a disturbance meets all; a
+case whose runs took `--seconds` together is not repeated. Time is the median; the spread is (slowest - fastest) /
+median. On CPU it is the process's CPU time, all threads together, so that other work on the machine hardly counts.
+Memory is the peak above what inputs hold. A peer that cannot run here has the reason in its place.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,7 +21,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -116,42 +121,56 @@ def installed(package: str) -> str | None:
         return None
 
 
-def cases(device: str, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Case]:
-    result: dict[str, Case] = {BASE: hf_eager, "HF eager, kept rows": hf_kept_rows}
-    if hasattr(F, "linear_cross_entropy"):
-        result["torch F.linear_cross_entropy, default"] = torch_chunked()
-        result["torch F.linear_cross_entropy, best chunking"] = best_torch_chunking(*inputs)
-    if installed("trl"):
-        result["TRL fused head"] = trl_head
-    if installed("cut-cross-entropy"):
-        result["cut-cross-entropy"] = cut_cross_entropy
-    if installed("liger-kernel") and device == "cuda":
-        result["Liger"] = liger
-    return result | {"goldfish": ours, FLOOR: three_products}
+def cases(hidden: Tensor, weight: Tensor, only: str) -> dict[str, Case | str]:
+    """Each method, or why it is not measured."""
+    on_cpu, in_torch = hidden.device.type == "cpu", hasattr(F, "linear_cross_entropy")
+    logits = 4 * len(hidden) * len(weight)  # bytes of fp32
+    trl_fits = not on_cpu or 9 * logits < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    no_torch = "this torch has no F.linear_cross_entropy"
+    result: dict[str, Case | str] = {
+        BASE: hf_eager,
+        "HF eager, kept rows": hf_kept_rows,
+        "torch F.linear_cross_entropy, default": torch_chunked() if in_torch else no_torch,
+        "torch F.linear_cross_entropy, best chunking": best_torch_chunking if in_torch else no_torch,
+        "TRL fused head": "not enough memory free" if not trl_fits else trl_head if installed("trl") else "no trl",
+        "cut-cross-entropy": cut_cross_entropy if installed("cut-cross-entropy") else "not installed",
+        "Liger": "needs a GPU" if on_cpu else liger if installed("liger-kernel") else "not installed",
+        "goldfish": ours,
+        FLOOR: three_products,
+    }
+    return {name: case for name, case in result.items() if only in name or name == BASE}
 
 
-def best_torch_chunking(hidden: Tensor, weight: Tensor, labels: Tensor) -> Case:
-    """The fastest of a few chunk sizes and both policies, each tried once."""
+@cache
+def fastest_chunking(width: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+    """The fastest of a few chunk sizes and both policies, each tried once on 1,024 rows."""
+    hidden = torch.randn(1024, width, dtype=dtype, device=device, requires_grad=True)
+    weight = nn.Parameter(torch.randn(vocabulary, width, dtype=dtype, device=device) * 0.02)
+    labels = torch.randint(vocabulary, (1024,), device=device)
     candidates = [
         torch_chunked(chunking_method=None, batch_chunk_size=rows, acc_policy=policy)
-        for rows in (512, 1024, 2048)
-        if rows <= len(hidden)
+        for rows in (256, 512, 1024)
         for policy in ("compact", "accurate")
     ]
-    return min(candidates or [torch_chunked()], key=lambda case: measure(case, hidden, weight, labels)["seconds"])
+    return min(candidates, key=lambda case: measure(case, hidden, weight, labels)["seconds"])
+
+
+def best_torch_chunking(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return fastest_chunking(hidden.shape[1], len(weight), hidden.dtype, hidden.device.type)(hidden, weight, labels)
 
 
 def measure(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float]:
     """Seconds, extra peak bytes and loss of one forward and backward."""
     hidden.grad = weight.grad = None
     before = start_memory(hidden.device)
-    begin = time.perf_counter()
+    clock = time.perf_counter if hidden.is_cuda else time.process_time
+    begin = clock()
     loss = case(hidden, weight, labels)
     if loss.requires_grad:
         loss.backward()
     if hidden.is_cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     return {"seconds": seconds, "bytes": peak_memory(hidden.device) - before, "loss": loss.item()}
 
 
@@ -174,7 +193,7 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, repeats: int, only: str) -> list[dict]:
+def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: argparse.Namespace) -> list[dict]:
     rows, width, vocabulary = shape
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, device=device).to(getattr(torch, dtype)).requires_grad_()
@@ -183,26 +202,27 @@ def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, repeats:
     if k != float("inf"):
         labels[Goldfish(k=k).dropped(labels)] = -100
     inputs = hidden, weight, labels
-    chosen = {name: case for name, case in cases(device, inputs).items() if only in name or name == BASE}
+    chosen = cases(hidden, weight, args.only)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    failed: dict[str, str] = {}
-    for repeat in range(repeats + 1):  # the first is the warm-up
+    failed = {name: case for name, case in chosen.items() if isinstance(case, str)}
+    for repeat in range(args.repeats + 1):
         for name, case in chosen.items():
-            if name in failed:
+            if name in failed or sum(r["seconds"] for r in runs[name]) > args.seconds:
                 continue
             try:
-                result = measure(case, *inputs)
+                if repeat:
+                    runs[name].append(measure(case, *inputs))
+                else:  # what is compiled needs its own shape to warm up
+                    few = slice(None if name == "cut-cross-entropy" or device == "cuda" else 64)
+                    measure(case, hidden[few].detach().requires_grad_(), weight, labels[few])
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}"[:300]
-                continue
-            if repeat:
-                runs[name].append(result)
     common = {"n": rows, "d": width, "v": vocabulary, "dtype": dtype, "k": "inf" if k == float("inf") else k}
     results = []
     for name in chosen:
         entry = common | {"name": name, "kept": int((labels != -100).sum())}
         if name in failed:
-            entry["error"] = failed[name]
+            entry["error" if callable(chosen[name]) else "not measured"] = failed[name]
         else:
             seconds = [r["seconds"] for r in runs[name]]
             entry |= {"seconds": seconds, "median": statistics.median(seconds), "loss": runs[name][-1]["loss"]}
@@ -244,7 +264,7 @@ def render() -> str:
         parts.append(f"**{about['device']}**, {about['threads']} thread(s); {versions}; commit {about['commit'][:12]}")
         for group in dict.fromkeys((r["n"], r["d"], r["v"], r["dtype"]) for r in results):
             chosen = [r for r in results if (r["n"], r["d"], r["v"], r["dtype"]) == group]
-            ks = list(dict.fromkeys(r["k"] for r in chosen))
+            ks = sorted({r["k"] for r in chosen}, key=float)
             n, d, v, dtype = group
             parts.append(
                 f"\nN = {n}, D = {d}, V = {v}, {dtype}: "
@@ -261,16 +281,16 @@ def render() -> str:
 
 def cell(name: str, results: list[dict]) -> str:
     found = next((r for r in results if r["name"] == name), None)
-    if found is None:
-        return "not measured"
+    if found is None or "not measured" in found:
+        return "not measured" + (f" ({found['not measured']})" if found else "")
     if "error" in found:
         return "failed: " + found["error"].split(":")[0]
     base = next(r for r in results if r["name"] == BASE)
-    spread = (max(found["seconds"]) - min(found["seconds"])) / found["median"]
+    spread = f"±{(max(found['seconds']) - min(found['seconds'])) / found['median'] / 2:.0%}"
+    if len(found["seconds"]) == 1:
+        spread = "one run"
     time_ratio, memory_ratio = found["median"] / base["median"], found["bytes"] / base["bytes"]
-    text = (
-        f"{found['median']:.3g} ({time_ratio:.2f}; ±{spread / 2:.0%}) / {found['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
-    )
+    text = f"{found['median']:.3g} ({time_ratio:.2f}; {spread}) / {found['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
     return f"**{text}**" if name == "goldfish" else text
 
 
@@ -281,6 +301,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--k", nargs="+", type=float, default=[3, 4, float("inf")])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a case is not repeated")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--only", default="", help="only cases whose name holds this text, and HF eager")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/loss-<device>.json")
@@ -292,16 +313,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES[device]
     about = describe(device)
-    results = [
-        entry
-        for shape in shapes
-        for dtype in args.dtypes
-        for k in args.k
-        for entry in run(shape, dtype, k, device, args.repeats, args.only)  # type: ignore[arg-type]
-    ]
     out = args.out or RESULTS / f"loss-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    results: list[dict] = []
+    for shape, k, dtype in product(shapes, args.k, args.dtypes):
+        results += run(shape, dtype, k, device, args)  # type: ignore[arg-type]
+        out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     print(f"wrote {out}")
 
 

@@ -152,6 +152,8 @@ class FusedHead:
             return self._forward(*args, **kwargs)
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
+        if self.tier == 2 and hasattr(getattr(self._head, "weight", None), "ds_id"):
+            self._fall_back("DeepSpeed ZeRO-3 gathers its head when the gradient of logits arrives, and there are none")
         if self.tier == 2:
             random = None if self._proved else _random_state()
             for _ in range(2):  # again if the first try found a scale or a soft cap

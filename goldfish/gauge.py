@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goldfish.kept import bare_model
 from goldfish.labels import IGNORE_INDEX
 
 LOGITS_BUDGET = 2**26  # logits that a measurement may hold: 256 MB of fp32; longer rows are cut
@@ -42,11 +43,11 @@ def measure(model: nn.Module, batch: Mapping[str, Any], dropped_labels: Tensor, 
     }
     length = max(2, LOGITS_BUDGET // (rows * _vocabulary(model)))
     cut = {name: value[:rows, :length] if value.ndim == 2 else value[:rows] for name, value in inputs.items()}
-    labels = batch.get("labels", batch["input_ids"])[:rows, 1:length]
+    labels = batch["labels"][:rows, 1:length]
     was_training = model.training
     model.eval()
     try:
-        logits = model(**cut, use_cache=False).logits[:, :-1]
+        logits = model(**cut).logits[:, :-1]
     finally:
         model.train(was_training)
     nll = nn.functional.cross_entropy(
@@ -59,8 +60,7 @@ def measure(model: nn.Module, batch: Mapping[str, Any], dropped_labels: Tensor, 
 
 
 def _vocabulary(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None) or getattr(getattr(model, "module", None), "config", None)
-    return int(config.get_text_config().vocab_size)
+    return int(bare_model(model).config.get_text_config().vocab_size)
 
 
 def readings(sums: Tensor) -> dict[str, float]:

@@ -60,13 +60,14 @@ def why_not_this_loss(model: nn.Module) -> str:
 
 
 def bare_model(model: Any) -> Any:
-    """The transformers model inside torch.compile, DDP, FSDP and PEFT."""
+    """The transformers model inside torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
     while True:
         if "_orig_mod" in getattr(model, "_modules", {}):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif "module" in getattr(model, "_modules", {}) and not hasattr(model, "get_output_embeddings"):
+        # DeepSpeed's engine answers for its module's attributes, so the class is asked.
+        elif "module" in getattr(model, "_modules", {}) and not hasattr(type(model), "get_output_embeddings"):
             model = model.module
         else:
             return model

@@ -72,6 +72,24 @@ def padding_mask(batch: Mapping[str, Any]) -> Tensor | None:
     return mask if mask is not None and mask.shape == batch["input_ids"].shape else None
 
 
+def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a Hugging Face batch that has labels: its own, or input_ids with -100 on padding.
+
+    Raises:
+        ValueError: a batch without input_ids.
+    """
+    if "input_ids" not in batch:
+        raise ValueError(f"the rule decides from input_ids, but the batch holds only {', '.join(batch) or 'nothing'}")
+    if batch.get("labels") is not None:
+        return dict(batch)
+    if getattr(batch.get("attention_mask"), "ndim", 2) != 2:
+        raise ValueError(
+            f"the batch has no labels, and an attention_mask of {tuple(batch['attention_mask'].shape)} does not say "
+            "which tokens are padding; let the collator make labels"
+        )
+    return {**batch, "labels": mask_labels(None, batch["input_ids"], attention_mask=padding_mask(batch))}
+
+
 def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a Hugging Face batch with its labels (and shift_labels, where a collator made them) masked.
 
@@ -81,13 +99,7 @@ def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a batch without input_ids.
     """
-    if "input_ids" not in batch:
-        raise ValueError(f"the rule decides from input_ids, but the batch holds only {', '.join(batch) or 'nothing'}")
-    if batch.get("labels") is None and getattr(batch.get("attention_mask"), "ndim", 2) != 2:
-        raise ValueError(
-            f"the batch has no labels, and an attention_mask of {tuple(batch['attention_mask'].shape)} does not say "
-            "which tokens are padding; let the collator make labels"
-        )
+    batch = with_labels(batch)
     given = {name: batch[name] for name in ("labels", "position_ids") if batch.get(name) is not None}
     padding = padding_mask(batch)
     if padding is not None:

@@ -69,7 +69,7 @@ class GoldfishLoss(nn.Module):
         """
         called_by_trainer = not isinstance(logits, Tensor)
         if called_by_trainer:
-            logits = logits["logits"] if isinstance(logits, Mapping) else logits[0]
+            logits = _logits_of(logits)
         if labels is None:
             raise ValueError("GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them")
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
@@ -91,15 +91,44 @@ class GoldfishLoss(nn.Module):
                 attention_mask=attention_mask,
                 ignore_index=self.ignore_index,
             )
-        targets, all_targets = kept_labels[..., 1:], labels[..., 1:]
-        kept = targets != self.ignore_index
-        rows = logits[..., :-1, :][kept]
-        if rows.dtype != torch.float64:
-            rows = rows.float()
-        # Sums over no rows are zeros that keep their graph, so a rank without a kept token still takes part.
-        total = nn.functional.cross_entropy(rows, targets[kept].to(rows.device), reduction="sum")
-        loss = total / kept.sum().clamp(min=1)
+        total, kept = _sum_over_targets(logits, kept_labels, self.ignore_index)
+        loss = total / kept.clamp(min=1)
         if num_items_in_batch is not None:
             counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-            loss = loss * (all_targets != self.ignore_index).sum().to(loss.device) / counted
+            loss = loss * (labels[..., 1:] != self.ignore_index).sum().to(loss.device) / counted
         return loss
+
+
+class SmoothedLoss:
+    """Trainer's label smoothing of masked labels, for its compute_loss_func: (1 - epsilon) times the nll plus epsilon
+    times the mean of -log p over the vocabulary, summed over the kept tokens and divided by num_items_in_batch.
+
+    transformers' LabelSmoother in 5.10 divides each batch by its own tokens, with none of them by 0; and no version
+    shifts the labels of a model whose class is not in transformers' list.
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, self.epsilon)
+        count = kept if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+        return total / count.clamp(min=1)
+
+
+def _logits_of(outputs: Any) -> Any:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _sum_over_targets(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum of the loss, in fp32 or better, over the targets among `labels` (not shifted), and how many they are."""
+    targets = labels[..., 1:].to(logits.device)
+    kept = targets != ignore_index
+    rows = logits[..., :-1, :][kept]
+    if rows.dtype != torch.float64:
+        rows = rows.float()
+    # A sum over no rows is a zero that keeps its graph, so a rank without a kept token still takes part.
+    total = nn.functional.cross_entropy(rows, targets[kept], reduction="sum", label_smoothing=label_smoothing)
+    return total, kept.sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, mask_labels, padding_mask
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, padding_mask
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -45,13 +45,10 @@ class Tally:
         self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then
 
     def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
-        """Count a batch, before and after it was masked."""
+        """Count a batch with labels, before and after it was masked."""
         ids = batch["input_ids"]
         attention_mask = padding_mask(batch)
-        labels = batch.get("labels")
-        if labels is None:  # then mask_labels made them, without padding
-            labels = mask_labels(None, ids, attention_mask=attention_mask)
-        was, now = (each[..., 1:] != IGNORE_INDEX for each in (labels, masked["labels"]))
+        was, now = (each["labels"][..., 1:] != IGNORE_INDEX for each in (batch, masked))
         dropped = was & ~now
         for place, rule in enumerate(self.rules.values()):
             rows = was if len(self.rules) == 1 else was & (batch[SOURCE] == place)[:, None]

@@ -12,8 +12,17 @@ from transformers.utils import logging
 from goldfish.fused import fuse_head
 from goldfish.gauge import measure, readings, rows_to_measure
 from goldfish.kept import bare_model
-from goldfish.labels import SOURCE, CarrySource, GoldfishCollator, Rules, check_rules, mask_batch
-from goldfish.loss import GoldfishLoss
+from goldfish.labels import (
+    IGNORE_INDEX,
+    SOURCE,
+    CarrySource,
+    GoldfishCollator,
+    Rules,
+    check_rules,
+    mask_batch,
+    with_labels,
+)
+from goldfish.loss import GoldfishLoss, SmoothedLoss
 from goldfish.receipt import Tally, bind, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
 from goldfish.rule import Goldfish
 
@@ -25,8 +34,9 @@ class GoldfishMixin(Trainer):
 
     The labels of training batches are masked just before Trainer counts their targets, so the loss is the sum over
     kept tokens divided by their number over the whole optimiser step, whatever the accumulation or the number of
-    processes (for models whose forward takes num_items_in_batch, as nearly all do). Evaluation and prediction never
-    see the rule. Every checkpoint gains goldfish.json. Logs gain
+    processes; label smoothing smooths it over kept tokens too. A model whose forward takes no num_items_in_batch must
+    return the mean over its targets; batches are then weighted by their share of the step's kept tokens.
+    Evaluation and prediction never see the rule. Every checkpoint gains goldfish.json. Logs gain
     `goldfish/drop_rate`, the share of targets dropped since the last log, and a gauge of memorization:
     `goldfish/kept_loss` and `goldfish/dropped_loss`, nats per token on rows of the last batch, without gradient, and
     their difference `goldfish/gap`; measured when a log is due, on as many rows as take 1% of the time, at least one.
@@ -43,6 +53,8 @@ class GoldfishMixin(Trainer):
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
     goldfish: Rules
     data_collator: Any
+    label_smoother: Any
+    compute_loss_func: Any
     _signature_columns: Any
 
     def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, apply: bool = True, **kwargs: Any) -> None:
@@ -57,15 +69,19 @@ class GoldfishMixin(Trainer):
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
             )
-        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
-            logger.warning_once(
-                f"the forward of {type(self.model).__name__} takes no num_items_in_batch: with gradient accumulation "
-                "or several processes Trainer averages the means of batches, which keep unequal numbers of tokens"
-            )
         self.goldfish = bind(rules, self.processing_class)
+        smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
+        if self._apply and smooth and self.compute_loss_func is None:
+            self.compute_loss_func = SmoothedLoss(self.label_smoother.epsilon)
+        if self._averages() and self._replicas() > 1:
+            logger.warning_once(
+                f"the forward of {type(self.model).__name__} takes no num_items_in_batch: under nn.DataParallel, "
+                "tensor or sequence parallelism Trainer takes the mean of batches' means, whatever tokens they keep"
+            )
         self._tally = Tally(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
-        self._gauge = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        self._gauge = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this process, since `_sync`
+        self._measured = torch.zeros_like(self._gauge)  # of all processes, since the last log
         self._before: dict[str, Any] | None = None  # the receipt of a run under other rules that this one goes on from
 
     def get_train_dataloader(self) -> Any:
@@ -85,13 +101,48 @@ class GoldfishMixin(Trainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
+        if batches and self._averages() and self._replicas() == 1:
+            num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
+            if self.args.average_tokens_across_devices:
+                num_items = self.accelerator.reduce(num_items, "sum")
         if batches and (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0:
             self._read_gauge()
         if num_items is not None:  # no kept token in the whole step: the loss is a zero, not 0 / 0
             num_items = num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1)
         return batches, num_items
 
+    def _averages(self) -> bool:
+        """Whether the model divides its loss by its own targets, which Trainer would then take for equally many."""
+        scaled = self.model_accepts_loss_kwargs or getattr(self, "loss_is_scaled_for_ga", None)
+        return self._apply and not scaled and self.compute_loss_func is None
+
+    def _replicas(self) -> int:
+        """Devices that share a batch: its targets are then not counted where its loss is made."""
+        return int(max(1, self.args.n_gpu) * self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if num_items_in_batch is None or not self._averages() or self._replicas() > 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        kept = _targets(inputs)
+        # The mean over no target would be 0 / 0, and so would its gradient: the model gets targets, with weight 0.
+        inputs = inputs | {"labels": inputs["labels"].masked_fill(kept == 0, 0)}
+        result = super().compute_loss(model, inputs, return_outputs)
+        mean, *outputs = result if return_outputs else (result,)
+        # Undoes the means that Trainer takes over micro-batches and DDP over processes.
+        means = self.current_gradient_accumulation_steps
+        if self.args.average_tokens_across_devices:
+            means *= self.accelerator.num_processes
+        loss = torch.where(kept > 0, mean * (means * kept / num_items_in_batch), 0.0)
+        return (loss, *outputs) if return_outputs else loss
+
     def _mask_and_count(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = with_labels(batch)
         masked = mask_batch(self.goldfish, batch)
         self._tally.add(batch, masked)
         self._last_batch = (batch, masked["labels"])
@@ -105,27 +156,31 @@ class GoldfishMixin(Trainer):
         with self.compute_loss_context_manager():
             self._gauge += measure(self.model_wrapped, inputs, labels.to(self.args.device), rows)
 
-    def _sync_tally(self) -> None:
-        """Add up what all processes counted. Every process must call it."""
+    def _sync(self) -> None:
+        """Add up what all processes counted and measured. Only where all of them are: log and save_model, which one
+        process may call alone, tell what was known here."""
         self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
+        self._measured += self.accelerator.reduce(self._gauge, "sum")
+        self._gauge.zero_()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save:
+            self._sync()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs or "train_runtime" in logs:  # where Trainer calls this in every process
-            self._sync_tally()
-            now = self._tally.sum()
-            targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
-            if "loss" in logs and targets > 0:
-                if self._apply:
-                    logs["goldfish/drop_rate"] = dropped / targets
-                self._logged = now
-                logs.update(readings(self.accelerator.reduce(self._gauge, "sum")))
-                self._gauge.zero_()
+        now = self._tally.sum()
+        targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
+        if "loss" in logs and targets > 0:
+            if self._apply:
+                logs["goldfish/drop_rate"] = dropped / targets
+            self._logged = now
+            logs.update(readings(self._measured))
+            self._measured.zero_()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if _internal_call:  # Trainer's own checkpoints are made by all processes, a user's call perhaps by one
-            self._sync_tally()
         if self.args.should_save and self._apply:
             write_receipt(output_dir or self.args.output_dir, self._tally, self.processing_class, self._before)
 
@@ -153,7 +208,9 @@ class GoldfishMixin(Trainer):
         if checkpoint and self._apply:
             self._resume_goldfish(read_receipt(checkpoint), str(checkpoint), allow_other_rule)
         with self._fused_head():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._sync()
+        return result
 
     def _fused_head(self) -> contextlib.AbstractContextManager[Any]:
         if not self._fused:
@@ -161,7 +218,10 @@ class GoldfishMixin(Trainer):
         reason = ""
         if self.compute_loss_func is not None or self.label_smoother is not None:
             reason = "compute_loss_func and label smoothing need the logits"
-        elif type(self).compute_loss is not Trainer.compute_loss:
+        elif (
+            type(self).compute_loss is not GoldfishMixin.compute_loss
+            or getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
+        ):
             reason = f"{type(self).__name__} computes its own loss"
         elif self.model_init is not None:
             reason = "model_init makes a new model when training starts"
@@ -195,6 +255,12 @@ class GoldfishMixin(Trainer):
         logger.warning("%s was trained %s and is resumed with %s", checkpoint, what, here)
         self._start_goldfish(self.goldfish)
         self._before = receipt or {"rule": None}
+
+
+def _targets(batch: dict[str, Any]) -> torch.Tensor:
+    """How many targets the model finds in a batch, 0-dim; it shifts."""
+    labels: torch.Tensor = batch["labels"]
+    return (labels[..., 1:] != IGNORE_INDEX).sum()
 
 
 class GoldfishTrainer(GoldfishMixin):

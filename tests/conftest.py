@@ -62,3 +62,13 @@ def checkpoint(tmp_path_factory, tokenizer):
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps the first precision of a process; Trainers of other tests have chosen one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,16 +1,22 @@
 """One rank of tests/test_distributed.py: a few steps of GoldfishTrainer on rows of unequal length; losses to a file."""
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
+import test_exact
 import torch
-from conftest import tiny_llama
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainingArguments
+from test_exact import model_of
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer
+from goldfish.kept import HANDLE, bare_model
+from goldfish.receipt import read_receipt
 
 
 def rows(dropped_whole: bool) -> Dataset:
@@ -24,30 +30,75 @@ def rows(dropped_whole: bool) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]})
 
 
+@contextlib.contextmanager
+def fsdp_on_cpu():
+    """accelerate turns its FSDP on for accelerators only, though torch's shards on CPU too."""
+    plain = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState.__init__ = with_fsdp
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = plain
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def main(output: str, tokenizer: str, all_settings: str) -> None:
-    found = [run(output, tokenizer, **settings) for settings in json.loads(all_settings)]
+    found = [run(Path(f"{output}-{i}"), tokenizer, **settings) for i, settings in enumerate(json.loads(all_settings))]
     if int(os.environ.get("RANK", 0)) == 0:
         Path(output).write_text(json.dumps(found))
 
 
-def run(output: str, tokenizer: str, *, fused: bool = True, dropped_whole: bool = False, **options) -> dict:
-    arguments = TrainingArguments(
-        output_dir=f"{output}-run", max_steps=3, logging_steps=1, learning_rate=1e-2, max_grad_norm=1.0,
-        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential",
-        **options,
-    )  # fmt: skip
-    trainer = GoldfishTrainer(
-        tiny_llama(),
-        arguments,
-        train_dataset=rows(dropped_whole),
-        data_collator=DataCollatorForSeq2Seq(PreTrainedTokenizerFast.from_pretrained(tokenizer)),
-        goldfish=Goldfish(k=3, h=4),
-        fused=fused,
-    )
-    trainer.train()
+class Tiers(TrainerCallback):
+    """Notes how the loss was made, while it is: 2, 1, 0, or None where no head is fused."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.tier = getattr(bare_model(model).__dict__.get(HANDLE), "tier", None)
+
+
+def run(
+    folder: Path, tokenizer: str, *, fused=True, dropped_whole=False, fsdp=False, model="LlamaForCausalLM", **options
+) -> dict:
+    tiers = Tiers()
+    options = {"logging_steps": 1, "save_strategy": "no", **options}
+    shards = fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if shards:
+        layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": layers}
+    with fsdp_on_cpu() if shards else contextlib.nullcontext():
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=3, learning_rate=1e-2, max_grad_norm=1.0, report_to="none",
+            disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", **options,
+        )  # fmt: skip
+        trainer = GoldfishTrainer(
+            model_of(getattr(test_exact, model)),
+            arguments,
+            train_dataset=rows(dropped_whole),
+            data_collator=DataCollatorForSeq2Seq(PreTrainedTokenizerFast.from_pretrained(tokenizer)),
+            goldfish=Goldfish(k=3, h=4),
+            fused=fused,
+            callbacks=[tiers],
+        )
+        trainer.train()
+        if arguments.should_save and not shards:  # one process alone, as push_to_hub does: none answers a reduce
+            trainer.save_model(str(folder / "end"), _internal_call=True)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     found = [[entry["loss"], entry["grad_norm"], entry["goldfish/drop_rate"]] for entry in steps]
-    return {"steps": found, "decisions": trainer._tally.entries()["decisions"]}
+    sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in trainer.model.parameters())
+    receipts = {path.parent.name: read_receipt(path.parent) for path in sorted(folder.glob("*/goldfish.json"))}
+    return {
+        "steps": found,
+        "sharded": sharded,
+        "tier": tiers.tier,
+        "counted": trainer._tally.entries(),
+        "receipts": receipts,
+    }
 
 
 if __name__ == "__main__":

@@ -14,8 +14,17 @@ CASES = {
     "logits": {"fused": False},
     "no target on one rank": {"dropped_whole": True},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "tokens averaged on each rank": {"average_tokens_across_devices": False, "dropped_whole": False},
+    "tokens averaged on each rank": {"average_tokens_across_devices": False},
+    "label smoothing": {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2},
+    "own mean": {"model": "OwnMean", "gradient_accumulation_steps": 2},
+    "own mean, no target on one rank": {"model": "OwnMean", "dropped_whole": True},
+    "FSDP2": {"fsdp": True},
+    "FSDP2, logits": {"fsdp": True, "fused": False},
+    "FSDP2, no target on one rank": {"fsdp": True, "dropped_whole": True},
+    "FSDP2, own mean, accumulation": {"fsdp": True, "model": "OwnMean", "gradient_accumulation_steps": 2},
+    "saved between two logs": {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2},
 }
+NOT_FUSED = ("logits", "FSDP2, logits", "label smoothing")
 
 
 def run(folder, checkpoint, processes):
@@ -31,7 +40,7 @@ def run(folder, checkpoint, processes):
     command += [str(HERE / "distributed_worker.py"), str(output), str(checkpoint), json.dumps(all_settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     return dict(zip(CASES, json.loads(output.read_text()), strict=True))
 
 
@@ -44,7 +53,13 @@ def one_and_two(tmp_path_factory, checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one(one_and_two, case):
     one, two = (found[case] for found in one_and_two)
-    assert two["decisions"] == one["decisions"]
+    assert two["sharded"] == ("FSDP2" in case)
+    assert one["tier"] == two["tier"] == (None if case in NOT_FUSED else 0 if "own mean" in case else 2)
+    assert ("checkpoint-2" in one["receipts"]) == ("saved" in case)
+    assert two["counted"] == one["counted"]
+    if "FSDP2" not in case:  # no process saves a sharded model alone
+        assert two["receipts"] == one["receipts"]
+        assert one["receipts"]["end"].items() >= one["counted"].items()
     # Asked to average on each rank, Trainer takes the mean of the ranks' means: right in scale only, as without us.
     tolerance = 5e-2 if "on each rank" in case else 2e-5
     for ours, theirs in zip(two["steps"], one["steps"], strict=True):

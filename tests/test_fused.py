@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 
 from goldfish.fused import FusedHead, fuse_head
+from goldfish.gauge import measure
 from goldfish.kept import kept_rows_only, why_not_kept_rows_only
 
 V = 97
@@ -261,7 +262,8 @@ def test_compiled():
         result = {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
         assert_equal_enough(result, baseline)
     assert handle.tier == 2
-    # The probe is read by now, so that a whole graph is possible.
+    # The probe is read by now, so that a whole graph is possible, without what the compilation above left out.
+    torch._dynamo.reset()
     assert_equal_enough(step(model, inputs), baseline)
     torch.testing.assert_close(
         torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss, baseline["loss"]
@@ -348,16 +350,6 @@ def test_signature_stays():
     expected = inspect.signature(model.forward)
     fuse_head(model)
     assert inspect.signature(model.forward) == expected  # Trainer and generate() read it
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate keeps the first precision of a process; Trainers of other tests have chosen one."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_inside_accelerates_autocast(fresh_accelerate):
@@ -748,6 +740,140 @@ def test_a_tensor_parallel_head_falls_back(mesh):
     for values in (result, again):
         values = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in values.items()}
         assert_equal_enough(values, baseline)
+
+
+class Engine(nn.Module):
+    """As DeepSpeed's: it has a config of its own, and answers for its module's other attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.config = module, {"zero_optimization": {}}
+
+    def __getattr__(self, name: str):
+        return self._modules["module"] if name == "module" else getattr(self._modules["module"], name)
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_inside_deepspeeds_engine():
+    model, inputs = build(), batch()
+    engine = Engine(model)
+    handle = fuse_head(engine)
+    assert handle is fuse_head(model)
+    assert handle.tier == 2
+    assert "logits" not in engine(**inputs)
+    handle.remove()
+    sums = measure(engine, inputs, inputs["labels"], rows=2)
+    targets = (inputs["labels"][:2, 1:] != -100).sum()
+    assert sums[1:].tolist() == [targets, 0, 0]
+
+
+def test_zero_3_falls_back(caplog):
+    """DeepSpeed marks the parameters that it shards with ds_id; it is not among our tests' packages."""
+    model, inputs = build("gemma2"), batch()
+    baseline = step(model, inputs)
+    handle = fuse_head(model)
+    model.lm_head.weight.ds_id = 0
+    assert_equal_enough(step(model, inputs), baseline)
+    assert handle.tier == (1 if SLICES else 0)
+    assert "ZeRO-3" in handle.reason
+    assert caplog.text.count("ZeRO-3") == 1
+
+
+def on_cuda(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+def moved(inputs: dict) -> dict:
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+@on_cuda
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "mixtral"])
+def test_cuda_equals_the_models_own_loss_and_gradients(name):
+    model, inputs = build(name).cuda(), moved(batch())
+    baseline, truth = step(model, inputs), step(copy.deepcopy(model).double(), inputs)
+    assert_as_good(step(model, kept_rows_only(model, inputs)), baseline, truth)
+    with fuse_head(model) as handle:
+        for num_items in (None, 57):
+            more = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items, device="cuda")}
+            with torch.no_grad():
+                share = 1 if num_items is None else (inputs["labels"][:, 1:] != -100).sum() / num_items
+            if name != "mixtral" or num_items is None:  # its auxiliary loss is not divided
+                result = step(model, inputs | more)
+                assert_as_good({k: v / share for k, v in result.items()}, baseline, truth)
+        assert (handle.tier, handle.reason) == (2, "")
+        no_labels = inputs | {"labels": torch.full_like(inputs["labels"], -100)}
+        assert step(model, no_labels)["loss"].isfinite()
+
+
+@on_cuda
+def test_cuda_dropout_draws_the_same_numbers():
+    """The first step of a capped model runs twice; the GPU's generator is set back in between."""
+    model, inputs = build("gemma2", dropout=0.3).cuda(), moved(batch())
+    baseline = step(model, inputs)
+    fuse_head(model)
+    assert_equal_enough(step(model, inputs), baseline)
+
+
+@on_cuda
+def test_cuda_gradient_scaler():
+    model, inputs = build("gemma2").cuda(), moved(batch())
+    truth = step(copy.deepcopy(model).double(), inputs)
+    handle = fuse_head(model)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.autocast("cuda", torch.float16):
+        loss = model(**inputs).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert handle.tier == 2
+    assert abs(loss - truth["loss"]) < 2e-3
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all()
+        assert (parameter.grad - truth[name]).norm() <= 2e-2 * truth[name].norm() + 1e-4, name
+
+
+@on_cuda
+def test_cuda_compiled():
+    model, inputs = build("gemma2", num_hidden_layers=1).cuda(), moved(batch())
+    baseline = step(model, inputs)
+    handle = fuse_head(model)
+    step(model, inputs)
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        model.zero_grad()
+        loss = compiled(**inputs).loss
+        loss.backward()
+        result = {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+        assert_equal_enough(result, baseline, rtol=1e-3, atol=1e-5)
+    assert handle.tier == 2
+
+
+@on_cuda
+def test_cuda_head_waits_once_for_the_number_of_kept_rows():
+    """From the head to the loss nothing makes the host wait but the number of kept rows, which left long before."""
+    model, inputs = build("gemma2").cuda(), moved(batch())
+    fuse_head(model)
+    step(model, inputs)
+    hidden = torch.randn(*inputs["labels"].shape, 32, device="cuda", requires_grad=True)
+    from goldfish.fused import _Call
+    from goldfish.kept import KeptRows, shifted_labels
+
+    targets = shifted_labels(inputs)
+    handle = fuse_head(model)
+    handle._call = _Call(targets, None, KeptRows(targets), 8)
+    handle._call.rows.indices(hidden.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        probe = model.lm_head(hidden)
+        loss = handle._loss(probe, inputs["labels"], V)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        handle._call = None
+    assert loss.isfinite()
 
 
 def test_the_oracle_can_fail():

@@ -71,7 +71,7 @@ def test_long_rows_are_cut_to_the_budget(model, monkeypatch):
     labels = ids.clone()
     labels[:, ::3] = -100
     monkeypatch.setattr("goldfish.gauge.LOGITS_BUDGET", 320 * 30)
-    sums = measure(model, {"input_ids": ids}, labels, rows=1)
+    sums = measure(model, {"input_ids": ids, "labels": ids}, labels, rows=1)
     assert sums[1] + sums[3] == 29
     assert sums[3] == 9
     assert model.training, "and the model is as it was"

@@ -398,12 +398,19 @@ def test_rows_in_blocks(dtype, softcap, scale, monkeypatch):
     torch.testing.assert_close(logits.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_against_fp64(dtype):
-    inputs = {k: t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for k, t in case(3000, 64, 5001).items()}
-    options = {"softcap": 5.0, "scale": 0.7}
+# On CUDA. A file of its own would not see that these are the cases above on another device.
+
+
+def on_cuda(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+def cuda_case(dtype, *shape):
+    return {name: t.cuda().to(dtype) if t.is_floating_point() else t.cuda() for name, t in case(*shape).items()}
+
+
+def assert_as_good_on_cuda(inputs, dtype, **options):
+    """No further from fp64 than torch's own loss in the same dtype."""
     truth, baseline, ours = (
         loss_and_gradients(f, inputs, d, **options)
         for f, d in ((plain, torch.float64), (plain, dtype), (linear_cross_entropy, dtype))
@@ -412,15 +419,119 @@ def test_cuda_against_fp64(dtype):
         assert error(ours[name], exact) <= error(baseline[name], exact) + max(torch.finfo(dtype).eps / 2, 1e-6), name
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_does_not_wait_for_the_host_when_rows_are_known():
-    inputs = {k: t.cuda() for k, t in case().items()}
+@on_cuda
+@pytest.mark.parametrize("vocabulary", [7, 128, 5001, 8192])  # whole rows of 16 bytes and others; one block and more
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_cuda_against_fp64(dtype, options, vocabulary):
+    """Three chunks; 16-bit products are added up in fp32 by cuBLAS; fp64 goes without Triton."""
+    assert_as_good_on_cuda(cuda_case(dtype, 3000, 64, vocabulary), dtype, **options)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_without_triton(dtype, monkeypatch):
+    linear = sys.modules["goldfish.linear"]
+    monkeypatch.setitem(sys.modules, "goldfish.kernels", None)  # importing it fails
+    linear._row_kernel.cache_clear()
+    assert linear._row_kernel("cuda", dtype) is _softmax_rows
+    assert_as_good_on_cuda(cuda_case(dtype, 3000, 64, 5001), dtype, softcap=5.0)
+    linear._row_kernel.cache_clear()
+
+
+@on_cuda
+@pytest.mark.parametrize("trainable", [("hidden",), ("weight",), ("hidden", "weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("kept", [0.0, 0.01, 1.0])
+def test_cuda_gradients_only_where_required(trainable, kept):
+    inputs = cuda_case(torch.bfloat16, 2100, 32, 1000, kept)
+    for name in trainable:
+        inputs[name].requires_grad_()
+    expected = loss_and_gradients(linear_cross_entropy, {k: t.detach().cpu() for k, t in inputs.items()}, torch.float32)
+    loss = linear_cross_entropy(**inputs)
+    loss.backward()
+    torch.testing.assert_close(loss.cpu(), expected["loss"], rtol=1e-4, atol=1e-4)
+    for name in ("hidden", "weight", "bias"):
+        assert (inputs[name].grad is not None) == (name in trainable)
+        if name in trainable and kept:
+            assert error(inputs[name].grad.cpu(), expected[name].double()) < 1e-2
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda_autocast_and_a_large_loss_scale(dtype):
+    """fp32 inputs whose products run in 16 bits; the factor of the backward is not rounded to them."""
+    inputs = cuda_case(torch.float32, 1500, 64, 1001)
+    truth = loss_and_gradients(plain, inputs, torch.float64)
+    inputs = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in inputs.items()}
+    with torch.autocast("cuda", dtype):
+        loss = linear_cross_entropy(**inputs, num_items=torch.tensor(1500.0))  # a count on the host
+    (loss * 70_000.0).backward()
+    assert loss.dtype == torch.float32
+    share = (inputs["labels"] != IGNORED).sum().item() / 1500
+    assert error(loss.detach(), truth["loss"] * share) < torch.finfo(dtype).eps
+    for name in ("hidden", "weight", "bias"):
+        assert error(inputs[name].grad, truth[name] * 70_000.0 * share) < 4 * torch.finfo(dtype).eps
+
+
+@on_cuda
+def test_cuda_backward_twice_and_second_derivatives():
+    inputs = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in cuda_case(torch.bfloat16).items()}
+    loss = linear_cross_entropy(**inputs)
+    first = torch.autograd.grad(loss, inputs["weight"], retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, inputs["weight"])[0], first)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(linear_cross_entropy(**inputs), inputs["weight"], create_graph=True)
+
+
+@on_cuda
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_cuda_compiled():
+    inputs = cuda_case(torch.bfloat16)
+    eager = loss_and_gradients(linear_cross_entropy, inputs, torch.bfloat16, softcap=5.0)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    for name, value in loss_and_gradients(compiled, inputs, torch.bfloat16, softcap=5.0).items():
+        torch.testing.assert_close(value, eager[name])
+
+
+@on_cuda
+def test_cuda_rows_beyond_two_to_the_31():
+    """Offsets of 64 bits: the last of 4,096 rows of 600,000 logits."""
+    rows, vocabulary = 4096, 600_000
+    if torch.cuda.mem_get_info()[0] < 8e9:
+        pytest.skip("needs 8 GB of free GPU memory")
+    from goldfish.kernels import softmax_rows
+
+    logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
+    labels, nll = torch.arange(rows, device="cuda"), torch.empty(rows, device="cuda")
+    softmax_rows(logits, labels, nll, 1.0, None, True)
+    torch.testing.assert_close(nll, torch.full_like(nll, vocabulary).log())
+    assert (logits[torch.arange(rows), labels] == -1).all()
+    assert logits[-1].float().sum().abs() < 0.01
+
+
+@on_cuda
+def test_cuda_label_outside_the_vocabulary():
+    """A device-side assertion, which ends the process's use of CUDA: so in another process."""
+    code = (
+        "import torch; from goldfish import linear_cross_entropy as f; h = torch.randn(4, 8, device='cuda'); "
+        "f(h, torch.randn(9, 8, device='cuda'), torch.tensor([1, 2, 9, 3], device='cuda')); torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "assert" in done.stderr.lower()
+
+
+@on_cuda
+@pytest.mark.parametrize("num_items", [None, 57, "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_does_not_wait_for_the_host_when_rows_are_known(dtype, num_items):
+    inputs = cuda_case(dtype)
     inputs["weight"].requires_grad_()
     rows = (inputs["labels"] != IGNORED).nonzero().squeeze(-1)
-    linear_cross_entropy(**inputs, rows=rows).backward()  # compiles the kernel
+    options = {"rows": rows, "num_items": rows.new_tensor(57) if num_items == "tensor" else num_items}
+    linear_cross_entropy(**inputs, **options).backward()  # compiles the kernel
     torch.cuda.set_sync_debug_mode("error")
     try:
-        linear_cross_entropy(**inputs, rows=rows).backward()
+        linear_cross_entropy(**inputs, **options).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

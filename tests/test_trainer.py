@@ -33,9 +33,12 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
-def trained(folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1, steps=4, then=None, **more):
+def trained(
+    folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1, steps=4, then=None, train=None, **more
+):
     gradients = Gradients()
-    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", **more.pop("settings", {})}
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", "use_cpu": True}
+    settings |= more.pop("settings", {})
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
@@ -44,22 +47,21 @@ def trained(folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
         **settings,
     )
     trainer = trainer_class(
-        model=tiny_llama(),
+        model=more.pop("model", None) or tiny_llama(),
         args=arguments,
         train_dataset=more.pop("train_dataset", unequal_rows()),
         eval_dataset=unequal_rows(8, 30),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=more.pop("data_collator", DataCollatorForSeq2Seq(tokenizer)),
         processing_class=tokenizer,
         callbacks=[gradients],
         **more,
     )
     if then is not None:
         trainer = then(trainer)
-    trainer.train()
+    trainer.train(**train or {})
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer, losses, gradients.steps
 

@@ -33,7 +33,7 @@ def dataset(rows):
     )
 
 
-def by_hand(model, rows, prompts_too):
+def by_hand(model, rows, prompts_too, smoothing=0.0):
     """Mean nll of the kept tokens, one conversation at a time."""
     total, kept = 0.0, 0
     for row in rows:
@@ -43,7 +43,9 @@ def by_hand(model, rows, prompts_too):
             labels[: len(row["prompt_ids"])] = -100
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
+        log_p = torch.log_softmax(logits, -1)[labels[1:] != -100]
+        nll = -log_p.gather(1, labels[1:][labels[1:] != -100][:, None])
+        total += ((1 - smoothing) * nll.sum() - smoothing * log_p.mean(-1).sum()).item()
         kept += (labels[1:] != -100).sum().item()
     return total / kept
 
@@ -73,6 +75,14 @@ def test_sft_trainer(tmp_path, tokenizer, prompts_too, layout):
     )
     assert type(trainer).__name__ == "GoldfishSFTTrainer"
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_label_smoothing(tmp_path, tokenizer):
+    rows = conversations()
+    expected = by_hand(tiny_llama(), rows, True, smoothing=0.3)
+    loss, _ = first_loss(tmp_path, tokenizer, tiny_llama(), rows, label_smoothing_factor=0.3)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert abs(loss - by_hand(tiny_llama(), rows, True)) > 1e-3
 
 
 def test_adapters(tmp_path, tokenizer):
