@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary
+from sklearn import metrics
 
 from goldfish import Goldfish
 from goldfish.audit import write_canaries
@@ -59,7 +60,6 @@ def test_weights_are_repetitions():
 
 
 def test_auc_and_roc_equal_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is an oracle only")
     members, heldout = drawn(500, 0.5, 0), drawn(700, 0, 1)
     labels, scores = [1] * 500 + [0] * 700, np.concatenate([members, heldout])
     found = Weighted(members, heldout)

@@ -4,6 +4,7 @@ import io
 import json
 from xml.etree import ElementTree
 
+import pandas
 import pytest
 from audit_records import made_up_records, made_up_summary, write_audit
 from rich.console import Console
@@ -201,7 +202,6 @@ def test_an_audit_is_read_as_values(tmp_path):
     assert found["rouge_l_text"] == found["members.rouge_l_text"]
     with pytest.raises(KeyError, match="no figure 'ems'"):
         found["ems"]
-    pandas = pytest.importorskip("pandas", reason="conversion needs pandas, which is optional")
     frame = found.to_pandas()
     assert frame.loc["members.exact_match", "k"] == 30
     rows = found.records(["split", "exact_match"])
