@@ -200,7 +200,7 @@ class FusedHead:
         assert call.seen is not None
         # Inside a graph, or on CUDA (which is where a graph leaves it), it is read the first time only: that waits.
         if not self._proved or (call.seen.device.type == "cpu" and not torch.compiler.is_compiling()):
-            found = _read_probe(call.seen)
+            found = read_probe(call.seen)
             if found is None:
                 return self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
             if found != (self._scale, self._softcap):
@@ -282,7 +282,7 @@ class FusedHead:
                 )
                 # On the CPU in eager mode: reading it later makes no GPU wait.
                 device = hidden.device if torch.compiler.is_compiling() else torch.device("cpu")
-                return _probe(min(call.width or linear.out_features, linear.out_features), device)
+                return probe(min(call.width or linear.out_features, linear.out_features), device)
         return nn.functional.linear(hidden, linear.weight, linear.bias)
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -302,13 +302,13 @@ class FusedHead:
         return call.loss_sum / divisor(count, kwargs.get("num_items_in_batch"))
 
 
-def _probe(width: int, device: torch.device) -> Tensor:
+def probe(width: int, device: torch.device) -> Tensor:
     """fp64 (1, len(_PROBE), width): stands in for logits, to see what the model does to them."""
     return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
 
 
 @_never_compiled  # type: ignore[untyped-decorator]
-def _read_probe(seen: Tensor) -> tuple[float, float | None] | None:
+def read_probe(seen: Tensor) -> tuple[float, float | None] | None:
     """The (scale, softcap) that turn the probe into `seen`; None if nothing of that kind does."""
     x = torch.tensor(_PROBE, dtype=torch.float64)
     if seen.requires_grad or seen.ndim != 3 or seen.shape[:2] != (1, len(x)) or not seen.is_floating_point():

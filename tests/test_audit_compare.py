@@ -41,7 +41,7 @@ def test_paired_by_hand(tmp_path):
     assert (rouge["first"], rouge["second"]) == (0.875, 0.625)
     assert rouge["difference"]["mean"] == -0.25
     assert found["sentence"] == (
-        "standard recites 30, goldfish 10 of 40 members windows: goldfish recites fewer (McNemar p = 1.9e-06)"
+        "standard recites 30, goldfish 10 of 40 member windows: goldfish recites fewer (McNemar p = 1.9e-06)"
     )
 
 

@@ -42,7 +42,7 @@ def test_two_audits_are_compared_window_by_window(tmp_path):
     goldfish = [window(i, split, diverge=1 if split == "members" else 0) for split, i in kinds]
     audits = [write_audit(tmp_path / "a", standard, "standard"), write_audit(tmp_path / "b", goldfish)]
     told = flat(report(tmp_path, *audits))
-    assert "standard recites 12, goldfish 0 of 12 members windows: goldfish recites fewer" in told
+    assert "standard recites 12, goldfish 0 of 12 member windows: goldfish recites fewer" in told
     assert "1212 texts only here 00 texts only here −100 pointsMcNemar p = 5e-04" in told
     other = write_audit(tmp_path / "c", goldfish[1:], "third")
     told = flat(report(tmp_path, *audits, other, overwrite=True))

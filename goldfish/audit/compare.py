@@ -193,7 +193,8 @@ def _sentence(result: Mapping[str, Any]) -> str:
     split = "members" if "members" in result["splits"] else "heldout"
     match = result["splits"][split]["exact_match"]
     names = result["first"]["name"], result["second"]["name"]
-    told = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {split} windows"
+    windows = f"{'member' if split == 'members' else 'held-out'} windows"
+    told = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {windows}"
     if match["p"] >= SIGNIFICANT:
         return f"{told}: no difference that could not be chance (McNemar p = {match['p']:.2g})"
     fewer = names[1] if match["documents_only_first"] > match["documents_only_second"] else names[0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goldfish.fused import _probe, _read_probe
+from goldfish.fused import probe, read_probe
 from goldfish.kept import bare_model
 
 _log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class RowsOfLogits:
 
     def _hidden(self, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the head was given, (B, T, D), and what the forward made of the probe."""
-        with _instead_of(self._head, lambda hidden: _probe(self._width, hidden.device)) as given:
+        with _instead_of(self._head, lambda hidden: probe(self._width, hidden.device)) as given:
             seen = self._forward(ids, attention_mask)
         if len(given) != 1 or given[0].shape[:2] != ids.shape:
             raise RuntimeError(f"the forward called its head with {[tuple(hidden.shape) for hidden in given]}")
@@ -93,7 +93,7 @@ class RowsOfLogits:
             hidden, seen = self._hidden(ids, None)
         except Exception as error:  # whatever its forward does to logits, it cannot do to the probe
             return f"its forward fails on what the head returned ({type(error).__name__}: {error})"
-        found = _read_probe(seen) if seen.shape[-1] == self._width else None
+        found = read_probe(seen) if seen.shape[-1] == self._width else None
         if found is None:
             return "the model does something to its logits that is neither a scale nor a soft cap"
         self._scale, self._softcap = found
