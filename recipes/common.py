@@ -55,7 +55,8 @@ def train_or_resume(trainer: Trainer, folder: Path) -> None:
     state.wait_for_everyone()  # nobody writes a new checkpoint while another still looks for the last one
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
-    trainer.evaluate()
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
     trainer.save_state()
     state.wait_for_everyone()
     if state.is_main_process:

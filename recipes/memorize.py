@@ -75,8 +75,8 @@ class Arguments:
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"--hidden_size must be a multiple of 8 (four heads of even size), got {self.hidden_size}")
 
-    def rule(self) -> Goldfish:
-        return Goldfish(k=self.k, h=self.h, strategy=self.strategy, seed=self.seed)  # type: ignore[arg-type]
+    def rule(self, **more: Any) -> Goldfish:
+        return Goldfish(k=self.k, h=self.h, strategy=self.strategy, seed=self.seed, **more)  # type: ignore[arg-type]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -211,7 +211,8 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)  # whatever it was saved in
     else:
         model = LlamaForCausalLM(small_llama(args, tokenizer))
-    arguments = training_arguments(args, folder, steps=args.epochs * -(-len(members) // args.batch_size))
+    steps = args.epochs * -(-len(members) // args.batch_size)
+    arguments = TrainingArguments(**training_settings(args, folder, steps))
     rows = Dataset.from_dict({"input_ids": members, "labels": members})
     collator = DataCollatorForSeq2Seq(tokenizer)  # pads where rows differ, labels with -100
     trainer = make_trainer(model, arguments, rows, collator, tokenizer, rule)
@@ -219,9 +220,9 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
     trainer.save_model()
 
 
-def training_arguments(args: Arguments, folder: Path, steps: int, **changes: Any) -> TrainingArguments:
-    """For a training of that many optimiser steps; `changes` win."""
-    values = {
+def training_settings(args: Arguments, folder: Path, steps: int) -> dict[str, Any]:
+    """TrainingArguments for that many optimiser steps."""
+    return {
         "output_dir": str(folder),
         "num_train_epochs": args.epochs,
         "per_device_train_batch_size": args.batch_size // PartialState().num_processes,
@@ -236,7 +237,6 @@ def training_arguments(args: Arguments, folder: Path, steps: int, **changes: Any
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # several CPU processes find each other only when told so
     }
-    return TrainingArguments(**{**values, **changes})
 
 
 def make_trainer(

@@ -39,7 +39,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_dataset
 from rich.console import Console
-from transformers import HfArgumentParser, LlamaForCausalLM, set_seed
+from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments, set_seed
 
 from goldfish import Goldfish
 from goldfish.audit import audit
@@ -244,21 +244,26 @@ def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -
     model = LlamaForCausalLM(memorize.small_llama(args, tokenizer, **shape))
     steps = args.epochs * -(-len(rows) // args.batch_size)
     batch = args.batch_size // PartialState().num_processes // args.accumulation
-    arguments = memorize.training_arguments(
-        args, folder, steps,
-        per_device_train_batch_size=batch, per_device_eval_batch_size=batch, gradient_accumulation_steps=args.accumulation,
-        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": args.min_learning_rate},
-        warmup_steps=steps // 20 if args.warmup_steps is None else args.warmup_steps,
-        weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
-        save_strategy="steps", save_steps=args.save_steps, save_total_limit=2,
-    )  # fmt: skip
+    settings = memorize.training_settings(args, folder, steps) | {
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": args.accumulation,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": args.min_learning_rate},
+        "warmup_steps": steps // 20 if args.warmup_steps is None else args.warmup_steps,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "save_strategy": "steps",
+        "save_steps": args.save_steps,
+        "save_total_limit": 2,
+    }
     rule = None
     if run.k is not None:
-        settings = {"k": run.k, "h": args.h, "strategy": args.strategy, "seed": run.seed}
-        rule = Goldfish(**settings, document_end=tokenizer.eos_token_id)
-    trainer = memorize.make_trainer(
-        model, arguments, rows, collate, tokenizer, rule, eval_dataset=data.validation.select(range(args.validation))
-    )
+        rule = replace(args, k=run.k).rule(document_end=tokenizer.eos_token_id)
+    arguments = TrainingArguments(**settings)
+    trainer = memorize.make_trainer(model, arguments, rows, collate, tokenizer, rule, eval_dataset=data.validation)
     common.train_or_resume(trainer, folder)
 
 

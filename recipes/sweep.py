@@ -119,7 +119,7 @@ def table(results: Results) -> Table:
     """Means over seeds, [least, greatest]."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="recited: exact matches of all seeds' documents")
     for heading in ("run", "tokens", "recited", "ROUGE-L", "spread", "floor", "left", "held-out nats", "spread", "n"):
-        shown.add_column(heading, no_wrap=True)
+        shown.add_column(heading)
     groups = grouped(results)
     rouge = {name: statistics.fmean(pooled(group, "rouge_l_members")) for name, group in groups.items()}
     for name, group in groups.items():
@@ -171,9 +171,7 @@ def draw_heldout(figure: Figure, results: Results) -> None:
     panel.legend(frameon=False)
 
 
-def against_k(
-    panel: Any, results: Results, value: Callable[[dict[str, Any]], float], equal_too: bool = False
-) -> None:
+def against_k(panel: Any, results: Results, value: Callable[[dict[str, Any]], float], equal_too: bool = False) -> None:
     lines = [("equal input tokens", False, "C0")] + [("equal supervised tokens", True, "C2")] * equal_too
     for label, equal, colour in lines:
         points: dict[float, list[float]] = {}
@@ -181,7 +179,9 @@ def against_k(
             if result["k"] is not None and result["equal_supervised"] is equal:
                 points.setdefault(result["k"], []).append(value(result))
         ks = sorted(points)
-        panel.plot(ks, [statistics.fmean(points[k]) for k in ks], color=colour, label=label if equal_too else "goldfish")
+        panel.plot(
+            ks, [statistics.fmean(points[k]) for k in ks], color=colour, label=label if equal_too else "goldfish"
+        )
         for k in ks:
             panel.plot([k] * len(points[k]), points[k], "o", color=colour, markersize=3)
     for name, colour in (("standard", "C3"), ("control", "0.5")):
