@@ -93,6 +93,7 @@ def about() -> dict[str, Any]:
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "processes": PartialState().num_processes,
+        "distributed": PartialState().distributed_type.value,
         "threads": torch.get_num_threads(),
     }
 

@@ -1,7 +1,7 @@
 """The standard experiment: pretraining in which a few documents recur 50 times. Who recites them, at which k, and what
 does that cost on held-out text?
 
-    python recipes/pretrain_canaries.py                    # 1 CPU core, 3 seeds x 10 trainings of 1.1M parameters
+    python recipes/pretrain_canaries.py                    # 1 CPU core, 3 seeds x 10 trainings of 2.2M parameters, 15 minutes
     python recipes/pretrain_canaries.py --resume           # goes on where a killed run stopped
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/pretrain_canaries.py
     python recipes/pretrain_canaries.py @recipes/configs/canaries-124m.args --text FILE.jsonl      # one GPU
@@ -55,13 +55,16 @@ class Arguments(memorize.Arguments):
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     documents: int = field(default=16, metadata={"help": "planted windows; as many again are held out"})
     repeats: int = field(default=50, metadata={"help": "how often each planted window is read"})
-    background: int = field(default=2400, metadata={"help": "background windows, read once"})
+    background: int = field(default=1600, metadata={"help": "background windows, read once"})
     validation: int = field(default=256, metadata={"help": "more background windows, for the held-out loss"})
     epochs: int = field(default=1, metadata={"help": "over background and planted windows alike"})
-    window: int = field(default=64, metadata={"help": "tokens a window; the first half is the audit's prefix"})
+    window: int = field(default=32, metadata={"help": "tokens a window; the first half is the audit's prefix"})
+    batch_size: int = field(default=4, metadata={"help": "windows an optimiser step, over all processes"})
+    learning_rate: float = 4e-3
+    hidden_size: int = 256
     planted: str | None = field(default=None, metadata={"help": "plant windows of this .txt or .jsonl instead"})
     tokenizer: str | None = field(default=None, metadata={"help": "name or path of one, instead of a new BPE"})
-    layers: int = 4
+    layers: int = 2
     heads: int = 4
     kv_heads: int | None = None
     intermediate_size: int | None = field(default=None, metadata={"help": "3 * hidden_size by default"})
