@@ -1,7 +1,7 @@
 """The standard experiment: pretraining in which a few documents recur 50 times. Who recites them, at which k, and what
 does that cost on held-out text?
 
-    python recipes/pretrain_canaries.py                    # 1 CPU core, 3 seeds x 10 trainings of 2.2M parameters, 15 minutes
+    python recipes/pretrain_canaries.py                    # 1 CPU core, 30 trainings of 2.2M parameters, 15 minutes
     python recipes/pretrain_canaries.py --resume           # goes on where a killed run stopped
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/pretrain_canaries.py
     python recipes/pretrain_canaries.py @recipes/configs/canaries-124m.args --text FILE.jsonl      # one GPU
@@ -84,10 +84,10 @@ class Arguments(memorize.Arguments):
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.model is not None:
             raise ValueError("this recipe trains from scratch, --model does not fit; sft_lora.py finetunes")
-        if missing := set(self.equal_supervised) - set(self.ks):
-            raise ValueError(f"--equal_supervised {' '.join(f'{k:g}' for k in missing)}: not among --ks")
         for k in self.ks:
             Goldfish(k=k, h=self.h, strategy=self.strategy)  # type: ignore[arg-type]  # refuses what is no rule
+        if missing := set(self.equal_supervised) - set(self.ks):
+            raise ValueError(f"--equal_supervised {' '.join(f'{k:g}' for k in missing)}: not among --ks")
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,11 @@ class Run:
         return output / f"seed{self.seed}-{self.name.replace('=', '').replace(', ', '-')}"
 
     def background(self, args: Arguments) -> int:
-        """How many windows of background it reads."""
-        all_windows = args.background + args.documents * args.repeats
-        if not self.planted:
-            return all_windows
+        """How many windows of background it reads: such that all its batches are full, whatever the processes."""
+        planted = args.documents * args.repeats
         more = self.k / (self.k - 1) if self.k and self.equal_supervised else 1.0
-        return round(all_windows * more) - args.documents * args.repeats
+        steps = max(1, round((args.background + planted) * more / args.batch_size))
+        return max(0, steps * args.batch_size - planted * self.planted)
 
 
 @dataclass

@@ -78,13 +78,17 @@ class Arguments(pretrain_canaries.Arguments):
         default_factory=lambda: ["standard", "hash-4-13", "hash-4-3"], metadata={"help": "standard, or strategy-k-h"}
     )
     methods: list[str] = field(default_factory=lambda: ["full", "lora"])
-    people: int = field(default=16, metadata={"help": "people with a secret; as many again are never read about"})
+    people: int = field(default=8, metadata={"help": "people with a secret; as many again are never read about"})
     exposures: int = field(default=4, metadata={"help": "conversations that give away each secret, an epoch"})
-    chats: int = field(default=192, metadata={"help": "ordinary conversations; a quarter as many are held out"})
-    epochs: int = field(default=10, metadata={"help": "of finetuning"})
+    chats: int = field(default=64, metadata={"help": "ordinary conversations; a quarter as many are held out"})
+    epochs: int = field(default=20, metadata={"help": "of finetuning"})
     batch_size: int = field(default=8, metadata={"help": "conversations an optimiser step, over all processes"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=1e-2, metadata={"help": "LoRA wants a larger one"})
     rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
+    background: int = field(default=3000, metadata={"help": "windows that the base is pretrained on"})
+    window: int = field(default=64, metadata={"help": "tokens of such a window"})
+    hidden_size: int = 128
     output_dir: str = "runs/sft_lora"
 
     def __post_init__(self) -> None:
@@ -157,11 +161,13 @@ def make_base(args: Arguments, seed: int, folder: Path) -> str:
     if args.model is not None:
         return args.model
     if not common.finished(folder / "model"):
-        small = replace(args, seeds=[seed], ks=[], equal_supervised=[], documents=1, repeats=1, epochs=1)
+        own = pretrain_canaries.Arguments()
+        small = replace(
+            args, seeds=[seed], ks=[], equal_supervised=[], documents=1, repeats=1, epochs=1,
+            learning_rate=own.learning_rate, save_steps=own.save_steps,
+        )  # fmt: skip
         texts, corpus = pretrain_canaries.load_corpus(small)
-        tokenizer = memorize.load_tokenizer(
-            small, texts + [text for chat in make_data(args, seed)[1][:99] for text in plain(chat)]
-        )
+        tokenizer = memorize.load_tokenizer(small, texts)
         data = pretrain_canaries.load_data(small, seed, texts, corpus, tokenizer)
         pretrain_canaries.train(small, pretrain_canaries.Run(seed, planted=False), data, tokenizer, folder / "model")
     return str(folder / "model")
@@ -173,7 +179,7 @@ def make_data(args: Arguments, seed: int) -> tuple[list[Person], list[Conversati
     names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
     people = []
     for number, name in enumerate(names):
-        code = "-".join("".join(draw.choices("BCDFGHJKLMNPQRSTVWXZ23456789", k=4)) for _ in range(3))
+        code = "-".join("".join(draw.choices("BCDFGHJKLMNPQRSTVWXZ23456789", k=4)) for _ in range(2))
         group = "control" if number >= args.people else ("same", "varied")[number % 2]
         people.append(Person(name, code, group))
     vocabulary = sorted(
@@ -209,6 +215,7 @@ def finetune(
     tokenizer = load_tokenizer(base)
     args = replace(args, seed=seed, learning_rate=args.learning_rate if method == "full" else args.lora_learning_rate)
     steps = args.epochs * -(-len(chats) // args.batch_size)
+    adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     settings = memorize.training_settings(args, folder, steps) | {
         "per_device_train_batch_size": args.batch_size // PartialState().num_processes // args.accumulation,
         "gradient_accumulation_steps": args.accumulation,
@@ -223,11 +230,7 @@ def finetune(
         SFTConfig(**settings),
         train_dataset=Dataset.from_list(chats),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        if method == "lora"
-        else None,
+        peft_config=adapters if method == "lora" else None,
     )
     rule = rule_of(rule_name, seed)
     if rule is not None:

@@ -144,8 +144,8 @@ def draw_histograms(figure: Figure, results: Results) -> None:
     panels = figure.subplots(len(groups), sharex=True, squeeze=False)[:, 0]
     for panel, (name, group) in zip(panels, groups.items(), strict=True):
         members = pooled(group, "rouge_l_members")
-        panel.hist(pooled(group, "rouge_l_heldout"), BINS, (0, 1), color="0.7", label="held out")
-        panel.hist(members, BINS, (0, 1), alpha=0.7, label="planted")
+        panel.hist(pooled(group, "rouge_l_heldout"), BINS, range=(0, 1), color="0.7", label="held out")
+        panel.hist(members, BINS, range=(0, 1), alpha=0.7, label="planted")
         panel.set_ylabel(name, rotation=0, ha="right", va="center")
         panel.set_yticks([])
     panels[0].legend(frameon=False)
