@@ -68,7 +68,7 @@ def test_measures_by_hand():
 
 
 def test_refusals(root, tmp_path):
-    with pytest.raises(ValueError, match="--models are standard, control, k=3.*; got k=5"):
+    with pytest.raises(ValueError, match=r"--models are standard, control, k=3.*; got k=5"):
         recipe.main(["--models", "k=5"])
     with pytest.raises(ValueError, match="--samples must be at least 1, got 0"):
         recipe.main(["--samples", "0"])

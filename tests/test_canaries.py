@@ -136,7 +136,7 @@ def test_a_finished_run_is_not_trained_again(small, finished, capsys):
     assert recipe.main([*small, "--output_dir", str(folder), "--resume"]) == results
     assert (folder / "results.jsonl").read_text() == written
     assert "Training" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was started with learning_rate 0.004, not 0.1; resume with the same"):
+    with pytest.raises(ValueError, match=r"was started with learning_rate 0\.004, not 0\.1; resume with the same"):
         recipe.main([*small, "--output_dir", str(folder), "--resume", "--learning_rate", "0.1"])
     with pytest.raises(FileExistsError, match="holds an earlier run"):
         recipe.main([*small, "--output_dir", str(folder)])
