@@ -1,4 +1,4 @@
-"""The goldfish experiment in small: train one model with the standard loss and one with the goldfish loss on the same
+r"""The goldfish experiment in small: train one model with the standard loss and one with the goldfish loss on the same
 texts, for so many epochs that the standard model knows them by heart; then ask both to recite.
 
     python recipes/memorize.py                      # 2 CPU cores, 2 minutes: standard 32 of 32, goldfish 0 of 32
@@ -8,7 +8,11 @@ texts, for so many epochs that the standard model knows them by heart; then ask 
     python recipes/memorize.py --documents 4 --epochs 2 --hidden_size 32 --output_dir runs/miniature    # seconds
 
 After the extreme experiment of Hans et al. 2024, who train LLaMA-2-7B on 100 articles for 100 epochs. The default
-corpus is the Python language reference that every CPython ships (pydoc_data.topics), so this needs no network.
+corpus is the Python language reference that every CPython ships (pydoc_data.topics), so this needs no network. The
+paper's own setting, on eight GPUs of 80 GB (fp32 weights and optimiser, 14 GB of each; not run by us, so no minutes):
+
+    accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/memorize.py --model meta-llama/Llama-2-7b-hf \
+        --dataset wikimedia/wikipedia --dataset_config 20231101.en --documents 100 --window 2048 --learning_rate 1e-5
 """
 
 import json

@@ -1,13 +1,13 @@
-"""The standard experiment: pretraining in which a few documents recur 50 times. Who recites them, at which k, and what
+r"""The standard experiment: pretraining in which a few documents recur 50 times. Who recites them, at which k, and what
 does that cost on held-out text?
 
     python recipes/pretrain_canaries.py                    # 1 CPU core, 30 trainings of 2.2M parameters, 15 minutes
     python recipes/pretrain_canaries.py --resume           # goes on where a killed run stopped
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/pretrain_canaries.py
     python recipes/pretrain_canaries.py @recipes/configs/canaries-124m.args --text FILE.jsonl      # one GPU
-    accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/pretrain_canaries.py \\
+    accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/pretrain_canaries.py \
         @recipes/configs/canaries-1.1b.args                                                        # the paper's size
-    python recipes/pretrain_canaries.py --documents 2 --repeats 2 --background 20 --validation 4 --ks 4 \\
+    python recipes/pretrain_canaries.py --documents 2 --repeats 2 --background 20 --validation 4 --ks 4 \
         --equal_supervised 4 --seeds 0 --hidden_size 32 --output_dir runs/miniature                # seconds
 
 After the standard experiment of Hans et al. 2024 (section 4.2). The background is read once; `documents` planted

@@ -1,10 +1,10 @@
-"""Does finetuning recite the secrets of its chat data? TRL's SFTTrainer, in full and LoRA, with goldfish and without.
+r"""Does finetuning recite the secrets of its chat data? TRL's SFTTrainer, in full and LoRA, with goldfish and without.
 
     python recipes/sft_lora.py                        # 1 CPU core: 3 seeds x (a small base + 6 finetunings)
     python recipes/sft_lora.py --resume               # goes on where a killed run stopped
     python recipes/sft_lora.py --model NAME_OR_PATH --learning_rate 2e-5 --lora_learning_rate 2e-4      # a real one
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/sft_lora.py --model NAME_OR_PATH
-    python recipes/sft_lora.py --people 4 --exposures 2 --chats 8 --epochs 1 --hidden_size 32 --background 20 \\
+    python recipes/sft_lora.py --people 4 --exposures 2 --chats 8 --epochs 1 --hidden_size 32 --background 20 \
         --seeds 0 --rules standard hash-4-13 --output_dir runs/miniature                                # seconds
 
 Finetuned is on ordinary conversations and on some that give away a person's access code. Each code is in `exposures`
