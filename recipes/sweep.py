@@ -1,11 +1,12 @@
 """Which k for one's own data? Reads the results of pretrain_canaries.py: a table, three pictures, and a choice of k.
 
     python recipes/pretrain_canaries.py --text mine.jsonl --output_dir runs/mine && python recipes/sweep.py runs/mine
-    python recipes/sweep.py runs/mine --leak 0.05      # stricter; no training
+    python recipes/sweep.py runs/mine --leak 0.3 --measure rouge_l      # by another measure; no training
 
-A larger k costs fewer targets and protects less. `left` is the share of recitation that a k leaves: (ROUGE-L of
-planted documents - that of the control) / (the same of the standard loss). Chosen is the largest k with `left` at most
-`leak`. How sure that is: the share of 2000 bootstrap samples of the documents (over all seeds) that choose each k.
+A larger k costs fewer targets and protects less. `left` is the share of recitation that a k leaves: (planted documents
+recited word for word - those of the control) / (the same of the standard loss), or with --measure rouge_l the same of
+ROUGE-L, which also counts parts. Chosen is the largest k with `left` at most `leak`. How sure that is: the share of
+2000 bootstrap samples of the documents (over all seeds) that choose each k.
 """
 
 import argparse
@@ -36,20 +37,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output_dir of pretrain_canaries.py")
     parser.add_argument("--leak", type=float, default=0.1, help="the share of recitation that may be left")
+    parser.add_argument("--measure", choices=("exact_match", "rouge_l"), default="exact_match", help="of recitation")
     args = parser.parse_args(argv)
     path = args.folder / "results.jsonl"
     if not path.is_file():
         parser.error(f"{path} does not exist; run pretrain_canaries.py --output_dir {args.folder} first")
     results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return present(results, args.folder, args.leak, Console())
+    return present(results, args.folder, args.leak, Console(), args.measure)
 
 
-def present(results: Results, output: Path, leak: float, console: Console) -> dict[str, Any]:
+def present(
+    results: Results, output: Path, leak: float, console: Console, measure: str = "exact_match"
+) -> dict[str, Any]:
     """Print the table and the choice, draw the pictures; returns the choice."""
     console.print(table(results))
     for name, draw in (("rouge", draw_histograms), ("extraction", draw_extraction), ("heldout", draw_heldout)):
         save(output / f"{name}.svg", draw, results)
-    choice = choose_k(results, leak)
+    choice = choose_k(results, leak, measure)
     console.print(choice["says"], highlight=False, soft_wrap=True)
     (output / "choice.json").write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
     console.print(f"Results and pictures: {output}", highlight=False, soft_wrap=True)
@@ -69,35 +73,35 @@ def pooled(group: Results, key: str) -> list[float]:
     return [value for result in group for value in result[key]]
 
 
-def share_left(rouge: float, control: float, standard: float) -> float:
-    return (rouge - control) / (standard - control)
+def share_left(recited: float, control: float, standard: float) -> float:
+    return (recited - control) / (standard - control)
 
 
-def choose_k(results: Results, leak: float) -> dict[str, Any]:
+def choose_k(results: Results, leak: float, measure: str = "exact_match") -> dict[str, Any]:
     """The largest k that leaves at most `leak` of recitation, with the bootstrap's votes for every k (and for none)."""
     groups = grouped(results)
     if not {"standard", "control"} <= set(groups):
         raise ValueError(f"a choice needs the trainings standard and control, found {', '.join(groups) or 'none'}")
-    rouge = {name: pooled(group, "rouge_l_members") for name, group in groups.items() if "equal" not in name}
-    if len({len(values) for values in rouge.values()}) > 1:
+    recited = {name: pooled(group, f"{measure}_members") for name, group in groups.items() if "equal" not in name}
+    if len({len(values) for values in recited.values()}) > 1:
         raise ValueError("not every training has the same seeds and documents; finish the run first (--resume)")
-    ks = {groups[name][0]["k"]: name for name in rouge if groups[name][0]["k"] is not None}
+    ks = {groups[name][0]["k"]: name for name in recited if groups[name][0]["k"] is not None}
 
     def chosen(sample: Sequence[int]) -> float | None:
-        means = {name: statistics.fmean(values[i] for i in sample) for name, values in rouge.items()}
+        means = {name: statistics.fmean(values[i] for i in sample) for name, values in recited.items()}
         if means["standard"] <= means["control"]:
             return max(ks, default=None)
         fit = [k for k, name in ks.items() if share_left(means[name], means["control"], means["standard"]) <= leak]
         return max(fit, default=None)
 
-    documents = range(len(rouge["standard"]))
-    recited = statistics.fmean(rouge["standard"]) - statistics.fmean(rouge["control"])
-    if recited < 0.05:
+    documents = range(len(recited["standard"]))
+    gained = statistics.fmean(recited["standard"]) - statistics.fmean(recited["control"])
+    if gained < 0.05:
         says = (
-            f"Nothing to choose: the standard loss recites hardly more than the control (ROUGE-L {recited:+.2f}). "
+            f"Nothing to choose: the standard loss recites hardly more than the control ({measure}: {gained:+.2f}). "
             "Plant more repeats, or train longer."
         )
-        return {"k": None, "leak": leak, "votes": {}, "says": says}
+        return {"k": None, "leak": leak, "measure": measure, "votes": {}, "says": says}
     draw = random.Random(0)
     votes = Counter(chosen(draw.choices(documents, k=len(documents))) for _ in range(SAMPLES))
     shares = {("none" if k is None else f"{k:g}"): votes[k] / SAMPLES for k in [*sorted(ks), None] if votes[k]}
@@ -109,15 +113,19 @@ def choose_k(results: Results, leak: float) -> dict[str, Any]:
         cost = f" It costs {statistics.fmean(costs):+.3f} nats/token held-out ({min(costs):+.3f} to {max(costs):+.3f})."
     best = f"k={k:g}" if k is not None else f"none of k={', '.join(f'{k:g}' for k in sorted(ks))}; try a smaller one"
     says = (
-        f"The largest k that leaves at most {leak:.0%} of recitation: {best}.{cost} Of {SAMPLES} bootstrap samples of "
+        f"The largest k that leaves at most {leak:.0%} of recitation ({measure}): {best}.{cost} Of {SAMPLES} bootstrap samples of "
         f"{len(documents)} documents: " + ", ".join(f"k={k} {share:.0%}" for k, share in shares.items()) + "."
     )
-    return {"k": k, "leak": leak, "votes": shares, "says": says}
+    return {"k": k, "leak": leak, "measure": measure, "votes": shares, "says": says}
 
 
 def table(results: Results) -> Table:
     """Means over seeds, [least, greatest]."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="recited: exact matches of all seeds' documents")
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="recited: word for word, of all seeds' documents; left: by ROUGE-L",
+    )
     for heading in ("run", "tokens", "recited", "ROUGE-L", "spread", "floor", "left", "held-out nats", "spread", "n"):
         shown.add_column(heading)
     groups = grouped(results)
