@@ -84,8 +84,8 @@ class Arguments(pretrain_canaries.Arguments):
     epochs: int = field(default=30, metadata={"help": "of finetuning"})
     batch_size: int = field(default=8, metadata={"help": "conversations an optimiser step, over all processes"})
     learning_rate: float = field(default=2e-3, metadata={"help": "of finetuning in full"})
-    lora_learning_rate: float = field(default=1e-2, metadata={"help": "LoRA wants a larger one"})
-    rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
+    lora_learning_rate: float = field(default=4e-3, metadata={"help": "LoRA wants a larger one"})
+    rank: int = field(default=64, metadata={"help": "of the LoRA adapters"})
     background: int = field(default=3000, metadata={"help": "windows that the base is pretrained on"})
     window: int = field(default=64, metadata={"help": "tokens of such a window"})
     hidden_size: int = 128

@@ -112,9 +112,10 @@ def choose_k(results: Results, leak: float, measure: str = "exact_match") -> dic
         costs = [ours["validation_loss"] - theirs["validation_loss"] for ours, theirs in both]
         cost = f" It costs {statistics.fmean(costs):+.3f} nats/token held-out ({min(costs):+.3f} to {max(costs):+.3f})."
     best = f"k={k:g}" if k is not None else f"none of k={', '.join(f'{k:g}' for k in sorted(ks))}; try a smaller one"
+    shown = ", ".join(f"k={k} {share:.0%}" for k, share in shares.items())
     says = (
-        f"The largest k that leaves at most {leak:.0%} of recitation ({measure}): {best}.{cost} Of {SAMPLES} bootstrap samples of "
-        f"{len(documents)} documents: " + ", ".join(f"k={k} {share:.0%}" for k, share in shares.items()) + "."
+        f"The largest k that leaves at most {leak:.0%} of recitation ({measure}): {best}.{cost} "
+        f"Of {SAMPLES} bootstrap samples of {len(documents)} documents: {shown}."
     )
     return {"k": k, "leak": leak, "measure": measure, "votes": shares, "says": says}
 

@@ -92,11 +92,11 @@ def test_a_secret_counts_only_whole():
     assert len({recipe.plain(varied.conversation(i))[1] for i in range(6)}) == 6
 
 
-def same_results(folder, other, **tolerance):
+def same_results(folder, other, names, **tolerance):
     ours, theirs = (common.read_results(each / "results.jsonl") for each in (folder, other))
     assert [(result["method"], result["rule"]) for result in ours] == TRAININGS
     for a, b in zip(ours, theirs, strict=True):
-        for name in ("train_loss", "heldout_loss"):
+        for name in names:
             assert a[name] == pytest.approx(b[name], **tolerance), (a["method"], a["rule"], name)
         assert a["rouge_l_same"] == b["rouge_l_same"]
     for method in ("full", "lora"):
@@ -113,7 +113,7 @@ def in_two(small, tmp_path_factory):
 
 
 def test_two_processes_train_what_one_does(finished, in_two):
-    same_results(in_two, finished[0], rel=1e-4)
+    same_results(in_two, finished[0], ["train_loss", "heldout_loss"], rel=1e-4)
 
 
 def test_killed_and_resumed_ends_where_it_would_have(small, in_two, tmp_path):
@@ -125,7 +125,8 @@ def test_killed_and_resumed_ends_where_it_would_have(small, in_two, tmp_path):
     assert common.last_checkpoint(folder) == folder / "checkpoint-3"
     done = launch("sft_lora", [*run, "--resume"])
     assert done.returncode == 0, done.stderr[-3000:]
-    same_results(tmp_path / "run", in_two, rel=0, abs=0)
+    # Not train_loss: of the steps between the last log and a checkpoint, Trainer forgets the loss.
+    same_results(tmp_path / "run", in_two, ["heldout_loss"], rel=0, abs=0)
     both = [each / "seed0-lora-hash-4-13" / "adapter_model.safetensors" for each in (tmp_path / "run", in_two)]
     ours, theirs = map(load_file, both)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -53,7 +53,8 @@ def test_uncertainty_is_that_of_the_documents():
 
 
 def test_nothing_to_choose_where_nothing_is_recited():
-    quiet = [{**r, "rouge_l_members": [0.1] * 6} for r in results([0.1] * 6, [0.1] * 6)]
+    nothing = {"rouge_l_members": [0.1] * 6, "exact_match_members": [False] * 6}
+    quiet = [{**r, **nothing} for r in results([0.1] * 6, [0.1] * 6)]
     choice = sweep.choose_k(quiet, leak=0.1)
     assert choice["k"] is None
     assert choice["says"].startswith("Nothing to choose: the standard loss recites hardly more than the control")
