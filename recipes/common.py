@@ -15,6 +15,7 @@ import memorize
 import torch
 from accelerate import PartialState
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from goldfish.receipt import versions
 
@@ -59,6 +60,7 @@ def train_or_resume(trainer: Trainer, folder: Path) -> None:
         trainer.evaluate()
     trainer.save_state()
     state.wait_for_everyone()
+    unset_hf_deepspeed_config()  # or from_pretrained in the main process alone would cut weights among all, and wait
     if state.is_main_process:
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)

@@ -114,6 +114,14 @@ def test_fsdp_trains_what_one_process_does(small, finished, tmp_path):
     assert {result["distributed"] for result in results} == {"FSDP"}
 
 
+def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
+    """DeepSpeed on two CPU processes, with recipes/configs/zero3.yaml. Its first start compiles for minutes."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours")
+    done = launch("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")], config="zero3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_results(tmp_path / "run", finished[0], rel=1e-4)
+
+
 def test_killed_and_resumed_ends_where_it_would_have(small, in_two, tmp_path):
     """kill -9 of one process in step 8 of the third training; checkpoints are written every three steps."""
     run = [*small, "--output_dir", str(tmp_path / "run")]
