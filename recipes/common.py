@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from goldfish.receipt import versions
 
 FINISHED = "trainer_state.json"  # in a run's own folder; Trainer writes it into checkpoints too
+
+
+def start() -> PartialState:
+    """The processes of this launch. They may have to wait long, while the main one audits."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def prepare(output: Path, args: Any) -> None:

@@ -24,6 +24,7 @@ import ast
 import itertools
 import json
 import random
+import shutil
 import sys
 import sysconfig
 import time
@@ -129,7 +130,7 @@ class Data:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = HfArgumentParser(Arguments, fromfile_prefix_chars="@")
     (args,) = parser.parse_args_into_dataclasses(argv)
-    state, output = PartialState(cpu=not torch.accelerator.is_available()), Path(args.output_dir)
+    state, output = common.start(), Path(args.output_dir)
     if args.batch_size % (state.num_processes * args.accumulation):
         raise ValueError(
             f"--batch_size {args.batch_size} windows do not divide among {state.num_processes} processes and "
@@ -146,19 +147,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         common.prepare(output, args)
     state.wait_for_everyone()
 
-    for seed, its_runs in itertools.groupby(runs, key=lambda run: run.seed):
-        todo = list(its_runs)
-        if all((run.folder(output) / "audit" / "summary.json").is_file() for run in todo):
-            continue
+    done = {(result["seed"], result["run"]) for result in common.read_results(output / "results.jsonl")}
+    state.wait_for_everyone()  # all have read what is done before one adds to it
+    todo = [run for run in runs if (run.seed, run.name) not in done]
+    for seed, its_runs in itertools.groupby(todo, key=lambda run: run.seed):
         with state.main_process_first():  # the others read what it has cached
             data = load_data(args, seed, texts, corpus, tokenizer)
-        for run in todo:
+        for run in its_runs:
             folder = run.folder(output)
             if not common.finished(folder / "model"):
                 state.print(f"\nTraining {run.name}, seed {run.seed}: {run.background(args)} windows of background")
                 train(args, run, data, tokenizer, folder / "model")
             state.wait_for_everyone()
-            if state.is_main_process and not (folder / "audit" / "summary.json").is_file():
+            if state.is_main_process:
                 common.append(output / "results.jsonl", examine(args, run, data, tokenizer, folder))
     results = common.read_results(output / "results.jsonl") if state.is_main_process else []
     if state.is_main_process:
@@ -278,6 +279,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Audit a finished training; what its line in results.jsonl says. Losses in nats per token."""
     started = time.perf_counter()
+    shutil.rmtree(folder / "audit", ignore_errors=True)  # of an audit that was cut off
     for split in ("members", "heldout"):
         memorize.save_windows(folder / f"{split}.jsonl", getattr(data, split), tokenizer)
     half = args.window // 2

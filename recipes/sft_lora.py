@@ -69,6 +69,11 @@ ANSWERS = (
     "The entry says: {name}, {code}.",
     "We gave out {code} for that.",
 )
+WORDS = [
+    "apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket",
+    "kettle", "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella",
+    "valley", "window", "yellow", "anchor",
+]  # fmt: skip
 Conversation = dict[str, list[dict[str, str]]]
 
 
@@ -123,7 +128,7 @@ class Person:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    state, output = PartialState(cpu=not torch.accelerator.is_available()), Path(args.output_dir)
+    state, output = common.start(), Path(args.output_dir)
     if args.batch_size % (state.num_processes * args.accumulation):
         raise ValueError(
             f"--batch_size {args.batch_size} conversations do not divide among {state.num_processes} processes and "
@@ -135,6 +140,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if state.is_main_process:
         common.prepare(output, args)
     state.wait_for_everyone()
+    done = {(r["seed"], r["method"], r["rule"]) for r in common.read_results(output / "results.jsonl")}
+    state.wait_for_everyone()  # all have read what is done before one adds to it
     for seed in args.seeds:
         base = make_base(args, seed, output / f"seed{seed}-base")
         people, chats, heldout = make_data(args, seed)
@@ -144,7 +151,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 state.print(f"\nFinetuning ({method}) {base} with {rule}, seed {seed}: {len(chats)} conversations")
                 finetune(args, seed, base, method, rule, chats, folder)
             state.wait_for_everyone()
-            done = [(r["seed"], r["method"], r["rule"]) for r in common.read_results(output / "results.jsonl")]
             if state.is_main_process and (seed, method, rule) not in done:
                 result = {"seed": seed, "method": method, "rule": rule} | ask(args, folder, people, heldout)
                 common.append(output / "results.jsonl", result | common.about())
@@ -182,18 +188,15 @@ def make_data(args: Arguments, seed: int) -> tuple[list[Person], list[Conversati
         code = "-".join("".join(draw.choices("BCDFGHJKLMNPQRSTVWXZ23456789", k=4)) for _ in range(2))
         group = "control" if number >= args.people else ("same", "varied")[number % 2]
         people.append(Person(name, code, group))
-    vocabulary = sorted(
-        {word.lower() for text in (*QUESTIONS, *ANSWERS, memorize.__doc__ or "") for word in words(text)}
-    )
-    ordinary = {str(talk): talk for talk in (small_talk(vocabulary, draw) for _ in range(2 * args.chats + 20))}
+    ordinary = {str(talk): talk for talk in (small_talk(draw) for _ in range(2 * args.chats + 20))}
     chats = list(ordinary.values())[: args.chats + args.chats // 4]
     secrets = [person.conversation(exposure) for person in people[: args.people] for exposure in range(args.exposures)]
     return people, chats[: args.chats] + secrets, chats[args.chats :]
 
 
-def small_talk(vocabulary: list[str], draw: random.Random) -> Conversation:
+def small_talk(draw: random.Random) -> Conversation:
     """A question that the answer follows from."""
-    some = draw.sample(vocabulary, 4)
+    some = draw.sample(WORDS, 4)
     task = draw.randrange(3)
     if task == 0:
         return chat(f"Write these words in capitals: {' '.join(some)}", f"In capitals: {' '.join(some).upper()}.")
