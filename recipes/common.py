@@ -91,19 +91,27 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def about() -> dict[str, Any]:
     """Which command, code, versions and hardware a result comes from."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", here.parent], cwd=here, capture_output=True)
     script = Path(sys.argv[0])
     return {
         "command": shlex.join(["python", f"recipes/{script.name}", *sys.argv[1:]]),
-        "commit": git.stdout.strip() + ("+changes" if changed.returncode == 1 else "") or "unknown",
+        "commit": commit(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "processes": PartialState().num_processes,
         "distributed": PartialState().distributed_type.value,
         "threads": torch.get_num_threads(),
     }
+
+
+def commit() -> str:
+    """The commit of this checkout, and whether files that git knows were changed since."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parents[1])]
+        known = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return known.stdout.strip() + ("+changes" if changed else "")
 
 
 def cpu_name() -> str:

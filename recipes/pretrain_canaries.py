@@ -16,6 +16,14 @@ reads background in the place of the planted windows, and for the k in `equal_su
 background that as many tokens are *supervised* as in the standard training, k/(k-1) of the input. All are audited on
 the planted and on held-out windows; sweep.py makes the table, the pictures and the choice of k.
 
+The presets, which nobody has run yet: canaries-124m (estimated 10 minutes on one H100; FILE.jsonl of 28 MB or more,
+a smaller one with less --background) and canaries-1.1b (TinyLlama's shape, 20B tokens, batches of 2.1M, the paper's
+learning rate, warm-up and seed; on N GPUs divide --accumulation so that N * accumulation divides 1024; --dataset may
+also be a local folder). What the latter plants, 2000 Wikipedia articles and as many held out, is made first:
+
+    python -c "from datasets import load_dataset as load; \
+        load('wikimedia/wikipedia', '20231101.en', split='train[:1%]').to_json('runs/wikipedia.jsonl')"
+
 The default background is the language reference and the docstrings of the standard library, which every CPython
 ships. (Of memorize.py's options --k and --seed are not used here: --ks and --seeds say the same.)
 """
