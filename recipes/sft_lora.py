@@ -13,8 +13,9 @@ the model is asked, greedily, for the code of each of them, and of as many peopl
 are random, so nobody guesses one. Goldfish comes in through `attach`; prompts are no targets, as TRL does it.
 
 Without --model the base is a small Llama that this recipe pretrains on the text of pretrain_canaries.py. What such a
-model cannot show: whether a large one, which needs fewer exposures, does the same. (Of memorize.py's options --k, --h,
---strategy and --seed are not used here: --rules and --seeds say the same.)
+model cannot show: whether a large one, which needs fewer exposures, does the same. (Of the other recipes' options those
+about rules, --k --h --strategy --ks --equal_supervised --leak, and --seed, --documents, --repeats and --planted are not
+used here.)
 """
 
 import itertools

@@ -1,9 +1,17 @@
-"""What a GPU must not change: decisions, losses, recitation, audits; and the memory that the fused loss saves."""
+"""What a GPU must not change: decisions, losses, recitation, audits; and the memory that the fused loss saves.
+
+    pytest -m gpu tests/gpu        # writes benchmarks/results/gpu-NAME.json; minutes: not measured yet
+
+Every test runs at toy size on the CPU and, marked `gpu`, at full size on a GPU, where its figures are kept.
+"""
 
 import json
+import platform
+import re
+import sys
 import time
+from pathlib import Path
 
-import memorize
 import pyarrow.parquet
 import pytest
 import torch
@@ -13,6 +21,17 @@ from transformers import AutoModelForCausalLM
 
 from goldfish import Goldfish, linear_cross_entropy, spec
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import memorize
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same test ran on the CPU"),
+    ],
+)
 RULES = [
     Goldfish(k=4, h=13),
     Goldfish(k=50, h=50, window="inclusive"),
@@ -24,6 +43,24 @@ SIZES = {  # rule: rows, length; loss: N, D, V
     "cpu": {"rule": (3, 100), "loss": (96, 16, 1000)},
     "cuda": {"rule": (64, 4096), "loss": (16384, 2048, 131072)},
 }
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def figures(device, tmp_path_factory):
+    """What tests measure, by name; written at the end, those of a GPU beside the benchmarks."""
+    found: dict[str, object] = {}
+    yield found
+    folder, name = tmp_path_factory.mktemp("figures"), "cpu"
+    if device == "cuda":
+        folder, name = RESULTS, torch.cuda.get_device_name()
+    about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    path.write_text(json.dumps({"about": about, "command": "pytest -m gpu tests/gpu", **found}, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.strategy}-{rule.k:g}-{rule.h}")
