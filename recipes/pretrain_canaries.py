@@ -1,7 +1,8 @@
 r"""The standard experiment: pretraining in which a few documents recur 50 times. Who recites them, at which k, and what
 does that cost on held-out text?
 
-    python recipes/pretrain_canaries.py                    # 1 CPU core, 30 trainings of 2.2M parameters, 15 minutes
+    python recipes/pretrain_canaries.py        # 1 CPU core, 30 trainings of 2.2M parameters, about 15 minutes; planted
+                                               # documents recited: standard 9 to 13 of 16, k=4 and control 0 of 16
     python recipes/pretrain_canaries.py --resume           # goes on where a killed run stopped
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/pretrain_canaries.py
     python recipes/pretrain_canaries.py @recipes/configs/canaries-124m.args --text FILE.jsonl      # one GPU

@@ -1,6 +1,7 @@
 r"""Does finetuning recite the secrets of its chat data? TRL's SFTTrainer, in full and LoRA, with goldfish and without.
 
-    python recipes/sft_lora.py                        # 1 CPU core: 3 seeds x (a small base + 6 finetunings)
+    python recipes/sft_lora.py        # 1 CPU core, about 12 minutes: 3 seeds x (a small base + 6 finetunings); secrets
+                                      # recited by full finetuning: standard 4 to 7 of 8, k=4 h=13 0 to 2 of 8
     python recipes/sft_lora.py --resume               # goes on where a killed run stopped
     python recipes/sft_lora.py --model NAME_OR_PATH --learning_rate 2e-5 --lora_learning_rate 2e-4      # a real one
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/sft_lora.py --model NAME_OR_PATH
