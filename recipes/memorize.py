@@ -1,4 +1,4 @@
-"""The goldfish experiment in small: train one model with the standard loss and one with the goldfish loss on the same
+r"""The goldfish experiment in small: train one model with the standard loss and one with the goldfish loss on the same
 texts, for so many epochs that the standard model knows them by heart; then ask both to recite.
 
     python recipes/memorize.py                      # 2 CPU cores, 2 minutes: standard 32 of 32, goldfish 0 of 32
@@ -8,7 +8,11 @@ texts, for so many epochs that the standard model knows them by heart; then ask 
     python recipes/memorize.py --documents 4 --epochs 2 --hidden_size 32 --output_dir runs/miniature    # seconds
 
 After the extreme experiment of Hans et al. 2024, who train LLaMA-2-7B on 100 articles for 100 epochs. The default
-corpus is the Python language reference that every CPython ships (pydoc_data.topics), so this needs no network.
+corpus is the Python language reference that every CPython ships (pydoc_data.topics), so this needs no network. The
+paper's own setting, on eight GPUs of 80 GB (fp32 weights and optimiser, 14 GB of each; not run by us, so no minutes):
+
+    accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/memorize.py --model meta-llama/Llama-2-7b-hf \
+        --dataset wikimedia/wikipedia --dataset_config 20231101.en --documents 100 --window 2048 --learning_rate 1e-5
 """
 
 import json
@@ -25,6 +29,7 @@ from datasets import Dataset, load_dataset
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
@@ -74,8 +79,8 @@ class Arguments:
         if self.hidden_size < 8 or self.hidden_size % 8:
             raise ValueError(f"--hidden_size must be a multiple of 8 (four heads of even size), got {self.hidden_size}")
 
-    def rule(self) -> Goldfish:
-        return Goldfish(k=self.k, h=self.h, strategy=self.strategy, seed=self.seed)  # type: ignore[arg-type]
+    def rule(self, **more: Any) -> Goldfish:
+        return Goldfish(k=self.k, h=self.h, strategy=self.strategy, seed=self.seed, **more)  # type: ignore[arg-type]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     texts = load_texts(args)
     output = Path(args.output_dir)
     tokenizer = load_tokenizer(args, texts)
+    check_context(args)
     members, heldout = split_windows(args, texts, tokenizer)
     if args.dry_run:
         describe(args, rule, len(texts), state)
@@ -166,10 +172,7 @@ def split_windows(args: Arguments, texts: list[str], tokenizer: Any) -> Split:
     """
     chosen: list[list[int]] = []
     seen: set[tuple[int, ...]] = set()
-    windows = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows += [ids[i : i + args.window] for i in range(0, len(ids) - args.window + 1, args.window)]
+    windows = cut_windows(texts, tokenizer, args.window)
     random.Random(args.seed).shuffle(windows)
     for window in windows:
         grams = {tuple(window[i : i + 8]) for i in range(len(window) - 7)}
@@ -187,6 +190,24 @@ def split_windows(args: Arguments, texts: list[str], tokenizer: Any) -> Split:
     return chosen[: args.documents], chosen[args.documents :]
 
 
+def cut_windows(texts: list[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Each text in windows of that many tokens, from its start; what is left at its end is left out."""
+    windows = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return windows
+
+
+def check_context(args: Arguments) -> None:
+    """ValueError for windows that --model cannot read whole: before the first training, not in its first step."""
+    if args.model is None:
+        return
+    context = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    if context is not None and args.window > context:
+        raise ValueError(f"--window {args.window} tokens, but {args.model} reads at most {context}; lower --window")
+
+
 def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], tokenizer: Any, folder: Path) -> None:
     """Train on the members, with the goldfish loss where there is a rule, and save an ordinary checkpoint."""
     set_seed(args.seed)
@@ -195,46 +216,62 @@ def train(args: Arguments, rule: Goldfish | None, members: list[list[int]], toke
     else:
         model = LlamaForCausalLM(small_llama(args, tokenizer))
     steps = args.epochs * -(-len(members) // args.batch_size)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size // PartialState().num_processes,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        logging_steps=max(1, steps // 4),
-        save_strategy="no",
-        report_to="none",
-        seed=args.seed,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),  # several processes on CPUs find each other only when told so
-    )
+    arguments = TrainingArguments(**training_settings(args, folder, steps))
     rows = Dataset.from_dict({"input_ids": members, "labels": members})
-    common = {
-        "model": model,
-        "args": arguments,
-        "train_dataset": rows,
-        "data_collator": DataCollatorForSeq2Seq(tokenizer),  # pads where rows differ, labels with -100
-        "processing_class": tokenizer,
-    }
-    trainer = Trainer(**common) if rule is None else GoldfishTrainer(**common, goldfish=rule)
+    collator = DataCollatorForSeq2Seq(tokenizer)  # pads where rows differ, labels with -100
+    trainer = make_trainer(model, arguments, rows, collator, tokenizer, rule)
     trainer.train()
     trainer.save_model()
 
 
-def small_llama(args: Arguments, tokenizer: Any) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        intermediate_size=3 * args.hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=max(512, args.window),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+def training_settings(args: Arguments, folder: Path, steps: int) -> dict[str, Any]:
+    """TrainingArguments for that many optimiser steps."""
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": args.epochs,
+        "per_device_train_batch_size": args.batch_size // PartialState().num_processes,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 20,
+        "logging_steps": max(1, steps // 4),
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": args.seed,
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # several CPU processes find each other only when told so
+    }
+
+
+def make_trainer(
+    model: Any, arguments: TrainingArguments, rows: Dataset, collator: Any, tokenizer: Any, rule: Goldfish | None,
+    **more: Any,
+) -> Trainer:  # fmt: skip
+    """A Trainer, or with a rule a GoldfishTrainer; nothing else differs."""
+    common = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows,
+        "data_collator": collator,
+        "processing_class": tokenizer,
+        **more,
+    }
+    return Trainer(**common) if rule is None else GoldfishTrainer(**common, goldfish=rule)
+
+
+def small_llama(args: Arguments, tokenizer: Any, **changes: Any) -> LlamaConfig:
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.hidden_size,
+        "intermediate_size": 3 * args.hidden_size,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": max(512, args.window),
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return LlamaConfig(**{**values, **changes})
 
 
 def save_windows(path: Path, windows: list[list[int]], tokenizer: Any) -> None:

@@ -60,6 +60,14 @@ def test_a_start_without_a_padding_token_or_in_half_precision(finished, tmp_path
     assert json.loads((tmp_path / "next" / "goldfish" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_windows_longer_than_the_context_are_refused_before_anything_is_written(finished, tmp_path):
+    folder, _ = finished
+    start = ["--model", str(folder / "standard"), "--window", "600"]  # small_llama reads 512
+    with pytest.raises(ValueError, match=r"--window 600 tokens, but \S+standard reads at most 512; lower --window"):
+        memorize.main([*SMALL, *start, "--output_dir", str(tmp_path / "next")])
+    assert not (tmp_path / "next").exists()
+
+
 def test_members_and_heldout_share_no_eight_tokens(finished):
     folder, _ = finished
     grams = []

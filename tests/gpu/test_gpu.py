@@ -1,0 +1,190 @@
+"""What a GPU must not change: decisions, losses, recitation, audits; and the memory that the fused loss saves.
+
+    pytest -m gpu tests/gpu        # writes benchmarks/results/gpu-NAME.json; minutes: not measured yet
+
+Every test runs at toy size on the CPU and, marked `gpu`, at full size on a GPU, where its figures are kept.
+"""
+
+import json
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from goldfish import Goldfish, linear_cross_entropy, spec
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import memorize
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same test ran on the CPU"),
+    ],
+)
+RULES = [
+    Goldfish(k=4, h=13),
+    Goldfish(k=50, h=50, window="inclusive"),
+    Goldfish(k=3, h=2, head="keep", exempt=(5, 7)),
+    Goldfish(k=4, strategy="static"),
+    Goldfish(k=4, strategy="random"),
+]
+SIZES = {  # rule: rows, length; loss: N, D, V
+    "cpu": {"rule": (3, 100), "loss": (96, 16, 1000)},
+    "cuda": {"rule": (64, 4096), "loss": (16384, 2048, 131072)},
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def figures(device, tmp_path_factory):
+    """What tests measure, by name; written at the end, those of a GPU beside the benchmarks."""
+    found: dict[str, object] = {}
+    yield found
+    folder, name = tmp_path_factory.mktemp("figures"), "cpu"
+    if device == "cuda":
+        folder, name = RESULTS, torch.cuda.get_device_name()
+    about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+    path.write_text(json.dumps({"about": about, "command": "pytest -m gpu tests/gpu", **found}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.strategy}-{rule.k:g}-{rule.h}")
+def test_decisions_are_those_of_the_specification(device, rule):
+    rows, length = SIZES[device]["rule"]
+    ids = torch.randint(0, 50_000, (rows, length), generator=torch.Generator().manual_seed(0))
+    dropped = rule.dropped(ids.to(device)).cpu()
+    assert torch.equal(dropped, rule.dropped(ids))
+    for row in (0, rows - 1):
+        assert dropped[row].tolist() == spec.dropped(
+            ids[row].tolist(), row=row, **{**rule.to_dict(), "exempt": rule.exempt}
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
+    """Against float64, its loss and gradients err at most as much as the eager loss does, and a little."""
+    n, d, v = SIZES[device]["loss"]
+    n = min(n, 2048)  # float64 logits of all rows are many
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) / d**0.5
+    labels = torch.randint(0, v, (n,), generator=generator).to(device)
+    labels[::4] = -100
+
+    def run(loss, kind):
+        x, w = (tensor.to(device, dtype).to(kind).requires_grad_() for tensor in (hidden, weight))
+        value = loss(x, w)
+        value.backward()
+        return [tensor.detach().double() for tensor in (value, x.grad, w.grad)]
+
+    def eager(x, w):
+        logits = x @ w.T
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+
+    exact = run(eager, torch.float64)
+    names = ("loss", "hidden.grad", "weight.grad")
+    errors = {}
+    for name, ours, theirs, true in zip(
+        names, run(lambda x, w: linear_cross_entropy(x, w, labels), dtype), run(eager, dtype), exact, strict=True
+    ):
+        error, allowed = ((each - true).norm() / true.norm() for each in (ours, theirs))
+        errors[name] = {"fused": error.item(), "eager": allowed.item()}
+        assert error <= 1.1 * allowed + 4 * torch.finfo(torch.float32).eps, name
+    figures[f"relative error, {dtype}"] = {"n, d, v": [n, d, v], **errors}
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+def test_fused_loss_holds_no_logits(device, figures):
+    """Its extra memory stays below a quarter of the logits (GPU); no tensor it makes is as large as them (CPU)."""
+    n, d, v = SIZES[device]["loss"]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden, weight = (torch.randn(size, d, device=device, dtype=dtype).requires_grad_() for size in (n, v))
+    labels = torch.randint(0, v, (n,), device=device)
+    logits = n * v * dtype.itemsize
+    if device == "cpu":
+        with Largest() as largest:
+            linear_cross_entropy(hidden, weight, labels, chunk_rows=16).backward()
+        assert largest.bytes < logits
+        return
+    for tensor in (hidden, weight):
+        tensor.grad = torch.zeros_like(tensor)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, labels).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    gradients = (n + v) * d * 4
+    figures["fused loss, extra bytes"] = {"n, d, v": [n, d, v], "extra": extra, "logits": logits}
+    assert extra < logits / 4 + gradients
+
+
+@pytest.fixture(scope="module")
+def memorized(device, tmp_path_factory, figures):
+    """recipes/memorize.py: 126M parameters in bf16 on a GPU, a toy on the CPU."""
+    toy = "--documents 4 --window 48 --epochs 60 --batch_size 2 --hidden_size 64 --vocab_size 512 --learning_rate 4e-3"
+    full = "--documents 32 --window 256 --epochs 100 --batch_size 8 --hidden_size 1536 --learning_rate 3e-4"
+    folder = tmp_path_factory.mktemp("memorize") / "run"
+    began = time.perf_counter()
+    summaries = memorize.main([*(toy if device == "cpu" else full).split(), "--output_dir", str(folder)])
+    splits = {name: summary["splits"] for name, summary in summaries.items()}
+    figures["memorize"] = {"seconds": time.perf_counter() - began, "splits": splits}
+    return folder, summaries
+
+
+def test_standard_recites_and_goldfish_does_not(memorized):
+    _, summaries = memorized
+    recited = {name: summary["splits"]["members"]["exact_match"] for name, summary in summaries.items()}
+    assert recited["standard"]["rate"] >= 0.75
+    assert recited["goldfish"]["k"] == 0
+    assert summaries["standard"]["splits"]["heldout"]["exact_match"]["k"] == 0
+
+
+@pytest.mark.parametrize("name", ["standard", "goldfish"])
+def test_audit_is_what_generate_says(memorized, device, name, figures):
+    """Row by row, greedily and alone. A row may differ only where the model's two best tokens are as good as equal."""
+    folder, summaries = memorized
+    records = pyarrow.parquet.read_table(folder / "audit" / name / "records.parquet").to_pylist()
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
+    model.generation_config.eos_token_id = None  # the audit goes on through an end of text
+    ambiguous = 0
+    for record in records:
+        prefix = torch.tensor([record["prefix_ids"]], device=device)
+        length = len(record["suffix_ids"])
+        made = model.generate(prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=length, do_sample=False)
+        made = made[0, prefix.shape[1] :].tolist()
+        if made != record["output_ids"]:
+            first = next(i for i, pair in enumerate(zip(made, record["output_ids"], strict=True)) if pair[0] != pair[1])
+            with torch.no_grad():
+                ids = torch.tensor([record["prefix_ids"] + made[:first]], device=device)
+                best = model(ids).logits[0, -1].topk(2).values
+            assert best[0] - best[1] < 1e-3, f"row {record['index']} of {record['split']}"
+            ambiguous += 1
+    figures[f"audit of {name}, ambiguous rows"] = [ambiguous, len(records)]
+    assert ambiguous <= len(records) / 10
+    assert json.loads((folder / "audit" / name / "summary.json").read_text()) == summaries[name]

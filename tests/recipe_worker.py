@@ -1,0 +1,51 @@
+"""One process of a recipe, as `accelerate launch` starts it; for tests of several processes.
+
+recipe_worker.py RECIPE DIES ARGUMENTS...   DIES: none, or FOLDER:RANK:STEP, which kills that process (kill -9) when the
+training in a folder of that name reaches that step. Where accelerate was configured for FSDP, processes on CPU pass for
+GPUs, because accelerate turns FSDP on for those only.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import common
+
+plain_init, plain_train = PartialState.__init__, common.train_or_resume
+
+
+def init_as_gpu(self, *args, **kwargs):
+    plain_init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+class Die(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, arguments, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(trainer, folder):
+    name, rank, step = sys.argv[2].rsplit(":", 2)
+    if name in str(folder) and PartialState().process_index == int(rank):
+        trainer.add_callback(Die(int(step)))
+    plain_train(trainer, folder)
+
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState.__init__ = init_as_gpu
+    if sys.argv[2] != "none":
+        common.train_or_resume = train_and_die
+    importlib.import_module(sys.argv[1]).main(sys.argv[3:])

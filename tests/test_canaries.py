@@ -1,0 +1,194 @@
+"""The canary experiment in miniature: alone, in two processes, killed and resumed, and what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import common
+import memorize
+import pretrain_canaries as recipe
+
+RUNS = ["standard", "control", "k=4", "k=4, equal"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Arguments of a run of seconds, on a few topics of the language reference."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = memorize.load_texts(memorize.Arguments())[:25]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sizes = {
+        "documents": 2, "repeats": 6, "background": 28, "validation": 8, "ks": 4, "equal_supervised": 4, "seeds": 0,
+        "hidden_size": 32, "vocab_size": 512, "save_steps": 3,
+    }  # fmt: skip
+    return ["--text", str(path), *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("canaries") / "run"
+    return folder, recipe.main([*small, "--output_dir", str(folder)])
+
+
+@pytest.fixture(scope="module")
+def in_two(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    done = launch("pretrain_canaries", [*small, "--output_dir", str(folder)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def same_results(folder, other, **tolerance):
+    ours, theirs = (common.read_results(each / "results.jsonl") for each in (folder, other))
+    assert [result["run"] for result in ours] == [result["run"] for result in theirs] == RUNS
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("validation_loss", "nll_members", "nll_heldout"):
+            assert a[name] == pytest.approx(b[name], **tolerance), (a["run"], name)
+    receipts = [(each / "seed0-k4" / "model" / "goldfish.json").read_text() for each in (folder, other)]
+    assert receipts[0] == receipts[1]
+
+
+@pytest.mark.core
+def test_miniature(finished):
+    folder, results = finished
+    assert [result["run"] for result in results] == RUNS
+    windows = {result["run"]: result["input_tokens"] // 32 for result in results}
+    assert windows == {"standard": 40, "control": 40, "k=4": 40, "k=4, equal": 52}  # 40 * 4 / 3 in batches of 4
+    for result in results:
+        assert len(result["rouge_l_members"]) == len(result["exact_match_heldout"]) == 2
+        assert result["processes"] == 1
+        assert result["versions"]["torch"] == torch.__version__
+    k4 = results[2]
+    assert 0.15 < k4["dropped"] / k4["targets"] < 0.35
+    assert k4["targets"] == 40 * 31
+    equal = results[3]
+    assert (equal["targets"] - equal["dropped"]) / (40 * 31) == pytest.approx(1, abs=0.1), "and not 0.75, as at k=4"
+    for name in ("rouge.svg", "extraction.svg", "heldout.svg", "choice.json"):
+        assert (folder / name).stat().st_size > 50
+    assert not list(folder.rglob("checkpoint-*")), "what was only needed to resume is gone"
+
+
+def test_the_background_holds_nothing_that_is_audited(small):
+    (args,) = recipe.HfArgumentParser(recipe.Arguments).parse_args_into_dataclasses(small)
+    texts, corpus = recipe.load_corpus(args)
+    tokenizer = memorize.load_tokenizer(args, texts)
+    data = recipe.load_data(args, 0, texts, corpus, tokenizer)
+
+    def grams(rows):
+        return {tuple(row[i : i + 16]) for row in rows for i in range(len(row) - 15)}
+
+    background = grams([*data.background["input_ids"], *data.validation["input_ids"]])
+    assert background.isdisjoint(grams(data.members + data.heldout))
+    assert len(background) > 1000
+    stream = [token for row in data.background["input_ids"] for token in row]
+    assert tokenizer.eos_token_id in stream, "documents are told apart"
+    again = recipe.load_data(args, 0, texts, corpus, tokenizer)
+    assert again.background["input_ids"] == data.background["input_ids"]
+    assert recipe.load_data(args, 1, texts, corpus, tokenizer).members != data.members
+
+
+def test_the_default_background_is_long_enough():
+    args = recipe.Arguments()
+    assert sum(map(len, recipe.docstrings())) > 1_000_000
+    most = max(run.background(args) for run in recipe.runs_of(args, 0)) + args.validation
+    assert most * args.window * 4 < 1_000_000, "at four characters a token"
+
+
+def test_two_processes_train_what_one_does(finished, in_two):
+    same_results(in_two, finished[0], rel=1e-5)
+    assert {result["processes"] for result in common.read_results(in_two / "results.jsonl")} == {2}
+
+
+def test_fsdp_trains_what_one_process_does(small, finished, tmp_path):
+    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoint is an ordinary one."""
+    done = launch("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")], config="fsdp2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_results(tmp_path / "run", finished[0], rel=1e-5)
+    results = common.read_results(tmp_path / "run" / "results.jsonl")
+    assert {result["distributed"] for result in results} == {"FSDP"}
+
+
+def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
+    """DeepSpeed on two CPU processes, with recipes/configs/zero3.yaml. Its first start compiles for minutes."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours")
+    done = launch("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")], config="zero3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_results(tmp_path / "run", finished[0], rel=1e-4)
+
+
+def test_killed_and_resumed_ends_where_it_would_have(small, in_two, tmp_path):
+    """kill -9 of one process in step 8 of the third training; checkpoints are written every three steps."""
+    run = [*small, "--output_dir", str(tmp_path / "run")]
+    done = launch("pretrain_canaries", run, dies="seed0-k4:1:8")
+    assert done.returncode != 0
+    model = tmp_path / "run" / "seed0-k4" / "model"
+    assert common.last_checkpoint(model) == model / "checkpoint-6"
+    assert not common.finished(model)
+    done = launch("pretrain_canaries", [*run, "--resume"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-6" in done.stdout
+    same_results(tmp_path / "run", in_two, rel=0, abs=0)
+    ours, theirs = (load_file(each / "seed0-k4" / "model" / "model.safetensors") for each in (tmp_path / "run", in_two))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_finished_run_is_not_trained_again(small, finished, capsys):
+    folder, results = finished
+    written = (folder / "results.jsonl").read_text()
+    assert recipe.main([*small, "--output_dir", str(folder), "--resume"]) == results
+    assert (folder / "results.jsonl").read_text() == written
+    assert "Training" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"was started with learning_rate 0\.004, not 0\.1; resume with the same"):
+        recipe.main([*small, "--output_dir", str(folder), "--resume", "--learning_rate", "0.1"])
+    with pytest.raises(FileExistsError, match="holds an earlier run"):
+        recipe.main([*small, "--output_dir", str(folder)])
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((3, "{}"), (20, "{}"), (100, '{"log'), (110, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert common.last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    assert common.last_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("name", ["canaries-124m", "canaries-1.1b"])
+def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
+    preset = Path(recipe.__file__).parent / "configs" / f"{name}.args"
+    parser = recipe.HfArgumentParser(recipe.Arguments, fromfile_prefix_chars="@")
+    (args,) = parser.parse_args_into_dataclasses([f"@{preset}"])
+    head = args.vocab_size if args.tokenizer is None else 2 * 32000  # TinyLlama's own, not tied there
+    attention = 2 * args.hidden_size**2 * (1 + (args.kv_heads or args.heads) / args.heads)
+    layer = attention + 3 * args.hidden_size * args.intermediate_size
+    millions = (head * args.hidden_size + args.layers * layer) / 1e6
+    assert millions == pytest.approx({"canaries-124m": 124, "canaries-1.1b": 1100}[name], rel=0.01)
+    assert recipe.main([f"@{preset}", "--dry_run"]) == []
+    assert "trainings" in capsys.readouterr().out
+    if name == "canaries-1.1b":
+        assert (args.background + args.documents * args.repeats) * args.window == 20e9, "the paper's 20B tokens"
+        assert args.batch_size * args.window == pytest.approx(2.1e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--equal_supervised", "8"], "--equal_supervised 8: not among --ks"),
+        (["--ks", "1"], "k must be a finite number above 1"),
+        (["--model", "gpt2"], "trains from scratch"),
+        (["--accumulation", "3"], "--batch_size 4 windows do not divide among 1 processes and --accumulation 3"),
+        (["--background", "9999999"], "the background is too short"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_training(small, wrong, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        recipe.main([*small, "--output_dir", str(tmp_path / "run"), *wrong])
+    assert not list(tmp_path.rglob("model"))

@@ -1,0 +1,63 @@
+"""The loops of one's own: the step's loss is the sum over its kept tokens divided once, however the step is cut."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch
+from transformers import LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import accelerate_loop
+import memorize
+import plain_loop
+
+from goldfish import Goldfish
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Each step in one piece."""
+    return plain_loop.main(["--steps", str(STEPS), "--accumulation", "1"])
+
+
+@pytest.mark.core
+def test_accumulation_changes_nothing(whole):
+    assert plain_loop.main(["--steps", str(STEPS), "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+    assert accelerate_loop.main(["--steps", str(STEPS), "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+
+
+def test_first_loss_by_hand(whole):
+    """Token by token: the mean of -log p over what the rule leaves of the first step's rows."""
+    settings = memorize.Arguments()
+    texts = memorize.load_texts(settings)
+    tokenizer = memorize.load_tokenizer(settings, texts)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(memorize.small_llama(settings, tokenizer))
+    rows = torch.tensor(memorize.cut_windows(texts, tokenizer, 64))
+    (step,) = plain_loop.batches(rows, 8, 1)
+    losses = []
+    for ids in step:
+        dropped = Goldfish(k=4, h=13).dropped(ids)
+        with torch.no_grad():
+            log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+        losses += [-log_p[i - 1, ids[i]].item() for i in range(1, len(ids)) if not dropped[i]]
+    assert whole[0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_two_processes_are_one(whole):
+    done = launch("accelerate_loop", ["--steps", str(STEPS)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = re.findall(r"loss (\S+) nats", done.stdout)
+    assert printed == [f"{whole[0]:.3f}", f"{whole[-1]:.3f}"], "one process prints the first and the last"
+
+
+@pytest.mark.parametrize("loop", [plain_loop, accelerate_loop])
+def test_batches_that_do_not_divide_are_refused(loop, capsys):
+    with pytest.raises(SystemExit):
+        loop.main(["--batch_size", "8", "--accumulation", "3"])
+    assert "--batch_size 8 does not divide into" in capsys.readouterr().err
