@@ -308,7 +308,7 @@ def table(results: list[dict[str, Any]]) -> Table:
             of_seed = ",".join(str(sum(seed)) for seed in recited)
             cells.append(f"{sum(map(sum, recited))} of {sum(map(len, recited))} ({of_seed})")
             found += [hit for seed in recited for hit in seed] if kind != "control" else []
-        interval = rate(sum(found), len(found)) or {}
+        interval = rate(found)
         rouge = [value for result in group for kind in ("same", "varied") for value in result[f"rouge_l_{kind}"]]
         losses = [result["heldout_loss"] for result in group]
         shown.add_row(
