@@ -8,6 +8,7 @@ Every test runs at toy size on the CPU and, marked `gpu`, at full size on a GPU,
 import json
 import platform
 import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,9 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from goldfish import Goldfish, linear_cross_entropy, spec
+from goldfish.text import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import memorize
@@ -105,6 +107,50 @@ def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
         errors[name] = {"fused": error.item(), "eager": allowed.item()}
         assert error <= 1.1 * allowed + 4 * torch.finfo(torch.float32).eps, name
     figures[f"relative error, {dtype}"] = {"n, d, v": [n, d, v], **errors}
+
+
+def seconds(device, call, calls=10):
+    """The median time of a call, with the device's own work."""
+    times = []
+    for turn in range(calls + 3):  # the first make tables and kernels
+        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+        synchronize()
+        began = time.perf_counter()
+        call()
+        synchronize()
+        if turn >= 3:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def test_decisions_beside_a_training_step(device, figures):
+    """Of "text" and "letters" too they are those of the CPU; what they cost of a step is written down (goal: 0.5%)."""
+    rows, length, hidden_size, layers, entries = (2, 64, 16, 1, 300) if device == "cpu" else (8, 1024, 768, 12, 32_000)
+    words = [bytes(97 + (i * 7 + j) % 26 for j in range(1 + i % 5)) for i in range(entries)]
+    vocabulary = Vocabulary([b" " * (i % 2) + word for i, word in enumerate(words)])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=entries, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 8 if device == "cpu" else 12, max_position_embeddings=length,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(0, entries, (rows, length))
+    on_device = ids.to(device)
+
+    def step():
+        model(input_ids=on_device, labels=on_device).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    cost = {"parameters": model.num_parameters(), "tokens": ids.numel(), "step, seconds": seconds(device, step)}
+    for strategy in ("hash", "letters", "text"):
+        rule = Goldfish(k=4, h=8, strategy=strategy, vocabulary=vocabulary)
+        assert torch.equal(rule.dropped(on_device).cpu(), rule.dropped(ids))
+        assert 0 < rule.dropped(ids).float().mean() < 0.5
+        taken = seconds(device, lambda rule=rule: rule.dropped(on_device))
+        cost[strategy] = {"seconds": taken, "of a step": taken / cost["step, seconds"]}
+    figures["cost of the rule"] = cost
 
 
 class Largest(TorchDispatchMode):
