@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from goldfish import Goldfish, mask_labels
+from goldfish.labels import with_labels
 from goldfish.receipt import Tally
 from goldfish.text import Vocabulary
 
@@ -205,7 +206,7 @@ def test_the_receipt_agrees(case):
     if "position_ids" in row:
         batch["position_ids"] = torch.tensor([row["position_ids"]])
     tally = Tally(rule, torch.device("cpu"))
-    tally.add(batch, {"labels": mask_labels(rule, **batch)})
+    tally.add(with_labels(batch), {"labels": mask_labels(rule, **batch)})
     tally.sync()
     entry = tally.entries()
     assert [entry["targets"], entry["dropped"]] == [case["targets"], case["dropped"]]
