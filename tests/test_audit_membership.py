@@ -137,16 +137,16 @@ def words(n, seed, extra=""):
 
 
 def test_blind_baseline_is_at_chance_on_a_random_split():
-    """Mean AUC over 15 random splits near one half, and few of them called confounded."""
+    """Mean AUC over 60 random splits near one half, and few of them called confounded."""
     aucs, confounded = [], 0
-    for seed in range(15):
+    for seed in range(60):
         found = membership_figures(
             side(drawn(60, 1, seed), words(60, [seed, 1])), side(drawn(60, 0, seed), words(60, [seed, 2]))
         )
         aucs.append(found["blind"]["words"]["auc"]["value"])
         confounded += found["confounded"]
     assert 0.45 < np.mean(aucs) < 0.55
-    assert confounded <= 4  # one in thirteen is expected: two baselines, one of them on both sides
+    assert confounded <= 11  # 4.6 are expected: one split in thirteen, of two baselines, one of them on both sides
 
 
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
