@@ -12,18 +12,14 @@ thread), which other work on the machine disturbs less than the clock's.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from loss import RESULTS, describe
 from rouge_score.rouge_scorer import _score_lcs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -40,7 +36,6 @@ from goldfish.audit.extraction import rouge_l
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.audit.windows import Window, cut_windows, read_rows
 
-RESULTS = Path(__file__).parent / "results"
 PREFIX, SUFFIX = 50, 50
 SWEEP = tuple(range(5, PREFIX + 1, 5))
 TOP_K = 40
@@ -176,19 +171,8 @@ def measure(folder: Path, windows: list[Window], repeats: int) -> list[dict[str,
     ]
 
 
-def describe(args: argparse.Namespace) -> dict[str, object]:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "device": next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine()),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "rouge-score", "rapidfuzz")},
-        "commit": commit + (" and changes" if changed else ""),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/audit.py", *sys.argv[1:]]),
+def about(args: argparse.Namespace) -> dict[str, object]:
+    return describe("cpu", ("torch", "transformers", "rouge-score", "rapidfuzz")) | {
         "texts": 2 * args.documents,
         "prefix_length": PREFIX,
         "suffix_length": SUFFIX,
@@ -237,11 +221,11 @@ def main() -> None:
         print(render())
         return
     torch.set_num_threads(args.threads)
-    about = describe(args)
+    settings = about(args)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), build(Path(folder), args.documents, args.width, args.steps), args.repeats)
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"about": settings, "results": results}, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from goldfish.linear import linear_cross_entropy
 from goldfish.rule import Goldfish
 
+PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "triton")
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "cpu": [(4096, 512, 32_000), (4096, 512, 128_256)],
@@ -232,12 +233,12 @@ def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: ar
     return results
 
 
-def describe(device: str) -> dict[str, object]:
+def describe(device: str, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
+    """Where a benchmark's figures come from; for the script that was started."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    packages = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "triton")
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -245,7 +246,7 @@ def describe(device: str) -> dict[str, object]:
         "versions": {package: installed(package) for package in packages},
         "commit": commit + (" and changes" if changed else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python benchmarks/loss.py " + " ".join(sys.argv[1:]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

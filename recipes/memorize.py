@@ -43,7 +43,7 @@ from transformers import (
 
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.audit import audit
-from goldfish.audit import run as audit_run
+from goldfish.audit import load as audit_load
 from goldfish.audit.table import summary_table
 from goldfish.audit.windows import read_rows
 from goldfish.report import write_report
@@ -147,7 +147,7 @@ def load_texts(args: Arguments) -> list[str]:
 def load_tokenizer(args: Arguments, texts: list[str]) -> Any:
     """That of --model, or a byte-level BPE trained on the texts."""
     if args.model is not None:
-        tokenizer = audit_run.load_tokenizer(args.model)
+        tokenizer = audit_load.load_tokenizer(args.model)
         if tokenizer.pad_token is None:  # many language models have none; what pads is no target
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

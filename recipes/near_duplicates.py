@@ -1,8 +1,8 @@
 """Near-duplicates: documents that a model only ever sees in reformatted versions, and is then asked for in plain form.
 
     python recipes/near_duplicates.py     # 2 CPU cores: 3 seeds x 5 trainings x 2 kinds of copies, an hour or two
-    python recipes/near_duplicates.py --edits 0 0.01 0.02 0.05 0.1 --documents 4 --epochs 50 --copies reformatted \\
-        --rules standard hash-4-{3,5,8,13} text-4-{3,5,8,13} letters-4-{3,5,8,13}    # leakage against edit rate
+    python recipes/near_duplicates.py --edits 0 0.01 0.02 0.05 0.1 --documents 3 --window 112 --epochs 50 --seeds 0 \\
+        --copies reformatted --rules standard {hash,letters}-4-{3,5,8,13} text-4-8    # leakage against edit rate
     python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden_size 32 --seeds 0 --output_dir runs/miniature
 
 Every document is trained on in `versions` copies, either exact or each reformatted in its own way (line breaks,

@@ -53,7 +53,7 @@ from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments, 
 
 from goldfish import Goldfish
 from goldfish.audit import audit
-from goldfish.audit import run as audit_run
+from goldfish.audit import load as audit_load
 
 
 @dataclass
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         state.print(f"{len(runs)} trainings, {steps * args.window * args.epochs:,} tokens in all -> {output}")
         return []
     texts, corpus = load_corpus(args)
-    tokenizer = audit_run.load_tokenizer(args.tokenizer) if args.tokenizer else memorize.load_tokenizer(args, texts)
+    tokenizer = audit_load.load_tokenizer(args.tokenizer) if args.tokenizer else memorize.load_tokenizer(args, texts)
     if state.is_main_process:
         common.prepare(output, args)
     state.wait_for_everyone()

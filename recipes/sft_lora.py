@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
-from goldfish.audit import run as audit_run
+from goldfish.audit import load as audit_load
 from goldfish.audit.extraction import rouge_l
 from goldfish.audit.stats import rate
 from goldfish.receipt import read_receipt
@@ -244,7 +244,7 @@ def finetune(
 
 
 def load_tokenizer(base: str | Path) -> Any:
-    tokenizer = audit_run.load_tokenizer(base)
+    tokenizer = audit_load.load_tokenizer(base)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.pad_token is None:

@@ -1,5 +1,6 @@
 """Small models and tokenizers, made from code: nothing is downloaded."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,16 @@ PROSE = [
     "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said the fish.",
     "Count: one, two, three, four, five, six, seven, eight, nine, ten; then begin again at one.\n\n\tIndented.",
 ] * 4
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory):
+    """A corpus for the recipes: a few topics of the language reference that comes with Python."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:25]))
+    return path
 
 
 @pytest.fixture(scope="session")

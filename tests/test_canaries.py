@@ -1,6 +1,5 @@
 """The canary experiment in miniature: alone, in two processes, killed and resumed, and what it refuses."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -18,16 +17,13 @@ RUNS = ["standard", "control", "k=4", "k=4, equal"]
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(topics):
     """Arguments of a run of seconds, on a few topics of the language reference."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    texts = memorize.load_texts(memorize.Arguments())[:25]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sizes = {
         "documents": 2, "repeats": 6, "background": 28, "validation": 8, "ks": 4, "equal_supervised": 4, "seeds": 0,
         "hidden_size": 32, "vocab_size": 512, "save_steps": 3,
     }  # fmt: skip
-    return ["--text", str(path), *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
+    return ["--text", str(topics), *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ pytest.importorskip("trl", reason="the extra `trl` is not installed")
 pytest.importorskip("peft", reason="the extra `peft` is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import common
-import memorize
 import sft_lora as recipe
 from near_duplicates import words
 
@@ -21,17 +20,14 @@ TRAININGS = [("full", "standard"), ("full", "hash-4-13"), ("lora", "standard"), 
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(topics):
     """Arguments of a run of seconds: 16 conversations, two epochs, batches that are full in two processes too."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    texts = memorize.load_texts(memorize.Arguments())[:25]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sizes = {
         "people": 4, "exposures": 2, "chats": 8, "epochs": 2, "hidden_size": 32, "background": 16, "validation": 4,
         "vocab_size": 512, "batch_size": 4, "seeds": 0, "save_steps": 3,
     }  # fmt: skip
     arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    return ["--text", str(path), *arguments, "--rules", "standard", "hash-4-13"]
+    return ["--text", str(topics), *arguments, "--rules", "standard", "hash-4-13"]
 
 
 @pytest.fixture(scope="module")

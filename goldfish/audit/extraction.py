@@ -10,7 +10,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 from goldfish.audit.attacks import scores
 from goldfish.audit.attribution import decisions
 from goldfish.audit.sampling import log_p
-from goldfish.audit.score import Score
+from goldfish.audit.score import Score, first_divergence
 from goldfish.audit.windows import Window
 from goldfish.rule import Goldfish
 
@@ -43,11 +43,6 @@ def longest_run(a: Sequence[int], b: Sequence[int]) -> int:
 def edit_similarity(a: Sequence[int], b: Sequence[int]) -> float:
     """1 - Levenshtein distance / the longer length; 1 where both are empty."""
     return float(Levenshtein.normalized_similarity(a, b))
-
-
-def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
-    """min{t: output[t] != suffix[t]}, or the suffix's length where they agree."""
-    return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=False)) if a != b), len(suffix))
 
 
 def make_record(window: Window, score: Score, rule: Goldfish | None, tokenizer: Any) -> Record:

@@ -24,8 +24,6 @@ from goldfish.labels import Rules
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 
-__all__ = ["audit", "load_tokenizer"]
-
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCK = 256  # windows that are scored, and kept on disk, together; a killed run loses no more
 _log = logging.getLogger(__name__)
@@ -121,7 +119,8 @@ def audit(
                 f"{files[split]} has no usable window: {its.skipped} rows, none with {prefix_length} + {suffix_length} "
                 "tokens; ask for a shorter prefix or suffix, or join short texts"
             )
-    rules = _rules(checkpoint, tokenizer)
+    receipt = load_receipt(checkpoint)
+    rules = _rules(checkpoint, receipt, tokenizer)
     if device is None:
         device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -185,7 +184,7 @@ def audit(
                 Records(path),
                 protocol=protocol,
                 skipped={split: its.skipped for split, its in surveys.items()},
-                receipt=load_receipt(checkpoint),
+                receipt=receipt,
                 **header,
                 rule=rules.to_dict() if isinstance(rules, Goldfish) else None,
                 versions=versions(),
@@ -233,9 +232,8 @@ def _context(model: Any) -> int | None:
     return context
 
 
-def _rules(checkpoint: str | Path, tokenizer: Any) -> Rules | None:
+def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any) -> Rules | None:
     """What the checkpoint was trained under, as far as it says."""
-    receipt = load_receipt(checkpoint)
     if receipt is None:
         return None
     if receipt.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):

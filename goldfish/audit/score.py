@@ -155,7 +155,7 @@ class Scorer:
             row["log_q"] = log_q[:, taken : taken + length - start]
             taken += length - start
             row["output"] = row["greedy"][start:].tolist()
-            end = start + _divergence(row["output"], window.suffix) + 1
+            end = start + first_divergence(row["output"], window.suffix) + 1
             row["ambiguous"] = bool(close[first + start : first + end].any())
             found.append(row)
         return found
@@ -164,7 +164,7 @@ class Scorer:
         """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known."""
         pending: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
-            known = _divergence(row["output"], window.suffix) + 1
+            known = first_divergence(row["output"], window.suffix) + 1
             if known < len(window.suffix) and not row["ambiguous"]:
                 pending.setdefault((window.prefix_length, len(window.suffix)), []).append((known, i))
         for (prefix_length, suffix_length), waiting in pending.items():
@@ -182,7 +182,7 @@ class Scorer:
     def _settle(self, window: Window, row: dict[str, Any]) -> None:
         prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.model.device)
         row["output"] = continue_greedily(self.model, prefix, len(window.suffix))[0][0].tolist()
-        known = _divergence(row["output"], window.suffix) + 1
+        known = first_divergence(row["output"], window.suffix) + 1
         start = window.prefix_length - 1
         row["greedy"] = row["greedy"].copy()
         row["greedy"][start : start + known] = row["output"][:known]
@@ -211,7 +211,8 @@ class Scorer:
         return ids, (torch.arange(longest, device=ids.device) < lengths).long()
 
 
-def _divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
+def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
+    """min{t: output[t] != suffix[t]}, or their length where they agree."""
     return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix))
 
 
