@@ -9,9 +9,8 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from goldfish.fused import fuse_head
+from goldfish.fused import bare_model, fuse_head
 from goldfish.gauge import measure, readings, rows_to_measure
-from goldfish.kept import bare_model
 from goldfish.labels import (
     IGNORE_INDEX,
     SOURCE,
