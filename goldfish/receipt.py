@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, padding_mask
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -44,17 +44,15 @@ class Tally:
         self.totals = dict.fromkeys(self.rules, (0, 0, 0))  # of all processes, as of the last `sync`
         self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then
 
-    def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
-        """Count a batch with labels, before and after it was masked."""
-        ids = batch["input_ids"]
-        attention_mask = padding_mask(batch)
-        was, now = (each["labels"][..., 1:] != IGNORE_INDEX for each in (batch, masked))
-        dropped = was & ~now
-        for place, rule in enumerate(self.rules.values()):
-            rows = was if len(self.rules) == 1 else was & (batch[SOURCE] == place)[:, None]
-            keys = (rule or Goldfish()).keys(ids, batch.get("position_ids"), attention_mask=attention_mask)[..., 1:]
-            numbers = (rows, rows & dropped, mix(keys + dropped) * rows)
-            self._pending[place] += torch.stack([number.sum() for number in numbers]).to(self._pending.device)
+    def add(self, batch: Mapping[str, Any], dropped: Tensor, keys: Tensor) -> None:
+        """Count a batch with labels that are not masked yet, and what `labels.decide` says about it."""
+        targets = batch["labels"][..., 1:] != IGNORE_INDEX
+        dropped = dropped[..., 1:] & targets
+        decisions = mix(keys[..., 1:] + dropped)
+        for place in range(len(self.rules)):
+            rows = targets if len(self.rules) == 1 else targets & (batch[SOURCE] == place)[:, None]
+            counts = torch.stack([number.sum() for number in (rows, rows & dropped, decisions * rows)])
+            self._pending[place] += counts.to(self._pending.device)
 
     def sync(self, reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
         """Bring `totals` up to date; `reduce` adds a tensor up over all processes, so all of them must call this."""

@@ -18,6 +18,7 @@ from goldfish.labels import (
     GoldfishCollator,
     Rules,
     check_rules,
+    decide,
     mask_batch,
     with_labels,
 )
@@ -142,8 +143,9 @@ class GoldfishMixin(Trainer):
 
     def _mask_and_count(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch = with_labels(batch)
-        masked = mask_batch(self.goldfish, batch)
-        self._tally.add(batch, masked)
+        dropped, keys = decide(self.goldfish, batch)
+        self._tally.add(batch, dropped, keys)
+        masked = mask_batch(batch, dropped)
         self._last_batch = (batch, masked["labels"])
         return masked if self._apply else {name: value for name, value in batch.items() if name != SOURCE}
 
