@@ -4,13 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import PROSE
 from rouge_score.rouge_scorer import _score_lcs
-from toy_tokenizers import KINDS
-from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
-from goldfish.audit.extraction import first_divergence, make_record, rouge_l, text_pieces
+from goldfish.audit.extraction import first_divergence, make_record, rouge_l
 from goldfish.audit.score import Scorer
 from goldfish.audit.windows import Window
 
@@ -36,35 +33,6 @@ def test_rouge_equals_rouge_score():
     for _ in range(50):
         a, b = (torch.randint(0, 9, (n,), generator=generator).tolist() for n in (30, 25))
         assert rouge_l(a, b) == pytest.approx(_score_lcs(b, a).fmeasure, rel=1e-12)
-
-
-def test_text_pieces_join_to_the_text(tokenizer):
-    for text in [*PROSE, "naïve 日本語 “quotes” \x00 <script>"]:
-        ids = tokenizer(text)["input_ids"]
-        pieces = text_pieces(tokenizer, [], ids)
-        assert len(pieces) == len(ids)
-        assert "".join(pieces) == text
-        assert "".join(text_pieces(tokenizer, ids[:5], ids[5:])) in text
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_pieces_of_a_long_text_take_linear_work(kind):
-    """Counted in decoded tokens; with characters of several tokens wherever decoding may start anew."""
-    fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind]())
-    ids = fast("Words, “日本語” naïve 🐠 and more. " * 40, add_special_tokens=False)["input_ids"]
-
-    class Counting:
-        decoded = 0
-
-        def decode(self, ids, **options):
-            self.decoded += len(ids)
-            return fast.decode(ids, **options)
-
-    counting = Counting()
-    pieces = text_pieces(counting, [], ids)
-    assert len(pieces) == len(ids) > 300
-    assert "".join(pieces) == fast.decode(ids, clean_up_tokenization_spaces=False)
-    assert counting.decoded < 70 * len(ids)
 
 
 def test_a_random_rule_has_no_holes_to_tell(tokenizer, model):

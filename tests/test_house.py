@@ -13,7 +13,7 @@ import goldfish
 PACKAGE = Path(goldfish.__file__).parent
 # A file imports only from files before it.
 ORDER = [
-    "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
+    "goldfish", "pieces", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
     "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
     "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.schema", "audit.stats", "audit.sampling",
     "audit.attribution", "audit.attacks", "audit.extraction", "audit.membership", "audit.verdict", "audit.summary",
