@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv
 
 SCHEMA = "goldfish.audit/3"  # of run.json, the records and summary.json; docs/audit-files.md
 RESAMPLES = 2_000
@@ -105,8 +106,6 @@ def loads(text: str) -> Any:
 
 def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a binomial rate (Clopper & Pearson 1934); k and n may be fractional effective counts."""
-    from scipy.special import betaincinv
-
     tail = (1 - level) / 2
     low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
     high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
