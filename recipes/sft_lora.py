@@ -43,7 +43,7 @@ from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
 from goldfish.audit import load as audit_load
-from goldfish.audit.extraction import rouge_l
+from goldfish.audit.columns import rouge_l
 from goldfish.audit.stats import rate
 from goldfish.receipt import read_receipt
 

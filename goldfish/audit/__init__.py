@@ -1,6 +1,6 @@
 """Memorization audits: can this checkpoint be made to recite these texts?
 
-windows (prefix/suffix) -> score (the only file that runs a model) -> extraction, attacks -> records
+windows (prefix/suffix) -> score (the only file that runs a model) -> records
 records -> summary (sampling, membership, attribution, stats; verdict) -> results, gate, table, formats, compare
 """
 
@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from goldfish.audit.canaries import write_canaries
+    from goldfish.audit.columns import records
     from goldfish.audit.results import Audit, Figure, read
     from goldfish.audit.run import audit
 
-__all__ = ["Audit", "Figure", "audit", "read", "write_canaries"]
+__all__ = ["Audit", "Figure", "audit", "read", "records", "write_canaries"]
 _HOMES = {
     "Audit": "results",
     "Figure": "results",
     "audit": "run",
     "read": "results",
+    "records": "columns",
     "write_canaries": "canaries",
 }
 

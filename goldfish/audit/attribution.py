@@ -1,40 +1,11 @@
 """Did the rule do its work? First divergences and accuracy on dropped beside kept tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from goldfish.audit.stats import Codes, Estimate, Floats, clopper_pearson, effective_size, token_rate, value
-from goldfish.rule import Goldfish
 
 FEWEST_EVENTS = 10  # divergences on either kind of token below which the bootstrap gives way to the exact interval
-
-
-def decisions(rule: Goldfish | None, ids: Sequence[int], offset: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which tokens the training dropped, and where that can be known; bool (T,) both.
-
-    Known nowhere without a rule and under "random", which drew anew in every epoch. At an offset, a decision that
-    depends on tokens before the window is not known.
-    """
-    length = len(ids)
-    nothing = np.zeros(length, dtype=bool)
-    if rule is None or rule.strategy == "random":
-        return nothing, nothing
-    row = torch.tensor(ids)
-    if offset == 0:
-        return rule.dropped(row).numpy(), ~nothing
-    if rule.strategy == "static":  # counts positions, whatever stands there
-        filler = torch.full((offset,), 0 if rule.document_end != 0 else 1)
-        return rule.dropped(torch.cat([filler, row])).numpy()[offset:], ~nothing
-    if rule.strategy == "reference":
-        return rule.dropped(row).numpy(), np.arange(length) >= rule.h
-    # A rule that drops every token with a full context says which tokens have one.
-    everything = replace(rule, k=1 + 2**-40, head="keep", exempt=())
-    return rule.dropped(row).numpy(), everything.dropped(row).numpy()
 
 
 def notes(receipt: Mapping[str, Any] | None) -> list[str]:
@@ -78,32 +49,12 @@ class Repeats:
         }
 
 
-def reached(dropped: Sequence[bool], first_divergence: int) -> tuple[int, int, int, int]:
-    """One window's share in the hazards: events and tokens reached on dropped, events and tokens reached on kept.
-
-    Tokens are reached up to the first divergence, it included; it is the event.
-    """
-    until = dropped[: first_divergence + 1]
-    gone = sum(until)
-    event = first_divergence < len(dropped)
-    on_dropped = event and dropped[first_divergence]
-    return int(on_dropped), gone, int(event and not on_dropped), len(until) - gone
-
-
-def accuracies(correct: NDArray[np.bool_], dropped: Sequence[bool] | None) -> tuple[int, int, int, int]:
-    """One window's correct dropped, dropped, correct kept and kept tokens; nothing where the rule is not known."""
-    if dropped is None:
-        return 0, 0, 0, 0
-    gone = np.array(dropped, dtype=bool)
-    return int((correct & gone).sum()), int(gone.sum()), int((correct & ~gone).sum()), int((~gone).sum())
-
-
 def attribution_figures(hazards: Floats, tokens: Floats, documents: Codes) -> dict[str, Any]:
     """A split's `attribution`, without `decisions` and `notes`; see docs/audit.md.
 
     Args:
-        hazards: (windows, 4), from `reached`.
-        tokens: (windows, 4), from `accuracies`.
+        hazards: (windows, 4), from COUNTS[:4] of the records.
+        tokens: (windows, 4), from COUNTS[4:].
     """
     right_dropped, dropped, right_kept, kept = tokens.T
     return {

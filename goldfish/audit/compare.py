@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from goldfish.audit.columns import records
 from goldfish.audit.formats import literal
 from goldfish.audit.results import Audit, read
 from goldfish.audit.stats import Codes, Floats, mcnemar, mean
@@ -126,23 +126,17 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _items(audit: Audit) -> Items:
-    path = audit.folder / "records.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"{audit.folder} is no finished audit: it has no records.parquet")
     places: dict[Key, tuple[int, int]] = {}
     documents: list[str] = []
     kept: dict[str, list[float]] = {name: [] for name in ("exact_match", *MEANS)}
-    with pq.ParquetFile(path) as file:
-        if missing := set(COLUMNS) - set(file.schema_arrow.names):
-            raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; audit again")
-        for batch in file.iter_batches(1024, columns=list(COLUMNS)):
-            for row in batch.to_pylist():
-                question = hash((tuple(row["prefix_ids"]), tuple(row["suffix_ids"])))
-                places[row["split"], row["index"], row["offset"]] = (len(documents), question)
-                documents.append(row["document"])
-                row["nll"] = sum(row["nll"]) / len(row["nll"])
-                for name, values in kept.items():
-                    values.append(row[name])
+    for batch in records(audit.folder, COLUMNS).to_batches(1024):
+        for row in batch.to_pylist():
+            question = hash((tuple(row["prefix_ids"]), tuple(row["suffix_ids"])))
+            places[row["split"], row["index"], row["offset"]] = (len(documents), question)
+            documents.append(row["document"])
+            row["nll"] = sum(row["nll"]) / len(row["nll"])
+            for name, values in kept.items():
+                values.append(row[name])
     return Items(places, documents, {name: np.array(values, dtype=np.float64) for name, values in kept.items()})
 
 

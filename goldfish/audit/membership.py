@@ -4,8 +4,6 @@ Scores: higher = more likely a member. Intervals resample the documents of both 
 """
 
 import math
-import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from goldfish.audit.columns import FEATURES
 from goldfish.audit.stats import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is told
 RESAMPLES = 1_000
 ROC_POINTS = 200
-FEATURES = 2**16  # buckets that words are hashed into
 
 
 @dataclass(frozen=True)
@@ -168,12 +166,6 @@ class _Attack:
             keep = np.unique([0, *(np.searchsorted(false, grid + 1e-12, side="right") - 1)])
             false, true = false[keep], true[keep]
         return [[float(x), float(y)] for x, y in zip(false, true, strict=True)]
-
-
-def buckets(text: str) -> NDArray[np.int32]:
-    """The distinct words of a text, each hashed into one of FEATURES buckets."""
-    words = set(re.findall(r"\w+", text.lower()))
-    return np.array(sorted({zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words}), dtype=np.int32)
 
 
 def word_scores(members: Side, heldout: Side) -> list[Floats]:

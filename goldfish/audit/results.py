@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from goldfish.audit.schema import SCHEMA
+from goldfish.audit.columns import SCHEMA, records
 
 ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
 LISTS = {  # a list's entries are named by these keys: prefix_sweep@25
@@ -66,10 +66,8 @@ class Audit:
         return pandas.DataFrame([asdict(figure) for figure in self.figures.values()]).set_index("name")
 
     def records(self, columns: Sequence[str] | None = None) -> Any:
-        """records.parquet, or some of its columns, as a DataFrame, one row a window. Needs pandas."""
-        import pandas
-
-        return pandas.read_parquet(self.folder / "records.parquet", columns=columns and list(columns))
+        """The records, or some of their columns, as a DataFrame, one row a window. Needs pandas."""
+        return records(self.folder, columns).to_pandas()
 
 
 def read(folder: str | Path) -> Audit:

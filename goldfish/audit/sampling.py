@@ -15,12 +15,6 @@ PROBABILITIES = (0.5, 0.9, 0.999)
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
-def log_p(log_q: ArrayLike) -> list[float]:
-    """ln p_z under each setting, from the suffix tokens' log-probabilities (settings, S); -inf where one is cut off."""
-    total: list[float] = np.asarray(log_q, dtype=np.float64).sum(-1).tolist()
-    return total
-
-
 def probability_within(log_p: ArrayLike, n: float) -> Floats:
     """1 - (1 - p_z)^n, the probability that n samples hold the suffix; exact to rounding for p_z from 0 to 1."""
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)

@@ -1,62 +1,47 @@
 """Records -> the figures of summary.json. Reads each record once and keeps a few numbers of it."""
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from goldfish.audit.attribution import Repeats, accuracies, attribution_figures, notes, reached
-from goldfish.audit.extraction import Record
-from goldfish.audit.membership import Side, buckets, membership_figures
+from goldfish.audit.attribution import Repeats, attribution_figures, notes
+from goldfish.audit.columns import ATTACKS, COUNTS, SCHEMA, TRIVIAL, read_run, records
+from goldfish.audit.membership import Side, membership_figures
 from goldfish.audit.sampling import sampling_figures
-from goldfish.audit.schema import ATTACKS, SCHEMA, TRIVIAL
 from goldfish.audit.stats import Codes, Floats, mean, rate, token_rate
 from goldfish.audit.verdict import verdict
 
 MEANS = ("rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity", "first_divergence")
 
 
-def prefix_grid(prefix_length: int) -> list[int]:
-    """Tenths of the prefix: the lengths that the sweep tells."""
-    return sorted({round(prefix_length * tenth / 10) for tenth in range(1, 11)} - {0})
-
-
-def summarize(
-    records: Iterable[Record],
-    *,
-    protocol: Mapping[str, Any],
-    skipped: Mapping[str, int],
-    receipt: Mapping[str, Any] | None = None,
-    **about: Any,
-) -> dict[str, Any]:
-    """The whole of summary.json; docs/audit.md describes every key.
-
-    Args:
-        records: rows of records.parquet, of one or both splits, in any order; read once.
-        protocol: as in summary.json, without `prefix_grid`. skipped: rows too short to make a window, by split.
-        receipt: the checkpoint's goldfish.json, for what it says about decisions.
-        about: what comes before the figures: name, checkpoint, rule, versions.
+def summarize(folder: str | Path) -> dict[str, Any]:
+    """The whole of summary.json, from run.json and the records; docs/audit.md describes every key.
 
     Raises:
-        ValueError: no records at all.
+        FileNotFoundError, ValueError: a folder without records of a whole audit.
     """
-    protocol = {**protocol, "prefix_grid": prefix_grid(protocol["prefix_length"])}
+    run = read_run(folder)
+    protocol, receipt = run["protocol"], run["receipt"]
     columns: dict[str, Columns] = {}
-    for record in records:
-        columns.setdefault(record["split"], Columns(protocol)).add(record)
+    for batch in records(folder).to_batches(1024):
+        for record in batch.to_pylist():
+            columns.setdefault(record["split"], Columns(protocol)).add(record)
     if not columns:
         raise ValueError("there is no record to summarize")
     splits = {
-        name: columns[name].figures(skipped.get(name, 0), notes(receipt))
+        name: columns[name].figures(run["inputs"][name]["skipped"], notes(receipt))
         for name in ("members", "heldout")
         if name in columns
     }
     both = len(splits) == 2
+    about = ("name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights")
     summary = {
         "schema": SCHEMA,
-        **about,
+        **{key: run[key] for key in about},
         "protocol": protocol,
         "splits": splits,
         "membership": membership_figures(columns["members"].side(), columns["heldout"].side()) if both else None,
@@ -71,32 +56,30 @@ class Columns:
         self._protocol = protocol
         self._places: dict[str, slice] = {}
         self._numbers = array("d")
-        self._documents: dict[str, int] = {}
+        self._documents: dict[int, int] = {}
         self._words: list[NDArray[np.int32]] = []
         self._repeats = Repeats()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         dropped, length = record["dropped"], len(record["suffix_ids"])
-        text = record["prefix_text"] + "".join(record["suffix_tokens"])
-        self._words.append(buckets(text))
+        self._words.append(np.array(record["words"], dtype=np.int32))
         first = record["offset"] == self._protocol["offsets"][0]
         if first and dropped is not None:
             self._repeats.add(record["suffix_ids"], dropped)
-        correct = np.array(record["correct"], dtype=bool)
         row = {
-            "document": self._documents.setdefault(record["document"], len(self._documents)),
+            "document": self._documents.setdefault(record["cluster"], len(self._documents)),
             **{name: record[name] for name in ("offset", "count", "settled", "exact_match", "beams", *MEANS)},
             "trivial": record["type_token_ratio"] < TRIVIAL,
             "tokens": length,
-            "right": correct.sum(),
-            "right_free": round(record["token_accuracy"] * length),
-            "nll": np.sum(record["nll"]),
-            "sweep": self._sweep(record),
+            "right": record["correct_count"],
+            "right_free": record["matches"],
+            "nll": record["nll_sum"],
+            "sweep": record["prefix_sweep"],
             "log_p": record["log_p"],
             "ruled": dropped is not None,
-            "reached": reached(dropped or (), record["first_divergence"]),
-            "kinds": accuracies(correct, dropped),
-            "characters": len(text),
+            "reached": [record[name] or 0 for name in COUNTS[:4]],
+            "kinds": [record[name] or 0 for name in COUNTS[4:]],
+            "characters": record["characters"],
             **{attack: record[f"mia_{attack}"] for attack in ATTACKS},
         }
         if not self._places:
@@ -105,12 +88,6 @@ class Columns:
                 self._places[name] = slice(end, end := end + np.size(np.array(value, dtype=np.float64)))
         for value in row.values():
             self._numbers.extend(np.atleast_1d(np.array(value, dtype=np.float64)))  # None becomes NaN
-
-    def _sweep(self, record: Record) -> list[bool]:
-        """For every prefix length of the grid, whether the tokens after it are recited."""
-        length = len(record["suffix_ids"])
-        misses = np.cumsum([True, *(not hit for hit in record["prefix_correct"] + record["correct"])])
-        return [bool(misses[start - 1 + length] == misses[start - 1]) for start in self._protocol["prefix_grid"]]
 
     def _column(self, name: str) -> Floats:
         """(windows,), or (windows, m) for what has several numbers."""
