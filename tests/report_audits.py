@@ -5,11 +5,11 @@ import random
 import re
 from html.parser import HTMLParser
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from audit_records import write_run
 
-from goldfish.audit.schema import ATTACKS, RECORDS
+from goldfish.audit.columns import ATTACKS, COLUMNS, COUNTS
 from goldfish.audit.summary import summarize
+from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
 
 RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "head": "short", "exempt": [],
@@ -17,7 +17,7 @@ RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "
 PROTOCOL = {
     "prefix_length": 4, "suffix_length": 6, "offsets": [0], "decoding": "greedy", "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0,
+    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(4),
 }  # fmt: skip
 NASTY = [
     "<script>alert(1)</script>",
@@ -43,7 +43,11 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
     rng = random.Random(f"{index} {split} {seed}")
     nll = [rng.expovariate(1 / (0.02 if t < d else 1.5)) for t in range(n)]
     dropped = [i % 4 == 1 for i in range(n)] if rule else None
-    record = dict.fromkeys(RECORDS.names) | {
+    if rule:
+        at, reached = dropped[d : d + 1], dropped[: d + 1]
+        counts = [sum(at), sum(reached), len(at) - sum(at), len(reached) - sum(reached),
+                  sum(dropped[:d]), sum(dropped), d - sum(dropped[:d]), n - sum(dropped)]  # fmt: skip
+    record = dict.fromkeys(COLUMNS.names) | {
         "split": split, "index": index, "document": name or f"doc-{index}", "offset": 0, "prefix_text": prefix,
         "prefix_ids": [1, 2, 3, 4], "suffix_ids": list(range(n)), "output_ids": [t if t < d else -1 for t in range(n)],
         "suffix_tokens": suffix, "output_tokens": suffix[:d] + [" other"] * (n - d), "dropped": dropped, "nll": nll,
@@ -51,7 +55,12 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
         "correct": [t < d for t in range(n)], "prefix_correct": [True] * 3, "settled": False, "exact_match": d == n,
         "first_divergence": d, "longest_run": d, "token_accuracy": d / n, "type_token_ratio": 1.0,
         "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
+        "cluster": index + 10**6 * (split == "heldout"), "matches": d, "correct_count": d, "nll_sum": sum(nll),
+        "words": [],
+        "prefix_sweep": [d == n] * len(PROTOCOL["prefix_grid"]), "characters": len(prefix + "".join(suffix)),
+        "common_runs": [],
     }  # fmt: skip
+    record |= dict(zip(COUNTS, counts, strict=True)) if rule else {}
     scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
     return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
 
@@ -62,13 +71,12 @@ UNRULED = ("mia_kept_loss", "mia_dropped_gap")
 def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
     """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
     versions = {"goldfish": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"}
-    summary = summarize(
-        rows, protocol=PROTOCOL | (protocol or {}), skipped={"members": 1}, name=name, checkpoint=f"runs/{name:.40}",
-        rule=RULE if any(row["dropped"] for row in rows) else None, versions=versions,
+    write_run(
+        folder, rows, PROTOCOL | (protocol or {}), name=name, checkpoint=f"runs/{name:.40}", versions=versions,
+        rule=RULE if any(row["dropped"] for row in rows) else None,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    summary = summarize(folder)
     (folder / "summary.json").write_text(json.dumps(summary | changes, allow_nan=False), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows, RECORDS), folder / "records.parquet")
     return folder
 
 

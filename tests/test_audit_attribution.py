@@ -6,17 +6,10 @@ from audit_records import made_up_records, made_up_summary
 from scipy.stats import binomtest
 
 from goldfish import Goldfish
-from goldfish.audit.attribution import Repeats, hazard_ratio, notes, reached
+from goldfish.audit.attribution import Repeats, hazard_ratio, notes
+from goldfish.audit.columns import attribution_counts
 
 pytestmark = pytest.mark.core
-
-
-def test_tokens_reached_by_hand():
-    dropped = [False, True, False, True]
-    assert reached(dropped, 1) == (1, 1, 0, 1)
-    assert reached(dropped, 2) == (0, 1, 1, 2)
-    assert reached(dropped, 4) == (0, 2, 0, 2)  # never diverged
-    assert reached([], 0) == (0, 0, 0, 0)
 
 
 def test_hazard_ratio_by_hand():
@@ -49,7 +42,8 @@ def test_the_interval_holds_the_true_ratio():
         for _ in range(60):
             dropped = generator.random(30) < 0.25
             broken = np.flatnonzero(generator.random(30) < np.where(dropped, 0.3, 0.1))
-            hazards.append(reached(dropped.tolist(), int(broken[0]) if len(broken) else 30))
+            counts = attribution_counts(dropped, dropped, int(broken[0]) if len(broken) else 30)
+            hazards.append(list(counts.values())[:4])
         found = hazard_ratio(np.array(hazards, dtype=float), np.arange(60))
         held += found["lower95"] <= 3 <= found["upper95"]
     assert 0.88 <= held / 150 <= 0.99

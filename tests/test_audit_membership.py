@@ -11,9 +11,8 @@ from sklearn import metrics
 
 from goldfish import Goldfish
 from goldfish.audit import write_canaries
-from goldfish.audit.attacks import mean_of_lowest
-from goldfish.audit.extraction import make_record
-from goldfish.audit.membership import Side, Weighted, buckets, exposure, membership_figures, word_scores
+from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
+from goldfish.audit.membership import Side, Weighted, exposure, membership_figures, word_scores
 from goldfish.audit.windows import Window
 
 pytestmark = pytest.mark.core
@@ -24,7 +23,7 @@ def side(scores, texts=None, documents=None, name="loss"):
     texts = texts if texts is not None else ["same words"] * len(scores)
     documents = np.arange(len(scores)) if documents is None else documents
     lengths = np.array([len(text) for text in texts], dtype=float)
-    return Side(documents, {name: scores}, [buckets(text) for text in texts], lengths)
+    return Side(documents, {name: scores}, [word_buckets(text) for text in texts], lengths)
 
 
 def drawn(n, shift, seed, ties=True):
@@ -121,7 +120,7 @@ def test_headline_pays_for_the_choice():
     generator = np.random.default_rng(0)
     members, heldout = (
         Side(np.arange(100), {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
-             [buckets("same")] * 100, np.ones(100))
+             [word_buckets("same")] * 100, np.ones(100))
         for shift in (0.3, 0)
     )  # fmt: skip
     found = membership_figures(members, heldout)
@@ -178,7 +177,7 @@ def test_scores_by_their_published_formulas():
         entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=4.0,
     )  # fmt: skip
     rule = Goldfish(k=3, h=4)
-    record = make_record(window, score, rule, Words())
+    record = make_record(window, score, rule, Words(), 0)
     nll = [float(x) for x in score.nll]
     text = "".join(f" w{i}" for i in window.ids)
     z = [(-x - m) / s for x, m, s in zip(nll, score.entropy_mean.tolist(), score.entropy_std.tolist(), strict=True)]
@@ -203,7 +202,7 @@ def test_a_certain_model_gives_finite_scores():
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
     zero = np.zeros(17, dtype=np.float32)
     score = made_up_score(window, [True] * 17, np.random.default_rng(0), nll=zero, entropy_mean=zero, entropy_std=zero)
-    assert make_record(window, score, None, Words())["mia_min_k_plus_plus"] == 0.0
+    assert make_record(window, score, None, Words(), 0)["mia_min_k_plus_plus"] == 0.0
 
 
 def test_every_attack_points_the_same_way():

@@ -27,7 +27,7 @@ def recited(k, n, heldout=(0, 100), **more):
     for split, (hits, count) in (("members", (k, n)), ("heldout", heldout or (0, 0))):
         records += made_up_records(split, hits, 1.0, **more) + made_up_records(split, count - hits, 0.2, seed=1, **more)
         for i, record in enumerate(records):
-            record["document"] = f"document {i}"
+            record["document"], record["cluster"] = f"document {i}", i
     return made_up_summary(records)
 
 
@@ -213,7 +213,7 @@ def test_folders_that_are_no_audit(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no finished audit: it has no summary\.json"):
         goldfish.audit.read(tmp_path)
     old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5), schema="goldfish.audit/1")
-    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/2'"):
+    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/3'"):
         goldfish.audit.read(old)
     (old / "summary.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):

@@ -1,4 +1,4 @@
-"""Reads an audit folder, summary.json and records.parquet, and refuses what it does not understand."""
+"""Reads an audit folder, summary.json and records, and refuses what it does not understand."""
 
 import json
 import math
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from goldfish.audit.columns import COLUMNS, SCHEMA, records
 from goldfish.audit.results import Figure, figures
-from goldfish.audit.schema import RECORDS, SCHEMA
 from goldfish.report.shape import SUMMARY, fields, of
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # as written in the files: as said on the page
@@ -38,7 +37,7 @@ class Window:
     log_p: tuple[float, ...]
 
 
-_COLUMNS = pa.schema([RECORDS.field(name) for name in Window.__dataclass_fields__])
+_COLUMNS = pa.schema([COLUMNS.field(name) for name in Window.__dataclass_fields__])
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,12 @@ def read_audit(folder: Path) -> Audit:
     """Reads one audit folder.
 
     Raises:
-        FileNotFoundError: `folder` is not a folder, or lacks summary.json or records.parquet.
+        FileNotFoundError: `folder` is not a folder, or lacks summary.json or records.
         ValueError: a file that cannot be read, has another schema, or contradicts itself or the other file.
     """
-    summary_path, records_path = folder / "summary.json", folder / "records.parquet"
+    summary_path, records_path = folder / "summary.json", folder / "records"
     for path in (summary_path, records_path):
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(
                 f"{folder} is no audit folder: it has no {path.name}; give the folder that `goldfish audit -o` wrote"
             )
@@ -101,7 +100,7 @@ def read_audit(folder: Path) -> Audit:
             said = (summary["splits"][split]["n"], summary["splits"][split]["exact_match"]["k"])
         if (found := (len(windows), sum(window.exact_match for window in windows))) != said:
             raise ValueError(
-                f"{folder}: summary.json speaks of {said[0]} {split} windows, {said[1]} of them exact; records.parquet "
+                f"{folder}: summary.json speaks of {said[0]} {split} windows, {said[1]} of them exact; records "
                 f"holds {found[0]} and {found[1]}. They are of two runs, or one is cut short; audit again"
             )
     return audit
@@ -129,11 +128,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 def _read_windows(path: Path, settings: int) -> tuple[Window, ...]:
     try:
-        names = pq.read_schema(path).names
-        if missing := [name for name in _COLUMNS.names if name not in names]:
-            raise ValueError(f"it lacks the columns {', '.join(missing)}")
-        rows = pq.read_table(path, columns=_COLUMNS.names).select(_COLUMNS.names).cast(_COLUMNS).to_pylist()
-    except (pa.ArrowException, ValueError) as error:
+        rows = records(path.parent, _COLUMNS.names).cast(_COLUMNS).to_pylist()
+    except pa.ArrowException as error:
         raise ValueError(f"{path}: not readable as records of an audit ({error}); audit again") from error
     return tuple(_window(row, settings, f"{path}, row {i}") for i, row in enumerate(rows))
 
