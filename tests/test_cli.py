@@ -155,6 +155,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 )
 def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}')
     assert main([part.format(checkpoint=checkpoint) for part in command]) == 2
     error = capsys.readouterr().err
     assert error.startswith(text)
