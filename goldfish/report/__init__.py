@@ -33,7 +33,7 @@ def write_report(
         TypeError: `audits` is a single path.
         ValueError: no audits, or one whose files are broken, of another schema, or contradict each other.
     """
-    from goldfish.report.load import read_audits
+    from goldfish.report.load import read_views
     from goldfish.report.page import render
 
     output = Path(output)
@@ -41,7 +41,7 @@ def write_report(
         raise FileExistsError(f"{output} is a folder; give the name of a file, such as {output / 'report.html'}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; give another name, or overwrite=True to replace it")
-    page = render(read_audits(audits), redact=redact).encode("utf-8")
+    page = render(read_views(audits), redact=redact).encode("utf-8")
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb" if overwrite else "xb") as file:
         file.write(page)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 # Colours that stand for CSS variables: matplotlib writes them, _inline turns them into var(--...).
-INK, LINE, HELDOUT, HOLE, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
-_NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", HOLE: "hole", MISS: "miss"}
+INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
+_NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", DROPPED: "dropped", MISS: "miss"}
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],

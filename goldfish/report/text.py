@@ -1,38 +1,27 @@
-"""Training text on a page: everything visible, nothing alive.
-
-A page about memorization shows text that strangers wrote. Here it becomes inert: markup is escaped, and every
-character that is invisible or steers the renderer (controls, null bytes, bidi overrides, zero-width characters,
-lone surrogates, line separators, odd spaces) is written out as a visible Python escape such as \\x00 or \\u202e.
-"""
+"""Text from the data as HTML that cannot do anything: markup escaped, invisible characters written out."""
 
 from markupsafe import Markup, escape
 
 from goldfish.pieces import visible
 
 BLOCK = "█"
+WHITE_SPACE = {"\n": Markup("<s>↵</s>\n"), "\t": Markup("<s>⇥</s>\t")}
 
 
 def show(text: str, limit: int = 200) -> Markup:
-    """`text` as HTML: visible escapes stand in <s>, a line feed is ↵ and a real break. For `white-space: pre-wrap`."""
+    """At most `limit` characters of `text` for an element with `white-space: pre-wrap`; visible escapes are in <s>."""
     cut = text[:limit] + ("…" if len(text) > limit else "")
-    if cut.isprintable():
-        return _escaped(cut)
-    return Markup("").join(_marked(c) for c in cut)
+    return _escaped(cut) if cut.isprintable() else Markup("").join(map(_marked, cut))
 
 
 def blocks(text: str) -> str:
-    """As many blocks as `text` has characters, white space included: word lengths would give known texts away."""
+    """One block per character, spaces included: word lengths would give away a text that the reader knows."""
     return BLOCK * len(text)
 
 
 def _marked(char: str) -> Markup:
-    if visible(char) == char:
-        return _escaped(char)
-    if char == "\n":
-        return Markup("<s>↵</s>\n")
-    if char == "\t":
-        return Markup("<s>⇥</s>\t")
-    return Markup("<s>{}</s>").format(visible(char))
+    shown = visible(char)
+    return _escaped(char) if shown == char else WHITE_SPACE.get(char) or Markup("<s>{}</s>").format(shown)
 
 
 def _escaped(text: str) -> Markup:
