@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from goldfish.audit.records import records
+from goldfish.audit.columns import records
 from goldfish.audit.results import Audit, read
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page

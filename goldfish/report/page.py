@@ -14,7 +14,7 @@ from markupsafe import Markup
 from goldfish.audit.compare import compare
 from goldfish.audit.estimate import decimals, percent
 from goldfish.audit.results import NO_RULE
-from goldfish.audit.table import ROWS
+from goldfish.audit.tell import ROWS
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
