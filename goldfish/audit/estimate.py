@@ -6,16 +6,17 @@ over documents, since the windows of one document are not independent.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv
 
 SCHEMA = "goldfish.audit/3"  # of run.json, the records and summary.json; docs/audit-files.md
 RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
-CHUNK = 2**22  # resampled documents held at once
+CHUNK = 2**21  # weights of documents held at once
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -105,8 +106,6 @@ def loads(text: str) -> Any:
 
 def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a binomial rate (Clopper & Pearson 1934); k and n may be fractional effective counts."""
-    from scipy.special import betaincinv
-
     tail = (1 - level) / 2
     low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
     high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
@@ -136,28 +135,65 @@ def rate(hits: ArrayLike, documents: Codes | None = None) -> Estimate:
     return Estimate(k / n, k, n, len(np.unique(documents)), low, high)
 
 
-def mean(sums: ArrayLike, documents: Codes | None = None, counts: ArrayLike | None = None) -> Estimate:
-    """sum(sums) / sum(counts), a window's count being 1 by default; bootstrap over documents."""
+def mean(
+    sums: ArrayLike,
+    documents: Codes | None = None,
+    counts: ArrayLike | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Estimate:
+    """sum(sums) / sum(counts), the mean of values that lie within `bounds`; Gaffke's interval over documents.
+
+    The interval holds for few documents and for rare large values, where a bootstrap's does not. It is a Bayesian
+    bootstrap with one more document, as large as the largest, that has the worst value that is possible: the lower
+    bound for the lower end, the upper bound for the upper one (Gaffke 2005; Learned-Miller & Thomas 2020). With 0s
+    and 1s it is Clopper-Pearson's. Its coverage is no theorem for every n, so tests and docs/audit-files.md give ours.
+
+    Args:
+        sums: (windows,), the sum of a window's values. counts: (windows,), how many there are; by default 1.
+        documents: int64 (windows,), their documents' codes; by default each its own.
+        bounds: the least and the greatest value that is possible.
+    """
     sums = np.asarray(sums, dtype=np.float64)
     counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
     counted = counts > 0
     if not counted.any():
         return Estimate(None, reason="nothing to count")
     documents = np.arange(len(sums)) if documents is None else documents
-    return statistic(
-        lambda total: total[..., 0] / total[..., 1],
-        [sums[counted], counts[counted]], int(counts.sum()), documents[counted],
-    )  # fmt: skip
+    columns = document_sums([sums[counted], counts[counted]], documents[counted])
+    total, extra = _dirichlet(columns)
+    ends = []
+    for bound, level in zip(bounds, (0.025, 0.975), strict=True):
+        draws = (total[:, 0] + bound * extra) / (total[:, 1] + extra)
+        ends.append(float(np.quantile(draws, level)))
+    point = columns[:, 0].sum() / columns[:, 1].sum()
+    # Rounding must not put the point outside.
+    return Estimate(float(point), None, int(counts.sum()), len(columns), min(ends[0], point), max(ends[1], point))
 
 
 def token_rate(hits: ArrayLike, totals: ArrayLike, documents: Codes | None = None) -> Estimate:
-    """sum(hits) of sum(totals) tokens, from the counts of each window; bootstrap over documents."""
-    found = mean(hits, documents, totals)
-    return Estimate(**{**found.to_dict(), "k": int(np.sum(hits))})
+    """sum(hits) of sum(totals) tokens, from the counts of each window; the interval of `mean`."""
+    return replace(mean(hits, documents, totals), k=int(np.sum(hits)))
+
+
+def _dirichlet(columns: Floats) -> tuple[Floats, Floats]:
+    """Sums over documents under random exponential weights (RESAMPLES, M), and the weight of one more document, as
+    large as the largest (RESAMPLES,). That weight's share is drawn evenly from its distribution, Beta(1, documents)."""
+    generator, count = np.random.default_rng(0), len(columns)
+    rows = max(1, CHUNK // count)
+    parts, sizes = [], []
+    for first in range(0, RESAMPLES, rows):
+        weights = generator.standard_exponential((min(rows, RESAMPLES - first), count))
+        parts.append(weights @ columns)
+        sizes.append(weights.sum(-1))
+    share = 1 - ((generator.permutation(RESAMPLES) + 0.5) / RESAMPLES) ** (1 / count)
+    extra = np.concatenate(sizes) * share / (1 - share) * columns[:, -1].max()
+    return np.concatenate(parts), extra
 
 
 def statistic(function: Callable[[Floats], Floats], sums: Sequence[ArrayLike], n: int, documents: Codes) -> Estimate:
     """Any function of sums over windows, such as a ratio of rates; percentile bootstrap over documents.
+
+    Approximate: with 10 to 20 documents its intervals hold the truth in about 91 of 100 cases.
 
     Args:
         function: from (..., M) sums to (...) values; NaN or inf where there is none.
