@@ -40,11 +40,18 @@ def write_report(
         TypeError: `audits` is a single path.
         ValueError: no audits, a damaged one or one of another schema, or a `baseline` that is the name of none.
     """
+    from jinja2 import UndefinedError
+
     from goldfish.report.load import read_views
     from goldfish.report.page import render
 
     path = _writable(output, overwrite)
-    return _write(path, render(read_views(audits), redact=redact, baseline=baseline), overwrite)
+    views = read_views(audits)
+    try:
+        html = render(views, redact=redact, baseline=baseline)
+    except (KeyError, UndefinedError) as error:
+        raise ValueError(f"one of the audits is damaged ({error}); audit again") from error
+    return _write(path, html, overwrite)
 
 
 def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Path:

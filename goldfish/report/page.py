@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from goldfish.audit.compare import compare
 from goldfish.audit.estimate import decimals, percent
-from goldfish.audit.results import NO_RULE
-from goldfish.audit.tell import ROWS
+from goldfish.audit.results import NO_RULE, Audit
+from goldfish.audit.tell import ROWS, describe, literal
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
@@ -27,6 +27,7 @@ RESULTS = ("schema", "name", "splits", "membership", "verdict")  # of a summary;
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
+LOADER = PackageLoader("goldfish.report", "templates")
 FIGURES = {name: label for label, name in ROWS}
 
 
@@ -69,6 +70,14 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def model_card(audits: Sequence[Audit]) -> str:
+    """A section for a model card, as Markdown, for each audit."""
+    environment = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(plain=plain, literal=literal)
+    described = [(audit, describe(audit.summary)) for audit in audits]
+    return environment.get_template("model_card.md").render(audits=described)
 
 
 def _texts(
@@ -175,7 +184,7 @@ def _environment() -> Environment:
         return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
-        loader=PackageLoader("goldfish.report", "templates"),
+        loader=LOADER,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -19,6 +19,7 @@ ROWS = 48  # windows in the plot of divergences
 MOST_SAMPLES = 6  # log10
 LEAST_NLL, MOST_NLL = 1e-3, 30.0  # the ends of the axis of losses; what lies beyond is counted at the ends
 DASHES = {"members": "-", "heldout": (0, (4, 3))}
+BLIND = {"words": (0, (5, 2)), "length": (0, (1, 1.5))}
 
 
 def rouge_histograms(views: Sequence[View]) -> list[Markup]:
@@ -190,8 +191,8 @@ def roc(views: Sequence[View]) -> list[Markup | None]:
         def draw(axes: Any) -> None:
             axes.plot([least, 1], [least, 1], color=LINE, linestyle=":", linewidth=1.5)
             styles = [("-", colour(i), 2.6 if name == best else 0.8) for name in membership["attacks"]]
-            blind = [((0, (5, 2)), INK, 1.4), ((0, (1, 1.5)), INK, 1.4)]
-            for curve, (dashes, paint, width) in zip(curves, styles + blind, strict=True):
+            styles += [(BLIND[name], INK, 1.4) for name in membership["blind"]]
+            for curve, (dashes, paint, width) in zip(curves, styles, strict=True):
                 x, y = np.maximum(curve["roc"], least).T
                 axes.plot(x, y, color=paint, drawstyle="steps-post", linestyle=dashes, linewidth=width)
             axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.02), xlabel="false positive rate",
