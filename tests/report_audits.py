@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from audit_records import write_run
 
 from goldfish.audit.columns import ATTACKS, COLUMNS, COUNTS, word_buckets
-from goldfish.audit.estimate import dumps
+from goldfish.audit.estimate import dumps, loads
 from goldfish.audit.summary import summarize
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
@@ -109,17 +109,16 @@ def realistic(folder, name, n, recites, times=1):
     protocol = {"prefix_length": 128, "suffix_length": 128}
     if times == 1:
         return write_audit(folder, rows, name, protocol)
-    write_run(folder, rows, PROTOCOL | protocol, name=name, checkpoint=f"runs/{name}", rule=RULE)
-    run = json.loads((folder / "run.json").read_text())
-    for given in run["inputs"].values():
-        given["rows"] = given["windows"] = given["windows"] * times
-    (folder / "run.json").write_text(json.dumps(run))
-    block = folder / "records" / "000000.parquet"
+    write_audit(folder, rows, name, protocol)
+    block, path = folder / "records" / "000000.parquet", folder / "run.json"
+    run, summary = json.loads(path.read_text()), loads((folder / "summary.json").read_text())
+    for split, given in run["inputs"].items():
+        summary["splits"][split]["n"] = given["windows"] = given["windows"] * times
+    path.write_text(json.dumps(run))
+    (folder / "summary.json").write_text(dumps(summary), encoding="utf-8")  # the rest as of each text once
     table = pq.read_table(block).take(pa.array(np.repeat(np.arange(len(rows)), times)))
-    for column in ("index", "cluster"):
-        table = table.set_column(table.schema.get_field_index(column), column, pa.array(np.arange(len(table))))
+    table = table.set_column(table.schema.get_field_index("index"), "index", pa.array(np.arange(len(table))))
     pq.write_table(table, block)
-    (folder / "summary.json").write_text(dumps(summarize(folder)), encoding="utf-8")
     return folder
 
 

@@ -126,13 +126,11 @@ def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool, apart: bool = 
     """HTML of (text, class, dropped) tokens: <u> where dropped, else <i>; equal neighbours share one unless `apart`."""
     parts = []
     for (_, css, dropped), run in groupby(enumerate(tokens), key=lambda token: (token[0] * apart, *token[1][1:])):
-        inner = Markup("").join(show(blocks(token[0]) if redact else token[0]) for _, token in run)
-        if not (css or dropped or apart):
-            parts.append(inner)
-            continue
+        inner = "".join(show(blocks(token[0]) if redact else token[0]) for _, token in run)
         tag = "u" if dropped else "i"
-        parts.append(Markup(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>"))
-    return Markup("").join(parts)
+        marked = css or dropped or apart
+        parts.append(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if marked else inner)
+    return Markup("".join(parts))
 
 
 def _values(window: Window) -> str:

@@ -1,17 +1,21 @@
 """Text from the data as HTML that cannot do anything: markup escaped, invisible characters written out."""
 
-from markupsafe import Markup, escape
+from html import escape
+
+from markupsafe import Markup
 
 from goldfish.pieces import visible
 
 BLOCK = "█"
-WHITE_SPACE = {"\n": Markup("<s>↵</s>\n"), "\t": Markup("<s>⇥</s>\t")}
 
 
 def show(text: str, limit: int = 200) -> Markup:
-    """At most `limit` characters of `text` for an element with `white-space: pre-wrap`; visible escapes are in <s>."""
-    cut = text[:limit] + ("…" if len(text) > limit else "")
-    return _escaped(cut) if cut.isprintable() else Markup("").join(map(_marked, cut))
+    """At most `limit` characters of `text` for an element with `white-space: pre-wrap`; visible escapes are in <s>.
+
+    For the inside of an element, never an attribute: quotes stay, they are a tenth of a page about code.
+    """
+    cut = escape(text[:limit], quote=False) + ("…" if len(text) > limit else "")
+    return Markup("<s>↵</s>\n".join(map(_line, cut.split("\n"))))
 
 
 def blocks(text: str) -> str:
@@ -19,11 +23,8 @@ def blocks(text: str) -> str:
     return BLOCK * len(text)
 
 
-def _marked(char: str) -> Markup:
-    shown = visible(char)
-    return _escaped(char) if shown == char else WHITE_SPACE.get(char) or Markup("<s>{}</s>").format(shown)
-
-
-def _escaped(text: str) -> Markup:
-    """For the inside of an element, never an attribute: quotes stay, they are a tenth of a page about code."""
-    return Markup(str(escape(text)).replace("&#34;", '"').replace("&#39;", "'"))
+def _line(line: str) -> str:
+    if line.isprintable():
+        return line
+    shown = ((char, visible(char)) for char in line)
+    return "".join(char if char == seen else f"<s>{seen}</s>" for char, seen in shown).replace("<s>\\t</s>", "<s>⇥</s>\t")
