@@ -8,7 +8,7 @@ import pytest
 from audit_records import made_up_records, made_up_summary
 
 from goldfish import Goldfish
-from goldfish.audit.schema import ATTACKS, RECORDS, SCHEMA, TRIVIAL
+from goldfish.audit.columns import ATTACKS, COLUMNS, SCHEMA, TRIVIAL
 from goldfish.audit.verdict import AUC, HAZARD_RATIO, RECITED
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit.md"
@@ -35,7 +35,7 @@ def keys(value):
 
 def test_every_column_and_key_is_documented():
     assert SCHEMA in TEXT
-    names = {*RECORDS.names, *keys(full_summary()), *(f"mia_{attack}" for attack in ATTACKS)}
+    names = {*COLUMNS.names, *keys(full_summary()), *(f"mia_{attack}" for attack in ATTACKS)}
     said = set(re.findall(r"\w+", TEXT))
     assert not {name for name in names if name not in said}
 

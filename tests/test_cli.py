@@ -80,7 +80,7 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
     members.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE))
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
-    command += ["--prefix_length", "10", "--suffix_length", "10"]
+    command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "0 of 12" in shown
@@ -94,7 +94,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
-    command += ["--prefix_length", "8", "--suffix_length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
+    command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
     command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu"]
     assert main(command) == 0
@@ -125,7 +125,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 
     def run(name, *conditions):
         command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
-        command += ["--prefix_length", "10", "--suffix_length", "10"]
+        command += ["--prefix-length", "10", "--suffix-length", "10"]
         return main(command + [part for text in conditions for part in ("--fail-on", text)])
 
     assert run("a", "em.k > 0", "em.upper95 > 0.5") == 0
@@ -144,7 +144,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is no finished audit"),
+        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is not a finished audit"),
         (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
         (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
         (["report", "nowhere"], "goldfish report: nowhere is no audit folder"),

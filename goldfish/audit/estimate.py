@@ -7,6 +7,7 @@ over documents, since the windows of one document are not independent.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -178,16 +179,19 @@ def token_rate(hits: ArrayLike, totals: ArrayLike, documents: Codes | None = Non
 def _dirichlet(columns: Floats) -> tuple[Floats, Floats]:
     """Sums over documents under random exponential weights (RESAMPLES, M), and the weight of one more document, as
     large as the largest (RESAMPLES,). That weight's share is drawn evenly from its distribution, Beta(1, documents)."""
-    generator, count = np.random.default_rng(0), len(columns)
+    count = len(columns)
     rows = max(1, CHUNK // count)
-    parts, sizes = [], []
-    for first in range(0, RESAMPLES, rows):
-        weights = generator.standard_exponential((min(rows, RESAMPLES - first), count))
-        parts.append(weights @ columns)
-        sizes.append(weights.sum(-1))
-    share = 1 - ((generator.permutation(RESAMPLES) + 0.5) / RESAMPLES) ** (1 / count)
-    extra = np.concatenate(sizes) * share / (1 - share) * columns[:, -1].max()
-    return np.concatenate(parts), extra
+    columns = np.concatenate([columns, np.ones((count, 1))], -1)
+    sums = np.concatenate([_weights(count, first, rows) @ columns for first in range(0, RESAMPLES, rows)])
+    order = np.random.default_rng(0).permutation(RESAMPLES)
+    share = 1 - ((order + 0.5) / RESAMPLES) ** (1 / count)
+    return sums[:, :-1], sums[:, -1] * share / (1 - share) * columns[:, 1].max()
+
+
+@lru_cache(maxsize=4)  # the estimates of a split have the same number of documents
+def _weights(count: int, first: int, rows: int) -> Floats:
+    generator = np.random.default_rng([count, first])
+    return generator.standard_exponential((min(rows, RESAMPLES - first), count))
 
 
 def statistic(function: Callable[[Floats], Floats], sums: Sequence[ArrayLike], n: int, documents: Codes) -> Estimate:
