@@ -18,8 +18,8 @@ from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from goldfish.audit.columns import COLUMNS, RECORDS, RUN, SCHEMA, make_record, read_run, token_table
-from goldfish.audit.estimate import dumps
+from goldfish.audit.columns import COLUMNS, RECORDS, RUN, make_record, read_run, token_table
+from goldfish.audit.estimate import SCHEMA, dumps
 from goldfish.audit.load import file_hashes, load_model, load_receipt, load_tokenizer
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.summary import summarize
