@@ -58,7 +58,7 @@ def test_the_example_has_the_shape_of_a_summary():
         elif isinstance(example, list) and isinstance(real, list) and example and real:
             differ(example[0], real[0], where)
 
-    VARY = ("rule", "versions", "splits", "attacks")
+    VARY = ("rule", "versions", "splits", "attacks", "inputs", "weights")
     real = full_summary()
     differ(EXAMPLE, real, "summary")
     differ(EXAMPLE["splits"]["members"], real["splits"]["members"], "members")

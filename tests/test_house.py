@@ -13,9 +13,9 @@ import goldfish
 PACKAGE = Path(goldfish.__file__).parent
 # A file imports only from files before it.
 ORDER = [
-    "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
+    "goldfish", "pieces", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
     "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.extraction", "audit.columns", "audit.stats",
+    "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.columns", "audit.stats",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
     "audit.load", "audit.run", "audit.results", "audit.gate", "audit.table", "audit.formats",
     "audit.compare", "audit.canaries", "audit",

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq, Levenshtein
 
-from goldfish.audit.extraction import text_pieces
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
+from goldfish.pieces import text_pieces
 
 if TYPE_CHECKING:
     from goldfish.audit.score import Score

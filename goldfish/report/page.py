@@ -13,10 +13,10 @@ from markupsafe import Markup
 from goldfish.audit.compare import compare
 from goldfish.audit.results import NO_RULE
 from goldfish.audit.table import ROWS
+from goldfish.pieces import plain
 from goldfish.report import plots, spans, words
 from goldfish.report.load import SPLITS, Audit
 from goldfish.report.svg import COLOURS
-from goldfish.report.text import plain
 
 PAGE_BYTES = 4_700_000  # all windows with hover values where that fits, then without, then the first ones only
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}

@@ -6,8 +6,9 @@ from itertools import groupby
 
 from markupsafe import Markup
 
+from goldfish.pieces import plain
 from goldfish.report.load import SPLITS, Audit, Window
-from goldfish.report.text import blocks, plain, show
+from goldfish.report.text import blocks, show
 
 PREFIX_SHOWN = 4000  # characters of a prefix on the page, its last ones; of one token at most 200
 PREFIX_REDACTED = 100  # a block is three bytes

@@ -7,16 +7,9 @@ lone surrogates, line separators, odd spaces) is written out as a visible Python
 
 from markupsafe import Markup, escape
 
-JOINERS = "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
+from goldfish.pieces import visible
+
 BLOCK = "█"
-
-
-def plain(text: str, limit: int = 200) -> str:
-    """`text` on one line, with visible escapes, at most `limit` characters of it; for titles and labels."""
-    cut = text[:limit] + ("…" if len(text) > limit else "")
-    if cut.isprintable():
-        return cut
-    return "".join(c if _harmless(c) else _written_out(c) for c in cut)
 
 
 def show(text: str, limit: int = 200) -> Markup:
@@ -33,23 +26,15 @@ def blocks(text: str) -> str:
 
 
 def _marked(char: str) -> Markup:
-    if _harmless(char):
+    if visible(char) == char:
         return _escaped(char)
     if char == "\n":
         return Markup("<s>↵</s>\n")
     if char == "\t":
         return Markup("<s>⇥</s>\t")
-    return Markup("<s>{}</s>").format(_written_out(char))
+    return Markup("<s>{}</s>").format(visible(char))
 
 
 def _escaped(text: str) -> Markup:
     """For the inside of an element, never an attribute: quotes stay, they are a tenth of a page about code."""
     return Markup(str(escape(text)).replace("&#34;", '"').replace("&#39;", "'"))
-
-
-def _harmless(char: str) -> bool:
-    return char.isprintable() or char in JOINERS
-
-
-def _written_out(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")

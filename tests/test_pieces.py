@@ -1,20 +1,11 @@
-"""The audit against generate at batch 1, against hand-made cases and other implementations of its numbers."""
-
-import json
+"""The text that each token adds, and visible escapes."""
 
 import pytest
 from conftest import PROSE
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.extraction import text_pieces
-
-pytestmark = pytest.mark.core
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+from goldfish.pieces import plain, text_pieces
 
 
 def test_text_pieces_join_to_the_text(tokenizer):
@@ -44,3 +35,9 @@ def test_text_pieces_of_a_long_text_take_linear_work(kind):
     assert len(pieces) == len(ids) > 300
     assert "".join(pieces) == fast.decode(ids, clean_up_tokenization_spaces=False)
     assert counting.decoded < 70 * len(ids)
+
+
+def test_plain_makes_everything_visible():
+    assert plain("naïve 日本語 🐠 a\u200db", 100) == "naïve 日本語 🐠 a\u200db"
+    assert plain("a\nb\x00c\u202ed\u200b\ud800") == r"a\nb\x00c\u202ed\u200b\ud800"
+    assert plain("abcdef", 3) == "abc…"
