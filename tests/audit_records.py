@@ -74,13 +74,11 @@ def write_run(folder, records, protocol=PROTOCOL, **changes):
     """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = [record["split"] for record in records]
-    inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": {},
+    inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": [],
                       "windows": splits.count(split)} for split in dict.fromkeys(splits)}  # fmt: skip
     if "members" in inputs:
-        inputs["members"] |= {
-            "rows": splits.count("members") + 1,
-            "skipped": {f"fewer than {PREFIX + SUFFIX} tokens": {"count": 1, "rows": [0]}},
-        }
+        skipped = [{"reason": "short", "count": 1, "rows": [0]}]
+        inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": skipped}
     run = {
         "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
         "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,

@@ -156,7 +156,7 @@ def audit(
                     f"{files[split]} has no usable window: {each.rows} rows, none with {prefix_length} + "
                     f"{suffix_length} tokens; ask for a shorter prefix or suffix, or join short texts"
                 )
-            inputs[split] |= {"rows": each.rows, "windows": each.windows, "skipped": each.skipped}
+            inputs[split] |= {"rows": each.rows, "windows": each.windows, "skipped": list(each.skipped.values())}
         for path in checkpoints:
             models[path] = load_model(
                 path, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code

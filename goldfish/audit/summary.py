@@ -33,9 +33,7 @@ def summarize(folder: str | Path) -> dict[str, Any]:
     if not columns:
         raise ValueError("there is no record to summarize")
     splits = {
-        name: columns[name].figures(
-            sum(each["count"] for each in run["inputs"][name]["skipped"].values()), notes(receipt)
-        )
+        name: columns[name].figures(sum(each["count"] for each in run["inputs"][name]["skipped"]), notes(receipt))
         for name in ("members", "heldout")
         if name in columns
     }

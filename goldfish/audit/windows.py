@@ -162,7 +162,7 @@ def survey(windows: Iterable[Window | Skipped]) -> Survey:
     for window in windows:
         result.rows = window.index + 1
         if isinstance(window, Skipped):
-            skipped = result.skipped.setdefault(window.reason, {"count": 0, "rows": []})
+            skipped = result.skipped.setdefault(window.reason, {"reason": window.reason, "count": 0, "rows": []})
             skipped["count"] += 1
             skipped["rows"] = [*skipped["rows"], window.index][:SHOWN]
             continue
