@@ -81,9 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = verbs.add_parser("report", help="one HTML page from finished audits")
     report.add_argument("audits", nargs="+", metavar="DIR", help="folders that `goldfish audit` wrote")
-    report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default report.html")
-    report.add_argument("--overwrite", action="store_true", help="replace an existing report")
-    report.add_argument("--redact", action="store_true", help="leave the training text out, for sharing")
+    report.add_argument("-o", "--output", metavar="FILE", help="default report.html, or model-card.md")
+    report.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    report.add_argument("--redact", action="store_true", help="hide texts, names and paths, for sharing")
+    report.add_argument("--baseline", metavar="NAME", help="compare each audit with this one (default: every pair)")
+    report.add_argument("--model-card", action="store_true", help="write a Markdown section for a model card instead")
     report.set_defaults(run=_report)
     return parser
 
@@ -195,7 +197,11 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from goldfish.report import write_report
+    from goldfish.report import write_model_card, write_report
 
-    path = write_report(args.audits, args.output, overwrite=args.overwrite, redact=args.redact)
+    if args.model_card:
+        path = write_model_card(args.audits, args.output or "model-card.md", overwrite=args.overwrite)
+    else:
+        path = write_report(args.audits, args.output or "report.html", overwrite=args.overwrite, redact=args.redact,
+                            baseline=args.baseline)  # fmt: skip
     print(f"Report: {path}")
