@@ -11,6 +11,7 @@ import pytest
 import goldfish
 
 PACKAGE = Path(goldfish.__file__).parent
+TOTAL = 6400  # lines of the whole package; whoever adds some looks first for what can go
 # A file imports only from files before it.
 ORDER = [
     "goldfish", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
@@ -91,7 +92,8 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     assert str(wheel) in found.stdout
 
 
-def test_files_stay_small():
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
-    assert len((PACKAGE / "spec.py").read_text(encoding="utf-8").splitlines()) <= 120
+def test_the_package_stays_small():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert max(lines.values()) <= 400, max(lines, key=lambda path: lines[path])
+    assert lines[PACKAGE / "spec.py"] <= 120
+    assert sum(lines.values()) <= TOTAL
