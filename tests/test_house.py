@@ -1,6 +1,7 @@
 """The plan of the house: what imports what, and what a user gets without asking."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -81,10 +82,13 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("goldfish_loss-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    files = zipfile.ZipFile(wheel)
+    names = files.namelist()
     assert "goldfish/py.typed" in names
     assert any(name.endswith("report.html") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"goldfish", "goldfish_loss"}
+    (metadata,) = (name for name in names if name.endswith("/METADATA"))
+    assert not re.findall(r"\]\((?!https://)[^)]*", files.read(metadata).decode()), "a package index has no such file"
     code = "import sys; sys.path.insert(0, sys.argv[1]); import goldfish.report as r; print(r.__file__)"
     found = subprocess.run(
         [sys.executable, "-I", "-c", code, str(wheel)], check=True, capture_output=True, text=True, cwd=tmp_path

@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
     return [code for text in TEXT.values() for kind, code in CODE.findall(text) if kind == language]
 
 
-LINES = [line for block in blocks("bash") for line in block.splitlines()]
+LINES = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
 COMMANDS = sorted({part.strip() for line in LINES for part in line.split("&&")})
 # Commands inside sentences and tables, such as `python recipes/sweep.py runs/canaries`
 INLINE = set(re.findall(r"`(?:OMP_NUM_THREADS=1 )?(python recipes/[^`]+)`", "\n".join(TEXT.values())))
