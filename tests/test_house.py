@@ -79,6 +79,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     if not (root / "pyproject.toml").is_file():
         pytest.skip("goldfish is installed from a wheel: there is no checkout to build one from")
     pytest.importorskip("hatchling", reason="hatchling builds the wheel")
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="and this its description")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("goldfish_loss-*.whl")
