@@ -16,9 +16,9 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import common
+import runs
 
-plain_init, plain_train = PartialState.__init__, common.train_or_resume
+plain_init, plain_train = PartialState.__init__, runs.train_or_resume
 
 
 def init_as_gpu(self, *args, **kwargs):
@@ -47,5 +47,5 @@ if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         PartialState.__init__ = init_as_gpu
     if sys.argv[2] != "none":
-        common.train_or_resume = train_and_die
+        runs.train_or_resume = train_and_die
     importlib.import_module(sys.argv[1]).main(sys.argv[3:])

@@ -18,7 +18,7 @@ ORDER = [
     "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.schema", "audit.stats", "audit.sampling",
     "audit.attribution", "audit.attacks", "audit.extraction", "audit.membership", "audit.verdict", "audit.summary",
     "audit.load", "audit.shards", "audit.run", "audit.results", "audit.gate", "audit.table", "audit.formats",
-    "audit.compare", "audit.canaries", "audit",
+    "audit.compare", "audit",
     "report", "show", "cli", "__main__",
 ]  # fmt: skip
 

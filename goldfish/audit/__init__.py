@@ -8,17 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from goldfish.audit.canaries import write_canaries
     from goldfish.audit.results import Audit, Figure, read
     from goldfish.audit.run import audit
 
-__all__ = ["Audit", "Figure", "audit", "read", "write_canaries"]
+__all__ = ["Audit", "Figure", "audit", "read"]
 _HOMES = {
     "Audit": "results",
     "Figure": "results",
     "audit": "run",
     "read": "results",
-    "write_canaries": "canaries",
 }
 
 
