@@ -1,14 +1,10 @@
 """The released checkpoints' audit on stand-ins: folders of the same names and files, with tiny models in them."""
 
 import json
-import sys
-from pathlib import Path
 
+import audit_released as recipe
 import pytest
 from conftest import PROSE, tiny_llama
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import audit_released as recipe
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +37,7 @@ def test_stand_ins(root, tmp_path, capsys):
     assert "(73.9)" in shown
     assert "(14.7)" in shown
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(FileExistsError, match="holds something; choose another --output_dir"):
+    with pytest.raises(FileExistsError, match="holds an earlier run; choose another --output_dir"):
         recipe.main([*command, "--output_dir", str(tmp_path / "run")])
 
 
