@@ -34,6 +34,7 @@ import random
 import shutil
 import sysconfig
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,13 +186,12 @@ def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
     planted = common.load_texts(args.planted) if args.planted else texts
     if args.dataset is not None:
         return planted, load_dataset(args.dataset, args.dataset_config, split="train").select_columns("text")
-    background = texts + docstrings() if args.text is None else texts
+    background = [*texts, *docstrings()] if args.text is None else texts
     return planted, Dataset.from_dict({"text": background})
 
 
-def docstrings() -> list[str]:
+def docstrings() -> Iterator[str]:
     """The docstrings of each module of the standard library: 1.6 MB of English."""
-    texts = []
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
@@ -200,9 +200,9 @@ def docstrings() -> list[str]:
             except (SyntaxError, UnicodeDecodeError, ValueError):
                 continue  # a few files are broken on purpose
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            each = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-            texts.append("\n\n".join(text for text in each if text))
-    return [text for text in texts if text]
+            texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+            if text := "\n\n".join(text for text in texts if text):
+                yield text
 
 
 def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tokenizer: Any) -> Data:
