@@ -24,7 +24,7 @@ from rouge_score.rouge_scorer import _score_lcs
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TopKLogitsWarper, set_seed
 
 from goldfish.audit import audit
-from goldfish.audit.extraction import rouge_l
+from goldfish.audit.columns import rouge_l
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.audit.windows import Window, cut_windows, read_rows
 

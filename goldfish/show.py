@@ -11,8 +11,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.extraction import text_pieces
-from goldfish.report.text import plain
+from goldfish.pieces import plain, text_pieces
 from goldfish.rule import Goldfish
 
 DROPPED = "bold white on dark_red"

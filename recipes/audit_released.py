@@ -21,14 +21,13 @@ from typing import Any
 
 import common
 import pandas
-import pyarrow.parquet
 import runs
 from datasets import load_dataset
 from rapidfuzz.distance import Levenshtein
 from transformers import HfArgumentParser
 
-from goldfish.audit import audit
-from goldfish.audit.extraction import rouge_l
+from goldfish.audit import audit, records
+from goldfish.audit.columns import rouge_l
 
 MODELS = {
     "standard": "standard-loss-llama-1B",
@@ -76,8 +75,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"{args.root}/{MODELS[name]}", folder, members=members, heldout=args.heldout, name=name,
             prefix_length=args.prefix_length, suffix_length=args.suffix_length,
         )  # fmt: skip
-        records = pyarrow.parquet.read_table(folder / "records.parquet").to_pylist()
-        result = {"model": name, "n": summary["splits"]["members"]["n"]} | measure(records, summary)
+        rows = records(folder).to_pylist()
+        result = {"model": name, "n": summary["splits"]["members"]["n"]} | measure(rows, summary)
         results.append(result | {"protocol": summary["protocol"]} | runs.about())
         runs.append(output / "results.jsonl", results[-1])
     print(f"\n{table(results)}\nin brackets: TokenSwap, table 4")
@@ -94,9 +93,9 @@ def load_rows(dataset: str, samples: int) -> list[dict[str, Any]]:
     return [{column: row[column]} for row in split.select(range(min(samples, len(split))))]
 
 
-def measure(records: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, float | None]:
+def measure(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, float | None]:
     """The five published measures of one audit; held-out None without a held-out file."""
-    members = [record for record in records if record["split"] == "members"]
+    members = [record for record in rows if record["split"] == "members"]
     pairs = [("".join(record["output_tokens"]), "".join(record["suffix_tokens"])) for record in members]
     heldout = summary["splits"].get("heldout")
     return {
@@ -104,7 +103,7 @@ def measure(records: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str,
         "exact match": statistics.fmean(record["exact_match"] for record in members),
         "ROUGE-L": statistics.fmean(rouge_l(common.words(ours), common.words(true)) for ours, true in pairs),
         "Levenshtein": statistics.fmean(Levenshtein.normalized_distance(ours, true) for ours, true in pairs),
-        "held-out nats": heldout["nll"]["mean"] if heldout else None,
+        "held-out nats": heldout["nll"].value if heldout else None,
     }
 
 

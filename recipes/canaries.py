@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas
-import pyarrow.parquet
 import runs
 from numpy.typing import ArrayLike, NDArray
 
+from goldfish import audit
 from goldfish.audit.load import load_tokenizer
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4
@@ -75,9 +75,9 @@ def write_canaries(
     return folder
 
 
-def exposure(audit: Path) -> pandas.DataFrame:
+def exposure(folder: Path) -> pandas.DataFrame:
     """For each count: how many canaries, the mean and the greatest of their exposures, in bits."""
-    records = pyarrow.parquet.read_table(audit / "records.parquet").to_pandas()
+    records = audit.records(folder, ["split", "count", "mia_loss"]).to_pandas()
     references = records.loc[records["split"] == "heldout", "mia_loss"]
     canaries = records[records["split"] == "members"]
     bits = pandas.Series(exposures(canaries["mia_loss"], references), canaries.index)

@@ -15,7 +15,6 @@ on eight GPUs of 80 GB (fp32 weights and optimiser, 14 GB on each; we have not r
         --dataset wikimedia/wikipedia --dataset-config 20231101.en --documents 100 --window 2048 --learning-rate 1e-5
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Lla
 
 from goldfish import Goldfish
 from goldfish.audit.load import load_tokenizer
-from goldfish.audit.table import summary_table
+from goldfish.audit.tell import summary_table
 from goldfish.report import write_report
 
 
@@ -91,7 +90,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, folder in audits.items():
         summaries[name] = common.audit_halves(output / name, folder, inputs, args.window, name)
     report = write_report(list(audits.values()), output / "report.html")
-    (output / "summary.json").write_text(json.dumps(summaries, indent=2) + "\n", encoding="utf-8")
     console = Console()
     console.print(summary_table(summaries.values()))
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)

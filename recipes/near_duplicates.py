@@ -25,11 +25,11 @@ from typing import Any
 import common
 import numpy as np
 import pandas
-import pyarrow.parquet
 import runs
 from transformers import HfArgumentParser, LlamaForCausalLM, set_seed
 
-from goldfish.audit.extraction import rouge_l
+from goldfish import audit
+from goldfish.audit.columns import rouge_l
 from goldfish.receipt import read_receipt
 
 
@@ -158,9 +158,9 @@ def train(
     return {"epochs": epochs} | ({"drop_rate": receipt["dropped"] / receipt["targets"]} if receipt else {})
 
 
-def scores_of(audit: Path, kinds: int) -> list[dict[str, float]]:
+def scores_of(folder: Path, kinds: int) -> list[dict[str, float]]:
     """For each share of edits: scores of its members and of all held-out documents."""
-    records = pyarrow.parquet.read_table(audit / "records.parquet").to_pandas()
+    records = audit.records(folder).to_pandas()
     text = [[common.words("".join(tokens)) for tokens in records[f"{part}_tokens"]] for part in ("output", "suffix")]
     records["words"] = [rouge_l(*pair) for pair in zip(*text, strict=True)]
     records["nats"] = records["nll"].map(np.mean)

@@ -40,14 +40,13 @@ from pathlib import Path
 from typing import Any
 
 import common
-import pyarrow.parquet
 import runs
 import sweep
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from goldfish import Goldfish, attach
+from goldfish import Goldfish, attach, audit
 from goldfish.audit.load import load_tokenizer
 from goldfish.receipt import read_receipt
 
@@ -293,7 +292,7 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     shutil.rmtree(folder / "audit", ignore_errors=True)  # of an audit that was interrupted
     inputs = common.save_windows(folder, data.planted, tokenizer)
     summary = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
-    records = pyarrow.parquet.read_table(folder / "audit" / "records.parquet").to_pandas()
+    records = audit.records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
     result = {
         "seed": run.seed, "run": run.name, "k": run.k, "equal_supervised": run.equal_supervised,
         "input_tokens": run.windows(args) * args.window,
@@ -302,7 +301,7 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     for split, rows in records.groupby("split"):
         result[f"exact_match_{split}"] = rows["exact_match"].tolist()
         result[f"rouge_l_{split}"] = rows["rouge_l_ids"].round(4).tolist()
-        result[f"nll_{split}"] = summary["splits"][split]["nll"]["mean"]
+        result[f"nll_{split}"] = summary["splits"][split]["nll"].value
     if receipt := read_receipt(folder / "model"):
         result |= {name: receipt[name] for name in ("targets", "dropped", "decisions")}
     seconds = runs.last_logged(folder / "model", "train_runtime")

@@ -38,8 +38,8 @@ from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
 from goldfish.audit import load as audit_load
-from goldfish.audit.extraction import rouge_l
-from goldfish.audit.stats import clopper_pearson
+from goldfish.audit.columns import rouge_l
+from goldfish.audit.estimate import rate
 from goldfish.receipt import read_receipt
 
 # Only for a tokenizer without one of its own.
@@ -287,11 +287,10 @@ def table(results: list[dict[str, Any]]) -> str:
             recited = group[f"recited_{kind}"]
             row[kind] = f"{recited.map(sum).sum()} of {recited.map(len).sum()} ({','.join(map(str, recited.map(sum)))})"
         hits = [hit for kind in ("same", "varied") for hit in group[f"recited_{kind}"].sum()]
-        low, high = clopper_pearson(sum(hits), len(hits))
         rouge = [value for kind in ("same", "varied") for value in group[f"rouge_l_{kind}"].sum()]
         losses = group["heldout_loss"]
         row |= {
-            "95%": f"{low:.0%}-{high:.0%}",
+            "95%": rate(hits).interval(),
             "ROUGE-L": f"{statistics.fmean(rouge):.2f}",
             "held-out nats": f"{losses.mean():.2f} ({losses.min():.2f}-{losses.max():.2f})",
             "seeds": len(group),

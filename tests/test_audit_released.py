@@ -6,6 +6,8 @@ import audit_released as recipe
 import pytest
 from conftest import PROSE, tiny_llama
 
+from goldfish.audit import Estimate
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tokenizer):
@@ -54,7 +56,7 @@ def test_measures_by_hand():
         record([" The", " dog"], [" the", " cat"], 0),
         record(["x"], ["y"], 0, split="heldout"),
     ]
-    found = recipe.measure(records, {"splits": {"heldout": {"nll": {"mean": 3.5}}}})
+    found = recipe.measure(records, {"splits": {"heldout": {"nll": Estimate(3.5)}}})
     assert found["matching length"] == 1
     assert found["exact match"] == 0.5
     assert found["ROUGE-L"] == 0.75, "1, and one word of two whatever its case"

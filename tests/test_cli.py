@@ -1,12 +1,14 @@
 import json
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import PROSE
 
 from goldfish import Goldfish
-from goldfish.cli import main
+from goldfish.cli import EXTRA, _dashed, build_parser, main
 from goldfish.show import DIFFERS, DROPPED, show_one, show_two, shown
 
 pytestmark = pytest.mark.core
@@ -80,7 +82,7 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
     members.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE))
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
-    command += ["--prefix_length", "10", "--suffix_length", "10"]
+    command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "0 of 12" in shown
@@ -94,7 +96,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
-    command += ["--prefix_length", "8", "--suffix_length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
+    command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
     command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu"]
     assert main(command) == 0
@@ -125,7 +127,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 
     def run(name, *conditions):
         command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
-        command += ["--prefix_length", "10", "--suffix_length", "10"]
+        command += ["--prefix-length", "10", "--suffix-length", "10"]
         return main(command + [part for text in conditions for part in ("--fail-on", text)])
 
     assert run("a", "em.k > 0", "em.upper95 > 0.5") == 0
@@ -144,10 +146,10 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is no finished audit"),
+        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is not a finished audit"),
         (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
         (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
-        (["report", "nowhere"], "goldfish report: nowhere is no audit folder"),
+        (["report", "nowhere"], "goldfish report: nowhere is not a finished audit"),
         (["show", "x", "--tokenizer", "runs/typo"], "goldfish show: no folder runs/typo here, and no model"),
         (["show", "x", "--tokenizer", "."], "goldfish show: . holds no tokenizer"),
         (["show", "x", "--tokenizer", "{checkpoint}", "-k", "1"], "goldfish show: k must be a finite number above 1"),
@@ -155,7 +157,43 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 )
 def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}')
     assert main([part.format(checkpoint=checkpoint) for part in command]) == 2
     error = capsys.readouterr().err
     assert error.startswith(text)
     assert error.count("\n") == 1
+
+
+def test_options_may_be_written_with_underscores(capsys):
+    """As they were in 0.1; the value after = is left alone."""
+    parsed = build_parser().parse_args(
+        [_dashed(word) for word in ("audit", "c", "--output_dir=a_b", "--prefix_length", "9", "--name", "x_y")]
+    )
+    assert (parsed.output_dir, parsed.prefix_length, parsed.name) == ("a_b", 9, "x_y")
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("rapidfuzz", ["audit", "x", "--members", "x.jsonl", "-o", "out"]),
+        ("scipy", ["compare", "a", "b", "-o", "out"]),
+        ("rich", ["show", "x", "--tokenizer", "x"]),
+        ("jinja2", ["report", "a"]),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_remedy(package, command):
+    code = f"import sys; sys.modules[{package!r}] = None; from goldfish.cli import main; sys.exit(main({command!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f'goldfish {command[0]}: {package} is not installed; it comes with the extra "audit": '
+        "pip install 'goldfish-loss[audit]'\n"
+    )
+
+
+def test_help_needs_no_extra():
+    code = "import sys; from goldfish.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {"torch", *EXTRA}

@@ -11,6 +11,8 @@ import torch
 from launch import MEMORIZE as SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from goldfish.audit import read
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -25,10 +27,10 @@ def test_miniature_leaves_two_audited_checkpoints_and_a_report(finished):
         assert (folder / name / "model.safetensors").is_file()
         assert (folder / name / "tokenizer.json").is_file()
         assert (folder / name / "goldfish.json").is_file() == (name == "goldfish")
-        assert (folder / "audit" / name / "records.parquet").is_file()
+        assert (folder / "audit" / name / "records").is_dir()
         for split in ("members", "heldout"):
             assert summaries[name]["splits"][split]["n"] == 4
-    assert json.loads((folder / "summary.json").read_text()) == summaries
+        assert read(folder / "audit" / name).summary == summaries[name]
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     receipt = json.loads((folder / "goldfish" / "goldfish.json").read_text())
     assert receipt["rule"]["k"] == 4
@@ -144,10 +146,10 @@ def test_two_processes_train_what_one_does(finished, in_two):
     assert (two / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
     receipts = [json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (two, folder)]
     assert receipts[0] == receipts[1]
-    of_two = json.loads((two / "summary.json").read_text())
     for name in ("standard", "goldfish"):
+        of_two = read(two / "audit" / name).summary
         for split in ("members", "heldout"):
-            ours, theirs = (s[name]["splits"][split]["nll"]["mean"] for s in (of_two, summaries))
+            ours, theirs = (summary["splits"][split]["nll"].value for summary in (of_two, summaries[name]))
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 

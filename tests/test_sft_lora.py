@@ -132,7 +132,7 @@ def test_table_by_hand():
         for seed in (0, 1)
     ]  # fmt: skip
     row = recipe.table(results).splitlines()[1]
-    for cell in ("3 of 4 (2,1)", "2 of 4 (1,1)", "0 of 8 (0,0)", "24%-91%", "0.50", "1.50 (1.00-2.00)"):
+    for cell in ("3 of 4 (2,1)", "2 of 4 (1,1)", "0 of 8 (0,0)", "24.5–91.5%", "0.50", "1.50 (1.00-2.00)"):
         assert cell in row
 
 
