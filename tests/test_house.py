@@ -96,6 +96,19 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     assert str(wheel) in found.stdout
 
 
+VERBS = {"found", "told", "asked", "gone", "hole", "holes"}  # no names for variables: say result, message, dropped
+
+
+def test_variables_are_named_by_nouns():
+    paths = [path for room in ("goldfish", "recipes", "benchmarks") for path in (PACKAGE.parent / room).rglob("*.py")]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.arg if isinstance(node, ast.arg) else None
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name = node.id
+            assert name not in VERBS, f"{path}:{getattr(node, 'lineno', 0)}"
+
+
 def test_the_package_stays_small():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lambda path: lines[path])

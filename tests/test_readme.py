@@ -79,17 +79,18 @@ def test_readme_is_short():
 
 
 PHRASES = [
-    "in other clothes", "by whom, how surely", "is not never", "having been taught", "no one source",
-    "for who decides", "of one's own", "loop of your own", "comes out verbatim?",
+    "in other clothes", "by whom, how surely", "is not never", "having been taught", "no one source", "for who decides",
+    "of one's own", "one's own data", "loop of your own",
 ]  # fmt: skip
+SOURCES = [path for room in ("goldfish", "recipes", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+SOURCES += (ROOT / "goldfish/report/templates").iterdir()
 
 
-@pytest.mark.parametrize("page", [page for page in TEXT if page != "docs/audit-files.md"])
-def test_plain_english(page):
-    text = TEXT[page].lower()
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_plain_english(path):
+    text = path.read_text(encoding="utf-8").lower()
     assert not [phrase for phrase in PHRASES if phrase in text]
     assert not re.search(r"\bholes?\b", text), "say dropped tokens"
-    assert "<!--" not in text
 
 
 def test_what_was_not_measured_is_said_in_one_place():
