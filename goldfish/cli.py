@@ -101,9 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = args.run(args)
         return code or 0
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRA:
             raise
-        message = f"{error.name} is not installed; it comes with the extra \"audit\": pip install 'goldfish-loss[audit]'"
+        message = f"{package} is not installed; it comes with the extra \"audit\": pip install 'goldfish-loss[audit]'"
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         message = str(error)
     print(f"goldfish {args.verb}: {message}", file=sys.stderr)

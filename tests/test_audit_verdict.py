@@ -11,7 +11,7 @@ import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit.estimate import Estimate, clopper_pearson, dumps
 from goldfish.audit.results import estimates, exit_code, judge, parse
-from goldfish.audit.tell import describe, junit, markdown, summary_table, terminal
+from goldfish.audit.tell import describe, junit, markdown, terminal
 from goldfish.audit.verdict import enough, verdict
 
 pytestmark = pytest.mark.core

@@ -1,12 +1,14 @@
 import json
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import PROSE
 
 from goldfish import Goldfish
-from goldfish.cli import main
+from goldfish.cli import EXTRA, _dashed, build_parser, main
 from goldfish.show import DIFFERS, DROPPED, show_one, show_two, shown
 
 pytestmark = pytest.mark.core
@@ -147,7 +149,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
         (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is not a finished audit"),
         (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
         (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
-        (["report", "nowhere"], "goldfish report: nowhere is no audit folder"),
+        (["report", "nowhere"], "goldfish report: nowhere is not a finished audit"),
         (["show", "x", "--tokenizer", "runs/typo"], "goldfish show: no folder runs/typo here, and no model"),
         (["show", "x", "--tokenizer", "."], "goldfish show: . holds no tokenizer"),
         (["show", "x", "--tokenizer", "{checkpoint}", "-k", "1"], "goldfish show: k must be a finite number above 1"),
@@ -155,7 +157,43 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 )
 def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}')
     assert main([part.format(checkpoint=checkpoint) for part in command]) == 2
     error = capsys.readouterr().err
     assert error.startswith(text)
     assert error.count("\n") == 1
+
+
+def test_options_may_be_written_with_underscores(capsys):
+    """As they were in 0.1; the value after = is left alone."""
+    parsed = build_parser().parse_args(
+        [_dashed(word) for word in ("audit", "c", "--output_dir=a_b", "--prefix_length", "9", "--name", "x_y")]
+    )
+    assert (parsed.output_dir, parsed.prefix_length, parsed.name) == ("a_b", 9, "x_y")
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("rapidfuzz", ["audit", "x", "--members", "x.jsonl", "-o", "out"]),
+        ("scipy", ["compare", "a", "b", "-o", "out"]),
+        ("rich", ["show", "x", "--tokenizer", "x"]),
+        ("jinja2", ["report", "a"]),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_remedy(package, command):
+    code = f"import sys; sys.modules[{package!r}] = None; from goldfish.cli import main; sys.exit(main({command!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f'goldfish {command[0]}: {package} is not installed; it comes with the extra "audit": '
+        "pip install 'goldfish-loss[audit]'\n"
+    )
+
+
+def test_help_needs_no_extra():
+    code = "import sys; from goldfish.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {"torch", *EXTRA}

@@ -115,8 +115,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
     first, second = (
-        {tuple(row[key] for key in KEY): [row[key] for key in QUESTION] for row in each.select(KEY + QUESTION).to_pylist()}
-        for each in tables
+        {tuple(row[key] for key in KEY): [row[key] for key in QUESTION] for row in table.to_pylist()}
+        for table in (each.select(KEY + QUESTION) for each in tables)
     )
     only = [len(first.keys() - second.keys()), len(second.keys() - first.keys())]
     other = [key for key in first.keys() & second.keys() if first[key] != second[key]]
@@ -161,7 +161,7 @@ def _column(table: pa.Table, name: str) -> Floats:
     if name == "nll":
         lengths = np.array([len(ids) for ids in table["suffix_ids"]])
         return np.asarray(table["nll_sum"].to_numpy() / lengths, dtype=np.float64)
-    return table[name].to_numpy().astype(np.float64)
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
 
 
 def _difference(first: Floats, second: Floats, documents: Codes) -> Any:

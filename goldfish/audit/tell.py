@@ -133,18 +133,18 @@ def summary_table(summaries: Iterable[Mapping[str, Any]]) -> Table:
 
 def markdown(description: Description) -> str:
     """The description for a pull request; text from the audit is escaped."""
-    tables: list[list[Sequence[str]]] = [
-        [("question", "outcome", "why")]
-        + [(asks, f"{MARKS[outcome]} {outcome}", literal(why)) for _, asks, outcome, why in description.questions],
-        [("fails on", "outcome", "")]
-        + [(literal(text), f"{MARKS[outcome]} {outcome}", literal(why)) for text, outcome, why in description.checks],
-        [("", *description.splits)] + [(label.strip(), *cells) for label, cells in description.rows],
-    ]
+    questions = [[asks, f"{MARKS[outcome]} {outcome}", literal(why)] for _, asks, outcome, why in description.questions]
+    checks = [[literal(text), f"{MARKS[outcome]} {outcome}", literal(why)] for text, outcome, why in description.checks]
+    rows = [[label.strip(), *cells] for label, cells in description.rows]
     mark = f"{MARKS[description.outcome]} {description.outcome}"
     lines = [f"## goldfish: {literal(description.title)}: {mark}", ""]
-    for heading, *rows in tables:
-        if rows:
-            lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
+    for heading, table in (
+        (["question", "outcome", "why"], questions),
+        (["fails on", "outcome", ""], checks),
+        (["", *description.splits], rows),
+    ):
+        if table:
+            lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)]
             lines.append("")
     return "\n".join([*lines, *(f"{note}.\n" for note in description.notes)])
 

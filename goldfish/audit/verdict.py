@@ -66,7 +66,8 @@ def _recited(name: str, what: str, members: Any, heldout: Any, estimate: Any) ->
     result: Estimate = estimate(members)
     control: Estimate | None = estimate(heldout) if heldout else None
     low, high = result.lower95, result.upper95
-    assert low is not None and high is not None, "a rate of at least one window has an interval"
+    assert low is not None, "a rate of at least one window has an interval"
+    assert high is not None
     count = f"{result.point()} {what}"
     if high <= RECITED:
         outcome, why = PASS, f"{count}: at most {high:.2%} of such texts"
