@@ -121,27 +121,22 @@ def _show(args: argparse.Namespace) -> None:
     from rich.text import Text
 
     from goldfish.audit.load import load_tokenizer
+    from goldfish.show import read_text, show_one, show_two, shown
     from goldfish.rule import Goldfish
-    from goldfish.show import show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
     tokenizer = load_tokenizer(args.tokenizer)
     rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
-    texts = [shown(rule, tokenizer, _text_or_file(text)) for text in args.text]
+    texts = [shown(rule, tokenizer, read_text(text)) for text in args.text]
     console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
-    console.print(show_one(*texts) if len(texts) == 1 else show_two(*texts))
+    colour = args.html is not None or (console.is_terminal and not console.no_color)
+    console.print(show_one(*texts, colour) if len(texts) == 1 else show_two(*texts, colour))
     console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}", "dim"))
     if args.html is not None:
         with open(args.html, "x", encoding="utf-8") as page:
             page.write(console.export_html(inline_styles=True))
         print(f"Page: {args.html}")
-
-
-def _text_or_file(text: str) -> str:
-    if len(text) < 256 and Path(text).is_file():
-        return Path(text).read_text(encoding="utf-8")
-    return text
 
 
 def _sampling(text: str) -> dict[str, float | int]:
