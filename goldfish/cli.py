@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from goldfish.audit.load import load_tokenizer
+    from goldfish.audit.model import load_tokenizer
     from goldfish.show import show_one, show_two, shown
 
     if len(args.text) > 2:

@@ -15,9 +15,9 @@ PACKAGE = Path(goldfish.__file__).parent
 ORDER = [
     "goldfish", "pieces", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
     "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.columns", "audit.stats",
+    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.columns", "audit.stats",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
-    "audit.load", "audit.run", "audit.results", "audit.gate", "audit.table", "audit.formats",
+    "audit.run", "audit.results", "audit.gate", "audit.table", "audit.formats",
     "audit.compare", "audit.canaries", "audit",
     "report", "show", "cli", "__main__",
 ]  # fmt: skip
