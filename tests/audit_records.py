@@ -1,24 +1,22 @@
 """Records of audits that never ran: made-up scores of made-up windows, through the real make_record."""
 
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.columns import COLUMNS, SCHEMA, make_record
+from goldfish.audit.columns import COLUMNS, make_record
+from goldfish.audit.estimate import SCHEMA, dumps
 from goldfish.audit.score import Score
-from goldfish.audit.summary import summarize
+from goldfish.audit.summary import summarize, summary_of
 from goldfish.audit.windows import Window, prefix_grid
 
 PREFIX, SUFFIX = 10, 8
 PROTOCOL = {
     "prefix_length": PREFIX, "suffix_length": SUFFIX, "offsets": [0], "decoding": "greedy", "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX),
-    "vocabulary": 500,
+    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX), "vocabulary": 500,
 }  # fmt: skip
 
 
@@ -70,34 +68,36 @@ def made_up_records(
     return records
 
 
-def write_run(folder, records, protocol=PROTOCOL, **changes):
-    """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+def made_up_run(records, protocol=PROTOCOL, **changes):
+    """run.json of these records; `changes` go into it."""
     splits = [record["split"] for record in records]
     inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": [],
                       "windows": splits.count(split)} for split in dict.fromkeys(splits)}  # fmt: skip
     if "members" in inputs:
         skipped = [{"reason": "short", "count": 1, "rows": [0]}]
         inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": skipped}
-    run = {
+    return {
         "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
         "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,
         "versions": {}, "block": 256, "tokens": False, **changes,
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+
+
+def write_run(folder, records, protocol=PROTOCOL, **changes):
+    """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(made_up_run(records, protocol, **changes)), encoding="utf-8")
     (folder / "records").mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet")
 
 
 def made_up_summary(records, receipt=None, **protocol):
-    with tempfile.TemporaryDirectory() as folder:
-        write_run(Path(folder), records, {**PROTOCOL, **protocol}, receipt=receipt)
-        return summarize(folder)
+    run = made_up_run(records, {**PROTOCOL, **protocol}, receipt=receipt)
+    return summary_of(run, pa.Table.from_pylist(records, COLUMNS))
 
 
 def write_audit(folder, records, **changes):
     """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
     write_run(folder, records)
-    summary = {**summarize(folder), **changes}
-    (folder / "summary.json").write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
+    (folder / "summary.json").write_text(dumps({**summarize(folder), **changes}), encoding="utf-8")
     return folder

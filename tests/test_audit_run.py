@@ -18,6 +18,7 @@ from conftest import PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, records, run
+from goldfish.audit.estimate import loads
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import Tally, write_receipt
 
@@ -73,7 +74,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert list(contents(tmp_path / "out")) == sorted(
         [*(f"{kind}/{block}" for kind in kinds for block in blocks), "run.json", "summary.json"]
     )
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
     assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (4, 0), "at the first offset"
     assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (3, 2)

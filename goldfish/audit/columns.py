@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq, Levenshtein
 
+from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
 from goldfish.pieces import text_pieces
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from goldfish.audit.score import Score
     from goldfish.rule import Goldfish
 
-SCHEMA = "goldfish.audit/3"
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap")
 COUNTS = (  # of attribution: tokens up to the first divergence, then teacher-forced tokens of the whole suffix

@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from goldfish.audit.windows import sha256
-from goldfish.fused import probe, read_probe
-from goldfish.kept import bare_model
+from goldfish.fused import bare_model, probe, read_probe
 from goldfish.receipt import FILE_NAME, read_receipt
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.columns import COLUMNS, RECORDS, RUN, SCHEMA, make_record, read_run, token_table
+from goldfish.audit.columns import COLUMNS, RECORDS, RUN, make_record, read_run, token_table
+from goldfish.audit.estimate import SCHEMA, dumps
 from goldfish.audit.model import (
     context_of,
     file_hashes,
@@ -299,8 +300,7 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    _whole_or_not_at_all(path, lambda file: file.write_text(text, encoding="utf-8"))
+    _whole_or_not_at_all(path, lambda file: file.write_text(dumps(value), encoding="utf-8"))
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
