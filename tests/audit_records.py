@@ -71,10 +71,11 @@ def made_up_records(
 def made_up_run(records, protocol=PROTOCOL, **changes):
     """run.json of these records; `changes` go into it."""
     splits = [record["split"] for record in records]
-    inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": 0,
+    inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": [],
                       "windows": splits.count(split)} for split in dict.fromkeys(splits)}  # fmt: skip
     if "members" in inputs:
-        inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": 1}
+        skipped = [{"reason": "short", "count": 1, "rows": [0]}]
+        inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": skipped}
     return {
         "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
         "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,

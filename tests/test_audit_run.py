@@ -18,6 +18,7 @@ from conftest import PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, records, run
+from goldfish.audit.estimate import loads
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import Tally, write_receipt
 
@@ -95,12 +96,16 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert [row["cluster"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
-        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6, "skipped": 2
+        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6,
+        "skipped": [
+            {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
+        ],
     }  # fmt: skip
     sha256 = hashlib.sha256(inputs["heldout"].read_bytes()).hexdigest()
     assert summary["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert about["weights"][0]["model.safetensors"] == weights
+    assert summary["protocol"]["vocabulary"] == 320
     assert (summary["command"], about["receipt"]["rule"], summary["date"]) == (
         "goldfish audit", rule.to_dict(), about["date"]
     )  # fmt: skip

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.columns import COLUMNS, RECORDS, RUN, make_record, read_run, token_table
 from goldfish.audit.estimate import SCHEMA, dumps
@@ -102,7 +102,7 @@ def audit(
         OSError: a full disk; what was done is kept.
     """
     given = {"members": members, "heldout": heldout}
-    files = {split: require_input(file) for split, file in given.items() if file is not None}
+    files = {split: Path(file) for split, file in given.items() if file is not None}
     if not files:
         raise ValueError("nothing to audit: give members (texts that were trained on), heldout, or both")
     protocol: dict[str, Any] = {
@@ -136,10 +136,9 @@ def audit(
         "device": device.type,
         "ambiguous_margin": AMBIGUOUS[getattr(torch, dtype)],
         "prefix_grid": prefix_grid(prefix_length),
-        "vocabulary": len(tokenizer),
     }
     inputs: dict[str, dict[str, Any]] = {
-        split: {"path": str(file), "sha256": sha256(file)} for split, file in files.items()
+        split: {"path": str(file), "sha256": sha256(require_input(file))} for split, file in files.items()
     }
 
     def windows_of(split: str) -> Iterator[Window | Skipped]:
@@ -158,12 +157,13 @@ def audit(
                     f"{files[split]} has no usable window: {each.rows} rows, none with {prefix_length} + "
                     f"{suffix_length} tokens; ask for a shorter prefix or suffix, or join short texts"
                 )
-            inputs[split] |= {"rows": each.rows, "windows": each.windows, "skipped": each.skipped}
+            inputs[split] |= {"rows": each.rows, "windows": each.windows, "skipped": list(each.skipped.values())}
         for path in checkpoints:
             models[path] = load_model(
                 path, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
             )
         _check_inputs(models, files, surveys, prefix_length + suffix_length)
+        protocol["vocabulary"] = _vocabulary(models[checkpoint])
 
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     run = {
@@ -191,10 +191,11 @@ def audit(
         scorer = Scorer(models[checkpoint], sampling, protocol["beams"] or (), lowered, models.get(control or ""))
         first = 0
         clusters: dict[tuple[str, str], int] = {}
-        with _progress(disable=rank > 0) as bar:
+        columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
+        with Progress(*columns, disable=rank > 0) as bar:
             for split, each in surveys.items():
                 numbers = range(first, first := first + -(-each.windows // BLOCK))
-                task = bar.add_task(f"audit {run['name']}: {split}", total=each.windows)
+                task = bar.add_task(escape(f"audit {run['name']}: {split}"), total=each.windows)
                 for number, block in zip(numbers, _blocks(windows_of(split)), strict=True):
                     numbered = [clusters.setdefault((split, w.document), len(clusters)) for w in block]
                     if number % processes == rank and not folder.has(number, len(block)):
@@ -284,9 +285,11 @@ class Folder:
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must share with the one that it continues, one level deep for messages; counts follow from it."""
-    flat = {key: value for key, value in run.items() if key not in ("date", "command", "inputs", "protocol")}
+    flat = {**run, **run["protocol"]}
+    for key in ("date", "command", "protocol", "vocabulary"):
+        flat.pop(key, None)
     inputs = {split: [each["path"], each["sha256"]] for split, each in run["inputs"].items()}
-    return {**flat, **run["protocol"], "inputs": inputs}
+    return {**flat, "inputs": inputs}
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -353,6 +356,11 @@ def _context(model: Any) -> int | None:
     return context
 
 
+def _vocabulary(model: Any) -> int:
+    head = model.get_output_embeddings()
+    return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
+
+
 def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any) -> Rules | None:
     """What the checkpoint was trained under, as far as it says."""
     if receipt is None:
@@ -381,20 +389,3 @@ def _blocks(windows: Iterator[Window | Skipped]) -> Iterator[list[Window]]:
 def _wait(state: PartialState | None) -> None:
     if state is not None:
         state.wait_for_everyone()
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} windows/s" if speed else "windows")
-
-
-def _progress(disable: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        disable=disable,
-    )

@@ -75,7 +75,7 @@ def split_figures(run: Mapping[str, Any], split: str, everything: pa.Table) -> d
     return {
         "n": len(table),
         "documents": len(np.unique(documents)),
-        "skipped": run["inputs"][split]["skipped"],
+        "skipped": sum(each["count"] for each in run["inputs"][split]["skipped"]),
         "settled": int(_numbers(table, "settled").sum()),
         "exact_match": rate(recited, documents),
         "exact_match_nontrivial": rate(recited[~trivial], documents[~trivial]),

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
+SHOWN = 5  # skipped rows that are named
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that has too few tokens for a window at an offset."""
+    """A row without a window at an offset, and why."""
 
     index: int
-    offset: int
-    tokens: int
+    reason: str
 
 
 def require_input(path: str | Path) -> Path:
@@ -139,35 +139,37 @@ def cut_windows(
         for offset in offsets:
             ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
             if len(ids) < length:
-                yield Skipped(index, offset, len(all_ids))
+                yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
             else:
                 source, count = row.get("source"), row.get("count")
                 yield Window(split, index, str(name), ids, prefix_length, source, count, offset)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
-    """The windows of an input, read once from end to end."""
+    """The windows of an input, read once from end to end. `skipped`: by reason, how many and the first rows."""
 
-    rows: int
-    windows: int
-    skipped: int  # rows, at their offsets, that are too short for a window
-    largest_id: int  # of all windows; it stands in row `largest_at`
-    largest_at: int
+    rows: int = 0
+    windows: int = 0
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    largest_id: int = -1  # of all windows; it stands in row `largest_at`
+    largest_at: int = -1
 
 
 def survey(windows: Iterable[Window | Skipped]) -> Survey:
     """Read all windows before anything is computed, so that a bad line is reported at once."""
-    rows, kept, skipped, largest, largest_at = 0, 0, 0, -1, -1
+    result = Survey()
     for window in windows:
-        rows = window.index + 1
+        result.rows = window.index + 1
         if isinstance(window, Skipped):
-            skipped += 1
+            skipped = result.skipped.setdefault(window.reason, {"reason": window.reason, "count": 0, "rows": []})
+            skipped["count"] += 1
+            skipped["rows"] = [*skipped["rows"], window.index][:SHOWN]
             continue
-        kept += 1
-        if (here := max(window.ids)) > largest:
-            largest, largest_at = here, window.index
-    return Survey(rows, kept, skipped, largest, largest_at)
+        result.windows += 1
+        if (largest := max(window.ids)) > result.largest_id:
+            result.largest_id, result.largest_at = largest, window.index
+    return result
 
 
 def sha256(path: Path) -> str:
