@@ -14,7 +14,7 @@ PACKAGE = Path(goldfish.__file__).parent
 # A file imports only from files before it.
 ORDER = [
     "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss",
-    "kernels", "linear", "fused", "gauge", "receipt", "trainer",
+    "kernels", "linear", "fused", "gauge", "receipt", "refusals", "trainer",
     "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.schema", "audit.stats", "audit.sampling",
     "audit.attribution", "audit.attacks", "audit.extraction", "audit.membership", "audit.verdict", "audit.summary",
     "audit.load", "audit.shards", "audit.run", "audit.results", "audit.gate", "audit.table", "audit.formats",
