@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import goldfish.audit
 from goldfish import Goldfish, linear_cross_entropy, spec
 from goldfish.letters import Vocabulary
 
@@ -215,7 +215,7 @@ def test_standard_recites_and_goldfish_does_not(memorized):
 def test_audit_is_what_generate_says(memorized, device, name, figures):
     """Row by row, greedily and alone. A row may differ only where the model's two best tokens are as good as equal."""
     folder, summaries = memorized
-    records = pyarrow.parquet.read_table(folder / "audit" / name / "records.parquet").to_pylist()
+    records = goldfish.audit.records(folder / "audit" / name).to_pylist()
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
     model.generation_config.eos_token_id = None  # the audit goes on through an end of text
     ambiguous = 0
