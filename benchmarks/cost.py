@@ -8,16 +8,17 @@ same weights and read the same rows in the same order, whatever their rule. The 
 warm-up and an average of the weights (EMA) is evaluated, so every point of a run is a finished training of its length:
 with a decaying rate the points of one run could not be compared with the ends of others.
 
-The standard run ends after --targets targets. A goldfish run is evaluated twice: when it has read as many targets (equal
-input), and when it has kept as many (equal supervised; it has then read k / (k - 1) times the rows). So at equal
+The standard run ends after --targets targets. A goldfish run is evaluated twice: when it has read as many targets
+(equal input), and when it has kept as many (equal supervised; it has then read k / (k - 1) times the rows). So at equal
 supervised tokens goldfish has read more text, as in the paper: the claim is about what the dropped tokens cost.
 
-What would have been seen, said before the runs. The held-out set is about 100 documents of 4,000 tokens. With a standard
-deviation of 0.05 nats between the documents' paired differences, one pair of runs shows 0.01 nats as far as the choice
-of documents goes. Runs also differ by chance: with a standard deviation of 0.01 nats between seeds, the t interval of
-three seeds is +-0.025 nats wide, and of two seeds +-0.09. The prediction that can fail: a dropped token costs its own
-gradient and nothing else, so goldfish at equal input equals the standard run after (1 - drop rate) of the targets
-(the column "predicted", from the same run's earlier points), and goldfish at equal supervised tokens differs by 0.
+What would have been seen, said before the runs. The held-out set is 56 documents of 7,500 tokens. With a standard
+deviation of 0.05 nats between the documents' paired differences, the interval of one pair of runs is +-0.013 nats as far
+as the choice of documents goes. Runs also differ by chance: with a standard deviation of 0.01 nats between the seeds'
+differences, the t interval of three seeds is +-0.025 nats, and of two seeds +-0.09. The prediction that can fail: a
+dropped token costs its own gradient and nothing else, so goldfish at equal input equals the standard run after
+(1 - drop rate) of the targets (the column "predicted", from the same seed's standard run), and goldfish at equal
+supervised tokens differs by 0.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def train(
     args: argparse.Namespace, seed: int, name: str, rule: Goldfish | None, rows: Tensor, heldout: Tensor,
     owners: Tensor, masks: dict[str, Tensor], used: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """One run; it goes on from its checkpoint, if there is one. Every point that it must be compared at is evaluated."""
+    """One run, from its last checkpoint if there is one; evaluated at every point at which it is compared."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3 // 64 * 64,
@@ -201,7 +202,7 @@ def evaluate(model: Any, rows: Tensor, owners: Tensor, masks: dict[str, Tensor])
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Goldfish - standard, nats per token: each seed with its interval over documents, and over seeds with a t interval."""
+    """Goldfish - standard, nats per token: of each seed with its interval over documents, and over the seeds."""
     runs = {(run["rule"], run["seed"]): run["points"] for run in results}
     lines = [
         "| rule | at equal | drop rate | goldfish - standard: each seed [95% over documents] | predicted "
