@@ -13,10 +13,10 @@ The standard run ends after --targets targets. A goldfish run is evaluated twice
 supervised tokens goldfish has read more text, as in the paper: the claim is about what the dropped tokens cost.
 
 What would have been seen, said before the runs. The held-out set is 56 documents of 7,500 tokens. With a standard
-deviation of 0.05 nats between the documents' paired differences, the interval of one pair of runs is +-0.013 nats as far
-as the choice of documents goes. Runs also differ by chance: with a standard deviation of 0.01 nats between the seeds'
-differences, the t interval of three seeds is +-0.025 nats, and of two seeds +-0.09. The prediction that can fail: a
-dropped token costs its own gradient and nothing else, so goldfish at equal input equals the standard run after
+deviation of 0.05 nats between the documents' paired differences, the interval of one pair of runs is +-0.013 nats, as
+far as the choice of documents goes. Runs also differ by chance: with a standard deviation of 0.01 nats between the
+seeds' differences, the t interval of three seeds is +-0.025 nats, and of two seeds +-0.09. The prediction that can
+fail: a dropped token costs its own gradient and nothing else, so goldfish at equal input equals the standard run after
 (1 - drop rate) of the targets (the column "predicted", from the same seed's standard run), and goldfish at equal
 supervised tokens differs by 0.
 """
@@ -137,7 +137,7 @@ def train(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    # Points: (counted, targets). The standard run also stops where a goldfish run of equal input has its kept targets.
+    # Points: what is counted, and how many. The standard run is also evaluated at the goldfish runs' kept shares.
     points = [("read", args.targets), ("kept", args.targets)]
     if rule is None:
         shares = [1 - 1 / float(other.split("-")[1]) for other in masks]
