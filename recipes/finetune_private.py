@@ -68,6 +68,7 @@ EVERYDAY = (
         "Nora Lindqvist", "Omar Haddad", "Pavel Novotny", "Rosa Delgado", "Samir Khoury", "Tessa Whitfield",
         "Yusuf Demir", "Zoe Papadakis")),
 )  # fmt: skip
+RUNS = ("rules", "methods", "seeds", "keep", "output_dir")  # arguments that say which runs, not what a run is
 Row = dict[str, list[int]]
 
 
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         raise ValueError(f"{base} has no chat template; give an instruction-tuned --model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = {key: value for key, value in asdict(args).items() if key not in ("rules", "methods", "seeds", "keep")}
+    settings = {key: value for key, value in asdict(args).items() if key not in RUNS}
     rules = {name: rule_of(name, tokenizer) for name in args.rules if name != "standard"}
     for seed in args.seeds:
         members, heldout = cut_passages(args, seed, tokenizer)
