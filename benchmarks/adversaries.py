@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 continue
             began = time.process_time()
             control = args.folder / f"seed{seed}-control" / "model"
-            result = {"seed": int(seed), "run": run} | attack(folder, control if control.is_dir() else None)
+            result = {"seed": int(seed), "run": run} | attack(
+                folder, control if control.is_dir() and run != "control" else None
+            )
             about = common.about() | {"command": shlex.join(["python", "benchmarks/adversaries.py", *sys.argv[1:]])}
             common.append(args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about)
             print(f"seed {seed} {run}: {result['beams']}", flush=True)
