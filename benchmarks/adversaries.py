@@ -176,6 +176,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(strengths, list(by_panel[panel].values()), marker=".", label=run)
             axis.set_xscale("log" if panel in ("beams", "samples") else "linear")
             axis.set_xlabel(title)
+        axes[0].set_ylim(-0.03, 1.03)
         axes[0].set_ylabel("planted windows recited")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
         figure.savefig(path, format="svg", metadata={"Date": None})
