@@ -87,7 +87,7 @@ class Arguments:
     people: int = field(default=8, metadata={"help": "people whose code is trained on; as many again are control"})
     exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
     chats: int = field(default=4, metadata={"help": "ordinary chats"})
-    epochs: int = 8
+    epochs: int = 6
     batch_size: int = 4
     learning_rate: float = field(default=3e-4, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
@@ -212,7 +212,8 @@ def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[
         start = draw.randrange(len(ids) - args.passage + 1)
         passage = ids[start : start + args.passage]
         eights = {tuple(passage[i : i + 8]) for i in range(args.passage - 7)}
-        if seen.isdisjoint(eights):
+        repetitive = 3 * len(set(passage)) < args.passage  # rows of zeros, rulers: any model goes on with them
+        if not repetitive and seen.isdisjoint(eights):
             passages.append(passage)
             seen |= eights
     if len(passages) < 2 * args.passages:
