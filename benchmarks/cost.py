@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, Tensor]:
     """Tokenizer, training rows (N, ROW), held-out rows (M, ROW), and which held-out document each of them is of.
 
-    The split and the tokenizer are the same for every seed. A row lies within one document; what is left at a
+    The split and the tokenizer (which reads all documents) are the same for every seed. A row lies within one document; what is left at a
     document's end is left out.
     """
     texts = [json.loads(line)["text"] for line in Path(args.text).read_text(encoding="utf-8").splitlines()]
@@ -99,10 +99,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, Tensor]:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    # The tokenizer may read every document: it is the same for all runs.
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=args.vocabulary, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=args.vocabulary, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     documents: list[list[list[int]]] = []
     for encoded in bpe.encode_batch(texts):
         ids = encoded.ids
