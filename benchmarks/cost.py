@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, Tensor]:
     """Tokenizer, training rows (N, ROW), held-out rows (M, ROW), and which held-out document each of them is of.
 
-    The split and the tokenizer (which reads all documents) are the same for every seed. A row lies within one document; what is left at a
-    document's end is left out.
+    The split and the tokenizer (which reads all documents) are the same for every seed. A row lies within one document;
+    what is left at a document's end is left out.
     """
     texts = [json.loads(line)["text"] for line in Path(args.text).read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(texts)
