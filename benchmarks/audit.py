@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from goldfish.audit import audit
-from goldfish.audit.extraction import rouge_l
+from goldfish.audit.columns import rouge_l
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.audit.windows import Window, cut_windows, read_rows
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import pyarrow.parquet
 from datasets import load_dataset
 from near_duplicates import words
 from rapidfuzz.distance import Levenshtein
@@ -31,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+import goldfish.audit
 from goldfish.audit import audit
-from goldfish.audit.extraction import rouge_l
+from goldfish.audit.columns import rouge_l
 
 MODELS = {
     "standard": "standard-loss-llama-1B",
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"{args.root}/{MODELS[name]}", folder, members=members, heldout=args.heldout, name=name,
             prefix_length=args.prefix_length, suffix_length=args.suffix_length,
         )  # fmt: skip
-        records = pyarrow.parquet.read_table(folder / "records.parquet").to_pylist()
+        records = goldfish.audit.records(folder).to_pylist()
         result = {"model": name, "n": summary["splits"]["members"]["n"]} | measure(records, summary)
         results.append(result | {"protocol": summary["protocol"]} | common.about())
         common.append(output / "results.jsonl", results[-1])

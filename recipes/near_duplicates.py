@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import memorize
-import pyarrow.parquet
 import torch
 from accelerate import PartialState
 from rich import box
@@ -37,9 +36,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import audit
-from goldfish.audit.extraction import rouge_l
+from goldfish.audit.columns import rouge_l
 
 
 @dataclass
@@ -177,7 +177,7 @@ def train_and_extract(
         receipt = json.loads((folder / "model" / "goldfish.json").read_text())
         same["drop_rate"] = receipt["dropped"] / receipt["targets"]
     shutil.rmtree(folder / "model")  # hundreds of checkpoints are not wanted; the audits stay
-    records = pyarrow.parquet.read_table(folder / "audit" / "records.parquet").to_pylist()
+    records = goldfish.audit.records(folder / "audit").to_pylist()
     of_members, of_heldout = ([r for r in records if r["split"] == split] for split in ("members", "heldout"))
     same |= scores_of(of_heldout, "heldout")
     return [

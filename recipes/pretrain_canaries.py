@@ -43,7 +43,6 @@ from typing import Any
 
 import common
 import memorize
-import pyarrow.parquet
 import sweep
 import torch
 from accelerate import PartialState
@@ -51,6 +50,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from rich.console import Console
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments, set_seed
 
+import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import audit
 from goldfish.audit import load as audit_load
@@ -296,7 +296,7 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
         folder / "model", folder / "audit", members=folder / "members.jsonl", heldout=folder / "heldout.jsonl",
         prefix_length=half, suffix_length=args.window - half, name=run.name,
     )  # fmt: skip
-    records = pyarrow.parquet.read_table(folder / "audit" / "records.parquet").to_pylist()
+    records = goldfish.audit.records(folder / "audit").to_pylist()
     log = common.log_of(folder / "model")
     windows = (run.background(args) + run.planted * args.documents * args.repeats) * args.epochs
     result = {

@@ -43,8 +43,8 @@ from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
 from goldfish.audit import load as audit_load
-from goldfish.audit.extraction import rouge_l
-from goldfish.audit.stats import rate
+from goldfish.audit.columns import rouge_l
+from goldfish.audit.estimate import rate
 from goldfish.receipt import read_receipt
 
 # Only for a tokenizer without one of its own.

@@ -6,17 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.extraction import make_record
-from goldfish.audit.schema import RECORDS
+from goldfish.audit.columns import COLUMNS, make_record
+from goldfish.audit.estimate import SCHEMA, dumps
 from goldfish.audit.score import Score
-from goldfish.audit.summary import summarize
-from goldfish.audit.windows import Window
+from goldfish.audit.summary import summarize, summary_of
+from goldfish.audit.windows import Window, prefix_grid
 
 PREFIX, SUFFIX = 10, 8
 PROTOCOL = {
     "prefix_length": PREFIX, "suffix_length": SUFFIX, "offsets": [0], "decoding": "greedy", "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0,
+    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX), "vocabulary": 500,
 }  # fmt: skip
 
 
@@ -63,21 +63,41 @@ def made_up_records(
         if rule is not None and recall_dropped is not None:
             chance[rule.dropped(np.array(ids)).numpy()[1:]] = recall_dropped
         right = generator.random(len(ids) - 1) < chance
-        records.append(make_record(window, made_up_score(window, right, generator), rule, Words()))
+        cluster = i // per_document + (split == "heldout") * 10**6
+        records.append(make_record(window, made_up_score(window, right, generator), rule, Words(), cluster))
     return records
 
 
-def made_up_summary(records, receipt=None, **changes):
-    return summarize(
-        records, protocol={**PROTOCOL, **changes}, skipped={"members": 1}, receipt=receipt,
-        name="model", checkpoint="runs/model", rule=None, versions={},
-    )  # fmt: skip
+def made_up_run(records, protocol=PROTOCOL, **changes):
+    """run.json of these records; `changes` go into it."""
+    splits = [record["split"] for record in records]
+    inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": [],
+                      "windows": splits.count(split)} for split in dict.fromkeys(splits)}  # fmt: skip
+    if "members" in inputs:
+        skipped = [{"reason": "short", "count": 1, "rows": [0]}]
+        inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": skipped}
+    return {
+        "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
+        "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,
+        "versions": {}, "block": 256, "tokens": False, **changes,
+    }  # fmt: skip
+
+
+def write_run(folder, records, protocol=PROTOCOL, **changes):
+    """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(made_up_run(records, protocol, **changes)), encoding="utf-8")
+    (folder / "records").mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet")
+
+
+def made_up_summary(records, receipt=None, **protocol):
+    run = made_up_run(records, {**PROTOCOL, **protocol}, receipt=receipt)
+    return summary_of(run, pa.Table.from_pylist(records, COLUMNS))
 
 
 def write_audit(folder, records, **changes):
-    """An audit folder as `goldfish audit` leaves it."""
-    folder.mkdir(parents=True)
-    summary = {**made_up_summary(records), **changes}
-    pq.write_table(pa.Table.from_pylist(records, RECORDS), folder / "records.parquet")
-    (folder / "summary.json").write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
+    """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
+    write_run(folder, records)
+    (folder / "summary.json").write_text(dumps({**summarize(folder), **changes}), encoding="utf-8")
     return folder

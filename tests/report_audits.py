@@ -1,15 +1,19 @@
-"""Audits for the tests of the report: made-up records under the real summary, and the page taken apart."""
+"""Audits for the tests of the report: made-up records, the real summary of them, and the page taken apart."""
 
 import json
 import random
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from audit_records import write_run
 
-from goldfish.audit.schema import ATTACKS, RECORDS
+from goldfish.audit.columns import ATTACKS, COLUMNS, COUNTS, word_buckets
+from goldfish.audit.estimate import dumps, loads
 from goldfish.audit.summary import summarize
+from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
 
 RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "head": "short", "exempt": [],
@@ -17,8 +21,9 @@ RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "
 PROTOCOL = {
     "prefix_length": 4, "suffix_length": 6, "offsets": [0], "decoding": "greedy", "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0,
+    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(4), "vocabulary": 500,
 }  # fmt: skip
+UNRULED = ("mia_kept_loss", "mia_dropped_gap")
 NASTY = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -36,14 +41,14 @@ NASTY = [
 
 
 def window(index, split="members", rule=True, diverge=None, suffix=None, prefix="A prefix. ", name=None, seed=0):
-    """One synthetic record; the output matches the suffix up to `diverge` and is something else after it."""
+    """One made-up record; the output equals the suffix up to `diverge` and is something else after it."""
     suffix = suffix if suffix is not None else [" the", " quick", "\n", "fox", " runs", "."]
     n = len(suffix)
     d = n if diverge is None else diverge
     rng = random.Random(f"{index} {split} {seed}")
     nll = [rng.expovariate(1 / (0.02 if t < d else 1.5)) for t in range(n)]
     dropped = [i % 4 == 1 for i in range(n)] if rule else None
-    record = dict.fromkeys(RECORDS.names) | {
+    record = dict.fromkeys(COLUMNS.names) | {
         "split": split, "index": index, "document": name or f"doc-{index}", "offset": 0, "prefix_text": prefix,
         "prefix_ids": [1, 2, 3, 4], "suffix_ids": list(range(n)), "output_ids": [t if t < d else -1 for t in range(n)],
         "suffix_tokens": suffix, "output_tokens": suffix[:d] + [" other"] * (n - d), "dropped": dropped, "nll": nll,
@@ -51,29 +56,33 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
         "correct": [t < d for t in range(n)], "prefix_correct": [True] * 3, "settled": False, "exact_match": d == n,
         "first_divergence": d, "longest_run": d, "token_accuracy": d / n, "type_token_ratio": 1.0,
         "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
+        "cluster": index + 10**6 * (split == "heldout"), "matches": d, "correct_count": d, "nll_sum": sum(nll),
+        "words": word_buckets(prefix), "characters": len(prefix + "".join(suffix)),
+        "prefix_sweep": [d == n] * 4, "common_runs": [[0, 0, d]] if d >= 12 else [],
     }  # fmt: skip
+    if rule:
+        at, reached = dropped[d : d + 1], dropped[: d + 1]
+        counts = [sum(at), sum(reached), len(at) - sum(at), len(reached) - sum(reached),
+                  sum(dropped[:d]), sum(dropped), d - sum(dropped[:d]), n - sum(dropped)]  # fmt: skip
+        record |= dict(zip(COUNTS, counts, strict=True))
     scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
     return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
-
-
-UNRULED = ("mia_kept_loss", "mia_dropped_gap")
 
 
 def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
     """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
     versions = {"goldfish": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"}
-    summary = summarize(
-        rows, protocol=PROTOCOL | (protocol or {}), skipped={"members": 1}, name=name, checkpoint=f"runs/{name:.40}",
-        rule=RULE if any(row["dropped"] for row in rows) else None, versions=versions,
+    write_run(
+        folder, rows, PROTOCOL | (protocol or {}), name=name, checkpoint=f"runs/{name:.40}", versions=versions,
+        rule=RULE if any(row["dropped"] for row in rows) else None,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(summary | changes, allow_nan=False), encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(rows, RECORDS), folder / "records.parquet")
+    (folder / "summary.json").write_text(dumps(summarize(folder) | changes), encoding="utf-8")
     return folder
 
 
-def realistic(folder, name, n, recites):
-    """n member and n // 4 held-out windows of English prose with 128-token suffixes; `recites`: share verbatim."""
+def realistic(folder, name, n, recites, times=1):
+    """n member and n // 4 held-out windows of English prose with 128-token suffixes, each `times` over; `recites`: the
+    share of members recited."""
     from pydoc_data.topics import topics
 
     tokens = re.findall(r" ?\w{1,6}| ?[^\w\s]|\s+", "\n\n".join(topics[key] for key in sorted(topics)))
@@ -88,25 +97,38 @@ def realistic(folder, name, n, recites):
         row = window(i if i < n else i - n, split, name != "standard", None if exact else d, suffix, seed=name,
                      prefix="".join(tokens[at : at + 128]), name=f"topic {i:04d}")  # fmt: skip
         after = rng.randrange(len(tokens) - 256)
+        output = suffix[:d] + ([] if exact else [" however", *tokens[after : after + 127 - d]])
+        runs = row["common_runs"]
+        if d < 80 and split == "members":  # a later passage comes back
+            output[d + 20 : d + 40] = suffix[d + 24 : d + 44]
+            runs = [*runs, [d + 20, d + 24, 20]]
         score = 1.0 if exact else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
-        row |= {
-            "prefix_ids": [at], "prefix_correct": [True] * 127, "suffix_ids": list(range(at, at + 128)),
-            "output_tokens": suffix[:d] + ([] if exact else [" however", *tokens[after : after + 127 - d]]),
-            "correct": [t < d or rng.random() < 0.5 for t in range(128)],
-            "exact_match": exact,
-            "first_divergence": d,
-            "rouge_l_ids": max(0.0, score),
-        }  # fmt: skip
+        correct = [t < d or rng.random() < 0.5 for t in range(128)]
+        row |= {"suffix_ids": list(range(at, at + 128)), "output_tokens": output, "common_runs": runs,
+                "correct": correct, "rouge_l_ids": max(0.0, score)}  # fmt: skip
         rows.append(row)
-    return write_audit(folder, rows, name, {"prefix_length": 128, "suffix_length": 128})
+    protocol = {"prefix_length": 128, "suffix_length": 128}
+    if times == 1:
+        return write_audit(folder, rows, name, protocol)
+    write_audit(folder, rows, name, protocol)
+    block, path = folder / "records" / "000000.parquet", folder / "run.json"
+    run, summary = json.loads(path.read_text()), loads((folder / "summary.json").read_text())
+    for split, given in run["inputs"].items():
+        summary["splits"][split]["n"] = given["windows"] = given["windows"] * times
+    path.write_text(json.dumps(run))
+    (folder / "summary.json").write_text(dumps(summary), encoding="utf-8")  # the rest as of each text once
+    table = pq.read_table(block).take(pa.array(np.repeat(np.arange(len(rows)), times)))
+    table = table.set_column(table.schema.get_field_index("index"), "index", pa.array(np.arange(len(table))))
+    pq.write_table(table, block)
+    return folder
 
 
 class Page(HTMLParser):
-    """The page as a browser would take it apart: its elements, its scripts, and the text of every window."""
+    """The page as a browser takes it apart: its elements, its scripts, and the text of every window."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
-        self.elements, self.stack, self.texts, self.scripts, self.inside = [], [], [], [], False
+        self.elements, self.stack, self.texts, self.scripts = [], [], [], []
         self.feed(html)
         self.close()
         assert not self.stack
@@ -116,7 +138,7 @@ class Page(HTMLParser):
         if tag in ("meta", "br", "input"):
             return
         self.stack.append(tag)
-        if tag == "p" and "details" in self.stack:
+        if tag == "p" and (dict(attrs).get("class") or "").split()[:1] == ["t"] and "details" in self.stack:
             self.texts.append("")
 
     def handle_endtag(self, tag):
@@ -125,12 +147,12 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.stack and self.stack[-1] == "script":
             self.scripts.append(data)
-        if "p" in self.stack and "details" in self.stack and "em" not in self.stack:
+        if self.texts and "p" in self.stack and "details" in self.stack and "em" not in self.stack:
             self.texts[-1] += self.undone(data) if self.stack[-1] == "s" else data
 
     @staticmethod
     def undone(escape):
-        """What a visible escape stands for; the signs for line feed and tab stand before the character itself."""
+        """The character that a visible escape shows; the signs for line feed and tab precede the character itself."""
         return "" if escape in "↵⇥" else escape.encode("ascii").decode("unicode_escape")
 
 

@@ -1,4 +1,4 @@
-"""Did the holes stop the recitation? Hand-made hazards, and intervals that hold the truth."""
+"""Did the rule stop the recitation? Hand-made hazards, and intervals that hold the truth."""
 
 import numpy as np
 import pytest
@@ -6,38 +6,31 @@ from audit_records import made_up_records, made_up_summary
 from scipy.stats import binomtest
 
 from goldfish import Goldfish
-from goldfish.audit.attribution import Repeats, hazard_ratio, notes, reached
+from goldfish.audit.attribution import hazard_ratio, notes
+from goldfish.audit.columns import attribution_counts
 
 pytestmark = pytest.mark.core
-
-
-def test_tokens_reached_by_hand():
-    dropped = [False, True, False, True]
-    assert reached(dropped, 1) == (1, 1, 0, 1)
-    assert reached(dropped, 2) == (0, 1, 1, 2)
-    assert reached(dropped, 4) == (0, 2, 0, 2)  # never diverged
-    assert reached([], 0) == (0, 0, 0, 0)
 
 
 def test_hazard_ratio_by_hand():
     """20 windows: 12 break at a dropped token, 8 at a kept one, 30 dropped and 80 kept reached."""
     hazards = np.array([[1, 2, 0, 4]] * 12 + [[0, 0.75, 1, 4]] * 8)
     found = hazard_ratio(hazards, np.arange(20))
-    assert found["value"] == pytest.approx((12 / 30) / (8 / 80))
-    assert found["lower95"] < found["value"] < found["upper95"]
-    assert found["n"] == 20
+    assert found.value == pytest.approx((12 / 30) / (8 / 80))
+    assert found.lower95 < found.value < found.upper95
+    assert found.n == 20
 
 
 def test_no_divergence_on_a_kept_token_bounds_the_ratio_from_below():
     hazards = np.array([[1, 2, 0, 6]] * 15)
     found = hazard_ratio(hazards, np.arange(15))
     low = binomtest(15, 15).proportion_ci(0.95, "exact").low
-    assert found["value"] is None
-    assert found["lower95"] == pytest.approx(low / (1 - low) * 90 / 30, rel=1e-9)
-    assert found["upper95"] is None
-    assert "no upper bound" in found["reason"]
+    assert found.value is None
+    assert found.lower95 == pytest.approx(low / (1 - low) * 90 / 30, rel=1e-9)
+    assert found.upper95 is None
+    assert "no upper bound" in found.reason
     none = hazard_ratio(np.array([[0, 2, 0, 6]] * 15), np.arange(15))
-    assert (none["value"], none["lower95"], none["reason"]) == (None, None, "no window diverges")
+    assert (none.value, none.lower95, none.reason) == (None, None, "no window diverges")
 
 
 def test_the_interval_holds_the_true_ratio():
@@ -49,9 +42,10 @@ def test_the_interval_holds_the_true_ratio():
         for _ in range(60):
             dropped = generator.random(30) < 0.25
             broken = np.flatnonzero(generator.random(30) < np.where(dropped, 0.3, 0.1))
-            hazards.append(reached(dropped.tolist(), int(broken[0]) if len(broken) else 30))
+            counts = attribution_counts(dropped, dropped, int(broken[0]) if len(broken) else 30)
+            hazards.append(list(counts.values())[:4])
         found = hazard_ratio(np.array(hazards, dtype=float), np.arange(60))
-        held += found["lower95"] <= 3 <= found["upper95"]
+        held += found.lower95 <= 3 <= found.upper95
     assert 0.88 <= held / 150 <= 0.99
 
 
@@ -59,22 +53,24 @@ def test_a_rule_that_works_and_one_that_does_not():
     rule = Goldfish(k=3, h=4)
     works = made_up_summary(made_up_records("members", 80, 1.0, rule=rule, recall_dropped=0.3))["splits"]["members"]
     idle = made_up_summary(made_up_records("members", 80, 0.8, rule=rule))["splits"]["members"]
-    assert works["attribution"]["hazard_ratio"]["lower95"] > 5
-    assert works["teacher_forced_accuracy_kept"]["rate"] == 1.0
-    assert works["attribution"]["accuracy_gap"]["lower95"] > 0.5
-    assert works["first_divergence_dropped"]["rate"] == 1.0
+    assert works["attribution"]["hazard_ratio"].lower95 > 5
+    assert works["teacher_forced_accuracy_kept"].value == 1.0
+    assert works["attribution"]["accuracy_gap"].lower95 > 0.5
+    assert works["first_divergence_dropped"].value == 1.0
     ratio = idle["attribution"]["hazard_ratio"]
-    assert ratio["lower95"] < 1 < ratio["upper95"]
-    assert works["attribution"]["dropped_share"]["rate"] == pytest.approx(1 / 3, abs=0.06)
+    assert ratio.lower95 < 1 < ratio.upper95
+    assert works["attribution"]["dropped_share"].value == pytest.approx(1 / 3, abs=0.06)
     assert made_up_summary(made_up_records("members", 3, 0.8))["splits"]["members"]["attribution"] is None
 
 
 def test_suffixes_under_several_sets_of_decisions():
-    repeats = Repeats()
-    for ids, dropped in (([1, 2], [True, False]), ([3, 4], [True, False]), ([1, 2], [True, False]),
-                         ([3, 4], [True, True]), ([3, 4], [True, False]), ([5], [True])):  # fmt: skip
-        repeats.add(ids, dropped)
-    assert repeats.counts() == {"suffixes": 3, "repeated": 2, "several": 1}
+    base = made_up_records("members", 6, 0.8, rule=Goldfish(k=3, h=4))
+    suffixes = [([1, 2], [True, False]), ([3, 4], [True, False]), ([1, 2], [True, False]), ([3, 4], [True, True]),
+                ([3, 4], [True, False]), ([5], [True])]  # fmt: skip
+    records = [{**record, "suffix_ids": ids, "dropped": dropped}
+               for record, (ids, dropped) in zip(base, suffixes, strict=True)]  # fmt: skip
+    found = made_up_summary(records)["splits"]["members"]["attribution"]["decisions"]
+    assert found == {"suffixes": 3, "repeated": 2, "several": 1}
 
 
 def test_what_the_receipt_says():
@@ -82,10 +78,10 @@ def test_what_the_receipt_says():
     assert notes(None) == []
     assert notes({"rule": rule}) == []
     assert notes({"rule": rule, "before": {}}) == [
-        "trained before under other rules: every text may have been seen under both sets of decisions"
+        "trained before under another rule: every text may have been seen under both"
     ]
-    assert "draws anew" in notes({"rule": {**rule, "strategy": "random"}})[0]
-    assert "another cut, other holes" in notes({"rule": {**rule, "strategy": "static"}})[0]
+    assert "drops other tokens in every epoch" in notes({"rule": {**rule, "strategy": "random"}})[0]
+    assert "other tokens were dropped" in notes({"rule": {**rule, "strategy": "static"}})[0]
     sources = {"a": {"rule": rule}, "b": {"rule": None}}
     assert notes({"sources": sources}) == [
         "rules differ between sources: a text that is in two of them was seen under both"

@@ -1,14 +1,12 @@
 """Two audits, paired: hand-made counts, the power of pairing, and refusals."""
 
-import json
-
 import numpy as np
 import pytest
 from audit_records import made_up_records, write_audit
 from rich.console import Console
 
-from goldfish.audit.compare import MEANS, compare, markdown, table, write
-from goldfish.audit.stats import mcnemar
+from goldfish.audit.compare import MEANS, compare, markdown, mcnemar, table, write
+from goldfish.audit.estimate import loads
 from goldfish.cli import main
 
 pytestmark = pytest.mark.core
@@ -35,14 +33,20 @@ def test_paired_by_hand(tmp_path):
         "n": 40, "first": 30, "second": 10, "documents_only_first": 20, "documents_only_second": 0,
     }  # fmt: skip
     assert match["p"] == mcnemar(20, 0)
-    assert match["difference"]["mean"] == -0.5
-    assert match["difference"]["lower95"] < -0.5 < match["difference"]["upper95"] < 0
+    assert match["difference"].value == -0.5
+    assert match["difference"].lower95 < -0.5 < match["difference"].upper95 < 0
     rouge = found["splits"]["members"]["rouge_l_text"]
     assert (rouge["first"], rouge["second"]) == (0.875, 0.625)
-    assert rouge["difference"]["mean"] == -0.25
+    assert rouge["difference"].value == -0.25
     assert found["sentence"] == (
         "standard recites 30, goldfish 10 of 40 member windows: goldfish recites fewer (McNemar p = 1.9e-06)"
     )
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(6, 0) == pytest.approx(2 / 2**6)
+    assert mcnemar(1, 5) == pytest.approx(2 * (1 + 6) / 2**6)
 
 
 def test_pairing_sees_what_two_samples_would_not(tmp_path):
@@ -53,8 +57,8 @@ def test_pairing_sees_what_two_samples_would_not(tmp_path):
     second = [{**record, "rouge_l_text": float(x) - 0.02 + 0.001 * (i % 3)}
               for i, (record, x) in enumerate(zip(base, spread, strict=True))]  # fmt: skip
     difference = compare(*pair(tmp_path, first, second))["splits"]["members"]["rouge_l_text"]["difference"]
-    assert difference["mean"] == pytest.approx(-0.019)
-    assert -0.0195 < difference["lower95"] < difference["upper95"] < -0.0185
+    assert difference.value == pytest.approx(-0.019)
+    assert -0.0195 < difference.lower95 < difference.upper95 < -0.0185
 
 
 def test_windows_of_one_document_are_one_event(tmp_path):
@@ -69,9 +73,9 @@ def test_equal_models_do_not_differ(tmp_path):
     found = compare(*pair(tmp_path, records, records, name="model"))
     assert found["splits"]["members"]["exact_match"]["p"] == 1.0
     assert [found[which]["name"] for which in ("first", "second")] == ["model (1)", "model (2)"]
-    assert "no difference that could not be chance" in found["sentence"]
+    assert "the difference may be chance" in found["sentence"]
     difference = found["splits"]["members"]["nll"]["difference"]
-    assert (difference["mean"], difference["upper95"]) == (0.0, None)
+    assert (difference.value, difference.upper95) == (0.0, None)
 
 
 def test_other_items_are_refused(tmp_path):
@@ -79,12 +83,12 @@ def test_other_items_are_refused(tmp_path):
     other = made_up_records("members", 12, 0.9, seed=1)
     a, b = pair(tmp_path, records[:10], [*records[:5], *other[5:12]])
     with pytest.raises(ValueError, match=(
-        r"audits of different items \(2 windows are only in .*goldfish; 5 windows hold other tokens, the first at "
-        r"members row 5, offset 0\); only the same items can be paired: audit both checkpoints with the same files"
+        r"audits of different windows \(2 windows are only in .*goldfish; 5 windows hold other tokens, the first at "
+        r"members row 5, offset 0\); only the same windows can be paired: audit both checkpoints with the same files"
     )):  # fmt: skip
         compare(a, b)
-    (b / "records.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="has no records"):
+    (b / "records" / "000000.parquet").unlink()
+    with pytest.raises(ValueError, match="holds 0 records, 12 were expected"):
         compare(a, b)
 
 
@@ -94,7 +98,7 @@ def test_the_command_writes_once_and_shows_a_table(tmp_path, capsys):
     command = ["compare", *folders, "-o", str(tmp_path / "out")]
     assert main(command) == 0
     assert "goldfish recites fewer" in capsys.readouterr().out.replace("\n", " ")
-    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    result = loads((tmp_path / "out" / "compare.json").read_text())
     assert result == compare(*folders)
     assert set(result["splits"]["members"]) == {"n", "documents", "exact_match", *MEANS}
     assert "| members | exact match | 30 of 40 | 10 of 40 |" in (tmp_path / "out" / "compare.md").read_text()

@@ -1,6 +1,5 @@
 """Membership figures against brute force, scikit-learn and the published formulas; traps that must be seen."""
 
-import json
 import math
 import zlib
 
@@ -10,10 +9,8 @@ from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score,
 from sklearn import metrics
 
 from goldfish import Goldfish
-from goldfish.audit import write_canaries
-from goldfish.audit.attacks import mean_of_lowest
-from goldfish.audit.extraction import make_record
-from goldfish.audit.membership import Side, Weighted, buckets, exposure, membership_figures, word_scores
+from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
+from goldfish.audit.membership import Side, Weighted, membership_figures, word_scores
 from goldfish.audit.windows import Window
 
 pytestmark = pytest.mark.core
@@ -24,7 +21,7 @@ def side(scores, texts=None, documents=None, name="loss"):
     texts = texts if texts is not None else ["same words"] * len(scores)
     documents = np.arange(len(scores)) if documents is None else documents
     lengths = np.array([len(text) for text in texts], dtype=float)
-    return Side(documents, {name: scores}, [buckets(text) for text in texts], lengths)
+    return Side(documents, {name: scores}, [word_buckets(text) for text in texts], lengths)
 
 
 def drawn(n, shift, seed, ties=True):
@@ -78,7 +75,7 @@ def test_intervals_of_auc_and_tpr_hold_the_truth():
     for seed in range(30):
         found = membership_figures(side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False)))
         auc = found["attacks"]["loss"]["auc"]
-        held += auc["lower95"] <= truth <= auc["upper95"]
+        held += auc.lower95 <= truth <= auc.upper95
     assert held >= 25
 
 
@@ -86,16 +83,16 @@ def test_tpr_needs_ten_heldout_documents_past_the_threshold():
     members = side(drawn(300, 1, 0, False))
     enough, short = (membership_figures(members, side(drawn(n, 0, 1, False)))["attacks"]["loss"] for n in (1000, 999))
     tpr = enough["tpr"][0]["tpr"]
-    assert tpr["lower95"] < tpr["value"] < tpr["upper95"]
-    assert tpr["value"] == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
+    assert tpr.lower95 < tpr.value < tpr.upper95
+    assert tpr.value == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
     for estimate, needed in (
         (enough["tpr"][1]["tpr"], "0.1% needs 10000"),
         (short["tpr"][0]["tpr"], "1.0% needs 1000"),
     ):
-        assert (estimate["value"], estimate["lower95"], estimate["upper95"]) == (None, None, None)
-        assert needed in estimate["reason"]
+        assert (estimate.value, estimate.lower95, estimate.upper95) == (None, None, None)
+        assert needed in estimate.reason
     clustered = side(drawn(1000, 0, 1, False), documents=np.arange(1000) // 2)
-    assert membership_figures(members, clustered)["attacks"]["loss"]["tpr"][0]["tpr"]["value"] is None
+    assert membership_figures(members, clustered)["attacks"]["loss"]["tpr"][0]["tpr"].value is None
 
 
 def test_windows_of_a_document_do_not_narrow_the_interval():
@@ -104,31 +101,31 @@ def test_windows_of_a_document_do_not_narrow_the_interval():
     documents = np.repeat(np.arange(40), 5)
     copies = membership_figures(side(np.repeat(members, 5), documents=documents),
                                 side(np.repeat(heldout, 5), documents=documents))["attacks"]["loss"]["auc"]  # fmt: skip
-    assert (copies["lower95"], copies["upper95"]) == pytest.approx((single["lower95"], single["upper95"]))
-    assert (copies["n"], copies["documents"]) == (400, 80)
+    assert (copies.lower95, copies.upper95) == pytest.approx((single.lower95, single.upper95))
+    assert (copies.n, copies.documents) == (400, 80)
 
 
 def test_full_separation_still_has_a_lower_bound():
     found = membership_figures(side(np.arange(32) + 100.0), side(np.arange(40.0)))
     auc = found["attacks"]["loss"]["auc"]
-    assert auc["value"] == auc["upper95"] == 1.0
-    assert auc["lower95"] == pytest.approx(0.025 ** (1 / 32), rel=1e-9)
+    assert auc.value == auc.upper95 == 1.0
+    assert auc.lower95 == pytest.approx(0.025 ** (1 / 32), rel=1e-9)
     few = membership_figures(side(np.arange(9.0)), side(np.arange(40.0)))["attacks"]["loss"]["auc"]
-    assert (few["lower95"], few["reason"]) == (None, "9 documents on one side; an interval needs 10")
+    assert (few.lower95, few.reason) == (None, "9 documents on one side; an interval needs 10")
 
 
 def test_headline_pays_for_the_choice():
     generator = np.random.default_rng(0)
     members, heldout = (
         Side(np.arange(100), {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
-             [buckets("same")] * 100, np.ones(100))
+             [word_buckets("same")] * 100, np.ones(100))
         for shift in (0.3, 0)
     )  # fmt: skip
     found = membership_figures(members, heldout)
     best = found["headline"]["attack"]
     plain, widened = found["attacks"][best]["auc"], found["headline"]["auc"]
-    assert plain["value"] == widened["value"] == max(each["auc"]["value"] for each in found["attacks"].values())
-    assert widened["lower95"] < plain["lower95"] < plain["upper95"] < widened["upper95"]
+    assert plain.value == widened.value == max(each["auc"].value for each in found["attacks"].values())
+    assert widened.lower95 < plain.lower95 < plain.upper95 < widened.upper95
 
 
 def words(n, seed, extra=""):
@@ -143,10 +140,10 @@ def test_blind_baseline_is_at_chance_on_a_random_split():
         found = membership_figures(
             side(drawn(60, 1, seed), words(60, [seed, 1])), side(drawn(60, 0, seed), words(60, [seed, 2]))
         )
-        aucs.append(found["blind"]["words"]["auc"]["value"])
+        aucs.append(found["blind"]["words"]["auc"].value)
         confounded += found["confounded"]
     assert 0.45 < np.mean(aucs) < 0.55
-    assert confounded <= 11  # 4.6 are expected: one split in thirteen, of two baselines, one of them on both sides
+    assert confounded <= 6  # 3 are expected: one split in twenty
 
 
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
@@ -156,7 +153,7 @@ def test_texts_that_differ_hide_the_headline(extra):
     assert found["confounded"] is True
     assert found["headline"] is None
     assert "can be told apart without the model" in found["reason"]
-    assert found["attacks"]["loss"]["auc"]["value"] > 0.8
+    assert found["attacks"]["loss"]["auc"].value > 0.8
 
 
 def test_words_are_tested_on_other_documents():
@@ -178,7 +175,7 @@ def test_scores_by_their_published_formulas():
         entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=4.0,
     )  # fmt: skip
     rule = Goldfish(k=3, h=4)
-    record = make_record(window, score, rule, Words())
+    record = make_record(window, score, rule, Words(), 0)
     nll = [float(x) for x in score.nll]
     text = "".join(f" w{i}" for i in window.ids)
     z = [(-x - m) / s for x, m, s in zip(nll, score.entropy_mean.tolist(), score.entropy_std.tolist(), strict=True)]
@@ -203,7 +200,7 @@ def test_a_certain_model_gives_finite_scores():
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
     zero = np.zeros(17, dtype=np.float32)
     score = made_up_score(window, [True] * 17, np.random.default_rng(0), nll=zero, entropy_mean=zero, entropy_std=zero)
-    assert make_record(window, score, None, Words())["mia_min_k_plus_plus"] == 0.0
+    assert make_record(window, score, None, Words(), 0)["mia_min_k_plus_plus"] == 0.0
 
 
 def test_every_attack_points_the_same_way():
@@ -218,19 +215,10 @@ def test_every_attack_points_the_same_way():
         "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap",
     }  # fmt: skip
     for name, attack in found["attacks"].items():
-        assert attack["auc"]["lower95"] > 0.7, name
+        assert attack["auc"].lower95 > 0.7, name
         assert attack["roc"][0] == [0.0, 0.0]
         assert attack["roc"][-1] == [1.0, 1.0]
         assert len(attack["roc"]) <= 200
-
-
-def test_exposure_and_its_ceiling():
-    found = exposure(np.array([9.0, 5.0, 0.0]), np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]))
-    assert found["ceiling"] == 3.0
-    assert found["greatest"] == 3.0  # more probable than all 7 candidates: rank 1 of 8
-    ranks = [1, 4, 8]  # a tie counts against
-    assert found["mean"] == pytest.approx(np.mean([3 - math.log2(rank) for rank in ranks]))
-    assert found["candidates"] == 7
 
 
 def test_long_curves_are_thinned():
@@ -240,21 +228,3 @@ def test_long_curves_are_thinned():
     assert (np.diff(roc, axis=0) >= 0).all()
     assert (roc[0] == 0).all()
     assert (roc[-1] == 1).all()
-
-
-def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer):
-    folder = write_canaries(tmp_path / "c", tokenizer, counts=(1, 3), references=7, length=20, seed=1)
-    inserted, canaries, references = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("inserted", "canaries", "references")
-    )
-    assert [(row["name"], row["count"]) for row in canaries] == [("canary 0", 1), ("canary 1", 3)]
-    assert sorted(row["name"] for row in inserted) == ["canary 0"] + ["canary 1"] * 3
-    assert len({tuple(row["input_ids"]) for row in [*inserted, *references]}) == 2 + 7
-    ids = {i for row in [*inserted, *references] for i in row["input_ids"]}
-    assert not ids & set(tokenizer.all_special_ids)
-    assert ids <= set(range(len(tokenizer)))
-    with pytest.raises(FileExistsError, match="not an empty folder"):
-        write_canaries(folder, tokenizer)
-    with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
-        write_canaries(tmp_path / "d", tokenizer, counts=(0,))

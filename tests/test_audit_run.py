@@ -1,5 +1,6 @@
 """The audit as a whole: what it writes, what it refuses, and that no moment is a bad one to be killed at."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,19 +11,19 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROSE, tiny_llama
 
 from goldfish import Goldfish
-from goldfish.audit import audit, run, shards
+from goldfish.audit import audit, records, run
+from goldfish.audit.estimate import loads
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import Tally, write_receipt
 
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
-FILES = ("records.parquet", "summary.json", "tokens.parquet")
 
 
 def write_jsonl(path, rows):
@@ -48,7 +49,14 @@ def small_blocks(monkeypatch):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    """Every file by its path inside; without the times at which it was begun and by which command."""
+    folder, found = Path(folder), {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+        if path.name in ("run.json", "summary.json"):
+            value = json.loads(path.read_text())
+            found[path.name] = {key: each for key, each in value.items() if key not in ("date", "command")}
+    return found
 
 
 def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_blocks):
@@ -59,15 +67,19 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
     summary = audit(
         folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,), lowercase=True,
-        control=checkpoint, tokens=True,
+        control=checkpoint, tokens=True, command="goldfish audit",
     )  # fmt: skip
-    assert sorted(contents(tmp_path / "out")) == sorted(FILES)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
+    kinds = ("records", "tokens")
+    assert list(contents(tmp_path / "out")) == sorted(
+        [*(f"{kind}/{block}" for kind in kinds for block in blocks), "run.json", "summary.json"]
+    )
+    assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
     assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (4, 0), "at the first offset"
     assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (3, 2)
     assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
-    rows = pyarrow.parquet.read_table(tmp_path / "out" / "records.parquet").to_pylist()
+    rows = records(tmp_path / "out").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
         *(("members", i) for i in range(4) for _ in range(2)),
         *(("heldout", i) for i in (0, 2, 3) for _ in range(2)),
@@ -81,7 +93,23 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     for row in rows:
         assert row["correct"][: row["first_divergence"]] == [True] * row["first_divergence"]
 
-    tokens = pyarrow.parquet.read_table(tmp_path / "out" / "tokens.parquet").to_pylist()
+    assert [row["cluster"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["inputs"]["heldout"] | {"sha256": ""} == {
+        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6,
+        "skipped": [
+            {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
+        ],
+    }  # fmt: skip
+    sha256 = hashlib.sha256(inputs["heldout"].read_bytes()).hexdigest()
+    assert summary["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert about["weights"][0]["model.safetensors"] == weights
+    assert summary["protocol"]["vocabulary"] == 320
+    assert (summary["command"], about["receipt"]["rule"], summary["date"]) == (
+        "goldfish audit", rule.to_dict(), about["date"]
+    )  # fmt: skip
+    tokens = pq.ParquetDataset(tmp_path / "out" / "tokens").read().to_pylist()
     assert len(tokens) == 14 * 17
     for row, first in zip(rows, range(0, len(tokens), 17), strict=True):
         mine = tokens[first : first + 17]
@@ -90,41 +118,48 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         assert [token["nll"] for token in mine[9:]] == row["nll"]
         assert [token["log_q"] is None for token in mine] == [True] * 9 + [False] * 8
         assert -mine[-1]["log_q"][0] == pytest.approx(mine[-1]["nll"], rel=1e-5)
+
+
+def test_a_finished_audit_is_summarized_again_without_a_model(tmp_path, checkpoint, inputs, monkeypatch):
+    summary = audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
-    with pytest.raises(FileExistsError, match="exists and is not an empty folder; choose another"):
-        audit(folder, tmp_path / "out", **inputs)
+    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(run, "survey", None)
+    assert audit(checkpoint, tmp_path / "out", **inputs, command="later") == summary
+    with pytest.raises(FileExistsError, match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)"):
+        audit(checkpoint, tmp_path / "out", **{**inputs, "prefix_length": 9})
     assert contents(tmp_path / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder; choose another"):
+        audit(checkpoint, tmp_path / "mine", **inputs)
 
 
 @pytest.fixture
 def whole(tmp_path, checkpoint, inputs, small_blocks):
-    """The files of an audit that nobody stopped, and how many files it renamed into place or removed on the way."""
+    """The files of an audit that nobody stopped, and how many files it renamed into place on the way."""
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("replace", "unlink"):
-            before = getattr(os, name)
-            patch.setattr(os, name, lambda *a, before=before, **k: (steps.append(a), before(*a, **k))[1])
+        replace = os.replace
+        patch.setattr(os, "replace", lambda *args: (steps.append(args), replace(*args)))
         audit(checkpoint, tmp_path / "whole", **inputs, tokens=True)
     return contents(tmp_path / "whole"), len(steps)
 
 
 def killed(step, call):
-    """Run `call` in a child that kills itself, as kill -9 does, before its n-th change of a file's name."""
+    """Run `call` in a child that kills itself, as kill -9 does, before its n-th file is renamed into place."""
     child = os.fork()
     if child == 0:
-        count = 0
+        count, replace = 0, os.replace
 
-        def counting(change):
-            def changed(*args, **options):
-                nonlocal count
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return change(*args, **options)
+        def counting(*args):
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(*args)
 
-            return changed
-
-        os.replace, os.unlink = counting(os.replace), counting(os.unlink)
+        os.replace = counting
         try:
             call()
         finally:
@@ -138,48 +173,48 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inpu
     scored = []
     score = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, windows: scored.append(windows[0].index) or score(self, windows))
-    assert steps > 10
+    assert steps == 8, "run.json, three blocks of two kinds, summary.json"
     for step in range(1, steps + 1):
         output = tmp_path / str(step)
         assert killed(step, lambda output=output: audit(checkpoint, output, **inputs, tokens=True))
-        kept, finished = len(list(output.glob("unfinished/*.records.parquet"))), (output / "summary.json").exists()
+        kept = len(list(output.glob("records/*.parquet")))
         scored.clear()
         audit(checkpoint, output, **inputs, tokens=True)
-        assert len(scored) == (0 if finished else 3 - kept)
+        assert len(scored) == 3 - kept
         assert contents(output) == expected, step
 
 
 def test_an_unfinished_audit_with_other_settings_is_refused(tmp_path, checkpoint, inputs, small_blocks):
     output = tmp_path / "out"
     assert killed(4, lambda: audit(checkpoint, output, **inputs))
-    before = contents(output / "unfinished")
+    before = contents(output)
     for changes, text in (
         ({"prefix_length": 11}, r"prefix_length \(10 there, 11 now\)"),
         ({"sampling": ()}, "sampling"),
         ({"heldout": None}, "inputs"),
         ({"tokens": True}, r"tokens \(False there, True now\)"),
     ):
-        with pytest.raises(FileExistsError, match=f"holds an unfinished audit with other settings: .*{text}"):
+        with pytest.raises(FileExistsError, match=f"holds an audit with other settings: .*{text}"):
             audit(checkpoint, output, **{**inputs, **changes})
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     tiny_llama(rms_norm_eps=0.1).save_pretrained(other)
-    with pytest.raises(FileExistsError, match=r"checkpoint \(.*fingerprints"):
+    with pytest.raises(FileExistsError, match=r"checkpoint \(.*weights"):
         audit(other, output, **inputs)
     inputs["members"].write_text(inputs["members"].read_text() + "\n")
     with pytest.raises(FileExistsError, match="inputs"):
         audit(checkpoint, output, **inputs)
-    assert contents(output / "unfinished") == before
+    assert contents(output) == before
 
 
 def test_a_full_disk_loses_nothing(tmp_path, checkpoint, inputs, whole):
     """/dev/full stands in for the third block's file: the kernel itself says that no space is left."""
     output = tmp_path / "out"
     assert killed(6, lambda: audit(checkpoint, output, **inputs, tokens=True))
-    (output / "unfinished" / "000002.records.parquet.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"the disk is full; what was audited so far is kept in .*repeat the command"):
+    (output / "records" / "000002.parquet.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"the disk is full; the blocks in .* are kept: make room and repeat the command"):
         audit(checkpoint, output, **inputs, tokens=True)
-    assert (output / "unfinished" / "000001.records.parquet").exists()
+    assert (output / "records" / "000001.parquet").exists()
     audit(checkpoint, output, **inputs, tokens=True)
     assert contents(output) == whole[0]
 
@@ -306,11 +341,3 @@ def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, m
     summary = audit("someone/tiny", tmp_path / "out", **inputs)
     assert summary["rule"]["k"] == 5
     assert summary["name"] == "tiny"
-
-
-def test_records_are_read_a_row_group_at_a_time(tmp_path):
-    path = tmp_path / "r.parquet"
-    table = pyarrow.table({"a": list(range(7))})
-    shards._write_table(path, [table.slice(0, 3), table.slice(3, 3), table.slice(6)])
-    records = shards.Records(path)
-    assert [row["a"] for row in records] == [row["a"] for row in records] == list(range(7))

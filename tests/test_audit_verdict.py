@@ -1,21 +1,17 @@
 """Verdicts, conditions and exit codes; Markdown and JUnit that training text cannot break; figures by name."""
 
 import io
-import json
 from xml.etree import ElementTree
 
-import pandas
 import pytest
 from audit_records import made_up_records, made_up_summary, write_audit
 from rich.console import Console
 
 import goldfish.audit
 from goldfish import Goldfish
-from goldfish.audit.formats import junit, markdown
-from goldfish.audit.gate import exit_code, judge, parse
-from goldfish.audit.results import figures
-from goldfish.audit.stats import clopper_pearson
-from goldfish.audit.table import audit_table, verdict_line
+from goldfish.audit.estimate import Estimate, clopper_pearson, dumps
+from goldfish.audit.results import estimates, exit_code, judge, parse
+from goldfish.audit.tell import describe, junit, markdown, terminal
 from goldfish.audit.verdict import enough, verdict
 
 pytestmark = pytest.mark.core
@@ -27,7 +23,7 @@ def recited(k, n, heldout=(0, 100), **more):
     for split, (hits, count) in (("members", (k, n)), ("heldout", heldout or (0, 0))):
         records += made_up_records(split, hits, 1.0, **more) + made_up_records(split, count - hits, 0.2, seed=1, **more)
         for i, record in enumerate(records):
-            record["document"] = f"document {i}"
+            record["document"], record["cluster"] = f"document {i}", i
     return made_up_summary(records)
 
 
@@ -49,7 +45,7 @@ def question(summary, name):
             "40 of 100 recited word for word, greedily: at least 30.3% of such texts; held-out",
         ),
         (40, 100, (40, 100), "INCONCLUSIVE", "not clearly more than of held-out texts (40 of 100)"),
-        (40, 100, None, "INCONCLUSIVE", "without held-out texts nobody can say"),
+        (40, 100, None, "INCONCLUSIVE", "without held-out texts training on them may not be"),
         (2, 100, (0, 100), "INCONCLUSIVE", "compatible with 0.2% to 7.0%"),
     ],
 )
@@ -155,7 +151,7 @@ def test_too_few_to_say_is_not_a_violation():
     """No result of 32 texts could put the upper bound below 1%; of 400 it could."""
     assert outcomes(recited(0, 32, None), "em.upper95 > 0.01") == (["inconclusive"], 3)
     (check,) = judge(recited(0, 32, None), [parse("em.upper95 > 0.01")])
-    assert check.says == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
+    assert check.why == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
     assert outcomes(recited(32, 32, None), "em.upper95 > 0.01") == (["violated"], 1)
     assert outcomes(recited(0, 400, None), "em.upper95 > 0.01") == (["passed"], 0)
     assert outcomes(recited(3, 400, None), "em.upper95 > 0.01") == (["violated"], 1)
@@ -170,11 +166,13 @@ def test_unknown_figures_are_named_with_their_neighbours():
 
 
 def test_every_estimate_has_one_name():
-    """As many figures as there are estimates in the JSON, and the documented names."""
+    """As many figures as there are estimates in the summary, and the documented names."""
 
     def count(value):
+        if isinstance(value, Estimate):
+            return 1
         if isinstance(value, dict):
-            return ("lower95" in value) + sum(map(count, value.values()))
+            return sum(map(count, value.values()))
         return sum(map(count, value)) if isinstance(value, list) else 0
 
     records = made_up_records("members", 20, 0.6, rule=Goldfish(k=3, h=4), count=2)
@@ -185,7 +183,7 @@ def test_every_estimate_has_one_name():
     setting = {"temperature": 0.8, "top_k": None, "top_p": None}
     sampling = [{**setting, "temperature": 1.0}, setting]
     summary = made_up_summary(records, beams=[5], sampling=sampling)
-    named = figures(summary)
+    named = estimates(summary)
     assert len(named) == count(summary["splits"]) + count(summary["membership"])
     for name in ("members.prefix_sweep@5", "members.offset_sweep@0", "members.beam_search@5", "members.strata@2",
                  "members.extractable@1000,0.5", "members.extractable@1000,0.5,T=0.8", "members.expected@1000",
@@ -202,18 +200,14 @@ def test_an_audit_is_read_as_values(tmp_path):
     assert found["rouge_l_text"] == found["members.rouge_l_text"]
     with pytest.raises(KeyError, match="no figure 'ems'"):
         found["ems"]
-    frame = found.to_pandas()
-    assert frame.loc["members.exact_match", "k"] == 30
-    rows = found.records(["split", "exact_match"])
-    assert isinstance(rows, pandas.DataFrame)
-    assert rows.groupby("split")["exact_match"].sum().to_dict() == {"members": 30, "heldout": 0}
+    assert len(goldfish.audit.records(found.folder, ["split", "exact_match"])) == 60
 
 
 def test_folders_that_are_no_audit(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no finished audit: it has no summary\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a finished audit: it has no summary\.json"):
         goldfish.audit.read(tmp_path)
     old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5), schema="goldfish.audit/1")
-    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/2'"):
+    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/3'"):
         goldfish.audit.read(old)
     (old / "summary.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):
@@ -225,11 +219,11 @@ NASTY = "a|b <script>`*_[x](y)\n\x00\x1b[31m ]]> & \ufffe"
 
 def test_markdown_for_a_pull_request():
     summary = {**recited(0, 32), "name": NASTY}
-    text = markdown(summary, judge(summary, [parse("em.upper95 > 0.01")]))
+    text = markdown(describe(summary, judge(summary, [parse("em.upper95 > 0.01")])))
     assert "<script>" not in text
     assert r"a\|b" in text.splitlines()[0]
     assert "⚠️ INCONCLUSIVE" in text
-    assert "| recited word for word | 0 of 32 (0.0-10.9%) | 0 of 100 (0.0-3.6%) |" in text
+    assert "| recited word for word | 0 of 32 (0–10.9%) | 0 of 100 (0–3.6%) |" in text
     assert r"em\.upper95" in text
     assert "Not tested: beam search" in text
     for line in text.splitlines():
@@ -240,14 +234,14 @@ def test_markdown_for_a_pull_request():
 def test_junit_for_ci():
     summary = {**recited(5, 200), "name": NASTY}
     conditions = [parse("em.upper95 > 0.05"), parse("mia.tpr@1%.lower95 > 0.05"), parse("em > 0.5")]
-    suite = ElementTree.fromstring(junit(summary, judge(summary, conditions)))
+    suite = ElementTree.fromstring(junit(describe(summary, judge(summary, conditions))))
     assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
         "tests": "3", "failures": "1", "errors": "1", "skipped": "0",
     }  # fmt: skip
     assert [case.get("name") for case in suite] == ["em.upper95 > 0.05", "mia.tpr@1%.lower95 > 0.05", "em > 0.5"]
     assert "is 0.05737 (5 of 200)" in suite[0].find("failure").get("message")
     assert suite[1].find("error") is not None
-    questions = ElementTree.fromstring(junit(summary))
+    questions = ElementTree.fromstring(junit(describe(summary)))
     assert [case.get("name") for case in questions] == ["greedy", "sampling", "membership"]
 
 
@@ -255,14 +249,14 @@ def test_table_is_80_columns_wide():
     records = made_up_records("members", 400, 0.9, rule=Goldfish(k=3, h=4)) + made_up_records("heldout", 400, 0.3)
     summary = {**made_up_summary(records), "name": "[bold]a rather long name of a checkpoint[/bold] " * 3}
     console = Console(width=80, record=True, file=io.StringIO(), highlight=False)
-    console.print(audit_table(summary))
+    console.print(terminal(describe(summary)))
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= 80
     assert "[bold]a rather" in shown
     for text in ("recited word for word", " of 400 (", "membership, AUC", "blind: 0."):
         assert text in shown
     assert "…" not in "".join(shown.splitlines()[2:])
-    assert verdict_line(summary).plain == summary["verdict"]["sentence"]
+    assert shown.splitlines()[-1].startswith(summary["verdict"]["sentence"][:40])
 
 
 def test_a_summary_is_strict_json():
@@ -270,6 +264,6 @@ def test_a_summary_is_strict_json():
     records = made_up_records("members", 3, 1.0) + made_up_records("heldout", 1, 0.0)
     for record in records:
         record["log_p"] = [float("-inf")]
-    json.dumps(made_up_summary(records), allow_nan=False)
+    dumps(made_up_summary(records))
     with pytest.raises(ValueError, match="there is no record to summarize"):
         made_up_summary([])

@@ -1,5 +1,6 @@
 """Files -> windows: streamed, with every bad line named and every short text counted."""
 
+import hashlib
 import itertools
 import json
 
@@ -8,7 +9,7 @@ from conftest import PROSE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import Window, cut_windows, lowercase_ids, read_rows, survey
+from goldfish.audit.windows import Skipped, Window, cut_windows, lowercase_ids, read_rows, sha256, survey
 
 pytestmark = pytest.mark.core
 
@@ -97,10 +98,10 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     assert found == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
         Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4),
-        None,
+        Skipped(0, "fewer than 8 tokens from token 5 on"),
         Window("members", 1, "members 1", list(range(8)), 5, None, None, 0),
-        None,
-        None,
+        Skipped(1, "fewer than 8 tokens from token 4 on"),
+        Skipped(1, "fewer than 8 tokens from token 5 on"),
     ]
 
 
@@ -110,7 +111,7 @@ def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
     length = len(ids) + 1
     first, second, third = cut_windows([{"text": PROSE[0]}], "members", framing, 5, length - 5, (0, 1, 2))
     assert first.ids == [1, *ids]
-    assert (second, third) == (None, None)
+    assert (second, third) == tuple(Skipped(0, f"fewer than {length} tokens from token {at} on") for at in (1, 2))
     _, later = cut_windows([{"text": PROSE[0]}], "members", framing, 5, 4, (0, 7))
     assert later.ids == [1, *ids[7:15]]
     _, as_given = cut_windows([{"input_ids": [1, *ids]}], "members", framing, 5, 4, (0, 7))
@@ -120,10 +121,12 @@ def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
 def test_survey_counts_and_finds_the_largest_id(tmp_path, tokenizer):
     rows = [{"input_ids": [3] * 8}, {"input_ids": [3] * 7}, {"input_ids": [3] * 7 + [90]}, {"input_ids": [90] * 8}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    found = survey(path, cut_windows(read_rows(path), "members", tokenizer, 5, 3))
-    assert (found.windows, found.skipped, found.largest_id, found.largest_at) == (3, 1, 90, 2)
-    path.write_bytes(path.read_bytes() + b"\n")
-    assert survey(path, ()).sha256 != found.sha256
+    found = survey(cut_windows(read_rows(path), "members", tokenizer, 5, 3))
+    assert (found.rows, found.windows, found.largest_id, found.largest_at) == (4, 3, 90, 2)
+    assert found.skipped == {"fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}}
+    many = survey(cut_windows([{"input_ids": []}] * 9, "members", tokenizer, 5, 3))
+    assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
+    assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_lowercase_ids_keep_the_bos(framing, tokenizer):

@@ -1,12 +1,15 @@
 import json
+import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import PROSE
 
 from goldfish import Goldfish
-from goldfish.cli import main
+from goldfish.cli import EXTRA, _dashed, build_parser, main
 from goldfish.show import DIFFERS, DROPPED, show_one, show_two, shown
 
 pytestmark = pytest.mark.core
@@ -21,13 +24,13 @@ def test_show_marks_exactly_the_dropped_tokens(tokenizer):
     text = show_one(shown(rule, tokenizer, PROSE[0]))
     dropped = rule.dropped(torch.tensor(ids)).tolist()
     assert text.plain.startswith(PROSE[0])
-    assert styled(text, DROPPED) == "".join(tokenizer.decode([i]) for i, gone in zip(ids, dropped, strict=True) if gone)
+    assert styled(text, DROPPED) == "".join(tokenizer.decode([i]) for i, drop in zip(ids, dropped, strict=True) if drop)
     assert f"{sum(dropped)} of {len(ids)} tokens dropped" in text.plain
 
 
 def test_show_two_marks_words_with_other_decisions(tokenizer):
-    """Another spacing: token hashes change, decisions from words do not."""
-    plain, spaced = PROSE[0], PROSE[0].replace(" ", "  ").upper()
+    """Another spacing: hashes of ids change, those of letters do not."""
+    plain, spaced = PROSE[0], PROSE[0].replace(" ", "  ")
 
     def compared(rule):
         rule = rule.bind(tokenizer)
@@ -37,12 +40,12 @@ def test_show_two_marks_words_with_other_decisions(tokenizer):
 
     left, right, verdict = compared(Goldfish(k=2, h=4))
     assert left
-    assert left.upper() == right
+    assert left == right
     changed = int(verdict.split(" ")[0])
     assert 0 < changed < 20
     words = len(plain.split())
-    assert compared(Goldfish(k=2, h=4, strategy="text")) == (
-        "", "", f"{words} of {words} words that both have get the same decision"
+    assert compared(Goldfish(k=2, h=4, strategy="letters")) == (
+        "", "", f"{words} of {words} shared words get the same decision"
     )  # fmt: skip
 
 
@@ -66,11 +69,34 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     from_text = capsys.readouterr().out
     assert main(["show", str(file), "--tokenizer", str(checkpoint), "-k", "3"]) == 0
     assert capsys.readouterr().out == from_text
-    assert "tokens dropped\nk=3, h=13, strategy=hash, seed=0" in from_text
+    assert "tokens dropped, marked [-so-]\nk=3, h=13, strategy=hash, seed=0" in from_text
+    for argument in (str(tmp_path / "typo"), "typo.txt"):
+        assert main(["show", argument, "--tokenizer", str(checkpoint)]) == 2
+        assert (
+            f"there is no file {argument}; to show these characters as a text, add a space" in capsys.readouterr().err
+        )
+    assert main(["show", "3.14", "--tokenizer", str(checkpoint)]) == 0
+
+
+def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkeypatch):
+    """Plain-text marks say what the colours say: taken out, they leave the text, and they hold the dropped tokens."""
+    command, options = ["show", PROSE[0]], ["--tokenizer", str(checkpoint), "-k", "2"]
+    text = shown(Goldfish(k=2), tokenizer, PROSE[0])
+    marked = text.render(colour=False).plain
+    assert re.sub(r"\[-(.*?)-\]", r"\1", marked) == PROSE[0]
+    assert "".join(re.findall(r"\[-(.*?)-\]", marked)) == styled(text.render(colour=True), DROPPED)
+    for name, value, coloured in (("NO_COLOR", "", False), ("FORCE_COLOR", "1", True), ("NO_COLOR", "1", False)):
+        monkeypatch.setenv(name, value)  # rich: a forced terminal, and then one without colours
+        assert main(command + options) == 0
+        output = capsys.readouterr().out
+        assert ("[-" in output) is not coloured
+        assert ("[-so-]" in output) is not coloured
+        assert main([*command, PROSE[0].replace("what", "  what"), *options]) == 0
+        assert ("{~so~}" in capsys.readouterr().out) is not coloured
 
 
 def test_show_leaves_control_characters_harmless(checkpoint, capsys):
-    main(["show", "a\x1b[31mred [bold]b[/bold]", "--tokenizer", str(checkpoint)])
+    main(["show", "a\x1b[31mred [bold]b[/bold]", "--tokenizer", str(checkpoint), "-k", "1e9"])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "[bold]b[/bold]" in shown
@@ -80,7 +106,7 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
     members.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE))
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
-    command += ["--prefix_length", "10", "--suffix_length", "10"]
+    command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "0 of 12" in shown
@@ -94,7 +120,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
-    command += ["--prefix_length", "8", "--suffix_length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
+    command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
     command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu"]
     assert main(command) == 0
@@ -125,7 +151,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 
     def run(name, *conditions):
         command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
-        command += ["--prefix_length", "10", "--suffix_length", "10"]
+        command += ["--prefix-length", "10", "--suffix-length", "10"]
         return main(command + [part for text in conditions for part in ("--fail-on", text)])
 
     assert run("a", "em.k > 0", "em.upper95 > 0.5") == 0
@@ -144,10 +170,10 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is no finished audit"),
+        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is not a finished audit"),
         (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
         (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
-        (["report", "nowhere"], "goldfish report: nowhere is no audit folder"),
+        (["report", "nowhere"], "goldfish report: nowhere is not a finished audit"),
         (["show", "x", "--tokenizer", "runs/typo"], "goldfish show: no folder runs/typo here, and no model"),
         (["show", "x", "--tokenizer", "."], "goldfish show: . holds no tokenizer"),
         (["show", "x", "--tokenizer", "{checkpoint}", "-k", "1"], "goldfish show: k must be a finite number above 1"),
@@ -155,7 +181,43 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 )
 def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"text": "x"}')
     assert main([part.format(checkpoint=checkpoint) for part in command]) == 2
     error = capsys.readouterr().err
     assert error.startswith(text)
     assert error.count("\n") == 1
+
+
+def test_options_may_be_written_with_underscores(capsys):
+    """As they were in 0.1; the value after = is left alone."""
+    parsed = build_parser().parse_args(
+        [_dashed(word) for word in ("audit", "c", "--output_dir=a_b", "--prefix_length", "9", "--name", "x_y")]
+    )
+    assert (parsed.output_dir, parsed.prefix_length, parsed.name) == ("a_b", 9, "x_y")
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("rapidfuzz", ["audit", "x", "--members", "x.jsonl", "-o", "out"]),
+        ("scipy", ["compare", "a", "b", "-o", "out"]),
+        ("rich", ["show", "x", "--tokenizer", "x"]),
+        ("jinja2", ["report", "a"]),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_remedy(package, command):
+    code = f"import sys; sys.modules[{package!r}] = None; from goldfish.cli import main; sys.exit(main({command!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f'goldfish {command[0]}: {package} is not installed; it comes with the extra "audit": '
+        "pip install 'goldfish-loss[audit]'\n"
+    )
+
+
+def test_help_needs_no_extra():
+    code = "import sys; from goldfish.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert not loaded & {"torch", *EXTRA}

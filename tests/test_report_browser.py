@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from html import escape
 
 import pytest
 from matplotlib.image import imread
@@ -21,15 +22,32 @@ def browse(tmp_path, page, *flags):
     return subprocess.run([*command, page.as_uri()], capture_output=True, timeout=120, check=True).stdout.decode()
 
 
-def test_the_page_works_and_the_training_text_does_not(tmp_path):
+def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp_path):
     pwn = ["<script>document.title='pwned'</script>", "<img src=x onerror=\"document.title='pwned'\">"]
-    rows = [window(0, suffix=NASTY + pwn, prefix=pwn[0], name=pwn[1]), window(1, "heldout", diverge=1)]
-    path = write_report([write_audit(tmp_path / "a", rows, pwn[0])], tmp_path / "report.html")
+    rows = [window(0, suffix=NASTY + pwn, prefix=pwn[0], name=pwn[1] * 9), window(1, "heldout", diverge=1)]
+    names = (pwn[0], "a-name-that-is-as-long-as-that-of-a-checkpoint-on-the-hub-can-be", "third")
+    audits = [write_audit(tmp_path / str(i), rows, name) for i, name in enumerate(names)]
+    path = write_report(audits, tmp_path / "report.html")
     dom = browse(tmp_path, path, "--dump-dom")
     assert "2 of 2 shown" in dom  # written by the page's own script, so its hash in the policy is right
     assert "<title>Memorization audit: " in dom
     assert 'id="tools">' in dom
     assert "<img" not in dom
+    # In a frame, the page has the width of a desktop and of a phone. What is wide scrolls by itself, inside .scroll.
+    measure = """
+    const outside = (page) => [...page.querySelectorAll("h1, h2, h3, summary, .why, .badge, figure, .t, .card")].filter(
+      (e) => !e.closest(".scroll") && e.checkVisibility() && e.getBoundingClientRect().right > page.body.clientWidth);
+    onload = () => document.title = [...document.querySelectorAll("iframe")].map((frame) => {
+      const page = frame.contentDocument, why = [...page.querySelectorAll(".why")];
+      return [page.documentElement.scrollWidth, outside(page).length, why.length > 5 && why.every(
+        (e) => e.getBoundingClientRect().width > 150)].join();
+    }).join(" ");"""
+    page = escape(path.read_text(encoding="utf-8"))
+    frames = "".join(f'<iframe width={width} height=900 srcdoc="{page}"></iframe>' for width in (1280, 390))
+    (tmp_path / "frames.html").write_text(f"<!doctype html><style>iframe {{ border: 0 }}</style>{frames}"
+                                          f"<script>{measure}</script>", encoding="utf-8")  # fmt: skip
+    dom = browse(tmp_path, tmp_path / "frames.html", "--dump-dom")
+    assert re.search("<title>(.*?)</title>", dom)[1] == "1280,0,true 390,0,true"
 
 
 def test_sorting_filtering_and_what_the_pointer_shows(tmp_path):

@@ -1,29 +1,24 @@
 """Memorization audits: can this checkpoint be made to recite these texts?
 
-windows (prefix/suffix) -> score (the only file that runs a model) -> extraction, attacks -> records
-records -> summary (sampling, membership, attribution, stats; verdict) -> results, gate, table, formats, compare
+windows (prefix and suffix) -> score (the only file that runs a model) -> records
+records -> summary (estimate, sampling, membership, attribution, verdict) -> results, tell, compare
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from goldfish.audit.canaries import write_canaries
-    from goldfish.audit.results import Audit, Figure, read
+    from goldfish.audit.columns import records
+    from goldfish.audit.estimate import Estimate
+    from goldfish.audit.results import Audit, read
     from goldfish.audit.run import audit
 
-__all__ = ["Audit", "Figure", "audit", "read", "write_canaries"]
-_HOMES = {
-    "Audit": "results",
-    "Figure": "results",
-    "audit": "run",
-    "read": "results",
-    "write_canaries": "canaries",
-}
+__all__ = ["Audit", "Estimate", "audit", "read", "records"]
+_MODULES = {"Audit": "results", "Estimate": "estimate", "audit": "run", "read": "results", "records": "columns"}
 
 
 def __getattr__(name: str) -> Any:
     """Loaded on first use: reading an audit needs no torch."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,78 +1,67 @@
-"""Two audits of the same items, paired: does the second model recite less than the first?"""
+"""Two audits of the same windows, paired: does the second model recite less than the first?"""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.formats import literal
+from goldfish.audit.columns import records
+from goldfish.audit.estimate import Codes, Floats, decimals, dumps, statistic
 from goldfish.audit.results import Audit, read
-from goldfish.audit.stats import Codes, Floats, mcnemar, mean
+from goldfish.audit.tell import literal
+from goldfish.pieces import plain
 
-SCHEMA = "goldfish.compare/1"
+SCHEMA = "goldfish.compare/2"
 MEANS = ("rouge_l_text", "rouge_l_ids", "token_accuracy", "longest_run", "edit_similarity", "first_divergence", "nll")
-COLUMNS = ("split", "index", "offset", "document", "prefix_ids", "suffix_ids", "exact_match", *MEANS)
+KEY = ["split", "index", "offset"]
+QUESTION = ["prefix_ids", "suffix_ids"]
+COLUMNS = [*KEY, *QUESTION, "cluster", "exact_match", "nll_sum", *MEANS[:-1]]
 SIGNIFICANT = 0.05
-
-Key = tuple[str, int, int]
-
-
-@dataclass(frozen=True)
-class Items:
-    """The windows of an audit: by (split, index, offset) the place in the columns and a fingerprint of the question."""
-
-    places: dict[Key, tuple[int, int]]
-    documents: list[str]
-    columns: Mapping[str, Floats]
 
 
 def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
-    """The differences second - first, split by split; compare.json, described in docs/audit.md.
+    """The differences second - first of every split: compare.json with Estimates; see docs/audit-files.md.
 
-    Exact match: exact McNemar. Means: paired bootstrap over documents.
+    Exact match: exact McNemar test over documents. Means: paired bootstrap over documents.
 
     Raises:
-        FileNotFoundError, ValueError: a folder that is no audit, or audits of different items.
+        FileNotFoundError, ValueError: a folder that is not a finished audit, or audits of different windows.
     """
     audits = read(first), read(second)
-    items = [_items(audit) for audit in audits]
-    _require_same(audits, items)
-    keys = list(items[0].places)
-    order = [np.array([each.places[key][0] for key in keys]) for each in items]
-    known: dict[tuple[str, str], int] = {}
-    documents = np.array(
-        [
-            known.setdefault((key[0], items[0].documents[place]), len(known))
-            for key, place in zip(keys, order[0], strict=True)
-        ]
-    )
-    splits = {}
-    for split in dict.fromkeys(key[0] for key in keys):
-        here = np.array([key[0] == split for key in keys])
-        a, b = ({name: column[where[here]] for name, column in each.columns.items()}
-                for each, where in zip(items, order, strict=True))  # fmt: skip
-        splits[split] = _paired(a, b, documents[here])
+    tables = [records(audit.folder, COLUMNS).sort_by([(key, "ascending") for key in KEY]) for audit in audits]
+    _require_same(audits, tables)
     names = [audit.name for audit in audits]
     if names[0] == names[1]:
         names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
+    splits = np.array(tables[0]["split"].to_pylist())
     result = {
         "schema": SCHEMA,
         "first": {"name": names[0], "checkpoint": audits[0].summary["checkpoint"]},
         "second": {"name": names[1], "checkpoint": audits[1].summary["checkpoint"]},
-        "splits": splits,
+        "splits": {
+            split: _paired(*(table.filter(pa.array(splits == split)) for table in tables))
+            for split in ("members", "heldout")
+            if split in splits
+        },
     }
     return {**result, "sentence": _sentence(result)}
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p of the exact McNemar test: do the items that only one of two models gets favour neither of them?"""
+    from scipy.stats import binomtest
+
+    discordant = only_first + only_second
+    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
 def write(result: Mapping[str, Any], output_dir: str | Path) -> Path:
-    """compare.json and compare.md in a new or empty folder.
+    """Write compare.json and compare.md to a new or empty folder.
 
     Raises:
         FileExistsError: an output_dir that holds something.
@@ -81,33 +70,32 @@ def write(result: Mapping[str, Any], output_dir: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; choose another output folder or remove it")
     output.mkdir(parents=True, exist_ok=True)
-    (output / "compare.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (output / "compare.json").write_text(dumps(result), encoding="utf-8")
     (output / "compare.md").write_text(markdown(result), encoding="utf-8")
     return output
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Split, figure, first, second, difference, as text."""
-    told = []
+    """Split, figure, first, second and difference, as text."""
+    lines = []
     for split, values in result["splits"].items():
         match = values["exact_match"]
-        n = match["n"]
-        told.append((split, "exact match", f"{match['first']} of {n}", f"{match['second']} of {n}",
-                     f"p = {match['p']:.2g}"))  # fmt: skip
+        counts = [f"{match[which]:,} of {match['n']:,}" for which in ("first", "second")]
+        lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
         for name in MEANS:
-            of = values[name]
-            low, high = of["difference"]["lower95"], of["difference"]["upper95"]
-            bounds = f" ({low:+.3g} to {high:+.3g})" if low is not None else ""
-            told.append((split, name, f"{of['first']:.3g}", f"{of['second']:.3g}",
-                         f"{of['difference']['mean']:+.3g}{bounds}"))  # fmt: skip
-    return told
+            of, difference = values[name], values[name]["difference"]
+            bounds = f" ({difference.interval()})" if difference.lower95 is not None else ""
+            sign = "+" if difference.value > 0 else ""
+            lines.append((split, name, decimals(of["first"]), decimals(of["second"]),
+                          f"{sign}{difference.point()}{bounds}"))  # fmt: skip
+    return lines
 
 
 def table(result: Mapping[str, Any]) -> Table:
     """The comparison in the terminal, at most 80 columns for names of up to 12 letters."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left",
                   caption="difference: second - first, paired, with its 95% interval over documents")  # fmt: skip
-    for heading in ("texts", "figure", result["first"]["name"], result["second"]["name"], "difference"):
+    for heading in ("texts", "figure", *(plain(result[which]["name"]) for which in ("first", "second")), "difference"):
         shown.add_column(Text(heading, overflow="ellipsis"), no_wrap=True, max_width=30)
     for row in rows(result):
         shown.add_row(*row)
@@ -116,56 +104,38 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison for a pull request."""
-    names = [literal(result[which]["name"]) for which in ("first", "second")]
+    names = [literal(plain(result[which]["name"])) for which in ("first", "second")]
     lines = [
-        f"## goldfish compare: {names[0]} and {names[1]}", "", literal(result["sentence"]), "",
+        f"## goldfish compare: {names[0]} and {names[1]}", "", literal(plain(result["sentence"], 1000)), "",
         f"| texts | figure | {names[0]} | {names[1]} | difference, paired, 95% interval |", "|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows(result)),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _items(audit: Audit) -> Items:
-    path = audit.folder / "records.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"{audit.folder} is no finished audit: it has no records.parquet")
-    places: dict[Key, tuple[int, int]] = {}
-    documents: list[str] = []
-    kept: dict[str, list[float]] = {name: [] for name in ("exact_match", *MEANS)}
-    with pq.ParquetFile(path) as file:
-        if missing := set(COLUMNS) - set(file.schema_arrow.names):
-            raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; audit again")
-        for batch in file.iter_batches(1024, columns=list(COLUMNS)):
-            for row in batch.to_pylist():
-                question = hash((tuple(row["prefix_ids"]), tuple(row["suffix_ids"])))
-                places[row["split"], row["index"], row["offset"]] = (len(documents), question)
-                documents.append(row["document"])
-                row["nll"] = sum(row["nll"]) / len(row["nll"])
-                for name, values in kept.items():
-                    values.append(row[name])
-    return Items(places, documents, {name: np.array(values, dtype=np.float64) for name, values in kept.items()})
-
-
-def _require_same(audits: tuple[Audit, Audit], items: list[Items]) -> None:
-    first, second = (each.places for each in items)
+def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
+    first, second = (
+        {tuple(row[key] for key in KEY): [row[key] for key in QUESTION] for row in table.to_pylist()}
+        for table in (each.select(KEY + QUESTION) for each in tables)
+    )
     only = [len(first.keys() - second.keys()), len(second.keys() - first.keys())]
-    other = [key for key in first.keys() & second.keys() if first[key][1] != second[key][1]]
+    other = [key for key in first.keys() & second.keys() if first[key] != second[key]]
     if not (any(only) or other):
         return
-    told = [f"{n} windows are only in {audit.folder}" for n, audit in zip(only, audits, strict=True) if n]
+    differences = [f"{n} windows are only in {audit.folder}" for n, audit in zip(only, audits, strict=True) if n]
     if other:
         split, index, offset = min(other)
-        told.append(f"{len(other)} windows hold other tokens, the first at {split} row {index}, offset {offset}")
+        differences.append(f"{len(other)} windows hold other tokens, the first at {split} row {index}, offset {offset}")
     raise ValueError(
-        f"{audits[0].folder} and {audits[1].folder} are audits of different items ({'; '.join(told)}); only the same "
-        "items can be paired: audit both checkpoints with the same files, lengths, offsets and tokenizer"
+        f"{audits[0].folder} and {audits[1].folder} are audits of different windows ({'; '.join(differences)}); only "
+        "the same windows can be paired: audit both checkpoints with the same files, lengths, offsets and tokenizer"
     )
 
 
-def _paired(a: Mapping[str, Floats], b: Mapping[str, Floats], documents: Codes) -> dict[str, Any]:
-    one, two = a["exact_match"], b["exact_match"]
-    place = np.unique(documents, return_inverse=True)[1]
-    recited = [np.bincount(place, each) > 0 for each in (one, two)]  # documents: any of their windows
+def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
+    documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
+    one, two = (each["exact_match"].to_numpy().astype(bool) for each in (first, second))
+    recited = [np.bincount(documents, each) > 0 for each in (one, two)]  # of documents: any of their windows
     only_first, only_second = int((recited[0] & ~recited[1]).sum()), int((recited[1] & ~recited[0]).sum())
     result: dict[str, Any] = {
         "n": len(one),
@@ -177,16 +147,27 @@ def _paired(a: Mapping[str, Floats], b: Mapping[str, Floats], documents: Codes) 
             "documents_only_first": only_first,
             "documents_only_second": only_second,
             "p": mcnemar(only_first, only_second),
-            "difference": mean(two - one, documents),
+            "difference": _difference(one.astype(float), two.astype(float), documents),
         },
     }
     for name in MEANS:
-        result[name] = {
-            "first": float(a[name].mean()),
-            "second": float(b[name].mean()),
-            "difference": mean(b[name] - a[name], documents),
-        }
+        a, b = (_column(each, name) for each in (first, second))
+        difference = _difference(a, b, documents)
+        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference}
     return result
+
+
+def _column(table: pa.Table, name: str) -> Floats:
+    if name == "nll":
+        lengths = np.array([len(ids) for ids in table["suffix_ids"]])
+        return np.asarray(table["nll_sum"].to_numpy() / lengths, dtype=np.float64)
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
+
+
+def _difference(first: Floats, second: Floats, documents: Codes) -> Any:
+    """Of the windows' means, second - first, with a paired bootstrap over documents."""
+    columns = [second - first, np.ones(len(first))]
+    return statistic(lambda total: total[..., 0] / total[..., 1], columns, len(first), documents)
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
@@ -194,8 +175,8 @@ def _sentence(result: Mapping[str, Any]) -> str:
     match = result["splits"][split]["exact_match"]
     names = result["first"]["name"], result["second"]["name"]
     windows = f"{'member' if split == 'members' else 'held-out'} windows"
-    told = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {windows}"
+    counts = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {windows}"
     if match["p"] >= SIGNIFICANT:
-        return f"{told}: no difference that could not be chance (McNemar p = {match['p']:.2g})"
+        return f"{counts}: the difference may be chance (McNemar p = {match['p']:.2g})"
     fewer = names[1] if match["documents_only_first"] > match["documents_only_second"] else names[0]
-    return f"{told}: {fewer} recites fewer (McNemar p = {match['p']:.2g})"
+    return f"{counts}: {fewer} recites fewer (McNemar p = {match['p']:.2g})"

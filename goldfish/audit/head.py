@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goldfish.fused import probe, read_probe
-from goldfish.kept import bare_model
+from goldfish.fused import bare_model, probe, read_probe
 
 _log = logging.getLogger(__name__)
 # Bytes of float32 logits alive at a time. On a CPU: large enough for the head's product, small enough for the caches.

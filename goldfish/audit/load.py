@@ -1,6 +1,5 @@
 """Checkpoints -> tokenizer, model, receipt. Code and pickles of others run only where the caller says so."""
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from goldfish.audit.windows import sha256
 from goldfish.receipt import FILE_NAME, read_receipt
 
 _log = logging.getLogger(__name__)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_ENDS = 2**20  # bytes at each end of a file that its fingerprint reads
+_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", *(pattern[1:] for pattern in _PICKLED))
 
 
 def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -88,24 +88,11 @@ def load_receipt(checkpoint: str | Path) -> dict[str, Any] | None:
     return read_receipt(folder)
 
 
-def fingerprint(checkpoint: str | Path) -> str | None:
-    """SHA-256 over names, sizes and both ends of a folder's files that an audit reads; None for a hub name.
-
-    Whole weights are not read: it tells apart the checkpoints of a training, not forgeries.
-    """
+def file_hashes(checkpoint: str | Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint that an audit may read, whole, by name; empty for a hub name."""
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        return None
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", *(p[1:] for p in _PICKLED)):
-            size = path.stat().st_size
-            with path.open("rb") as data:
-                ends = data.read(_ENDS)
-                data.seek(max(_ENDS, size - _ENDS))
-                ends += data.read()
-            total.update(f"{path.name} {size} {hashlib.sha256(ends).hexdigest()}\n".encode())
-    return total.hexdigest()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: sha256(path) for path in files if path.suffix in _READ and path.is_file()}
 
 
 def _options(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -1,11 +1,9 @@
-"""Membership scores of two splits -> how well they tell members from held-out texts, with blind baselines beside.
+"""Membership scores of two splits -> how well they separate members from held-out texts, with blind baselines beside.
 
 Scores: higher = more likely a member. Intervals resample the documents of both sides.
 """
 
 import math
-import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from goldfish.audit.stats import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
+from goldfish.audit.columns import FEATURES
+from goldfish.audit.estimate import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
 
-RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is told
+RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
 RESAMPLES = 1_000
 ROC_POINTS = 200
-FEATURES = 2**16  # buckets that words are hashed into
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Weighted:
 
 
 def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
-    """A summary's `membership`; see docs/audit.md."""
+    """A summary's `membership`; see docs/audit-files.md."""
     attacks = {}
     for name in members.scores:
         if attack := _attack(members, heldout, members.scores[name], heldout.scores[name]):
@@ -72,21 +70,16 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
         "words": _attack(members, heldout, *word_scores(members, heldout)),
         "length": _attack(members, heldout, members.lengths, heldout.lengths),
     }
-    told = {name: attack.figures(0.95) for name, attack in blind.items() if attack}
-    bounds = {name: (figures["auc"]["lower95"], figures["auc"]["upper95"]) for name, figures in told.items()}
-    confounded = None
-    if len(bounds) == len(blind) and all(low is not None for low, _ in bounds.values()):
-        # Text lengths may differ either way; a classifier below chance has learned nothing.
-        confounded = bounds["words"][0] > 0.5 or not bounds["length"][0] <= 0.5 <= bounds["length"][1]
     result: dict[str, Any] = {
         "members": {"n": len(members.documents), "documents": len(np.unique(members.documents))},
         "heldout": {"n": len(heldout.documents), "documents": len(np.unique(heldout.documents))},
         "attacks": {name: attack.figures(0.95) for name, attack in attacks.items()},
-        "blind": told,
-        "confounded": confounded,
+        "blind": {name: attack.figures(0.95) for name, attack in blind.items() if attack},
+        "confounded": _confounded(blind["words"], blind["length"]),
         "headline": None,
+        "reason": None,
     }
-    if confounded:
+    if result["confounded"]:
         result["reason"] = (
             "members and held-out texts can be told apart without the model (a blind baseline beats chance), so what "
             "the attacks see need not be membership; split at random before training, or audit texts of one kind"
@@ -95,8 +88,19 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
         best = max(attacks, key=lambda name: attacks[name].auc)
         widened = attacks[best].figures(1 - 0.05 / len(attacks))
         result["headline"] = {"attack": best, "auc": widened["auc"], "tpr": widened["tpr"]}
-    result["exposure"] = exposure(members.scores["loss"], heldout.scores["loss"])
     return result
+
+
+def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
+    """Whether a baseline that never saw the model separates the sides; None with too few documents.
+
+    Both baselines together are to accuse one honest random split in twenty: 2.5% each, since a classifier below
+    chance has learned nothing, while lengths may differ either way.
+    """
+    if not (words and length and words.draws is not None and length.draws is not None):
+        return None
+    low, (least, greatest) = words.interval(0.95)[0], length.interval(0.975)
+    return bool(low > 0.5 or not least <= 0.5 <= greatest)
 
 
 def _attack(members: Side, heldout: Side, scores: Floats, heldout_scores: Floats) -> "_Attack | None":
@@ -116,7 +120,7 @@ class _Attack:
         self._ones = np.ones(len(members)), np.ones(len(heldout))
         self._documents = tuple(int(side.max()) + 1 for side in self._sides)
         self._rates = [fpr for fpr in RATES if self._documents[1] * fpr >= 10]
-        self._draws = self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
+        self.draws = self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
         self.auc = self._weighted.auc(*self._ones)
 
     def _resampled(self) -> Floats:
@@ -132,32 +136,37 @@ class _Attack:
         return np.array(draws)
 
     def figures(self, level: float) -> dict[str, Any]:
-        """`auc`, `tpr` and `roc` as in docs/audit.md, with intervals of that level."""
+        """`auc`, `tpr` and `roc` as in docs/audit-files.md, with intervals of that level."""
+        sizes = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
+        few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+        bounded = self.draws is not None
+        low, high = self.interval(level) if bounded else (None, None)
+        auc = Estimate(self.auc, lower95=low, upper95=high, reason=None if bounded else few, **sizes)
         tpr = []
         for fpr in RATES:
-            if fpr in self._rates:
-                point, column = self._weighted.tpr(*self._ones, fpr), 1 + self._rates.index(fpr)
-                estimate = self._estimate(point, column, self._documents[0], level)
-            else:
+            if fpr not in self._rates:
                 reason = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
-                estimate = self._estimate(None, None, 0, level) | {"reason": f"{reason}, got {self._documents[1]}"}
+                estimate = Estimate(None, reason=f"{reason}, got {self._documents[1]}", **sizes)
+            else:
+                point, column = self._weighted.tpr(*self._ones, fpr), 1 + self._rates.index(fpr)
+                low, high = self._bounds(point, column, self._documents[0], level) if bounded else (None, None)
+                estimate = Estimate(point, lower95=low, upper95=high, reason=None if bounded else few, **sizes)
             tpr.append({"fpr": fpr, "tpr": estimate})
-        return {"auc": self._estimate(self.auc, 0, min(self._documents), level), "tpr": tpr, "roc": self._roc()}
+        return {"auc": auc, "tpr": tpr, "roc": self._roc()}
 
-    def _estimate(self, value: float | None, column: int | None, trials: int, level: float) -> Estimate:
+    def interval(self, level: float) -> tuple[float, float]:
+        """Of the AUC, from the resampled documents."""
+        return self._bounds(self.auc, 0, min(self._documents), level)
+
+    def _bounds(self, value: float, column: int, trials: int, level: float) -> tuple[float, float]:
         """`trials`: where every resample agrees (AUC of 1), the interval is that of as many independent trials: for an
         AUC, pairs of a member and a held-out document, each used once."""
-        size = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
-        found: Estimate = {"value": value, **size, "lower95": None, "upper95": None}
-        if value is None or column is None or self._draws is None:
-            few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
-            return found | {"reason": few}
-        draws = self._draws[:, column]
+        assert self.draws is not None
+        draws = self.draws[:, column]
         if np.ptp(draws) == 0:
-            low, high = clopper_pearson(value * trials, trials, level)
-        else:
-            low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-        return found | {"lower95": float(low), "upper95": float(high)}
+            return clopper_pearson(value * trials, trials, level)
+        low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
+        return float(low), float(high)
 
     def _roc(self) -> list[list[float]]:
         """At most ROC_POINTS points of the curve, denser at small false positive rates."""
@@ -170,53 +179,27 @@ class _Attack:
         return [[float(x), float(y)] for x, y in zip(false, true, strict=True)]
 
 
-def buckets(text: str) -> NDArray[np.int32]:
-    """The distinct words of a text, each hashed into one of FEATURES buckets."""
-    words = set(re.findall(r"\w+", text.lower()))
-    return np.array(sorted({zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words}), dtype=np.int32)
-
-
 def word_scores(members: Side, heldout: Side) -> list[Floats]:
     """Naive Bayes on which words occur, learned from every second document; the others' windows are scored.
 
-    Not cross-validated: scores of several folds depend on each other, and an interval that takes them for independent
-    called one random split in ten told apart (60 and 400 documents a side) where it promised one in forty.
+    Not cross-validated: the scores of several folds depend on each other, and an interval that takes them for
+    independent accused one random split in ten (60 and 400 documents a side) instead of one in forty.
 
     Returns:
         log P(words | member) - log P(words | held-out), NaN for the windows that it learned from; of both sides.
     """
     shares = []
     for side in (members, heldout):
-        learned = [found for found, even in zip(side.words, side.documents % 2 == 0, strict=True) if even]
+        learned = [words for words, even in zip(side.words, side.documents % 2 == 0, strict=True) if even]
         seen = np.bincount(np.concatenate(learned), minlength=FEATURES)
         shares.append((seen + 0.5) / (len(learned) + 1))
     weights = np.log(shares[0]) - np.log(shares[1])
     return [
         np.array(
             [
-                weights[found].sum() if odd else np.nan
-                for found, odd in zip(side.words, side.documents % 2 == 1, strict=True)
+                weights[words].sum() if odd else np.nan
+                for words, odd in zip(side.words, side.documents % 2 == 1, strict=True)
             ]
         )
         for side in (members, heldout)
     ]
-
-
-def exposure(member_scores: Floats, candidate_scores: Floats) -> dict[str, Any]:
-    """log2(m+1) - log2(rank) of each member among itself and the m candidates, in bits.
-
-    Carlini et al. 2019, section 4, where members and candidates are canaries of one kind.
-
-    Args:
-        member_scores, candidate_scores: higher = more probable; a tie counts against the member.
-    """
-    ordered = np.sort(candidate_scores)
-    above = len(ordered) - np.searchsorted(ordered, member_scores, side="left")
-    ceiling = math.log2(len(ordered) + 1)
-    bits = ceiling - np.log2(above + 1)
-    return {
-        "mean": float(bits.mean()),
-        "greatest": float(bits.max()),
-        "ceiling": ceiling,
-        "candidates": len(ordered),
-    }

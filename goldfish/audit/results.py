@@ -1,20 +1,25 @@
-"""A finished audit as Python values: every figure under its name, the records as a table.
+"""A finished audit as Python values: every estimate by its name, and conditions on them for CI.
 
 audit = goldfish.audit.read("audit/goldfish")
-audit["em"].upper95, audit.outcome, audit.to_pandas(), audit.records()
+audit["em"].upper95, audit.outcome, audit.estimates, audit.summary
+
+A condition such as `em.upper95 > 0.01` says when an audit fails. Exit codes: 0 no condition holds, 1 one holds,
+2 an error, 3 one cannot be decided (and none holds).
 """
 
 import difflib
-import json
+import math
+import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from goldfish.audit.schema import SCHEMA
+from goldfish.audit.estimate import SCHEMA, Estimate, clopper_pearson, loads
 
 ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
-LISTS = {  # a list's entries are named by these keys: prefix_sweep@25
+LISTS = {  # the key that names a list's entries, as in prefix_sweep@25, and the key of their estimate
     "prefix_sweep": ("prefix_length", "exact_match"),
     "offset_sweep": ("offset", "exact_match"),
     "strata": ("count_from", "exact_match"),
@@ -23,29 +28,30 @@ LISTS = {  # a list's entries are named by these keys: prefix_sweep@25
 }
 NO_RULE = "no rule is known for this checkpoint"
 ONE_SPLIT = "membership needs members and held-out texts"
+OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+FIELDS = ("lower95", "upper95", "k", "n", "documents", "value")
+# Rates of windows, whose bounds depend on k and the number of documents alone.
+EXACT = (
+    "exact_match",
+    "exact_match_nontrivial",
+    "prefix_sweep",
+    "offset_sweep",
+    "strata",
+    "beam_search",
+    "extractable",
+)
 
-
-@dataclass(frozen=True)
-class Figure:
-    """One estimate of a summary; docs/audit.md, "Estimates"."""
-
-    name: str
-    value: float | None
-    lower95: float | None = None
-    upper95: float | None = None
-    k: int | None = None
-    n: int = 0
-    documents: int = 0
-    reason: str | None = None
+Outcome = Literal["passed", "violated", "inconclusive"]
+EXIT_CODES: dict[Outcome, int] = {"passed": 0, "violated": 1, "inconclusive": 3}
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit folder says. `audit["members.rouge_l_text"]` is a Figure; `summary` is the whole summary.json."""
+    """A finished audit. `audit["members.rouge_l_text"]` is an Estimate; `summary` is summary.json with Estimates."""
 
     folder: Path
     summary: dict[str, Any] = field(repr=False)
-    figures: dict[str, Figure] = field(repr=False)
+    estimates: dict[str, Estimate] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -56,24 +62,12 @@ class Audit:
         """PASS, FAIL or INCONCLUSIVE."""
         return str(self.summary["verdict"]["outcome"])
 
-    def __getitem__(self, name: str) -> Figure:
-        return find(self.figures, name)
-
-    def to_pandas(self) -> Any:
-        """All figures as a DataFrame, one row each. Needs pandas."""
-        import pandas
-
-        return pandas.DataFrame([asdict(figure) for figure in self.figures.values()]).set_index("name")
-
-    def records(self, columns: Sequence[str] | None = None) -> Any:
-        """records.parquet, or some of its columns, as a DataFrame, one row a window. Needs pandas."""
-        import pandas
-
-        return pandas.read_parquet(self.folder / "records.parquet", columns=columns and list(columns))
+    def __getitem__(self, name: str) -> Estimate:
+        return self.estimates[find(self.estimates, name)]
 
 
 def read(folder: str | Path) -> Audit:
-    """A finished audit.
+    """Read a finished audit.
 
     Raises:
         FileNotFoundError: a folder without summary.json. ValueError: one of another schema, or not readable.
@@ -81,52 +75,45 @@ def read(folder: str | Path) -> Audit:
     path = Path(folder) / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} is no finished audit: it has no summary.json; run goldfish audit -o {folder}"
+            f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
         )
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); audit again") from error
     schema = summary.get("schema") if isinstance(summary, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path}: the schema is {schema!r}, this version reads {SCHEMA!r}; audit again")
-    return Audit(Path(folder), summary, figures(summary))
+    try:
+        return Audit(Path(folder), summary, estimates(summary))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
 
 
-def figures(summary: Mapping[str, Any]) -> dict[str, Figure]:
-    """Every estimate of a summary by its name (docs/audit.md, "Names of figures")."""
-    found = []
+def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Every estimate of a summary by its name (docs/audit-files.md, "Names of figures")."""
+    named = dict(_membership(summary["membership"]))
     for split, values in summary["splits"].items():
-        found += [_figure(f"{split}.{name}", estimate) for name, estimate in _estimates(values)]
-        if values["attribution"] is None:
-            nameless = ("attribution.hazard_ratio", "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept")
-            found += [Figure(f"{split}.{name}", None, reason=NO_RULE) for name in nameless]
-    found += _membership(summary["membership"])
-    return {figure.name: figure for figure in found}
+        named |= {f"{split}.{name}": estimate for name, estimate in _split(values)}
+    return named
 
 
-def find(known: Mapping[str, Figure], name: str) -> Figure:
-    """The figure of a name, of an alias, or of a name of the members' without "members.".
+def find(known: Mapping[str, Any], name: str) -> str:
+    """The full name of a figure, given by that name, by an alias, or without "members.".
 
     Raises:
-        KeyError: with the names that look like it.
+        KeyError: an unknown name, with the names that look like it.
     """
     for candidate in (ALIASES.get(name, name), f"members.{name}"):
         if candidate in known:
-            return known[candidate]
+            return candidate
     near = difflib.get_close_matches(name, [*known, *ALIASES], 5, 0.4)
     raise KeyError(f"this audit has no figure {name!r}; it has {', '.join(near or list(known)[:5])}, ...")
 
 
-def _figure(name: str, estimate: Mapping[str, Any]) -> Figure:
-    point = next(estimate[key] for key in ("rate", "mean", "value") if key in estimate)
-    others = {key: estimate.get(key) for key in ("lower95", "upper95", "k", "reason")}
-    return Figure(name, point, n=estimate["n"], documents=estimate["documents"], **others)
-
-
-def _estimates(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _split(values: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and "lower95" in value:
+        if isinstance(value, Estimate):
             yield key, value
         elif key == "sampling":
             for i, setting in enumerate(value):
@@ -140,13 +127,16 @@ def _estimates(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
             at, inner = LISTS[key]
             yield from ((f"{key}@{each[at]}", each[inner]) for each in value or ())
         elif key == "attribution" and value:
-            yield from ((f"{key}.{name}", estimate) for name, estimate in _estimates(value))
+            yield from ((f"{key}.{name}", each) for name, each in value.items() if isinstance(each, Estimate))
+    if values["attribution"] is None:
+        for name in ("attribution.hazard_ratio", "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept"):
+            yield name, Estimate(None, reason=NO_RULE)
 
 
-def _membership(membership: Mapping[str, Any] | None) -> Iterator[Figure]:
+def _membership(membership: Mapping[str, Any] | None) -> Iterator[tuple[str, Estimate]]:
     if membership is None or membership["headline"] is None:
         reason = membership["reason"] if membership else ONE_SPLIT
-        yield from (Figure(f"mia.{name}", None, reason=reason) for name in ("auc", "tpr@1%", "tpr@0.1%"))
+        yield from ((f"mia.{name}", Estimate(None, reason=reason)) for name in ("auc", "tpr@1%", "tpr@0.1%"))
     else:
         yield from _attack("mia", membership["headline"])
     if membership:
@@ -156,6 +146,100 @@ def _membership(membership: Mapping[str, Any] | None) -> Iterator[Figure]:
             yield from _attack(f"mia.blind.{name}", attack)
 
 
-def _attack(name: str, attack: Mapping[str, Any]) -> Iterator[Figure]:
-    yield _figure(f"{name}.auc", attack["auc"])
-    yield from (_figure(f"{name}.tpr@{100 * each['fpr']:g}%", each["tpr"]) for each in attack["tpr"])
+def _attack(name: str, attack: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+    yield f"{name}.auc", attack["auc"]
+    yield from ((f"{name}.tpr@{100 * each['fpr']:g}%", each["tpr"]) for each in attack["tpr"])
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`figure.field operator threshold`; an audit in which it holds fails."""
+
+    text: str
+    figure: str
+    field: str
+    operator: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition, its outcome for one audit, and a sentence that says why."""
+
+    condition: Condition
+    outcome: Outcome
+    why: str
+
+
+def parse(text: str) -> Condition:
+    """A condition such as "em.upper95 > 0.01" or "mia.tpr@1%.lower95 > 5%".
+
+    Raises:
+        ValueError: anything else; names are not looked up yet.
+    """
+    match = re.fullmatch(r"\s*([^\s<>=]\S*?)\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)(%?)\s*", text)
+    try:
+        threshold = float(match[3]) / (100 if match[4] else 1) if match else math.nan
+    except ValueError:
+        threshold = math.nan
+    if match is None or not math.isfinite(threshold):
+        raise ValueError(
+            f'--fail-on takes a figure, one of > >= < <= and a number, such as "em.upper95 > 0.01"; got {text!r}'
+        )
+    name, _, last = match[1].rpartition(".")
+    if name and last in FIELDS:
+        return Condition(text.strip(), name, last, match[2], threshold)
+    return Condition(text.strip(), match[1], "value", match[2], threshold)
+
+
+def judge(summary: Mapping[str, Any], conditions: Sequence[Condition]) -> list[Check]:
+    """Every condition on a summary.
+
+    Raises:
+        ValueError: a figure that this audit does not have.
+    """
+    known = estimates(summary)
+    return [_check(condition, known) for condition in conditions]
+
+
+def exit_code(checks: Sequence[Check]) -> int:
+    """1 where a condition is violated, else 3 where one is inconclusive, else 0."""
+    outcomes = {check.outcome for check in checks}
+    worst: tuple[Outcome, ...] = ("violated", "inconclusive")
+    return next((EXIT_CODES[outcome] for outcome in worst if outcome in outcomes), 0)
+
+
+def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
+    try:
+        name = find(known, condition.figure)
+    except KeyError as error:
+        raise ValueError(f"--fail-on {condition.text!r}: {error.args[0]}") from error
+    estimate = known[name]
+    number = getattr(estimate, condition.field)
+    if number is None:
+        reason = estimate.reason or f"it has no {condition.field}"
+        return Check(condition, "inconclusive", f"{name}: not estimable ({reason})")
+    why = f"{name}.{condition.field} is {number:.4g}"
+    if estimate.k is not None:
+        why += f" ({estimate.point()})"
+    if not OPERATORS[condition.operator](number, condition.threshold):
+        return Check(condition, "passed", why)
+    if _any_result_would_violate(condition, name, estimate):
+        return Check(condition, "inconclusive", f"{why}, and {estimate.documents} documents cannot bound it closer")
+    return Check(condition, "violated", why)
+
+
+def _any_result_would_violate(condition: Condition, name: str, estimate: Estimate) -> bool:
+    """Whether the upper bound is above the threshold, would be so with 0 of these n, and the lower bound is not:
+    too few documents to decide. The same for lower bounds from below."""
+    kind = name.split(".")[1].split("@")[0]
+    if kind not in EXACT or estimate.lower95 is None or estimate.upper95 is None:
+        return False
+    violates = OPERATORS[condition.operator]
+    if condition.field == "upper95" and condition.operator.startswith(">"):
+        other, best = estimate.lower95, clopper_pearson(0, estimate.documents)[1]
+    elif condition.field == "lower95" and condition.operator.startswith("<"):
+        other, best = estimate.upper95, clopper_pearson(estimate.documents, estimate.documents)[0]
+    else:
+        return False
+    return not violates(other, condition.threshold) and bool(violates(best, condition.threshold))

@@ -1,4 +1,4 @@
-"""Extraction by sampling: how surely does a suffix come out in n samples? (Hayes et al. 2024, section 3)
+"""Extraction by sampling: how probable is a suffix within n samples? (Hayes et al. 2024, section 3)
 
 p_z, the probability that one sample is the suffix, may be e^-10000, so everything is computed from its logarithm.
 """
@@ -9,27 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from goldfish.audit.stats import Codes, Floats, mean, rate
+from goldfish.audit.estimate import Codes, Floats, mean, rate
 
 PROBABILITIES = (0.5, 0.9, 0.999)
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
-def log_p(log_q: ArrayLike) -> list[float]:
-    """ln p_z under each setting, from the suffix tokens' log-probabilities (settings, S); -inf where one is cut off."""
-    total: list[float] = np.asarray(log_q, dtype=np.float64).sum(-1).tolist()
-    return total
-
-
 def probability_within(log_p: ArrayLike, n: float) -> Floats:
-    """1 - (1 - p_z)^n, the probability that n samples hold the suffix; exact to rounding for p_z from 0 to 1."""
+    """1 - (1 - p_z)^n, the probability that the suffix is among n samples; exact to rounding for p_z from 0 to 1."""
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
     with np.errstate(divide="ignore"):
         return np.asarray(-np.expm1(n * _log_miss(log_p)))
 
 
 def log10_samples_needed(log_p: ArrayLike, p: float) -> Floats:
-    """log10 of the least n with 1 - (1 - p_z)^n >= p, n a whole number of at least 1; inf where p_z is 0."""
+    """log10 of the least whole n >= 1 with 1 - (1 - p_z)^n >= p; inf where p_z is 0."""
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
     with np.errstate(divide="ignore"):
         n = np.log1p(-p) / _log_miss(log_p)
@@ -52,7 +46,7 @@ def setting_name(setting: dict[str, Any]) -> str:
 
 
 def sampling_figures(log_p: Floats, documents: Codes, setting: dict[str, Any]) -> dict[str, Any]:
-    """One entry of a split's `sampling`; see docs/audit.md."""
+    """One entry of a split's `sampling`; see docs/audit-files.md."""
     possible = np.isfinite(log_p)
     needed = {p: log10_samples_needed(log_p, p) for p in PROBABILITIES}
     return {

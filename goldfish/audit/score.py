@@ -10,7 +10,7 @@ from torch import Tensor
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
 from goldfish.audit.head import RowsOfLogits
-from goldfish.audit.windows import Window
+from goldfish.audit.windows import Window, first_divergence
 
 # Tokens that a batch may hold in the pass, and in a greedy search, where a step has few rows; more was no faster.
 PASS_TOKENS = {"cpu": 2**12, "other": 2**16}
@@ -209,11 +209,6 @@ class Scorer:
             return ids, None
         lengths = torch.tensor([[len(row)] for row in rows], device=ids.device)
         return ids, (torch.arange(longest, device=ids.device) < lengths).long()
-
-
-def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
-    """min{t: output[t] != suffix[t]}, or their length where they agree."""
-    return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix))
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

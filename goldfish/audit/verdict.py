@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from math import ceil, log
 from typing import Any
 
-from goldfish.audit.stats import Estimate
+from goldfish.audit.estimate import Estimate
 
-RECITED = 0.01  # share of windows: a loud claim ("at most one text in a hundred") that 368 documents can carry
-AUC = 0.55  # in a pair of a member and a held-out text, the member is found in at most 55%
-HAZARD_RATIO = 1.0  # the holes stop recitation no more than any other token
-SAMPLES = (1_000, 0.5)  # the sampling question: in 1,000 samples, with even odds
+RECITED = 0.01  # share of windows: a claim ("at most one text in a hundred") that 368 documents can support
+AUC = 0.55  # of a pair of a member and a held-out text, the member is recognized in at most 55% of cases
+HAZARD_RATIO = 1.0  # dropped tokens stop the recitation no more than others
+SAMPLES = (1_000, 0.5)  # the sampling question: within 1,000 samples, with even odds
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 Question = dict[str, Any]
 
 
 def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's `verdict`; see docs/audit.md. `summary` needs `protocol`, `splits` and `membership`."""
+    """A summary's `verdict`; see docs/audit-files.md. `summary` needs `protocol`, `splits` and `membership`."""
     members, heldout = summary["splits"].get("members"), summary["splits"].get("heldout")
     questions: list[Question] = []
     if members:
@@ -42,42 +42,47 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _greedy(split: Mapping[str, Any]) -> Estimate:
-    return dict(split["exact_match"])
+    estimate: Estimate = split["exact_match"]
+    return estimate
 
 
 def _beams(split: Mapping[str, Any]) -> Estimate:
-    return dict(split["beam_search"][-1]["exact_match"])
+    estimate: Estimate = split["beam_search"][-1]["exact_match"]
+    return estimate
 
 
 def _sampled(split: Mapping[str, Any]) -> Estimate:
     """Of the settings tried, the one that extracts most."""
-    found = [
+    rates: list[Estimate] = [
         each["windows"]
         for setting in split["sampling"]
         for each in setting["extractable"]
         if (each["n"], each["p"]) == SAMPLES
     ]
-    return dict(max(found, key=lambda rate: rate["k"]))
+    return max(rates, key=lambda rate: rate.k or 0)
 
 
 def _recited(name: str, what: str, members: Any, heldout: Any, estimate: Any) -> Question:
-    found, control = estimate(members), estimate(heldout) if heldout else None
-    k, n, low, high = found["k"], found["n"], found["lower95"], found["upper95"]
-    told = f"{k} of {n} {what}"
+    result: Estimate = estimate(members)
+    control: Estimate | None = estimate(heldout) if heldout else None
+    low, high = result.lower95, result.upper95
+    assert low is not None, "a rate of at least one window has an interval"
+    assert high is not None
+    count = f"{result.point()} {what}"
     if high <= RECITED:
-        outcome, why = PASS, f"{told}: at most {high:.2%} of such texts"
+        outcome, why = PASS, f"{count}: at most {high:.2%} of such texts"
     elif low <= RECITED:
-        outcome, why = INCONCLUSIVE, f"{told}: that is compatible with {low:.1%} to {high:.1%} of such texts"
-        if k == 0:
+        outcome, why = INCONCLUSIVE, f"{count}: that is compatible with {low:.1%} to {high:.1%} of such texts"
+        if result.k == 0:
             why += f"; {enough():,} documents with none would bound it at {RECITED:.0%}"
     elif control is None:
-        outcome, why = INCONCLUSIVE, f"{told}, but without held-out texts nobody can say that training on them is why"
-    elif low > control["upper95"]:
-        outcome, why = FAIL, f"{told}: at least {low:.1%} of such texts; held-out {control['k']} of {control['n']}"
+        outcome, why = INCONCLUSIVE, f"{count}, but without held-out texts training on them may not be the reason"
+    elif low > (control.upper95 or 0.0):
+        outcome, why = FAIL, f"{count}: at least {low:.1%} of such texts; held-out {control.point()}"
     else:
         outcome = INCONCLUSIVE
-        why = f"{told}, not clearly more than of held-out texts ({control['k']} of {control['n']})"
-    return _question(name, f"Are more than {RECITED:.0%} of such texts {what}?", outcome, RECITED, found, control, why)
+        why = f"{count}, not clearly more than of held-out texts ({control.point()})"
+    return _question(name, f"Are more than {RECITED:.0%} of such texts {what}?", outcome, RECITED, result, control, why)
 
 
 def enough(limit: float = RECITED) -> int:
@@ -88,37 +93,35 @@ def enough(limit: float = RECITED) -> int:
 def _membership(membership: Mapping[str, Any]) -> Question:
     headline: dict[str, Any] | None = membership["headline"]
     blind: list[Estimate] = [attack["auc"] for attack in membership["blind"].values()]
-    control = max(blind, key=lambda auc: abs(float(auc["value"]) - 0.5))
-    outcome = INCONCLUSIVE
-    found: Estimate = headline["auc"] if headline else {}
-    if not headline:
+    control = max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5))
+    outcome, auc = INCONCLUSIVE, headline["auc"] if headline else None
+    if auc is None or headline is None:
         why = membership["reason"]
-    elif membership["confounded"] is None or found["lower95"] is None:
-        why = found.get("reason", "too few documents for the blind baselines")
+    elif membership["confounded"] is None or auc.lower95 is None:
+        why = auc.reason or "too few documents for the blind baselines"
     else:
-        told = f"attack {headline['attack']}: AUC {found['value']:.2f} ({found['lower95']:.2f}-{found['upper95']:.2f})"
-        why = told + f"; a blind baseline has {control['value']:.2f}"
-        if found["upper95"] <= AUC:
+        why = f"attack {headline['attack']}: AUC {auc}; a blind baseline has {control.point()}"
+        if auc.upper95 <= AUC:
             outcome = PASS
-        elif found["lower95"] > max(AUC, control["upper95"]):
+        elif auc.lower95 > max(AUC, control.upper95 or 0.0):
             outcome = FAIL
         else:
             why += f"; neither clearly above nor below {AUC}"
     asks = "Can it be told from the model which texts it was trained on?"
-    return _question("membership", asks, outcome, AUC, found or None, control, why)
+    return _question("membership", asks, outcome, AUC, auc, control, why)
 
 
 def _attribution(ratio: Estimate) -> Question:
-    low, high = ratio["lower95"], ratio["upper95"]
-    value = "no bound" if ratio["value"] is None else f"{ratio['value']:.1f}"
+    low, high = ratio.lower95, ratio.upper95
     outcome = INCONCLUSIVE
     if low is None:
-        why = f"hazard ratio not estimable: {ratio['reason']}"
+        why = f"hazard ratio not estimable: {ratio.reason}"
+    elif ratio.value is None:
+        why = f"every recitation breaks at a dropped token; hazard ratio {low:.1f} and more"
+        outcome = PASS if low > HAZARD_RATIO else INCONCLUSIVE
     else:
-        bounds = f"{low:.1f} and more" if high is None else f"{low:.1f}-{high:.1f}"
-        why = f"a recitation breaks at a dropped token {value} times as readily as at a kept one ({bounds})"
-        if ratio["value"] is None:
-            why = f"every recitation breaks at a dropped token; hazard ratio {bounds}"
+        bounds = f"{low:.1f} and more" if high is None else f"{low:.1f}–{high:.1f}"
+        why = f"a recitation breaks at a dropped token {ratio.value:.1f} times as often as at a kept one ({bounds})"
         outcome = PASS if low > HAZARD_RATIO else FAIL if high is not None and high < HAZARD_RATIO else INCONCLUSIVE
     return _question("attribution", "Is it the rule that stops recitation?", outcome, HAZARD_RATIO, ratio, None, why)
 
@@ -149,9 +152,7 @@ def _sentence(outcome: str, questions: list[Question]) -> str:
 
 
 def _short(estimate: Estimate | None) -> str:
-    if estimate is None or (estimate.get("value") is None and "k" not in estimate):
-        return "not estimable"
-    return f"{estimate['k']} of {estimate['n']}" if "k" in estimate else f"{estimate['value']:.2f}"
+    return "not estimable" if estimate is None else estimate.point()
 
 
 def _not_tested(summary: Mapping[str, Any]) -> list[str]:

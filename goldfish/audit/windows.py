@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
+SHOWN = 5  # skipped rows that are named
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ class Window:
         return self.ids[self.prefix_length :]
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A row without a window at an offset, and why."""
+
+    index: int
+    reason: str
+
+
+def require_input(path: str | Path) -> Path:
+    """FileNotFoundError, ValueError for what `read_rows` cannot read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected .jsonl with a `text` or `input_ids` field a line, or .txt")
+    if path.suffix.lower() not in (".jsonl", *PLAIN):
+        raise ValueError(f"{path}: expected .jsonl with an object a line, or plain text ({', '.join(PLAIN)})")
+    return path
+
+
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl file, one at a time, or a .txt file as one row.
 
@@ -43,11 +62,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: with the file, the line and what was expected there.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected .jsonl with a `text` or `input_ids` field a line, or .txt")
-    if path.suffix.lower() not in (".jsonl", *PLAIN):
-        raise ValueError(f"{path}: expected .jsonl with an object a line, or plain text ({', '.join(PLAIN)})")
+    path = require_input(path)
     if path.suffix.lower() != ".jsonl":
         yield {"text": _decoded(path.read_bytes(), str(path)), "name": path.name}
         return
@@ -104,8 +119,8 @@ def cut_windows(
     prefix_length: int,
     suffix_length: int,
     offsets: Sequence[int] = (0,),
-) -> Iterator[Window | None]:
-    """The first prefix_length + suffix_length tokens of every row, from each offset; None for what is too short.
+) -> Iterator[Window | Skipped]:
+    """The first prefix_length + suffix_length tokens of every row, from each offset.
 
     A row's `input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where
     it adds one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as
@@ -124,38 +139,56 @@ def cut_windows(
         for offset in offsets:
             ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
             if len(ids) < length:
-                yield None
+                yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
             else:
                 source, count = row.get("source"), row.get("count")
                 yield Window(split, index, str(name), ids, prefix_length, source, count, offset)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
-    """An input file, read once from end to end: its fingerprint, its windows, and what was too short for one."""
+    """The windows of an input, read once from end to end. `skipped`: by reason, how many and the first rows."""
 
-    sha256: str
-    windows: int
-    skipped: int
-    largest_id: int  # of all windows; it stands in row `largest_at`
-    largest_at: int
+    rows: int = 0
+    windows: int = 0
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    largest_id: int = -1  # of all windows; it stands in row `largest_at`
+    largest_at: int = -1
 
 
-def survey(path: Path, windows: Iterable[Window | None]) -> Survey:
-    """Read a file's windows before anything is computed, so that a bad line is found at once."""
-    kept, skipped, largest, largest_at = 0, 0, -1, -1
+def survey(windows: Iterable[Window | Skipped]) -> Survey:
+    """Read all windows before anything is computed, so that a bad line is reported at once."""
+    result = Survey()
     for window in windows:
-        if window is None:
-            skipped += 1
+        result.rows = window.index + 1
+        if isinstance(window, Skipped):
+            skipped = result.skipped.setdefault(window.reason, {"reason": window.reason, "count": 0, "rows": []})
+            skipped["count"] += 1
+            skipped["rows"] = [*skipped["rows"], window.index][:SHOWN]
             continue
-        kept += 1
-        if (here := max(window.ids)) > largest:
-            largest, largest_at = here, window.index
-    sha256 = hashlib.sha256()
+        result.windows += 1
+        if (largest := max(window.ids)) > result.largest_id:
+            result.largest_id, result.largest_at = largest, window.index
+    return result
+
+
+def sha256(path: Path) -> str:
+    """Of the whole file."""
+    digest = hashlib.sha256()
     with path.open("rb") as data:
         while piece := data.read(2**20):
-            sha256.update(piece)
-    return Survey(sha256.hexdigest(), kept, skipped, largest, largest_at)
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
+    """min{t: output[t] != suffix[t]}, or their length where they agree."""
+    return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix))
+
+
+def prefix_grid(prefix_length: int) -> list[int]:
+    """Tenths of the prefix: the lengths that the prefix sweep reports."""
+    return sorted({round(prefix_length * tenth / 10) for tenth in range(1, 11)} - {0})
 
 
 def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:

@@ -1,48 +1,83 @@
-"""Audits -> one self-contained HTML page: what came out, how surely, and every document to look at.
+"""Audits -> one self-contained HTML page, or a section for a model card. Needs no torch and no network.
 
-`write_report(["audit/standard", "audit/goldfish"], "report.html")`. Needs no torch and no network.
+`write_report(["audit/standard", "audit/goldfish"], "report.html")`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["write_report"]
+__all__ = ["write_model_card", "write_report"]
 
 
 def write_report(
-    audits: Sequence[str | Path], output: str | Path, *, overwrite: bool = False, redact: bool = False
+    audits: Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    redact: bool = False,
+    baseline: str | None = None,
 ) -> Path:
-    """Writes the report of one or more audits as one HTML file and returns its path.
+    """Write the report of one or more audits as one HTML file.
 
-    Verdicts for who decides, figures and plots for engineers, every document to look at. Audits of the same windows
-    are also compared in pairs, each with the first.
-
-    The file holds everything it needs: no network, no external font or script. What comes from the data is escaped,
-    and the page forbids itself every script but its own sorting. The same audits give the same bytes.
+    The verdict for decision-makers, figures and plots for engineers, and every document to look at. Audits of the same
+    windows are also compared in pairs. The file needs no network, font or script from elsewhere; text from the data is
+    escaped, and the page's policy allows no script but its own. The same audits give the same bytes.
 
     Args:
-        audits: folders that hold summary.json and records.parquet, in the order in which to show them.
-        output: the HTML file to write; its folder is made where it is missing.
+        audits: folders that `goldfish audit` wrote, in the order in which to show them.
+        output: the HTML file to write; its folder is created if it is missing.
         overwrite: replace an existing file.
-        redact: for sharing: block characters in place of texts and document names. Lengths, colours and figures
-            stay, so whoever holds a text already can still recognise it; p and rank of single tokens are left out.
+        redact: for sharing: blocks instead of texts and document names, numbers instead of the models' names, no
+            paths. Lengths and figures stay, so a reader who already has a text can still recognise it.
+        baseline: the name of the audit that the others are compared with; by default every pair is compared.
+
+    Returns:
+        The path of the file.
 
     Raises:
         FileExistsError: `output` exists and `overwrite` is False, or it is a folder.
-        FileNotFoundError: an audit folder that lacks one of its two files.
+        FileNotFoundError: a folder that is no finished audit.
         TypeError: `audits` is a single path.
-        ValueError: no audits, or one whose files are broken, of another schema, or contradict each other.
+        ValueError: no audits, a damaged one or one of another schema, or a `baseline` that is the name of none.
     """
-    from goldfish.report.load import read_audits
+    from jinja2 import UndefinedError
+
+    from goldfish.report.load import read_views
     from goldfish.report.page import render
 
-    output = Path(output)
-    if output.is_dir():
-        raise FileExistsError(f"{output} is a folder; give the name of a file, such as {output / 'report.html'}")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; give another name, or overwrite=True to replace it")
-    page = render(read_audits(audits), redact=redact).encode("utf-8")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "wb" if overwrite else "xb") as file:
-        file.write(page)
-    return output
+    path = _writable(output, overwrite)
+    views = read_views(audits)
+    try:
+        html = render(views, redact=redact, baseline=baseline)
+    except (KeyError, UndefinedError) as error:
+        raise ValueError(f"one of the audits is damaged ({error}); audit again") from error
+    return _write(path, html, overwrite)
+
+
+def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a section for a model card, as Markdown: the verdict, the figures behind it, what was not tested.
+
+    It holds no training text and no paths. Arguments, result and errors as for `write_report`.
+    """
+    from goldfish.audit.results import read
+    from goldfish.report.page import model_card
+
+    path = _writable(output, overwrite)
+    return _write(path, model_card([read(folder) for folder in audits]), overwrite)
+
+
+def _writable(output: str | Path, overwrite: bool) -> Path:
+    """Checked before the work, which takes seconds."""
+    path = Path(output)
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder; give the name of a file, such as {path / 'report.html'}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give another name, or overwrite=True (--overwrite) to replace it")
+    return path
+
+
+def _write(path: Path, text: str, overwrite: bool) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb" if overwrite else "xb") as file:
+        file.write(text.encode("utf-8"))
+    return path

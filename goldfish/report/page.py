@@ -1,9 +1,10 @@
-"""The page: the templates filled in, with as many documents as fit."""
+"""The page: the templates filled in, with as many texts as fit."""
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import combinations
 from math import log
 from typing import Any
 
@@ -11,166 +12,189 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from goldfish.audit.compare import compare
-from goldfish.audit.results import NO_RULE
-from goldfish.audit.table import ROWS
-from goldfish.report import plots, spans, words
-from goldfish.report.load import SPLITS, Audit
+from goldfish.audit.estimate import decimals, percent
+from goldfish.audit.results import NO_RULE, Audit
+from goldfish.audit.tell import ROWS, describe, literal
+from goldfish.pieces import plain
+from goldfish.report import plots, spans
+from goldfish.report.load import SPLITS, View
 from goldfish.report.svg import COLOURS
-from goldfish.report.text import plain
 
-PAGE_BYTES = 4_700_000  # all windows with hover values where that fits, then without, then the first ones only
+PAGE_BYTES = 4_500_000  # of texts: the most recited ones that fit
+HOVER_BYTES = 2_500_000  # of these, texts that carry the loss and rank of each token
+ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
+RESULTS = ("schema", "name", "splits", "membership", "verdict")  # of a summary; the rest is provenance
+HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
-
-ATTACK_NAMES = {
-    "min_k": "Min-K%",
-    "min_k_plus_plus": "Min-K%++",
-    "kept_loss": "kept loss",
-    "dropped_gap": "dropped gap",
-}
+ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
+LOADER = PackageLoader("goldfish.report", "templates")
+FIGURES = {name: label for label, name in ROWS}
 
 
-def render(audits: Sequence[Audit], *, redact: bool) -> str:
-    """The whole page as a string that encodes to UTF-8, whatever the audits hold."""
+def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) -> str:
+    """The whole page as a string that encodes to UTF-8, whatever the audits hold.
+
+    Raises:
+        ValueError: `baseline` is the name of no audit.
+    """
     environment = _environment()
-    names = [plain(audit.name, 60) for audit in audits]
+    names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
     script, style = _asset("report.js"), _asset("report.css")
-    groups = spans.group_windows(audits)
-    common = {"audits": audits, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
-    shown = {
-        "questions": questions(audits),
-        "gaps": gaps(audits),
-        "rows": figure_rows(audits),
-        "every": sorted({name: None for audit in audits for name in audit.figures}, key=_order),
-        "comparisons": comparisons(audits),
-        "histograms": plots.rouge_histograms(audits),
-        "survival": plots.survival(audits),
-        "prefix_sweep": plots.sweep(audits, "prefix_sweep", "prefix_length", "tokens of prefix given"),
-        "offset_sweep": plots.sweep(audits, "offset_sweep", "offset", "tokens from the start of the document"),
-        "extractable": plots.extractable(audits),
-        "divergences": plots.divergences(audits),
-        "losses": plots.losses(audits),
-        "roc": plots.roc(audits),
-        "strata": any(split["strata"] for audit in audits for split in audit.summary["splits"].values()),
-        "mixed": len({repr([a.summary["protocol"][f"{key}_length"] for key in ("prefix", "suffix")]) for a in audits})
-        > 1,
-        "script": Markup(script),
-        "style": Markup(style),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    }
+    rows = spans.order(views)
+    common = {"views": views, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
+    texts, hover = _texts(environment, common, views, rows)
+    return environment.get_template("report.html").render(
+        **common,
+        texts=texts,
+        hover=hover,
+        total=len(rows),
+        questions=questions(views),
+        gaps=gaps(views),
+        rows=figure_rows(views),
+        mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
+        strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
+        mia_names=membership_names(views),
+        results=RESULTS,
+        hidden=HIDDEN if redact else (),
+        every=list(dict.fromkeys(name for view in views for name in view.audit.estimates)),
+        comparisons=list(comparisons(views, baseline)),
+        histograms=plots.rouge_histograms(views),
+        survival=plots.survival(views),
+        prefix_sweep=plots.sweep(views, "prefix_sweep", "prefix_length", "tokens of prefix given"),
+        offset_sweep=plots.sweep(views, "offset_sweep", "offset", "tokens from the start of the document"),
+        extractable=plots.extractable(views),
+        divergences=plots.divergences(views),
+        losses=plots.losses(views),
+        roc=plots.roc(views),
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
 
-    def page(windows: Sequence[Markup], hover: int) -> str:
-        template = environment.get_template("report.html")
-        return template.render(**common, **shown, windows=windows, total=len(groups), hover=hover)
 
-    template = environment.get_template("window.html")
+def model_card(audits: Sequence[Audit]) -> str:
+    """A section for a model card, as Markdown, for each audit."""
+    environment = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(plain=plain, literal=literal)
+    described = [(audit, describe(audit.summary)) for audit in audits]
+    return environment.get_template("model_card.md").render(audits=described)
 
-    def window(group: spans.Group, hover: bool) -> Markup:
+
+def _texts(
+    environment: Environment, common: Mapping[str, Any], views: Sequence[View], rows: Any
+) -> tuple[list[Markup], int]:
+    """The texts that fit on the page, in the order of `rows`, and how many of them carry loss and rank."""
+    template, redact = environment.get_template("window.html"), common["redact"]
+    texts: list[Markup] = []
+    size = hover = 0
+    for group in spans.windows(views, rows):
+        values = not redact and size < HOVER_BYTES  # a rank would give a text away to whoever has the model
+        example = next(window for window in group if window is not None)
         html = template.render(
             **common,
             group=group,
-            first=group is groups[0],
-            name=spans.name_of(group.any, redact),
-            prefix=spans.prefix(group, redact),
-            truths=spans.truths(group, redact, hover),
-            outputs=[(i, w, spans.output(w, redact)) for i, w in group.present],
+            example=example,
+            name=spans.name_of(example, redact),
+            prefix=spans.prefix(example, redact),
+            truths=spans.truths(group, redact, values),
+            outputs=[(i, w, spans.output(w, redact)) for i, w in enumerate(group) if w is not None],
+            first=not texts,
         )
-        return Markup(html)
-
-    room = PAGE_BYTES - _size(page([], 0))
-    short, long = [], []
-    for group in groups:
-        short.append(window(group, hover=False))
-        room -= _size(short[-1])
-        if room < 0:
-            room += _size(short.pop())
+        size += len(html.encode("utf-8"))
+        if size > PAGE_BYTES:
             break
-    for group, html in zip([] if redact else groups, short, strict=False):  # ranks would give a text away
-        long.append(window(group, hover=True))
-        room -= _size(long[-1]) - _size(html)
-        if room < 0:
-            long.pop()
-            break
-    return page([*long, *short[len(long) :]], len(long))
+        texts.append(Markup(html))
+        hover += values
+    return texts, hover
 
 
-def questions(audits: Sequence[Audit]) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
+def questions(views: Sequence[View]) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
     """Each question of the verdicts once, with the audits that answer it."""
-    asked: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
-    for i, audit in enumerate(audits):
-        for question in audit.summary["verdict"]["questions"]:
-            asked.setdefault(question["asks"], []).append((i, question))
-    return list(asked.items())
+    by_text: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for i, view in enumerate(views):
+        for question in view.audit.summary["verdict"]["questions"]:
+            by_text.setdefault(question["asks"], []).append((i, question))
+    return list(by_text.items())
 
 
-def gaps(audits: Sequence[Audit]) -> list[tuple[str, list[int]]]:
+def gaps(views: Sequence[View]) -> list[tuple[str, list[int]]]:
     """What was not tested, and in which audits."""
-    found: dict[str, list[int]] = {}
-    for i, audit in enumerate(audits):
-        for gap in audit.summary["verdict"]["not_tested"]:
-            found.setdefault(gap, []).append(i)
-    return list(found.items())
+    by_text: dict[str, list[int]] = {}
+    for i, view in enumerate(views):
+        for gap in view.audit.summary["verdict"]["not_tested"]:
+            by_text.setdefault(gap, []).append(i)
+    return list(by_text.items())
 
 
-def figure_rows(audits: Sequence[Audit]) -> list[tuple[str, list[Any]]]:
-    """The terminal's figures: what each says, and its value in every audit and split; rows without any left out."""
+def figure_rows(views: Sequence[View]) -> list[tuple[str, list[Any]]]:
+    """The terminal's figures: a label and the estimate of every audit and split, without rows that no audit has."""
     rows = []
     for label, name in ROWS:
         values = []
-        for audit in audits:
-            most = f"@{max(audit.summary['protocol']['beams'] or [0])}" if name == "beam_search" else ""
-            values += [audit.figures.get(f"{split}.{name}{most}") for split in audit.splits]
+        for view in views:
+            beams = f"@{max(view.audit.summary['protocol']['beams'] or [0])}" if name == "beam_search" else ""
+            values += [view.audit.estimates.get(f"{split}.{name}{beams}") for split in view.splits]
         if any(value is not None for value in values):
             rows.append((label, values))
     return rows
 
 
-def comparisons(audits: Sequence[Audit]) -> list[dict[str, Any]]:
-    """Every audit paired with the first; where the items differ, `reason` says so."""
-    told = []
-    for i, audit in enumerate(audits[1:], 1):
+def membership_names(views: Sequence[View]) -> list[str]:
+    """The attacks of all audits, then the blind baselines, as in the names of estimates."""
+    known = [view.audit.summary["membership"] or {"attacks": {}, "blind": {}} for view in views]
+    attacks = dict.fromkeys(name for each in known for name in each["attacks"])
+    return [*attacks, *dict.fromkeys(f"blind.{name}" for each in known for name in each["blind"])]
+
+
+def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[dict[str, Any]]:
+    """Every pair of audits, or every audit against `baseline`; where the windows differ, `reason` says so."""
+    names = [view.name for view in views]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline must be the name of one of the audits ({', '.join(names)}), got {baseline!r:.80}")
+    pairs = list(combinations(range(len(views)), 2))
+    if baseline is not None:
+        base = names.index(baseline)
+        pairs = [(base, i) for i in range(len(views)) if i != base]
+    for first, second in pairs:
+        pair = {"first": first, "second": second}
         try:
-            told.append({"other": i, **compare(audits[0].folder, audit.folder)})
+            yield {**compare(views[first].audit.folder, views[second].audit.folder), **pair}
         except ValueError as error:
-            told.append({"other": i, "reason": str(error)})
-    return told
+            yield {"reason": str(error), **pair}
+
+
+def signed(value: float) -> str:
+    """A difference, with its sign."""
+    return f"{'−' if value < 0 else '+'}{decimals(abs(value))}" if value else "0"
+
+
+def power_of_ten(log10: float) -> str:
+    """10^log10 for people: 0.98, 0.0031, 12,000, 10⁻⁵³."""
+    if log10 == float("-inf"):
+        return "0"
+    if -4 < log10 < 6:
+        return f"{10**log10:,.0f}" if log10 >= 1 else f"{10**log10:.2g}"
+    return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _environment() -> Environment:
     """Escapes what a template prints, and writes invisible characters out: no template can forget it."""
 
-    def visible(value: Any) -> Any:
+    def finalize(value: Any) -> Any:
         return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
-        loader=PackageLoader("goldfish.report", "templates"),
+        loader=LOADER,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=visible,
+        finalize=finalize,
     )
-    formats = (
-        words.percent,
-        words.decimals,
-        words.signed,
-        words.point,
-        words.interval,
-        words.bound,
-        words.power_of_ten,
-    )
-    environment.filters.update({each.__name__: each for each in formats}, figure=words.of_estimate, plain=plain)
-    labels = {name: label.strip() for label, name in ROWS}
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=labels, attacks=ATTACK_NAMES)
+    for each in (percent, decimals, signed, power_of_ten, plain):
+        environment.filters[each.__name__] = each
+    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=FIGURES, attacks=ATTACKS)
     return environment
-
-
-def _order(name: str) -> int:
-    """Members, held-out, membership; in each the order of the summary."""
-    return ("members", "heldout", "mia").index(name.split(".")[0])
-
-
-def _size(html: str) -> int:
-    return len(html.encode("utf-8"))
 
 
 def _asset(name: str) -> str:

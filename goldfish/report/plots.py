@@ -1,139 +1,138 @@
-"""The engineer's plots. Members are drawn solid and in the audit's colour, held-out texts dashed or in grey."""
+"""The plots. A colour is a model; members are solid, held-out texts dashed or grey."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
 
 from goldfish.audit.sampling import log10_samples_needed, setting_name
-from goldfish.report.load import Audit, Window
-from goldfish.report.svg import HELDOUT, HOLE, INK, LINE, MISS, colour, count, percent, svg
+from goldfish.report.load import View
+from goldfish.report.svg import DROPPED, HELDOUT, INK, LINE, MISS, colour, count, percent, svg
 
-HALF = (560, 210)
+HALF = (420, 230)
 BINS = 25
 ROWS = 48  # windows in the plot of divergences
 MOST_SAMPLES = 6  # log10
 LEAST_NLL, MOST_NLL = 1e-3, 30.0  # the ends of the axis of losses; what lies beyond is counted at the ends
-_DASHES = (("members", "-"), ("heldout", (0, (4, 3))))
+DASHES = {"members": "-", "heldout": (0, (4, 3))}
+BLIND = {"words": (0, (5, 2)), "length": (0, (1, 1.5))}
 
 
-def rouge_histograms(audits: Sequence[Audit]) -> list[Markup]:
-    """One panel an audit, with the same scales: share of windows by ROUGE-L, members in colour, held-out in grey."""
-    shares = [[_shares(audit.of_split(split)) for split in ("members", "heldout")] for audit in audits]
-    top = max(max(share, default=0.0) for pair in shares for share in pair) or 1.0
-    left = [i / BINS for i in range(BINS)]
+def rouge_histograms(views: Sequence[View]) -> list[Markup]:
+    """One panel a model, all with the same scales: share of windows by ROUGE-L."""
+
+    def shares(table: pa.Table) -> Any:
+        counts = np.histogram(table["rouge_l_ids"].to_numpy(), BINS, (0, 1))[0]
+        return counts / max(counts.sum(), 1)
+
+    heights = [{split: shares(table) for split, table in view.first.items()} for view in views]
+    top = max(share.max() for each in heights for share in each.values()) or 1.0
+    left = np.arange(BINS) / BINS
 
     def panel(i: int) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
-            members, heldout = shares[i]
-            if heldout:
-                axes.bar(left, heldout, 1 / BINS, align="edge", color=HELDOUT, alpha=0.55, linewidth=0)
-            if members:
-                axes.bar(left, members, 1 / BINS, align="edge", color=colour(i), alpha=0.75, linewidth=0)
+            for split, paint in (("heldout", HELDOUT), ("members", colour(i))):
+                if split in views[i].splits:
+                    axes.bar(left, heights[i][split], 1 / BINS, align="edge", color=paint, alpha=0.65, linewidth=0)
             axes.set(xlim=(0, 1), ylim=(0, top * 1.05), xlabel="ROUGE-L of token ids", ylabel="share of windows")
             axes.yaxis.set_major_formatter(percent)
 
         return draw
 
-    names = ", members in colour and held-out in grey"
-    return [svg(f"histogram-{i}", "Histogram of ROUGE-L" + names, HALF, panel(i)) for i in range(len(audits))]
+    label = "Histogram of ROUGE-L, members in colour and held-out in grey"
+    return [svg(f"histogram-{i}", label, HALF, panel(i)) for i in range(len(views))]
 
 
-def survival(audits: Sequence[Audit]) -> Markup:
+def survival(views: Sequence[View]) -> Markup:
     """Share of windows whose first t tokens all match, over those with t tokens."""
 
     def draw(axes: Any) -> None:
         longest = 1
-        for i, audit in enumerate(audits):
-            for split, dashes in _DASHES:
-                shares = verbatim_shares(audit.of_split(split))
-                longest = max(longest, len(shares) - 1)
-                axes.plot(range(len(shares)), shares, color=colour(i), drawstyle="steps-post", linestyle=dashes,
-                          linewidth=2, clip_on=False)  # fmt: skip
+        for i, split, table in _tables(views):
+            shares = verbatim_shares(table)
+            longest = max(longest, len(shares) - 1)
+            _steps(axes, range(len(shares)), shares, i, split, 2)
         axes.set(xlim=(0, longest), ylim=(0, 1), xlabel="tokens t of the suffix", ylabel="verbatim after t tokens")
         axes.yaxis.set_major_formatter(percent)
 
     return svg("survival", "Share of windows still verbatim after t tokens", HALF, draw)
 
 
-def sweep(audits: Sequence[Audit], key: str, at: str, label: str) -> Markup | None:
+def sweep(views: Sequence[View], key: str, at: str, label: str) -> Markup | None:
     """Exact match against `at` of the summary's list `key`, with its 95% intervals; None where no list has two."""
-    if all(len(split[key]) < 2 for audit in audits for split in audit.summary["splits"].values()):
+    lists = [(i, split, view.audit.summary["splits"][split][key]) for i, view in enumerate(views)
+             for split in view.splits]  # fmt: skip
+    if all(len(points) < 2 for _, _, points in lists):
         return None
 
     def draw(axes: Any) -> None:
-        for i, audit in enumerate(audits):
-            for split, dashes in _DASHES:
-                points = sorted(audit.summary["splits"].get(split, {key: []})[key], key=lambda point: point[at])
-                points = [point for point in points if point["exact_match"]["rate"] is not None]
-                x = [point[at] for point in points]
-                rate, low, high = (
-                    [point["exact_match"][name] for point in points] for name in ("rate", "lower95", "upper95")
-                )
-                axes.plot(x, rate, color=colour(i), linestyle=dashes, linewidth=2, marker="o", markersize=4,
-                          clip_on=False)  # fmt: skip
-                if split == "members":
-                    axes.fill_between(x, low, high, color=colour(i), alpha=0.15, linewidth=0)
+        for i, split, points in lists:
+            known = sorted(((point[at], point["exact_match"]) for point in points if point["exact_match"].n),
+                           key=lambda point: point[0])  # fmt: skip
+            x = [place for place, _ in known]
+            rates = [rate.value for _, rate in known]
+            axes.plot(x, rates, color=colour(i), linestyle=DASHES[split], linewidth=2, marker="o", markersize=4,
+                      clip_on=False)  # fmt: skip
+            if split == "members":
+                low, high = ([getattr(rate, end) for _, rate in known] for end in ("lower95", "upper95"))
+                axes.fill_between(x, low, high, color=colour(i), alpha=0.15, linewidth=0)
         axes.set(ylim=(0, 1), xlabel=label, ylabel="verbatim")
         axes.yaxis.set_major_formatter(percent)
 
     return svg(key, f"Share of windows recited against {label}", HALF, draw)
 
 
-def extractable(audits: Sequence[Audit]) -> list[tuple[str, Markup]]:
+def extractable(views: Sequence[View]) -> list[tuple[str, Markup]]:
     """For each sampling setting: the share of windows that n samples hold with probability p, p = 0.5 and 0.999."""
-    places = [
-        {setting_name(setting): i for i, setting in enumerate(audit.summary["protocol"]["sampling"])}
-        for audit in audits
-    ]
-    names = list(dict.fromkeys(name for each in places for name in each))
+    settings = [list(map(setting_name, view.audit.summary["protocol"]["sampling"])) for view in views]
 
     def panel(name: str) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
-            for i, audit in enumerate(audits):
-                for split, dashes in _DASHES:
-                    windows = audit.of_split(split)
-                    if name not in places[i] or not windows:
-                        continue
-                    log_p = np.array([window.log_p[places[i][name]] for window in windows])
-                    for p, width in ((0.5, 2), (0.999, 0.9)):
-                        needed = np.sort(log10_samples_needed(log_p, p))
-                        needed = needed[needed <= MOST_SAMPLES]
-                        x = 10 ** np.concatenate([[0], needed, [MOST_SAMPLES]])
-                        y = np.concatenate([np.arange(len(needed) + 1), [len(needed)]]) / len(windows)
-                        axes.plot(x, y, color=colour(i), drawstyle="steps-post", linestyle=dashes, linewidth=width,
-                                  clip_on=False)  # fmt: skip
+            for i, split, table in _tables(views):
+                if name not in settings[i] or not len(table):
+                    continue
+                log_p = pc.list_element(table["log_p"], settings[i].index(name)).to_numpy()
+                for p, width in ((0.5, 2), (0.999, 0.9)):
+                    needed = np.sort(log10_samples_needed(log_p, p))
+                    needed = needed[needed <= MOST_SAMPLES]
+                    x = 10 ** np.concatenate([[0], needed, [MOST_SAMPLES]])
+                    y = np.concatenate([np.arange(len(needed) + 1), [len(needed)]]) / len(table)
+                    _steps(axes, x, y, i, split, width)
             axes.set(xscale="log", xlim=(1, 10**MOST_SAMPLES), ylim=(0, 1), xlabel="samples n of each window",
-                     ylabel="come out")  # fmt: skip
+                     ylabel="extractable")  # fmt: skip
             axes.xaxis.set_major_formatter(count)
             axes.yaxis.set_major_formatter(percent)
 
         return draw
 
-    label = "Share of windows that n samples hold, for odds of 0.5 and of 0.999"
+    label = "Share of windows extracted by n samples, with probability 0.5 and 0.999"
+    names = dict.fromkeys(name for each in settings for name in each)
     return [(name, svg(f"samples-{i}", label, HALF, panel(name))) for i, name in enumerate(names)]
 
 
-def divergences(audits: Sequence[Audit]) -> list[Markup | None]:
-    """For each audit its member windows as bars as long as the recitation, the dropped tokens reached, and the end."""
-    longest = max((len(w.suffix_tokens) for audit in audits for w in audit.of_split("members")), default=0)
+def divergences(views: Sequence[View]) -> list[Markup | None]:
+    """For each model, member windows as bars as long as the recitation, the dropped tokens reached, and the end."""
+    tables = [view.first["members"] for view in views]
+    longest = max((pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0 for table in tables), default=0)
 
-    def panel(i: int, windows: Sequence[Window]) -> Callable[[Any], None]:
+    def panel(i: int, windows: Sequence[Any]) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
-            runs, holes, ends = _Strokes(), _Strokes(), {True: _Strokes(), False: _Strokes()}
+            runs, reached, ends = _Strokes(), _Strokes(), {True: _Strokes(), False: _Strokes()}
             for y, window in enumerate(windows):
-                d, dropped = window.first_divergence, window.dropped or ()
-                runs.add(0, y, d, y)
-                for t in np.flatnonzero(dropped[:d]):
-                    holes.add(t + 0.5, y - 0.42, t + 0.5, y + 0.42)
-                if not window.exact_match:
-                    ends[bool(dropped) and dropped[d]].add(d + 0.5, y - 0.48, d + 0.5, y + 0.48)
-            thick = min(9.0, 250 / max(len(windows), 8))
+                first, dropped = window["first_divergence"], window["dropped"] or ()
+                runs.add(0, y, first, y)
+                for t in np.flatnonzero(dropped[:first]):
+                    reached.add(t + 0.5, y - 0.42, t + 0.5, y + 0.42)
+                if not window["exact_match"]:
+                    ends[bool(dropped) and dropped[first]].add(first + 0.5, y - 0.48, first + 0.5, y + 0.48)
+            thick = min(7.0, 190 / max(len(windows), 8))
             axes.plot(*runs.xy, color=colour(i), linewidth=thick * 0.75, alpha=0.4, solid_capstyle="butt")
-            axes.plot(*holes.xy, color=HOLE, linewidth=1.2, solid_capstyle="butt")
-            axes.plot(*ends[False].xy, color=INK, linewidth=3, solid_capstyle="butt")
-            axes.plot(*ends[True].xy, color=MISS, linewidth=3, solid_capstyle="butt")
+            axes.plot(*reached.xy, color=DROPPED, linewidth=1.2, solid_capstyle="butt")
+            axes.plot(*ends[False].xy, color=INK, linewidth=2.5, solid_capstyle="butt")
+            axes.plot(*ends[True].xy, color=MISS, linewidth=2.5, solid_capstyle="butt")
             axes.set(xlim=(0, longest + 1), ylim=(len(windows) - 0.4, -0.6), yticks=[], ylabel="windows",
                      xlabel="tokens of the suffix")  # fmt: skip
             axes.grid(visible=False)
@@ -141,32 +140,32 @@ def divergences(audits: Sequence[Audit]) -> list[Markup | None]:
         return draw
 
     drawn: list[Markup | None] = []
-    for i, audit in enumerate(audits):
-        ordered = sorted(audit.of_split("members"), key=lambda window: -window.first_divergence)
-        chosen = [ordered[j] for j in np.unique(np.linspace(0, len(ordered) - 1, ROWS).round().astype(int))
-                  ] if ordered else []  # fmt: skip
-        label = "How far each member window is recited, the dropped tokens on the way, and where it diverges"
-        drawn.append(svg(f"divergences-{i}", label, (560, 300), panel(i, chosen)) if chosen else None)
+    label = "How far each member window is recited, the dropped tokens on the way, and where it diverges"
+    for i, table in enumerate(tables):
+        ordered = np.argsort(-table["first_divergence"].to_numpy(), kind="stable")
+        places = np.unique(np.linspace(0, max(len(ordered) - 1, 0), ROWS).round().astype(int))[: len(ordered)]
+        columns = table.select(["first_divergence", "dropped", "exact_match"])
+        chosen = columns.take(pa.array(ordered[places])).to_pylist()
+        drawn.append(svg(f"divergences-{i}", label, (420, 280), panel(i, chosen)) if chosen else None)
     return drawn
 
 
-def losses(audits: Sequence[Audit]) -> list[Markup | None]:
-    """For each audit with a rule: share of dropped and of kept tokens by loss; members filled, held-out outlined."""
+def losses(views: Sequence[View]) -> list[Markup | None]:
+    """For each model with a rule: share of dropped and of kept tokens by loss; members filled, held-out outlined."""
     edges = np.geomspace(LEAST_NLL, MOST_NLL, 41)
 
-    def shares(windows: Sequence[Window], dropped: bool) -> Any:
-        ruled = [window for window in windows if window.dropped is not None]
-        nll = np.array([x for w in ruled for x, hole in zip(w.nll, w.dropped or (), strict=True) if hole == dropped])
-        return np.histogram(nll.clip(LEAST_NLL, MOST_NLL), edges)[0] / len(nll) if len(nll) else None
-
-    def panel(i: int, audit: Audit) -> Callable[[Any], None]:
+    def panel(i: int) -> Callable[[Any], None]:
         def draw(axes: Any) -> None:
-            for dropped, paint in ((False, colour(i)), (True, HOLE)):
-                members, heldout = (shares(audit.of_split(split), dropped) for split in ("members", "heldout"))
-                if members is not None:
-                    axes.stairs(members, edges, fill=True, color=paint, alpha=0.55, linewidth=0)
-                if heldout is not None:
-                    axes.stairs(heldout, edges, color=paint, linestyle=(0, (4, 3)), linewidth=1.4)
+            for split, table in views[i].first.items():
+                ruled = table.filter(pc.is_valid(table["dropped"]))
+                nll = pc.list_flatten(ruled["nll"]).to_numpy().clip(LEAST_NLL, MOST_NLL)
+                dropped = pc.list_flatten(ruled["dropped"]).to_numpy(zero_copy_only=False).astype(bool)
+                for these, paint in ((nll[~dropped], colour(i)), (nll[dropped], DROPPED)):
+                    style: dict[str, Any] = {"fill": True, "alpha": 0.55, "linewidth": 0}
+                    if split == "heldout":
+                        style = {"linestyle": DASHES[split], "linewidth": 1.4}
+                    if len(these):
+                        axes.stairs(np.histogram(these, edges)[0] / len(these), edges, color=paint, **style)
             axes.set(xscale="log", xlim=(LEAST_NLL, MOST_NLL), ylim=(0, None), ylabel="share of tokens",
                      xlabel="loss of the token, nats")  # fmt: skip
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -175,16 +174,15 @@ def losses(audits: Sequence[Audit]) -> list[Markup | None]:
         return draw
 
     label = "Histogram of the loss of dropped and of kept tokens"
-    return [
-        svg(f"losses-{i}", label, HALF, panel(i, audit)) if any(w.dropped for w in audit.of_split("members")) else None
-        for i, audit in enumerate(audits)
-    ]
+    ruled = [pc.any(pc.is_valid(view.first["members"]["dropped"])).as_py() for view in views]
+    return [svg(f"losses-{i}", label, HALF, panel(i)) if known else None for i, known in enumerate(ruled)]
 
 
-def roc(audits: Sequence[Audit]) -> list[Markup | None]:
-    """For each audit with both splits: every attack on log-log axes, the blind baselines dashed, chance dotted."""
+def roc(views: Sequence[View]) -> list[Markup | None]:
+    """For each model with both splits, on log-log axes: the headline attack thick, the others thin, all in the model's
+    colour; the blind baselines dashed and dotted."""
 
-    def panel(membership: Any) -> Callable[[Any], None]:
+    def panel(i: int, membership: Any) -> Callable[[Any], None]:
         curves = [*membership["attacks"].values(), *membership["blind"].values()]
         positive = [share for curve in curves for point in curve["roc"] for share in point if share > 0]
         least = 10 ** np.floor(np.log10(min(0.1, *positive)) + 1e-9)
@@ -192,13 +190,12 @@ def roc(audits: Sequence[Audit]) -> list[Markup | None]:
 
         def draw(axes: Any) -> None:
             axes.plot([least, 1], [least, 1], color=LINE, linestyle=":", linewidth=1.5)
-            for i, (name, attack) in enumerate(membership["attacks"].items()):
-                x, y = np.maximum(attack["roc"], least).T
-                axes.plot(x, y, color=colour(i), drawstyle="steps-post", linewidth=2.6 if name == best else 1.2,
-                          clip_on=False)  # fmt: skip
-            for dashes, attack in zip(((0, (5, 2)), (0, (1, 1.5))), membership["blind"].values(), strict=False):
-                x, y = np.maximum(attack["roc"], least).T
-                axes.plot(x, y, color=INK, drawstyle="steps-post", linewidth=1.6, linestyle=dashes)
+            styles: list[tuple[Any, str, float]]
+            styles = [("-", colour(i), 2.6 if name == best else 0.8) for name in membership["attacks"]]
+            styles += [(BLIND[name], INK, 1.4) for name in membership["blind"]]
+            for curve, (dashes, paint, width) in zip(curves, styles, strict=True):
+                x, y = np.maximum(curve["roc"], least).T
+                axes.plot(x, y, color=paint, drawstyle="steps-post", linestyle=dashes, linewidth=width)
             axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.02), xlabel="false positive rate",
                      ylabel="true positive rate")  # fmt: skip
             axes.grid(visible=True, axis="both")
@@ -208,18 +205,29 @@ def roc(audits: Sequence[Audit]) -> list[Markup | None]:
         return draw
 
     label = "ROC of the membership attacks, both axes logarithmic"
-    found = [audit.summary["membership"] for audit in audits]
-    return [svg(f"roc-{i}", label, (460, 400), panel(each)) if each else None for i, each in enumerate(found)]
+    known = [view.audit.summary["membership"] for view in views]
+    return [svg(f"roc-{i}", label, (420, 340), panel(i, each)) if each else None for i, each in enumerate(known)]
 
 
-def verbatim_shares(windows: Sequence[Window]) -> list[float]:
+def verbatim_shares(table: pa.Table) -> Any:
     """For t = 0, 1, ...: of the windows with at least t suffix tokens, the share whose first t tokens all match."""
-    lengths = [len(window.suffix_tokens) for window in windows]
-    shares = []
-    for t in range(max(lengths, default=-1) + 1):
-        reached = [window for window, length in zip(windows, lengths, strict=True) if length >= t]
-        shares.append(sum(window.first_divergence >= t for window in reached) / len(reached))
-    return shares
+    lengths = pc.list_value_length(table["suffix_tokens"]).to_numpy()
+    most = lengths.max(initial=-1) + 1
+    match, long = (
+        np.bincount(values, minlength=most)[::-1].cumsum()[::-1]
+        for values in (table["first_divergence"].to_numpy(), lengths)
+    )
+    return match[:most] / long[:most]
+
+
+def _tables(views: Sequence[View]) -> Iterator[tuple[int, str, pa.Table]]:
+    for i, view in enumerate(views):
+        for split in view.splits:
+            yield i, split, view.first[split]
+
+
+def _steps(axes: Any, x: Any, y: Any, i: int, split: str, width: float) -> None:
+    axes.plot(x, y, color=colour(i), drawstyle="steps-post", linestyle=DASHES[split], linewidth=width, clip_on=False)
 
 
 class _Strokes:
@@ -231,10 +239,3 @@ class _Strokes:
     def add(self, x0: float, y0: float, x1: float, y1: float) -> None:
         self.xy[0].extend((x0, x1, np.nan))
         self.xy[1].extend((y0, y1, np.nan))
-
-
-def _shares(windows: Sequence[Window]) -> list[float]:
-    counts = [0] * BINS
-    for window in windows:
-        counts[min(int(window.rouge_l_ids * BINS), BINS - 1)] += 1
-    return [number / len(windows) for number in counts] if windows else []

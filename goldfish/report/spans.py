@@ -1,141 +1,143 @@
-"""The drill-down: windows grouped over audits, and their tokens as coloured spans of HTML."""
+"""The drill-down: the windows of one text in all audits, and their tokens as coloured spans of HTML."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
+from numpy.typing import NDArray
 
-from goldfish.report.load import SPLITS, Audit, Window
-from goldfish.report.text import blocks, plain, show
+from goldfish.pieces import plain
+from goldfish.report.load import SPLITS, View
+from goldfish.report.text import blocks, show
 
 PREFIX_SHOWN = 4000  # characters of a prefix on the page, its last ones; of one token at most 200
 PREFIX_REDACTED = 100  # a block is three bytes
+AT_ONCE = 64  # texts that are Python objects at the same time
+
+Window = dict[str, Any]  # a row of the records, with the columns of load.COLUMNS
 
 
 @dataclass(frozen=True)
-class Group:
-    """One text: the same prefix and suffix at the same row, and its window in each audit (None: not in that one)."""
-
-    windows: tuple[Window | None, ...]
-
-    @property
-    def present(self) -> list[tuple[int, Window]]:
-        return [(i, window) for i, window in enumerate(self.windows) if window is not None]
-
-    @property
-    def any(self) -> Window:
-        return self.present[0][1]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text on the page and the audits it speaks of, by their place in the order given."""
+class Truth:
+    """The true suffix as HTML, and the audits whose rule dropped the tokens marked in it."""
 
     audits: tuple[int, ...]
     html: Markup
-    values: str = ""  # for report.js: the loss and rank of every token under each of the audits
+    values: str = ""  # for report.js: loss and rank of every token in each of these audits
 
 
-def group_windows(audits: Sequence[Audit]) -> list[Group]:
-    """Every text once, members first, then the most recited: by highest ROUGE-L, then by the mean over audits."""
-    rows: dict[tuple[object, ...], list[Window | None]] = {}
-    for i, audit in enumerate(audits):
-        for window in audit.windows:
-            key = (window.split, window.index, window.offset, window.prefix_text, window.suffix_tokens)
-            row = rows.setdefault(key, [None] * len(audits))
-            if row[i] is not None:  # a text that one audit holds twice is shown twice
-                row = rows.setdefault((*key, i, len(rows)), [None] * len(audits))
-            row[i] = window
+def order(views: Sequence[View]) -> NDArray[np.int64]:
+    """(texts, audits): the row of each text in each audit, -1 where an audit lacks it. Members come first, then the
+    texts recited most: the highest ROUGE-L in any audit, then the highest mean over audits."""
+    tables = [view.windows for view in views]
+    sizes = [len(table) for table in tables]
+    every = pa.concat_tables(tables).combine_chunks()
+    numbers = [pc.cast(every[name], pa.string()) for name in ("index", "offset")]
+    tokens = pc.binary_join(every["suffix_tokens"], "\x00")
+    keys = pc.binary_join_element_wise(every["split"], *numbers, every["prefix_text"], tokens, "\x00")
+    codes = keys.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    texts = int(codes.max(initial=-1)) + 1
+    rows = np.full((texts, len(views)), -1)
+    scores = np.full((texts, len(views)), np.nan)
+    rouge = every["rouge_l_ids"].to_numpy()
+    for i, end in enumerate(np.cumsum(sizes)):
+        here = slice(end - sizes[i], end)
+        rows[codes[here], i] = np.arange(sizes[i])
+        scores[codes[here], i] = rouge[here]
+    example = np.unique(codes, return_index=True)[1]  # a row of each text
+    split = pc.index_in(every["split"], pa.array(list(SPLITS))).to_numpy()
+    places = [every[name].to_numpy()[example] for name in ("offset", "index")]
+    ranking = np.lexsort((*places, -np.nanmean(scores, axis=1), -np.nanmax(scores, axis=1), split[example]))
+    return rows[ranking] if texts else rows
 
-    def rank(group: Group) -> tuple[object, ...]:
-        scores = [window.rouge_l_ids for _, window in group.present]
-        return (
-            list(SPLITS).index(group.any.split),
-            -max(scores),
-            -sum(scores) / len(scores),
-            group.any.index,
-            group.any.offset,
-        )
 
-    return sorted((Group(tuple(row)) for row in rows.values()), key=rank)
+def windows(views: Sequence[View], rows: NDArray[np.int64]) -> Iterator[list[Window | None]]:
+    """For each row of `order`, the window of every audit; None where an audit lacks the text."""
+    for begin in range(0, len(rows), AT_ONCE):
+        here = rows[begin : begin + AT_ONCE].T
+        columns = [view.windows.take(pa.array(np.maximum(at, 0))).to_pylist() if (at >= 0).any() else [None] * len(at)
+                   for view, at in zip(views, here, strict=True)]  # fmt: skip
+        for places, group in zip(here.T, zip(*columns, strict=True), strict=True):
+            yield [window if place >= 0 else None for place, window in zip(places, group, strict=True)]
 
 
-def prefix(group: Group, redact: bool) -> Markup:
-    text = group.any.prefix_text
-    limit = PREFIX_REDACTED if redact else PREFIX_SHOWN
-    hidden = len(text) - limit
-    shown = text[-limit:]
+def prefix(window: Window, redact: bool) -> Markup:
+    """The end of the prefix, and how much of it is not shown."""
+    text, limit = window["prefix_text"], PREFIX_REDACTED if redact else PREFIX_SHOWN
+    hidden, shown = len(text) - limit, text[-limit:]
     note = Markup("<em>[{:,} characters before this are not shown]</em> ").format(hidden) if hidden > 0 else Markup("")
     return note + show(blocks(shown) if redact else shown, limit)
 
 
-def truths(group: Group, redact: bool, hover: bool) -> list[Text]:
+def truths(group: Sequence[Window | None], redact: bool, hover: bool) -> list[Truth]:
     """The true suffix, once for each set of dropped tokens; audits without a rule join the first set.
 
-    With `hover`, every token is an element of its own, and the values that report.js shows beside it come along.
+    With `hover`, every token is an element of its own and carries the values that report.js shows beside it.
     """
-    rules: list[tuple[bool, ...] | None]
-    rules = list(dict.fromkeys(window.dropped for _, window in group.present if window.dropped is not None))
+    present = [(i, window) for i, window in enumerate(group) if window is not None]
+    tokens = present[0][1]["suffix_tokens"]
+    rules = list(dict.fromkeys(tuple(window["dropped"]) for _, window in present if window["dropped"] is not None))
     texts = []
-    for dropped in rules or [None]:
-        named = [
+    for dropped in rules or [(False,) * len(tokens)]:
+        same = [
             (i, window)
-            for i, window in group.present
-            if window.dropped == dropped or (window.dropped is None and dropped in rules[:1])
+            for i, window in present
+            if (dropped in rules[:1] or not rules if window["dropped"] is None else tuple(window["dropped"]) == dropped)
         ]
-        tokens = group.any.suffix_tokens
-        holes = dropped or (False,) * len(tokens)
-        html = _spans(zip(tokens, [""] * len(tokens), holes, strict=True), redact, apart=hover)
-        values = ";".join(_values(window) for _, window in named) if hover else ""
-        texts.append(Text(tuple(i for i, _ in named), html, values))
+        html = _spans(zip(tokens, [""] * len(tokens), dropped, strict=True), redact, apart=hover)
+        values = ";".join(_values(window) for _, window in same) if hover else ""
+        texts.append(Truth(tuple(i for i, _ in same), html, values))
     return texts
 
 
-def _values(window: Window) -> str:
-    """Of each token its loss in hundredths of a nat and, after a dot, its rank where that is not 0, in base 36."""
-    pairs = zip(window.nll, window.rank, strict=True)
-    return " ".join(_base36(min(nll, 1e4) * 100) + (f".{_base36(rank)}" if rank else "") for nll, rank in pairs)
-
-
-def _base36(number: float) -> str:
-    left, digits = round(max(number, 0)), ""
-    while left or not digits:
-        left, digit = divmod(left, 36)
-        digits = "0123456789abcdefghijklmnopqrstuvwxyz"[digit] + digits
-    return digits
-
-
 def output(window: Window, redact: bool) -> Markup:
-    """What the model wrote: the matching run (m), the first divergence (x), the rest plain.
-
-    Dropped tokens are marked up to the first divergence; after it the positions mean something else.
-    """
-    d = window.first_divergence
-    classes = ["m" if t < d else "x" if t == d else "" for t in range(len(window.output_tokens))]
-    dropped = [window.dropped is not None and t <= d and t < len(window.dropped) and window.dropped[t]
-               for t in range(len(window.output_tokens))]  # fmt: skip
-    html = _spans(zip(window.output_tokens, classes, dropped, strict=True), redact)
-    if d >= len(window.output_tokens) and not window.exact_match:
+    """What the model wrote: the matching start (m), the first divergence (x), other runs of 12 tokens or more that
+    the true suffix holds too (r), the rest plain. A token that equals one of the suffix is underlined if that one was
+    dropped."""
+    tokens, dropped, first = window["output_tokens"], window["dropped"], window["first_divergence"]
+    classes = [""] * len(tokens)
+    aligned = [-1] * len(tokens)  # the token of the suffix that a token of the output repeats
+    for start, there, length in [*window["common_runs"], (0, 0, first)]:
+        classes[start : start + length] = ["r"] * length
+        aligned[start : start + length] = range(there, there + length)
+    classes[:first] = ["m"] * first
+    if first < len(tokens):
+        classes[first], aligned[first] = "x", first
+    lost = [dropped is not None and 0 <= at < len(dropped) and dropped[at] for at in aligned]
+    html = _spans(zip(tokens, classes, lost, strict=True), redact)
+    if first >= len(tokens) and not window["exact_match"]:
         html += Markup('<i class="x end">[stops here]</i>')
     return html
+
+
+def name_of(window: Window, redact: bool) -> str:
+    """The document's name for people, or its place in the file."""
+    if not window["document"]:
+        return f"row {window['index']}"
+    return blocks(window["document"][:60]) if redact else plain(window["document"], 80)
 
 
 def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool, apart: bool = False) -> Markup:
     """HTML of (text, class, dropped) tokens: <u> where dropped, else <i>; equal neighbours share one unless `apart`."""
     parts = []
     for (_, css, dropped), run in groupby(enumerate(tokens), key=lambda token: (token[0] * apart, *token[1][1:])):
-        inner = Markup("").join(show(blocks(token[0]) if redact else token[0]) for _, token in run)
-        if not (css or dropped or apart):
-            parts.append(inner)
-            continue
+        inner = "".join(show(blocks(token[0]) if redact else token[0]) for _, token in run)
         tag = "u" if dropped else "i"
-        parts.append(Markup(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>"))
-    return Markup("").join(parts)
+        marked = css or dropped or apart
+        parts.append(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if marked else inner)
+    return Markup("".join(parts))
 
 
-def name_of(window: Window, redact: bool) -> str:
-    """The document's name for people, or its place in the file."""
-    if not window.document:
-        return f"row {window.index}"
-    return blocks(window.document[:60]) if redact else plain(window.document, 80)
+def _values(window: Window) -> str:
+    """Of each token its loss in hundredths of a nat and, after a dot, its rank where that is not 0, in base 36."""
+    pairs = zip(window["nll"], window["rank"], strict=True)
+    return " ".join(_base36(min(nll, 1e4) * 100) + (f".{_base36(rank)}" if rank else "") for nll, rank in pairs)
+
+
+def _base36(number: float) -> str:
+    return np.base_repr(round(max(number, 0)), 36).lower()

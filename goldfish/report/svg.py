@@ -11,17 +11,17 @@ from matplotlib.figure import Figure
 
 COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 # Colours that stand for CSS variables: matplotlib writes them, _inline turns them into var(--...).
-INK, LINE, HELDOUT, HOLE, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
-_NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", HOLE: "hole", MISS: "miss"}
+INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
+_NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", DROPPED: "dropped", MISS: "miss"}
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
-    "font.size": 11,
+    "font.size": 13,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": LINE,
     "axes.labelcolor": INK,
-    "axes.labelsize": 11,
+    "axes.labelsize": 13,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
@@ -59,7 +59,7 @@ def svg(name: str, label: str, size: tuple[int, int], draw: Callable[[Any], None
     # A salt per figure: equal ids in two figures of one page would be invalid.
     with rc_context({**_STYLE, "svg.hashsalt": f"goldfish-{name}"}):
         figure = Figure(figsize=(size[0] / 72, size[1] / 72))
-        left, right, bottom, top = 56 / size[0], 1 - 14 / size[0], 38 / size[1], 1 - 8 / size[1]
+        left, right, bottom, top = 66 / size[0], 1 - 16 / size[0], 46 / size[1], 1 - 10 / size[1]
         draw(figure.add_axes((left, bottom, right - left, top - bottom)))  # a layout engine takes half of the time
         file = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -1,55 +1,31 @@
-"""Training text on a page: everything visible, nothing alive.
+"""Text from the data as HTML that cannot do anything: markup escaped, invisible characters written out."""
 
-A page about memorization shows text that strangers wrote. Here it becomes inert: markup is escaped, and every
-character that is invisible or steers the renderer (controls, null bytes, bidi overrides, zero-width characters,
-lone surrogates, line separators, odd spaces) is written out as a visible Python escape such as \\x00 or \\u202e.
-"""
+from html import escape
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-JOINERS = "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
+from goldfish.pieces import visible
+
 BLOCK = "█"
 
 
-def plain(text: str, limit: int = 200) -> str:
-    """`text` on one line, with visible escapes, at most `limit` characters of it; for titles and labels."""
-    cut = text[:limit] + ("…" if len(text) > limit else "")
-    if cut.isprintable():
-        return cut
-    return "".join(c if _harmless(c) else _written_out(c) for c in cut)
-
-
 def show(text: str, limit: int = 200) -> Markup:
-    """`text` as HTML: visible escapes stand in <s>, a line feed is ↵ and a real break. For `white-space: pre-wrap`."""
-    cut = text[:limit] + ("…" if len(text) > limit else "")
-    if cut.isprintable():
-        return _escaped(cut)
-    return Markup("").join(_marked(c) for c in cut)
+    """At most `limit` characters of `text` for an element with `white-space: pre-wrap`; visible escapes are in <s>.
+
+    For the inside of an element, never an attribute: quotes stay, they are a tenth of a page about code.
+    """
+    cut = escape(text[:limit], quote=False) + ("…" if len(text) > limit else "")
+    return Markup("<s>↵</s>\n".join(map(_line, cut.split("\n"))))
 
 
 def blocks(text: str) -> str:
-    """As many blocks as `text` has characters, white space included: word lengths would give known texts away."""
+    """One block per character, spaces included: word lengths would give away a text that the reader knows."""
     return BLOCK * len(text)
 
 
-def _marked(char: str) -> Markup:
-    if _harmless(char):
-        return _escaped(char)
-    if char == "\n":
-        return Markup("<s>↵</s>\n")
-    if char == "\t":
-        return Markup("<s>⇥</s>\t")
-    return Markup("<s>{}</s>").format(_written_out(char))
-
-
-def _escaped(text: str) -> Markup:
-    """For the inside of an element, never an attribute: quotes stay, they are a tenth of a page about code."""
-    return Markup(str(escape(text)).replace("&#34;", '"').replace("&#39;", "'"))
-
-
-def _harmless(char: str) -> bool:
-    return char.isprintable() or char in JOINERS
-
-
-def _written_out(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+def _line(line: str) -> str:
+    if line.isprintable():
+        return line
+    shown = ((char, visible(char)) for char in line)
+    marked = "".join(char if char == seen else f"<s>{seen}</s>" for char, seen in shown)
+    return marked.replace("<s>\\t</s>", "<s>⇥</s>\t")

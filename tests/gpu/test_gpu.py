@@ -13,15 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import goldfish.audit
 from goldfish import Goldfish, linear_cross_entropy, spec
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import memorize
@@ -37,7 +37,7 @@ GPU = pytest.param(
 RULES = [
     Goldfish(k=4, h=13),
     Goldfish(k=50, h=50, window="inclusive"),
-    Goldfish(k=3, h=2, head="keep", exempt=(5, 7)),
+    Goldfish(k=3, h=2, opening="keep", exempt=(5, 7)),
     Goldfish(k=4, strategy="static"),
     Goldfish(k=4, strategy="random"),
 ]
@@ -215,7 +215,7 @@ def test_standard_recites_and_goldfish_does_not(memorized):
 def test_audit_is_what_generate_says(memorized, device, name, figures):
     """Row by row, greedily and alone. A row may differ only where the model's two best tokens are as good as equal."""
     folder, summaries = memorized
-    records = pyarrow.parquet.read_table(folder / "audit" / name / "records.parquet").to_pylist()
+    records = goldfish.audit.records(folder / "audit" / name).to_pylist()
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
     model.generation_config.eos_token_id = None  # the audit goes on through an end of text
     ambiguous = 0

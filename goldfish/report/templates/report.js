@@ -44,7 +44,7 @@
   });
 
   const tip = document.getElementById("tip");
-  const names = [...document.querySelectorAll(".head span")].slice(1).map((span) => span.textContent);
+  const names = [...document.querySelectorAll(".head b")].map((span) => span.textContent);
   list.addEventListener("mouseover", (event) => {
     const token = event.target.closest("[data-v] > i, [data-v] > u");
     tip.hidden = !token;

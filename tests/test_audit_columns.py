@@ -1,19 +1,30 @@
-"""What a record says, against other implementations and hand-made cases."""
+"""The columns of the records, against other implementations and hand-made cases; and the records read back."""
 
 import difflib
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
-from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary
-from rouge_score.rouge_scorer import RougeScorer
+from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary, write_run
+from rouge_score.rouge_scorer import RougeScorer, _score_lcs
 
 from goldfish import Goldfish
-from goldfish.audit.attribution import decisions
-from goldfish.audit.extraction import edit_similarity, longest_run, make_record, rouge_l_text
-from goldfish.audit.schema import RECORDS
-from goldfish.audit.windows import Window
+from goldfish.audit import records
+from goldfish.audit.columns import (
+    COLUMNS,
+    attribution_counts,
+    common_runs,
+    decisions,
+    make_record,
+    read_run,
+    rouge_l,
+    rouge_l_text,
+    uncovered,
+    word_buckets,
+)  # fmt: skip
+from goldfish.audit.windows import Window, first_divergence
 
 pytestmark = pytest.mark.core
 
@@ -34,23 +45,59 @@ def test_rouge_l_text_equals_rouge_score():
     for a, b in zip(texts, reversed(texts), strict=True):
         assert rouge_l_text(a, b) == pytest.approx(scorer.score(b, a)["rougeL"].fmeasure, rel=1e-12)
     assert rouge_l_text("日本語", "日本語") == 0.0
+    for _ in range(50):
+        a, b = ([choose.randrange(9) for _ in range(n)] for n in (30, 25))
+        assert rouge_l(a, b) == pytest.approx(_score_lcs(b, a).fmeasure, rel=1e-12)
+    assert rouge_l([], []) == rouge_l([1], [2]) == 0.0
 
 
-def test_runs_and_edits_against_other_implementations():
+def test_first_divergence_by_hand():
+    assert first_divergence([1, 2, 3], [1, 2, 3]) == 3
+    assert first_divergence([9, 2, 3], [1, 2, 3]) == 0
+    assert first_divergence([1, 2, 4], [1, 2, 3]) == 2
+
+
+def test_common_runs_are_all_that_cannot_be_longer():
+    """Against a search of every pair of starts, and the longest of them against difflib's."""
     choose = random.Random(0)
     for _ in range(200):
         a, b = ([choose.randrange(3) for _ in range(choose.randrange(12))] for _ in range(2))
-        match = difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match()
-        assert longest_run(a, b) == match.size
-        expected = 1 - levenshtein(a, b) / max(len(a), len(b)) if a or b else 1.0
-        assert edit_similarity(a, b) == pytest.approx(expected, rel=1e-12)
+        expected = []
+        for i in range(len(a)):
+            for j in range(len(b)):
+                length = next((n for n in range(len(a) + 1) if a[i : i + n + 1][n:] != b[j : j + n + 1][n:]
+                               or i + n == len(a)), 0)  # fmt: skip
+                if length and (not i or not j or a[i - 1] != b[j - 1]):
+                    expected.append([i, j, length])
+        found = common_runs(a, b)
+        assert sorted(found) == sorted(expected)
+        longest = difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+        assert max((length for _, _, length in found), default=0) == longest
+
+
+def test_runs_inside_longer_ones_are_left_out():
+    assert uncovered([[0, 0, 5], [2, 8, 3], [1, 1, 2], [9, 0, 4]]) == [[0, 0, 5], [2, 8, 3], [9, 0, 4]]
+    window = Window("members", 0, "d", [*range(3), *range(10, 40)], 3)
+    score = made_up_score(window, [True] * 32, np.random.default_rng(0),
+                          output=[*range(28, 40), 1, *range(10, 22), 2, 3, 4, 5, 6])  # fmt: skip
+    record = make_record(window, score, None, Words(), 7)
+    assert record["common_runs"] == [[0, 18, 12], [13, 0, 12]]
+    assert (record["longest_run"], record["matches"], record["cluster"]) == (12, 0, 7)
+
+
+def test_tokens_reached_by_hand():
+    """stopped and reached on dropped, on kept; right and all on dropped, on kept."""
+    dropped, correct = np.array([False, True, False, True]), np.array([True, True, False, False])
+    for first, expected in ((1, (1, 1, 0, 1)), (2, (0, 1, 1, 2)), (4, (0, 2, 0, 2))):  # 4: never diverged
+        assert tuple(attribution_counts(dropped, correct, first).values()) == (*expected, 1, 2, 1, 2)
+    assert set(attribution_counts(None, correct, 1).values()) == {None}
 
 
 def test_a_record_by_hand():
     window = Window("members", 3, "name", [5, 6, 7, 8, 9, 9], 3, source="web", count=4, offset=2)
     # given 5: 6 right; given 5 6: wrong; then 8 right, 9 wrong, 9 right
     score = made_up_score(window, [True, False, True, False, True], np.random.default_rng(0), output=[8, 1, 9])
-    record = make_record(window, score, None, Words())
+    record = make_record(window, score, None, Words(), 5)
     expected = {
         "split": "members", "index": 3, "document": "name", "source": "web", "count": 4, "offset": 2,
         "prefix_ids": [5, 6, 7], "suffix_ids": [8, 9, 9], "output_ids": [8, 1, 9], "prefix_text": " w5 w6 w7",
@@ -59,10 +106,13 @@ def test_a_record_by_hand():
         "exact_match": False, "first_divergence": 1, "longest_run": 1, "token_accuracy": 2 / 3,
         "rouge_l_text": 2 / 3, "rouge_l_ids": 2 / 3, "edit_similarity": pytest.approx(2 / 3),
         "type_token_ratio": 2 / 3, "settled": False, "beams": None, "mia_kept_loss": None, "mia_reference": None,
+        "cluster": 5, "matches": 2, "correct_count": 2, "characters": 18, "common_runs": [], "reached_dropped": None,
+        "prefix_sweep": [False, False, False], "words": word_buckets("w9 w8 w7 w6 W5"),
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
-    assert set(record) == set(RECORDS.names)
+    assert set(record) == set(COLUMNS.names)
     assert record["nll"] == score.nll[2:].tolist()
+    assert record["nll_sum"] == sum(record["nll"])
     assert record["log_p"] == [pytest.approx(-float(score.nll[2:].sum()), rel=1e-6)]
     assert record["smallest_margin"] == min(score.margin[2:4])
     assert record["mia_loss"] == pytest.approx(-float(score.nll.mean()), rel=1e-6)
@@ -72,7 +122,7 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
     generator = np.random.default_rng(0)
     rights = generator.random((200, PREFIX + SUFFIX - 1)) < 0.9
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
-    records = [make_record(window, made_up_score(window, right, generator), None, Words()) for right in rights]
+    records = [make_record(window, made_up_score(window, right, generator), None, Words(), 0) for right in rights]
     sweep = made_up_summary(records)["splits"]["members"]["prefix_sweep"]
     assert [each["prefix_length"] for each in sweep] == list(range(1, PREFIX + 1))
     for each in sweep:
@@ -127,3 +177,37 @@ def test_decisions_are_known_only_where_the_window_holds_their_context():
     with_rule = made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=13), offset=3)[0]
     assert with_rule["dropped"] is None, "h reaches behind the window's start"
     assert made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=4), offset=3)[0]["dropped"] is not None
+
+
+def test_a_random_rule_has_no_decisions_to_report():
+    """It drew anew in every epoch, so no token of the window was dropped or kept throughout."""
+    assert made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0]["dropped"] is None
+    assert made_up_records("members", 1, 0.5, rule=Goldfish())[0]["dropped"] is not None
+
+
+def test_records_are_read_back(tmp_path):
+    rows = made_up_records("members", 5, 0.9)
+    write_run(tmp_path, rows)
+    assert records(tmp_path).to_pylist() == rows
+    assert records(tmp_path, ["nll", "split"]).column_names == ["nll", "split"]
+    (tmp_path / "records" / "000001.parquet").write_bytes((tmp_path / "records" / "000000.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"holds 10 records, 5 were expected: .*repeat its command"):
+        records(tmp_path)
+    (tmp_path / "records" / "000001.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"the records in .* are damaged .*; audit again"):
+        records(tmp_path)
+
+
+def test_a_folder_that_is_no_audit(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no audit: it has no run.json; give the folder"):
+        records(tmp_path)
+    for text, message in (
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"schema": 2}', "the schema is 2, this version"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_run(tmp_path)
+    write_run(tmp_path, made_up_records("members", 1, 0.5))
+    assert read_run(tmp_path) == json.loads((tmp_path / "run.json").read_text())

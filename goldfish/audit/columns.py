@@ -1,0 +1,324 @@
+"""The records of an audit, one row a window: every column is made here, and read back here.
+
+docs/audit.md describes the columns. Reading them needs no torch.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rapidfuzz.distance import LCSseq, Levenshtein
+
+from goldfish.audit.estimate import SCHEMA
+from goldfish.audit.windows import Window, first_divergence, prefix_grid
+from goldfish.pieces import text_pieces
+
+if TYPE_CHECKING:
+    from goldfish.audit.score import Score
+    from goldfish.rule import Goldfish
+
+RUN, RECORDS = "run.json", "records"  # of an audit's folder
+ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap")
+COUNTS = (  # of attribution: tokens up to the first divergence, then teacher-forced tokens of the whole suffix
+    "stopped_dropped", "reached_dropped", "stopped_kept", "reached_kept",
+    "correct_dropped", "count_dropped", "correct_kept", "count_kept",
+)  # fmt: skip
+TRIVIAL = 0.25  # a suffix with a smaller type-token ratio: tables, rulers, repeated lines
+SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
+FEATURES = 2**16  # buckets that words are hashed into
+LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
+SMALLEST_STD = 1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
+
+COLUMNS = pa.schema([
+    *((name, pa.string()) for name in ("split", "document", "source")),
+    *((name, pa.int64()) for name in ("index", "cluster", "count", "offset")),
+    *((name, pa.list_(pa.int64())) for name in ("prefix_ids", "suffix_ids", "output_ids")),
+    ("prefix_text", pa.string()),
+    *((name, pa.list_(pa.string())) for name in ("suffix_tokens", "output_tokens")),
+    ("dropped", pa.list_(pa.bool_())),
+    ("greedy", pa.list_(pa.int64())),
+    *((name, pa.list_(pa.bool_())) for name in ("correct", "prefix_correct", "prefix_sweep")),
+    ("nll", pa.list_(pa.float64())),
+    ("rank", pa.list_(pa.int64())),
+    ("nll_sum", pa.float64()),
+    ("smallest_margin", pa.float64()),
+    *((name, pa.bool_()) for name in ("settled", "exact_match")),
+    *((name, pa.int64()) for name in ("first_divergence", "longest_run", "matches", "correct_count", "characters")),
+    ("common_runs", pa.list_(pa.list_(pa.int64()))),
+    *((name, pa.float64()) for name in (
+        "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity", "type_token_ratio")),
+    ("log_p", pa.list_(pa.float64())),
+    ("beams", pa.int64()),
+    *((name, pa.int64()) for name in COUNTS),
+    *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
+    ("words", pa.list_(pa.int32())),
+])  # fmt: skip
+
+
+def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The records of an audit, or some of their columns, in the order of the input.
+
+    Raises:
+        FileNotFoundError: a folder that holds no audit.
+        ValueError: an unfinished or damaged audit, or one of another schema.
+    """
+    run, path = read_run(folder), Path(folder) / RECORDS
+    names = COLUMNS.names if columns is None else list(columns)
+    try:
+        # One file after the other: pyarrow's reader of whole folders may return rows in another order.
+        parts = [pq.read_table(file, columns=names, partitioning=None) for file in sorted(path.glob("*.parquet"))]
+        table = pa.concat_tables(parts).select(names) if parts else COLUMNS.empty_table().select(names)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"the records in {path} are damaged ({_first_line(error)}); audit again") from error
+    expected = sum(each["windows"] for each in run["inputs"].values())
+    if len(table) != expected:
+        raise ValueError(
+            f"{path} holds {len(table)} records, {expected} were expected: the audit is unfinished or damaged; "
+            "repeat its command to finish it, or audit again"
+        )
+    return table
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """run.json of an audit's folder: everything that defines the run.
+
+    Raises:
+        FileNotFoundError: a folder that holds no audit. ValueError: an unreadable run.json, or one of another schema.
+    """
+    path = Path(folder) / RUN
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+        )
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = run["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again")
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def make_record(
+    window: Window, score: "Score", rule: "Goldfish | None", tokenizer: Any, cluster: int
+) -> dict[str, Any]:
+    """One row of the records. `cluster`: the number of the window's document, the unit of all intervals."""
+    start, ids = window.prefix_length, np.array(window.ids)
+    prefix, suffix, output = window.ids[:start], window.suffix, score.output
+    all_dropped, known = decisions(rule, window.ids, window.offset)
+    dropped = all_dropped[start:] if known[start:].all() else None
+    correct = score.greedy == ids[1:]
+    first = first_divergence(output, suffix)
+    matches = sum(a == b for a, b in zip(output, suffix, strict=True))
+    suffix_tokens, output_tokens = (text_pieces(tokenizer, prefix, each) for each in (suffix, output))
+    prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
+    text = prefix_text + "".join(suffix_tokens)
+    runs = common_runs(output, suffix)
+    nll = score.nll[start - 1 :].astype(np.float64)
+    return {
+        **{name: getattr(window, name) for name in ("split", "index", "document", "source", "count", "offset")},
+        "cluster": cluster,
+        "prefix_ids": prefix,
+        "suffix_ids": suffix,
+        "output_ids": output,
+        "prefix_text": prefix_text,
+        "suffix_tokens": suffix_tokens,
+        "output_tokens": output_tokens,
+        "dropped": None if dropped is None else dropped.tolist(),
+        "greedy": score.greedy[start - 1 :].tolist(),
+        "correct": correct[start - 1 :].tolist(),
+        "prefix_correct": correct[: start - 1].tolist(),
+        "prefix_sweep": prefix_sweep(correct, start),
+        "nll": nll.tolist(),
+        "nll_sum": float(nll.sum()),
+        "rank": score.rank[start - 1 :].tolist(),
+        "smallest_margin": float(score.margin[start - 1 : start + first].min()),
+        "settled": score.settled,
+        "exact_match": output == suffix,
+        "first_divergence": first,
+        "longest_run": max((length for _, _, length in runs), default=0),
+        "common_runs": uncovered([run for run in runs if run[2] >= SHORTEST_RUN]),
+        "matches": matches,
+        "correct_count": int(correct[start - 1 :].sum()),
+        "characters": len(text),
+        "token_accuracy": matches / len(suffix),
+        "rouge_l_text": rouge_l_text("".join(output_tokens), "".join(suffix_tokens)),
+        "rouge_l_ids": rouge_l(output, suffix),
+        "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
+        "type_token_ratio": len(set(suffix)) / len(suffix),
+        "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
+        "beams": score.beams,
+        **attribution_counts(dropped, correct[start - 1 :], first),
+        **membership_scores(score, text, all_dropped[1:], known[1:]),
+        "words": word_buckets(text),
+    }
+
+
+def token_table(windows: Sequence[Window], scores: "Sequence[Score]") -> pa.Table:
+    """One row for each token but the first of each window; log_q, of the settings in order, for the suffix only."""
+    lengths = [len(score.nll) for score in scores]
+    columns: dict[str, Any] = {
+        key: np.repeat([getattr(window, key) for window in windows], lengths)
+        for key in ("split", "index", "document", "offset")
+    }
+    columns["position"] = np.concatenate([np.arange(1, length + 1) for length in lengths])
+    columns["id"] = np.concatenate([window.ids[1:] for window in windows])
+    for key in ("greedy", "nll", "rank", "margin", "entropy_mean", "entropy_std"):
+        columns[key] = np.concatenate([getattr(score, key) for score in scores])
+    columns["log_q"] = pa.array(
+        [
+            place
+            for window, score in zip(windows, scores, strict=True)
+            for place in [None] * (window.prefix_length - 1) + score.log_q.T.tolist()
+        ],
+        type=pa.list_(pa.float32()),
+    )
+    return pa.table(columns)
+
+
+def rouge_l(candidate: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
+    """ROUGE-L F-measure of two sequences of ids or words (Lin 2004): 2 LCS / (m + n); 0 where both are empty."""
+    total = len(candidate) + len(reference)
+    return 2 * LCSseq.similarity(candidate, reference) / total if total else 0.0
+
+
+def rouge_l_text(candidate: str, reference: str) -> float:
+    """rouge_score's `rougeL` F-measure without stemming: of lower-case words of a-z and 0-9, so 0 on other scripts."""
+    words = [re.findall("[a-z0-9]+", text.lower()) for text in (candidate, reference)]
+    return rouge_l(*words)
+
+
+def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
+    """All maximal common runs of ids, as [start in a, start in b, length]."""
+    equal = np.pad(np.equal.outer(np.asarray(a), np.asarray(b)), 1)
+    here = equal[1:-1, 1:-1]
+    edges = []
+    for neighbour in (equal[:-2, :-2], equal[2:, 2:]):  # before and behind on the diagonal
+        i, j = np.nonzero(here & ~neighbour)
+        order = np.lexsort((i, j - i))
+        edges.append((i[order], j[order]))
+    (i, j), (end, _) = edges
+    runs: list[list[int]] = np.stack([i, j, end - i + 1], -1).tolist()
+    return runs
+
+
+def uncovered(runs: Sequence[list[int]]) -> list[list[int]]:
+    """Runs, longest first, without those of which longer ones hold every token on both sides."""
+    covered: tuple[set[int], set[int]] = set(), set()
+    kept = []
+    for run in sorted(runs, key=lambda run: -run[2]):
+        sides = [range(start, start + run[2]) for start in run[:2]]
+        if not all(seen.issuperset(side) for seen, side in zip(covered, sides, strict=True)):
+            kept.append(run)
+        for seen, side in zip(covered, sides, strict=True):
+            seen.update(side)
+    return sorted(kept)
+
+
+def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
+    """For every prefix length of the grid, whether the S tokens after it are recited; `correct`: (T-1,), of ids[1:]."""
+    length = len(correct) + 1 - prefix_length
+    misses = np.cumsum([0, *~correct])
+    return [bool(misses[start - 1 + length] == misses[start - 1]) for start in prefix_grid(prefix_length)]
+
+
+def decisions(rule: "Goldfish | None", ids: Sequence[int], offset: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which tokens the training dropped, and where that can be known; bool (T,) both.
+
+    Known nowhere without a rule and under "random", which drew anew in every epoch. At an offset, a decision that
+    depends on tokens before the window is not known.
+    """
+    from torch import tensor
+
+    nothing = np.zeros(len(ids), dtype=bool)
+    if rule is None or rule.strategy == "random":
+        return nothing, nothing
+    if offset and rule.strategy == "static":  # it counts positions, whatever stands there
+        filler = [0 if rule.document_end != 0 else 1] * offset
+        return rule.dropped(tensor([*filler, *ids])).numpy()[offset:], ~nothing
+    dropped = rule.dropped(tensor(ids)).numpy()
+    if offset == 0:
+        return dropped, ~nothing
+    if rule.strategy == "reference":
+        return dropped, np.arange(len(ids)) >= rule.h
+    # A rule that drops every token with a full context says which tokens have one.
+    everything = replace(rule, k=1 + 2**-40, head="keep", exempt=())
+    return dropped, everything.dropped(tensor(ids)).numpy()
+
+
+def attribution_counts(
+    dropped: NDArray[np.bool_] | None, correct: NDArray[np.bool_], first_divergence: int
+) -> dict[str, int | None]:
+    """The columns of COUNTS; None where the decisions are not known.
+
+    Args:
+        dropped, correct: bool (S,), along the suffix. first_divergence: tokens are reached up to it, it included.
+    """
+    if dropped is None:
+        return dict.fromkeys(COUNTS)
+    reached, at = dropped[: first_divergence + 1], dropped[first_divergence : first_divergence + 1]
+    counted = (at, reached, ~at, ~reached, correct & dropped, dropped, correct & ~dropped, ~dropped)
+    return {name: int(tokens.sum()) for name, tokens in zip(COUNTS, counted, strict=True)}
+
+
+def membership_scores(
+    score: "Score", text: str, dropped: NDArray[np.bool_], known: NDArray[np.bool_]
+) -> dict[str, float | None]:
+    """The membership scores of a window, higher = more likely a member; None for what was not asked for.
+
+    docs/audit.md has their table and sources.
+
+    Args:
+        text: the window's. dropped, known: bool (T-1,), of ids[1:]: what the rule says, and where that is certain.
+    """
+    log_p = -np.asarray(score.nll, dtype=np.float64)
+    loss = float(-log_p.mean())
+    kept_log_p, dropped_log_p = log_p[known & ~dropped], log_p[known & dropped]
+    has_both = len(kept_log_p) > 0 and len(dropped_log_p) > 0
+    return {
+        "mia_loss": -loss,
+        "mia_zlib": float(log_p.sum()) / len(zlib.compress(text.encode("utf-8", "replace"))),
+        "mia_lowercase": None if score.lowercase_nll is None else score.lowercase_nll - loss,
+        "mia_reference": None if score.control_nll is None else score.control_nll - loss,
+        "mia_min_k": mean_of_lowest(log_p),
+        "mia_min_k_plus_plus": mean_of_lowest(standardized(log_p, score.entropy_mean, score.entropy_std)),
+        "mia_kept_loss": float(kept_log_p.mean()) if has_both else None,
+        "mia_dropped_gap": float(kept_log_p.mean() - dropped_log_p.mean()) if has_both else None,
+    }
+
+
+def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:
+    """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
+    count = max(1, int(share * len(values)))
+    return float(np.partition(values, count - 1)[:count].mean())
+
+
+def standardized(
+    log_p: NDArray[np.float64], mean: NDArray[np.floating], std: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """(log P - mu) / sigma over the vocabulary (Zhang et al. 2025, equation 3); 0 where the model is certain.
+
+    A token that a certain model did not expect has log P far below mu; sigma is taken to be at least SMALLEST_STD, so
+    that such a token counts as very improbable and not as nothing.
+    """
+    difference = log_p - np.asarray(mean, dtype=np.float64)
+    return difference / np.maximum(np.asarray(std, dtype=np.float64), SMALLEST_STD)
+
+
+def word_buckets(text: str) -> list[int]:
+    """The distinct words of a text, each hashed into one of FEATURES buckets, for the blind baseline."""
+    words = set(re.findall(r"\w+", text.lower()))
+    return sorted({zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words})

@@ -1,0 +1,172 @@
+"""What an audit says, described once and shown as a terminal's table, as Markdown for a pull request, as JUnit for CI.
+
+Names and texts of an audit come from strangers: everything is written with visible escapes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from goldfish.audit.estimate import decimals
+from goldfish.audit.results import Check, estimates
+from goldfish.pieces import plain
+
+COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
+MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️", "passed": "✅", "violated": "❌", "inconclusive": "⚠️"}
+ELEMENTS = {"violated": "failure", "inconclusive": "error", "FAIL": "failure", "INCONCLUSIVE": "skipped"}  # of JUnit
+ROWS = (  # of the table: label, the estimate's name in a split
+    ("recited word for word", "exact_match"),
+    ("  without trivial suffixes", "exact_match_nontrivial"),
+    ("  in 1,000 samples, p=0.5", "extractable@1000,0.5"),
+    ("  by beam search", "beam_search"),
+    ("ROUGE-L (text)", "rouge_l_text"),
+    ("ROUGE-L (token ids)", "rouge_l_ids"),
+    ("longest common run, tokens", "longest_run"),
+    ("edit similarity", "edit_similarity"),
+    ("accuracy, free running", "token_accuracy"),
+    ("accuracy, teacher forced", "teacher_forced_accuracy"),
+    ("  on dropped tokens", "teacher_forced_accuracy_dropped"),
+    ("  on kept tokens", "teacher_forced_accuracy_kept"),
+    ("loss, nats/token", "nll"),
+    ("hazard ratio, dropped/kept", "attribution.hazard_ratio"),
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """An audit in words; no string holds an invisible character.
+
+    questions: (name, question, outcome, why). checks: (condition, outcome, why). rows: (label, one cell a split).
+    """
+
+    title: str
+    outcome: str
+    sentence: str
+    splits: list[str]
+    questions: list[tuple[str, str, str, str]]
+    checks: list[tuple[str, str, str]]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def describe(summary: Mapping[str, Any], checks: Sequence[Check] = ()) -> Description:
+    """All that the outputs say about a summary and the conditions on it."""
+    verdict, protocol = summary["verdict"], summary["protocol"]
+    keys = ("question", "asks", "outcome", "why")
+    return Description(
+        title=f"Audit of {plain(summary['name'], 60)}",
+        outcome=verdict["outcome"],
+        sentence=plain(verdict["sentence"], 1000),
+        splits=["held-out" if split == "heldout" else split for split in summary["splits"]],
+        questions=[tuple(plain(each[key], 1000) for key in keys) for each in verdict["questions"]],  # type: ignore[misc]
+        checks=[(plain(check.condition.text), check.outcome, plain(check.why, 1000)) for check in checks],
+        rows=_rows(summary),
+        notes=[
+            f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite; {protocol['dtype']}. "
+            "95% intervals over documents; -: not measured, or too few to say",
+            f"Not tested: {'; '.join(verdict['not_tested'])}",
+        ],
+    )
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    known, splits = estimates(summary), list(summary["splits"])
+    widest = f"beam_search@{max(summary['protocol']['beams'] or [0])}"
+    rows = []
+    for label, name in ROWS:
+        row = [known.get(f"{split}.{widest if name == 'beam_search' else name}") for split in splits]
+        if any(each is not None and (each.value is not None or each.lower95 is not None) for each in row):
+            rows.append((label, [_cell(each) for each in row]))
+    if summary["membership"]:
+        blind = [known[name] for name in ("mia.blind.words.auc", "mia.blind.length.auc") if name in known]
+        control = max(blind, key=lambda each: abs((each.value or 0.5) - 0.5))
+        rows.append(("membership, AUC", [_cell(known["mia.auc"]), f"blind: {control.point()}"]))
+        rows.append(("membership, TPR at 1% FPR", [_cell(known["mia.tpr@1%"]), ""]))
+    return rows
+
+
+def _cell(estimate: Any) -> str:
+    return "-" if estimate is None or (estimate.value is None and estimate.lower95 is None) else str(estimate)
+
+
+def terminal(description: Description) -> Group:
+    """The description for a terminal of at least 80 columns; its last line is the verdict."""
+    table = Table(title=Text(description.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for split in description.splits:
+        table.add_column(split, justify="right", no_wrap=True)
+    for label, cells in description.rows:
+        table.add_row(label, *cells)
+    verdict = Text(description.sentence)
+    verdict.stylize(COLOURS[description.outcome], 0, len(description.outcome))
+    return Group(
+        table,
+        *(Text(note, style="dim") for note in description.notes),
+        *(Text(f"{asks} {outcome}: {why}") for _, asks, outcome, why in description.questions),
+        *(Text(f"{condition}: {outcome} ({why})") for condition, outcome, why in description.checks),
+        verdict,
+    )
+
+
+def summary_table(summaries: Iterable[Mapping[str, Any]]) -> Table:
+    """Several audits: one row a checkpoint and split; 80 columns wide for names of up to eight letters."""
+    table = Table(title="Greedy extraction", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+                  caption="dropped, kept: teacher-forced accuracy there", caption_justify="left")  # fmt: skip
+    for heading in ("model", "texts", "recited", "95% interval", "ROUGE-L", "dropped", "kept", "nll"):
+        table.add_column(heading, justify="left" if heading in ("model", "texts") else "right", no_wrap=True)
+    for summary in summaries:
+        for split, values in summary["splits"].items():
+            numbers = [values[f"teacher_forced_accuracy_{kind}"] for kind in ("dropped", "kept")]
+            cells = [decimals(each.value) if each and each.value is not None else "-" for each in numbers]
+            recited, rouge, nll = values["exact_match"], values["rouge_l_ids"], values["nll"]
+            table.add_row(Text(plain(summary["name"], 40)), split, recited.point(), recited.interval(), rouge.point(),
+                          *cells, nll.point())  # fmt: skip
+    return table
+
+
+def markdown(description: Description) -> str:
+    """The description for a pull request; text from the audit is escaped."""
+    questions = [[asks, f"{MARKS[outcome]} {outcome}", literal(why)] for _, asks, outcome, why in description.questions]
+    checks = [[literal(text), f"{MARKS[outcome]} {outcome}", literal(why)] for text, outcome, why in description.checks]
+    rows = [[label.strip(), *cells] for label, cells in description.rows]
+    mark = f"{MARKS[description.outcome]} {description.outcome}"
+    lines = [f"## goldfish: {literal(description.title)}: {mark}", ""]
+    for heading, table in (
+        (["question", "outcome", "why"], questions),
+        (["fails on", "outcome", ""], checks),
+        (["", *description.splits], rows),
+    ):
+        if table:
+            lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)]
+            lines.append("")
+    return "\n".join([*lines, *(f"{note}.\n" for note in description.notes)])
+
+
+def junit(description: Description) -> str:
+    """A test case for every condition (failure: violated, error: inconclusive); without conditions, for every
+    question of the verdict (failure: FAIL, skipped: INCONCLUSIVE)."""
+    cases = description.checks or [(name, outcome, why) for name, _, outcome, why in description.questions]
+    kinds = [ELEMENTS.get(outcome) for _, outcome, _ in cases]
+    counts = {"failures": kinds.count("failure"), "errors": kinds.count("error"), "skipped": kinds.count("skipped")}
+    name = f"goldfish: {description.title}"
+    sizes = {key: str(count) for key, count in {"tests": len(cases), **counts}.items()}
+    suite = ElementTree.Element("testsuite", {"name": name, **sizes})
+    for (text, _, why), kind in zip(cases, kinds, strict=True):
+        case = ElementTree.SubElement(suite, "testcase", classname=name, name=text)
+        if kind:
+            ElementTree.SubElement(case, kind, message=why)
+        else:
+            ElementTree.SubElement(case, "system-out").text = why
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def literal(text: str) -> str:
+    """Text in a Markdown table that is shown as it is: punctuation escaped."""
+    return re.sub(r"([^\w\s])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
