@@ -32,7 +32,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from scipy.stats import t as student
@@ -40,7 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from goldfish import Goldfish
-from goldfish.audit import audit
+from goldfish.audit import audit, records
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 import common
@@ -197,9 +196,9 @@ def train(
         paths = {split: Path(folder, f"{split}.jsonl") for split in files}
         half = WINDOW // 2
         audit(folder, Path(folder, "audit"), **paths, sampling=(), prefix_length=half, suffix_length=half)
-        records = pq.read_table(Path(folder, "audit", "records.parquet")).to_pylist()
+        rows = records(Path(folder, "audit")).to_pylist()
     for split in files:
-        here = [record for record in records if record["split"] == split]
+        here = [record for record in rows if record["split"] == split]
         result[split] = {
             "exact_match": sum(record["exact_match"] for record in here),
             "rouge_l_ids": [round(record["rouge_l_ids"], 4) for record in here],

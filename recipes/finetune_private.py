@@ -33,7 +33,6 @@ from typing import Any
 
 import common
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -41,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import Goldfish, attach
-from goldfish.audit import audit, read
+from goldfish.audit import audit, read, records
 from goldfish.audit.compare import compare, write
 from goldfish.report import write_report
 
@@ -299,11 +298,11 @@ def recitation(
         prefix_length=args.passage // 2, suffix_length=args.passage - args.passage // 2,
     )  # fmt: skip
     figures = read(target)
-    records = pq.read_table(target / "records.parquet").to_pylist()
+    rows = records(target).to_pylist()
     result: dict[str, Any] = {"membership_auc": [figures["mia.loss.auc"].value, figures["mia.loss.auc"].lower95,
                                                  figures["mia.loss.auc"].upper95]}  # fmt: skip
     for split in ("members", "heldout"):
-        here = [record for record in records if record["split"] == split]
+        here = [record for record in rows if record["split"] == split]
         log_p = np.array([record["log_p"][0] for record in here])
         result[split] = {
             "verbatim": [record["exact_match"] for record in here],
@@ -317,10 +316,10 @@ def recitation(
     return result
 
 
-def accuracy(records: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]:
+def accuracy(rows: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]:
     """Teacher-forced: [right, all] of a suffix's tokens that the rule drops, and of those that it keeps."""
     counts = {"dropped": [0, 0], "kept": [0, 0]}
-    for record in records:
+    for record in rows:
         ids = torch.tensor([*record["prefix_ids"], *record["suffix_ids"]])
         dropped = rule.dropped(ids)[len(record["prefix_ids"]) :].tolist()
         for drop, right in zip(dropped, record["correct"], strict=True):
