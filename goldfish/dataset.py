@@ -14,6 +14,7 @@ from goldfish.rule import Goldfish
 from goldfish.spec import WORD
 
 FORMATS = ("labels", "mask", "loss-mask")
+CHUNK = 1000  # rows that are read at a time
 COUNTS = "goldfish_counts"  # a column for the time of writing: a row's targets, dropped targets, sum of decisions
 
 
@@ -60,7 +61,7 @@ def premask(
         return masked
     tally = Tally(rule, torch.device("cpu"))
     columns = [COUNTS] if isinstance(rule, Goldfish) else [COUNTS, SOURCE]
-    for batch in masked.select_columns(columns).with_format("numpy").iter(10_000):
+    for batch in masked.select_columns(columns).with_format("numpy").iter(CHUNK):
         for name, total in tally.totals.items():
             rows = slice(None) if isinstance(rule, Goldfish) else batch[SOURCE] == name
             targets, dropped, decisions = (int(number) for number in batch[COUNTS][rows].sum(0))
@@ -147,14 +148,14 @@ def _load(source: Path) -> Any:
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
     rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
-    total = sum(len(row) for batch in rows.iter(1000) for row in batch["input_ids"])
+    total = sum(len(row) for batch in rows.iter(CHUNK) for row in batch["input_ids"])
     if total == 0:
         raise ValueError("the dataset has no tokens")
     name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
     ids = np.memmap(folder / "token_ids.npy", np.uint32, "w+", shape=(total,))
     mask: Any = np.memmap(folder / name, dtype, "w+", shape=(total,))
     begin = 0
-    for batch in rows.iter(1000):
+    for batch in rows.iter(CHUNK):
         for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             if len(row) and not 0 <= row.min() <= row.max() < 2**32:
                 raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
