@@ -1,4 +1,4 @@
-"""Does a document keep its holes when it is reformatted, or tokenized otherwise?
+"""Does a document keep its dropped tokens when it is reformatted, or tokenized otherwise?
 
     python benchmarks/reformatting.py --text documents.jsonl
 

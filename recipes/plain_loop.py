@@ -1,4 +1,4 @@
-"""Goldfish in a training loop of one's own, exact under gradient accumulation: torch and a model from transformers.
+"""Goldfish in a custom training loop, exact under gradient accumulation: torch and a model from transformers.
 
     python recipes/plain_loop.py                         # 1 CPU core, 20 seconds: the loss falls from 7.6 to 6.2
     python recipes/plain_loop.py --steps 2 --accumulation 2        # miniature

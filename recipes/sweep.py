@@ -1,4 +1,4 @@
-"""Which k for one's own data? Reads the results of pretrain_canaries.py: a table, three plots and a choice of k.
+"""Which k for your data? Reads the results of pretrain_canaries.py: a table, three plots and a choice of k.
 
     python recipes/pretrain_canaries.py --text mine.jsonl --output-dir runs/mine && python recipes/sweep.py runs/mine
     python recipes/sweep.py runs/mine --leak 0.3 --measure rouge_l      # by another measure; no training

@@ -16,10 +16,10 @@ TOTAL = 6400  # lines of the whole package; whoever adds some looks first for wh
 # A file imports only from files before it.
 ORDER = [
     "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show",
-    "kernels", "linear", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
+    "kernels", "linear", "fused", "gauge", "receipt", "refusals", "trainer",
+    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
-    "audit.load", "audit.run", "audit.results", "audit.tell", "audit.compare", "audit",
+    "audit.run", "audit.results", "audit.tell", "audit.compare", "audit",
     "report", "cli", "__main__",
 ]  # fmt: skip
 
