@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FRAMEWORKS = ("llamafactory==0.9.5", "ms-swift==4.6.0", "unsloth==2026.10.9", "axolotl==0.21.0", "memaudit==0.2.0")
+FRAMEWORKS = ("llamafactory==0.9.5", "ms-swift==4.6.0", "unsloth==2026.10.9", "axolotl==0.19.0", "memaudit==0.2.0")
 SHOWN = ("torch", "transformers", "accelerate", "datasets", "trl", "peft")
 
 
