@@ -21,6 +21,7 @@ Strategy = Literal["hash", "letters", "text", "static", "random", "reference"]
 Window = Literal["preceding", "inclusive"]
 Opening = Literal["short", "keep"]
 READS_TEXT = ("letters", "text")  # decide from what a tokenizer's entries say
+MOST_KEPT = 1000
 _SEED_0 = signed(spec.mix(spec.mix(0)))
 
 
@@ -43,6 +44,9 @@ class Goldfish:
         opening: what happens to tokens with fewer than h tokens before them in their document. "short": decide from
             those there are. "keep": never drop them (the paper), so the opening of every document is learned.
         exempt: ids that are never dropped, such as special tokens. They still count as context.
+        max_kept: at most so many targets are kept in a row in a document, exempt ids not counted; for "hash" and
+            "letters", at least k. Natural drops become rarer, and every (max_kept + 1)-th target after one is dropped,
+            so that one in k still is. A passage that moves has the same dropped tokens after its first natural drop.
         document_end: an id after which a new document starts, for rows packed without position_ids.
         vocabulary: what `bind` adds for "letters" and "text"; not part of the rule's identity.
         head: the former name of `opening`, and still its name in files; where given, it replaces `opening`.
@@ -61,8 +65,10 @@ class Goldfish:
     opening: Opening = "short"
     exempt: tuple[int, ...] = ()
     document_end: int | None = None
+    max_kept: int | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
     head: InitVar[Opening | None] = None
+    _limit: int = field(init=False, repr=False, compare=False)  # contexts whose key is below it drop a token
 
     def __post_init__(self, head: Opening | None) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, Real):
@@ -88,6 +94,17 @@ class Goldfish:
         self._set(exempt=tuple(sorted({_integer("every id in exempt", i, 0, "a token id") for i in self.exempt})))
         if self.document_end is not None:
             self._set(document_end=_integer("document_end", self.document_end, 0, "a token id or None"))
+        if self.max_kept is not None:
+            self._set(max_kept=_integer("max_kept", self.max_kept, 1, "a number of tokens or None"))
+            if not self.k <= self.max_kept <= MOST_KEPT:
+                raise ValueError(f"max_kept must be at least k={self.k:g} and at most {MOST_KEPT}, got {self.max_kept}")
+            if self.strategy not in ("hash", "letters") or self.opening != "short":
+                raise ValueError(
+                    'max_kept needs strategy "hash" or "letters" and opening="short", '
+                    f'got strategy="{self.strategy}", opening="{self.opening}"'
+                )
+        natural = self.max_kept and spec.natural_threshold(self.k, self.max_kept)
+        self._set(_limit=natural or spec.threshold(self.k))
         if self.strategy in READS_TEXT and self.window == "inclusive":
             raise ValueError(
                 f'strategy="{self.strategy}" decides before a token is read: window must be "preceding", '
@@ -115,6 +132,10 @@ class Goldfish:
             TypeError, ValueError: a tokenizer whose entries do not say what text they stand for.
         """
         return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy in READS_TEXT else self
+
+    def natural(self) -> "Goldfish":
+        """The rule of the natural drops of a rule with `max_kept`."""
+        return replace(self, max_kept=None, k=math.nextafter(2**32 / self._limit, math.inf))
 
     def dropped(
         self,
@@ -180,7 +201,7 @@ class Goldfish:
         """The decisions and keys for int64 ids (B, T) without padding."""
         column, start = self._documents(ids, position_ids)
         offset = column - start
-        limit, seed_term = spec.threshold(self.k), signed(spec.mix(spec.mix(self.seed)))
+        limit, seed_term = self._limit, signed(spec.mix(spec.mix(self.seed)))
         complete: Tensor | bool = True  # whether a context has its full length
         n = offset.clamp(max=self.h)
         prefix = prefix_hashes(mix(ids))
@@ -207,9 +228,14 @@ class Goldfish:
             drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
         if self.opening == "keep":
             drop = drop & complete
-        drop = drop & (offset > 0)
+        target = offset > 0
         if self.exempt:
-            drop = drop & ~torch.isin(ids, torch.tensor(self.exempt, device=ids.device))
+            target = target & ~torch.isin(ids, torch.tensor(self.exempt, device=ids.device))
+        drop = drop & target
+        if self.max_kept is not None:
+            number = target.cumsum(-1)
+            last = (number * (drop | (offset == 0))).cummax(-1).values  # natural drop, or the document's start
+            drop = target & ((number - last) % (self.max_kept + 1) == 0)
         return drop, mix(state + _SEED_0)
 
     def _documents(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -240,7 +266,10 @@ class Goldfish:
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values: `Goldfish(**rule.to_dict()) == rule`."""
         names = {f.name: "head" if f.name == "opening" else f.name for f in fields(self) if f.compare}
-        return {key: getattr(self, name) for name, key in names.items()} | {"exempt": list(self.exempt)}
+        values = {key: getattr(self, name) for name, key in names.items()} | {"exempt": list(self.exempt)}
+        if self.max_kept is None:  # version 0.1.0 does not know it
+            del values["max_kept"]
+        return values
 
 
 @cache
