@@ -1,5 +1,6 @@
 """The goldfish loss in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -89,7 +90,8 @@ class GoldfishMixin(Trainer):
         smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
         if apply and smooth and self.compute_loss_func is None:
             self.compute_loss_func = SmoothedLoss(self.label_smoother.epsilon)
-        if fused and getattr(self.args, "use_liger_kernel", False):
+        patched = "forward" in vars(bare_model(self.model))  # older versions of Trainer apply Liger's kernels at once
+        if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
             config = self.args.liger_kernel_config or {}
             self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
             logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
@@ -147,7 +149,8 @@ class GoldfishMixin(Trainer):
 
     def _replicas(self) -> int:
         """Devices that share a batch: its targets are then not counted where its loss is computed."""
-        return int(max(1, self.args.n_gpu) * self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        sizes = [getattr(self, name, lambda: 1)() for name in ("get_tp_size", "get_cp_size", "get_sp_size")]
+        return math.prod([max(1, self.args.n_gpu), *sizes])
 
     def compute_loss(
         self,

@@ -254,7 +254,8 @@ def test_gradient_checkpointing():
 
 
 def test_compiled():
-    model, inputs = build("gemma2", num_hidden_layers=1), batch()
+    kind = {"name": "gemma2", "num_hidden_layers": 1, "attn_implementation": "eager"}
+    model, inputs = build(**kind), batch()
     baseline = step(model, inputs)
     handle = fuse_head(model)
     compiled = torch.compile(model, backend="aot_eager")
@@ -266,7 +267,7 @@ def test_compiled():
         assert_equal_enough(result, baseline)
     assert handle.tier == 2
     torch._dynamo.reset()
-    whole = torch.compile(build("gemma2", num_hidden_layers=1), backend="aot_eager", fullgraph=True)
+    whole = torch.compile(build(**kind), backend="aot_eager", fullgraph=True)
     fuse_head(whole)
     torch.testing.assert_close(whole(**inputs).loss, baseline["loss"])
 
@@ -286,7 +287,8 @@ def test_autocast(dtype):
     handle = fuse_head(model)
     result = run(model)
     assert handle.tier == 2
-    assert abs(result["loss"] - truth["loss"]) <= torch.finfo(dtype).eps * 0.05
+    own = abs(baseline["loss"] - truth["loss"])
+    assert abs(result["loss"] - truth["loss"]) <= max(torch.finfo(dtype).eps * 0.05, 1.25 * own)
     error, own = (
         sum((r[name] - exact).square().sum() for name, exact in truth.items() if name != "loss").sqrt()
         for r in (result, baseline)
