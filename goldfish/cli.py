@@ -81,9 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = verbs.add_parser("report", help="one HTML page from finished audits")
     report.add_argument("audits", nargs="+", metavar="DIR", help="folders that `goldfish audit` wrote")
-    report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default report.html")
-    report.add_argument("--overwrite", action="store_true", help="replace an existing report")
-    report.add_argument("--redact", action="store_true", help="leave the training text out, for sharing")
+    report.add_argument("-o", "--output", metavar="FILE", help="default report.html, or model-card.md")
+    report.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    report.add_argument("--redact", action="store_true", help="hide texts, names and paths, for sharing")
+    report.add_argument("--baseline", metavar="NAME", help="compare each audit with this one (default: every pair)")
+    report.add_argument("--model-card", action="store_true", help="write a Markdown section for a model card instead")
     report.set_defaults(run=_report)
     return parser
 
@@ -118,28 +120,23 @@ def _show(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from goldfish.audit.load import load_tokenizer
+    from goldfish.audit.model import load_tokenizer
     from goldfish.rule import Goldfish
-    from goldfish.show import show_one, show_two, shown
+    from goldfish.show import read_text, show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
     tokenizer = load_tokenizer(args.tokenizer)
     rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
-    texts = [shown(rule, tokenizer, _text_or_file(text)) for text in args.text]
+    texts = [shown(rule, tokenizer, read_text(text)) for text in args.text]
     console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
-    console.print(show_one(*texts) if len(texts) == 1 else show_two(*texts))
+    colour = args.html is not None or (console.is_terminal and not console.no_color)
+    console.print(show_one(*texts, colour) if len(texts) == 1 else show_two(*texts, colour))
     console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}", "dim"))
     if args.html is not None:
         with open(args.html, "x", encoding="utf-8") as page:
             page.write(console.export_html(inline_styles=True))
         print(f"Page: {args.html}")
-
-
-def _text_or_file(text: str) -> str:
-    if len(text) < 256 and Path(text).is_file():
-        return Path(text).read_text(encoding="utf-8")
-    return text
 
 
 def _sampling(text: str) -> dict[str, float | int]:
@@ -200,7 +197,11 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from goldfish.report import write_report
+    from goldfish.report import write_model_card, write_report
 
-    path = write_report(args.audits, args.output, overwrite=args.overwrite, redact=args.redact)
+    if args.model_card:
+        path = write_model_card(args.audits, args.output or "model-card.md", overwrite=args.overwrite)
+    else:
+        path = write_report(args.audits, args.output or "report.html", overwrite=args.overwrite, redact=args.redact,
+                            baseline=args.baseline)  # fmt: skip
     print(f"Report: {path}")

@@ -1,14 +1,15 @@
-"""Put `linear_cross_entropy` inside a Hugging Face causal language model, without copying its forward.
+"""Compute a Hugging Face model's training loss with `linear_cross_entropy`, without copying its forward.
 
 Three tiers, best first; each gives the loss of the model's own forward on the same labels:
-    2  the head computes the loss of the kept rows itself and no logits exist;
-    1  the model's own head and loss, on the kept rows only (`logits_to_keep`);
+    2  the head computes the loss of the kept tokens itself, and no logits exist;
+    1  the model's own head and loss function run on the kept tokens only (`logits_to_keep`);
     0  the model's own forward, unchanged.
 """
 
 import inspect
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,22 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goldfish.kept import (
-    HANDLE,
-    IGNORED,
-    KeptRows,
-    bare_model,
-    kept_rows_only,
-    shifted_labels,
-    why_not_kept_rows_only,
-    why_not_this_loss,
-)
-from goldfish.linear import divisor, linear_cross_entropy
+from goldfish.labels import IGNORE_INDEX
+from goldfish.linear import KeptRows, divisor, linear_cross_entropy
 
+HANDLE = "_goldfish_fused_head"  # the attribute under which a model holds its FusedHead
 _log = logging.getLogger(__name__)
 # Far enough apart to tell a bound from a factor, close enough (a factor of four) to tell tanh from any other bound.
 _PROBE = (*((-4.0) ** i / 16 for i in range(13)), 2.0**-40, -(2.0**20), 2.0**20)
-
 
 # torch.compile runs the frames of these as plain Python and compiles the model's own forward, which they call.
 _between_graphs: Any = torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
@@ -39,13 +31,13 @@ _never_compiled: Any = torch.compiler.disable()  # type: ignore[no-untyped-call]
 
 
 def fuse_head(model: nn.Module) -> "FusedHead":
-    """Compute the training loss of `model` inside its head, for the kept tokens only, without logits (tier 2).
+    """Compute the training loss of `model` inside its head, for the kept tokens only and without logits (tier 2).
 
-    From then on `model(input_ids=..., labels=...)` in training mode returns the same loss and no logits, so a dropped
+    From then on `model(input_ids=..., labels=...)` in training mode returns the same loss and no logits: a dropped
     token costs no head, no softmax and no memory. Evaluation, generation and calls without labels are unchanged.
-    What the model does after its head (soft cap, scale) is read off a probe that takes the logits' place, at every
-    call; where that or anything else is not known to be right, the model falls back to tier 1 or 0 and says why, once,
-    in the log and in the handle. torch.compile works as it is; with fullgraph=True, take one eager step before it.
+    The first training call is preceded by one forward of the same batch without gradient, in which a probe takes the
+    place of the logits: it shows what the model does after its head (soft cap, scale). Where that, or anything else,
+    is not known to be right, the model falls back to tier 1 or 0 and says why, once, in the log and in the handle.
 
     Args:
         model: a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Not
@@ -56,7 +48,7 @@ def fuse_head(model: nn.Module) -> "FusedHead":
         Calling fuse_head again returns the same handle.
 
     Raises:
-        TypeError: for a model that is not a causal language model of transformers; linear_cross_entropy serves those.
+        TypeError: for a model that is not a causal language model of transformers; use linear_cross_entropy there.
         ValueError: for nn.DataParallel.
     """
     if isinstance(model, nn.DataParallel):
@@ -76,14 +68,14 @@ def fuse_head(model: nn.Module) -> "FusedHead":
 
 @dataclass
 class _Call:
-    """What one training forward tells head and loss, and what they found."""
+    """One training forward: what its head and its loss function need, and what they saw."""
 
-    targets: Tensor
-    shift_labels: Tensor | None
-    rows: KeptRows
-    width: int | None  # of the probe; None: the whole vocabulary
+    tier: int
+    targets: Tensor  # labels aligned with the logits
+    shift_labels: Tensor | None  # what the forward must pass on to its loss function
+    rows: KeptRows | None = None  # None in `_prove`: no loss is computed
     loss_sum: Tensor | None = None
-    seen: Tensor | None = None  # the probe, as it reached the loss
+    logits: Tensor | None = None  # as they reached the loss function
     heads: int = 0
     losses: int = 0
     problem: str = ""
@@ -92,13 +84,8 @@ class _Call:
 class FusedHead:
     """The handle of `fuse_head`; it stands in for the model's forward.
 
-    Attributes:
-        tier: 2, 1 or 0, as in this module's first lines.
-        reason: why it is not 2; empty if it is.
+    Attributes: `tier`, 2, 1 or 0 as in this module's first lines; `reason`, why it is not 2, empty if it is.
     """
-
-    tier: int
-    reason: str
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -109,16 +96,15 @@ class FusedHead:
         self.__signature__ = inspect.signature(model.forward)  # Trainer and generate() read it
         self._names = list(self.__signature__.parameters)
         self._heads: list[nn.Linear] = []
-        self._head: nn.Module | None = None
         self._call: _Call | None = None
         self._scale, self._softcap = 1.0, None  # type: float, float | None
-        self._proved = False
         self._active = True
+        self.tier = 2
         self._adopt_head()
         model.__dict__ |= {HANDLE: self, "forward": self, "_loss_function": self._loss}
 
     def remove(self) -> None:
-        """Give the model its own forward, head and loss back."""
+        """Give the model its own forward, head and loss function back."""
         self._active = False
         self._release_heads()
         model = self._model
@@ -137,8 +123,6 @@ class FusedHead:
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedHead":
         if id(self._model) not in memo:  # PEFT copies a head alone: that copy still belongs to this model
             return self
-        from copy import deepcopy
-
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(deepcopy(self.__dict__, memo))
         return twin
@@ -152,23 +136,12 @@ class FusedHead:
             return self._forward(*args, **kwargs)
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
-        if self.tier == 2 and hasattr(getattr(self._head, "weight", None), "ds_id"):
-            self._fall_back("DeepSpeed ZeRO-3 gathers its head when the gradient of logits arrives, and there are none")
-        if self.tier == 2:
-            random = None if self._proved else _random_state()
-            for _ in range(2):  # again if the first try found a scale or a soft cap
-                output = self._fused(inputs)
-                if output is not None:
-                    return output
-                if random is not None:  # the next try draws the same dropout
-                    _set_random_state(random)
-                if self.tier < 2:
-                    break
-            else:
-                self._fall_back("what the model does to its logits differs from call to call")
+        if self.tier == 2 and not self._proved:
+            self._prove(inputs)
+        output = self._fused(inputs) if self.tier == 2 else None
         if self.tier == 1:
-            return self._kept_rows(inputs)
-        return self._forward(**inputs)
+            output = self._on_kept_tokens(inputs)
+        return self._forward(**inputs) if output is None else output
 
     def _trains(self, inputs: dict[str, Any]) -> bool:
         to_keep = inputs.get("logits_to_keep")
@@ -179,56 +152,76 @@ class FusedHead:
             and (to_keep is None or (isinstance(to_keep, int) and to_keep == 0))
         )
 
+    @_never_compiled  # type: ignore[untyped-decorator]
+    def _prove(self, inputs: dict[str, Any]) -> None:
+        """Find the scale and the soft cap by one forward without gradient and without loss, or fall back."""
+        call = _Call(2, _shifted_labels(inputs), inputs.get("shift_labels"))
+        gpus = {parameter.device for parameter in self._model.parameters() if parameter.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(gpus):  # the training step draws the dropout that it would draw
+            self._run(call, inputs)
+        torch.clear_autocast_cache()  # it now holds weights that were cast without a gradient
+        if self.tier < 2:
+            return
+        after_head = read_probe(call.logits)
+        if after_head is None:
+            self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
+        else:
+            (self._scale, self._softcap), self._proved = after_head, True
+
     @_between_graphs  # type: ignore[untyped-decorator]
     def _fused(self, inputs: dict[str, Any]) -> Any:
-        """The model's output without logits; None if what was learned on the way asks for another try."""
-        targets = shifted_labels(inputs)
-        call = _Call(targets, inputs.get("shift_labels"), KeptRows(targets), 8 if self._proved else None)
+        """The model's output without logits; None after a fall back."""
+        targets = _shifted_labels(inputs)
+        call = _Call(2, targets, inputs.get("shift_labels"), KeptRows(targets))
+        output = self._run(call, inputs)
+        if output is None or call.logits is None:
+            return None
+        if call.logits.requires_grad:
+            return self._fall_back("a parameter that is trained changes its logits")
+        # From a graph the probe comes on the model's device: reading it there would make a GPU wait in every step.
+        eager = call.logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        if eager and read_probe(call.logits) != (self._scale, self._softcap):
+            return self._fall_back("what the model does to its logits has changed since the first step")
+        return _without(output, call.logits)
+
+    @_between_graphs  # type: ignore[untyped-decorator]
+    def _on_kept_tokens(self, inputs: dict[str, Any]) -> Any:
+        """The model's output with the logits (kept tokens, V) of its own head; None after a fall back."""
+        targets = _shifted_labels(inputs)
+        kept = targets != IGNORE_INDEX
+        of_kept = targets[kept]
+        count = divisor(kept.sum(), inputs.get("num_items_in_batch"))
+        changes = {"logits_to_keep": kept, "shift_labels": of_kept, "num_items_in_batch": count}
+        output = self._run(_Call(1, of_kept, of_kept), inputs | changes)
+        self._proved = output is not None
+        return output
+
+    @_between_graphs  # type: ignore[untyped-decorator]
+    def _run(self, call: _Call, inputs: dict[str, Any]) -> Any:
+        """The output of the forward; None after a fall back, because of what head and loss function saw in `call`."""
         self._call = call
         try:
             output = self._forward(**inputs)
         except Exception as error:
-            if call.loss_sum is None:  # not the probe's doing
+            if call.heads == 0 if call.tier == 2 else self._proved:  # not because of what we gave the forward
                 raise
-            return self._fall_back(f"the forward failed on what the head returned ({type(error).__name__}: {error})")
+            given = "what the head returned" if call.tier == 2 else "kept tokens"
+            return self._fall_back(f"its forward failed on {given} ({type(error).__name__}: {error})", call.tier - 1)
         finally:
             self._call = None
-        if call.problem or (call.heads, call.losses) != (1, 1):
-            return self._fall_back(
-                call.problem or f"the forward called its head {call.heads} times and its loss {call.losses} times"
-            )
-        assert call.seen is not None
-        # Inside a graph, or on CUDA (which is where a graph leaves it), it is read the first time only: that waits.
-        if not self._proved or (call.seen.device.type == "cpu" and not torch.compiler.is_compiling()):
-            found = read_probe(call.seen)
-            if found is None:
-                return self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
-            if found != (self._scale, self._softcap):
-                (self._scale, self._softcap), self._proved = found, False
-                return None
-            self._proved = True
-        return _without(output, call.seen)
-
-    @_between_graphs  # type: ignore[untyped-decorator]
-    def _kept_rows(self, inputs: dict[str, Any]) -> Any:
-        """The output of tier 1; of tier 0 if the model turns out not to do that."""
-        try:
-            output = self._forward(**kept_rows_only(self._model, inputs))
-        except Exception as error:
-            if self._proved:
-                raise
-            output = self._forward(**inputs)  # if the inputs are at fault, this says so
-            self._fall_back(f"{self.reason}; and its forward fails on kept rows ({type(error).__name__}: {error})", 0)
-        self._proved = True
-        return output
+        if not call.problem and (call.losses != 1 or (call.tier == 2 and call.heads != 1)):
+            call.problem = f"its forward called its head {call.heads} times and its loss function {call.losses} times"
+        return self._fall_back(call.problem, call.tier - 1) if call.problem else output
 
     @_never_compiled  # type: ignore[untyped-decorator]
     def _adopt_head(self) -> None:
-        """Patch the head's linear layers, or step down if they are not known."""
+        """Patch the head's linear layers, or fall back if they are not known."""
         self._release_heads()
-        self._head = self._model.get_output_embeddings()  # type: ignore[operator]
+        self._head = head = self._model.get_output_embeddings()  # type: ignore[operator]
         self._proved, self.tier, self.reason = False, 2, ""
-        linears = _linears(self._head)
+        # PEFT's modules_to_save holds several layers; one of them runs.
+        wrapped = hasattr(head, "original_module") and hasattr(head, "modules_to_save")
+        linears = [head.original_module, *head.modules_to_save.values()] if wrapped else [head]
         problem = self._why_not_this_model() or next(filter(None, map(_why_not_this_head, linears)), "")
         if problem:
             self._fall_back(problem)
@@ -239,82 +232,103 @@ class FusedHead:
 
     def _release_heads(self) -> None:
         for linear in self._heads:
-            _restore(linear, "forward", None)
+            linear.__dict__.pop("forward", None)
         self._heads = []
 
     def _why_not_this_model(self) -> str:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
         # accelerate's autocast wrapper leaves the second attribute beside the forward that it wraps
         if self._instance_forward is not None and "_original_forward" not in self._model.__dict__:
             return "its forward is patched already (by another fused loss?)"
-        return why_not_this_loss(self._model)
+        name = type(self._model).__name__
+        own = self._plain_loss is not ForCausalLMLoss
+        return f"the loss function of {name} is not transformers' causal language model loss" if own else ""
 
     def _fall_back(self, reason: str, tier: int = 1) -> None:
         """To tier 1, or to 0 where that is not possible either; says so once."""
+        from transformers import modeling_utils
+
         self._release_heads()
         self._proved = False
-        if tier == 0 or self._why_not_this_model():
-            self.tier, self.reason = 0, reason
-        else:
-            no_rows = why_not_kept_rows_only(self._model)
-            self.tier, self.reason = (0, f"{reason}; and {no_rows}") if no_rows else (1, reason)
-        instead = ("its own forward on all rows", "its own head and loss on the kept rows")[self.tier]
-        _log.warning("The loss of %s is not fused: %s. It uses %s.", type(self._model).__name__, self.reason, instead)
+        if self.reason:
+            reason = f"{self.reason}; and {reason}"
+        elif tier == 1 and not ("logits_to_keep" in self._names and hasattr(modeling_utils, "slice_logits_to_keep")):
+            tier = 0
+            reason += "; and its forward takes no boolean logits_to_keep in this version of transformers"
+        self.tier, self.reason = 0 if self._why_not_this_model() else tier, reason
+        instead = ("its own forward on all tokens", "its own head and loss function on the kept tokens")[self.tier]
+        _log.warning("The loss of %s is not fused: %s. It uses %s.", type(self._model).__name__, reason, instead)
 
     def _project(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
-        """The head's forward: in a training call the loss is computed here, where the weights are gathered."""
+        """The head's forward: in a training call the loss is computed here, where sharded weights are gathered."""
         call = self._call
-        if call is not None:
-            call.heads += 1
-            problem = _why_not_this_call(linear, hidden, call)
-            if problem:
-                call.problem = call.problem or problem
-            else:
-                rows = None if torch.compiler.is_compiling() else call.rows.indices(hidden.device)
-                call.loss_sum = linear_cross_entropy(
-                    hidden,
-                    linear.weight,
-                    call.targets.to(hidden.device),
-                    linear.bias,
-                    num_items=1,
-                    softcap=self._softcap,
-                    scale=self._scale,
-                    rows=rows,
-                )
-                # On the CPU in eager mode: reading it later makes no GPU wait.
-                device = hidden.device if torch.compiler.is_compiling() else torch.device("cpu")
-                return probe(min(call.width or linear.out_features, linear.out_features), device)
-        return nn.functional.linear(hidden, linear.weight, linear.bias)
+        if call is None or call.tier != 2:
+            return nn.functional.linear(hidden, linear.weight, linear.bias)
+        call.problem = call.problem or _why_not_this_call(linear, hidden, call)
+        compiling = torch.compiler.is_compiling()
+        if call.rows is not None and not call.problem:
+            rows = None if compiling else call.rows.indices(hidden.device)
+            how: dict[str, Any] = {"num_items": 1, "softcap": self._softcap, "scale": self._scale, "rows": rows}
+            labels = call.targets.to(hidden.device)
+            call.loss_sum = linear_cross_entropy(hidden, linear.weight, labels, linear.bias, **how)
+        call.heads += 1
+        if call.problem:
+            return nn.functional.linear(hidden, linear.weight, linear.bias)
+        # On the CPU in eager mode: reading it later makes no GPU wait.
+        width = linear.out_features if call.rows is None else min(8, linear.out_features)
+        return probe(width, hidden.device if compiling else torch.device("cpu"))
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Any:
-        """The model's loss function: in a training call, the sum that the head left, divided."""
+        """The model's loss function: in a training call, the sum that the head computed, divided."""
         call = self._call
-        if call is None or call.loss_sum is None:
+        if call is None or (call.tier == 2 and call.heads == 0):
             return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
         call.losses += 1
-        call.seen = logits
-        if args or kwargs.get("ignore_index", IGNORED) != IGNORED:
-            call.problem = "its loss has arguments that are not known"
+        call.logits = logits
+        if args or kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+            call.problem = "its loss function gets arguments that are not known"
         elif kwargs.get("shift_labels") is not call.shift_labels:
-            call.problem = "its forward does not hand shift_labels to the loss"
-        elif any(vocab_size != linear.out_features for linear in self._heads):
-            call.problem = f"its loss expects {vocab_size} logits, the head has {self._heads[0].out_features}"
-        count = (call.targets != IGNORED).sum().to(call.loss_sum.device)
+            call.problem = "its forward does not pass shift_labels on to its loss function"
+        elif call.tier == 2 and any(vocab_size != linear.out_features for linear in self._heads):
+            call.problem = f"its loss function expects {vocab_size} logits, the head has {self._heads[0].out_features}"
+        elif call.tier == 1 and logits.shape[:-1] != call.targets.shape:
+            call.problem = f"its forward gives logits {tuple(logits.shape)} for {len(call.targets)} kept tokens"
+        if call.tier == 1:
+            return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
+        if call.loss_sum is None:
+            return torch.zeros((), device=labels.device)
+        count = (call.targets != IGNORE_INDEX).sum().to(call.loss_sum.device)
         return call.loss_sum / divisor(count, kwargs.get("num_items_in_batch"))
 
 
+def bare_model(model: Any) -> Any:
+    """The transformers model inside torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
+    while True:
+        if "_orig_mod" in getattr(model, "_modules", {}):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        # DeepSpeed's engine answers for its module's attributes, so look at the class.
+        elif "module" in getattr(model, "_modules", {}) and not hasattr(type(model), "get_output_embeddings"):
+            model = model.module
+        else:
+            return model
+
+
 def probe(width: int, device: torch.device) -> Tensor:
-    """fp64 (1, len(_PROBE), width): stands in for logits, to see what the model does to them."""
+    """float64 (1, len(_PROBE), width): stands in for logits, to see what the model does to them."""
     return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
 
 
 @_never_compiled  # type: ignore[untyped-decorator]
-def read_probe(seen: Tensor) -> tuple[float, float | None] | None:
-    """The (scale, softcap) that turn the probe into `seen`; None if nothing of that kind does."""
+def read_probe(logits: Tensor | None) -> tuple[float, float | None] | None:
+    """The (scale, softcap) that turn the probe into `logits`; None if nothing of that kind does."""
     x = torch.tensor(_PROBE, dtype=torch.float64)
-    if seen.requires_grad or seen.ndim != 3 or seen.shape[:2] != (1, len(x)) or not seen.is_floating_point():
+    if logits is None or logits.requires_grad or logits.ndim != 3 or logits.shape[:2] != (1, len(x)):
         return None
-    y = seen[0].double().cpu()
-    if not (y.isfinite().all() and (y == y[:, :1]).all()):
+    y = logits[0].double().cpu()
+    if not (logits.is_floating_point() and y.isfinite().all() and (y == y[:, :1]).all()):
         return None
     y = y[:, 0]
     small, bound = x.abs().argmin(), y[-1]
@@ -326,36 +340,36 @@ def read_probe(seen: Tensor) -> tuple[float, float | None] | None:
     return None
 
 
-def _linears(head: Any) -> list[Any]:
-    """The layers that may run when the head is called: itself, or what PEFT's modules_to_save holds."""
-    if hasattr(head, "original_module") and hasattr(head, "modules_to_save"):
-        return [head.original_module, *head.modules_to_save.values()]
-    return [head]
+def _shifted_labels(inputs: dict[str, Any]) -> Tensor:
+    """Labels aligned with the logits, as transformers' own loss aligns them."""
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"]  # type: ignore[no-any-return]
+    return nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def _why_not_this_head(head: nn.Module) -> str:
     # FSDP makes subclasses, which keep the forward; quantised and LoRA layers have their own.
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
-    if "forward" in head.__dict__ and not (
-        isinstance(head.__dict__["forward"], partial)
-        and isinstance(getattr(head.__dict__["forward"].func, "__self__", None), FusedHead)
-    ):
+    patch = head.__dict__.get("forward")
+    if patch is not None and not isinstance(getattr(getattr(patch, "func", None), "__self__", None), FusedHead):
         return "the forward of its head is patched already"
     return ""
 
 
 def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
-    if call.heads > 1:
-        return "the forward calls its head more than once"
+    if call.heads:
+        return "its forward calls its head more than once"
+    if hasattr(linear.weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 gathers its head when the gradient of logits arrives, and there are no logits"
     if type(linear.weight) not in (Tensor, nn.Parameter):
-        return f"its head's weight is a {type(linear.weight).__name__} (tensor parallel?)"
+        return f"the weight of its head is a {type(linear.weight).__name__} (tensor parallel?)"
     if hidden.shape[:-1] != call.targets.shape:
         return f"its head sees rows {tuple(hidden.shape[:-1])}, the labels are {tuple(call.targets.shape)}"
     return ""
 
 
-def _without(output: Any, logits: Tensor | None) -> Any:
+def _without(output: Any, logits: Tensor) -> Any:
     """The output without the probe in the place of its logits: reading them must fail, not give numbers."""
     if isinstance(output, dict):
         return type(output)(**{k: v for k, v in output.items() if k != "logits"})
@@ -366,14 +380,3 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
     module.__dict__.pop(name, None)
     if value is not None:
         module.__dict__[name] = value
-
-
-def _random_state() -> list[Tensor]:
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goldfish.kept import bare_model
+from goldfish.fused import bare_model
 from goldfish.labels import IGNORE_INDEX
 
 LOGITS_BUDGET = 2**26  # logits that a measurement may hold: 256 MB of fp32; longer rows are cut

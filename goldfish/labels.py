@@ -1,4 +1,4 @@
-"""The rule meets batches: labels with -100 where a token is dropped."""
+"""Rules applied to batches: labels with -100 where a token is dropped."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ def mask_labels(
     attention_mask: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """`labels` with ignore_index where `rule` drops the token; everything else as it was.
+    """`labels` with ignore_index where `rule` drops the token; everything else unchanged.
 
     Labels are aligned as Hugging Face's models take them: labels[i] is the token input_ids[i] (or ignore_index),
-    and the model shifts. The decision is made from input_ids, so a masked-out prompt still counts as context.
+    and the model shifts. Decisions depend on input_ids only, so a masked-out prompt still counts as context.
 
     Args:
         rule: says which tokens are dropped; None drops nothing.
@@ -59,15 +59,18 @@ def mask_labels(
         )
     if rule is None:
         return labels.clone()
-    # Strategy "random" takes its draws from torch's CPU generator, which Trainer seeds, saves and restores.
-    draw = int(torch.randint(2**62, ())) if rule.strategy == "random" else 0
-    dropped = rule.dropped(input_ids, position_ids, attention_mask=attention_mask, draw=draw)
+    dropped = rule.dropped(input_ids, position_ids, attention_mask=attention_mask, draw=_next_draw(rule))
     return labels.masked_fill(dropped, ignore_index)
 
 
+def _next_draw(rule: Goldfish) -> int:
+    """Strategy "random" draws from torch's CPU generator, which Trainer seeds, saves and restores."""
+    return int(torch.randint(2**62, ())) if rule.strategy == "random" else 0
+
+
 def padding_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """A batch's attention_mask where it has the shape of the ids and so marks padding. A (B, 1, T, T) one says who
-    sees whom; padding is then marked by labels alone."""
+    """A batch's attention_mask if it has the shape of the ids and so marks padding. One of shape (B, 1, T, T) says
+    which tokens see each other; padding is then marked by labels alone."""
     mask: Tensor | None = batch.get("attention_mask")
     return mask if mask is not None and mask.shape == batch["input_ids"].shape else None
 
@@ -79,7 +82,7 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a batch without input_ids.
     """
     if "input_ids" not in batch:
-        raise ValueError(f"the rule decides from input_ids, but the batch holds only {', '.join(batch) or 'nothing'}")
+        raise ValueError(f"the rule decides from input_ids, but the batch has only {', '.join(batch) or 'nothing'}")
     if batch.get("labels") is not None:
         return dict(batch)
     if getattr(batch.get("attention_mask"), "ndim", 2) != 2:
@@ -90,32 +93,34 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**batch, "labels": mask_labels(None, batch["input_ids"], attention_mask=padding_mask(batch))}
 
 
-def mask_batch(rules: Rules, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a Hugging Face batch with its labels (and shift_labels, where a collator made them) masked.
+def decide(rules: Rules, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of a Hugging Face batch which tokens are dropped, bool (B, T), and the keys of `Goldfish.decide`, int64 (B, T).
 
-    Uses the batch's input_ids, position_ids and a two-dimensional attention_mask. With one rule for each source, the
-    batch also holds what `CarrySource` put there; the copy does not.
-
-    Raises:
-        ValueError: a batch without input_ids.
+    Reads input_ids, position_ids and a two-dimensional attention_mask; with one rule for each source, also what
+    `CarrySource` put into the batch. Rows of a source without a rule have the keys of the default rule.
     """
-    batch = with_labels(batch)
-    given = {name: batch[name] for name in ("labels", "position_ids") if batch.get(name) is not None}
-    padding = padding_mask(batch)
-    if padding is not None:
-        given["attention_mask"] = padding
-    masked = {name: value for name, value in batch.items() if name != SOURCE}
+    ids = batch["input_ids"]
+    given = {"position_ids": batch.get("position_ids"), "attention_mask": padding_mask(batch)}
     if isinstance(rules, Goldfish):
-        masked["labels"] = mask_labels(rules, batch["input_ids"], **given)
-    else:
-        masked["labels"] = mask_labels(None, batch["input_ids"], **given)
-        for place, name in enumerate(sorted(rules)):
-            rows = batch[SOURCE] == place
-            of_rows = {key: tensor.expand_as(batch["input_ids"])[rows] for key, tensor in given.items()}
-            masked["labels"][rows] = mask_labels(rules[name], batch["input_ids"][rows], **of_rows)
+        return rules.decide(ids, **given, draw=_next_draw(rules))
+    dropped, keys = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.int64)
+    for place, name in enumerate(sorted(rules)):
+        rows, rule = batch[SOURCE] == place, rules[name] or Goldfish()
+        of_rows = {key: None if tensor is None else tensor.expand_as(ids)[rows] for key, tensor in given.items()}
+        decisions, keys[rows] = rule.decide(ids[rows], **of_rows, draw=_next_draw(rule))
+        if rules[name] is not None:
+            dropped[rows] = decisions
+    return dropped, keys
+
+
+def mask_batch(batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Any]:
+    """A copy of a batch with labels in which the dropped ones are -100; so are its shift_labels, if a collator made
+    them. What `CarrySource` put there is left out."""
+    masked = {name: value for name, value in batch.items() if name != SOURCE}
+    masked["labels"] = batch["labels"].masked_fill(dropped, IGNORE_INDEX)
     if "shift_labels" in batch:
-        gone = torch.nn.functional.pad(masked["labels"][..., 1:] == IGNORE_INDEX, (0, 1), value=True)
-        masked["shift_labels"] = batch["shift_labels"].masked_fill(gone, IGNORE_INDEX)
+        ignored = torch.nn.functional.pad(masked["labels"][..., 1:] == IGNORE_INDEX, (0, 1), value=True)
+        masked["shift_labels"] = batch["shift_labels"].masked_fill(ignored, IGNORE_INDEX)
     return masked
 
 
@@ -152,28 +157,28 @@ class CarrySource:
         names = sorted(self.rules)
         for feature in features:
             rule_for(self.rules, feature.get(SOURCE))
-        plain = [{name: value for name, value in feature.items() if name != SOURCE} for feature in features]
-        batch = dict(self.inner(plain, *args, **kwargs))
+        without = [{name: value for name, value in feature.items() if name != SOURCE} for feature in features]
+        batch = dict(self.inner(without, *args, **kwargs))
         if len(batch["input_ids"]) != len(features):
             raise ValueError(
-                f"{len(features)} rows were packed into {len(batch['input_ids'])}, which then have no one source; "
-                "write the labels before packing: premask(dataset, rules)"
+                f"{len(features)} rows were packed into {len(batch['input_ids'])}, so rows no longer map to one "
+                "source; write the labels before packing: premask(dataset, rules)"
             )
         return {**batch, SOURCE: torch.tensor([names.index(feature[SOURCE]) for feature in features])}
 
 
 @dataclass
 class GoldfishCollator:
-    """A data collator that masks what another one made: `DataLoader(ds, collate_fn=GoldfishCollator(inner, rule))`.
+    """Masks the batches of another collator: `DataLoader(dataset, collate_fn=GoldfishCollator(inner, rule))`.
 
-    For loops of your own; give it to the training DataLoader only. A Trainer uses one collator for training and
+    For custom training loops; give it to the training DataLoader only. A Trainer uses one collator for training and
     evaluation, so there it would change the evaluation loss: use GoldfishTrainer or attach(trainer, rule) instead.
 
     Args:
-        inner: any collator whose batch holds input_ids of shape (B, T) and, if it likes, labels, attention_mask,
+        inner: any collator whose batch has input_ids of shape (B, T) and optionally labels, attention_mask,
             position_ids.
         rule: says which tokens are dropped; or a mapping to rules from the names in the features' column `source`
-            (None: such rows are not masked). Packed rows have no one source: premask them before packing.
+            (None: such rows are not masked). Packed rows have more than one source: premask them before packing.
     """
 
     inner: Callable[..., Mapping[str, Any]]
@@ -184,26 +189,27 @@ class GoldfishCollator:
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         collate = self.inner if isinstance(self.rule, Goldfish) else CarrySource(self.inner, self.rule)
-        return mask_batch(self.rule, collate(features, *args, **kwargs))
+        batch = with_labels(collate(features, *args, **kwargs))
+        return mask_batch(batch, decide(self.rule, batch)[0])
 
 
 def premask(dataset: Any, rule: Rules, *, num_proc: int | None = None, dropped_column: str | None = None) -> Any:
-    """A `datasets` dataset whose rows gain `labels`, masked once and for all; map-style or streaming.
+    """A `datasets` dataset whose rows have masked `labels`, written once; map-style or streaming.
 
-    For whatever packs or shards tokens later (packing, sequence parallelism): each row is decided as a whole, before
+    For pipelines that pack or shard tokens later (packing, sequence parallelism): each row is decided as a whole before
     that. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq, default_data_collator,
     TRL's): DataCollatorForLanguageModeling makes them anew from input_ids. `datasets` caches the result under the
-    rule, and each of num_proc's parts by itself, so that an interrupted run goes on from the parts it finished.
+    rule, each of the num_proc parts by itself, so an interrupted run continues after the parts it finished.
 
     Args:
-        dataset: rows with `input_ids`, and `labels`, `position_ids`, `attention_mask` where there are such.
+        dataset: rows with `input_ids` and optionally `labels`, `position_ids`, `attention_mask`.
         rule: a rule, or a mapping to rules from the names in the column `source` (None: such rows are not masked).
         num_proc: processes, for map-style datasets.
-        dropped_column: keep the decisions too, as lists of bool, in a column of this name.
+        dropped_column: also write the decisions, as lists of bool, to a column of this name.
 
     Raises:
         TypeError: not a rule. ValueError: rows without input_ids, a source without a rule, or strategy "random",
-            which draws for every epoch.
+            which draws anew in every epoch.
     """
     check_rules(rule)
     for one in [rule] if isinstance(rule, Goldfish) else rule.values():
@@ -215,18 +221,11 @@ def premask(dataset: Any, rule: Rules, *, num_proc: int | None = None, dropped_c
 
 def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None) -> dict[str, list[Any]]:
     if "input_ids" not in row:
-        raise ValueError(f"the rule decides from input_ids, but the rows hold only {', '.join(row)}; tokenize first")
+        raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
     rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
-    ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-    labels, position_ids, attention_mask = (
-        torch.tensor(row[name], dtype=torch.int64) if row.get(name) is not None else None
-        for name in ("labels", "position_ids", "attention_mask")
-    )
-    masked = mask_labels(rule, ids, labels, position_ids=position_ids, attention_mask=attention_mask)
-    added = {"labels": masked.tolist()}
-    if dropped_column is not None:
-        dropped = torch.zeros_like(ids, dtype=torch.bool)
-        if rule is not None:
-            dropped = rule.dropped(ids, position_ids, attention_mask=attention_mask)
-        added[dropped_column] = dropped.tolist()
-    return added
+    names = ("input_ids", "labels", "position_ids", "attention_mask")
+    given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
+    batch = with_labels(given)
+    dropped = decide(rule, batch)[0] if rule is not None else torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    added = {"labels": batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()}
+    return added if dropped_column is None else {**added, dropped_column: dropped[0].tolist()}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from goldfish.labels import IGNORE_INDEX
+
 _ROW_BLOCK = {"cpu": 2**20, "other": 2**26}  # bytes of fp32 logits under softmax at a time; on CPU per thread: its L2
 _CHUNK_CPU = 2**27  # bytes of logits alive at a time; from 1,024 rows on (of 16 bits) more would not be faster
 
@@ -24,7 +26,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     rows: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
@@ -77,6 +79,27 @@ def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
     if num_items is None:
         return count.clamp(min=1)
     return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
+
+
+class KeptRows:
+    """Indices of the kept rows. On CUDA their number travels to the host while the backbone runs."""
+
+    def __init__(self, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
+        self._order: Tensor | None = None
+        if labels.is_cuda:
+            dropped = labels.reshape(-1) == ignore_index
+            self._order = dropped.sort(stable=True).indices  # the kept ones first, in their order
+            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._count.copy_((~dropped).sum(), non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def indices(self, device: torch.device) -> Tensor | None:
+        """int64 on `device`; None: let the loss function look for them."""
+        if self._order is None:
+            return None
+        self._arrived.synchronize()
+        return self._order[: int(self._count)].to(device)
 
 
 def _check(

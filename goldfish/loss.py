@@ -13,23 +13,23 @@ from goldfish.rule import Goldfish
 class GoldfishLoss(nn.Module):
     """Mean negative log-likelihood of the kept tokens, -(1/|G|) sum G_i log P(x_i | x_<i) (Hans et al. 2024, eq. 1).
 
-    In a loop of your own:
+    In a custom training loop:
 
         loss = GoldfishLoss(rule)(logits, labels, input_ids=input_ids)
 
     equals `F.cross_entropy(logits[:, :-1].flatten(0, 1), mask_labels(rule, input_ids, labels)[:, 1:].flatten())`,
-    except that the logits of dropped tokens are left alone and that a batch without any kept token gives a zero
-    that can be differentiated instead of NaN.
+    except that the logits of dropped tokens are not read and that a batch without a kept token gives a zero with a
+    gradient of zero instead of NaN.
 
-    In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`. GoldfishTrainer is better; know what differs:
+    In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`. GoldfishTrainer is better, because:
 
     * Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions (-100) were not
       there. Exact for plain language modelling, where only padding is ignored. With masked-out prompts the
       decisions depend on the answer alone, and so differ from GoldfishTrainer's; packed rows need document_end.
-    * Trainer counted the targets before any was dropped. The loss of a batch is therefore the mean over its kept
-      tokens, weighted by its share of the targets Trainer counted. Exact with one batch an optimiser step. With
+    * Trainer counts the targets before any is dropped. The loss of a batch is therefore the mean over its kept
+      tokens, weighted by its share of the targets Trainer counted. Exact with one batch per optimiser step. With
       gradient accumulation or several processes the batches are weighted by their tokens instead of their kept
-      tokens: right in scale, different in the third digit.
+      tokens, a difference in the third digit.
     * Evaluation (no gradients) is the plain loss.
 
     Args:
@@ -58,40 +58,49 @@ class GoldfishLoss(nn.Module):
         """The loss, a scalar in nats per kept token, float32 (float64 for float64 logits).
 
         Args:
-            logits: (B, T, V), or the output of a Hugging Face model that holds them (Trainer's call).
+            logits: (B, T, V); Trainer passes the output of a Hugging Face model, which holds them.
             labels: integers (B, T), aligned with input_ids; this function shifts.
-            input_ids: integers (B, T); what the rule decides from. By default the labels, see above.
+            input_ids: integers (B, T), what the rule decides from. Required in a loop, not passed by Trainer.
             position_ids, attention_mask: as for `Goldfish.dropped`.
             num_items_in_batch: targets of the whole optimiser step, counted before dropping, as Trainer does.
 
         Raises:
-            TypeError, ValueError: as `Goldfish.dropped`; ValueError for logits that do not fit the labels.
+            TypeError, ValueError: as `Goldfish.dropped`; ValueError for missing labels or input_ids, and for logits
+                that do not fit the labels.
         """
-        called_by_trainer = not isinstance(logits, Tensor)
-        if called_by_trainer:
-            logits = _logits_of(logits)
         if labels is None:
             raise ValueError("GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them")
+        if input_ids is not None:
+            masked = mask_labels(
+                self.rule, input_ids, labels, position_ids=position_ids, attention_mask=attention_mask,
+                ignore_index=self.ignore_index,
+            )  # fmt: skip
+        elif isinstance(logits, Tensor):
+            raise ValueError(
+                "GoldfishLoss needs input_ids in a training loop: loss(logits, labels, input_ids=input_ids). The rule "
+                "decides from the ids; labels hold ignored positions, so they would give other decisions"
+            )
+        else:
+            masked = self._mask_for_trainer(labels)
+        return self._mean(
+            logits if isinstance(logits, Tensor) else _logits_of(logits), labels, masked, num_items_in_batch
+        )
+
+    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
+        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
+        if not torch.is_grad_enabled():
+            return labels
+        attended = labels != self.ignore_index
+        ids = labels.masked_fill(~attended, 0)
+        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
+
+    def _mean(self, logits: Tensor, labels: Tensor, masked: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: "
                 "expected (B, T, V) and (B, T), not shifted"
             )
-        kept_labels = labels
-        if not called_by_trainer or torch.is_grad_enabled():
-            if input_ids is None:
-                attended = labels != self.ignore_index
-                attention_mask = attended if attention_mask is None else attended & (attention_mask != 0)
-                input_ids = labels.masked_fill(~attended, 0)
-            kept_labels = mask_labels(
-                self.rule,
-                input_ids,
-                labels,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                ignore_index=self.ignore_index,
-            )
-        total, kept = _sum_over_targets(logits, kept_labels, self.ignore_index)
+        total, kept = _sum_over_targets(logits, masked, self.ignore_index)
         loss = total / kept.clamp(min=1)
         if num_items_in_batch is not None:
             counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
@@ -100,10 +109,10 @@ class GoldfishLoss(nn.Module):
 
 
 class SmoothedLoss:
-    """Trainer's label smoothing of masked labels, for its compute_loss_func: (1 - epsilon) times the nll plus epsilon
+    """Trainer's label smoothing for masked labels, as its compute_loss_func: (1 - epsilon) times the nll plus epsilon
     times the mean of -log p over the vocabulary, summed over the kept tokens and divided by num_items_in_batch.
 
-    transformers' LabelSmoother in 5.10 divides each batch by its own tokens, with none of them by 0; and no version
+    transformers' LabelSmoother in 5.10 divides each batch by its own number of tokens, which may be 0; and no version
     shifts the labels of a model whose class is not in transformers' list.
     """
 
@@ -123,12 +132,12 @@ def _logits_of(outputs: Any) -> Any:
 def _sum_over_targets(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the loss, in fp32 or better, over the targets among `labels` (not shifted), and how many they are."""
+    """The loss summed over the targets among `labels` (not shifted), in float32 or better, and their number."""
     targets = labels[..., 1:].to(logits.device)
     kept = targets != ignore_index
     rows = logits[..., :-1, :][kept]
     if rows.dtype != torch.float64:
         rows = rows.float()
-    # A sum over no rows is a zero that keeps its graph, so a rank without a kept token still takes part.
+    # A sum over no rows is a zero with a graph, so a rank without a kept token still takes part in the backward pass.
     total = nn.functional.cross_entropy(rows, targets[kept], reduction="sum", label_smoothing=label_smoothing)
     return total, kept.sum()

@@ -1,4 +1,4 @@
-"""goldfish.json: beside a checkpoint's weights, what was dropped while they were trained."""
+"""goldfish.json, the receipt: a file beside a checkpoint's weights that says what was dropped in training."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, padding_mask
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -23,17 +23,17 @@ ALL = ""  # the name of the only source of a run with one rule
 
 
 def bind(rules: Rules, tokenizer: Any) -> Rules:
-    """The same rules, those that read words bound to the tokenizer where there is one."""
+    """The same rules; those that read words are bound to the tokenizer, if there is one."""
     if isinstance(rules, Mapping):
         return {name: rule and cast(Goldfish, bind(rule, tokenizer)) for name, rule in rules.items()}
     return rules if tokenizer is None or rules.vocabulary is not None else rules.bind(tokenizer)
 
 
 class Tally:
-    """Counts what a run drops, for each source: targets, dropped ones, and the fingerprint of all decisions.
+    """Counts for each source: targets, dropped targets, and a fingerprint of all decisions.
 
     The fingerprint is the sum, modulo 2**64, of mix(key of the token's context + (1 if dropped else 0)) over all
-    targets, where the key is that of the rule's last h tokens (`spec.key` with seed 0, whatever the strategy). It does
+    targets, where the key is that of the last h tokens (`spec.key` with seed 0, whatever the strategy). It does
     not depend on the order of batches, their padding or the number of processes; runs with equal fingerprints
     dropped the same tokens. Counting makes no device wait.
     """
@@ -43,33 +43,41 @@ class Tally:
         self.rules = {ALL: rules} if isinstance(rules, Goldfish) else {name: rules[name] for name in sorted(rules)}
         self.totals = dict.fromkeys(self.rules, (0, 0, 0))  # of all processes, as of the last `sync`
         self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then
+        self._completed = self._pending.clone()  # of these, the ones whose optimizer step was taken
 
-    def add(self, batch: Mapping[str, Any], masked: Mapping[str, Any]) -> None:
-        """Count a batch with labels, before and after it was masked."""
-        ids = batch["input_ids"]
-        attention_mask = padding_mask(batch)
-        was, now = (each["labels"][..., 1:] != IGNORE_INDEX for each in (batch, masked))
-        dropped = was & ~now
-        for place, rule in enumerate(self.rules.values()):
-            rows = was if len(self.rules) == 1 else was & (batch[SOURCE] == place)[:, None]
-            keys = (rule or Goldfish()).keys(ids, batch.get("position_ids"), attention_mask=attention_mask)[..., 1:]
-            numbers = (rows, rows & dropped, mix(keys + dropped) * rows)
-            self._pending[place] += torch.stack([number.sum() for number in numbers]).to(self._pending.device)
+    def add(self, batch: Mapping[str, Any], dropped: Tensor, keys: Tensor) -> None:
+        """Count a batch with labels that are not masked yet, and what `labels.decide` says about it."""
+        targets = batch["labels"][..., 1:] != IGNORE_INDEX
+        dropped = dropped[..., 1:] & targets
+        decisions = mix(keys[..., 1:] + dropped)
+        for place in range(len(self.rules)):
+            rows = targets if len(self.rules) == 1 else targets & (batch[SOURCE] == place)[:, None]
+            counts = torch.stack([number.sum() for number in (rows, rows & dropped, decisions * rows)])
+            self._pending[place] += counts.to(self._pending.device)
+
+    def end_step(self) -> None:
+        """The optimizer has taken the step of all batches that were counted."""
+        self._completed.copy_(self._pending)
+
+    def forget_step(self) -> None:
+        """Do not count batches whose optimizer step was never taken, because training was interrupted."""
+        self._pending.copy_(self._completed)
 
     def sync(self, reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
         """Bring `totals` up to date; `reduce` adds a tensor up over all processes, so all of them must call this."""
         counted = reduce(self._pending).tolist()
         self._pending.zero_()
+        self._completed.zero_()
         for name, (targets, dropped, decisions) in zip(self.totals, counted, strict=True):
             total = self.totals[name]
             self.totals[name] = (total[0] + targets, total[1] + dropped, (total[2] + decisions) & spec.WORD)
 
     def sum(self) -> tuple[int, int]:
-        """Targets and dropped ones of all sources."""
+        """Targets and dropped targets of all sources."""
         return sum(t[0] for t in self.totals.values()), sum(t[1] for t in self.totals.values())
 
     def entries(self) -> dict[str, Any]:
-        """What the receipt says: the one rule and its numbers, or the same for each source."""
+        """The receipt's main part: the one rule and its counts, or the same for each source."""
         entries = {
             name: {
                 "rule": rule and rule.to_dict(),
@@ -84,16 +92,17 @@ class Tally:
         return entries.get(ALL, {"sources": entries})
 
     def restore(self, receipt: Mapping[str, Any]) -> None:
-        """Go on from a receipt of the same rules."""
+        """Continue the counts of a receipt of the same rules."""
         entries = receipt.get("sources", {ALL: receipt})
         self.totals = {
             name: (entry["targets"], entry["dropped"], int(entry["decisions"], 16)) for name, entry in entries.items()
         }
         self._pending.zero_()
+        self._completed.zero_()
 
 
 def versions() -> dict[str, str]:
-    """What receipts and audits were made with."""
+    """Of the software that a receipt or an audit was made with."""
     import transformers
 
     return {
@@ -105,13 +114,13 @@ def versions() -> dict[str, str]:
 
 
 def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None) -> Path:
-    """Write goldfish.json into a checkpoint folder, whole or not at all.
+    """Write goldfish.json into a checkpoint folder, atomically.
 
     Args:
         folder: the checkpoint.
         tally: the rules it was trained under and what they dropped.
-        tokenizer: its tokenizer, or None where it is not known.
-        before: the receipt of the training under other rules that this one went on from.
+        tokenizer: its tokenizer, or None if not known.
+        before: the receipt of earlier training under other rules.
     """
     receipt = {
         "schema": SCHEMA,
@@ -132,7 +141,7 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
-    """The receipt of a checkpoint folder, or None for a checkpoint without one. See `rules_of`.
+    """The receipt of a checkpoint folder, or None if it has none. See `rules_of`.
 
     Raises:
         ValueError: a goldfish.json that is not a receipt.
@@ -151,14 +160,14 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
 
 
 def rules_of(receipt: Mapping[str, Any]) -> Rules:
-    """The rules that a receipt names; "text" and "letters" are not bound to a tokenizer."""
+    """The rules of a receipt; "letters" and "text" are not bound to a tokenizer."""
     if "sources" not in receipt:
         return Goldfish(**receipt["rule"])
     return {name: entry["rule"] and Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """SHA-256 of what a tokenizer does to text; settings of the moment (padding, truncation) are left out."""
+    """SHA-256 of what a tokenizer does to text, without its settings for padding and truncation."""
     if tokenizer is None:
         return None
     if hasattr(tokenizer, "backend_tokenizer"):

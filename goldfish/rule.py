@@ -1,48 +1,51 @@
 """The goldfish rule: which tokens are dropped. Vectorised, CPU and GPU, integers only; `goldfish.spec` defines it."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+import warnings
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from goldfish import spec
 from goldfish.hashing import below, mix, prefix_hashes, signed, window_hashes
-from goldfish.text import Vocabulary, contexts
+from goldfish.letters import Vocabulary, contexts
 from goldfish.vocabulary import token_bytes
 
-Strategy = Literal["hash", "text", "letters", "static", "random", "reference"]
+Strategy = Literal["hash", "letters", "text", "static", "random", "reference"]
 Window = Literal["preceding", "inclusive"]
-Head = Literal["short", "keep"]
-READS_TEXT = ("text", "letters")  # decide from what a tokenizer's entries say
+Opening = Literal["short", "keep"]
+READS_TEXT = ("letters", "text")  # decide from what a tokenizer's entries say
+_SEED_0 = signed(spec.mix(spec.mix(0)))
 
 
 @dataclass(frozen=True)
 class Goldfish:
-    """Says which tokens are dropped: seen as context, never a target (Hans et al. 2024, section 3).
+    """Says which tokens are dropped: seen as context, never a target of the loss (Hans et al. 2024, section 3).
 
     Args:
         k: one token in k is dropped, on average; any finite number above 1. 3 or 4 is the paper's strong setting.
-        h: how many preceding tokens ("hash", "reference") decide, 13 in the paper; for "text" and "letters" how many
-            words, counted as 5 letters each.
-        strategy: "hash": from the h tokens before it, so that a passage has the same holes wherever it stands.
-            "letters": from the 5 h letters and digits before it, as they read without case, accents, punctuation,
-            spacing and line breaks, so that near-duplicates get the same holes. Needs `rule.bind(tokenizer)`.
-            "text": from the 5 h letters before its word; whole words are dropped, whatever tokens they are cut into.
-            "static": every k-th position of the document. "random": with probability 1/k in every draw; weak, for
-            comparison: a passage seen often is seen whole. "reference": bit-exact with the authors' code on CPU,
-            defects included; knows no documents, padding, seed, head or window.
-        seed: another seed, another set of holes; 0 <= seed < 2**64.
+        h: how many preceding tokens decide, 13 in the paper; for "letters" in words of 5 letters.
+        strategy: "hash": decides from the h tokens before a token, so a passage has the same dropped tokens wherever
+            it occurs. "letters": decides from the 5 h letters and digits before a token, ignoring case, accents,
+            punctuation, spacing and line breaks, so near-duplicates have the same dropped tokens too; needs
+            `rule.bind(tokenizer)`. "text": deprecated, as "letters" but for whole words.
+            For comparison: "static": every k-th position of a document. "random": each token with probability 1/k,
+            drawn anew every time, so text that is seen often is learned completely. "reference": bit-exact with the
+            authors' code on CPU, defects included; ignores documents, padding, seed, opening and window.
+        seed: rules with different seeds drop different tokens; 0 <= seed < 2**64.
         window: "preceding": the h tokens before the target. "inclusive": the last of the h tokens is the target itself.
-        head: what happens to tokens with fewer than h tokens before them in their document. "short": decide from
-            those there are. "keep": never drop them (the paper), which leaves every document's opening bare.
-        exempt: ids that are never dropped, such as special tokens. They still are context.
+        opening: what happens to tokens with fewer than h tokens before them in their document. "short": decide from
+            those there are. "keep": never drop them (the paper), so the opening of every document is learned.
+        exempt: ids that are never dropped, such as special tokens. They still count as context.
         document_end: an id after which a new document starts, for rows packed without position_ids.
-        vocabulary: what `bind` adds for "text" and "letters"; no part of the rule's identity.
+        vocabulary: what `bind` adds for "letters" and "text"; not part of the rule's identity.
+        head: the former name of `opening`, and still its name in files; where given, it replaces `opening`.
 
     A document's first token is never dropped. Equal rules compare equal and hash equal.
 
@@ -55,46 +58,55 @@ class Goldfish:
     strategy: Strategy = "hash"
     seed: int = 0
     window: Window = "preceding"
-    head: Head = "short"
+    opening: Opening = "short"
     exempt: tuple[int, ...] = ()
     document_end: int | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
+    head: InitVar[Opening | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, head: Opening | None) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, Real):
             raise TypeError(f"k must be a number above 1, got {self.k!r}")
-        object.__setattr__(self, "k", int(self.k) if isinstance(self.k, Integral) else float(self.k))  # numpy's too
+        self._set(k=int(self.k) if isinstance(self.k, Integral) else float(self.k))  # numpy's numbers too
         if not (self.k > 1 and math.isfinite(self.k)):
             raise ValueError(
                 f"k must be a finite number above 1 (one token in k is dropped), got {self.k!r}; "
                 "to drop nothing, train without a rule"
             )
-        object.__setattr__(self, "h", _integer("h", self.h, 1, "the number of tokens that decide"))
-        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, "an integer below 2**64"))
+        self._set(h=_integer("h", self.h, 1, "the number of tokens that decide"))
+        self._set(seed=_integer("seed", self.seed, 0, "an integer below 2**64"))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        for name, value, choices in (
-            ("strategy", self.strategy, get_args(Strategy)),
-            ("window", self.window, get_args(Window)),
-            ("head", self.head, get_args(Head)),
-        ):
+        if head is not None:
+            self._set(opening=head)
+        for name, kind in (("strategy", Strategy), ("window", Window), ("opening", Opening)):
+            value, choices = getattr(self, name), get_args(kind)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if isinstance(self.exempt, (str, bytes)) or not isinstance(self.exempt, Iterable):
             raise TypeError(f"exempt must be a collection of token ids such as (1, 2), got {self.exempt!r}")
-        exempt = {_integer("every id in exempt", token, 0, "a token id") for token in self.exempt}
-        object.__setattr__(self, "exempt", tuple(sorted(exempt)))
+        self._set(exempt=tuple(sorted({_integer("every id in exempt", i, 0, "a token id") for i in self.exempt})))
         if self.document_end is not None:
-            end = _integer("document_end", self.document_end, 0, "a token id or None")
-            object.__setattr__(self, "document_end", end)
+            self._set(document_end=_integer("document_end", self.document_end, 0, "a token id or None"))
         if self.strategy in READS_TEXT and self.window == "inclusive":
             raise ValueError(
                 f'strategy="{self.strategy}" decides before a token is read: window must be "preceding", '
                 'got "inclusive"'
             )
+        if self.strategy == "text" and self.vocabulary is None:  # a bound copy does not warn again
+            warnings.warn(
+                'strategy="text" is deprecated and will be removed in the next release; use strategy="letters": it is '
+                "faster, punctuation does not change its decisions, and less is recited after training",
+                FutureWarning,
+                stacklevel=3,
+            )
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def bind(self, tokenizer: Any) -> "Goldfish":
-        """This rule for the ids of one tokenizer; what "text" and "letters" need, and nothing to the others.
+        """This rule for the ids of one tokenizer; "letters" and "text" need it, other strategies do not change.
 
         Args:
             tokenizer: a Hugging Face fast tokenizer (what AutoTokenizer returns) or a `tokenizers.Tokenizer`.
@@ -112,106 +124,93 @@ class Goldfish:
         attention_mask: Tensor | None = None,
         draw: int = 0,
     ) -> Tensor:
-        """Which tokens are dropped, as targets: labels[dropped] = -100 in Hugging Face's (unshifted) alignment.
+        """Which tokens are no targets: labels[dropped] = -100 in Hugging Face's (unshifted) alignment.
 
         Args:
             input_ids: integers, (T,) or (B, T). The ids themselves, never labels, which hold -100.
             position_ids: integers of the same shape, or (1, T) or (T,) for all rows; 0 starts a document.
             attention_mask: same shape; 0 is padding, which is never dropped, ends nothing and shifts nothing.
-            draw: for strategy "random": another draw, other holes.
+            draw: for strategy "random" only, the number of the draw.
 
         Returns:
             bool, the shape and device of input_ids.
 
         Raises:
             TypeError: ids that are not integers.
-            ValueError: a shape or a device that does not fit; "text" or "letters" not bound to a tokenizer.
+            ValueError: a shape or a device that does not fit; "letters" or "text" not bound to a tokenizer.
         """
-        if self.strategy == "reference":  # knows no padding and no documents
-            drop = self._in_rows(self._decide_like_reference, input_ids, position_ids)
-            attention_mask = _check_beside("attention_mask", attention_mask, drop)
-            return drop if attention_mask is None else drop & (attention_mask != 0)
+        return self.decide(input_ids, position_ids, attention_mask=attention_mask, draw=draw)[0]
 
-        def decide(ids: Tensor, positions: Tensor | None) -> Tensor:
-            return self._decide(ids, positions, draw)
-
-        return self._in_rows(decide, input_ids, position_ids, attention_mask)
-
-    def keys(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, *, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """`spec.key` of the up to h tokens before every token in its document, whatever the strategy and the seed.
-
-        Arguments and errors as for `dropped`. Returns int64 of the shape of input_ids; 0 where attention_mask is 0.
-        """
-
-        def keys(ids: Tensor, positions: Tensor | None) -> Tensor:
-            column, start = self._documents(ids, positions)
-            return self._context_keys(ids, column, column - start, seed=0)
-
-        return self._in_rows(keys, input_ids, position_ids, attention_mask)
-
-    def _in_rows(
+    def decide(
         self,
-        function: Callable[[Tensor, Tensor | None], Tensor],
         input_ids: Tensor,
-        position_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """function(ids, position_ids), both int64 (B, T) and without padding, in the shape of input_ids."""
+        draw: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """`dropped`, and what the receipt's fingerprint needs: the key of every token's context.
+
+        Arguments and errors as for `dropped`. A key is the `spec.key` of the up to h ids before a token in its
+        document with seed 0, whatever the strategy; int64, the shape of input_ids; 0 where attention_mask is 0.
+        """
         input_ids = _check_ids(input_ids)
         position_ids = _check_beside("position_ids", position_ids, input_ids, one_row=True)
         attention_mask = _check_beside("attention_mask", attention_mask, input_ids)
-        if input_ids.numel() == 0:  # (0,), (B, 0), (0, T): asked with one token, for the dtype of the answer
-            return function(input_ids.new_zeros((1, 1), dtype=torch.int64), None).new_zeros(input_ids.shape)
+        if input_ids.numel() == 0:
+            return torch.zeros_like(input_ids, dtype=torch.bool), torch.zeros_like(input_ids, dtype=torch.int64)
         length = input_ids.shape[-1]
         ids = input_ids.to(torch.int64).reshape(-1, length)
         positions = None if position_ids is None else position_ids.reshape(-1, length).expand_as(ids)
         if attention_mask is None:
-            return function(ids, positions).view(input_ids.shape)
-        # Attended tokens move to the front of their row, in order; padding goes to a spare last column.
-        attended = attention_mask.reshape(ids.shape) != 0
-        slot = torch.where(attended, attended.cumsum(-1) - 1, length)
-        ids = torch.nn.functional.pad(ids, (0, 1)).scatter(-1, slot, ids)
-        if positions is not None:
-            positions = torch.nn.functional.pad(positions, (0, 1)).scatter(-1, slot, positions)
-        return (function(ids, positions).gather(-1, slot) * attended).view(input_ids.shape)
+            drop, keys = self._decide(ids, positions, draw)
+        else:  # attended tokens move to the front of their row, in order; padding goes to a spare last column
+            attended = attention_mask.reshape(ids.shape) != 0
+            slot = torch.where(attended, attended.cumsum(-1) - 1, length)
+            front = pad(ids, (0, 1)).scatter(-1, slot, ids)
+            if positions is not None:
+                positions = pad(positions, (0, 1)).scatter(-1, slot, positions)
+            drop, keys = (x.gather(-1, slot) * attended for x in self._decide(front, positions, draw))
+        if self.strategy == "reference":  # ignores padding and documents
+            drop = self._decide_like_reference(ids)
+            drop = drop if attention_mask is None else drop & attended
+        return drop.view(input_ids.shape), keys.view(input_ids.shape)
 
-    def _decide(self, ids: Tensor, position_ids: Tensor | None, draw: int) -> Tensor:
-        """The decisions for int64 ids (B, T) without padding."""
+    def _decide(self, ids: Tensor, position_ids: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
+        """The decisions and keys for int64 ids (B, T) without padding."""
         column, start = self._documents(ids, position_ids)
         offset = column - start
-        limit = spec.threshold(self.k)
-        if self.strategy == "static":
-            drop = ((offset * limit) & 0xFFFFFFFF) < limit
-        elif self.strategy == "random":
-            row = torch.arange(ids.shape[0], device=ids.device)[:, None]
-            drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
+        limit, seed_term = spec.threshold(self.k), signed(spec.mix(spec.mix(self.seed)))
+        complete: Tensor | bool = True  # whether a context has its full length
+        n = offset.clamp(max=self.h)
+        prefix = prefix_hashes(mix(ids))
+        state = window_hashes(prefix, column - n, column) + n
+        if self.strategy == "hash":
+            if self.window == "inclusive":
+                drop = below(mix(window_hashes(prefix, column + 1 - n, column + 1) + n + seed_term), limit)
+            else:
+                drop = below(mix(state + seed_term), limit)
+            complete = n == self.h
         elif self.strategy in READS_TEXT:
             if self.vocabulary is None:
                 raise ValueError(
-                    f'strategy="{self.strategy}" reads text, so it must know the tokenizer: rule = rule.bind(tokenizer)'
+                    f'strategy="{self.strategy}" reads text and needs the tokenizer: rule = rule.bind(tokenizer)'
                 )
             letters = spec.LETTERS * self.h
-            state, n = contexts(self.vocabulary.on(ids.device), ids, start, letters, self.strategy == "text")
-            drop = below(mix(state + n + _seed_term(self.seed)), limit) & (n > 0)
-            if self.head == "keep":
-                drop = drop & (n == letters)
+            text, n = contexts(self.vocabulary.on(ids.device), ids, start, letters, self.strategy == "text")
+            drop = below(mix(text + n + seed_term), limit) & (n > 0)
+            complete = n == letters
+        elif self.strategy == "static":
+            drop = ((offset * limit) & 0xFFFFFFFF) < limit
         else:
-            end = column if self.window == "preceding" else column + 1
-            drop = below(self._context_keys(ids, end, offset, self.seed), limit)
-            if self.head == "keep":
-                drop = drop & (offset >= self.h)
+            row = torch.arange(ids.shape[0], device=ids.device)[:, None]
+            drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
+        if self.opening == "keep":
+            drop = drop & complete
         drop = drop & (offset > 0)
         if self.exempt:
             drop = drop & ~torch.isin(ids, torch.tensor(self.exempt, device=ids.device))
-        return drop
-
-    def _context_keys(self, ids: Tensor, end: Tensor, offset: Tensor, seed: int) -> Tensor:
-        """`spec.key` of the min(h, offset) tokens that end before the column `end`, for every token."""
-        n = offset.clamp(max=self.h)
-        state = window_hashes(prefix_hashes(mix(ids)), end - n, end)
-        return mix(state + n + _seed_term(seed))
+        return drop, mix(state + _SEED_0)
 
     def _documents(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """For every token its column, and the column at which its document starts; int64 (B, T)."""
@@ -222,15 +221,14 @@ class Goldfish:
         if position_ids is not None:
             starts = position_ids == 0
         if self.document_end is not None:
-            ended = torch.nn.functional.pad(ids[:, :-1] == self.document_end, (1, 0))
-            starts = starts | ended
+            starts = starts | pad(ids[:, :-1] == self.document_end, (1, 0))
         return column, (starts * column).cummax(-1).values
 
-    def _decide_like_reference(self, ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def _decide_like_reference(self, ids: Tensor) -> Tensor:
         drop = torch.zeros_like(ids, dtype=torch.bool)
-        if ids.shape[-1] <= self.h:  # the original crashes on such rows; it never drops a head
+        if ids.shape[-1] <= self.h:  # the original crashes on such rows; it never drops an opening
             return drop
-        # The original is given the shifted targets ids[:, 1:]; its first h - 1 targets are never dropped.
+        # The original reads the shifted targets ids[:, 1:] and never drops the first h - 1 of them.
         windows = ids[:, 1:].unfold(-1, self.h, 1)
         product = windows[..., 0]
         for i in range(1, self.h):  # prod(dtype=int64) wraps too, but is several times slower on strided windows
@@ -241,13 +239,8 @@ class Goldfish:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values: `Goldfish(**rule.to_dict()) == rule`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        return {**values, "exempt": list(self.exempt)}
-
-
-def _seed_term(seed: int) -> int:
-    """What a seed adds to the state of a context in `spec.key`."""
-    return signed(spec.mix(spec.mix(seed)))
+        names = {f.name: "head" if f.name == "opening" else f.name for f in fields(self) if f.compare}
+        return {key: getattr(self, name) for name, key in names.items()} | {"exempt": list(self.exempt)}
 
 
 @cache
@@ -257,7 +250,7 @@ def _reference_table() -> Tensor:
 
 
 def _integer(name: str, value: object, least: int, what: str) -> int:
-    """value as Python's int: numpy's are accepted, and would not go into JSON."""
+    """value as Python's int: numpy's integers are accepted, but JSON does not take them."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {what}, got {value!r}")
     if value < least:
@@ -276,7 +269,7 @@ def _check_ids(input_ids: Tensor) -> Tensor:
 
 
 def _check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: bool = False) -> Tensor | None:
-    """`tensor`, known to lie on the ids' device and to have their shape (or, with one_row, one row for all)."""
+    """`tensor` on the ids' device and of their shape (or, with one_row, one row for all); ValueError otherwise."""
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):

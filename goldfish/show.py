@@ -1,10 +1,12 @@
-"""What a rule does to a text, in colour: for the terminal, or as HTML."""
+"""What a rule drops from a text, in colour: for the terminal, or as HTML; with plain-text marks where there is none."""
 
 import re
 import unicodedata
 from collections.abc import Container
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,53 +18,68 @@ from goldfish.rule import Goldfish
 
 DROPPED = "bold white on dark_red"
 DIFFERS = "bold black on yellow"
+MARKS = {DROPPED: ("[-", "-]"), DIFFERS: ("{~", "~}"), "": ("", "")}  # where there are no colours
 
 
 @dataclass
 class Shown:
-    """A text as its tokens' pieces, and which of them are dropped."""
+    """A text as the pieces of its tokens, and which of them are dropped."""
 
     pieces: list[str]
     dropped: list[bool]
 
-    def render(self, marked: Container[int] = ()) -> Text:
-        """The text with its dropped tokens coloured, and those characters that are `marked`."""
-        text, place = Text(), 0
-        for piece, gone in zip(self.pieces, self.dropped, strict=True):
-            for char in piece:
-                style = DIFFERS if place in marked else DROPPED if gone else None
-                text.append(char if char in "\n\t" else plain(char), style)
-                place += 1
+    def render(self, colour: bool, differs: Container[int] = ()) -> Text:
+        """The text with its dropped tokens and the characters in `differs` in colour, or in MARKS without colour."""
+        characters = [(char, drop) for piece, drop in zip(self.pieces, self.dropped, strict=True) for char in piece]
+        styles = [DIFFERS if i in differs else DROPPED if drop else "" for i, (_, drop) in enumerate(characters)]
+        text = Text()
+        for style, run in groupby(zip(styles, characters, strict=True), key=lambda pair: pair[0]):
+            content = "".join(char if char in "\n\t" else plain(char) for _, (char, _) in run)
+            before, after = ("", "") if colour else MARKS[style]
+            text.append(before + content + after, style)
         return text
 
     def words(self) -> list[tuple[str, bool, range]]:
         """Of every word its normal form, whether a token of it is dropped, and its characters."""
-        fate = [gone for piece, gone in zip(self.pieces, self.dropped, strict=True) for _ in piece]
-        found = re.finditer(r"[^\W_]+", "".join(self.pieces))
+        dropped = [drop for piece, drop in zip(self.pieces, self.dropped, strict=True) for _ in piece]
         return [
-            (unicodedata.normalize("NFKC", m.group()).casefold(), any(fate[slice(*m.span())]), range(*m.span()))
-            for m in found
+            (unicodedata.normalize("NFKC", m.group()).casefold(), any(dropped[slice(*m.span())]), range(*m.span()))
+            for m in re.finditer(r"[^\W_]+", "".join(self.pieces))
         ]
 
 
+def read_text(argument: str) -> str:
+    """The content of the file of this name, or the argument itself.
+
+    Raises:
+        ValueError: the argument looks like the name of a file (no white space, and a slash or a suffix), but there is
+            no such file.
+    """
+    if len(argument) < 256 and Path(argument).is_file():
+        return Path(argument).read_text(encoding="utf-8")
+    if re.fullmatch(r"\S*/\S*|\S+\.[A-Za-z]\w{0,9}", argument):
+        raise ValueError(f"there is no file {argument}; to show these characters as a text, add a space")
+    return argument
+
+
 def shown(rule: Goldfish, tokenizer: Any, text: str) -> Shown:
-    """A text under a rule that knows the tokenizer (`Goldfish.bind`)."""
+    """A text under a rule that is bound to the tokenizer (`Goldfish.bind`)."""
     ids = tokenizer(text)["input_ids"]
     return Shown(text_pieces(tokenizer, [], ids), rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist())
 
 
-def show_one(text: Shown) -> Text:
+def show_one(text: Shown, colour: bool = True) -> Text:
     """The text, and a line that counts."""
     count = f"\n\n{sum(text.dropped)} of {len(text.dropped)} tokens dropped"
-    return text.render().append(count, "dim")
+    return text.render(colour).append(count if colour else f"{count}, marked [-so-]", "dim")
 
 
-def show_two(first: Shown, second: Shown) -> Table:
-    """Two versions of a text side by side; yellow where a word that both have is dropped in one of them only."""
+def show_two(first: Shown, second: Shown, colour: bool = True) -> Table:
+    """Two versions of a text side by side; marked where a word of both is dropped in only one of them."""
     words = first.words(), second.words()
     forms = [[word for word, _, _ in side] for side in words]
     matcher = SequenceMatcher(None, forms[0], forms[1], autojunk=False)
-    marked: tuple[set[int], set[int]] = (set(), set())
+    differs: tuple[set[int], set[int]] = (set(), set())
     shared = same = 0
     for block in matcher.get_matching_blocks():
         for i in range(block.size):
@@ -70,12 +87,14 @@ def show_two(first: Shown, second: Shown) -> Table:
             shared += 1
             same += one[1] == other[1]
             if one[1] != other[1]:
-                marked[0].update(one[2])
-                marked[1].update(other[2])
+                differs[0].update(one[2])
+                differs[1].update(other[2])
     table = Table(show_header=False, box=None, padding=(0, 2), expand=True)
     table.add_column(ratio=1)
     table.add_column(ratio=1)
-    table.add_row(first.render(marked[0]), second.render(marked[1]))
-    verdict = f"{same} of {shared} words that both have get the same decision" if shared else "no word in common"
-    table.add_row(Text(f"\n{verdict}", "dim"), "")
+    table.add_row(first.render(colour, differs[0]), second.render(colour, differs[1]))
+    result = f"{same} of {shared} shared words get the same decision" if shared else "no word in common"
+    if not colour:
+        result += "; dropped tokens are marked [-so-], words with different decisions {~so~}"
+    table.add_row(Text(f"\n{result}", "dim"), "")
     return table

@@ -15,7 +15,7 @@ from test_exact import model_of
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer
-from goldfish.kept import HANDLE, bare_model
+from goldfish.fused import HANDLE, bare_model
 from goldfish.receipt import read_receipt
 
 

@@ -103,8 +103,9 @@ def realistic(folder, name, n, recites, times=1):
             output[d + 20 : d + 40] = suffix[d + 24 : d + 44]
             runs = [*runs, [d + 20, d + 24, 20]]
         score = 1.0 if exact else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
+        correct = [t < d or rng.random() < 0.5 for t in range(128)]
         row |= {"suffix_ids": list(range(at, at + 128)), "output_tokens": output, "common_runs": runs,
-                "correct": [t < d or rng.random() < 0.5 for t in range(128)], "rouge_l_ids": max(0.0, score)}  # fmt: skip
+                "correct": correct, "rouge_l_ids": max(0.0, score)}  # fmt: skip
         rows.append(row)
     protocol = {"prefix_length": 128, "suffix_length": 128}
     if times == 1:

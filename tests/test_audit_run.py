@@ -97,7 +97,9 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
         "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6,
-        "skipped": [{"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")],
+        "skipped": [
+            {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
+        ],
     }  # fmt: skip
     sha256 = hashlib.sha256(inputs["heldout"].read_bytes()).hexdigest()
     assert summary["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256

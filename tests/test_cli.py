@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -23,13 +24,13 @@ def test_show_marks_exactly_the_dropped_tokens(tokenizer):
     text = show_one(shown(rule, tokenizer, PROSE[0]))
     dropped = rule.dropped(torch.tensor(ids)).tolist()
     assert text.plain.startswith(PROSE[0])
-    assert styled(text, DROPPED) == "".join(tokenizer.decode([i]) for i, gone in zip(ids, dropped, strict=True) if gone)
+    assert styled(text, DROPPED) == "".join(tokenizer.decode([i]) for i, drop in zip(ids, dropped, strict=True) if drop)
     assert f"{sum(dropped)} of {len(ids)} tokens dropped" in text.plain
 
 
 def test_show_two_marks_words_with_other_decisions(tokenizer):
-    """Another spacing: token hashes change, decisions from words do not."""
-    plain, spaced = PROSE[0], PROSE[0].replace(" ", "  ").upper()
+    """Another spacing: hashes of ids change, those of letters do not."""
+    plain, spaced = PROSE[0], PROSE[0].replace(" ", "  ")
 
     def compared(rule):
         rule = rule.bind(tokenizer)
@@ -39,12 +40,12 @@ def test_show_two_marks_words_with_other_decisions(tokenizer):
 
     left, right, verdict = compared(Goldfish(k=2, h=4))
     assert left
-    assert left.upper() == right
+    assert left == right
     changed = int(verdict.split(" ")[0])
     assert 0 < changed < 20
     words = len(plain.split())
-    assert compared(Goldfish(k=2, h=4, strategy="text")) == (
-        "", "", f"{words} of {words} words that both have get the same decision"
+    assert compared(Goldfish(k=2, h=4, strategy="letters")) == (
+        "", "", f"{words} of {words} shared words get the same decision"
     )  # fmt: skip
 
 
@@ -68,11 +69,34 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     from_text = capsys.readouterr().out
     assert main(["show", str(file), "--tokenizer", str(checkpoint), "-k", "3"]) == 0
     assert capsys.readouterr().out == from_text
-    assert "tokens dropped\nk=3, h=13, strategy=hash, seed=0" in from_text
+    assert "tokens dropped, marked [-so-]\nk=3, h=13, strategy=hash, seed=0" in from_text
+    for argument in (str(tmp_path / "typo"), "typo.txt"):
+        assert main(["show", argument, "--tokenizer", str(checkpoint)]) == 2
+        assert (
+            f"there is no file {argument}; to show these characters as a text, add a space" in capsys.readouterr().err
+        )
+    assert main(["show", "3.14", "--tokenizer", str(checkpoint)]) == 0
+
+
+def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkeypatch):
+    """Plain-text marks say what the colours say: taken out, they leave the text, and they hold the dropped tokens."""
+    command, options = ["show", PROSE[0]], ["--tokenizer", str(checkpoint), "-k", "2"]
+    text = shown(Goldfish(k=2), tokenizer, PROSE[0])
+    marked = text.render(colour=False).plain
+    assert re.sub(r"\[-(.*?)-\]", r"\1", marked) == PROSE[0]
+    assert "".join(re.findall(r"\[-(.*?)-\]", marked)) == styled(text.render(colour=True), DROPPED)
+    for name, value, coloured in (("NO_COLOR", "", False), ("FORCE_COLOR", "1", True), ("NO_COLOR", "1", False)):
+        monkeypatch.setenv(name, value)  # rich: a forced terminal, and then one without colours
+        assert main(command + options) == 0
+        output = capsys.readouterr().out
+        assert ("[-" in output) is not coloured
+        assert ("[-so-]" in output) is not coloured
+        assert main([*command, PROSE[0].replace("what", "  what"), *options]) == 0
+        assert ("{~so~}" in capsys.readouterr().out) is not coloured
 
 
 def test_show_leaves_control_characters_harmless(checkpoint, capsys):
-    main(["show", "a\x1b[31mred [bold]b[/bold]", "--tokenizer", str(checkpoint)])
+    main(["show", "a\x1b[31mred [bold]b[/bold]", "--tokenizer", str(checkpoint), "-k", "1e9"])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "[bold]b[/bold]" in shown

@@ -13,12 +13,12 @@ import goldfish
 PACKAGE = Path(goldfish.__file__).parent
 # A file imports only from files before it.
 ORDER = [
-    "goldfish", "pieces", "spec", "hashing", "vocabulary", "text", "rule", "labels", "loss",
-    "kernels", "linear", "kept", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
+    "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show",
+    "kernels", "linear", "fused", "gauge", "receipt", "trainer",
+    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
-    "audit.load", "audit.run", "audit.results", "audit.tell", "audit.compare", "audit.canaries", "audit",
-    "report", "show", "cli", "__main__",
+    "audit.run", "audit.results", "audit.tell", "audit.compare", "audit.canaries", "audit",
+    "report", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_shift_labels_are_masked_too():
 
 
 def test_a_batch_without_ids_is_refused():
-    with pytest.raises(ValueError, match="decides from input_ids, but the batch holds only inputs_embeds"):
+    with pytest.raises(ValueError, match="decides from input_ids, but the batch has only inputs_embeds"):
         GoldfishCollator(lambda _: {"inputs_embeds": torch.zeros(1, 2, 3)}, RULE)([])
 
 
@@ -158,7 +158,7 @@ def test_premask_is_cached_by_the_rule(tmp_path):
 
 def test_premask_refuses_what_it_cannot_do():
     dataset = Dataset.from_list([{"text": "not tokenized"}])
-    with pytest.raises(ValueError, match=r"decides from input_ids, but the rows hold only text; tokenize first"):
+    with pytest.raises(ValueError, match=r"decides from input_ids, but the rows have only text; tokenize first"):
         premask(dataset, RULE)
     with pytest.raises(ValueError, match="draws anew in every epoch"):
         premask(dataset, {"a": Goldfish(strategy="random")})

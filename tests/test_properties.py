@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from goldfish import Goldfish, spec
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 from goldfish.vocabulary import characters
 
 settings.register_profile("stable", derandomize=True, deadline=None, max_examples=60, database=None)
@@ -42,7 +42,7 @@ def rules(draw, strategies=("hash", "text", "letters", "static"), **fixed) -> Go
     strategy = draw(st.sampled_from(strategies))
     options = {
         "k": draw(st.sampled_from([1.5, 2, 2.5, 4])), "h": draw(st.sampled_from([1, 2, 3, 13])),
-        "seed": draw(SEEDS), "head": draw(st.sampled_from(["short", "keep"])),
+        "seed": draw(SEEDS), "opening": draw(st.sampled_from(["short", "keep"])),
         "window": "preceding" if strategy in ("text", "letters") else draw(st.sampled_from(["preceding", "inclusive"])),
         "exempt": draw(st.sampled_from([(), (3, 5)])),
     }  # fmt: skip
@@ -226,7 +226,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 RULES = {
     "hash": Goldfish(k=3, h=5, exempt=(3,), document_end=7),
-    "text": Goldfish(k=3, h=3, strategy="text", head="keep", exempt=(3,), document_end=7, vocabulary=VOCABULARY),
+    "text": Goldfish(k=3, h=3, strategy="text", opening="keep", exempt=(3,), document_end=7, vocabulary=VOCABULARY),
     "static": Goldfish(k=2.5, strategy="static", document_end=7),
 }
 
@@ -273,7 +273,7 @@ def test_dataloader_workers_decide_the_same(strategy):
 RANK = """
 import sys, torch, torch.distributed as dist
 from goldfish import Goldfish
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1 + rank)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)

@@ -7,7 +7,7 @@ from torch import distributed as dist
 from torch.nn.functional import cross_entropy, pad
 
 from goldfish import Goldfish, GoldfishCollator, mask_labels
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 
 VOCABULARY = Vocabulary([bytes([i]) for i in b"abcdefghij klmno"])
 RULES = [

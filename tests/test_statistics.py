@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from goldfish import Goldfish, spec
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 
 KS = (2, 3, 4, 8, 16, 32, 64, 128)
 HS = (1, 2, 4, 8, 13, 32, 64)
@@ -43,7 +43,7 @@ class Corpus(NamedTuple):
                 if end > 0:
                     seen.setdefault(letters[max(0, end - 5 * h) : end], place)
             return np.array([*seen.values()])
-        keys = Goldfish(h=h).keys(self.ids, self.positions).numpy()
+        keys = Goldfish(h=h).decide(self.ids, self.positions)[1].numpy()
         places = np.unique(keys, return_index=True)[1]
         return np.sort(places[self.positions.numpy()[places] > 0])
 
@@ -128,7 +128,7 @@ def test_undropped_runs_have_geometric_lengths(corpora, name, k, h):
 @pytest.mark.parametrize("h", [1, 4, 13, 64])
 def test_distinct_windows_have_distinct_keys(corpora, name, h):
     corpus = corpora[name]
-    keys = Goldfish(h=h).keys(corpus.ids, corpus.positions).tolist()
+    keys = Goldfish(h=h).decide(corpus.ids, corpus.positions)[1].tolist()
     ids, positions = corpus.ids.tolist(), corpus.positions.tolist()
     windows = {}
     for i, (key, offset) in enumerate(zip(keys, positions, strict=True)):
@@ -141,7 +141,7 @@ def test_distinct_windows_have_distinct_keys(corpora, name, h):
 @pytest.mark.parametrize("name", IDS)
 def test_keys_are_uniform_in_every_bit(corpora, name):
     corpus = corpora[name]
-    keys = Goldfish(h=4).keys(corpus.ids, corpus.positions).numpy().view(np.uint64)[corpus.first(4)]
+    keys = Goldfish(h=4).decide(corpus.ids, corpus.positions)[1].numpy().view(np.uint64)[corpus.first(4)]
     sigma = len(keys) ** -0.5 / 2
     for bit in range(64):
         assert abs(((keys >> np.uint64(bit)) & np.uint64(1)).mean() - 0.5) < 4.5 * sigma, bit

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from goldfish import Goldfish, mask_labels
+from goldfish import Goldfish
+from goldfish.labels import decide as decide_batch
 from goldfish.labels import with_labels
+from goldfish.letters import Vocabulary
 from goldfish.receipt import Tally
-from goldfish.text import Vocabulary
 
 pytestmark = pytest.mark.core
 
@@ -206,7 +207,7 @@ def test_the_receipt_agrees(case):
     if "position_ids" in row:
         batch["position_ids"] = torch.tensor([row["position_ids"]])
     tally = Tally(rule, torch.device("cpu"))
-    tally.add(with_labels(batch), {"labels": mask_labels(rule, **batch)})
+    tally.add(with_labels(batch), *decide_batch(rule, batch))
     tally.sync()
     entry = tally.entries()
     assert [entry["targets"], entry["dropped"]] == [case["targets"], case["dropped"]]

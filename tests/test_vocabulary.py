@@ -12,7 +12,7 @@ from toy_tokenizers import KINDS, QUIET, SPECIAL, TEXTS, words
 from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 from goldfish.vocabulary import characters, fold, token_bytes
 
 FOLD = characters()

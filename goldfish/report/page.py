@@ -127,7 +127,7 @@ def gaps(views: Sequence[View]) -> list[tuple[str, list[int]]]:
 
 
 def figure_rows(views: Sequence[View]) -> list[tuple[str, list[Any]]]:
-    """The terminal's figures: a label, and the estimate of every audit and split; rows that no audit has are left out."""
+    """The terminal's figures: a label and the estimate of every audit and split, without rows that no audit has."""
     rows = []
     for label, name in ROWS:
         values = []

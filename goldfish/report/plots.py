@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from goldfish.audit.sampling import log10_samples_needed, setting_name
 from goldfish.report.load import View
@@ -74,7 +73,8 @@ def sweep(views: Sequence[View], key: str, at: str, label: str) -> Markup | None
             known = sorted(((point[at], point["exact_match"]) for point in points if point["exact_match"].n),
                            key=lambda point: point[0])  # fmt: skip
             x = [place for place, _ in known]
-            axes.plot(x, [rate.value for _, rate in known], color=colour(i), linestyle=DASHES[split], linewidth=2, marker="o", markersize=4,
+            rates = [rate.value for _, rate in known]
+            axes.plot(x, rates, color=colour(i), linestyle=DASHES[split], linewidth=2, marker="o", markersize=4,
                       clip_on=False)  # fmt: skip
             if split == "members":
                 low, high = ([getattr(rate, end) for _, rate in known] for end in ("lower95", "upper95"))
@@ -143,9 +143,9 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
     label = "How far each member window is recited, the dropped tokens on the way, and where it diverges"
     for i, table in enumerate(tables):
         ordered = np.argsort(-table["first_divergence"].to_numpy(), kind="stable")
-        places = np.unique(np.linspace(0, len(ordered) - 1, ROWS).round().astype(int)) if len(ordered) else []
+        places = np.unique(np.linspace(0, max(len(ordered) - 1, 0), ROWS).round().astype(int))[: len(ordered)]
         columns = table.select(["first_divergence", "dropped", "exact_match"])
-        chosen = columns.take(pa.array(ordered[places], pa.int64())).to_pylist()
+        chosen = columns.take(pa.array(ordered[places])).to_pylist()
         drawn.append(svg(f"divergences-{i}", label, (420, 280), panel(i, chosen)) if chosen else None)
     return drawn
 
@@ -161,7 +161,7 @@ def losses(views: Sequence[View]) -> list[Markup | None]:
                 nll = pc.list_flatten(ruled["nll"]).to_numpy().clip(LEAST_NLL, MOST_NLL)
                 dropped = pc.list_flatten(ruled["dropped"]).to_numpy(zero_copy_only=False).astype(bool)
                 for these, paint in ((nll[~dropped], colour(i)), (nll[dropped], DROPPED)):
-                    style = {"fill": True, "alpha": 0.55, "linewidth": 0}
+                    style: dict[str, Any] = {"fill": True, "alpha": 0.55, "linewidth": 0}
                     if split == "heldout":
                         style = {"linestyle": DASHES[split], "linewidth": 1.4}
                     if len(these):
@@ -190,6 +190,7 @@ def roc(views: Sequence[View]) -> list[Markup | None]:
 
         def draw(axes: Any) -> None:
             axes.plot([least, 1], [least, 1], color=LINE, linestyle=":", linewidth=1.5)
+            styles: list[tuple[Any, str, float]]
             styles = [("-", colour(i), 2.6 if name == best else 0.8) for name in membership["attacks"]]
             styles += [(BLIND[name], INK, 1.4) for name in membership["blind"]]
             for curve, (dashes, paint, width) in zip(curves, styles, strict=True):
@@ -208,7 +209,7 @@ def roc(views: Sequence[View]) -> list[Markup | None]:
     return [svg(f"roc-{i}", label, (420, 340), panel(i, each)) if each else None for i, each in enumerate(known)]
 
 
-def verbatim_shares(table: pa.Table) -> NDArray[np.float64]:
+def verbatim_shares(table: pa.Table) -> Any:
     """For t = 0, 1, ...: of the windows with at least t suffix tokens, the share whose first t tokens all match."""
     lengths = pc.list_value_length(table["suffix_tokens"]).to_numpy()
     most = lengths.max(initial=-1) + 1

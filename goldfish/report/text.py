@@ -27,4 +27,5 @@ def _line(line: str) -> str:
     if line.isprintable():
         return line
     shown = ((char, visible(char)) for char in line)
-    return "".join(char if char == seen else f"<s>{seen}</s>" for char, seen in shown).replace("<s>\\t</s>", "<s>⇥</s>\t")
+    marked = "".join(char if char == seen else f"<s>{seen}</s>" for char, seen in shown)
+    return marked.replace("<s>\\t</s>", "<s>⇥</s>\t")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import goldfish.audit
 from goldfish import Goldfish, linear_cross_entropy, spec
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import memorize
@@ -37,7 +37,7 @@ GPU = pytest.param(
 RULES = [
     Goldfish(k=4, h=13),
     Goldfish(k=50, h=50, window="inclusive"),
-    Goldfish(k=3, h=2, head="keep", exempt=(5, 7)),
+    Goldfish(k=3, h=2, opening="keep", exempt=(5, 7)),
     Goldfish(k=4, strategy="static"),
     Goldfish(k=4, strategy="random"),
 ]

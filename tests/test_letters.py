@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from toy_tokenizers import ALPHABETIC, KINDS, SCRIPTS, TEXTS, words
 
 from goldfish import Goldfish, spec
-from goldfish.text import Vocabulary
+from goldfish.letters import Vocabulary
 from goldfish.vocabulary import characters, fold, token_bytes
 
 FOLD = characters()
