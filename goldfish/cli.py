@@ -1,4 +1,4 @@
-"""The `goldfish` command: show | audit | judge | compare | report. Training is done by recipes, torchrun and accelerate."""
+"""The `goldfish` command: show | audit | judge | compare | report. Training is for recipes, torchrun, accelerate."""
 
 import argparse
 import io
