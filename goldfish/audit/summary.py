@@ -95,7 +95,7 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "long_run": rate(long_run, documents),
         "similar": rate(similar, documents),
         "extractable": rate(extractable, documents) if protocol["sampling"] else None,
-        "trivial": rate(trivial, documents),
+        "trivial": token_rate(trivial, np.ones(len(table)), documents),
         "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),
         "teacher_forced_accuracy": token_rate(_numbers(table, "correct_count"), tokens, documents),
         "teacher_forced_accuracy_dropped":
