@@ -1,4 +1,4 @@
-"""The `goldfish` command: show | audit | judge | compare | report. Training is for recipes, torchrun, accelerate."""
+"""The `goldfish` command: show, check, audit, judge, compare, report. Recipes, torchrun and accelerate train."""
 
 import argparse
 import io
@@ -20,15 +20,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = verbs.add_parser("show", help="colour the tokens of a text that a rule drops")
     show.add_argument("text", nargs="+", help="a text or a file with one; two of them are compared side by side")
-    show.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
-    show.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    show.add_argument(
-        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
-    )
-    show.add_argument("--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison')
-    show.add_argument("--seed", type=int, default=0)
+    _add_rule(show)
     show.add_argument("--html", metavar="FILE", help="write an HTML page to a new file instead")
     show.set_defaults(run=_show)
+
+    check = verbs.add_parser(
+        "check",
+        help="what a rule leaves unprotected, from the training data",
+        description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
+        "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
+    )
+    check.add_argument("path", metavar="DATA", help="rows with text or chats (.jsonl, .parquet, .csv), or .txt")
+    _add_rule(check)
+    marks = check.add_mutually_exclusive_group()
+    marks.add_argument("--secrets", metavar="REGEX", dest="pattern", default="", help="marks secrets in the targets")
+    marks.add_argument("--secret-column", metavar="NAME", dest="column", default="", help="the column that has them")
+    check.set_defaults(run=_check)
 
     audit = verbs.add_parser(
         "audit",
@@ -98,11 +105,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_rule(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
+    parser.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
+    parser.add_argument(
+        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
+    )
+    parser.add_argument(
+        "--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison'
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error.
 
-    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided. Options may be written with
-    underscores, as they were in 0.1.
+    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided; for `check` see its help. Options
+    may be written with underscores, as they were in 0.1.
     """
     args = build_parser().parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
@@ -145,6 +164,17 @@ def _show(args: argparse.Namespace) -> None:
         with open(args.html, "x", encoding="utf-8") as page:
             page.write(console.export_html(inline_styles=True))
         print(f"Page: {args.html}")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from goldfish.audit.model import load_tokenizer
+    from goldfish.check import check
+    from goldfish.rule import Goldfish
+
+    rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed)
+    result = check(args.path, load_tokenizer(args.tokenizer), rule, args.pattern, args.column)
+    print("\n".join(result.lines()))
+    return result.exit_code()
 
 
 def _sampling(text: str) -> dict[str, float | int]:

@@ -15,7 +15,7 @@ PACKAGE = Path(goldfish.__file__).parent
 TOTAL = 6400  # lines of the whole package; whoever adds some looks first for what can go
 # A file imports only from files before it.
 ORDER = [
-    "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show",
+    "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show", "check",
     "kernels", "linear", "fused", "gauge", "receipt", "refusals", "trainer",
     "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
