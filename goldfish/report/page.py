@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import combinations
 from math import log
@@ -41,6 +42,7 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
     script, style = _asset("report.js"), _asset("report.css")
     rows = spans.order(views)
+    every = list(dict.fromkeys(name for view in views for name in view.audit.estimates))
     common = {"views": views, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
     texts, hover = _texts(environment, common, views, rows)
     return environment.get_template("report.html").render(
@@ -48,15 +50,15 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         texts=texts,
         hover=hover,
         total=len(rows),
-        questions=questions(views),
-        gaps=gaps(views),
+        questions=by_text(views, "questions", lambda question: question["asks"]),
+        gaps=by_text(views, "not_tested", str),
         rows=figure_rows(views),
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
-        mia_names=membership_names(views),
         results=RESULTS,
         hidden=HIDDEN if redact else (),
-        every=list(dict.fromkeys(name for view in views for name in view.audit.estimates)),
+        every=every,
+        attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
         comparisons=list(comparisons(views, baseline)),
         histograms=plots.rouge_histograms(views),
         survival=plots.survival(views),
@@ -108,22 +110,13 @@ def _texts(
     return texts, hover
 
 
-def questions(views: Sequence[View]) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
-    """Each question of the verdicts once, with the audits that answer it."""
-    by_text: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+def by_text(views: Sequence[View], key: str, text: Callable[[Any], str]) -> list[tuple[str, list[tuple[int, Any]]]]:
+    """The entries of a list of the verdicts: each text once, with the audits that have it and their entries."""
+    grouped: dict[str, list[tuple[int, Any]]] = {}
     for i, view in enumerate(views):
-        for question in view.audit.summary["verdict"]["questions"]:
-            by_text.setdefault(question["asks"], []).append((i, question))
-    return list(by_text.items())
-
-
-def gaps(views: Sequence[View]) -> list[tuple[str, list[int]]]:
-    """What was not tested, and in which audits."""
-    by_text: dict[str, list[int]] = {}
-    for i, view in enumerate(views):
-        for gap in view.audit.summary["verdict"]["not_tested"]:
-            by_text.setdefault(gap, []).append(i)
-    return list(by_text.items())
+        for entry in view.audit.summary["verdict"][key]:
+            grouped.setdefault(text(entry), []).append((i, entry))
+    return list(grouped.items())
 
 
 def figure_rows(views: Sequence[View]) -> list[tuple[str, list[Any]]]:
@@ -137,13 +130,6 @@ def figure_rows(views: Sequence[View]) -> list[tuple[str, list[Any]]]:
         if any(value is not None for value in values):
             rows.append((label, values))
     return rows
-
-
-def membership_names(views: Sequence[View]) -> list[str]:
-    """The attacks of all audits, then the blind baselines, as in the names of estimates."""
-    known = [view.audit.summary["membership"] or {"attacks": {}, "blind": {}} for view in views]
-    attacks = dict.fromkeys(name for each in known for name in each["attacks"])
-    return [*attacks, *dict.fromkeys(f"blind.{name}" for each in known for name in each["blind"])]
 
 
 def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[dict[str, Any]]:
@@ -193,7 +179,7 @@ def _environment() -> Environment:
     )
     for each in (percent, decimals, signed, power_of_ten, plain):
         environment.filters[each.__name__] = each
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=FIGURES, attacks=ATTACKS)
+    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=FIGURES, attack_names=ATTACKS)
     return environment
 
 
