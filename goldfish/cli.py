@@ -120,9 +120,9 @@ def _show(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from goldfish.audit.load import load_tokenizer
-    from goldfish.show import read_text, show_one, show_two, shown
+    from goldfish.audit.model import load_tokenizer
     from goldfish.rule import Goldfish
+    from goldfish.show import read_text, show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")

@@ -43,7 +43,7 @@ from transformers import (
 
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.audit import audit
-from goldfish.audit import load as audit_load
+from goldfish.audit import model as audit_load
 from goldfish.audit.table import summary_table
 from goldfish.audit.windows import read_rows
 from goldfish.report import write_report

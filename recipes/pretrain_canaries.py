@@ -53,7 +53,7 @@ from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments, 
 import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import audit
-from goldfish.audit import load as audit_load
+from goldfish.audit import model as audit_load
 
 
 @dataclass

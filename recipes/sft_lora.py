@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
-from goldfish.audit import load as audit_load
+from goldfish.audit import model as audit_load
 from goldfish.audit.columns import rouge_l
 from goldfish.audit.estimate import rate
 from goldfish.receipt import read_receipt

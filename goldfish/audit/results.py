@@ -30,16 +30,7 @@ NO_RULE = "no rule is known for this checkpoint"
 ONE_SPLIT = "membership needs members and held-out texts"
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 FIELDS = ("lower95", "upper95", "k", "n", "documents", "value")
-# Rates of windows, whose bounds depend on k and the number of documents alone.
-EXACT = (
-    "exact_match",
-    "exact_match_nontrivial",
-    "prefix_sweep",
-    "offset_sweep",
-    "strata",
-    "beam_search",
-    "extractable",
-)
+NO_SHARES = ("nll", "longest_run", "first_divergence", "attribution")  # of the figures of a split
 
 Outcome = Literal["passed", "violated", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"passed": 0, "violated": 1, "inconclusive": 3}
@@ -192,13 +183,12 @@ def parse(text: str) -> Condition:
     return Condition(text.strip(), match[1], "value", match[2], threshold)
 
 
-def judge(summary: Mapping[str, Any], conditions: Sequence[Condition]) -> list[Check]:
-    """Every condition on a summary.
+def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> list[Check]:
+    """Every condition on the estimates of an audit.
 
     Raises:
         ValueError: a figure that this audit does not have.
     """
-    known = estimates(summary)
     return [_check(condition, known) for condition in conditions]
 
 
@@ -230,10 +220,10 @@ def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
 
 
 def _any_result_would_violate(condition: Condition, name: str, estimate: Estimate) -> bool:
-    """Whether the upper bound is above the threshold, would be so with 0 of these n, and the lower bound is not:
-    too few documents to decide. The same for lower bounds from below."""
-    kind = name.split(".")[1].split("@")[0]
-    if kind not in EXACT or estimate.lower95 is None or estimate.upper95 is None:
+    """Whether the upper bound of a share is above the threshold, would be so if every document had 0, and the lower
+    bound is not: too few documents to decide. The same for lower bounds from below."""
+    split, kind = name.split(".")[:2]
+    if split == "mia" or kind in NO_SHARES or estimate.lower95 is None or estimate.upper95 is None:
         return False
     violates = OPERATORS[condition.operator]
     if condition.field == "upper95" and condition.operator.startswith(">"):
