@@ -260,7 +260,7 @@ def test_many_texts_stay_below_ten_megabytes(tmp_path):
 def test_share_still_verbatim_with_unequal_lengths(tmp_path):
     rows = [window(0, suffix=["a"] * 5), window(1, suffix=["a"] * 2, diverge=1), window(2, suffix=["b"], diverge=0)]
     (view,) = views(write_audit(tmp_path / "a", rows))
-    assert plots.verbatim_shares(view.first["members"]).tolist() == [1, 2 / 3, 1 / 2, 1, 1, 1]
+    assert plots.verbatim_shares(view.of_split["members"]).tolist() == [1, 2 / 3, 1 / 2, 1, 1, 1]
 
 
 def test_model_card(tmp_path, pair):

@@ -75,7 +75,8 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
         "limits": dict(limits),
         "questions": questions,
         "explanations": explanations,
-        "notes": [*_notes(summary, outcome), sanity],
+        "notes": _notes(summary, outcome),
+        "sanity": sanity,
         "not_tested": _not_tested(summary),
     }
 

@@ -50,8 +50,9 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         texts=texts,
         hover=hover,
         total=len(rows),
-        questions=by_text(views, "questions", lambda question: question["asks"]),
-        gaps=by_text(views, "not_tested", str),
+        questions=by_text(views, ("questions", "explanations"), lambda question: str(question["asks"])),
+        notes=by_text(views, ("notes",), str),
+        gaps=by_text(views, ("not_tested",), str),
         rows=figure_rows(views),
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
@@ -110,12 +111,15 @@ def _texts(
     return texts, hover
 
 
-def by_text(views: Sequence[View], key: str, text: Callable[[Any], str]) -> list[tuple[str, list[tuple[int, Any]]]]:
-    """The entries of a list of the verdicts: each text once, with the audits that have it and their entries."""
+def by_text(
+    views: Sequence[View], keys: Sequence[str], text: Callable[[Any], str]
+) -> list[tuple[str, list[tuple[int, Any]]]]:
+    """The entries of lists of the verdicts: each text once, with the audits that have it and their entries."""
     grouped: dict[str, list[tuple[int, Any]]] = {}
     for i, view in enumerate(views):
-        for entry in view.audit.summary["verdict"][key]:
-            grouped.setdefault(text(entry), []).append((i, entry))
+        for key in keys:
+            for entry in view.audit.summary["verdict"][key]:
+                grouped.setdefault(text(entry), []).append((i, entry))
     return list(grouped.items())
 
 

@@ -28,7 +28,7 @@ def rouge_histograms(views: Sequence[View]) -> list[Markup]:
         counts = np.histogram(table["rouge_l_ids"].to_numpy(), BINS, (0, 1))[0]
         return counts / max(counts.sum(), 1)
 
-    heights = [{split: shares(table) for split, table in view.first.items()} for view in views]
+    heights = [{split: shares(table) for split, table in view.of_split.items()} for view in views]
     top = max(share.max() for each in heights for share in each.values()) or 1.0
 
     def draw(i: int, axes: Any) -> None:
@@ -105,7 +105,7 @@ def extractable(views: Sequence[View]) -> list[tuple[str, Markup]]:
 
 def divergences(views: Sequence[View]) -> list[Markup | None]:
     """For each model, member windows as bars as long as the recitation, the dropped tokens reached, and the end."""
-    tables = [view.first["members"] for view in views]
+    tables = [view.of_split["members"] for view in views]
     longest = max(pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0 for table in tables)
 
     def draw(i: int, windows: Sequence[Any], axes: Any) -> None:
@@ -145,7 +145,7 @@ def losses(views: Sequence[View]) -> list[Markup | None]:
     edges = np.geomspace(LEAST_NLL, MOST_NLL, 41)
 
     def draw(i: int, axes: Any) -> None:
-        for split, table in views[i].first.items():
+        for split, table in views[i].of_split.items():
             ruled = table.filter(pc.is_valid(table["dropped"]))
             nll = pc.list_flatten(ruled["nll"]).to_numpy().clip(LEAST_NLL, MOST_NLL)
             dropped = pc.list_flatten(ruled["dropped"]).to_numpy(zero_copy_only=False).astype(bool)
@@ -160,7 +160,7 @@ def losses(views: Sequence[View]) -> list[Markup | None]:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
 
     label = "Histogram of the loss of dropped and of kept tokens"
-    ruled = [pc.any(pc.is_valid(view.first["members"]["dropped"])).as_py() for view in views]
+    ruled = [pc.any(pc.is_valid(view.of_split["members"]["dropped"])).as_py() for view in views]
     return [svg(f"losses-{i}", label, partial(draw, i)) if known else None for i, known in enumerate(ruled)]
 
 
@@ -205,7 +205,7 @@ def verbatim_shares(table: pa.Table) -> Any:
 def _tables(views: Sequence[View]) -> Iterator[tuple[int, str, pa.Table]]:
     for i, view in enumerate(views):
         for split in view.splits:
-            yield i, split, view.first[split]
+            yield i, split, view.of_split[split]
 
 
 def _steps(axes: Any, x: Any, y: Any, i: int, split: str, width: float) -> None:
