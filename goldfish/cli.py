@@ -1,10 +1,9 @@
-"""The `goldfish` command: show | audit | compare | report. Training is done by recipes, torchrun and accelerate."""
+"""The `goldfish` command: show | audit | judge | compare | report. Training is done by recipes, torchrun and accelerate."""
 
 import argparse
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -69,9 +68,18 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
     audit.add_argument("--allow-pickle", action="store_true", help="load weights that are pickles, which can run code")
     audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-    audit.add_argument("--fail-on", action="append", default=[], metavar="CONDITION",
-                       help='exit 1 where it holds, 3 where that cannot be decided: "em.upper95 > 0.01"')  # fmt: skip
     audit.set_defaults(run=_audit)
+
+    judge = verbs.add_parser("judge", help="judge a finished audit again, with other limits or conditions")
+    judge.add_argument("folder", metavar="DIR", help="a folder that `goldfish audit` wrote")
+    judge.set_defaults(run=_judge)
+    for verb in (audit, judge):
+        verb.add_argument("--limit", action="append", default=[], metavar="NAME=SHARE", dest="limits",
+                          help="of the verdict: recited=1%%, near_verbatim=1%%, auc=55%% (the defaults)")  # fmt: skip
+        verb.add_argument("--require", action="append", default=[], choices=["membership"],
+                          help="let this question count towards the verdict too")  # fmt: skip
+        verb.add_argument("--fail-on", action="append", default=[], metavar="CONDITION",
+                          help='exit 1 where it holds, 3 where that is undecided: "em.upper95 > 0.01"')  # fmt: skip
 
     compare = verbs.add_parser("compare", help="two audits of the same windows, paired")
     compare.add_argument("first", metavar="A", help="a folder that `goldfish audit` wrote")
@@ -154,33 +162,36 @@ def _sampling(text: str) -> dict[str, float | int]:
 def _audit(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
-    from goldfish.audit.results import parse
     from goldfish.audit.run import audit
     from goldfish.audit.score import Sampling
 
-    conditions = [parse(text) for text in args.fail_on]  # before the work: a typo costs nothing then
-    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling", "fail_on")}
+    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling")}
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
     summary = audit(**options, state=state)
-    return _tell(summary, conditions, Path(args.output_dir)) if state.is_main_process else 0
+    return _tell(summary, args) if state.is_main_process else 0
 
 
-def _tell(summary: dict[str, Any], conditions: Sequence[Any], folder: Path) -> int:
-    """Print the audit, write summary.md and junit.xml into its folder, return the exit code."""
+def _judge(args: argparse.Namespace) -> int:
+    from goldfish.audit.tell import publish
+
+    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args)
+
+
+def _tell(summary: dict[str, Any], args: argparse.Namespace) -> int:
+    """Print a summary, and in the last line the outcome for scripts; return the exit code.
+
+    `accelerate launch` and torchrun report every exit code but 0 as 1; the last line and summary.json do not.
+    """
     from rich.console import Console
 
-    from goldfish.audit.results import exit_code, judge
-    from goldfish.audit.tell import describe, junit, markdown, terminal
+    from goldfish.audit.tell import describe, terminal
 
-    checks = judge(summary, conditions)
-    description = describe(summary, checks)
-    (folder / "summary.md").write_text(markdown(description), encoding="utf-8")
-    (folder / "junit.xml").write_text(junit(description), encoding="utf-8")
-    print(f"Next: goldfish report {folder} -o report.html")
-    Console(highlight=False).print(terminal(description))
-    return exit_code(checks)
+    code: int = summary["exit_code"]
+    Console(highlight=False).print(terminal(describe(summary)))
+    print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {code}")
+    return code
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.columns import COLUMNS, RECORDS, RUN, make_record, read_run, token_table
-from goldfish.audit.estimate import SCHEMA, dumps
+from goldfish.audit.estimate import SCHEMA, dumps, loads
 from goldfish.audit.model import (
     context_of,
     file_hashes,
@@ -29,7 +29,7 @@ from goldfish.audit.model import (
     vocabulary_of,
 )  # fmt: skip
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.summary import summarize
+from goldfish.audit.tell import publish, require_known
 from goldfish.audit.windows import (
     Skipped,
     Survey,
@@ -71,6 +71,9 @@ def audit(
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    fail_on: Sequence[str] = (),
     command: str | None = None,
     state: PartialState | None = None,
 ) -> dict[str, Any]:
@@ -99,6 +102,8 @@ def audit(
             size 1.
         device: by default the GPU where there is one.
         allow_pickle: load weights that are not safetensors. trust_remote_code: run the checkpoint's own code.
+        limits: of the verdict, such as "recited=0.1%". require: "membership" makes that question count towards the
+            outcome. fail_on: conditions such as "em.upper95 > 0.01"; their names are looked up before the work.
         command: the command line, for run.json.
         state: of accelerate, where several processes share the work; all of them make this call, and see one folder.
 
@@ -122,8 +127,10 @@ def audit(
         "lowercase": lowercase,
         "control": None if control is None else str(control),
         "dtype": dtype,
+        "prefix_grid": prefix_grid(prefix_length),
     }
     _check(protocol)
+    require_known(fail_on, limits, protocol, list(files))
     folder = Folder(Path(output_dir))
     folder.require_usable()
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -142,7 +149,6 @@ def audit(
     protocol |= {
         "device": device.type,
         "ambiguous_margin": AMBIGUOUS[getattr(torch, dtype)],
-        "prefix_grid": prefix_grid(prefix_length),
     }
     inputs: dict[str, dict[str, Any]] = {
         split: {"path": str(file), "sha256": sha256(require_input(file))} for split, file in files.items()
@@ -155,7 +161,7 @@ def audit(
     checkpoints = [checkpoint, *([control] if control is not None else [])]
     surveys: dict[str, Survey] = {}
     models: dict[str | Path, Any] = {}
-    finished = folder.summary() is not None
+    finished = (folder.path / SUMMARY).is_file()
     if not finished:
         surveys = {split: survey(windows_of(split)) for split in files}
         for split, each in surveys.items():
@@ -214,10 +220,10 @@ def audit(
                         folder.write(number, records, token_table(block, scores) if tokens else None)
                     bar.advance(task, len(block))
         _wait(state)
-    summary = summarize(folder.path)
     if rank == 0:
-        folder.finish(summary)
+        publish(folder.path, limits, require, fail_on)
     _wait(state)
+    summary: dict[str, Any] = loads((folder.path / SUMMARY).read_text(encoding="utf-8"))
     return summary
 
 
@@ -262,14 +268,6 @@ class Folder:
                 "finish it, choose another output folder, or remove this one"
             )
 
-    def summary(self) -> dict[str, Any] | None:
-        """That of a finished audit."""
-        path = self.path / SUMMARY
-        if not path.is_file():
-            return None
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return summary
-
     def has(self, block: int, windows: int) -> bool:
         path = self._file(RECORDS, block)
         try:
@@ -282,9 +280,6 @@ class Folder:
         if tokens is not None:
             _write_table(self._file(TOKENS, block), tokens)
         _write_table(self._file(RECORDS, block), pa.Table.from_pylist(list(records), COLUMNS))
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        _write_json(self.path / SUMMARY, summary)
 
     def _file(self, kind: str, block: int) -> Path:
         return self.path / kind / f"{block:06d}.parquet"

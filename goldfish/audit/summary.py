@@ -18,9 +18,9 @@ from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdi
 
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
-    "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled", "exact_match", "matches",
-    "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity", "first_divergence",
-    "type_token_ratio", "log_p", "beams", "characters", "words", *COUNTS, *SCORES,
+    "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
+    "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity",
+    "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words", *COUNTS, *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
 
@@ -52,6 +52,7 @@ def summary_of(
         raise ValueError("there is no record to summarize")
     summary = {
         **{key: run[key] for key in ABOUT},
+        "overlap": run.get("overlap"),
         "splits": {split: split_figures(run, split, rows) for split, rows in tables.items()},
         "membership": membership_figures(*map(_side, tables.values())) if len(tables) == 2 else None,
     }

@@ -88,8 +88,10 @@ def publish(
     return summary
 
 
-def require_known(fail_on: Sequence[str], protocol: Mapping[str, Any], splits: Sequence[str]) -> None:
-    """ValueError for a condition that an audit of this protocol could not judge; known before the work.
+def require_known(
+    fail_on: Sequence[str], limits: Sequence[str], protocol: Mapping[str, Any], splits: Sequence[str]
+) -> None:
+    """ValueError for a limit or a condition that an audit of this protocol could not judge; known before the work.
 
     The names are those of an audit of one made-up window a split.
     """
@@ -97,12 +99,12 @@ def require_known(fail_on: Sequence[str], protocol: Mapping[str, Any], splits: S
     row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
     row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
     row |= {"mia_reference": 0 if protocol["control"] else None}
-    run = dict.fromkeys(ABOUT) | {"protocol": protocol, "receipt": None}
+    run = dict.fromkeys(ABOUT) | {"protocol": {**protocol, "vocabulary": 2}, "receipt": None}
     run["inputs"] = {split: {"rows": 1, "skipped": []} for split in splits}
     table = pa.Table.from_pylist([{**row, "split": split, "cluster": i} for i, split in enumerate(splits)])
     conditions = [parse(text) for text in fail_on]
     # The strata depend on the counts in the input.
-    judge(estimates(summary_of(run, table)), [each for each in conditions if "strata@" not in each.figure])
+    judge(estimates(summary_of(run, table, limits)), [each for each in conditions if "strata@" not in each.figure])
 
 
 def describe(summary: Mapping[str, Any]) -> Description:
@@ -112,7 +114,9 @@ def describe(summary: Mapping[str, Any]) -> Description:
     weights = next(iter((summary["weights"] or [{}])[0].values()), "not read")[:12]
     inputs = [f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})" for split, each in summary["inputs"].items()]
     notes = [
-        *verdict["notes"],
+        *(f"Warning: {warning}" for warning in verdict["warnings"]),
+        verdict["sanity"],
+        *verdict["skipped"],
         f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite; {protocol['dtype']}. "
         "95% intervals over documents; -: not measured, or too few to say",
         f"Limits: {limits}",

@@ -75,8 +75,9 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
         "limits": dict(limits),
         "questions": questions,
         "explanations": explanations,
-        "notes": _notes(summary, outcome),
+        "warnings": _warnings(summary, outcome) + ([] if works else [sanity]),
         "sanity": sanity,
+        "skipped": _skipped(summary["inputs"]),
         "not_tested": _not_tested(summary),
     }
 
@@ -218,7 +219,10 @@ def _sentence(outcome: str, questions: list[Question], works: bool) -> str:
     if not questions:
         return f"{outcome}: no members were audited"
     deciding = [each for each in questions if each["outcome"] == outcome] or questions
-    counts = ", ".join(f"{each['question'].replace('_', '-')} {each['estimate'] and each['estimate'].point()}" for each in deciding)
+    counts = ", ".join(
+        f"{each['question'].replace('_', '-')} {each['estimate'].point() if each['estimate'] else 'not estimable'}"
+        for each in deciding
+    )
     if not works and outcome == INCONCLUSIVE:
         return f"{outcome}: the model does not work on such texts, so what it does not recite says nothing ({counts})"
     if outcome == PASS:
@@ -229,23 +233,30 @@ def _sentence(outcome: str, questions: list[Question], works: bool) -> str:
     return f"{outcome}: {counts}; {deciding[0]['needs']}"
 
 
-def _notes(summary: Mapping[str, Any], outcome: str) -> list[str]:
-    """What a reader of the verdict must know beside it."""
-    notes = []
+def _warnings(summary: Mapping[str, Any], outcome: str) -> list[str]:
+    warnings = []
     if "heldout" not in summary["splits"]:
         rests = "This PASS rests" if outcome == PASS else "The figures rest"
-        notes.append(f"{rests} on members alone: no held-out texts show what the same model does with unseen ones")
-    for split, about in summary["inputs"].items():
-        notes += [
-            f"{split}: {each['count']:,} of {about['rows']:,} rows skipped ({each['reason']}), the first: row "
-            f"{', '.join(map(str, each['rows']))}"
+        warnings.append(f"{rests} on members alone: no held-out texts show what the model does with unseen ones")
+    if summary.get("overlap"):
+        warnings.append(
+            f"{summary['overlap']['clusters']:,} texts are in both files, members and held-out: the control is weakened"
+        )
+    return warnings
+
+
+def _skipped(inputs: Mapping[str, Any]) -> list[str]:
+    """What the audit did not take as a text of its own."""
+    sentences = []
+    for split, about in inputs.items():
+        sentences += [
+            f"{split}: {each['count']:,} of {about['rows']:,} rows skipped: {each['reason']} (row "
+            f"{', '.join(map(str, each['rows']))}{', ...' if each['count'] > len(each['rows']) else ''})"
             for each in about["skipped"]
         ]
         if about.get("repeated"):
-            notes.append(f"{split}: {about['repeated']:,} windows repeat earlier ones and count as one text with them")
-    if summary.get("overlap"):
-        notes.append(f"{summary['overlap']['clusters']:,} texts are in members and held-out: the control is weakened")
-    return notes
+            sentences.append(f"{split}: {about['repeated']:,} windows repeat others and count as one text with them")
+    return sentences
 
 
 def _not_tested(summary: Mapping[str, Any]) -> list[str]:
