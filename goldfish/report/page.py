@@ -4,7 +4,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
+from html import escape
 from itertools import combinations
 from math import log
 from typing import Any
@@ -15,7 +15,7 @@ from markupsafe import Markup
 from goldfish.audit.compare import compare
 from goldfish.audit.estimate import decimals, percent
 from goldfish.audit.results import NO_RULE, Audit
-from goldfish.audit.tell import ROWS, describe, literal
+from goldfish.audit.tell import ROWS, describe
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
@@ -24,7 +24,7 @@ from goldfish.report.svg import COLOURS
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
 HOVER_BYTES = 1_500_000  # of these, texts that carry the loss and rank of each token
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
-RESULTS = ("schema", "name", "splits", "membership", "verdict")  # of a summary; the rest is provenance
+RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions")  # of a summary; the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
@@ -40,8 +40,9 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     """
     environment = _environment()
     names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
-    script, style = _asset("report.js"), _asset("report.css")
+    script, style = (LOADER.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     rows = spans.order(views)
+    figures = [(view.splits, dict(describe(view.audit.summary).rows)) for view in views]
     every = list(dict.fromkeys(name for view in views for name in view.audit.estimates))
     common = {"views": views, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
     texts, hover = _texts(environment, common, views, rows)
@@ -51,9 +52,11 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         hover=hover,
         total=len(rows),
         questions=by_text(views, ("questions", "explanations"), lambda question: str(question["asks"])),
-        notes=by_text(views, ("notes",), str),
+        warnings=by_text(views, ("warnings",), str),
+        skipped=by_text(views, ("skipped",), str),
         gaps=by_text(views, ("not_tested",), str),
-        rows=figure_rows(views),
+        labels=dict.fromkeys(label for _, rows in figures for label in rows),
+        figures=figures,
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
         results=RESULTS,
@@ -78,7 +81,7 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
 def model_card(audits: Sequence[Audit]) -> str:
     """A section for a model card, as Markdown, for each audit."""
     environment = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(plain=plain, literal=literal)
+    environment.filters["markdown"] = markdown
     described = [(audit, describe(audit.summary)) for audit in audits]
     return environment.get_template("model_card.md").render(audits=described)
 
@@ -123,19 +126,6 @@ def by_text(
     return list(grouped.items())
 
 
-def figure_rows(views: Sequence[View]) -> list[tuple[str, list[Any]]]:
-    """The terminal's figures: a label and the estimate of every audit and split, without rows that no audit has."""
-    rows = []
-    for label, name in ROWS:
-        values = []
-        for view in views:
-            beams = f"@{max(view.audit.summary['protocol']['beams'] or [0])}" if name == "beam_search" else ""
-            values += [view.audit.estimates.get(f"{split}.{name}{beams}") for split in view.splits]
-        if any(value is not None for value in values):
-            rows.append((label, values))
-    return rows
-
-
 def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[dict[str, Any]]:
     """Every pair of audits, or every audit against `baseline`; where the windows differ, `reason` says so."""
     names = [view.name for view in views]
@@ -151,6 +141,11 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
             yield {**compare(views[first].audit.folder, views[second].audit.folder), **pair}
         except ValueError as error:
             yield {"reason": str(error), **pair}
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is; our own sentences stay readable in the source."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escape(plain(text, 1000), quote=False))
 
 
 def signed(value: float) -> str:
@@ -183,9 +178,5 @@ def _environment() -> Environment:
     )
     for each in (percent, decimals, signed, power_of_ten, plain):
         environment.filters[each.__name__] = each
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=FIGURES, attack_names=ATTACKS)
+    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired=FIGURES, attack_names=ATTACKS)
     return environment
-
-
-def _asset(name: str) -> str:
-    return (resources.files("goldfish.report") / "templates" / name).read_text(encoding="utf-8")
