@@ -81,8 +81,9 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     }
     if result["confounded"]:
         result["reason"] = (
-            "members and held-out texts can be told apart without the model (a blind baseline beats chance), so what "
-            "the attacks see need not be membership; split at random before training, or audit texts of one kind"
+            "members and held-out texts may differ without regard to the model (a baseline that never saw it beats "
+            "chance, which happens to one honest random split in twenty), so what the attacks see need not be "
+            "membership; split at random before training, or audit texts of one kind"
         )
     else:
         best = max(attacks, key=lambda name: attacks[name].auc)

@@ -19,8 +19,8 @@ from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdi
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
     "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
-    "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity",
-    "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words", *COUNTS, *SCORES,
+    "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
+    "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words", *COUNTS, *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
 
@@ -95,7 +95,7 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "long_run": rate(long_run, documents),
         "similar": rate(similar, documents),
         "extractable": rate(extractable, documents) if protocol["sampling"] else None,
-        "trivial": rate(trivial, documents),
+        "trivial": token_rate(trivial, np.ones(len(table)), documents),
         "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),
         "teacher_forced_accuracy": token_rate(_numbers(table, "correct_count"), tokens, documents),
         "teacher_forced_accuracy_dropped":
