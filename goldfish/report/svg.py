@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+WIDTH = 420
 COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 # Colours that stand for CSS variables: matplotlib writes them, _inline turns them into var(--...).
 INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
@@ -54,13 +55,16 @@ def count(value: float, _: int) -> str:
     return "10" + str(round(len(str(round(value))) - 1)).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def svg(name: str, label: str, size: tuple[int, int], draw: Callable[[Any], None]) -> Markup:
-    """Draws `size` points wide and high, which the page scales to its width. `name`: no two figures share one."""
+def svg(name: str, label: str, draw: Callable[[Any], None], height: int = 230) -> Markup:
+    """Draws WIDTH x `height` points, which the page scales to its width; the y axis shows shares unless `draw` changes
+    it. `name`: no two figures share one."""
     # A salt per figure: equal ids in two figures of one page would be invalid.
     with rc_context({**_STYLE, "svg.hashsalt": f"goldfish-{name}"}):
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72))
-        left, right, bottom, top = 66 / size[0], 1 - 16 / size[0], 46 / size[1], 1 - 10 / size[1]
-        draw(figure.add_axes((left, bottom, right - left, top - bottom)))  # a layout engine takes half of the time
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        left, right, bottom, top = 66 / WIDTH, 1 - 16 / WIDTH, 46 / height, 1 - 10 / height
+        axes = figure.add_axes((left, bottom, right - left, top - bottom))  # a layout engine takes half of the time
+        axes.yaxis.set_major_formatter(percent)
+        draw(axes)
         file = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
