@@ -247,8 +247,12 @@ class GoldfishMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
+        self.save_receipt(output_dir)
+
+    def save_receipt(self, folder: str | None = None) -> None:
+        """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
         if self.args.should_save and self._apply:
-            write_receipt(output_dir or self.args.output_dir, self._tally, self.processing_class, self._before)
+            write_receipt(folder or self.args.output_dir, self._tally, self.processing_class, self._before)
 
     def train(
         self,
