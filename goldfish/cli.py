@@ -200,16 +200,16 @@ def _audit(args: argparse.Namespace) -> int:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
     summary = audit(**options, state=state)
-    return _tell(summary, args) if state.is_main_process else 0
+    return _tell(summary, args.output_dir, args) if state.is_main_process else 0
 
 
 def _judge(args: argparse.Namespace) -> int:
     from goldfish.audit.tell import publish
 
-    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args)
+    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args.folder, args)
 
 
-def _tell(summary: dict[str, Any], args: argparse.Namespace) -> int:
+def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
     """Print a summary, and in the last line the outcome for scripts; return the exit code.
 
     `accelerate launch` and torchrun report every exit code but 0 as 1; the last line and summary.json do not.
@@ -219,6 +219,7 @@ def _tell(summary: dict[str, Any], args: argparse.Namespace) -> int:
     from goldfish.audit.tell import describe, terminal
 
     code: int = summary["exit_code"]
+    print(f"Next: goldfish report {folder} -o report.html")
     Console(highlight=False).print(terminal(describe(summary)))
     print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {code}")
     return code
