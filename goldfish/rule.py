@@ -149,7 +149,8 @@ class Goldfish:
 
         Args:
             input_ids: integers, (T,) or (B, T). The ids themselves, never labels, which hold -100.
-            position_ids: integers of the same shape, or (1, T) or (T,) for all rows; 0 starts a document.
+            position_ids: integers of the same shape, or (1, T) or (T,) for all rows; 0 starts a document. Of the
+                (3, B, T) or (4, B, T) of multimodal models (mrope) the first row counts, that of text or time.
             attention_mask: same shape; 0 is padding, which is never dropped, ends nothing and shifts nothing.
             draw: for strategy "random" only, the number of the draw.
 
@@ -176,6 +177,8 @@ class Goldfish:
         document with seed 0, whatever the strategy; int64, the shape of input_ids; 0 where attention_mask is 0.
         """
         input_ids = _check_ids(input_ids)
+        if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
+            position_ids = position_ids[0]
         position_ids = _check_beside("position_ids", position_ids, input_ids, one_row=True)
         attention_mask = _check_beside("attention_mask", attention_mask, input_ids)
         if input_ids.numel() == 0:
