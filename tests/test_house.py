@@ -15,7 +15,7 @@ PACKAGE = Path(goldfish.__file__).parent
 ORDER = [
     "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show",
     "kernels", "linear", "fused", "gauge", "receipt", "trainer",
-    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
+    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns", "audit.folder",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
     "audit.run", "audit.results", "audit.tell", "audit.compare", "audit.canaries", "audit",
     "report", "cli", "__main__",
