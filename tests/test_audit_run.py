@@ -329,6 +329,7 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(ValueError, r"must be 0 or more, got \[\]", offsets=())
     refused(ValueError, r"a search needs at least one beam, got \[0, 2\]", beams=(2, 0))
     refused(ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'", dtype="int8")
+    refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
     refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)

@@ -46,6 +46,7 @@ from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
 _log = logging.getLogger(__name__)
 
@@ -95,8 +96,8 @@ def audit(
         control: a checkpoint with the same tokenizer that never saw the members (one more pass).
         tokens: also write tokens/, one row a token.
         name: what tables and reports call this checkpoint; by default its folder's name.
-        dtype: float32, bfloat16 or float16. In 16 bits, rows whose answer depends on rounding are settled at batch
-            size 1.
+        dtype: float32, bfloat16 (bf16) or float16 (fp16). In 16 bits, rows whose answer depends on rounding are
+            settled at batch size 1.
         device: by default the GPU where there is one.
         batch_tokens: how many tokens a batch may hold; by default what the memory allows.
         allow_overlap: audit although some texts are in both files.
@@ -124,9 +125,9 @@ def audit(
         "beams": sorted(set(beams)) or None,
         "lowercase": lowercase,
         "control": None if control is None else str(control),
-        "dtype": dtype,
+        "dtype": (dtype := SHORT.get(dtype, dtype)),
     }
-    _check(protocol)
+    _check(protocol, batch_tokens)
     folder = Folder(Path(output_dir))
     folder.require_usable()
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -239,7 +240,7 @@ def audit(
     return summary
 
 
-def _check(protocol: dict[str, Any]) -> None:
+def _check(protocol: dict[str, Any], batch_tokens: int | None) -> None:
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     if min(lengths) < 1:
         raise ValueError(f"prefix and suffix need at least one token each, got {lengths[0]} and {lengths[1]}")
@@ -247,6 +248,8 @@ def _check(protocol: dict[str, Any]) -> None:
         raise ValueError(f"offsets count tokens from a text's start and must be 0 or more, got {protocol['offsets']}")
     if protocol["beams"] and protocol["beams"][0] < 1:
         raise ValueError(f"a search needs at least one beam, got {protocol['beams']}")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"a batch needs at least one token, got batch_tokens={batch_tokens}")
     if protocol["dtype"] not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {protocol['dtype']!r}")
 
