@@ -105,7 +105,7 @@ def test_show_leaves_control_characters_harmless(checkpoint, capsys):
 
 def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
-    members.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE))
+    members.write_text("".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)))
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
     command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 0
@@ -123,7 +123,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
     command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
-    command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu"]
+    command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu", "--allow-overlap", "--batch-tokens", "99"]
     assert main(command) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["name"] == "mine"
@@ -148,7 +148,7 @@ def test_python_m_goldfish(monkeypatch, capsys):
 
 def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
-    members.write_text("".join(json.dumps({"text": text, "name": f"{i}"}) + "\n" for i, text in enumerate(PROSE)))
+    members.write_text("".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)))
 
     def run(name, *conditions):
         command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
@@ -230,3 +230,20 @@ def test_help_needs_no_extra():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert not loaded & {"torch", *EXTRA}
+
+
+def test_ctrl_c_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    members = tmp_path / "m.jsonl"
+    members.write_text(json.dumps({"input_ids": list(range(2, 30))}) + "\n")
+    command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "out"), "--dtype", "bf16"]
+    command += ["--prefix-length", "9", "--suffix-length", "9", "--batch-tokens", "40", "--device", "cpu"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("goldfish.audit.score.Scorer.score", stop)
+        assert main(command) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "goldfish audit: stopped; the same command continues it"
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"] == "bfloat16"
