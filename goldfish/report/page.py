@@ -24,15 +24,7 @@ from goldfish.report.svg import COLOURS
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
 HOVER_BYTES = 1_500_000  # of these, texts that carry the loss and rank of each token
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
-RESULTS = (
-    "schema",
-    "name",
-    "splits",
-    "membership",
-    "verdict",
-    "conditions",
-    "exit_code",
-)  # of a summary; the rest is provenance
+RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
