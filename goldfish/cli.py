@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -62,10 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
     audit.add_argument(
         "--dtype", default="float32", metavar="DTYPE",
-        help="float32 (default), bfloat16 or float16; in 16 bits, answers that depend on rounding are settled one by "
-        "one",
+        help="float32 (default), bfloat16 (bf16) or float16 (fp16); in 16 bits, answers that depend on rounding are "
+        "settled one by one",
     )  # fmt: skip
     audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
+    audit.add_argument("--batch-tokens", type=int, metavar="N", help="tokens in a batch (default: what memory allows)")
+    audit.add_argument("--allow-overlap", action="store_true", help="audit although some texts are in both files")
     audit.add_argument("--allow-pickle", action="store_true", help="load weights that are pickles, which can run code")
     audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     audit.set_defaults(run=_audit)
@@ -115,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{package} is not installed; it comes with the extra \"audit\": pip install 'goldfish-loss[audit]'"
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         message = str(error)
+    except KeyboardInterrupt:
+        hint = "; the same command continues it" if args.verb == "audit" else ""
+        print(f"goldfish {args.verb}: stopped{hint}", file=sys.stderr)
+        return 130
     print(f"goldfish {args.verb}: {message}", file=sys.stderr)
     return 2
 
@@ -169,17 +176,17 @@ def _audit(args: argparse.Namespace) -> int:
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
-    summary = audit(**options, state=state)
-    return _tell(summary, args) if state.is_main_process else 0
+    summary = audit(**options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state)
+    return _tell(summary, args.output_dir, args) if state.is_main_process else 0
 
 
 def _judge(args: argparse.Namespace) -> int:
     from goldfish.audit.tell import publish
 
-    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args)
+    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args.folder, args)
 
 
-def _tell(summary: dict[str, Any], args: argparse.Namespace) -> int:
+def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
     """Print a summary, and in the last line the outcome for scripts; return the exit code.
 
     `accelerate launch` and torchrun report every exit code but 0 as 1; the last line and summary.json do not.
@@ -189,6 +196,7 @@ def _tell(summary: dict[str, Any], args: argparse.Namespace) -> int:
     from goldfish.audit.tell import describe, terminal
 
     code: int = summary["exit_code"]
+    print(f"Next: goldfish report {folder} -o report.html")
     Console(highlight=False).print(terminal(describe(summary)))
     print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {code}")
     return code

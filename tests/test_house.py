@@ -17,7 +17,7 @@ TOTAL = 6400  # lines of the whole package; whoever adds some looks first for wh
 ORDER = [
     "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show",
     "kernels", "linear", "fused", "gauge", "receipt", "refusals", "trainer",
-    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
+    "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns", "audit.folder",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
     "audit.results", "audit.tell", "audit.run", "audit.compare", "audit",
     "report", "cli", "__main__",
