@@ -3,13 +3,13 @@
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import combinations
 from math import log
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from goldfish.audit.compare import compare
@@ -24,7 +24,7 @@ from goldfish.report.svg import COLOURS
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
 HOVER_BYTES = 1_500_000  # of these, texts that carry the loss and rank of each token
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
-RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions")  # of a summary; the rest is provenance
+RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
@@ -43,7 +43,7 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     script, style = (LOADER.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     rows = spans.order(views)
     figures = [(view.splits, dict(describe(view.audit.summary).rows)) for view in views]
-    every = list(dict.fromkeys(name for view in views for name in view.audit.estimates))
+    every = dict.fromkeys(name for view in views for name in view.audit.estimates)
     common = {"views": views, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
     texts, hover = _texts(environment, common, views, rows)
     return environment.get_template("report.html").render(
@@ -51,10 +51,10 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         texts=texts,
         hover=hover,
         total=len(rows),
-        questions=by_text(views, ("questions", "explanations"), lambda question: str(question["asks"])),
-        warnings=by_text(views, ("warnings",), str),
-        skipped=by_text(views, ("skipped",), str),
-        gaps=by_text(views, ("not_tested",), str),
+        questions=by_text(views, "questions", "explanations"),
+        warnings=by_text(views, "warnings"),
+        skipped=by_text(views, "skipped"),
+        gaps=by_text(views, "not_tested"),
         labels=dict.fromkeys(label for _, rows in figures for label in rows),
         figures=figures,
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
@@ -80,10 +80,8 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
 
 def model_card(audits: Sequence[Audit]) -> str:
     """A section for a model card, as Markdown, for each audit."""
-    environment = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["markdown"] = markdown
     described = [(audit, describe(audit.summary)) for audit in audits]
-    return environment.get_template("model_card.md").render(audits=described)
+    return _environment().get_template("model_card.md").render(audits=described)
 
 
 def _texts(
@@ -114,16 +112,13 @@ def _texts(
     return texts, hover
 
 
-def by_text(
-    views: Sequence[View], keys: Sequence[str], text: Callable[[Any], str]
-) -> list[tuple[str, list[tuple[int, Any]]]]:
-    """The entries of lists of the verdicts: each text once, with the audits that have it and their entries."""
+def by_text(views: Sequence[View], *keys: str) -> dict[str, list[tuple[int, Any]]]:
+    """The sentences or questions of the verdicts: each text once, with the audits that have it and their entries."""
     grouped: dict[str, list[tuple[int, Any]]] = {}
     for i, view in enumerate(views):
-        for key in keys:
-            for entry in view.audit.summary["verdict"][key]:
-                grouped.setdefault(text(entry), []).append((i, entry))
-    return list(grouped.items())
+        for entry in (entry for key in keys for entry in view.audit.summary["verdict"][key]):
+            grouped.setdefault(entry if isinstance(entry, str) else entry["asks"], []).append((i, entry))
+    return grouped
 
 
 def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[dict[str, Any]]:
@@ -131,11 +126,11 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
     names = [view.name for view in views]
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline must be the name of one of the audits ({', '.join(names)}), got {baseline!r:.80}")
-    pairs = list(combinations(range(len(views)), 2))
-    if baseline is not None:
-        base = names.index(baseline)
-        pairs = [(base, i) for i in range(len(views)) if i != base]
-    for first, second in pairs:
+    for first, second in combinations(range(len(views)), 2):
+        if baseline not in (None, names[first], names[second]):
+            continue
+        if names[second] == baseline:
+            first, second = second, first
         pair = {"first": first, "second": second}
         try:
             yield {**compare(views[first].audit.folder, views[second].audit.folder), **pair}
@@ -169,14 +164,10 @@ def _environment() -> Environment:
         return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
-        loader=LOADER,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=finalize,
-    )
-    for each in (percent, decimals, signed, power_of_ten, plain):
+        loader=LOADER, autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=finalize,
+    )  # fmt: skip
+    for each in (percent, decimals, signed, power_of_ten, plain, markdown):
         environment.filters[each.__name__] = each
     environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired=FIGURES, attack_names=ATTACKS)
     return environment

@@ -15,28 +15,12 @@ COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
 _NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", DROPPED: "dropped", MISS: "miss"}
 _STYLE = {
-    "svg.fonttype": "none",
-    "font.family": ["sans-serif"],
-    "font.size": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 13,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "text.parse_math": False,
-}
+    "svg.fonttype": "none", "font.family": ["sans-serif"], "font.size": 13, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE, "axes.axisbelow": True,
+    "axes.labelcolor": INK, "axes.labelsize": 13, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE, "grid.linewidth": 0.7,
+    "xtick.color": LINE, "ytick.color": LINE, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+}  # fmt: skip
 
 
 def colour(i: int) -> str:
@@ -62,7 +46,8 @@ def svg(name: str, label: str, draw: Callable[[Any], None], height: int = 230) -
     with rc_context({**_STYLE, "svg.hashsalt": f"goldfish-{name}"}):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         left, right, bottom, top = 66 / WIDTH, 1 - 16 / WIDTH, 46 / height, 1 - 10 / height
-        axes = figure.add_axes((left, bottom, right - left, top - bottom))  # a layout engine takes half of the time
+        # Placed by hand: a layout engine takes half of the time.
+        axes: Any = figure.add_axes((left, bottom, right - left, top - bottom))
         axes.yaxis.set_major_formatter(percent)
         draw(axes)
         file = io.StringIO()
