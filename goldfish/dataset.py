@@ -72,8 +72,8 @@ def premask(
 def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None, count: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
         raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
-    source = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
-    own = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
+    source: Any = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
+    own: Rules = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
     names = ("input_ids", "labels", "position_ids", "attention_mask")
     given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
     batch = with_labels(given) | {SOURCE: torch.tensor([0])}
@@ -106,11 +106,9 @@ def premask_files(
             is dropped or its label was -100.
             "loss-mask", for Megatron and NeMo: token_ids.npy as before and loss_mask.npy, float32 in the same layout,
             shifted: 1 where the next token of the row is a target, 0 where it is not and for the last token of a row.
-        num_proc: processes.
 
     Raises:
-        ValueError: an output that exists, a source or a format that is not known, a dataset without rows or with ids
-            beyond uint32; and as `premask`.
+        ValueError: an output that exists, an unknown source or format, no tokens, ids beyond uint32; as `premask`.
     """
     output = Path(output)
     if output.exists():
@@ -135,8 +133,8 @@ def _load(source: Path) -> Any:
     if source.is_file() and kind:
         return load_dataset(kind, data_files=str(source), split="train")
     if not source.is_dir():
-        raise ValueError(f"{source} is no tokenized dataset: expected a folder of datasets, or a .parquet, .json or "
-                         ".jsonl file")  # fmt: skip
+        expected = "a folder of datasets, or a .parquet, .json or .jsonl file"
+        raise ValueError(f"{source} is no tokenized dataset: expected {expected}")
     if not any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
         return load_dataset(str(source), split="train")
     dataset = load_from_disk(str(source))
@@ -152,11 +150,9 @@ def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
     total = sum(len(row) for batch in rows.iter(1000) for row in batch["input_ids"])
     if total == 0:
         raise ValueError("the dataset has no tokens")
+    name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
     ids = np.memmap(folder / "token_ids.npy", np.uint32, "w+", shape=(total,))
-    mask: Any = np.memmap(
-        folder / ("loss_mask.npy" if shifted else "labels_mask.npy"), np.float32 if shifted else np.bool_, "w+",
-        shape=(total,),
-    )  # fmt: skip
+    mask: Any = np.memmap(folder / name, dtype, "w+", shape=(total,))
     begin = 0
     for batch in rows.iter(1000):
         for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):

@@ -51,10 +51,8 @@ class Goldfish:
         vocabulary: what `bind` adds for "letters" and "text"; not part of the rule's identity.
         head: the former name of `opening`, and still its name in files; where given, it replaces `opening`.
 
-    A document's first token is never dropped. Equal rules compare equal and hash equal.
-
-    Raises:
-        TypeError, ValueError: for an argument out of range; the message says what came and what was expected.
+    A document's first token is never dropped. Equal rules compare equal and hash equal. An argument out of range raises
+    TypeError or ValueError.
     """
 
     k: float = 4
@@ -98,22 +96,17 @@ class Goldfish:
             self._set(max_kept=_integer("max_kept", self.max_kept, 1, "a number of tokens or None"))
             if not self.k <= self.max_kept <= MOST_KEPT:
                 raise ValueError(f"max_kept must be at least k={self.k:g} and at most {MOST_KEPT}, got {self.max_kept}")
-            if self.strategy not in ("hash", "letters") or self.opening != "short":
-                raise ValueError(
-                    'max_kept needs strategy "hash" or "letters" and opening="short", '
-                    f'got strategy="{self.strategy}", opening="{self.opening}"'
-                )
+            if self.strategy not in ("hash", "letters") or self.opening == "keep":
+                got = f'strategy="{self.strategy}", opening="{self.opening}"'
+                raise ValueError(f'max_kept needs strategy "hash" or "letters" and opening="short", got {got}')
         natural = self.max_kept and spec.natural_threshold(self.k, self.max_kept)
         self._set(_limit=natural or spec.threshold(self.k))
         if self.strategy in READS_TEXT and self.window == "inclusive":
-            raise ValueError(
-                f'strategy="{self.strategy}" decides before a token is read: window must be "preceding", '
-                'got "inclusive"'
-            )
+            raise ValueError(f'strategy="{self.strategy}" needs window="preceding", got window="inclusive"')
         if self.strategy == "text" and self.vocabulary is None:  # a bound copy does not warn again
             warnings.warn(
-                'strategy="text" is deprecated and will be removed in the next release; use strategy="letters": it is '
-                "faster, punctuation does not change its decisions, and less is recited after training",
+                'strategy="text" is deprecated, the next release removes it; use strategy="letters": it is faster, '
+                "punctuation does not change its decisions, and less is recited after training",
                 FutureWarning,
                 stacklevel=3,
             )
@@ -258,12 +251,8 @@ class Goldfish:
         if ids.shape[-1] <= self.h:  # the original crashes on such rows; it never drops an opening
             return drop
         # The original reads the shifted targets ids[:, 1:] and never drops the first h - 1 of them.
-        windows = ids[:, 1:].unfold(-1, self.h, 1)
-        product = windows[..., 0]
-        for i in range(1, self.h):  # prod(dtype=int64) wraps too, but is several times slower on strided windows
-            product = product * windows[..., i]
-        table = _reference_table().to(ids.device)
-        drop[:, self.h :] = table[product % spec.TABLE_SIZE] < 1 / self.k
+        product = ids[:, 1:].unfold(-1, self.h, 1).prod(-1)
+        drop[:, self.h :] = _reference_table().to(ids.device)[product % spec.TABLE_SIZE] < 1 / self.k
         return drop
 
     def to_dict(self) -> dict[str, Any]:
@@ -313,7 +302,6 @@ def _check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: 
         )
     fits_one_row = one_row and tensor.shape in (input_ids.shape[-1:], (1, *input_ids.shape[-1:]))
     if tensor.shape != input_ids.shape and not fits_one_row:
-        raise ValueError(
-            f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
-        )
+        shapes = f"{tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must have the shape of input_ids, {shapes}")
     return tensor

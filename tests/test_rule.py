@@ -243,7 +243,7 @@ def test_opening_was_called_head():
 
 
 def test_text_is_deprecated():
-    with pytest.warns(FutureWarning, match='"text" is deprecated .* use strategy="letters"') as raised:
+    with pytest.warns(FutureWarning, match='"text" is deprecated, .*; use strategy="letters"') as raised:
         Goldfish(strategy="text")
     assert raised[0].filename == __file__
 
