@@ -46,7 +46,7 @@ def dropped_in(rule, text, secret):
 def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path):
     """Under every rule that is tried, against the decisions of each place."""
     texts = [f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")]
-    result = check(write(tmp_path / "a.jsonl", [{"text": t} for t in texts]), letters[0], Goldfish(k=3, h=4), CODE)
+    result = check(write(tmp_path / "a.jsonl", [{"text": t} for t in texts]), letters[0], Goldfish(k=3, h=12), CODE)
     rows, everywhere = result.secrets[CODE]
     assert rows == [0, 1, 2, 3]
     assert len(result.rules) == 1 + 8 + 1, "the rule, eight seeds, k=2"
