@@ -60,6 +60,9 @@ class GoldfishMixin(Trainer):
             (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right, the
             model's own loss is used, and the log says why.
         apply: False trains with the standard loss and only logs the gauge of the rule, for comparison.
+
+    Raises:
+        TypeError: not a rule. ValueError: as `attach`.
     """
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
@@ -127,9 +130,7 @@ class GoldfishMixin(Trainer):
         finally:
             self.data_collator, self._signature_columns = collator, columns
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
         if batches and self._averages() and self._replicas() == 1:
@@ -153,11 +154,7 @@ class GoldfishMixin(Trainer):
         return math.prod([max(1, self.args.n_gpu), *sizes])
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if num_items_in_batch is None or not self._averages() or self._replicas() > 1:
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
@@ -202,11 +199,10 @@ class GoldfishMixin(Trainer):
 
     def _read_gauge(self) -> None:
         batch, labels = self._last_batch
-        if self._gauge_is_off:
-            return
-        other = torch.tensor(float(not is_text(batch)), device=self.args.device)
-        if self.accelerator.reduce(other, "sum") > 0:  # all processes skip it, or none
+        if not is_text(batch):
             logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
+        skip = torch.tensor(float(self._gauge_is_off or not is_text(batch)), device=self.args.device)
+        if self.accelerator.reduce(skip, "sum") > 0:  # all processes measure, or none
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         rows = rows_to_measure(len(labels), step_rows, self.state.logging_steps)
@@ -229,10 +225,9 @@ class GoldfishMixin(Trainer):
         now = self._tally.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
         if "loss" in logs and targets > 0:
-            if self._apply:
-                logs["goldfish/drop_rate"] = dropped / targets
+            rate = {"goldfish/drop_rate": dropped / targets} if self._apply else {}
+            logs |= rate | readings(self._measured)
             self._logged = now
-            logs.update(readings(self._measured))
             self._measured.zero_()
         super().log(logs, *args, **kwargs)
 
@@ -315,25 +310,23 @@ class GoldfishMixin(Trainer):
         return ""
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
-        receipt = read_receipt(checkpoint)
-        present = (self.goldfish, tokenizer_fingerprint(self.processing_class))
-        trained = (rules_of(receipt), receipt["tokenizer"]) if receipt else (None, present[1])
-        if receipt and trained == present:
+        receipt, tokenizer = read_receipt(checkpoint), tokenizer_fingerprint(self.processing_class)
+        rules = rules_of(receipt) if receipt else None
+        if receipt and (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
             self._before = receipt.get("before")
             self._tally.restore(receipt)
             self._logged = self._tally.sum()
             return
-        what = f"with the tokenizer {trained[1]}"
-        if trained[0] != present[0]:
-            what = f"under {trained[0]}" if receipt else "without a rule"
-        here = present[0] if trained[0] != present[0] else present[1]
+        was, here = (f"under {rules}" if receipt else "without a rule"), str(self.goldfish)
+        if receipt and rules == self.goldfish:
+            was, here = f"with the tokenizer {receipt['tokenizer']}", str(tokenizer)
         if not allow_other_rule:
             raise ValueError(
-                f"{checkpoint} was trained {what}, this trainer has {here}. Each of them teaches tokens that the other "
+                f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches tokens that the other "
                 "drops. Resume with what the checkpoint had, start a new run from its weights, or, if this is "
                 "intended, train(resume_from_checkpoint=..., allow_other_rule=True)"
             )
-        logger.warning("%s was trained %s and is resumed with %s", checkpoint, what, here)
+        logger.warning("%s was trained %s and is resumed with %s", checkpoint, was, here)
         self._start_counting(self.goldfish)
         self._before = receipt or {"rule": None}
 
@@ -401,7 +394,7 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool
 
 @cache
 def _with_goldfish(plain: Any) -> Any:
-    members = {"__module__": plain.__module__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
+    members = {"__module__": __name__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
     return type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), members)
 
 

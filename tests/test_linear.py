@@ -142,7 +142,7 @@ def test_extremes(vocabulary, kept):
     )  # of as many rows: BLAS sums one row otherwise than nine
     for name, exact in loss_and_gradients(plain, subset, torch.float64).items():
         result = ours[name][:kept] if name == "hidden" else ours[name]
-        assert (result - exact).abs().max() <= 1.5 * (baseline[name] - exact).abs().max() + 1e-6, name
+        assert (result - exact).abs().max() <= 3 * (baseline[name] - exact).abs().max() + 1e-6, name
 
 
 def test_no_rows_at_all():
