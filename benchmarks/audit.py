@@ -19,17 +19,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from loss import RESULTS, describe
+from about import RESULTS, about, byte_level_bpe, small_llama
 from rouge_score.rouge_scorer import _score_lcs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TopKLogitsWarper,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TopKLogitsWarper, set_seed
 
 from goldfish.audit import audit
 from goldfish.audit.columns import rouge_l
@@ -45,17 +37,11 @@ Answers = dict[str, object]
 def build(folder: Path, documents: int, width: int, steps: int) -> list[Window]:
     """A small Llama that knows half of the texts by heart, as far as `steps` carry it, and these texts as windows."""
     texts = [topics[name] for name in sorted(topics)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    tokenizer = byte_level_bpe(texts, vocab_size=4096)
     ids = tokenizer("\n".join(texts))["input_ids"]
     rows = [ids[i * 500 : i * 500 + PREFIX + SUFFIX] for i in range(2 * documents)]
     set_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes, **special))
+    model = LlamaForCausalLM(small_llama(tokenizer, width, eos_token_id=None, tie_word_embeddings=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     members = torch.tensor(rows[:documents])
     for _ in range(steps):
@@ -171,25 +157,16 @@ def measure(folder: Path, windows: list[Window], repeats: int) -> list[dict[str,
     ]
 
 
-def about(args: argparse.Namespace) -> dict[str, object]:
-    return describe("cpu", ("torch", "transformers", "rouge-score", "rapidfuzz")) | {
-        "texts": 2 * args.documents,
-        "prefix_length": PREFIX,
-        "suffix_length": SUFFIX,
-        "prefix_lengths_of_the_sweep": SWEEP,
-        "model": f"Llama, 4 layers of {args.width}, vocabulary 4096, float32",
-    }
-
-
 def render() -> str:
     parts = []
     for path in sorted(RESULTS.glob("audit-*.json")):
         data = json.loads(path.read_text())
-        about, results = data["about"], data["results"]
+        source, results = data["about"], data["results"]
         parts.append(
-            f"{about['texts']} texts of {about['prefix_length']} + {about['suffix_length']} tokens; {about['model']}; "
-            f"{about['device']}, {about['threads']} thread(s); torch {about['versions']['torch']}, transformers "
-            f"{about['versions']['transformers']}; commit {about['commit'][:12]}; `{about['command']}`\n\n"
+            f"{source['texts']} texts of {source['prefix_length']} + {source['suffix_length']} tokens; "
+            f"{source['model']}; {source['device']}, {source['threads']} thread(s); "
+            f"torch {source['versions']['torch']}, transformers "
+            f"{source['versions']['transformers']}; commit {source['commit'][:12]}; `{source['command']}`\n\n"
             "| | one `generate` per prefix | goldfish | faster |\n|---|---|---|---|"
         )
         for case in dict.fromkeys(result["case"] for result in results):
@@ -221,7 +198,13 @@ def main() -> None:
         print(render())
         return
     torch.set_num_threads(args.threads)
-    settings = about(args)
+    settings = about("rouge-score", "rapidfuzz") | {
+        "texts": 2 * args.documents,
+        "prefix_length": PREFIX,
+        "suffix_length": SUFFIX,
+        "prefix_lengths_of_the_sweep": SWEEP,
+        "model": f"Llama, 4 layers of {args.width}, vocabulary 4096, float32",
+    }
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), build(Path(folder), args.documents, args.width, args.steps), args.repeats)
     args.out.parent.mkdir(exist_ok=True)

@@ -14,27 +14,23 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
 import torch
+from about import RESULTS, about
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from goldfish.linear import linear_cross_entropy
 from goldfish.rule import Goldfish
 
-PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "triton")
-RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "triton")
 SHAPES = {
     "cpu": [(4096, 512, 32_000), (4096, 512, 128_256)],
     "cuda": [(4096, 512, 32_000), (4096, 512, 128_256), (8192, 2048, 128_256), (8192, 4096, 128_256)],
@@ -115,13 +111,6 @@ def three_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return (logits @ weight).sum()
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def cases(hidden: Tensor, weight: Tensor, only: str) -> dict[str, Case | str]:
     """Each method, or why it is not measured."""
     on_cpu, in_torch = hidden.device.type == "cpu", hasattr(F, "linear_cross_entropy")
@@ -133,9 +122,13 @@ def cases(hidden: Tensor, weight: Tensor, only: str) -> dict[str, Case | str]:
         "HF eager, kept rows": hf_kept_rows,
         "torch F.linear_cross_entropy, default": torch_chunked() if in_torch else no_torch,
         "torch F.linear_cross_entropy, best chunking": best_torch_chunking if in_torch else no_torch,
-        "TRL fused head": "not enough memory free" if not trl_fits else trl_head if installed("trl") else "no trl",
-        "cut-cross-entropy": cut_cross_entropy if installed("cut-cross-entropy") else "not installed",
-        "Liger": "needs a GPU" if on_cpu else liger if installed("liger-kernel") else "not installed",
+        "TRL fused head": "not enough memory free"
+        if not trl_fits
+        else trl_head
+        if find_spec("trl")
+        else "not installed",
+        "cut-cross-entropy": cut_cross_entropy if find_spec("cut_cross_entropy") else "not installed",
+        "Liger": "needs a GPU" if on_cpu else liger if find_spec("liger_kernel") else "not installed",
         "goldfish": ours,
         FLOOR: three_products,
     }
@@ -233,36 +226,16 @@ def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: ar
     return results
 
 
-def describe(device: str, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
-    """Where a benchmark's figures come from; for the script that was started."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: installed(package) for package in packages},
-        "commit": commit + (" and changes" if changed else ""),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-    }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def render() -> str:
     """One Markdown table per device, shape and dtype; rows are methods, columns k."""
     parts = []
     for path in sorted(RESULTS.glob("loss-*.json")):
         data = json.loads(path.read_text())
-        about, results = data["about"], data["results"]
-        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-        parts.append(f"**{about['device']}**, {about['threads']} thread(s); {versions}; commit {about['commit'][:12]}")
+        source, results = data["about"], data["results"]
+        versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items() if number)
+        parts.append(
+            f"**{source['device']}**, {source['threads']} thread(s); {versions}; commit {source['commit'][:12]}"
+        )
         for group in dict.fromkeys((r["n"], r["d"], r["v"], r["dtype"]) for r in results):
             chosen = [r for r in results if (r["n"], r["d"], r["v"], r["dtype"]) == group]
             ks = sorted({r["k"] for r in chosen}, key=float)
@@ -281,17 +254,17 @@ def render() -> str:
 
 
 def cell(name: str, results: list[dict]) -> str:
-    found = next((r for r in results if r["name"] == name), None)
-    if found is None or "not measured" in found:
-        return "not measured" + (f" ({found['not measured']})" if found else "")
-    if "error" in found:
-        return "failed: " + found["error"].split(":")[0]
+    result = next((r for r in results if r["name"] == name), None)
+    if result is None or "not measured" in result:
+        return "not measured" + (f" ({result['not measured']})" if result else "")
+    if "error" in result:
+        return "failed: " + result["error"].split(":")[0]
     base = next(r for r in results if r["name"] == BASE)
-    spread = f"±{(max(found['seconds']) - min(found['seconds'])) / found['median'] / 2:.0%}"
-    if len(found["seconds"]) == 1:
+    spread = f"±{(max(result['seconds']) - min(result['seconds'])) / result['median'] / 2:.0%}"
+    if len(result["seconds"]) == 1:
         spread = "one run"
-    time_ratio, memory_ratio = found["median"] / base["median"], found["bytes"] / base["bytes"]
-    text = f"{found['median']:.3g} ({time_ratio:.2f}; {spread}) / {found['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
+    time_ratio, memory_ratio = result["median"] / base["median"], result["bytes"] / base["bytes"]
+    text = f"{result['median']:.3g} ({time_ratio:.2f}; {spread}) / {result['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
     return f"**{text}**" if name == "goldfish" else text
 
 
@@ -313,13 +286,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES[device]
-    about = describe(device)
+    provenance = about(*PACKAGES)
     out = args.out or RESULTS / f"loss-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict] = []
     for shape, k, dtype in product(shapes, args.k, args.dtypes):
         results += run(shape, dtype, k, device, args)  # type: ignore[arg-type]
-        out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        out.write_text(json.dumps({"about": provenance, "results": results}, indent=1) + "\n")
     print(f"wrote {out}")
 
 

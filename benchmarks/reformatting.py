@@ -1,4 +1,4 @@
-"""Does a document keep its holes when it is reformatted, or tokenized otherwise?
+"""Does a document keep its dropped tokens when it is reformatted, or tokenized otherwise?
 
     python benchmarks/reformatting.py --text documents.jsonl
 
@@ -10,19 +10,15 @@ named after tokenizers the text is the original and the tokenizer another than t
 
 import argparse
 import json
-import os
-import platform
 import random
 import string
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tokenizers
 import torch
+from about import RESULTS, about
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-import goldfish
 from goldfish import Goldfish
 from goldfish.vocabulary import characters
 
@@ -151,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--k", type=float, default=4)
     parser.add_argument("--h", type=int, default=8, help="words of 5 letters for text and letters, tokens for hash")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "reformatting.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "reformatting.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
 
@@ -202,30 +198,9 @@ def main(argv: list[str] | None = None) -> None:
             row(change, name, name, versions)
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": "python benchmarks/reformatting.py " + " ".join(_named(argv if argv is not None else sys.argv[1:])),
-        "documents": len(texts), "k": args.k, "h": args.h, "seed": args.seed,
-        "versions": {"goldfish": goldfish.__version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__,
-                     "python": platform.python_version()},
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "agreement": rows,
-    }  # fmt: skip
+    result = about("tokenizers") | {"documents": len(texts), "k": args.k, "h": args.h, "seed": args.seed}
+    result |= {"agreement": rows}
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def _named(arguments: list[str]) -> list[str]:
-    """The arguments, files by their names alone."""
-    return [Path(a).name if "/" in a else a for a in arguments]
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

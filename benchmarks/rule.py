@@ -10,10 +10,7 @@ the cells in turn, so that whatever else the machine does meets them all.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,30 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from about import RESULTS, about
+from reformatting import byte_level
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import goldfish
 from goldfish import Goldfish
 
-OUTPUT = Path(__file__).parent / "results" / "rule.json"
 SIZES = (32_000, 131_072)
 RULES = ((4, 13), (50, 50), (3, 13))  # k, h
 COSTS = (4, 13, 50)  # h
 LENGTH = 4096
 RUN = 200  # a run of so many tokens without a drop can be recited
-
-
-def train(texts: list[str], size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def rows(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -145,7 +131,8 @@ def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeat
 
 
 def render(result: dict[str, Any]) -> str:
-    """Two tables in markdown."""
+    """Two tables in Markdown."""
+    machine = result.get("hardware", result)  # the results of version 0.1 have it apart
     lines = [
         "| vocabulary | k, h | strategy | dropped | of distinct windows (sigmas from 1/k) |"
         " distinct windows that share a 64-bit key | windows with key 0 |"
@@ -162,7 +149,8 @@ def render(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{result['hardware']['cpu']}, {result['hardware']['threads']} thread, torch {result['versions']['torch']}; "
+        f"{machine.get('cpu') or machine['device']}, {machine['threads']} thread, "
+        f"torch {result['versions']['torch']}; "
         f"8 x 4096 tokens, median of {result['repeats']} calls (quartiles).",
         "",
         "| strategy | vocabulary | " + " | ".join(f"h = {h}, ms" for h in COSTS) + " | largest tensor, held at once |",
@@ -184,10 +172,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the rules")
     parser.add_argument("--repeats", type=int, default=101, help="calls that are timed")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=RESULTS / "rule.json")
     parser.add_argument("--render", action="store_true", help="print the tables of --output and stop")
-    words = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.render:
         print(render(json.loads(args.output.read_text(encoding="utf-8"))))
         return
@@ -197,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     lines = args.text.read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines[: args.documents]]
 
-    began_at, rates, bound, ids = commit(), [], {}, {}
+    result, rates, bound, ids = about("tokenizers"), [], {}, {}
     for size in SIZES:
-        tokenizer = train(texts, size)
+        tokenizer = byte_level(texts, size)
         name = f"{tokenizer.get_vocab_size():,} entries"  # fewer than asked for where the text has no more pairs
         documents = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         ids[name], positions = rows(documents)
@@ -208,32 +195,13 @@ def main(argv: list[str] | None = None) -> None:
         for k, h in RULES:
             rates += [{"vocabulary": name, **r} for r in measure(ids[name], positions, k, h, args.seed)]
             print(f"  k={k} h={h}", file=sys.stderr, flush=True)
-    result = {
-        "command": " ".join(["python benchmarks/rule.py", *(Path(a).name if "/" in a else a for a in words)]),
-        "commit": began_at, "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
-        "versions": {"goldfish": goldfish.__version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__,
-                     "python": platform.python_version()},
-        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    result |= {
+        "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
         "rates": rates, "costs": costs(bound, ids, args.seed, args.repeats),
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(render(result))
-
-
-def commit() -> str:
-    """The commit of the code that ran, with a + where it was changed since."""
-    git = ["git", "-C", str(Path(goldfish.__file__).parent)]
-    run = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    return run("rev-parse", "--short=12", "HEAD") + "+" * bool(run("status", "--porcelain", "."))
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import torch
-from loss import RESULTS, describe
+from about import RESULTS, about
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer
@@ -63,10 +63,10 @@ def render() -> str:
     lines = []
     for path in sorted(RESULTS.glob("step-*.json")):
         data = json.loads(path.read_text())
-        about, settings = data["about"], data["settings"]
+        source, settings = data["about"], data["settings"]
         lines.append(
-            f"{about['device']}, {about['threads']} thread(s), torch {about['versions']['torch']}, transformers "
-            f"{about['versions']['transformers']}, commit {about['commit'][:12]}; Llama, 4 layers, hidden "
+            f"{source['device']}, {source['threads']} thread(s), torch {source['versions']['torch']}, transformers "
+            f"{source['versions']['transformers']}, commit {source['commit'][:12]}; Llama, 4 layers, hidden "
             f"{settings['hidden']}, vocabulary {settings['vocabulary']}, "
             f"{settings['batch']} x {settings['length']} tokens, "
             f"{'bf16' if settings['bf16'] else 'fp32'}, k = {settings['k']:g}\n"
@@ -97,7 +97,7 @@ def main() -> None:
         print(render())
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = describe(device) | {"command": "python benchmarks/step.py" + " --bf16" * args.bf16}
+    provenance = about()
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(args.repeats):
         for way in WAYS:
@@ -105,7 +105,7 @@ def main() -> None:
             print(f"{way}: {statistics.median(seconds[way]):.3f} s", flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "render"}
     out = RESULTS / f"step-{device}{'-bf16' * args.bf16}.json"
-    out.write_text(json.dumps({"about": about, "settings": settings, "seconds": seconds}, indent=1) + "\n")
+    out.write_text(json.dumps({"about": provenance, "settings": settings, "seconds": seconds}, indent=1) + "\n")
     print(render())
 
 

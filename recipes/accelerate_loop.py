@@ -12,7 +12,7 @@ the sum over all kept tokens of the step, divided once.
 import argparse
 from contextlib import nullcontext
 
-import memorize  # for its corpus and its tokenizer only
+import common  # for its corpus, its tokenizer and its small Llama only
 import torch
 from accelerate import Accelerator
 from plain_loop import batches
@@ -35,14 +35,13 @@ def main(argv: list[str] | None = None) -> list[float]:
         parser.error(f"--batch_size {args.batch_size} does not divide into {ranks} x {args.accumulation} micro-batches")
 
     set_seed(0)
-    settings = memorize.Arguments()
-    texts = memorize.load_texts(settings)
-    tokenizer = memorize.load_tokenizer(settings, texts)
-    model = LlamaForCausalLM(memorize.small_llama(settings, tokenizer))
+    texts = common.load_texts()
+    tokenizer = common.byte_level_bpe(texts, vocab_size=2048)
+    model = LlamaForCausalLM(common.small_llama(tokenizer, hidden_size=128))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
     rule = Goldfish(k=args.k, h=13)
 
-    rows = torch.tensor(memorize.cut_windows(texts, tokenizer, 64))
+    rows = torch.tensor(common.cut_windows(texts, tokenizer, 64))
     losses = []
     for step, all_ids in enumerate(batches(rows, args.batch_size, args.steps)):
         input_ids = all_ids.chunk(ranks)[accelerator.process_index].to(accelerator.device)

@@ -1,4 +1,4 @@
-"""Audits the checkpoints that the goldfish paper's authors released, and prints our figures beside the published ones.
+"""Audit the checkpoints that the goldfish paper's authors released, and print our figures beside the published ones.
 
     python recipes/audit_released.py                              # network, one GPU: 7 models of 1.1B parameters
     python recipes/audit_released.py --samples 100 --models standard k=4
@@ -7,31 +7,26 @@
 
 Models tomg-group-umd/{3,4,8,32,128}-goldfish-loss-llama-1B, standard-loss-llama-1B and control-llama-1B (20B tokens of
 RedPajama; all but the control also read 2000 Wikipedia texts 50 times, tomg-group-umd/wikipedia-en-2k-samples). The
-published figures are an independent measurement: TokenSwap (Prashant et al., arXiv:2502.05159), table 4. Its prompt and
-continuation lengths are not known to us, so what should agree is the order and the distances of the models, not the
-digits. Definitions: matching length is the mean number of tokens before the first that differs; ROUGE-L here is over
-lower-case words, Levenshtein over characters of the decoded texts, as a share of the longer. Never run on the real
-checkpoints by us: no network. Minutes: not measured.
+published figures are an independent measurement: TokenSwap (Prashant et al., arXiv:2502.05159), table 4. We do not know
+its prompt and continuation lengths, so the order and the distances of the models should agree, not the digits.
+Matching length is the mean number of tokens before the first that differs; ROUGE-L here is over lower-case words,
+Levenshtein over characters of the decoded texts, as a share of the longer. We have only run this on stand-ins.
 """
 
 import json
 import statistics
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import common
+import pandas
+import runs
 from datasets import load_dataset
-from near_duplicates import words
 from rapidfuzz.distance import Levenshtein
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import HfArgumentParser
 
-import goldfish.audit
-from goldfish.audit import audit
+from goldfish.audit import audit, records
 from goldfish.audit.columns import rouge_l
 
 MODELS = {
@@ -51,28 +46,26 @@ PUBLISHED = {
 
 @dataclass
 class Arguments:
-    root: str = field(default="tomg-group-umd", metadata={"help": "who has the checkpoints: a hub name, or a folder"})
+    root: str = field(default="tomg-group-umd", metadata={"help": "owner of the checkpoints on the hub, or a folder"})
     models: list[str] = field(default_factory=lambda: list(MODELS))
     samples: int = field(default=2000, metadata={"help": "texts to ask for"})
     prefix_length: int = field(default=100, metadata={"help": "tokens given"})
     suffix_length: int = field(default=200, metadata={"help": "tokens to recite"})
     heldout: str | None = field(default=None, metadata={"help": ".jsonl or .txt that no model repeated"})
     output_dir: str = "runs/released"
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
 
     def __post_init__(self) -> None:
         if unknown := set(self.models) - set(MODELS):
             raise ValueError(f"--models are {', '.join(MODELS)}; got {', '.join(sorted(unknown))}")
-        if self.samples < 1:
-            raise ValueError(f"--samples must be at least 1, got {self.samples}")
+        runs.at_least(1, self, "samples")
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     output = Path(args.output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} holds something; choose another --output_dir")
     rows = load_rows(f"{args.root}/{DATA}", args.samples)
-    output.mkdir(parents=True, exist_ok=True)
+    runs.prepare(output, args)
     members = output / "members.jsonl"
     members.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     results = []
@@ -82,53 +75,48 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             f"{args.root}/{MODELS[name]}", folder, members=members, heldout=args.heldout, name=name,
             prefix_length=args.prefix_length, suffix_length=args.suffix_length,
         )  # fmt: skip
-        records = goldfish.audit.records(folder).to_pylist()
-        result = {"model": name, "n": summary["splits"]["members"]["n"]} | measure(records, summary)
-        results.append(result | {"protocol": summary["protocol"]} | common.about())
-        common.append(output / "results.jsonl", results[-1])
-    Console().print(table(results))
+        rows = records(folder).to_pylist()
+        result = {"model": name, "n": summary["splits"]["members"]["n"]} | measure(rows, summary)
+        results.append(result | {"protocol": summary["protocol"]} | runs.about())
+        runs.append(output / "results.jsonl", results[-1])
+    print(f"\n{table(results)}\nin brackets: TokenSwap, table 4")
     return results
 
 
 def load_rows(dataset: str, samples: int) -> list[dict[str, Any]]:
-    """The first rows of the dataset's only split, with what the audit reads of them."""
+    """The first rows of the dataset's only split, reduced to the column that the audit reads."""
     splits = load_dataset(dataset)
     split = next(iter(splits.values()))
-    wanted = next((name for name in ("text", "input_ids") if name in split.column_names), None)
-    if wanted is None:
+    column = next((name for name in ("text", "input_ids") if name in split.column_names), None)
+    if column is None:
         raise ValueError(f"{dataset} has the columns {', '.join(split.column_names)}; expected text or input_ids")
-    return [{wanted: row[wanted]} for row in split.select(range(min(samples, len(split))))]
+    return [{column: row[column]} for row in split.select(range(min(samples, len(split))))]
 
 
-def measure(records: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, float | None]:
+def measure(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, float | None]:
     """The five published measures of one audit; held-out None without a held-out file."""
-    members = [record for record in records if record["split"] == "members"]
+    members = [record for record in rows if record["split"] == "members"]
     pairs = [("".join(record["output_tokens"]), "".join(record["suffix_tokens"])) for record in members]
     heldout = summary["splits"].get("heldout")
     return {
         "matching length": statistics.fmean(record["first_divergence"] for record in members),
         "exact match": statistics.fmean(record["exact_match"] for record in members),
-        "ROUGE-L": statistics.fmean(rouge_l(words(ours), words(true)) for ours, true in pairs),
+        "ROUGE-L": statistics.fmean(rouge_l(common.words(ours), common.words(true)) for ours, true in pairs),
         "Levenshtein": statistics.fmean(Levenshtein.normalized_distance(ours, true) for ours, true in pairs),
-        "held-out nats": heldout["nll"]["mean"] if heldout else None,
+        "held-out nats": heldout["nll"].value if heldout else None,
     }
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    """Ours, and below each model the published figures in brackets."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="in brackets: TokenSwap, table 4")
-    for heading in ("model", "n", *MEASURES):
-        shown.add_column(heading, justify="left" if heading == "model" else "right")
+def table(results: list[dict[str, Any]]) -> str:
+    """Our figures, and below each model the published ones in brackets."""
+    rows = []
     for result in results:
-        cells = (result[name] for name in MEASURES)
-        shown.add_row(result["model"], str(result["n"]), *("-" if c is None else f"{c:.3f}" for c in cells))
+        ours = ("-" if result[name] is None else f"{result[name]:.3f}" for name in MEASURES)
+        rows.append((result["model"], result["n"], *ours))
         if result["model"] in PUBLISHED:
-            shown.add_row("", "", *(f"({value:g})" for value in PUBLISHED[result["model"]]))
-    return shown
+            rows.append(("", "", *(f"({value:g})" for value in PUBLISHED[result["model"]])))
+    return str(pandas.DataFrame(rows, columns=["model", "n", *MEASURES]).to_string(index=False))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"audit_released.py: {error}")
+    runs.command_line(main)

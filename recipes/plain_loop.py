@@ -1,4 +1,4 @@
-"""Goldfish in a training loop of one's own, exact under gradient accumulation: torch and a model from transformers.
+"""Goldfish in a custom training loop, exact under gradient accumulation: torch and a model from transformers.
 
     python recipes/plain_loop.py                         # 1 CPU core, 20 seconds: the loss falls from 7.6 to 6.2
     python recipes/plain_loop.py --steps 2 --accumulation 2        # miniature
@@ -11,7 +11,7 @@ means would weigh tokens by how many of their neighbours were dropped.
 import argparse
 from collections.abc import Iterator
 
-import memorize  # for its corpus and its tokenizer only
+import common  # for its corpus, its tokenizer and its small Llama only
 import torch
 from transformers import LlamaForCausalLM
 
@@ -30,14 +30,13 @@ def main(argv: list[str] | None = None) -> list[float]:
         parser.error(f"--batch_size {args.batch_size} does not divide into {args.accumulation} micro-batches")
 
     torch.manual_seed(0)
-    settings = memorize.Arguments()
-    texts = memorize.load_texts(settings)
-    tokenizer = memorize.load_tokenizer(settings, texts)
-    model = LlamaForCausalLM(memorize.small_llama(settings, tokenizer))
+    texts = common.load_texts()
+    tokenizer = common.byte_level_bpe(texts, vocab_size=2048)
+    model = LlamaForCausalLM(common.small_llama(tokenizer, hidden_size=128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rule = Goldfish(k=args.k, h=13)
 
-    rows = torch.tensor(memorize.cut_windows(texts, tokenizer, 64))
+    rows = torch.tensor(common.cut_windows(texts, tokenizer, 64))
     losses = []
     for step, input_ids in enumerate(batches(rows, args.batch_size, args.steps)):
         labels = mask_labels(rule, input_ids)  # -100 where dropped; not shifted

@@ -1,101 +1,101 @@
-r"""The standard experiment: pretraining in which a few documents recur 50 times. Who recites them, at which k, and what
-does that cost on held-out text?
+r"""The standard experiment: pretraining in which a few documents recur 50 times. Which k keeps the model from reciting
+them, and what does that cost on held-out text?
 
     python recipes/pretrain_canaries.py        # 1 CPU core, 30 trainings of 2.2M parameters, about 15 minutes; planted
                                                # documents recited: standard 9 to 13 of 16, k=4 and control 0 of 16
-    python recipes/pretrain_canaries.py --resume           # goes on where a killed run stopped
+    python recipes/pretrain_canaries.py --resume           # continues a run that was killed
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/pretrain_canaries.py
     python recipes/pretrain_canaries.py @recipes/configs/canaries-124m.args --text FILE.jsonl      # one GPU
     accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/pretrain_canaries.py \
         @recipes/configs/canaries-1.1b.args                                                        # the paper's size
     python recipes/pretrain_canaries.py --documents 2 --repeats 2 --background 20 --validation 4 --ks 4 \
-        --equal_supervised 4 --seeds 0 --hidden_size 32 --output_dir runs/miniature                # seconds
+        --equal-supervised 4 --seeds 0 --hidden-size 32 --output-dir runs/miniature                # seconds
 
-After the standard experiment of Hans et al. 2024 (section 4.2). The background is read once; `documents` planted
-windows come `repeats` times among it. Trained are: the standard loss, the goldfish loss at every k, a control that
-reads background in the place of the planted windows, and for the k in `equal_supervised` once more with so much more
-background that as many tokens are *supervised* as in the standard training, k/(k-1) of the input. All are audited on
-the planted and on held-out windows; sweep.py makes the table, the pictures and the choice of k.
+After the standard experiment of Hans et al. 2024 (section 4.2). Background is read once; `documents` planted windows
+come `repeats` times among it. Trained are: the standard loss, the goldfish loss at every k, a control that reads
+background instead of the planted windows, and for the k in `equal_supervised` once more with so much more background
+that as many tokens are *supervised* as in the standard training: k/(k-1) times the input. All are audited on the
+planted and on held-out windows; sweep.py makes the table, the plots and the choice of k.
 
 The presets, which nobody has run yet: canaries-124m (estimated 10 minutes on one H100; FILE.jsonl of 28 MB or more,
 a smaller one with less --background) and canaries-1.1b (TinyLlama's shape, 20B tokens, batches of 2.1M, the paper's
-learning rate, warm-up and seed; on N GPUs divide --accumulation so that N * accumulation divides 1024; --dataset may
+learning rate, warm-up and seed; on N GPUs choose --accumulation so that N * accumulation divides 1024; --dataset may
 also be a local folder). What the latter plants, 2000 Wikipedia articles and as many held out, is made first:
 
     python -c "from datasets import load_dataset as load; \
         load('wikimedia/wikipedia', '20231101.en', split='train[:1%]').to_json('runs/wikipedia.jsonl')"
 
-The default background is the language reference and the docstrings of the standard library, which every CPython
-ships. (Of memorize.py's options --k and --seed are not used here: --ks and --seeds say the same.)
+The default background is the Python language reference and the docstrings of the standard library.
 """
 
 import ast
 import itertools
-import json
 import random
 import shutil
-import sys
 import sysconfig
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import common
-import memorize
+import runs
 import sweep
 import torch
-from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_dataset
-from rich.console import Console
-from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-import goldfish.audit
-from goldfish import Goldfish
-from goldfish.audit import audit
-from goldfish.audit import load as audit_load
+from goldfish import Goldfish, attach, audit
+from goldfish.audit.load import load_tokenizer
+from goldfish.receipt import read_receipt
 
 
 @dataclass
-class Arguments(memorize.Arguments):
+class Arguments:
     ks: list[float] = field(default_factory=lambda: [3, 4, 8, 32, 128])
     equal_supervised: list[float] = field(
         default_factory=lambda: [3, 4, 8], metadata={"help": "k that are also trained on k/(k-1) times the tokens"}
     )
+    h: int = field(default=13, metadata={"help": "how many preceding tokens decide"})
+    strategy: str = field(default="hash", metadata={"help": "hash or letters; for comparison static or random"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     documents: int = field(default=16, metadata={"help": "planted windows; as many again are held out"})
     repeats: int = field(default=50, metadata={"help": "how often each planted window is read"})
     background: int = field(default=1600, metadata={"help": "background windows, read once"})
     validation: int = field(default=256, metadata={"help": "more background windows, for the held-out loss"})
     epochs: int = field(default=1, metadata={"help": "over background and planted windows alike"})
-    window: int = field(default=32, metadata={"help": "tokens a window; the first half is the audit's prefix"})
-    batch_size: int = field(default=4, metadata={"help": "windows an optimiser step, over all processes"})
+    window: int = field(default=32, metadata={"help": "tokens per window; the first half is the audit's prefix"})
+    batch_size: int = field(default=4, metadata={"help": "windows per optimiser step, over all processes"})
+    accumulation: int = field(default=1, metadata={"help": "batches of each process per optimiser step"})
     learning_rate: float = 4e-3
+    min_learning_rate: float = field(default=0.1, metadata={"help": "where the cosine ends, of learning_rate"})
+    warmup_steps: int | None = field(default=None, metadata={"help": "a twentieth of the steps by default"})
     hidden_size: int = 256
-    planted: str | None = field(default=None, metadata={"help": "plant windows of this .txt or .jsonl instead"})
-    tokenizer: str | None = field(default=None, metadata={"help": "name or path of one, instead of a new BPE"})
     layers: int = 2
     heads: int = 4
     kv_heads: int | None = None
     intermediate_size: int | None = field(default=None, metadata={"help": "3 * hidden_size by default"})
-    min_learning_rate: float = field(default=0.1, metadata={"help": "where the cosine ends, of learning_rate"})
-    warmup_steps: int | None = field(default=None, metadata={"help": "a twentieth of the steps by default"})
-    accumulation: int = field(default=1, metadata={"help": "batches of each process an optimiser step"})
-    save_steps: int = field(default=500, metadata={"help": "optimiser steps between two checkpoints"})
+    vocab_size: int = field(default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"})
+    tokenizer: str | None = field(default=None, metadata={"help": "name or path of one, instead of a new BPE"})
+    text: str | None = field(default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"})
+    dataset: str | None = field(default=None, metadata={"help": "corpus: a dataset with a `text` column, by name"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, e.g. 20231101.en"})
+    planted: str | None = field(default=None, metadata={"help": "plant windows of this .txt or .jsonl instead"})
     workers: int | None = field(default=None, metadata={"help": "processes that tokenize the background"})
+    save_steps: int = field(default=500, metadata={"help": "optimiser steps between two checkpoints"})
     leak: float = field(default=0.1, metadata={"help": "choose the largest k that leaves at most this of recitation"})
-    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
     output_dir: str = "runs/canaries"
+    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
+    dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("repeats", "background", "validation", "accumulation", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.model is not None:
-            raise ValueError("this recipe trains from scratch, --model does not fit; sft_lora.py finetunes")
+        runs.at_least(1, self, "documents", "repeats", "background", "validation", "epochs")
+        runs.at_least(1, self, "batch_size", "accumulation", "save_steps")
+        runs.at_least(8, self, "window")
         for k in self.ks:
-            Goldfish(k=k, h=self.h, strategy=self.strategy)  # type: ignore[arg-type]  # refuses what is no rule
+            Goldfish(k=k, h=self.h, strategy=self.strategy)  # type: ignore[arg-type]  # raises for an invalid rule
         if missing := set(self.equal_supervised) - set(self.ks):
             raise ValueError(f"--equal_supervised {' '.join(f'{k:g}' for k in missing)}: not among --ks")
 
@@ -119,19 +119,22 @@ class Run:
         return output / f"seed{self.seed}-{self.name.replace('=', '').replace(', ', '-')}"
 
     def background(self, args: Arguments) -> int:
-        """How many windows of background it reads: such that all its batches are full, whatever the processes."""
+        """How many windows of background it reads: so many that all batches are full, whatever the processes."""
         planted = args.documents * args.repeats
         more = self.k / (self.k - 1) if self.k and self.equal_supervised else 1.0
         steps = max(1, round((args.background + planted) * more / args.batch_size))
         return max(0, steps * args.batch_size - planted * self.planted)
 
+    def windows(self, args: Arguments) -> int:
+        """How many windows it reads in all."""
+        return (self.background(args) + self.planted * args.documents * args.repeats) * args.epochs
+
 
 @dataclass
 class Data:
-    """What one seed trains and audits on: token ids of windows."""
+    """What one seed trains and audits on."""
 
-    members: list[list[int]]
-    heldout: list[list[int]]
+    planted: common.Split
     background: Dataset
     validation: Dataset
 
@@ -139,63 +142,55 @@ class Data:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = HfArgumentParser(Arguments, fromfile_prefix_chars="@")
     (args,) = parser.parse_args_into_dataclasses(argv)
-    state, output = common.start(), Path(args.output_dir)
-    if args.batch_size % (state.num_processes * args.accumulation):
-        raise ValueError(
-            f"--batch_size {args.batch_size} windows do not divide among {state.num_processes} processes and "
-            f"--accumulation {args.accumulation}"
-        )
-    runs = [run for seed in args.seeds for run in runs_of(args, seed)]
+    state, output = runs.start(args.batch_size, args.accumulation), Path(args.output_dir)
+    trainings = [run for seed in args.seeds for run in trainings_of(args, seed)]
     if args.dry_run:
-        steps = sum(run.background(args) + run.planted * args.documents * args.repeats for run in runs)
-        state.print(f"{len(runs)} trainings, {steps * args.window * args.epochs:,} tokens in all -> {output}")
+        tokens = sum(run.windows(args) for run in trainings) * args.window
+        state.print(f"{len(trainings)} trainings, {tokens:,} tokens in all -> {output}")
         return []
     texts, corpus = load_corpus(args)
-    tokenizer = audit_load.load_tokenizer(args.tokenizer) if args.tokenizer else memorize.load_tokenizer(args, texts)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else common.byte_level_bpe(texts, args.vocab_size)
     if state.is_main_process:
-        common.prepare(output, args)
+        runs.prepare(output, args)
     state.wait_for_everyone()
 
-    done = {(result["seed"], result["run"]) for result in common.read_results(output / "results.jsonl")}
-    state.wait_for_everyone()  # all have read what is done before one adds to it
-    todo = [run for run in runs if (run.seed, run.name) not in done]
-    for seed, its_runs in itertools.groupby(todo, key=lambda run: run.seed):
+    done = {(result["seed"], result["run"]) for result in runs.read_results(output / "results.jsonl")}
+    state.wait_for_everyone()  # all processes have read what is done before the main one adds to it
+    todo = [run for run in trainings if (run.seed, run.name) not in done]
+    for seed, of_seed in itertools.groupby(todo, key=lambda run: run.seed):
         with state.main_process_first():  # the others read what it has cached
             data = load_data(args, seed, texts, corpus, tokenizer)
-        for run in its_runs:
+        for run in of_seed:
             folder = run.folder(output)
-            if not common.finished(folder / "model"):
+            if not runs.finished(folder / "model"):
                 state.print(f"\nTraining {run.name}, seed {run.seed}: {run.background(args)} windows of background")
                 train(args, run, data, tokenizer, folder / "model")
             state.wait_for_everyone()
             if state.is_main_process:
-                common.append(output / "results.jsonl", examine(args, run, data, tokenizer, folder))
-    results = common.read_results(output / "results.jsonl") if state.is_main_process else []
+                runs.append(output / "results.jsonl", examine(args, run, data, tokenizer, folder))
+    results = runs.read_results(output / "results.jsonl") if state.is_main_process else []
     if state.is_main_process:
-        sweep.present(results, output, args.leak, Console())
+        sweep.present(results, output, args.leak)
     return results
 
 
-def runs_of(args: Arguments, seed: int) -> list[Run]:
+def trainings_of(args: Arguments, seed: int) -> list[Run]:
     plain = [Run(seed), Run(seed, planted=False), *(Run(seed, k) for k in args.ks)]
     return plain + [Run(seed, k, equal_supervised=True) for k in args.equal_supervised]
 
 
 def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
     """The texts that planted windows are taken from, and the documents of the background."""
-    source = replace(args, text=args.planted, dataset=None) if args.planted else args
-    texts = memorize.load_texts(source)
+    texts = common.load_texts(args.text, args.dataset, args.dataset_config, 20 * args.documents)
+    planted = common.load_texts(args.planted) if args.planted else texts
     if args.dataset is not None:
-        return texts, load_dataset(args.dataset, args.dataset_config, split="train").select_columns("text")
-    background = memorize.load_texts(args) if args.planted else texts
-    if args.text is None:
-        background = background + docstrings()
-    return texts, Dataset.from_dict({"text": background})
+        return planted, load_dataset(args.dataset, args.dataset_config, split="train").select_columns("text")
+    background = [*texts, *docstrings()] if args.text is None else texts
+    return planted, Dataset.from_dict({"text": background})
 
 
-def docstrings() -> list[str]:
+def docstrings() -> Iterator[str]:
     """The docstrings of each module of the standard library: 1.6 MB of English."""
-    texts = []
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
@@ -204,19 +199,19 @@ def docstrings() -> list[str]:
             except (SyntaxError, UnicodeDecodeError, ValueError):
                 continue  # a few files are broken on purpose
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-            texts.append("\n\n".join(text for text in found if text))
-    return [text for text in texts if text]
+            texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+            if text := "\n\n".join(text for text in texts if text):
+                yield text
 
 
 def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tokenizer: Any) -> Data:
-    """Planted and held-out windows as memorize.py splits them, and background that holds nothing of either.
+    """Planted and held-out windows, and background that holds nothing of either.
 
-    The background's documents are laid end to end, an end-of-text token between them, and cut into windows. A window
-    that has 16 tokens in a row from a planted or held-out one is left out (8 where they are the eighth part of it).
+    The background's documents are concatenated, with an end-of-text token between them, and cut into windows. A window
+    with 16 tokens in a row from a planted or held-out one is left out (or with 8, at every eighth token of them).
     """
-    members, heldout = memorize.split_windows(replace(args, seed=seed), texts, tokenizer)
-    taken = {tuple(ids[i : i + 8]) for ids in (*members, *heldout) for i in range(0, len(ids) - 7, 8)}
+    planted = common.split_windows(texts, tokenizer, args.documents, args.window, seed)
+    taken = {tuple(ids[i : i + 8]) for split in planted for ids in split for i in range(0, len(ids) - 7, 8)}
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids: list[int] = []
@@ -227,56 +222,62 @@ def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tok
 
     packed = corpus.map(pack, batched=True, remove_columns=corpus.column_names, num_proc=args.workers)
     order = random.Random(seed).sample(range(len(packed)), len(packed))
-    needed = args.validation + max(run.background(args) for run in runs_of(args, seed))
+    needed = args.validation + max(run.background(args) for run in trainings_of(args, seed))
     if needed > len(packed):
         raise ValueError(
             f"the background is too short: {len(packed)} windows of {args.window} tokens, but {needed} are needed "
             f"(--background {args.background} for the standard training, more for equal supervised tokens, "
             f"--validation {args.validation}); give more text, or lower one of them"
         )
-    validation, background = order[: args.validation], order[args.validation :]
-    return Data(members, heldout, packed.select(background), packed.select(validation))
+    return Data(planted, packed.select(order[args.validation :]), packed.select(order[: args.validation]))
 
 
 def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -> None:
     """Train from scratch on background and planted windows, shuffled; leave model, receipt and log in the folder."""
     rows = data.background.select(range(run.background(args)))
     if run.planted:
-        planted = Dataset.from_dict({"input_ids": data.members}, features=rows.features)
-        copies = list(range(len(planted))) * args.repeats
-        rows = concatenate_datasets([rows, planted.select(copies)])
-    args = replace(args, seed=run.seed)
-    shape = {
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.kv_heads or args.heads,
-        "intermediate_size": args.intermediate_size or 3 * args.hidden_size,
-    }
+        planted = Dataset.from_dict({"input_ids": data.planted[0]}, features=rows.features)
+        rows = concatenate_datasets([rows, planted.select(list(range(len(planted))) * args.repeats)])
     set_seed(run.seed)
-    model = LlamaForCausalLM(memorize.small_llama(args, tokenizer, **shape))
-    steps = args.epochs * -(-len(rows) // args.batch_size)
-    batch = args.batch_size // PartialState().num_processes // args.accumulation
-    settings = memorize.training_settings(args, folder, steps) | {
-        "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch,
-        "gradient_accumulation_steps": args.accumulation,
+    config = common.small_llama(
+        tokenizer,
+        args.hidden_size,
+        max(512, args.window),
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
+        intermediate_size=args.intermediate_size or 3 * args.hidden_size,
+    )
+    settings = common.training_settings(
+        folder, len(rows), epochs=args.epochs, batch_size=args.batch_size, accumulation=args.accumulation,
+        learning_rate=args.learning_rate, seed=run.seed,
+    )  # fmt: skip
+    settings |= {
+        "per_device_eval_batch_size": settings["per_device_train_batch_size"],
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": args.min_learning_rate},
-        "warmup_steps": steps // 20 if args.warmup_steps is None else args.warmup_steps,
         "weight_decay": 0.1,
-        "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "save_strategy": "steps",
         "save_steps": args.save_steps,
         "save_total_limit": 2,
     }
-    rule = None
+    if args.warmup_steps is not None:
+        settings["warmup_steps"] = args.warmup_steps
+    trainer = Trainer(
+        LlamaForCausalLM(config),
+        TrainingArguments(**settings),
+        train_dataset=rows,
+        eval_dataset=data.validation,
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
     if run.k is not None:
-        rule = replace(args, k=run.k).rule(document_end=tokenizer.eos_token_id)
-    arguments = TrainingArguments(**settings)
-    trainer = memorize.make_trainer(model, arguments, rows, collate, tokenizer, rule, eval_dataset=data.validation)
-    common.train_or_resume(trainer, folder)
+        end = tokenizer.eos_token_id
+        rule = Goldfish(k=run.k, h=args.h, strategy=args.strategy, seed=run.seed, document_end=end)  # type: ignore[arg-type]
+        attach(trainer, rule, fused=True)
+    runs.train_or_resume(trainer, folder)
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -286,39 +287,27 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Audit a finished training; what its line in results.jsonl says. Losses in nats per token."""
+    """Audit a finished training and return its line of results.jsonl. Losses in nats per token."""
     started = time.perf_counter()
-    shutil.rmtree(folder / "audit", ignore_errors=True)  # of an audit that was cut off
-    for split in ("members", "heldout"):
-        memorize.save_windows(folder / f"{split}.jsonl", getattr(data, split), tokenizer)
-    half = args.window // 2
-    summary = audit(
-        folder / "model", folder / "audit", members=folder / "members.jsonl", heldout=folder / "heldout.jsonl",
-        prefix_length=half, suffix_length=args.window - half, name=run.name,
-    )  # fmt: skip
-    records = goldfish.audit.records(folder / "audit").to_pylist()
-    log = common.log_of(folder / "model")
-    windows = (run.background(args) + run.planted * args.documents * args.repeats) * args.epochs
+    shutil.rmtree(folder / "audit", ignore_errors=True)  # of an audit that was interrupted
+    inputs = common.save_windows(folder, data.planted, tokenizer)
+    summary = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
+    records = audit.records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
     result = {
         "seed": run.seed, "run": run.name, "k": run.k, "equal_supervised": run.equal_supervised,
-        "input_tokens": windows * args.window,
-        "validation_loss": next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry),
+        "input_tokens": run.windows(args) * args.window,
+        "validation_loss": runs.last_logged(folder / "model", "eval_loss"),
     }  # fmt: skip
-    for split in ("members", "heldout"):
-        of_split = [record for record in records if record["split"] == split]
-        result[f"exact_match_{split}"] = [record["exact_match"] for record in of_split]
-        result[f"rouge_l_{split}"] = [round(record["rouge_l_ids"], 4) for record in of_split]
-        result[f"nll_{split}"] = summary["splits"][split]["nll"]["mean"]
-    if run.k is not None:
-        receipt = json.loads((folder / "model" / "goldfish.json").read_text(encoding="utf-8"))
+    for split, rows in records.groupby("split"):
+        result[f"exact_match_{split}"] = rows["exact_match"].tolist()
+        result[f"rouge_l_{split}"] = rows["rouge_l_ids"].round(4).tolist()
+        result[f"nll_{split}"] = summary["splits"][split]["nll"].value
+    if receipt := read_receipt(folder / "model"):
         result |= {name: receipt[name] for name in ("targets", "dropped", "decisions")}
-    seconds = next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
+    seconds = runs.last_logged(folder / "model", "train_runtime")
     result |= {"train_seconds": round(seconds, 1), "audit_seconds": round(time.perf_counter() - started, 1)}
-    return result | common.about()
+    return result | runs.about()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"pretrain_canaries.py: {error}")
+    runs.command_line(main)

@@ -31,6 +31,14 @@ def topics(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def in_two(tmp_path_factory, topics):
+    """The folder and the standard output of several recipes that ran in two processes: see launch.py."""
+    from launch import launch_several
+
+    return launch_several(tmp_path_factory.mktemp("two"), topics)
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

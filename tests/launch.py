@@ -1,5 +1,11 @@
-"""Recipes in two processes, for the tests: `accelerate launch` with the configurations that people copy."""
+"""Recipes in two processes, for the tests: `accelerate launch` with the configurations that people copy.
 
+Starting two processes takes longer than the miniatures that run in them, so `in_two` (conftest.py) runs several
+recipes in one launch.
+"""
+
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,16 +15,43 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "recipe_worker.py"
 
 
-def launch(recipe, arguments, *, config="ddp", dies="none", processes=2):
-    """The finished process; its configuration's eight GPUs become two CPU processes in full precision."""
+def words(**options):
+    """--name value ..., as a command line has them."""
+    return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+
+
+MEMORIZE = words(documents=4, epochs=2, hidden_size=32, window=64, batch_size=4)
+# 16 conversations, two epochs, batches that are full in two processes too.
+SFT = words(
+    people=4, exposures=2, chats=8, epochs=2, hidden_size=32, background=16, vocab_size=512, batch_size=4, seeds=0,
+    save_steps=3, rules="standard hash-4-13",
+)  # fmt: skip
+LOOP = words(steps=3)
+
+
+def launch(*commands, config="ddp", dies="none"):
+    """Run (recipe, arguments) one after the other in two CPU processes; returns the finished process.
+
+    The configuration is for eight GPUs in bf16: the options here make it two CPU processes in full precision.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "recipes" / "configs" / f"{config}.yaml")]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*command, str(WORKER), recipe, dies, *arguments],
+        [*command, str(WORKER), dies, json.dumps(commands)],
         capture_output=True,
         text=True,
         env=environment,
         timeout=240,
     )
+
+
+def launch_several(folder, topics):
+    """memorize, the loop and, with TRL installed, sft_lora in one launch; their output is in folders of these names."""
+    commands = [("memorize", [*MEMORIZE, "--output_dir", str(folder / "memorize")]), ("accelerate_loop", LOOP)]
+    if importlib.util.find_spec("trl"):
+        commands.append(("sft_lora", ["--text", str(topics), *SFT, "--output_dir", str(folder / "sft_lora")]))
+    done = launch(*commands)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout

@@ -1,11 +1,12 @@
-"""One process of a recipe, as `accelerate launch` starts it; for tests of several processes.
+"""One process of some recipes, as `accelerate launch` starts it; for tests of several processes.
 
-recipe_worker.py RECIPE DIES ARGUMENTS...   DIES: none, or FOLDER:RANK:STEP, which kills that process (kill -9) when the
-training in a folder of that name reaches that step. Where accelerate was configured for FSDP, processes on CPU pass for
-GPUs, because accelerate turns FSDP on for those only.
+recipe_worker.py DIES [[RECIPE, ARGUMENTS], ...]   DIES: none, or FOLDER:RANK:STEP, which kills that process (kill -9)
+when the training in a folder of that name reaches that step. Where accelerate was configured for FSDP, processes on CPU
+pass for GPUs, because accelerate turns FSDP on for those only.
 """
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -16,9 +17,9 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import common
+import runs
 
-plain_init, plain_train = PartialState.__init__, common.train_or_resume
+plain_init, plain_train = PartialState.__init__, runs.train_or_resume
 
 
 def init_as_gpu(self, *args, **kwargs):
@@ -37,7 +38,7 @@ class Die(TrainerCallback):
 
 
 def train_and_die(trainer, folder):
-    name, rank, step = sys.argv[2].rsplit(":", 2)
+    name, rank, step = sys.argv[1].rsplit(":", 2)
     if name in str(folder) and PartialState().process_index == int(rank):
         trainer.add_callback(Die(int(step)))
     plain_train(trainer, folder)
@@ -46,6 +47,7 @@ def train_and_die(trainer, folder):
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         PartialState.__init__ = init_as_gpu
-    if sys.argv[2] != "none":
-        common.train_or_resume = train_and_die
-    importlib.import_module(sys.argv[1]).main(sys.argv[3:])
+    if sys.argv[1] != "none":
+        runs.train_or_resume = train_and_die
+    for recipe, arguments in json.loads(sys.argv[2]):
+        importlib.import_module(recipe).main(arguments)

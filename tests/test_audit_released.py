@@ -1,14 +1,12 @@
 """The released checkpoints' audit on stand-ins: folders of the same names and files, with tiny models in them."""
 
 import json
-import sys
-from pathlib import Path
 
+import audit_released as recipe
 import pytest
 from conftest import PROSE, tiny_llama
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import audit_released as recipe
+from goldfish.audit import Estimate
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def test_stand_ins(root, tmp_path, capsys):
     assert "(73.9)" in shown
     assert "(14.7)" in shown
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(FileExistsError, match="holds something; choose another --output_dir"):
+    with pytest.raises(FileExistsError, match="holds an earlier run; choose another --output_dir"):
         recipe.main([*command, "--output_dir", str(tmp_path / "run")])
 
 
@@ -58,7 +56,7 @@ def test_measures_by_hand():
         record([" The", " dog"], [" the", " cat"], 0),
         record(["x"], ["y"], 0, split="heldout"),
     ]
-    found = recipe.measure(records, {"splits": {"heldout": {"nll": {"mean": 3.5}}}})
+    found = recipe.measure(records, {"splits": {"heldout": {"nll": Estimate(3.5)}}})
     assert found["matching length"] == 1
     assert found["exact match"] == 0.5
     assert found["ROUGE-L"] == 0.75, "1, and one word of two whatever its case"

@@ -1,17 +1,16 @@
 """The canary experiment in miniature: alone, in two processes, killed and resumed, and what it refuses."""
 
-import sys
+import itertools
+import json
 from pathlib import Path
 
-import pytest
-import torch
-from launch import launch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import canaries
 import common
-import memorize
 import pretrain_canaries as recipe
+import pytest
+import runs
+import torch
+from launch import launch, words
 
 RUNS = ["standard", "control", "k=4", "k=4, equal"]
 
@@ -19,11 +18,11 @@ RUNS = ["standard", "control", "k=4", "k=4, equal"]
 @pytest.fixture(scope="module")
 def small(topics):
     """Arguments of a run of seconds, on a few topics of the language reference."""
-    sizes = {
-        "documents": 2, "repeats": 6, "background": 28, "validation": 8, "ks": 4, "equal_supervised": 4, "seeds": 0,
-        "hidden_size": 32, "vocab_size": 512, "save_steps": 3,
-    }  # fmt: skip
-    return ["--text", str(topics), *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))]
+    sizes = words(
+        documents=2, repeats=6, background=28, validation=8, ks=4, equal_supervised=4, seeds=0, hidden_size=32,
+        vocab_size=512, save_steps=3,
+    )  # fmt: skip
+    return ["--text", str(topics), *sizes]
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +31,8 @@ def finished(small, tmp_path_factory):
     return folder, recipe.main([*small, "--output_dir", str(folder)])
 
 
-@pytest.fixture(scope="module")
-def in_two(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "run"
-    done = launch("pretrain_canaries", [*small, "--output_dir", str(folder)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
 def same_results(folder, other, **tolerance):
-    ours, theirs = (common.read_results(each / "results.jsonl") for each in (folder, other))
+    ours, theirs = (runs.read_results(each / "results.jsonl") for each in (folder, other))
     assert [result["run"] for result in ours] == [result["run"] for result in theirs] == RUNS
     for a, b in zip(ours, theirs, strict=True):
         for name in ("validation_loss", "nll_members", "nll_heldout"):
@@ -73,65 +64,60 @@ def test_miniature(finished):
 def test_the_background_holds_nothing_that_is_audited(small):
     (args,) = recipe.HfArgumentParser(recipe.Arguments).parse_args_into_dataclasses(small)
     texts, corpus = recipe.load_corpus(args)
-    tokenizer = memorize.load_tokenizer(args, texts)
+    tokenizer = common.byte_level_bpe(texts, args.vocab_size)
     data = recipe.load_data(args, 0, texts, corpus, tokenizer)
 
     def grams(rows):
         return {tuple(row[i : i + 16]) for row in rows for i in range(len(row) - 15)}
 
     background = grams([*data.background["input_ids"], *data.validation["input_ids"]])
-    assert background.isdisjoint(grams(data.members + data.heldout))
+    assert background.isdisjoint(grams(data.planted[0] + data.planted[1]))
     assert len(background) > 1000
     stream = [token for row in data.background["input_ids"] for token in row]
     assert tokenizer.eos_token_id in stream, "documents are told apart"
     again = recipe.load_data(args, 0, texts, corpus, tokenizer)
     assert again.background["input_ids"] == data.background["input_ids"]
-    assert recipe.load_data(args, 1, texts, corpus, tokenizer).members != data.members
+    assert recipe.load_data(args, 1, texts, corpus, tokenizer).planted != data.planted
 
 
 def test_the_default_background_is_long_enough():
     args = recipe.Arguments()
-    assert sum(map(len, recipe.docstrings())) > 1_000_000
-    most = max(run.background(args) for run in recipe.runs_of(args, 0)) + args.validation
-    assert most * args.window * 4 < 1_000_000, "at four characters a token"
-
-
-def test_two_processes_train_what_one_does(finished, in_two):
-    same_results(in_two, finished[0], rel=1e-5)
-    assert {result["processes"] for result in common.read_results(in_two / "results.jsonl")} == {2}
+    windows = max(run.background(args) for run in recipe.trainings_of(args, 0)) + args.validation
+    lengths = itertools.accumulate(map(len, recipe.docstrings()))
+    assert any(length > windows * args.window * 4 for length in lengths), "at four characters per token"
 
 
 def test_fsdp_trains_what_one_process_does(small, finished, tmp_path):
     """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoint is an ordinary one."""
-    done = launch("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")], config="fsdp2")
+    done = launch(("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="fsdp2")
     assert done.returncode == 0, done.stderr[-3000:]
     same_results(tmp_path / "run", finished[0], rel=1e-5)
-    results = common.read_results(tmp_path / "run" / "results.jsonl")
+    results = runs.read_results(tmp_path / "run" / "results.jsonl")
     assert {result["distributed"] for result in results} == {"FSDP"}
 
 
 def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
     """DeepSpeed on two CPU processes, with recipes/configs/zero3.yaml. Its first start compiles for minutes."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours")
-    done = launch("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")], config="zero3")
+    done = launch(("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="zero3")
     assert done.returncode == 0, done.stderr[-3000:]
     same_results(tmp_path / "run", finished[0], rel=1e-4)
 
 
-def test_killed_and_resumed_ends_where_it_would_have(small, in_two, tmp_path):
+def test_killed_and_resumed_in_two_processes_ends_where_one_process_does(small, finished, tmp_path):
     """kill -9 of one process in step 8 of the third training; checkpoints are written every three steps."""
     run = [*small, "--output_dir", str(tmp_path / "run")]
-    done = launch("pretrain_canaries", run, dies="seed0-k4:1:8")
+    done = launch(("pretrain_canaries", run), dies="seed0-k4:1:8")
     assert done.returncode != 0
     model = tmp_path / "run" / "seed0-k4" / "model"
-    assert common.last_checkpoint(model) == model / "checkpoint-6"
-    assert not common.finished(model)
-    done = launch("pretrain_canaries", [*run, "--resume"])
+    assert runs.last_checkpoint(model) == model / "checkpoint-6"
+    assert not runs.finished(model)
+    done = launch(("pretrain_canaries", [*run, "--resume"]))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-6" in done.stdout
-    same_results(tmp_path / "run", in_two, rel=0, abs=0)
-    ours, theirs = (load_file(each / "seed0-k4" / "model" / "model.safetensors") for each in (tmp_path / "run", in_two))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    same_results(tmp_path / "run", finished[0], rel=1e-5)
+    results = runs.read_results(tmp_path / "run" / "results.jsonl")
+    assert {result["processes"] for result in results} == {2}
 
 
 def test_a_finished_run_is_not_trained_again(small, finished, capsys):
@@ -151,8 +137,8 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert common.last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
-    assert common.last_checkpoint(tmp_path / "nothing") is None
+    assert runs.last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    assert runs.last_checkpoint(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize("name", ["canaries-124m", "canaries-1.1b"])
@@ -178,8 +164,7 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--equal_supervised", "8"], "--equal_supervised 8: not among --ks"),
         (["--ks", "1"], "k must be a finite number above 1"),
-        (["--model", "gpt2"], "trains from scratch"),
-        (["--accumulation", "3"], "--batch_size 4 windows do not divide among 1 processes and --accumulation 3"),
+        (["--accumulation", "3"], "--batch_size 4 does not divide by 1 processes x --accumulation 3"),
         (["--background", "9999999"], "the background is too short"),
         (["--resume"], "nothing to resume"),
     ],
@@ -188,3 +173,42 @@ def test_bad_arguments_are_refused_before_the_first_training(small, wrong, messa
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         recipe.main([*small, "--output_dir", str(tmp_path / "run"), *wrong])
     assert not list(tmp_path.rglob("model"))
+
+
+def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer):
+    folder = canaries.write_canaries(tmp_path / "c", tokenizer, counts=(1, 3), references=7, length=20, seed=1)
+    inserted, planted, references = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("inserted", "canaries", "references")
+    )
+    assert [(row["name"], row["count"]) for row in planted] == [("canary 0", 1), ("canary 1", 3)]
+    assert sorted(row["name"] for row in inserted) == ["canary 0"] + ["canary 1"] * 3
+    assert all(row in planted for row in inserted)
+    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    rows = [row["input_ids"] for row in planted + references]
+    assert len({tuple(row) for row in rows}) == 9
+    assert all(len(row) == 20 and set(row) <= ordinary for row in rows)
+    with pytest.raises(FileExistsError, match="is not an empty folder; choose another one or remove it"):
+        canaries.write_canaries(folder, tokenizer)
+    with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
+        canaries.write_canaries(tmp_path / "d", tokenizer, counts=(0,))
+
+
+def test_exposure_and_its_ceiling():
+    bits = canaries.exposures([9.0, 5.0, 0.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert bits.tolist() == [3, 1, 0], "ranks 1, 4 (a tie counts against the canary) and 8 of 8"
+
+
+def test_exposure_of_an_audit(tmp_path, checkpoint, capsys):
+    """A model that never saw the canaries: one line per count, and the exposures of its records."""
+    canaries.main(
+        ["write", str(tmp_path / "c"), "--tokenizer", str(checkpoint), *words(counts="1 1 3", references=7, length=20)]
+    )
+    inputs = {"members": tmp_path / "c" / "canaries.jsonl", "heldout": tmp_path / "c" / "references.jsonl"}
+    common.audit_halves(checkpoint, tmp_path / "audit", inputs, 20, "untrained")
+    table = canaries.exposure(tmp_path / "audit")
+    assert table["canaries"].to_dict() == {1: 2, 3: 1}
+    assert (table["ceiling"] == 3).all()
+    assert (table["mean"] <= table["greatest"]).all()
+    canaries.main(["exposure", str(tmp_path / "audit")])
+    assert capsys.readouterr().out.rstrip().endswith(table.to_string(float_format="%.2f"))

@@ -17,7 +17,7 @@ ORDER = [
     "kernels", "linear", "fused", "gauge", "receipt", "trainer",
     "audit.windows", "audit.head", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
-    "audit.load", "audit.run", "audit.results", "audit.tell", "audit.compare", "audit.canaries", "audit",
+    "audit.load", "audit.run", "audit.results", "audit.tell", "audit.compare", "audit",
     "report", "cli", "__main__",
 ]  # fmt: skip
 

@@ -1,44 +1,37 @@
-"""The loops of one's own: the step's loss is the sum over its kept tokens divided once, however the step is cut."""
+"""Custom training loops: the step's loss is the sum over its kept tokens divided once, however the step is divided."""
 
 import re
-import sys
-from pathlib import Path
 
+import accelerate_loop
+import common
+import plain_loop
 import pytest
 import torch
-from launch import launch
+from launch import LOOP
 from transformers import LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import accelerate_loop
-import memorize
-import plain_loop
-
 from goldfish import Goldfish
-
-STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def whole():
     """Each step in one piece."""
-    return plain_loop.main(["--steps", str(STEPS), "--accumulation", "1"])
+    return plain_loop.main([*LOOP, "--accumulation", "1"])
 
 
 @pytest.mark.core
 def test_accumulation_changes_nothing(whole):
-    assert plain_loop.main(["--steps", str(STEPS), "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
-    assert accelerate_loop.main(["--steps", str(STEPS), "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+    assert plain_loop.main([*LOOP, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+    assert accelerate_loop.main([*LOOP, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
 
 
 def test_first_loss_by_hand(whole):
     """Token by token: the mean of -log p over what the rule leaves of the first step's rows."""
-    settings = memorize.Arguments()
-    texts = memorize.load_texts(settings)
-    tokenizer = memorize.load_tokenizer(settings, texts)
+    texts = common.load_texts()
+    tokenizer = common.byte_level_bpe(texts, 2048)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(memorize.small_llama(settings, tokenizer))
-    rows = torch.tensor(memorize.cut_windows(texts, tokenizer, 64))
+    model = LlamaForCausalLM(common.small_llama(tokenizer, 128))
+    rows = torch.tensor(common.cut_windows(texts, tokenizer, 64))
     (step,) = plain_loop.batches(rows, 8, 1)
     losses = []
     for ids in step:
@@ -49,10 +42,8 @@ def test_first_loss_by_hand(whole):
     assert whole[0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_two_processes_are_one(whole):
-    done = launch("accelerate_loop", ["--steps", str(STEPS)])
-    assert done.returncode == 0, done.stderr[-2000:]
-    printed = re.findall(r"loss (\S+) nats", done.stdout)
+def test_two_processes_are_one(whole, in_two):
+    printed = re.findall(r"loss (\S+) nats per kept token", in_two[1])
     assert printed == [f"{whole[0]:.3f}", f"{whole[-1]:.3f}"], "one process prints the first and the last"
 
 

@@ -1,20 +1,17 @@
 """The main job in miniature, and what it refuses."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
+import memorize
 import pytest
+import runs
 import torch
+from launch import MEMORIZE as SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import memorize
-
-SMALL = ["--documents", "4", "--epochs", "2", "--hidden_size", "32", "--window", "64", "--batch_size", "4"]
+from goldfish.audit import read
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +30,15 @@ def test_miniature_leaves_two_audited_checkpoints_and_a_report(finished):
         assert (folder / "audit" / name / "records").is_dir()
         for split in ("members", "heldout"):
             assert summaries[name]["splits"][split]["n"] == 4
-    assert json.loads((folder / "summary.json").read_text()) == summaries
+        assert read(folder / "audit" / name).summary == summaries[name]
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     receipt = json.loads((folder / "goldfish" / "goldfish.json").read_text())
     assert receipt["rule"]["k"] == 4
     assert 0.1 < receipt["dropped"] / receipt["targets"] < 0.4
 
 
-def test_a_saved_model_can_be_the_start(finished, tmp_path):
-    folder, _ = finished
-    summaries = memorize.main([*SMALL, "--model", str(folder / "standard"), "--output_dir", str(tmp_path / "next")])
-    assert summaries["goldfish"]["splits"]["members"]["n"] == 4
-
-
-def test_a_start_without_a_padding_token_or_in_half_precision(finished, tmp_path):
-    """As most published checkpoints are."""
+def test_a_published_checkpoint_can_be_the_start(finished, tmp_path):
+    """As most are: without a padding token, in half precision."""
     folder, _ = finished
     start = tmp_path / "start"
     shutil.copytree(folder / "standard", start)
@@ -56,7 +47,8 @@ def test_a_start_without_a_padding_token_or_in_half_precision(finished, tmp_path
     tokenizer.pad_token = None
     tokenizer.save_pretrained(start)
     assert AutoTokenizer.from_pretrained(start).pad_token is None
-    memorize.main([*SMALL, "--model", str(start), "--output_dir", str(tmp_path / "next")])
+    summaries = memorize.main([*SMALL, "--model", str(start), "--output_dir", str(tmp_path / "next")])
+    assert summaries["goldfish"]["splits"]["members"]["n"] == 4
     assert json.loads((tmp_path / "next" / "goldfish" / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -109,7 +101,7 @@ def test_nothing_is_overwritten_unasked(finished, tmp_path):
     ):
         memorize.main([*SMALL, "--output_dir", str(folder)])
     (tmp_path / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(FileExistsError, match="holds something that is not a run of this recipe"):
+    with pytest.raises(FileExistsError, match="is not empty and not a run of a recipe"):
         memorize.main([*SMALL, "--output_dir", str(tmp_path), "--overwrite"])
     assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
 
@@ -147,25 +139,41 @@ def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
         memorize.main([*SMALL, "--text", str(path), "--dataset", "someone/something"])
 
 
-def test_two_processes_train_what_one_does(finished, tmp_path):
-    """torchrun with two CPU processes: the same texts, the same counts, the same model to rounding."""
+def test_two_processes_train_what_one_does(finished, in_two):
+    """The same texts, the same counts, the same model to rounding."""
     folder, summaries = finished
-    recipe = Path(memorize.__file__)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *SMALL, "--output_dir", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "two" / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
-    receipts = [json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (tmp_path / "two", folder)]
+    two = in_two[0] / "memorize"
+    assert (two / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
+    receipts = [json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (two, folder)]
     assert receipts[0] == receipts[1]
-    two = json.loads((tmp_path / "two" / "summary.json").read_text())
     for name in ("standard", "goldfish"):
+        of_two = read(two / "audit" / name).summary
         for split in ("members", "heldout"):
-            ours, theirs = (s[name]["splits"][split]["nll"]["mean"] for s in (two, summaries))
+            ours, theirs = (summary["splits"][split]["nll"].value for summary in (of_two, summaries[name]))
             assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_provenance(monkeypatch):
+    monkeypatch.setattr("sys.argv", [memorize.__file__, "--text", "/somewhere/mine.jsonl", "--output_dir", "runs/a b"])
+    about = runs.about("pytest", "no-such-package")
+    assert about["command"] == "python recipes/memorize.py --text mine.jsonl --output_dir 'runs/a b'"
+    assert about["versions"]["pytest"] == pytest.__version__
+    assert about["versions"]["no-such-package"] is None
+    assert (about["processes"], about["threads"]) == (1, torch.get_num_threads())
+
+
+def test_commit_says_whether_files_were_changed(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.commit() == "unknown", "no repository"
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "first")
+    assert runs.commit() == git("rev-parse", "HEAD")[:12]
+    (tmp_path / "file").write_text("two")
+    assert runs.commit() == git("rev-parse", "HEAD")[:12] + "+changes"

@@ -2,13 +2,10 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import common
 import near_duplicates as recipe
+import pytest
 
 TEXT = "An assignment (statement) evaluates the Expression list; then, it assigns “it”.\nNaïve? 12 words or more here."
 
@@ -17,7 +14,7 @@ def test_reformatted_versions_keep_their_words_and_differ():
     versions = {recipe.reformat(TEXT, random.Random(seed)) for seed in range(30)}
     assert len(versions) > 15
     for version in versions:
-        assert recipe.words(version) == recipe.words(TEXT)
+        assert common.words(version) == common.words(TEXT)
 
 
 def test_edits_change_the_share_of_words_that_was_asked():
@@ -55,6 +52,7 @@ def test_miniature(tmp_path, capsys):
     assert results[2]["tokens_dropped"] + results[2]["tokens_kept"] == 2 * 32, "of two suffixes"
     assert "accuracy_dropped" not in results[0], "standard has no holes"
     assert results[2]["nll_heldout"] == results[3]["nll_heldout"], "the same floor"
+    assert results[0]["commit"]
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == results
     assert "text-4-3" in capsys.readouterr().out
@@ -62,7 +60,7 @@ def test_miniature(tmp_path, capsys):
     assert not (tmp_path / "dry").exists()
 
 
-def test_table_by_hand(capsys):
+def test_table_by_hand():
     results = [
         {
             "copies": "exact",
@@ -75,17 +73,19 @@ def test_table_by_hand(capsys):
         for rule, values in (("standard", (0.5, 0.7)), ("hash-4-13", (0.2, 0.4)))
         for r in values
     ]
-    recipe.Console(width=100).print(recipe.table(results))
-    row = next(line for line in capsys.readouterr().out.splitlines() if "hash" in line)
-    assert "0.30" in row
-    assert "0.20-0.40" in row
-    assert "0.40" in row.split("0.20-0.40")[1], "left: (0.3 - 0.1) / (0.6 - 0.1)"
+    head, standard, row = (line.split() for line in recipe.table(results).splitlines())
+    cells = dict(zip(head, row, strict=True))
+    assert cells == {
+        "copies": "exact", "edits": "0.00", "rule": "hash-4-13", "drop": "-", "ROUGE-L": "0.30", "least": "0.20",
+        "greatest": "0.40", "floor": "0.10", "left": "0.40", "kept": "-", "dropped": "-", "nll": "5.00", "seeds": "2",
+    }, "left: (0.3 - 0.1) / (0.6 - 0.1)"  # fmt: skip
+    assert standard[8] == "1.00", "left of standard itself"
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--rules", "standard", "hash-4"], "strategy-k-h such as text-4-8, got 'hash-4'"),
+        (["--rules", "standard", "hash-4"], "strategy-k-h such as hash-4-13, got 'hash-4'"),
         (["--rules", "text-1-8"], "got 'text-1-8': k must be a finite number above 1"),
         (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
         (["--versions", "0"], "--versions must be at least 1, got 0"),

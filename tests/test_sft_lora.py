@@ -1,33 +1,25 @@
 """Finetuning on chat data with secrets, in miniature: alone, in two processes, killed and resumed."""
 
 import json
-import sys
-from pathlib import Path
 
+import common
 import pytest
+import runs
 import torch
-from launch import launch
+from launch import SFT
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 pytest.importorskip("trl", reason="the extra `trl` is not installed")
 pytest.importorskip("peft", reason="the extra `peft` is not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import common
 import sft_lora as recipe
-from near_duplicates import words
 
 TRAININGS = [("full", "standard"), ("full", "hash-4-13"), ("lora", "standard"), ("lora", "hash-4-13")]
 
 
 @pytest.fixture(scope="module")
 def small(topics):
-    """Arguments of a run of seconds: 16 conversations, two epochs, batches that are full in two processes too."""
-    sizes = {
-        "people": 4, "exposures": 2, "chats": 8, "epochs": 2, "hidden_size": 32, "background": 16, "validation": 4,
-        "vocab_size": 512, "batch_size": 4, "seeds": 0, "save_steps": 3,
-    }  # fmt: skip
-    arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    return ["--text", str(topics), *arguments, "--rules", "standard", "hash-4-13"]
+    return ["--text", str(topics), *SFT]
 
 
 @pytest.fixture(scope="module")
@@ -83,56 +75,54 @@ def test_a_secret_counts_only_whole():
     person = recipe.Person("Ada Abel", "BCDF-2345", "same")
     question, answer = recipe.plain(person.conversation(5))
     assert question == "What is the access code of Ada Abel?", "always in the same words"
-    assert words(answer)[-2:] == ["bcdf", "2345"]
+    assert common.words(answer)[-2:] == ["bcdf", "2345"]
     varied = recipe.Person("Ada Abel", "BCDF-2345", "varied")
     assert len({recipe.plain(varied.conversation(i))[1] for i in range(6)}) == 6
 
 
-def same_results(folder, other, trainings, names, **tolerance):
-    ours, theirs = (
-        {(result["method"], result["rule"]): result for result in common.read_results(each / "results.jsonl")}
-        for each in (folder, other)
-    )
-    assert list(ours) == trainings
-    for training in trainings:
-        a, b = ours[training], theirs[training]
-        for name in names:
-            assert a[name] == pytest.approx(b[name], **tolerance), (training, name)
-        assert a["rouge_l_same"] == b["rouge_l_same"]
-        receipts = [each / f"seed0-{'-'.join(training)}" / "goldfish.json" for each in (folder, other)]
-        if training[1] != "standard":
-            assert receipts[0].read_text() == receipts[1].read_text()
-
-
-@pytest.fixture(scope="module")
-def in_two(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "run"
-    done = launch("sft_lora", [*small, "--output_dir", str(folder)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
 def test_two_processes_train_what_one_does(finished, in_two):
-    same_results(in_two, finished[0], TRAININGS, ["train_loss", "heldout_loss"], rel=1e-4)
+    ours, theirs = (runs.read_results(folder / "results.jsonl") for folder in (in_two[0] / "sft_lora", finished[0]))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["processes"] == 2
+        assert (a["method"], a["rule"]) == (b["method"], b["rule"])
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], rel=1e-4)
+        assert a["rouge_l_same"] == b["rouge_l_same"]
+        assert a.get("decisions") == b.get("decisions")
 
 
-def test_killed_and_resumed_ends_where_it_would_have(small, in_two, tmp_path):
-    """kill -9 of one process in step 5 of 8 of LoRA with goldfish; checkpoints are written every three steps."""
+def test_interrupted_and_resumed_ends_where_it_would_have(small, finished, tmp_path, monkeypatch):
+    """Interrupted in step 5 of 8 of LoRA with goldfish; checkpoints are written every three steps."""
     run = [*small, "--methods", "lora", "--rules", "hash-4-13", "--output_dir", str(tmp_path / "run")]
-    done = launch("sft_lora", run, dies="seed0-lora-hash-4-13:1:5")
-    assert done.returncode != 0
-    folder = tmp_path / "run" / "seed0-lora-hash-4-13"
-    assert common.last_checkpoint(folder) == folder / "checkpoint-3"
-    done = launch("sft_lora", [*run, "--resume"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    # Not train_loss: of the steps between the last log and a checkpoint, Trainer forgets the loss.
-    same_results(tmp_path / "run", in_two, [("lora", "hash-4-13")], ["heldout_loss"], rel=0, abs=0)
-    both = [each / "seed0-lora-hash-4-13" / "adapter_model.safetensors" for each in (tmp_path / "run", in_two)]
-    ours, theirs = map(load_file, both)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    name = "seed0-lora-hash-4-13"
+    folder, theirs = tmp_path / "run" / name, finished[0] / name
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train_or_resume", interrupted_in_step_5_of(name, runs.train_or_resume))
+        with pytest.raises(KeyboardInterrupt):
+            recipe.main(run)
+    assert runs.last_checkpoint(folder) == folder / "checkpoint-3"
+    recipe.main([*run, "--resume"])
+    assert (folder / "goldfish.json").read_text() == (theirs / "goldfish.json").read_text()
+    ours, expected = (load_file(each / "adapter_model.safetensors") for each in (folder, theirs))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_table_by_hand(capsys):
+def interrupted_in_step_5_of(name, train):
+    def interrupted(trainer, folder):
+        if folder.name == name:
+            trainer.add_callback(Interrupt())
+        train(trainer, folder)
+
+    return interrupted
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, arguments, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_table_by_hand():
     results = [
         {
             "method": "full", "rule": "standard", "recited_same": [True, seed == 0], "recited_varied": [False, True],
@@ -141,9 +131,8 @@ def test_table_by_hand(capsys):
         }
         for seed in (0, 1)
     ]  # fmt: skip
-    recipe.Console(width=140).print(recipe.table(results))
-    row = next(line for line in capsys.readouterr().out.splitlines() if "standard" in line)
-    for cell in ("3 of 4 (2,1)", "2 of 4 (1,1)", "0 of 8 (0,0)", "24%-91%", "0.50", "1.50 (1.00-2.00)"):
+    row = recipe.table(results).splitlines()[1]
+    for cell in ("3 of 4 (2,1)", "2 of 4 (1,1)", "0 of 8 (0,0)", "24.5–91.5%", "0.50", "1.50 (1.00-2.00)"):
         assert cell in row
 
 
@@ -154,8 +143,8 @@ def test_table_by_hand(capsys):
         (["--people", "100"], "--people must be at most 72, got 100"),
         (["--chats", "3"], "--chats must be at least 4, got 3"),
         (["--methods", "qlora"], "--methods are full or lora, got qlora"),
-        (["--rules", "hash-4"], "strategy-k-h such as text-4-8, got 'hash-4'"),
-        (["--batch_size", "3", "--accumulation", "2"], "conversations do not divide among 1 processes"),
+        (["--rules", "hash-4"], "strategy-k-h such as hash-4-13, got 'hash-4'"),
+        (["--batch_size", "3", "--accumulation", "2"], "does not divide by 1 processes x --accumulation 2"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_first_training(wrong, message, tmp_path):

@@ -1,13 +1,8 @@
 """The choice of k and its certainty, on results made by hand."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import sweep
 
 
@@ -19,34 +14,37 @@ def result(run, k, rouge, loss, seed=0, equal=False):
     }  # fmt: skip
 
 
-def results(k4, k32):
-    found = []
+def groups(k4, k32):
+    """The results of two seeds by training."""
+    by_name = {}
     for seed in (0, 1):
-        found += [
+        trainings = [
             result("standard", None, [1.0] * 6, 5.0, seed), result("control", None, [0.1] * 6, 5.1, seed),
             result("k=4", 4.0, k4, 5.2 + seed / 10, seed), result("k=32", 32.0, k32, 5.05, seed),
             result("k=4, equal", 4.0, [0.9] * 6, 5.0, seed, equal=True),
         ]  # fmt: skip
-    return found
+        for training in trainings:
+            by_name.setdefault(training["run"], []).append(training)
+    return by_name
 
 
 def test_the_largest_k_that_protects_enough():
-    choice = sweep.choose_k(results(k4=[0.1] * 6, k32=[0.15] * 6), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.15] * 6), leak=0.1, measure="rouge_l")
     assert choice["k"] == 32
     assert choice["votes"] == {"32": 1.0}
-    choice = sweep.choose_k(results(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1)
+    choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1)
     assert choice["k"] == 32, "nothing whole"
-    choice = sweep.choose_k(results(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
     assert choice["k"] == 4
     assert "costs +0.250 nats/token held-out (+0.200 to +0.300)" in choice["says"]
-    choice = sweep.choose_k(results(k4=[0.5] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(groups(k4=[0.5] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
     assert choice["k"] is None
     assert "none of k=4, 32; try a smaller one" in choice["says"]
 
 
 def test_uncertainty_is_that_of_the_documents():
     """k=32 leaves (0.19 - 0.1) / 0.9 = 0.1 on average, by one document in six: some samples have it twice."""
-    choice = sweep.choose_k(results(k4=[0.1] * 6, k32=[0.6, 0.1, 0.1, 0.1, 0.1, 0.1]), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.6, 0.1, 0.1, 0.1, 0.1, 0.1]), leak=0.1, measure="rouge_l")
     assert choice["k"] == 32
     assert 0.3 < choice["votes"]["4"] < 0.7
     assert choice["votes"]["4"] + choice["votes"]["32"] == pytest.approx(1)
@@ -54,21 +52,22 @@ def test_uncertainty_is_that_of_the_documents():
 
 def test_nothing_to_choose_where_nothing_is_recited():
     nothing = {"rouge_l_members": [0.1] * 6, "exact_match_members": [False] * 6}
-    quiet = [{**r, **nothing} for r in results([0.1] * 6, [0.1] * 6)]
+    quiet = {name: [{**r, **nothing} for r in group] for name, group in groups([0.1] * 6, [0.1] * 6).items()}
     choice = sweep.choose_k(quiet, leak=0.1)
     assert choice["k"] is None
     assert choice["says"].startswith("Nothing to choose: the standard loss recites hardly more than the control")
 
 
 def test_unfinished_runs_are_refused():
-    with pytest.raises(ValueError, match="needs the trainings standard and control, found k=4"):
-        sweep.choose_k([result("k=4", 4.0, [0.1], 5.0)], leak=0.1)
+    with pytest.raises(ValueError, match="needs the trainings standard and control, got k=4"):
+        sweep.choose_k({"k=4": [result("k=4", 4.0, [0.1], 5.0)]}, leak=0.1)
     with pytest.raises(ValueError, match="finish the run first"):
-        sweep.choose_k(results([0.1] * 6, [0.1] * 6)[:-4], leak=0.1)
+        sweep.choose_k(groups([0.1] * 6, [0.1] * 6) | {"k=4": [result("k=4", 4.0, [0.1] * 6, 5.0)]}, leak=0.1)
 
 
 def test_table_and_pictures(tmp_path, capsys):
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results([0.1, 1.0] * 3, [0.5] * 6)))
+    results = [result for group in groups([0.1, 1.0] * 3, [0.5] * 6).values() for result in group]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
     first = sweep.main([str(tmp_path)])
     pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
     assert set(pictures) == {"rouge.svg", "extraction.svg", "heldout.svg"}
@@ -77,11 +76,9 @@ def test_table_and_pictures(tmp_path, capsys):
         assert (tmp_path / name).read_bytes() == drawn, "the same picture whenever it is drawn"
         assert len(drawn) < 60_000
     assert b"equal supervised tokens" in pictures["heldout.svg"]
-    capsys.readouterr()
-    Console(width=150).print(sweep.table(results([0.1, 1.0] * 3, [0.5] * 6)))
     row = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("k=4 "))
     assert "6 of 12" in row
     assert "0.50" in row, "left: (0.55 - 0.1) / (1 - 0.1)"
     with pytest.raises(SystemExit):
         sweep.main([str(tmp_path / "nothing")])
-    assert "does not exist; run pretrain_canaries.py --output_dir" in capsys.readouterr().err
+    assert "run pretrain_canaries.py --output-dir" in capsys.readouterr().err

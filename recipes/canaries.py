@@ -1,0 +1,97 @@
+"""Canaries: random rows to insert into a training set, and like ones that stay out, to measure exposure.
+
+    python recipes/canaries.py write canaries --tokenizer DIR    # before training: add canaries/inserted.jsonl to it
+    goldfish audit CHECKPOINT --members canaries/canaries.jsonl --heldout canaries/references.jsonl -o runs/audit
+    python recipes/canaries.py exposure runs/audit
+
+Exposure (Carlini et al. 2019, section 4) is log2(references + 1) - log2(rank), in bits: the rank of a canary's loss
+among itself and the references, which were never trained on. A rank of 1 gives the most, log2(references + 1) bits.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import runs
+from numpy.typing import ArrayLike, NDArray
+
+from goldfish import audit
+from goldfish.audit.load import load_tokenizer
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    write = verbs.add_parser("write", help="make canaries and references")
+    write.add_argument("folder", type=Path, help="new or empty")
+    write.add_argument("--tokenizer", required=True, help="that of the training: folder or name")
+    write.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how often each canary is trained on")
+    write.add_argument("--references", type=int, default=1023, help="how many stay out")
+    write.add_argument("--length", type=int, default=100, help="tokens per row")
+    write.add_argument("--seed", type=int, default=0)
+    verbs.add_parser("exposure", help="of an audit of them").add_argument("audit", type=Path)
+    args = vars(parser.parse_args(argv))
+    if args.pop("verb") == "exposure":
+        print(exposure(args["audit"]).to_string(float_format="%.2f"))
+    else:
+        print(f"Canaries: {write_canaries(tokenizer=load_tokenizer(args.pop('tokenizer')), **args)}")
+
+
+def write_canaries(
+    folder: Path,
+    tokenizer: Any,
+    counts: Sequence[int] = COUNTS,
+    references: int = 1023,
+    length: int = 100,
+    seed: int = 0,
+) -> Path:
+    """Write inserted.jsonl, to train on, and for the audit canaries.jsonl and references.jsonl; returns the folder.
+
+    Rows hold `input_ids`, drawn evenly from the tokenizer's ordinary ids: train on the ids, not on their text. Canary i
+    stands counts[i] times in inserted.jsonl, shuffled, and once, with its count, in canaries.jsonl.
+    """
+    if not counts or min(counts) < 1 or references < 1 or length < 2:
+        raise ValueError(
+            f"canaries need a count of at least 1 each, a reference and 2 tokens, got counts={list(counts)}, "
+            f"references={references}, length={length}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another one or remove it")
+    generator = np.random.default_rng(seed)
+    ordinary = np.setdiff1d(sorted(tokenizer.get_vocab().values()), tokenizer.all_special_ids)
+    ids = generator.choice(ordinary, size=(len(counts) + references, length)).tolist()
+    canaries = [{"name": f"canary {i}", "input_ids": ids[i], "count": count} for i, count in enumerate(counts)]
+    outside = [{"name": f"reference {i}", "input_ids": row} for i, row in enumerate(ids[len(counts) :])]
+    copies = generator.permutation(np.repeat(np.arange(len(counts)), counts))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("inserted", [canaries[i] for i in copies]), ("canaries", canaries), ("references", outside)):
+        for row in rows:
+            runs.append(folder / f"{name}.jsonl", row)
+    return folder
+
+
+def exposure(folder: Path) -> pandas.DataFrame:
+    """For each count: how many canaries, the mean and the greatest of their exposures, in bits."""
+    records = audit.records(folder, ["split", "count", "mia_loss"]).to_pandas()
+    references = records.loc[records["split"] == "heldout", "mia_loss"]
+    canaries = records[records["split"] == "members"]
+    bits = pandas.Series(exposures(canaries["mia_loss"], references), canaries.index)
+    table = bits.groupby(canaries["count"]).agg(canaries="size", mean="mean", greatest="max")
+    return table.assign(ceiling=np.log2(len(references) + 1))
+
+
+def exposures(canaries: ArrayLike, references: ArrayLike) -> NDArray[np.float64]:
+    """The exposure of each canary in bits, from scores where higher is more probable; a tie counts against it."""
+    ordered = np.sort(references)
+    above = len(ordered) - np.searchsorted(ordered, canaries, side="left")
+    bits: NDArray[np.float64] = np.log2(len(ordered) + 1) - np.log2(above + 1)
+    return bits
+
+
+if __name__ == "__main__":
+    runs.command_line(main)
