@@ -120,9 +120,9 @@ def _show(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from goldfish.audit.load import load_tokenizer
-    from goldfish.show import read_text, show_one, show_two, shown
+    from goldfish.audit.model import load_tokenizer
     from goldfish.rule import Goldfish
+    from goldfish.show import read_text, show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
@@ -131,7 +131,7 @@ def _show(args: argparse.Namespace) -> None:
     texts = [shown(rule, tokenizer, read_text(text)) for text in args.text]
     console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
     colour = args.html is not None or (console.is_terminal and not console.no_color)
-    console.print(show_one(*texts, colour) if len(texts) == 1 else show_two(*texts, colour))
+    console.print(show_one(*texts, colour=colour) if len(texts) == 1 else show_two(*texts, colour=colour))
     console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}", "dim"))
     if args.html is not None:
         with open(args.html, "x", encoding="utf-8") as page:

@@ -1,7 +1,7 @@
-"""The live gauge: how much a model memorises beyond what it generalises, while it trains.
+"""A live gauge of memorization: how much better a model knows the tokens it was taught than those it was not.
 
 Dropped tokens are held-out targets inside the training data. Their loss beside that of kept tokens of the same rows,
-both without gradient, says what the model knows by having been taught it and not by having understood it.
+both without gradient, shows what the model has memorized rather than generalized.
 """
 
 from collections.abc import Mapping
@@ -17,54 +17,59 @@ LOGITS_BUDGET = 2**26  # logits that a measurement may hold: 256 MB of fp32; lon
 SHARE = 0.01  # of the training time, at most; a forward takes about a third of a step
 
 
-def rows_to_measure(batch_rows: int, rows_a_step: int, logging_steps: float) -> int:
-    """How many rows of a batch a measurement may run, so that it stays within SHARE of the time between two logs."""
-    steps = max(1.0, logging_steps)
-    return max(1, min(batch_rows, int(3 * SHARE * rows_a_step * steps)))
+def rows_to_measure(batch_rows: int, rows_a_step: int, steps: float) -> int:
+    """How many rows of a batch a measurement may run, to stay within SHARE of the time of the steps between two."""
+    return max(1, min(batch_rows, int(3 * SHARE * rows_a_step * max(1.0, steps))))
+
+
+def is_text(batch: Mapping[str, Any]) -> bool:
+    """Whether the first rows of a batch are a batch, as they are not with pixel_values or input_features."""
+    length = batch["input_ids"].shape[-1]
+    values = [value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return all(value.shape[-1:] == (length,) for value in values)
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: Mapping[str, Any], dropped_labels: Tensor, rows: int) -> Tensor:
+def measure(model: nn.Module, batch: Mapping[str, Any], masked_labels: Tensor, rows: int) -> Tensor:
     """Sums over the first `rows` rows of a batch: nll (nats) and number of kept targets, the same of dropped ones.
 
     Args:
-        model: a Hugging Face causal language model; it is put into evaluation mode for the moment.
-        batch: its inputs, with labels as they were before masking.
-        dropped_labels: the labels (B, T) after masking.
+        model: a Hugging Face causal language model; it is in evaluation mode meanwhile.
+        batch: its inputs, only text (`is_text`), with labels (B, T) as they were before masking.
+        masked_labels: the labels (B, T) after masking.
         rows: how many rows to run.
 
     Returns:
         float64 (4,): kept nll, kept targets, dropped nll, dropped targets.
     """
-    inputs = {
-        name: value
-        for name, value in batch.items()
-        if name in ("input_ids", "attention_mask", "position_ids") and isinstance(value, Tensor)
-    }
-    length = max(2, LOGITS_BUDGET // (rows * _vocabulary(model)))
-    cut = {name: value[:rows, :length] if value.ndim == 2 else value[:rows] for name, value in inputs.items()}
-    labels = batch["labels"][:rows, 1:length]
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    shape = batch["input_ids"].shape
+    length = max(2, LOGITS_BUDGET // (rows * bare_model(model).config.get_text_config().vocab_size))
+    inputs = {name: value[:rows, :length] for name, value in tensors.items() if value.shape == shape}
+    labels = inputs.pop("labels")[:, 1:]
+    inputs.pop("shift_labels", None)
+    for name, value in tensors.items():
+        if name == "position_ids":  # (B, T), (1, T), or (3 or 4, B, T) where images have positions of their own
+            inputs[name] = value[..., :rows, :length]
+        elif name == "attention_mask" and value.ndim == 4:  # (B, 1, T, T): which tokens see each other
+            inputs[name] = value[:rows, :, :length, :length]
     was_training = model.training
     model.eval()
     try:
-        logits = model(**cut).logits[:, :-1]
+        logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]  # prompt tuning puts virtual tokens in front
     finally:
         model.train(was_training)
     nll = nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).double()
     target = labels != IGNORE_INDEX
-    kept = target & (dropped_labels[:rows, 1:length] != IGNORE_INDEX)
+    kept = target & (masked_labels[:rows, 1:length] != IGNORE_INDEX)
     dropped = target & ~kept
     return torch.stack([(nll * kept).sum(), kept.sum(), (nll * dropped).sum(), dropped.sum()])
 
 
-def _vocabulary(model: nn.Module) -> int:
-    return int(bare_model(model).config.get_text_config().vocab_size)
-
-
 def readings(sums: Tensor) -> dict[str, float]:
-    """What the log says, in nats per token; nothing where one of the two has no target."""
+    """What is logged, in nats per token; nothing if there is no kept or no dropped target."""
     kept_nll, kept, dropped_nll, dropped = sums.tolist()
     if not (kept and dropped):
         return {}

@@ -1,6 +1,6 @@
-"""The arithmetic of `goldfish.spec` on whole tensors: int64 with wrap-around is uint64 arithmetic .
+"""The arithmetic of `goldfish.spec` on whole tensors: int64 with wrap-around is uint64 arithmetic.
 
-Only integers, and only operations that give the same bits on every device, in eager mode and under torch.compile.
+Only integers, and only operations with the same result on every device, in eager mode and under torch.compile.
 """
 
 import torch

@@ -140,6 +140,18 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
     return path
 
 
+def card_section(tally: Tally) -> str:
+    """The section of a model card: the rules and what they dropped."""
+    lines = [
+        "## Goldfish loss\n",
+        "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209).",
+        f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n",
+    ]
+    for (name, rule), (targets, dropped, _) in zip(tally.rules.items(), tally.totals.values(), strict=True):
+        lines.append(f"- {name}{': ' if name else ''}`{rule}` dropped {dropped:,} of {targets:,} targets.")
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
     """The receipt of a checkpoint folder, or None if it has none. See `rules_of`.
 

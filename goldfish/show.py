@@ -68,13 +68,13 @@ def shown(rule: Goldfish, tokenizer: Any, text: str) -> Shown:
     return Shown(text_pieces(tokenizer, [], ids), rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist())
 
 
-def show_one(text: Shown, colour: bool = True) -> Text:
+def show_one(text: Shown, *, colour: bool = True) -> Text:
     """The text, and a line that counts."""
     count = f"\n\n{sum(text.dropped)} of {len(text.dropped)} tokens dropped"
     return text.render(colour).append(count if colour else f"{count}, marked [-so-]", "dim")
 
 
-def show_two(first: Shown, second: Shown, colour: bool = True) -> Table:
+def show_two(first: Shown, second: Shown, *, colour: bool = True) -> Table:
     """Two versions of a text side by side; marked where a word of both is dropped in only one of them."""
     words = first.words(), second.words()
     forms = [[word for word, _, _ in side] for side in words]

@@ -1,7 +1,7 @@
 """The goldfish drop rule, as a specification that runs: plain integers and loops, no imports.
 
-`dropped(ids, ...)` says of every token of one row whether it is *dropped*: seen as context, never a target of
-the next-token loss. `goldfish.rule` computes the same thing fast; where the two differ, this file is right.
+`dropped(ids, ...)` says for every token of one row whether it is *dropped*: seen as context, never a target of the
+next-token loss. `goldfish.rule` computes the same thing fast; where the two differ, this file is right.
 
 All arithmetic is on unsigned 64-bit integers (modulo 2**64). Ids are taken modulo 2**64 too.
 Sources: Hans et al. 2024, "Be like a Goldfish, Don't Memorize!", section 3 (the method); Steele et al. 2014
@@ -11,7 +11,7 @@ Sources: Hans et al. 2024, "Be like a Goldfish, Don't Memorize!", section 3 (the
 WORD = 2**64 - 1  # & WORD is "modulo 2**64"
 MULTIPLIER = 0xD1342543DE82EF95  # odd, so it has an inverse modulo 2**64
 TABLE_SIZE = 1_000_003  # of the reference implementation
-LETTERS = 5  # that stand for a word, in strategies "text" and "letters"
+LETTERS = 5  # that count as a word, in strategies "letters" and "text"
 
 
 def mix(x: int) -> int:
@@ -23,7 +23,7 @@ def mix(x: int) -> int:
 
 
 def threshold(k: float) -> int:
-    """ceil(2**32 / k), k taken exactly. A 32-bit number u is below it iff u * k < 2**32: one time in k."""
+    """ceil(2**32 / k), k taken exactly: a 32-bit number u is below it iff u * k < 2**32, which is one time in k."""
     numerator, denominator = k.as_integer_ratio()
     return -((-(denominator << 32)) // numerator)
 
@@ -40,8 +40,8 @@ def letters_before(tokens: list[bytes], fold: list[str], whole_words: bool) -> s
     """The letters before the last token, or before its word; `tokens`: the bytes of a document's tokens up to it.
 
     The normal form of a text is that of its characters, one after the other; words end at its spaces. A token adds the
-    normal forms of the characters that are complete with it. It belongs to the word that is open before it, unless it
-    adds a space first; then, and where no word is open, to the next word.
+    normal forms of the characters that it completes. It belongs to the word that is open before it, unless it begins
+    with a space; then, and where no word is open, to the next word.
     """
     before, after = (b"".join(part).decode("utf-8", "ignore").translate(fold) for part in (tokens[:-1], tokens))
     if whole_words and not after[len(before) :].startswith(" "):
@@ -58,15 +58,16 @@ def dropped(
 ) -> list[bool]:  # fmt: skip
     """True where ids[i] is dropped; one row, any length.
 
-    position_ids: 0 starts a document. attention_mask: 0 takes a token out before anything else happens.
-    row, draw: for strategy "random" only, the row in its batch and the number of the draw.
+    position_ids: 0 starts a document. attention_mask: 0 removes a token before anything else happens.
+    head: "keep" never drops where the context is shorter than h ids or 5 h letters (`Goldfish(opening=...)`).
+    row, draw: for strategy "random" only, the number of the row in its batch and of the draw.
     table: for strategy "reference" only, True where the reference implementation's table entry drops.
-    vocabulary, fold: for strategies "text" and "letters", the bytes of each id and the normal form of each code point.
+    vocabulary, fold: for strategies "letters" and "text", the bytes of each id and the normal form of each code point.
     """
-    if strategy == "reference":  # no documents, no padding: the original, defects included
+    if strategy == "reference":  # the original, defects included: no documents, no padding
         return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]  # type: ignore[index]
 
-    if attention_mask is not None:  # decide as if the tokens that are not attended were not there
+    if attention_mask is not None:  # decide as if unattended tokens were not there
         attended = [i for i, m in enumerate(attention_mask) if m]
         positions = None if position_ids is None else [position_ids[i] for i in attended]
         decided = dropped(
@@ -74,20 +75,20 @@ def dropped(
             head=head, exempt=exempt, document_end=document_end, row=row, draw=draw,
             vocabulary=vocabulary, fold=fold,
         )  # fmt: skip
-        verdict = dict(zip(attended, decided, strict=True))
-        return [verdict.get(i, False) for i in range(len(ids))]
+        by_place = dict(zip(attended, decided, strict=True))
+        return [by_place.get(i, False) for i in range(len(ids))]
 
     result, start, limit = [], 0, threshold(k)
     for i, token in enumerate(ids):
         if (position_ids is not None and position_ids[i] == 0) or (i > 0 and ids[i - 1] == document_end):
             start = i  # of the document that token i belongs to; a row's first token always starts one
         offset = i - start
-        n = min(h, offset)  # how many tokens the context has
+        n = min(h, offset)  # the length of the context
         if strategy == "static":
             drop = (offset * limit) % 2**32 < limit
         elif strategy == "random":
             drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
-        elif strategy in ("text", "letters"):  # the context is 5 letters for each of h words
+        elif strategy in ("letters", "text"):  # the context is 5 letters for each of h words
             entry = dict(enumerate(vocabulary or []))  # an id outside the vocabulary is a space
             tokens = [entry.get(token, b" ") for token in ids[start : i + 1]]
             letters = letters_before(tokens, fold, strategy == "text")[-LETTERS * h :]  # type: ignore[arg-type]

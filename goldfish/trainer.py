@@ -1,15 +1,17 @@
 """The goldfish loss in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from goldfish.fused import FusedHead, bare_model, fuse_head
-from goldfish.gauge import measure, readings, rows_to_measure
+from goldfish.gauge import is_text, measure, readings, rows_to_measure
 from goldfish.labels import (
     IGNORE_INDEX,
     SOURCE,
@@ -22,10 +24,20 @@ from goldfish.labels import (
     with_labels,
 )
 from goldfish.loss import GoldfishLoss, SmoothedLoss
-from goldfish.receipt import Tally, bind, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
+from goldfish.receipt import (
+    Tally,
+    bind,
+    card_section,
+    read_receipt,
+    rules_of,
+    tokenizer_fingerprint,
+    write_receipt,
+)
+from goldfish.refusals import SHARDED, why_not_this_model, why_not_this_trainer
 from goldfish.rule import Goldfish
 
 logger = logging.get_logger(__name__)
+TAG = "goldfish-loss"  # of models on the Hub
 
 
 class GoldfishMixin(Trainer):
@@ -62,6 +74,9 @@ class GoldfishMixin(Trainer):
 
     def _set_up(self, rules: Rules, fused: bool, apply: bool) -> None:
         check_rules(rules)
+        reason = why_not_this_trainer(self) or (why_not_this_model(self.model) if not self.compute_loss_func else "")
+        if reason:
+            raise ValueError(reason)
         if isinstance(self.compute_loss_func, GoldfishLoss) or isinstance(self.data_collator, GoldfishCollator):
             raise ValueError(
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
@@ -69,10 +84,17 @@ class GoldfishMixin(Trainer):
             )
         self._fused, self._apply = fused, apply
         self._head: FusedHead | None = None
+        self._bound_train = self.__dict__.pop("train", None)  # Unsloth sets one on the instance
         self._resume_from: tuple[str, bool] | None = None  # a checkpoint, and whether its rule may differ
         smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
         if apply and smooth and self.compute_loss_func is None:
             self.compute_loss_func = SmoothedLoss(self.label_smoother.epsilon)
+        if fused and getattr(self.args, "use_liger_kernel", False):
+            config = self.args.liger_kernel_config or {}
+            self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+            logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
+        if apply and hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(TAG)
         if self._averages() and self._replicas() > 1:
             logger.warning_once(
                 f"the forward of {type(self.model).__name__} takes no num_items_in_batch: under nn.DataParallel, "
@@ -88,6 +110,7 @@ class GoldfishMixin(Trainer):
         self._logged = (0, 0)  # targets and dropped ones at the last log
         self._gauge = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this process, since `_sync`
         self._measured = torch.zeros_like(self._gauge)  # of all processes, since the last log
+        self._gauge_is_off = False
         self._before: dict[str, Any] | None = None  # the receipt of earlier training under other rules
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +134,7 @@ class GoldfishMixin(Trainer):
             num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
-        if batches and (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0:
+        if batches and self._log_is_due():
             self._read_gauge()
         if num_items is not None:  # no kept token in the whole step: the loss is a zero, not 0 / 0
             num_items = num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1)
@@ -134,11 +157,12 @@ class GoldfishMixin(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         if num_items_in_batch is None or not self._averages() or self._replicas() > 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **given)
         kept = _targets(inputs)
         # The mean over no target would be 0 / 0, and so would its gradient: the model gets targets, with weight 0.
         inputs = inputs | {"labels": inputs["labels"].masked_fill(kept == 0, 0)}
-        result = super().compute_loss(model, inputs, return_outputs)
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs)
         mean, *outputs = result if return_outputs else (result,)
         # Undoes the means that Trainer takes over micro-batches and DDP over processes.
         means = self.current_gradient_accumulation_steps
@@ -147,21 +171,49 @@ class GoldfishMixin(Trainer):
         loss = torch.where(kept > 0, mean * (means * kept / num_items_in_batch), 0.0)
         return (loss, *outputs) if return_outputs else loss
 
-    def _mask_and_count(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = with_labels(batch)
-        dropped, keys = decide(self.goldfish, batch)
-        self._tally.add(batch, dropped, keys)
-        masked = mask_batch(batch, dropped)
-        self._last_batch = (batch, masked["labels"])
-        return masked if self._apply else {name: value for name, value in batch.items() if name != SOURCE}
+    def _mask_and_count(self, batch: Any) -> Any:
+        if batch.get("labels") is None and batch.get("shift_labels") is not None:
+            raise ValueError(SHARDED)
+        labelled = with_labels(batch)
+        dropped, keys = decide(self.goldfish, labelled)
+        self._tally.add(labelled, dropped, keys)
+        masked = mask_batch(labelled, dropped)
+        self._last_batch = (labelled, masked["labels"].clone())
+        if not self._apply:
+            masked = {name: value for name, value in labelled.items() if name != SOURCE}
+        elif masked["labels"].shape[-1]:
+            # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
+            masked["labels"][..., 0] = IGNORE_INDEX
+        return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
+
+    def _log_is_due(self) -> bool:
+        """Whether Trainer will log after the next step."""
+        strategy, step = str(self.args.logging_strategy.value), int(self.state.global_step) + 1
+        if strategy == "epoch":
+            dataloader = self.callback_handler.train_dataloader
+            batches = len(dataloader) if has_length(dataloader) else self.state.max_steps
+            steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
+            return step % steps == 0 or step == int(self.state.max_steps)
+        first = bool(self.args.logging_first_step) and step == 1
+        return strategy == "steps" and (first or step % max(1, int(self.state.logging_steps)) == 0)
 
     def _read_gauge(self) -> None:
         batch, labels = self._last_batch
+        if self._gauge_is_off:
+            return
+        other = torch.tensor(float(not is_text(batch)), device=self.args.device)
+        if self.accelerator.reduce(other, "sum") > 0:  # all processes skip it, or none
+            logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
+            return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         rows = rows_to_measure(len(labels), step_rows, self.state.logging_steps)
-        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SOURCE})
-        with self.compute_loss_context_manager():
-            self._gauge += measure(self.model_wrapped, inputs, labels.to(self.args.device), rows)
+        try:
+            inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SOURCE})
+            with self.compute_loss_context_manager():
+                self._gauge += measure(self.model_wrapped, inputs, labels.to(self.args.device), rows)
+        except Exception as error:
+            logger.warning("The gauge of memorization is off, training goes on. %s: %s", type(error).__name__, error)
+            self._gauge_is_off = True
 
     def _sync(self) -> None:
         """Add up what all processes counted and measured. Only where all of them arrive: log and save_model, which a
@@ -180,6 +232,15 @@ class GoldfishMixin(Trainer):
             logs.update(readings(self._measured))
             self._measured.zero_()
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self._apply:
+            tags = kwargs.get("tags") or []
+            kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), TAG]))
+        super().create_model_card(*args, **kwargs)
+        if self._apply and self.is_world_process_zero():
+            with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
+                card.write(card_section(self._tally))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -202,7 +263,8 @@ class GoldfishMixin(Trainer):
         Raises:
             ValueError: the checkpoint was trained under another rule or with another tokenizer.
         """
-        if bind(self.goldfish, self.processing_class) != self._tally.given:  # someone set another rule
+        other_rule = bind(self.goldfish, self.processing_class) != self._tally.given
+        if other_rule or self.model_init is not None:  # someone set another rule; Trainer makes a new model
             self._start_counting(self.goldfish)
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
@@ -211,7 +273,8 @@ class GoldfishMixin(Trainer):
         self.remove_callback(self._events)  # after other callbacks, which may ask for a log or a checkpoint
         self.add_callback(self._events)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            train = self._bound_train or super().train
+            return train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._release_head()
 
@@ -221,12 +284,11 @@ class GoldfishMixin(Trainer):
             self._resume(*self._resume_from)
             self._resume_from = None
         self._tally.forget_step()
-        if self._fused:
-            reason = self._why_not_fused()
-            if reason:
-                logger.warning("The loss is not fused: %s. The model's own head and loss run on all tokens.", reason)
-            else:
-                self._head = fuse_head(self.model)
+        reason = self._why_not_fused() if self._fused else ""
+        if reason:
+            logger.warning("The loss is not fused: %s. The model's own head and loss run on all tokens.", reason)
+        elif self._fused:
+            self._head = fuse_head(self.model)
 
     def _release_head(self) -> None:
         if self._head is not None:
@@ -314,18 +376,28 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool
 
     Raises:
         TypeError: not a Trainer, not a rule.
-        ValueError: a trainer that already drops tokens.
+        ValueError: a trainer that already drops tokens, or whose model or batches have no next-token labels.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"attach needs a transformers.Trainer or a subclass of it, got {type(trainer).__name__}")
     if isinstance(trainer, GoldfishMixin):
         raise ValueError(f"this trainer already has a rule, {trainer.goldfish}; set trainer.goldfish to change it")
-    plain = trainer.__class__
-    with_goldfish = type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), {"__module__": plain.__module__})
+    plain, state = trainer.__class__, dict(trainer.__dict__)
     try:
-        trainer.__class__ = with_goldfish
+        trainer.__class__ = _with_goldfish(plain)
         trainer._set_up(rule, fused, apply)
     except BaseException:
-        trainer.__class__ = plain
+        trainer.__class__, trainer.__dict__ = plain, state
         raise
     return trainer
+
+
+@cache
+def _with_goldfish(plain: Any) -> Any:
+    members = {"__module__": plain.__module__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
+    return type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), members)
+
+
+def _rebuild(plain: Any) -> Any:
+    """An attached trainer without its state: pickle cannot find a class that was made at run time."""
+    return object.__new__(_with_goldfish(plain))

@@ -1,11 +1,11 @@
-"""What a tokenizer's entries say: their bytes, and the normal form of characters, for "text" and "letters"."""
+"""The bytes of a tokenizer's entries, and the normal form of characters; for strategies "letters" and "text"."""
 
 import json
 from functools import cache
 from typing import Any
 from unicodedata import category, normalize
 
-# Scripts written without spaces between words: here every character is a word. First and last code points.
+# Scripts without spaces between words, where every character is a word: first and last code points.
 UNSPACED = (
     (0x0E00, 0x109F),  # Thai, Lao, Tibetan, Burmese
     (0x1780, 0x17FF),  # Khmer
@@ -18,9 +18,9 @@ def fold(character: str) -> str:
     """The normal form of one character: letters and digits, and a space wherever a word ends; may be empty.
 
     Compatibility-decomposed (NFKD), case folded, decomposed again. Letters and digits (Unicode categories L and N)
-    stay; marks and invisible format characters (M, Cf: accents, soft hyphen, zero-width space) vanish; everything
-    else, white space and punctuation, is a space. A character of a script without spaces is a word of its own.
-    Working on decomposed characters, one by one, gives composed and decomposed spellings the same normal form.
+    stay; marks and format characters (M, Cf: accents, soft hyphen, zero-width space) are removed; everything else,
+    such as white space and punctuation, is a space. A character of a script without spaces is a word of its own.
+    Decomposing gives composed and decomposed spellings the same normal form.
     """
     if category(character) in ("Cn", "Co", "Cs"):  # not assigned, private or half a character
         return " " if category(character) != "Cs" else ""
@@ -41,17 +41,17 @@ def characters() -> list[str]:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """For every id of the vocabulary the UTF-8 bytes that it stands for, parts of characters included.
+    """The UTF-8 bytes of every id of the vocabulary; they may be parts of characters.
 
-    Special tokens, and ids without text, stand for one space: they separate words. So does the beginning of a
-    WordPiece entry without its continuation prefix.
+    Special tokens and ids without text are one space: they separate words. A WordPiece entry without the continuation
+    prefix begins with one.
 
     Args:
         tokenizer: a Hugging Face fast tokenizer, or a `tokenizers.Tokenizer`.
 
     Raises:
         TypeError: not such a tokenizer.
-        ValueError: a tokenizer whose entries do not say where words begin.
+        ValueError: a tokenizer whose entries do not show where words begin.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(backend, "to_str"):
@@ -59,10 +59,10 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
             "bind needs a Hugging Face fast tokenizer (what AutoTokenizer.from_pretrained returns) or a "
             f"tokenizers.Tokenizer, got {type(tokenizer).__name__}"
         )
-    described = json.loads(backend.to_str())
-    model, added = described["model"], described["added_tokens"] or []
+    description = json.loads(backend.to_str())
+    model, added = description["model"], description["added_tokens"] or []
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    to_bytes = _reader(described)
+    to_bytes = _reader(description)
     entries = [b" "] * (max(vocabulary.values(), default=-1) + 1)
     for token, i in vocabulary.items():
         entries[i] = to_bytes(token)
@@ -74,10 +74,10 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return [entry or b" " for entry in entries]
 
 
-def _reader(described: dict[str, Any]) -> Any:
-    """From a tokenizer's JSON description the function that turns an entry into bytes."""
-    model = described["model"]
-    parts = [*_parts(described["normalizer"]), *_parts(described["pre_tokenizer"]), *_parts(described["decoder"])]
+def _reader(description: dict[str, Any]) -> Any:
+    """The function that turns an entry into bytes, from a tokenizer's JSON description."""
+    model = description["model"]
+    parts = [*_parts(description["normalizer"]), *_parts(description["pre_tokenizer"]), *_parts(description["decoder"])]
     kinds = {part["type"] for part in parts}
     prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     if "ByteLevel" in kinds:
@@ -93,23 +93,19 @@ def _reader(described: dict[str, Any]) -> Any:
     }
     if not spaces:
         raise ValueError(
-            f"the entries of this tokenizer ({model['type']}, pre-tokenizer {described['pre_tokenizer']}) do not say "
-            'where words begin; "text" and "letters" read byte-level BPE, SentencePiece (Metaspace, byte fallback) and '
+            f"the entries of this tokenizer ({model['type']}, pre-tokenizer {description['pre_tokenizer']}) do not say "
+            'where words begin; "letters" and "text" read byte-level BPE, SentencePiece (Metaspace, byte fallback) and '
             'WordPiece; for others use strategy="hash"'
         )
     (space,) = spaces
-    fallback = bool(model.get("byte_fallback")) or "ByteFallback" in kinds
-
-    def read(token: str) -> bytes:
-        if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace(space, " ").encode()
-
-    return read
+    fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+    if not (model.get("byte_fallback") or "ByteFallback" in kinds):
+        fallback = {}
+    return lambda token: fallback.get(token) or token.replace(space, " ").encode()
 
 
 def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The parts of a normalizer, pre-tokenizer or decoder, sequences unrolled."""
+    """The parts of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if node is None:
         return []
     if node["type"] != "Sequence":

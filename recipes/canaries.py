@@ -19,7 +19,7 @@ import runs
 from numpy.typing import ArrayLike, NDArray
 
 from goldfish import audit
-from goldfish.audit.load import load_tokenizer
+from goldfish.audit.model import load_tokenizer
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4
 

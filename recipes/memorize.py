@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM, set_seed
 
 from goldfish import Goldfish
-from goldfish.audit.load import load_tokenizer
+from goldfish.audit.model import load_tokenizer
 from goldfish.audit.tell import summary_table
 from goldfish.report import write_report
 

@@ -47,7 +47,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from goldfish import Goldfish, attach, audit
-from goldfish.audit.load import load_tokenizer
+from goldfish.audit.model import load_tokenizer
 from goldfish.receipt import read_receipt
 
 

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
-from goldfish.audit import load as audit_load
+from goldfish.audit import model as models
 from goldfish.audit.columns import rouge_l
 from goldfish.audit.estimate import rate
 from goldfish.receipt import read_receipt
@@ -234,7 +234,7 @@ def finetune(
 
 
 def load_tokenizer(base: str | Path) -> Any:
-    tokenizer = audit_load.load_tokenizer(base)
+    tokenizer = models.load_tokenizer(base)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.pad_token is None:

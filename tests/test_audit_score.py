@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from toy_models import ARCHITECTURES, VOCABULARY, toy_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from goldfish.audit import head
+from goldfish.audit import model as model_module
 from goldfish.audit import score as score_module
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.audit.windows import Window
@@ -55,12 +55,12 @@ def test_output_equals_generate_at_batch_1(kind):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_logits_are_projected_in_chunks_and_are_the_models_own(kind, monkeypatch, caplog):
-    monkeypatch.setitem(head.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * 3)
+    monkeypatch.setitem(model_module.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * 3)
     model, window = toy_model(kind), asked(count=1)[0]
     ids = torch.tensor([window.ids])
     with torch.inference_mode():
         expected = model(input_ids=ids).logits[0, :-1].float()
-        rows = head.RowsOfLogits(model)
+        rows = model_module.RowsOfLogits(model)
         chunks = [logits for _, logits in rows.chunks(ids)]
     assert [len(chunk) for chunk in chunks] == [3, 3, 3, 3, 3, 3, 1]
     assert torch.allclose(torch.cat(chunks), expected, rtol=0, atol=1e-5)
@@ -316,7 +316,7 @@ def test_a_model_that_does_more_to_its_logits_gives_them_whole(model, monkeypatc
         return output
 
     monkeypatch.setattr(model, "forward", biased)
-    monkeypatch.setitem(head.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * 2 * (PREFIX + SUFFIX))
+    monkeypatch.setitem(model_module.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * 2 * (PREFIX + SUFFIX))
     windows = asked(count=5)
     scorer = Scorer(model)
     with caplog.at_level(logging.WARNING):

@@ -39,7 +39,7 @@ def test_labels_default_to_the_attended_ids():
     assert torch.equal(masked[0, 5:], mask_labels(RULE, ids[0, 5:]))
 
 
-def test_random_takes_new_holes_each_time_and_repeats_under_a_seed():
+def test_random_drops_other_tokens_each_time_and_repeats_under_a_seed():
     ids, rule = random_ids(1, 400), Goldfish(strategy="random")
     torch.manual_seed(3)
     first, second = mask_labels(rule, ids), mask_labels(rule, ids)

@@ -55,7 +55,7 @@ def decide(rule: Goldfish, ids: list[int], **beside) -> list[bool]:
 
 
 def settled(rule: Goldfish, passage: list[int]) -> int:
-    """From which token of a passage the decisions are those of the passage alone, whatever stands before it."""
+    """From which token of a passage the decisions are those of the passage alone, whatever comes before it."""
     if rule.strategy == "hash":
         return rule.h
     texts = [[ENTRIES[i] for i in passage[: i + 1]] for i in range(len(passage))]
@@ -63,21 +63,21 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
     return next((i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h), len(passage))
 
 
-# --- where a passage stands
+# --- where a passage occurs
 
 
 @pytest.mark.core
 @stable
 @given(rule=rules(("hash", "text", "letters")), before=DOCUMENT, other=DOCUMENT, passage=DOCUMENT, after=DOCUMENT)
-def test_a_passage_keeps_its_decisions_wherever_it_stands(rule, before, other, passage, after):
+def test_a_passage_keeps_its_decisions_wherever_it_occurs(rule, before, other, passage, after):
     """Shift invariance. For text the passage begins with a separator: or its first word would be another word."""
     passage = [SEPARATOR, *passage]
     begin = settled(rule, passage)
     alone = decide(rule, passage)[begin:]
     for context in (before, other, [], before + other):
-        found = decide(rule, context + passage + after)[len(context) + begin : len(context) + len(passage)]
+        moved = decide(rule, context + passage + after)[len(context) + begin : len(context) + len(passage)]
         if context or begin:  # a document's first token is never dropped
-            assert found == alone
+            assert moved == alone
 
 
 @pytest.mark.core
@@ -89,8 +89,8 @@ def test_later_tokens_never_change_a_decision(rule, ids, more):
 
 @pytest.mark.core
 @stable
-@given(rule=rules(("hash",), window="preceding", exempt=()), ids=DOCUMENT, other=TOKEN, data=st.data())
-def test_a_preceding_window_never_sees_its_target(rule, ids, other, data):
+@given(rule=rules(("hash", "letters"), window="preceding", exempt=()), ids=DOCUMENT, other=TOKEN, data=st.data())
+def test_a_token_has_no_part_in_its_own_decision(rule, ids, other, data):
     place = data.draw(st.integers(0, len(ids) - 1))
     changed = [*ids[:place], other, *ids[place + 1 :]]
     assert decide(rule, changed)[: place + 1] == decide(rule, ids)[: place + 1]
@@ -144,10 +144,10 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
     positions = [i % 11 for i in range(len(ids))]
     expected = decide(rule, ids, **({"position_ids": positions} if packed else {}))
     place = data.draw(st.integers(0, len(ids)))
-    for before, hole, after in ((left, 0, 0), (0, 0, right), (left, 0, right), (left, 3, right)):
+    for before, between, after in ((left, 0, 0), (0, 0, right), (left, 0, right), (left, 3, right)):
 
-        def padded(values, value, before=before, hole=hole, after=after):
-            return [value] * before + values[:place] + [value] * hole + values[place:] + [value] * after
+        def padded(values, value, before=before, between=between, after=after):
+            return [value] * before + values[:place] + [value] * between + values[place:] + [value] * after
 
         beside = {"attention_mask": padded([1] * len(ids), 0)}
         if packed:
@@ -198,15 +198,15 @@ def test_dtype_and_memory_layout_change_nothing(rule, ids):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("strategy", ["hash", "text"])
+@pytest.mark.parametrize("strategy", ["hash", "letters"])
 def test_every_bit_of_the_seed_counts(strategy):
-    """Another seed, another set of holes: half of the decisions of k = 2 differ, whichever bit was flipped."""
+    """With another seed half of the decisions of k = 2 differ, whichever bit was flipped."""
     pick = random.Random(0)
     if strategy == "hash":  # contexts that do not repeat, so that decisions are independent
         ids, places = pick.choices(range(10**6), k=2000), torch.arange(20, 2000)
     else:
         ids = [i for _ in range(2000) for i in (SEPARATOR, *pick.choices((3, 4), k=8))]
-        places = torch.arange(1, len(ids), 9)[20:]  # one decision a word
+        places = torch.arange(1, len(ids), 9)[20:]  # one decision a word of eight letters
     base = torch.tensor(decide(Goldfish(k=2, strategy=strategy, vocabulary=VOCABULARY), ids))
     for bit in range(64):
         other = torch.tensor(decide(Goldfish(k=2, seed=1 << bit, strategy=strategy, vocabulary=VOCABULARY), ids))
@@ -226,6 +226,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 RULES = {
     "hash": Goldfish(k=3, h=5, exempt=(3,), document_end=7),
+    "letters": Goldfish(k=3, h=3, strategy="letters", exempt=(3,), document_end=7, vocabulary=VOCABULARY),
     "text": Goldfish(k=3, h=3, strategy="text", opening="keep", exempt=(3,), document_end=7, vocabulary=VOCABULARY),
     "static": Goldfish(k=2.5, strategy="static", document_end=7),
 }
@@ -233,8 +234,8 @@ RULES = {
 
 @pytest.mark.parametrize(
     ("strategy", "backend"),
-    # Half a minute of C++ compiler, so once, for the most to compile; test_rule.py does it for "hash" alone.
-    [*((strategy, "aot_eager") for strategy in RULES), pytest.param("text", "inductor", marks=pytest.mark.slow)],
+    # Half a minute of C++ compiler, so only for the rule with the most to compile.
+    [*((strategy, "aot_eager") for strategy in RULES), pytest.param("letters", "inductor", marks=pytest.mark.slow)],
 )
 def test_compiled_is_eager(strategy, backend):
     rule, (ids, positions, attended) = RULES[strategy], batch()
@@ -266,7 +267,7 @@ def test_dataloader_workers_decide_the_same(strategy):
     dataset = Decisions(RULES[strategy])
     expected = torch.stack([dataset[i] for i in range(len(dataset))])
     assert 0.2 < expected.float().mean() < 0.5
-    for workers in (0, 1, *([8] if strategy == "text" else [])):
+    for workers in (0, 1, *([8] if strategy == "letters" else [])):
         assert torch.equal(torch.cat([*DataLoader(dataset, batch_size=4, num_workers=workers)]), expected)
 
 
@@ -279,7 +280,7 @@ torch.set_num_threads(1 + rank)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 ids = torch.arange(8 * 9000).reshape(8, 9000) ** 2 % 251  # more elements than torch gives to one thread
 vocabulary = Vocabulary([bytes([i]) for i in range(256)])
-for strategy in ("hash", "text", "static"):
+for strategy in ("hash", "letters", "static"):
     rule = Goldfish(strategy=strategy, vocabulary=vocabulary)
     shares = [torch.empty(4, 9000, dtype=torch.uint8) for _ in range(2)]
     dist.all_gather(shares, rule.dropped(ids[rank::2]).to(torch.uint8))

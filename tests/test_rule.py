@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,15 +166,6 @@ def test_documents_end_at_document_end_and_at_position_zero():
     assert torch.equal(both, torch.cat([plain.dropped(a), plain.dropped(b)]))
 
 
-def test_compiles_without_a_graph_break():
-    rule = Goldfish(exempt=(3,), document_end=5)
-    ids = torch.randint(0, 100, (2, 300), generator=torch.Generator().manual_seed(0))
-    attended = torch.ones_like(ids)
-    attended[0, :7] = 0
-    compiled = torch.compile(lambda x, a: rule.dropped(x, attention_mask=a), fullgraph=True)
-    assert torch.equal(compiled(ids, attended), rule.dropped(ids, attention_mask=attended))
-
-
 def test_to_dict_survives_json():
     for rule in (Goldfish(), Goldfish(k=2.5, h=3, strategy="static", seed=2**64 - 1, exempt=(5, 2, 2), document_end=1)):
         again = Goldfish(**json.loads(json.dumps(rule.to_dict())))
@@ -226,6 +218,21 @@ def test_bad_ids():
         rule.dropped(ids, attention_mask=torch.ones(3))
     with pytest.raises(ValueError, match="position_ids on meta; move one of them"):
         rule.dropped(ids, torch.zeros((2, 3), device="meta"))
+
+
+def test_opening_was_called_head():
+    rule = Goldfish(opening="keep")
+    assert Goldfish(head="keep") == rule != Goldfish()
+    assert replace(Goldfish(), head="keep") == rule
+    assert replace(rule, k=4) == rule
+    assert rule.to_dict()["head"] == "keep", "files have the name that 0.1.0 reads"
+    assert "opening" not in rule.to_dict()
+
+
+def test_text_is_deprecated():
+    with pytest.warns(FutureWarning, match='"text" is deprecated .* use strategy="letters"') as raised:
+        Goldfish(strategy="text")
+    assert raised[0].filename == __file__
 
 
 def test_numpy_numbers_are_numbers():

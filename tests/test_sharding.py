@@ -49,14 +49,14 @@ def half(rank: int, folder: str) -> None:
 def test_rows_cut_among_two_processes_are_whole_rows(tmp_path):
     mp.spawn(half, args=(str(tmp_path),), nprocs=2)
     for rank in (0, 1):
-        for rule, found in zip(RULES, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+        for rule, sharded in zip(RULES, torch.load(tmp_path / f"{rank}.pt"), strict=True):
             labels = shifted(mask_labels(rule, IDS))
             whole = bigram_loss(IDS, labels) / (labels != -100).sum()
-            torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(sharded, whole, rtol=1e-12, atol=1e-12)
             assert whole[0] > 0
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.strategy)
 def test_deciding_after_the_cut_is_another_rule(rule):
-    """Why the order matters: a second half that is decided by itself has other holes at its head."""
+    """Why the order matters: a second half that is decided by itself drops other tokens at its beginning."""
     assert not torch.equal(rule.dropped(IDS)[:, 20:], rule.dropped(IDS[:, 20:]))

@@ -30,21 +30,20 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
 
 
 def trained(
     folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1, steps=4, then=None, train=None, **more
 ):
     gradients = Gradients()
-    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", "use_cpu": True}
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
     settings |= more.pop("settings", {})
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
-        logging_steps=1,
         report_to="none",
         disable_tqdm=True,
         **settings,

@@ -67,14 +67,14 @@ def is_below(key: int, k: float) -> bool:
 
 def documents(row: dict) -> list[list[int]]:
     """The places of each document's attended tokens."""
-    ids, found, ended = row["ids"], [], True
+    ids, result, ended = row["ids"], [], True
     for place, attended in enumerate(row.get("attention_mask", [1] * len(ids))):
         if attended:
             if ended or row.get("position_ids", [1] * len(ids))[place] == 0:
-                found.append([])
-            found[-1].append(place)
+                result.append([])
+            result[-1].append(place)
             ended = ids[place] == row.get("document_end")
-    return found
+    return result
 
 
 def normal(character: str) -> str:

@@ -25,7 +25,7 @@ def tokenizers() -> dict[str, Tokenizer]:
 
 @pytest.fixture(scope="module")
 def rules(tokenizers) -> dict[str, Goldfish]:
-    return {name: Goldfish(strategy="text", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
+    return {name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
 
 
 # --- the normal form
@@ -75,7 +75,7 @@ def test_special_tokens_separate_and_unknown_ids_too(tokenizers):
     entries = token_bytes(tokenizer)
     assert entries[tokenizer.token_to_id("<|end|>")] == b" "
     assert entries[tokenizer.token_to_id("<|user name|>")] == b"<|user name|>"
-    rule = Goldfish(strategy="text", k=2).bind(tokenizer)
+    rule = Goldfish(strategy="letters", k=2).bind(tokenizer)
     ids = tokenizer.encode("one two<|end|>three four").ids
     beyond = [i if i != tokenizer.token_to_id("<|end|>") else 10**9 for i in ids]
     negative = [i if i != tokenizer.token_to_id("<|end|>") else -100 for i in ids]
@@ -93,7 +93,9 @@ def test_unknown_tokens_separate():
 def test_transformers_tokenizer(tokenizers, rules):
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"], eos_token="!")
     assert token_bytes(wrapped)[wrapped.eos_token_id] == b" "  # special to transformers only
-    rule = Goldfish(strategy="text", h=4, k=3).bind(PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"]))
+    rule = Goldfish(strategy="letters", h=4, k=3).bind(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"])
+    )
     ids = torch.tensor(tokenizers["byte_level"].encode(TEXTS[0]).ids)
     assert torch.equal(rule.dropped(ids), rules["byte_level"].dropped(ids))
 
@@ -113,8 +115,8 @@ def test_what_cannot_be_read_is_refused():
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match=r'do not say where words begin.*use strategy="hash"'):
-        Goldfish(strategy="text").bind(plain)
+        Goldfish(strategy="letters").bind(plain)
     with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
-        Goldfish(strategy="text").bind("gpt2")
+        Goldfish(strategy="letters").bind("gpt2")
     with pytest.raises(ValueError, match=r"an entry of the vocabulary has 65536 letters.*at most 65535"):
         Vocabulary([b"a" * 65536])

@@ -1,7 +1,8 @@
-"""Four kinds of tokenizers, trained on the help texts that come with Python; for the tests of strategy="text"."""
+"""Four kinds of tokenizers, trained on the help texts that come with Python; for the tests of "letters" and "text"."""
 
 import json
 import unicodedata
+from functools import cache
 from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -55,7 +56,7 @@ QUIET = {"show_progress": False}
 SPECIAL = ["<s>", "<unk>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 DECOMPOSED = [unicodedata.normalize("NFKD", SCRIPTS + SCRIPTS.upper())] * 9
-KINDS = {f.__name__: f for f in (byte_level, sentencepiece_bpe, unigram, wordpiece)}
+KINDS = {f.__name__: cache(f) for f in (byte_level, sentencepiece_bpe, unigram, wordpiece)}
 
 
 def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:

@@ -20,7 +20,14 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.columns import COLUMNS, RECORDS, RUN, make_record, read_run, token_table
 from goldfish.audit.estimate import SCHEMA, dumps
-from goldfish.audit.load import file_hashes, load_model, load_receipt, load_tokenizer
+from goldfish.audit.model import (
+    context_of,
+    file_hashes,
+    load_model,
+    load_receipt,
+    load_tokenizer,
+    vocabulary_of,
+)  # fmt: skip
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.summary import summarize
 from goldfish.audit.windows import (
@@ -163,7 +170,7 @@ def audit(
                 path, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
             )
         _check_inputs(models, files, surveys, prefix_length + suffix_length)
-        protocol["vocabulary"] = _vocabulary(models[checkpoint])
+        protocol["vocabulary"] = vocabulary_of(models[checkpoint])
 
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     run = {
@@ -185,7 +192,7 @@ def audit(
         folder.open(run)
     _wait(state)
     if not finished:
-        lowered, context = None, _context(models[checkpoint])
+        lowered, context = None, context_of(models[checkpoint])
         if lowercase:
             lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
         scorer = Scorer(models[checkpoint], sampling, protocol["beams"] or (), lowered, models.get(control or ""))
@@ -337,7 +344,7 @@ def _check_inputs(
 ) -> None:
     """ValueError for windows that a model cannot take."""
     for checkpoint, model in models.items():
-        context, known = _context(model), model.get_input_embeddings().num_embeddings
+        context, known = context_of(model), model.get_input_embeddings().num_embeddings
         if context is not None and length > context:
             raise ValueError(
                 f"windows of {length} tokens do not fit the context of {checkpoint}, {context} tokens; "
@@ -349,16 +356,6 @@ def _check_inputs(
                     f"{files[split]}, row {each.largest_at}: token id {each.largest_id}, but {checkpoint} knows "
                     f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
                 )
-
-
-def _context(model: Any) -> int | None:
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context
-
-
-def _vocabulary(model: Any) -> int:
-    head = model.get_output_embeddings()
-    return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
 
 
 def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any) -> Rules | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
-from goldfish.audit.head import RowsOfLogits
+from goldfish.audit.model import RowsOfLogits
 from goldfish.audit.windows import Window, first_divergence
 
 # Tokens that a batch may hold in the pass, and in a greedy search, where a step has few rows; more was no faster.

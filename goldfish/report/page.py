@@ -20,8 +20,8 @@ from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
 from goldfish.report.svg import COLOURS
 
-PAGE_BYTES = 4_500_000  # of texts: the most recited ones that fit
-HOVER_BYTES = 2_500_000  # of these, texts that carry the loss and rank of each token
+PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
+HOVER_BYTES = 1_500_000  # of these, texts that carry the loss and rank of each token
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
 RESULTS = ("schema", "name", "splits", "membership", "verdict")  # of a summary; the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted

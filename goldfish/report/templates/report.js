@@ -15,7 +15,7 @@
     p: node.dataset.p.split(" ").map((ln) => (ln === "-inf" ? -Number.MAX_VALUE : Number(ln))),
     e: node.dataset.e.split(" "),
   }));
-  function apply() {
+  function apply(event) {
     const [by, audit, sign] = sort.value.split(" ");
     const key = (item) => (by === "rank" ? item.rank : item[by][audit] * sign);
     const last = (value) => (Number.isNaN(value) ? Infinity : value); // absent from that audit
@@ -32,7 +32,7 @@
       item.node.hidden = !fits;
       shown += fits;
     }
-    list.append(...items.map((item) => item.node));
+    if (event) list.append(...items.map((item) => item.node)); // not on opening, when they are in order
     count.textContent = `${shown} of ${items.length} shown`;
   }
   for (const control of [sort, split, outcome]) control.addEventListener("change", apply);

@@ -1,0 +1,166 @@
+"""Checkpoints as they come: weights that do not fit, wrapped names, adapters, models that are not causal."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, MptConfig
+
+from goldfish.audit.model import adapter_base, context_of, file_hashes, load_model, load_tokenizer, vocabulary_of
+
+pytestmark = pytest.mark.core
+CPU = torch.device("cpu")
+IDS = torch.arange(2, 14)[None]
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture
+def twin(tmp_path, checkpoint):
+    """A copy of the checkpoint whose weights and configuration can be changed."""
+    folder = tmp_path / "twin"
+    shutil.copytree(checkpoint, folder)
+
+    def change(rename=lambda name: name, values=lambda name, value: value, tied=False, **config):
+        if tied:
+            tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        changed = {rename(name): values(name, value) for name, value in weights.items() if rename(name)}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        old = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(old | config))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
+    """torch.compile and DistributedDataParallel put them before every name."""
+    folder = twin(lambda name: prefix + name, tied=tied)
+    assert torch.equal(logits(load_model(folder, CPU)), logits(tiny_llama(tie_word_embeddings=tied)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"rename": lambda name: f"wrap.{name}"}, r"21 weights the model has no place for \(wrap.lm_head.weight, "),
+        ({"num_hidden_layers": 5}, r"27 weights are not in the files \(model.layers.2.input_layernorm.weight, "),
+        ({"num_hidden_layers": 1}, r"9 weights the model has no place for \(model.layers.1.input_layernorm.weight, "),
+        ({"rename": lambda name: "" if name == "lm_head.weight" else name},
+         r"1 weights are not in the files \(lm_head.weight\). An audit of such a model would say nothing"),
+        ({"values": lambda name, value: value[:-1].contiguous() if name == "model.norm.weight" else value},
+         r"1 weights have another shape \(model.norm.weight\)"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_refused(twin, changes, text):
+    with pytest.raises(ValueError, match=f"the weights of .*twin do not fit its configuration: .*{text}"):
+        load_model(twin(**changes), CPU)
+
+
+def test_tied_weights_are_not_missing(twin):
+    folder = twin(tied=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert torch.equal(logits(load_model(folder, CPU)), logits(tiny_llama(tie_word_embeddings=True)))
+
+
+def test_models_that_see_the_future_are_refused(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is not a causal language model: changing the last token moves the logits"):
+        load_model(tmp_path / "bert", CPU)
+    BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "decoder")
+    load_model(tmp_path / "decoder", CPU)
+    bart = BartConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                      decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)  # fmt: skip
+    BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")
+    with pytest.raises(ValueError, match=r"bart is an encoder-decoder model \(bart\)"):
+        load_model(tmp_path / "bart", CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_causal_model_is_causal_in_every_precision(checkpoint, dtype):
+    assert load_model(checkpoint, CPU, dtype=dtype).dtype == getattr(torch, dtype)
+
+
+@pytest.fixture
+def adapter(tmp_path, checkpoint):
+    """A LoRA folder without a tokenizer, and the model that it stands for."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    model.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
+    folder, model = adapter
+    loaded = load_model(folder, CPU)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(tiny_llama()))
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+    hashes = file_hashes(folder)
+    for name, path in (("adapter_model.safetensors", folder), ("base/model.safetensors", checkpoint)):
+        data = (path / name.removeprefix("base/")).read_bytes()
+        assert hashes[name] == hashlib.sha256(data).hexdigest()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter):
+    folder, _ = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace("layers.1", "layers.7"): value for name, value in weights.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match=r"the weights of .*adapter do not fit its configuration: 2 weights"):
+        load_model(folder, CPU)
+    save_file({name: value[:1].clone() for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"the weights of .*adapter do not fit its configuration"):
+        load_model(folder, CPU)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"no safetensors weights but adapter_model.bin: pickles .* --allow-pickle"):
+        load_model(folder, CPU)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not name its base model"):
+        adapter_base(folder)
+
+
+def test_an_adapter_may_ask_the_hub_for_its_base(adapter, checkpoint, tmp_path, monkeypatch):
+    """Its base is a hub name here, in the cache as the hub's client keeps it."""
+    folder, model = adapter
+    repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
+    shutil.copytree(checkpoint, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/tiny"}))
+    assert torch.equal(logits(load_model(folder, CPU)), logits(model))
+    assert "base/model.safetensors" in file_hashes(folder)
+
+
+def test_a_damaged_tokenizer_and_a_missing_package_are_named(twin):
+    folder = twin(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ValueError, match=r"needs a package that is not installed: .*bitsandbytes"):
+        load_model(folder, CPU)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ValueError, match=r"the tokenizer of .*twin cannot be loaded"):
+        load_tokenizer(folder)
+
+
+def test_the_context_under_any_name(model):
+    assert (context_of(model), vocabulary_of(model)) == (128, 320)
+    model.config = MptConfig(max_seq_len=77)
+    assert context_of(model) == 77
