@@ -196,11 +196,6 @@ def word_scores(members: Side, heldout: Side) -> list[Floats]:
         shares.append((seen + 0.5) / (len(learned) + 1))
     weights = np.log(shares[0]) - np.log(shares[1])
     return [
-        np.array(
-            [
-                weights[words].sum() if odd else np.nan
-                for words, odd in zip(side.words, side.documents % 2 == 1, strict=True)
-            ]
-        )
+        np.where(side.documents % 2 == 1, [weights[words].sum() for words in side.words], np.nan)
         for side in (members, heldout)
     ]
