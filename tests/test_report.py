@@ -40,8 +40,8 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
         "Tried: greedy decoding, sampling.",
         "0 of 400 training texts recited word for word",
         f"0 of 400 does not mean never: rates up to {bound:.1f}% are compatible with this result",
-        "400 member texts (1 row skipped), 20 held-out texts",
-        "runs/goldfish",
+        "400 member texts of members.jsonl (1 row skipped), 20 held-out texts of heldout.jsonl",
+        "runs/goldfish; trained with hash, k = 4",
         "Not tested: beam search; prefixes from other places in the documents;",
     ):
         assert part in first_screen
