@@ -16,7 +16,7 @@ TOTAL = 6400  # lines of the whole package; whoever adds some looks first for wh
 # A file imports only from files before it.
 ORDER = [
     "goldfish", "pieces", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "loss", "show", "check",
-    "kernels", "linear", "fused", "gauge", "receipt", "refusals", "trainer",
+    "kernels", "linear", "fused", "gauge", "receipt", "dataset", "refusals", "trainer",
     "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
     "audit.run", "audit.results", "audit.tell", "audit.compare", "audit",
