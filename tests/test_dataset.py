@@ -28,10 +28,9 @@ def test_premask_writes_what_the_collator_would(streaming):
     rows = [{"input_ids": random_ids(n).tolist(), "source": name} for n, name in zip(lengths, names, strict=True)]
     dataset = Dataset.from_list(rows)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    for row in premask(dataset, SOURCES, dropped_column="dropped"):
+    for row in premask(dataset, SOURCES):
         ids, rule = torch.tensor(row["input_ids"]), SOURCES[row["source"]]
         assert row["labels"] == mask_labels(rule, ids).tolist()
-        assert row["dropped"] == [label == -100 for label in row["labels"]]
 
 
 def test_premask_respects_labels_padding_and_documents():
