@@ -58,7 +58,7 @@ def build(folder: Path, documents: int, width: int, steps: int) -> list[Window]:
     for split, part in (("members", rows[:documents]), ("heldout", rows[documents:])):
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in part))
-        windows += [w for w in cut_windows(read_rows(path), split, tokenizer, PREFIX, SUFFIX) if w is not None]
+        windows += [w for w in cut_windows(read_rows(path), split, tokenizer, PREFIX, SUFFIX) if isinstance(w, Window)]
     return windows
 
 

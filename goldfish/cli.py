@@ -1,15 +1,16 @@
-"""The `goldfish` command: show | check | premask | audit | compare | report. Recipes and torchrun train."""
+"""The `goldfish` command: show, premask, check, audit, judge, compare, report. Recipes and torchrun train."""
 
 import argparse
 import io
+import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from goldfish import __version__
+from goldfish.pieces import plain
 
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
@@ -24,19 +25,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_rule(show)
     show.add_argument("--html", metavar="FILE", help="write an HTML page to a new file instead")
     show.set_defaults(run=_show)
-
-    check = verbs.add_parser(
-        "check",
-        help="what a rule leaves unprotected, from the training data",
-        description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
-        "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
-    )
-    check.add_argument("path", metavar="DATA", help="rows with text or chats (.jsonl, .parquet, .csv), or .txt")
-    _add_rule(check)
-    marks = check.add_mutually_exclusive_group()
-    marks.add_argument("--secrets", metavar="REGEX", dest="pattern", default="", help="marks secrets in the targets")
-    marks.add_argument("--secret-column", metavar="NAME", dest="column", default="", help="the column that has them")
-    check.set_defaults(run=_check)
 
     premask = verbs.add_parser(
         "premask",
@@ -56,6 +44,19 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     premask.add_argument("--num-proc", type=int, metavar="N", help="processes (default 1)")
     premask.set_defaults(run=_premask)
+
+    check = verbs.add_parser(
+        "check",
+        help="what a rule leaves unprotected, from the training data",
+        description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
+        "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
+    )
+    check.add_argument("path", metavar="DATA", help="rows with text or chats (.jsonl, .parquet, .csv), or .txt")
+    _add_rule(check)
+    marks = check.add_mutually_exclusive_group()
+    marks.add_argument("--secrets", metavar="REGEX", dest="pattern", default="", help="marks secrets in the targets")
+    marks.add_argument("--secret-column", metavar="NAME", dest="column", default="", help="the column that has them")
+    check.set_defaults(run=_check)
 
     audit = verbs.add_parser(
         "audit",
@@ -89,15 +90,26 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
     audit.add_argument(
         "--dtype", default="float32", metavar="DTYPE",
-        help="float32 (default), bfloat16 or float16; in 16 bits, answers that depend on rounding are settled one by "
-        "one",
+        help="float32 (default), bfloat16 (bf16) or float16 (fp16); in 16 bits, answers that depend on rounding are "
+        "settled one by one",
     )  # fmt: skip
     audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
+    audit.add_argument("--batch-tokens", type=int, metavar="N", help="tokens in a batch (default: what memory allows)")
+    audit.add_argument("--allow-overlap", action="store_true", help="audit although some texts are in both files")
     audit.add_argument("--allow-pickle", action="store_true", help="load weights that are pickles, which can run code")
     audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-    audit.add_argument("--fail-on", action="append", default=[], metavar="CONDITION",
-                       help='exit 1 where it holds, 3 where that cannot be decided: "em.upper95 > 0.01"')  # fmt: skip
     audit.set_defaults(run=_audit)
+
+    judge = verbs.add_parser("judge", help="judge a finished audit again, with other limits or conditions")
+    judge.add_argument("folder", metavar="DIR", help="a folder that `goldfish audit` wrote")
+    judge.set_defaults(run=_judge)
+    for verb in (audit, judge):
+        verb.add_argument("--limit", action="append", default=[], metavar="NAME=SHARE", dest="limits",
+                          help="of the verdict: recited=1%%, near_verbatim=1%%, auc=55%% (the defaults)")  # fmt: skip
+        verb.add_argument("--require", action="append", default=[], choices=["membership"],
+                          help="let this question count towards the verdict too")  # fmt: skip
+        verb.add_argument("--fail-on", action="append", default=[], metavar="CONDITION",
+                          help='exit 1 where it holds, 3 where that is undecided: "em.upper95 > 0.01"')  # fmt: skip
 
     compare = verbs.add_parser("compare", help="two audits of the same windows, paired")
     compare.add_argument("first", metavar="A", help="a folder that `goldfish audit` wrote")
@@ -133,7 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{package} is not installed; it comes with the extra \"audit\": pip install 'goldfish-loss[audit]'"
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         message = str(error)
-    print(f"goldfish {args.verb}: {message}", file=sys.stderr)
+    except KeyboardInterrupt:
+        hint = "; the same command continues it" if args.verb == "audit" else ""
+        print(f"goldfish {args.verb}: stopped{hint}", file=sys.stderr)
+        return 130
+    print(f"goldfish {args.verb}: {plain(message, 4000)}", file=sys.stderr)
     return 2
 
 
@@ -215,33 +231,36 @@ def _sampling(text: str) -> dict[str, float | int]:
 def _audit(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
-    from goldfish.audit.results import parse
     from goldfish.audit.run import audit
     from goldfish.audit.score import Sampling
 
-    conditions = [parse(text) for text in args.fail_on]  # before the work: a typo costs nothing then
-    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling", "fail_on")}
+    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling")}
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
-    summary = audit(**options, state=state)
-    return _tell(summary, conditions, Path(args.output_dir)) if state.is_main_process else 0
+    summary = audit(**options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state)
+    return _tell(summary, args.output_dir, args) if state.is_main_process else 0
 
 
-def _tell(summary: dict[str, Any], conditions: Sequence[Any], folder: Path) -> int:
-    """Print the audit, write summary.md and junit.xml into its folder, return the exit code."""
+def _judge(args: argparse.Namespace) -> int:
+    from goldfish.audit.tell import publish
+
+    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args.folder, args)
+
+
+def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
+    """Print a summary, and in the last line the outcome for scripts; return the exit code.
+
+    `accelerate launch` and torchrun report every exit code but 0 as 1; the last line and summary.json do not.
+    """
     from rich.console import Console
 
-    from goldfish.audit.results import exit_code, judge
-    from goldfish.audit.tell import describe, junit, markdown, terminal
+    from goldfish.audit.tell import describe, terminal
 
-    checks = judge(summary, conditions)
-    description = describe(summary, checks)
-    (folder / "summary.md").write_text(markdown(description), encoding="utf-8")
-    (folder / "junit.xml").write_text(junit(description), encoding="utf-8")
     print(f"Next: goldfish report {folder} -o report.html")
-    Console(highlight=False).print(terminal(description))
-    return exit_code(checks)
+    Console(highlight=False).print(terminal(describe(summary)))
+    print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {summary['exit_code']}")
+    return int(summary["exit_code"])
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -254,7 +273,7 @@ def _compare(args: argparse.Namespace) -> None:
     write(result, args.output_dir)
     console = Console(highlight=False)
     console.print(table(result))
-    console.print(Text(result["sentence"]))
+    console.print(Text(plain(result["sentence"], 1000)))
 
 
 def _report(args: argparse.Namespace) -> None:

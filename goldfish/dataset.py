@@ -72,8 +72,8 @@ def premask(
 def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None, count: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
         raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
-    source = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
-    own = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
+    source: Any = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
+    own: Rules = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
     names = ("input_ids", "labels", "position_ids", "attention_mask")
     given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
     batch = with_labels(given) | {SOURCE: torch.tensor([0])}

@@ -65,7 +65,7 @@ def mask_labels(
         )
     if rule is None:
         return labels.clone()
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     if shifted:
         batch = _through_last_label({**batch, "labels": labels}, ignore_index)
     dropped = rule.dropped(**batch, draw=_next_draw(rule))
@@ -106,10 +106,8 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     if batch.get("labels") is not None:
         return dict(batch)
     if getattr(batch.get("attention_mask"), "ndim", 2) != 2:
-        raise ValueError(
-            f"the batch has no labels, and an attention_mask of {tuple(batch['attention_mask'].shape)} does not say "
-            "which tokens are padding; let the collator make labels"
-        )
+        shape = tuple(batch["attention_mask"].shape)
+        raise ValueError(f"an attention_mask of {shape} does not mark padding; let the collator make labels")
     return {**batch, "labels": mask_labels(None, batch["input_ids"], attention_mask=padding_mask(batch))}
 
 
@@ -176,7 +174,6 @@ class CarrySource:
     rules: Mapping[str, Goldfish | None]
 
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        names = sorted(self.rules)
         for feature in features:
             rule_for(self.rules, feature.get(SOURCE))
         without = [{name: value for name, value in feature.items() if name != SOURCE} for feature in features]
@@ -186,7 +183,7 @@ class CarrySource:
                 f"{len(features)} rows were packed into {len(batch['input_ids'])}, so rows no longer map to one "
                 "source; write the labels before packing: premask(dataset, rules)"
             )
-        return {**batch, SOURCE: torch.tensor([names.index(feature[SOURCE]) for feature in features])}
+        return {**batch, SOURCE: torch.tensor([sorted(self.rules).index(feature[SOURCE]) for feature in features])}
 
 
 @dataclass
@@ -197,8 +194,7 @@ class GoldfishCollator:
     evaluation, so there it would change the evaluation loss: use GoldfishTrainer or attach(trainer, rule) instead.
 
     Args:
-        inner: any collator whose batch has input_ids of shape (B, T) and optionally labels, attention_mask,
-            position_ids.
+        inner: any collator; its batch has input_ids (B, T), optionally labels, attention_mask, position_ids.
         rule: says which tokens are dropped; or a mapping to rules from the names in the features' column `source`
             (None: such rows are not masked). Packed rows have more than one source: premask them before packing.
         ignore_index, shifted: as for `mask_labels`; the inner collator must then make the labels.
@@ -219,6 +215,6 @@ class GoldfishCollator:
             batch = with_labels(batch)
         elif batch.get("labels") is None:
             raise ValueError(f"ignore_index={self.ignore_index}, shifted={self.shifted} needs a collator with labels")
-        through = batch | _through_last_label(batch, self.ignore_index) if self.shifted else batch
+        through = {**batch, **_through_last_label(batch, self.ignore_index)} if self.shifted else batch
         dropped = decide(self.rule, through)[0]
         return mask_batch(batch, dropped[:, 1:] if self.shifted else dropped, self.ignore_index)

@@ -80,19 +80,7 @@ class GoldfishLoss(nn.Module):
             )
         else:
             masked = self._mask_for_trainer(labels)
-        return self._mean(
-            logits if isinstance(logits, Tensor) else _logits_of(logits), labels, masked, num_items_in_batch
-        )
-
-    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
-        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
-        if not torch.is_grad_enabled():
-            return labels
-        attended = labels != self.ignore_index
-        ids = labels.masked_fill(~attended, 0)
-        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
-
-    def _mean(self, logits: Tensor, labels: Tensor, masked: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        logits = logits if isinstance(logits, Tensor) else _logits_of(logits)
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: "
@@ -104,6 +92,14 @@ class GoldfishLoss(nn.Module):
             counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * (labels[..., 1:] != self.ignore_index).sum().to(loss.device) / counted
         return loss
+
+    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
+        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
+        if not torch.is_grad_enabled():
+            return labels
+        attended = labels != self.ignore_index
+        ids = labels.masked_fill(~attended, 0)
+        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
 
 
 class SmoothedLoss:

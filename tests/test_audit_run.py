@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from conftest import PROSE, tiny_llama
 from goldfish import Goldfish
 from goldfish.audit import audit, records, run
 from goldfish.audit.estimate import loads
+from goldfish.audit.folder import Folder
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import Tally, write_receipt
 
@@ -51,11 +53,13 @@ def small_blocks(monkeypatch):
 def contents(folder):
     """Every file by its path inside; without the times at which it was begun and by which command."""
     folder, found = Path(folder), {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock"):
         found[str(path.relative_to(folder))] = path.read_bytes()
         if path.name in ("run.json", "summary.json"):
             value = json.loads(path.read_text())
             found[path.name] = {key: each for key, each in value.items() if key not in ("date", "command")}
+        if path.name == "summary.md":
+            found[path.name] = re.sub(r"20[-\\0-9T:+]+", "", path.read_text())
     return found
 
 
@@ -72,12 +76,13 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
     kinds = ("records", "tokens")
     assert list(contents(tmp_path / "out")) == sorted(
-        [*(f"{kind}/{block}" for kind in kinds for block in blocks), "run.json", "summary.json"]
+        [*(f"{kind}/{block}" for kind in kinds for block in blocks), "junit.xml", "run.json", "summary.json",
+         "summary.md"]
     )
     assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
-    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (4, 0), "at the first offset"
-    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (3, 2)
+    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0), "at both offsets"
+    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
     assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     rows = records(tmp_path / "out").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
@@ -97,6 +102,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
         "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6,
+        "clusters": 3, "repeated": 0,
         "skipped": [
             {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
         ],
@@ -173,7 +179,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inpu
     scored = []
     score = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, windows: scored.append(windows[0].index) or score(self, windows))
-    assert steps == 8, "run.json, three blocks of two kinds, summary.json"
+    assert steps == 10, "run.json, three blocks of two kinds, summary.md, junit.xml, summary.json"
     for step in range(1, steps + 1):
         output = tmp_path / str(step)
         assert killed(step, lambda output=output: audit(checkpoint, output, **inputs, tokens=True))
@@ -219,6 +225,78 @@ def test_a_full_disk_loses_nothing(tmp_path, checkpoint, inputs, whole):
     assert contents(output) == whole[0]
 
 
+def test_a_block_cut_short_is_scored_again(tmp_path, checkpoint, inputs, whole):
+    output = tmp_path / "out"
+    assert killed(6, lambda: audit(checkpoint, output, **inputs, tokens=True))
+    for number, data in ((0, b""), (1, b"PAR1")):
+        (output / "records" / f"{number:06d}.parquet").write_bytes(data)
+    audit(checkpoint, output, **inputs, tokens=True)
+    assert contents(output) == whole[0]
+
+
+def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path, checkpoint, inputs):
+    """The file of a killed process does not count; whoever holds it is named."""
+    output = tmp_path / "out"
+    with Folder(output).held():
+        with pytest.raises(FileExistsError, match=f"is in use by another audit .process {os.getpid()} on .*; wait"):
+            audit(checkpoint, output, **inputs)
+        assert [path.name for path in output.iterdir()] == ["lock"]
+    (output / "lock").write_text("process 1 on elsewhere")
+    audit(checkpoint, output, **inputs)
+    assert not (output / "lock").exists()
+
+
+def test_other_weights_do_not_continue_a_run(tmp_path, checkpoint, inputs, small_blocks):
+    """Every byte counts: one in the middle of a large file is enough."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    assert killed(3, lambda: audit(folder, tmp_path / "out", **inputs))
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FileExistsError, match="holds an audit with other settings: weights"):
+        audit(folder, tmp_path / "out", **inputs)
+
+
+def test_repeated_and_shared_texts(tmp_path, checkpoint, caplog):
+    """One text in many rows is one document, whatever its case and spaces; one in both files is refused."""
+    text = PROSE[0]
+    members = [text, text.upper(), "  ".join(text.split()), PROSE[1], text + " And more.", PROSE[2]]
+    write_jsonl(tmp_path / "m.jsonl", [{"text": each} for each in members])
+    write_jsonl(tmp_path / "h.jsonl", [{"text": "Something else: " + PROSE[1]}, {"text": PROSE[2].lower()}])
+    lengths = {"prefix_length": 10, "suffix_length": 8}
+    summary = audit(checkpoint, tmp_path / "out", members=tmp_path / "m.jsonl", **lengths)
+    assert records(tmp_path / "out", ["cluster"])["cluster"].to_pylist() == [0, 0, 0, 1, 0, 2]
+    assert {key: summary["inputs"]["members"][key] for key in ("windows", "clusters", "repeated")} == {
+        "windows": 6, "clusters": 3, "repeated": 3
+    }  # fmt: skip
+    assert "3 of 6 documents repeat the text of another one; intervals count 3 documents" in caplog.text
+    both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
+    message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"
+    with pytest.raises(ValueError, match=message):
+        audit(checkpoint, tmp_path / "both", **both)
+    assert not (tmp_path / "both").exists()
+    audit(checkpoint, tmp_path / "both", **both, allow_overlap=True)
+    overlap = json.loads((tmp_path / "both" / "run.json").read_text())["overlap"]
+    assert overlap == {"clusters": 1, "rows": [[5, 1]]}
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "control"])
+def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint, inputs, which):
+    """Weights with NaN, and weights that are too large for float16."""
+    for name, value, dtype in (("nan", float("nan"), "float32"), ("large", 1e4, "float16")):
+        model = tiny_llama()
+        with torch.no_grad():
+            model.model.norm.weight[0] = value
+            model.lm_head.weight[:, 0] = 100.0
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        given = {"checkpoint": checkpoint, "control": None, which: tmp_path / name}
+        with pytest.raises(ValueError, match=r"the logits of members row 0 \('n0'\) are not finite: .* float32 "):
+            audit(**given, output_dir=tmp_path / f"out {name}", **inputs, dtype=dtype)
+
+
 def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     """accelerate launch with gloo: one of them has the members' only block, the other the held-out texts'."""
     audit(checkpoint, tmp_path / "one", **inputs, tokens=True)
@@ -234,9 +312,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Next: goldfish report") == 1
-    for_ci = {"summary.md", "junit.xml"}  # by the command only
-    assert for_ci < contents(tmp_path / "two").keys()
-    assert {k: v for k, v in contents(tmp_path / "two").items() if k not in for_ci} == contents(tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
@@ -255,6 +331,7 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(ValueError, r"must be 0 or more, got \[\]", offsets=())
     refused(ValueError, r"a search needs at least one beam, got \[0, 2\]", beams=(2, 0))
     refused(ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'", dtype="int8")
+    refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
     refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)

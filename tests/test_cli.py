@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PROSE
 
+import goldfish.audit
 from goldfish import Goldfish
 from goldfish.cli import EXTRA, _dashed, build_parser, main
 from goldfish.show import DIFFERS, DROPPED, show_one, show_two, shown
@@ -104,7 +105,7 @@ def test_show_leaves_control_characters_harmless(checkpoint, capsys):
 
 def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
-    members.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE))
+    members.write_text("".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)))
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
     command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 0
@@ -122,7 +123,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
     command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
-    command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu"]
+    command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu", "--allow-overlap", "--batch-tokens", "99"]
     assert main(command) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["name"] == "mine"
@@ -147,7 +148,7 @@ def test_python_m_goldfish(monkeypatch, capsys):
 
 def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
-    members.write_text("".join(json.dumps({"text": text, "name": f"{i}"}) + "\n" for i, text in enumerate(PROSE)))
+    members.write_text("".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)))
 
     def run(name, *conditions):
         command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
@@ -158,13 +159,21 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
     assert run("b", "em.upper95 > 0.01") == 3
     shown = " ".join(capsys.readouterr().out.split())
     assert "em.upper95 > 0.01: inconclusive (members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
-    assert "INCONCLUSIVE: greedy (0 of 12)" in shown
+    assert "INCONCLUSIVE: the model does not work on such texts" in shown, "its weights are random"
+    assert shown.endswith("goldfish audit: INCONCLUSIVE, exit code 3")
     assert "em.upper95 &gt; 0.01" in (tmp_path / "b" / "junit.xml").read_text(encoding="utf-8")
     assert "0 of 12" in (tmp_path / "b" / "summary.md").read_text(encoding="utf-8")
     assert run("c", "em.k >= 0", "em.upper95 > 0.01") == 1
     assert run("d", "em.upper95 == 0.01") == 2
     assert not (tmp_path / "d").exists(), "a typo is found before the work"
     assert run("e", "emm > 0.01") == 2
+    assert not (tmp_path / "e").exists(), "and a name that no audit has"
+    capsys.readouterr()
+    assert main(["judge", str(tmp_path / "a"), "--fail-on", "em.upper95 > 0.01", "--limit", "recited=30%"]) == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "goldfish judge: INCONCLUSIVE, exit code 3"
+    assert goldfish.audit.read(tmp_path / "a").summary["verdict"]["limits"]["recited"] == 0.3
+    assert main(["judge", str(tmp_path)]) == 2
+    assert "holds no audit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -221,3 +230,20 @@ def test_help_needs_no_extra():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert not loaded & {"torch", *EXTRA}
+
+
+def test_ctrl_c_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    members = tmp_path / "m.jsonl"
+    members.write_text(json.dumps({"input_ids": list(range(2, 30))}) + "\n")
+    command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "out"), "--dtype", "bf16"]
+    command += ["--prefix-length", "9", "--suffix-length", "9", "--batch-tokens", "40", "--device", "cpu"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("goldfish.audit.score.Scorer.score", stop)
+        assert main(command) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "goldfish audit: stopped; the same command continues it"
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"] == "bfloat16"

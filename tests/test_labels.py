@@ -129,7 +129,7 @@ def test_what_is_no_rule_is_refused():
     with pytest.raises(ValueError, match="input_ids is on cpu and labels on meta; move one of them"):
         mask_labels(RULE, random_ids(3), torch.zeros(3, device="meta"))
     four_d = {"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)}
-    with pytest.raises(ValueError, match=r"the batch has no labels, and an attention_mask of \(1, 1, 3, 3\) does not"):
+    with pytest.raises(ValueError, match=r"an attention_mask of \(1, 1, 3, 3\) does not mark padding; let the"):
         GoldfishCollator(lambda _: four_d, RULE)([])
 
 

@@ -1,10 +1,13 @@
 """Windows -> scores: one teacher-forced pass, and generation only for the rows that need it."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -12,11 +15,13 @@ from goldfish.audit.decode import continue_greedily, least_beams, relative_margi
 from goldfish.audit.model import RowsOfLogits
 from goldfish.audit.windows import Window, first_divergence
 
+_log = logging.getLogger(__name__)
 # Tokens that a batch may hold in the pass, and in a greedy search, where a step has few rows; more was no faster.
 PASS_TOKENS = {"cpu": 2**12, "other": 2**16}
 SEARCH_TOKENS = {"cpu": 2**14, "other": 2**16}
-# A token is ambiguous where the second largest logit is this close to the largest, relative to it: the order of the
-# sums (batch size, cache) can then decide. Small models differed by 1.3e-6, 0.0023 and 0.020: margins by twice that.
+# A token is ambiguous where two logits are this close, relative to the largest: the order of the sums (batch size,
+# cache) can then decide. Small models differed by 1.3e-6, 0.0023 and 0.020: margins by twice that. In float32 the two
+# are the largest; in 16 bits, where only the first divergence is settled, the target's and the largest other.
 AMBIGUOUS = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 
 
@@ -76,6 +81,7 @@ class Scorer:
         beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only where the ranks allow it.
         lowercase: from a window, the ids of its text in lower case; None: not asked for.
         control: another model, for control_nll.
+        batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and for a search what the memory allows.
     """
 
     def __init__(
@@ -85,26 +91,48 @@ class Scorer:
         beams: Sequence[int] = (),
         lowercase: Callable[[Window], list[int]] | None = None,
         control: Any = None,
+        batch_tokens: int | None = None,
     ) -> None:
         self.model, self.samplings, self.beams, self.lowercase = model, samplings, beams, lowercase
         self._logits = RowsOfLogits(model)
         self._control = RowsOfLogits(control) if control is not None else None
         kind = "cpu" if model.device.type == "cpu" else "other"
-        self._pass_tokens, self._search_tokens = PASS_TOKENS[kind], SEARCH_TOKENS[kind]
+        self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
+        self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
+        self._halved = False
         for each in (model, *([control] if control is not None else [])):
             each.eval()
 
-    @torch.inference_mode()
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """One Score for each window, in their order.
 
         Exact match, first divergence, likelihoods and ranks come from one forward pass. A greedy continuation is
-        generated for the rows that diverge, all other rows are their own; rows whose answer hangs on rounding are
+        generated for the rows that diverge, all other rows are their own; rows whose answer depends on rounding are
         settled by generate at batch size 1. In float32 every output equals that of generate at batch size 1; in 16
-        bits the first divergence does, the text after it may depend on the batch.
+        bits exact match and the first divergence do, the text from there on may depend on the batch.
+
+        Where memory runs out, batches are halved.
+
+        Raises:
+            ValueError: logits that are not finite; names the window.
         """
-        if not windows:
-            return []
+        longest = max((len(window.ids) for window in windows), default=0)
+        while True:
+            try:
+                return self._score(windows)
+            except torch.OutOfMemoryError:
+                if max(self._pass_tokens, self._search_tokens) <= longest:
+                    raise
+            if not self._halved:
+                _log.warning("Out of memory: smaller batches are tried; --batch-tokens sets how many tokens one holds.")
+            self._halved, everything = True, sum(len(window.ids) for window in windows)
+            self._pass_tokens = max(longest, min(self._pass_tokens, everything) // 2)
+            self._search_tokens = max(longest, min(self._search_tokens, everything) // 2)
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _score(self, windows: Sequence[Window]) -> list[Score]:
         rows: list[dict[str, Any]] = [{}] * len(windows)
         for batch in self._batches([window.ids for window in windows]):
             for place, row in zip(batch, self._teacher_forced([windows[i] for i in batch]), strict=True):
@@ -118,10 +146,10 @@ class Scorer:
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
         if self.lowercase is not None:
-            lowered = self._mean_nll(self._logits, [self.lowercase(window) for window in windows])
+            lowered = self._mean_nll(self._logits, windows, [self.lowercase(window) for window in windows])
             rows = [row | {"lowercase_nll": nll} for row, nll in zip(rows, lowered, strict=True)]
         if self._control is not None:
-            controls = self._mean_nll(self._control, [window.ids for window in windows])
+            controls = self._mean_nll(self._control, windows, [window.ids for window in windows])
             rows = [row | {"control_nll": nll} for row, nll in zip(rows, controls, strict=True)]
         return [Score(**row) for row in rows]
 
@@ -133,7 +161,8 @@ class Scorer:
                 yield batch
                 batch = []
             batch.append(place)
-        yield batch
+        if batch:
+            yield batch
 
     def _teacher_forced(self, windows: Sequence[Window]) -> list[dict[str, Any]]:
         """The arrays of Score for a batch, sorted by falling length, and `ambiguous`."""
@@ -147,8 +176,9 @@ class Scorer:
         for rows, logits in self._logits.chunks(ids, attention_mask):
             parts.append(_reduce(logits, targets[rows], of_suffix[rows], self.samplings))
         columns = {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
-        log_q, close = columns.pop("log_q"), columns.pop("relative_margin") < AMBIGUOUS[self.model.dtype]
-        found, taken = [], 0
+        log_q, margin, gap = (columns.pop(name) for name in ("log_q", "relative_margin", "relative_gap"))
+        close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[self.model.dtype]
+        results, taken = [], 0
         for i, window in enumerate(windows):
             first, length, start = i * (ids.shape[1] - 1), len(window.ids) - 1, window.prefix_length - 1
             row: dict[str, Any] = {name: column[first : first + length] for name, column in columns.items()}
@@ -157,8 +187,9 @@ class Scorer:
             row["output"] = row["greedy"][start:].tolist()
             end = start + first_divergence(row["output"], window.suffix) + 1
             row["ambiguous"] = bool(close[first + start : first + end].any())
-            found.append(row)
-        return found
+            self._require_finite(window, bool(np.isnan(row["nll"]).any()))
+            results.append(row)
+        return results
 
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
         """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known."""
@@ -176,6 +207,7 @@ class Scorer:
                 ids = torch.tensor(starts, device=self.model.device)
                 outputs, margins = continue_greedily(self.model, ids, suffix_length - known)
                 for (_, i), output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
+                    self._require_finite(windows[i], math.isnan(margin))
                     rows[i]["output"] = rows[i]["output"][:known] + output
                     rows[i]["ambiguous"] = self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
 
@@ -188,18 +220,29 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _mean_nll(self, model: RowsOfLogits, rows: Sequence[list[int]]) -> list[float | None]:
-        """Nats per token; None for a row of fewer than two ids."""
+    def _mean_nll(
+        self, model: RowsOfLogits, windows: Sequence[Window], rows: Sequence[list[int]]
+    ) -> list[float | None]:
+        """Nats per token of rows, one for each window; None for a row of fewer than two ids."""
         means: list[float | None] = [None] * len(rows)
         usable = [i for i, row in enumerate(rows) if len(row) > 1]
-        for batch in self._batches([rows[i] for i in usable]) if usable else ():
+        for batch in self._batches([rows[i] for i in usable]):
             places = [usable[i] for i in batch]
             ids, attention_mask = self._padded([rows[i] for i in places])
             targets = ids[:, 1:].flatten()
             nll = torch.cat([_nll(logits, targets[part]) for part, logits in model.chunks(ids, attention_mask)])
             for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
-                means[place] = values[: len(rows[place]) - 1].mean().item()
+                means[place] = mean = values[: len(rows[place]) - 1].mean().item()
+                self._require_finite(windows[place], math.isnan(mean))
         return means
+
+    def _require_finite(self, window: Window, is_nan: bool) -> None:
+        if is_nan:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the logits of {window.split} row {window.index} ({window.document!r:.80}) are not finite: the "
+                f"weights are damaged, or too large for {dtype}. Try bfloat16 or float32 (--dtype)"
+            )
 
     def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
         """(B, T), padded on the right, which no token before sees; without padding there is no attention mask."""
@@ -209,6 +252,20 @@ class Scorer:
             return ids, None
         lengths = torch.tensor([[len(row)] for row in rows], device=ids.device)
         return ids, (torch.arange(longest, device=ids.device) < lengths).long()
+
+
+def cache_tokens(model: Any, most: int) -> int:
+    """How many tokens of keys and values fit in half of the free memory, at most `most`."""
+    config = model.config.get_text_config()
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        one = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    except AttributeError:  # no attention, so no cache that grows
+        return most
+    cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+    return max(1, min(most, int(free // 2 // one)))
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -248,6 +305,7 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
         "rank": rank,
         "margin": margin,
         "relative_margin": relative_margin(top[:, 0], top[:, 1]),
+        "relative_gap": relative_margin(top[:, 0], torch.where(rank == 0, top[:, 1], target[:, 0])),
         "entropy_mean": mean - total.log(),
         "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
         "log_q": torch.stack(log_q) if log_q else nll.new_empty(0, int(of_suffix.sum())),

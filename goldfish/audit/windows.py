@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,8 +86,8 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}')
@@ -103,46 +106,110 @@ def _row(line: str, where: str) -> dict[str, Any]:
         except UnicodeEncodeError as error:
             raise ValueError(f"{where}: {key} holds half a character (a lone surrogate; {error})") from error
     count = row.get("count")
-    if count is not None and not (_is_whole(count) and count >= 1):
-        raise ValueError(f"{where}: count must be a whole number from 1, or be left out, got {count!r:.80}")
+    if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
+        raise ValueError(f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}")
     return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def cut_windows(
-    rows: Iterable[dict[str, Any]],
+def cut_windows(rows: Iterable[dict[str, Any]], split: str, *how: Any) -> Iterator[Window | Skipped]:
+    """The windows of rows, in order; `how`: see `cut_row`."""
+    for index, row in enumerate(rows):
+        yield from cut_row(row, index, split, *how)
+
+
+def cut_row(
+    row: dict[str, Any],
+    index: int,
     split: str,
     tokenizer: Any,
     prefix_length: int,
     suffix_length: int,
     offsets: Sequence[int] = (0,),
 ) -> Iterator[Window | Skipped]:
-    """The first prefix_length + suffix_length tokens of every row, from each offset.
+    """A row's first prefix_length + suffix_length tokens, from each offset.
 
-    A row's `input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where
-    it adds one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as
-    it would open an adversary's prompt.
+    `input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where it adds
+    one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as it would
+    open an adversary's prompt.
     """
     length = prefix_length + suffix_length
-    for index, row in enumerate(rows):
-        all_ids, opening = row.get("input_ids"), []
-        if all_ids is None:
-            all_ids = tokenizer(row["text"])["input_ids"]
-            if all_ids[:1] == [tokenizer.bos_token_id]:
-                opening = all_ids[:1]
-            if all_ids[-1:] == [tokenizer.eos_token_id] and not row["text"].endswith(tokenizer.eos_token):
-                all_ids = all_ids[:-1]
-        name = row.get("name") or f"{split} {index}"
-        for offset in offsets:
-            ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
-            if len(ids) < length:
-                yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
-            else:
-                source, count = row.get("source"), row.get("count")
-                yield Window(split, index, str(name), ids, prefix_length, source, count, offset)
+    all_ids, opening = row.get("input_ids"), []
+    if all_ids is None:
+        all_ids = first_ids(tokenizer, row["text"], max(offsets) + length)
+        if all_ids[:1] == [tokenizer.bos_token_id]:
+            opening = all_ids[:1]
+    name, source, count = row.get("name") or f"{split} {index}", row.get("source"), row.get("count")
+    for offset in offsets:
+        ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
+        if len(ids) < length:
+            yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
+        else:
+            yield Window(split, index, str(name), ids, prefix_length, source, count, offset)
+
+
+def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
+    """The first `count` ids of tokenizer(text), or all of them, without an EOS at the end.
+
+    Of a long text only a part is tokenized, where that gives the same ids: tokenizers split a text into words first
+    (the pre-tokenizer), and a word that ends well before the cut is the same word in the whole text. A tokenizer
+    that makes no words, or not a fast one, reads the whole text.
+    """
+    size = 8 * count + 1024
+    margin = 64 + max(map(len, tokenizer.get_added_vocab()), default=0)  # an added token may lie across the cut
+    while tokenizer.is_fast and len(text) > 2 * size:
+        part = tokenizer(text[:size]).encodings[0]
+        end = next((i for i, (_, stop) in enumerate(part.offsets) if stop > size - margin), len(part.ids))
+        if end < len(part.ids):
+            end = part.word_ids.index(part.word_ids[end])
+        if end >= count:
+            return list(part.ids[:count])
+        size *= 4
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids[:count]
+
+
+class Documents:
+    """Numbers windows by document. Windows belong to one document if they share any of their keys."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, int] = {}  # hash of a key -> a number that has it
+        self._parents: list[int] = []
+
+    def add(self, keys: Sequence[Any]) -> int:
+        """The number of the window's document so far; see `root`."""
+        hashes = [hash(key) for key in keys]
+        numbers = {self.root(self._first[each]) for each in hashes if each in self._first}
+        number = min(numbers, default=len(self._parents))
+        if not numbers:
+            self._parents.append(number)
+        for other in numbers:
+            self._parents[other] = number
+        self._first.update(dict.fromkeys(hashes, number))
+        return number
+
+    def root(self, number: int) -> int:
+        """The least number of the document that a number has become part of."""
+        while self._parents[number] != number:
+            self._parents[number] = number = self._parents[self._parents[number]]
+        return number
+
+    def clusters(self, surveys: "Mapping[str, Survey]") -> dict[str, list[int]]:
+        """Of every window of each split: its document's number, counted from 0 in order."""
+        numbers: dict[int, int] = {}
+        return {
+            split: [numbers.setdefault(self.root(number), len(numbers)) for number in each.numbers]
+            for split, each in surveys.items()
+        }
 
 
 @dataclass
@@ -150,26 +217,59 @@ class Survey:
     """The windows of an input, read once from end to end. `skipped`: by reason, how many and the first rows."""
 
     rows: int = 0
-    windows: int = 0
+    names: int = 0  # of documents
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     largest_id: int = -1  # of all windows; it stands in row `largest_at`
     largest_at: int = -1
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))  # of every window: its document's, see Documents
+    indices: "array[int]" = field(default_factory=lambda: array("q"))  # of every window: its row
 
 
-def survey(windows: Iterable[Window | Skipped]) -> Survey:
-    """Read all windows before anything is computed, so that a bad line is reported at once."""
-    result = Survey()
-    for window in windows:
-        result.rows = window.index + 1
-        if isinstance(window, Skipped):
-            skipped = result.skipped.setdefault(window.reason, {"reason": window.reason, "count": 0, "rows": []})
-            skipped["count"] += 1
-            skipped["rows"] = [*skipped["rows"], window.index][:SHOWN]
-            continue
-        result.windows += 1
-        if (largest := max(window.ids)) > result.largest_id:
-            result.largest_id, result.largest_at = largest, window.index
+def survey(rows: Iterable[dict[str, Any]], split: str, documents: Documents, *how: Any) -> Survey:
+    """Read all windows before anything is computed, so that a bad line is reported at once.
+
+    Windows with the same ids, and rows whose whole texts hold the same letters and digits (whatever the case, spaces
+    and punctuation), are of one document, as are rows with the same name in one split.
+
+    Args:
+        documents: shared by the splits. how: see `cut_row`.
+    """
+    result, names = Survey(), set()
+    for index, row in enumerate(rows):
+        result.rows, whole = index + 1, None
+        for window in cut_row(row, index, split, *how):
+            if isinstance(window, Skipped):
+                skipped = result.skipped.setdefault(window.reason, {"reason": window.reason, "count": 0, "rows": []})
+                skipped["count"] += 1
+                skipped["rows"] = [*skipped["rows"], index][:SHOWN]
+                continue
+            if whole is None:
+                ids = row.get("input_ids")
+                whole = normal_letters(row["text"]) if ids is None else tuple(ids)
+            names.add(hash(window.document))
+            result.numbers.append(documents.add([(split, window.document), tuple(window.ids), ("whole", whole)]))
+            result.indices.append(index)
+            if (largest := max(window.ids)) > result.largest_id:
+                result.largest_id, result.largest_at = largest, index
+    result.names = len(names)
     return result
+
+
+def overlap_of(surveys: Mapping[str, Survey], clusters: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
+    """How many documents are in both splits, and the first rows of some; None for one split or no such document."""
+    rows: list[dict[int, int]] = []
+    for split, each in surveys.items():
+        rows.append({})
+        for cluster, row in zip(clusters[split], each.indices, strict=True):
+            rows[-1].setdefault(cluster, row)
+    shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
+    return {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]} if shared else None
+
+
+def normal_letters(text: str) -> str:
+    """A text's letters and digits, compatibility forms and case folded; where it has none, the text."""
+    folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return re.sub(r"[\W_]+", "", folded.casefold()) or text
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,142 @@
+"""The folder of an audit: what is there whole, what continues it, who is using it."""
+
+import errno
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from goldfish.audit.columns import COLUMNS, RECORDS, RUN, read_run
+from goldfish.audit.estimate import dumps
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two audits in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
+SUMMARY, TOKENS, LOCK, PART = "summary.json", "tokens", "lock", ".part"
+
+
+class Folder:
+    """The folder of an audit: run.json, one parquet file a block in records/ (and tokens/), at last summary.json.
+
+    run.json says what is being run, so that a run continues only with its own blocks. A file is there whole or not at
+    all, and a summary.json means a finished audit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def is_finished(self) -> bool:
+        return (self.path / SUMMARY).is_file()
+
+    def require_usable(self) -> None:
+        """FileExistsError unless the folder is new, empty, or holds an audit."""
+        if not self.path.exists() or (self.path / RUN).is_file():
+            return
+        if not self.path.is_dir() or any(path.name not in (LOCK, RUN + PART) for path in self.path.iterdir()):
+            raise FileExistsError(
+                f"{self.path} exists and is not an empty folder; choose another output folder or remove it"
+            )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other audits out of the folder; the lock of a killed process does not count.
+
+        Raises:
+            FileExistsError: another audit holds it; says which.
+        """
+        self.require_usable()
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / LOCK
+        with path.open("a+", encoding="utf-8") as lock:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise FileExistsError(
+                    f"{self.path} is in use by another audit ({lock.read().strip()}); wait until it has ended, or "
+                    "choose another output folder"
+                ) from None
+            lock.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def open(self, run: Mapping[str, Any]) -> None:
+        """Begin this run, or continue it.
+
+        Raises:
+            FileExistsError: the folder holds something else: another run, finished or not.
+        """
+        if not (self.path / RUN).is_file():
+            _write_json(self.path / RUN, run)
+        before, now = _settings(read_run(self.path)), _settings(json.loads(json.dumps(run)))
+        if before != now:
+            differences = [
+                f"{key} ({before.get(key)!r:.80} there, {now.get(key)!r:.80} now)"
+                for key in dict.fromkeys([*before, *now])
+                if before.get(key) != now.get(key)
+            ]
+            raise FileExistsError(
+                f"{self.path} holds an audit with other settings: {'; '.join(differences)}. Repeat that audit to "
+                "finish it, choose another output folder, or remove this one"
+            )
+
+    def has(self, block: int, windows: int) -> bool:
+        path = self._file(RECORDS, block)
+        try:
+            return bool(pq.read_metadata(path).num_rows == windows)
+        except (OSError, pa.ArrowInvalid):  # not there, or cut short
+            return False
+
+    def write(self, block: int, records: Sequence[Mapping[str, Any]], tokens: pa.Table | None) -> None:
+        """Write a block; its records last, since they say that it is done."""
+        if tokens is not None:
+            _write_table(self._file(TOKENS, block), tokens)
+        _write_table(self._file(RECORDS, block), pa.Table.from_pylist(list(records), COLUMNS))
+
+    def _file(self, kind: str, block: int) -> Path:
+        return self.path / kind / f"{block:06d}.parquet"
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must share with the one that it continues, one level deep for messages; counts follow from it."""
+    flat = {**run, **run["protocol"]}
+    for key in ("date", "command", "protocol", "vocabulary", "overlap"):
+        flat.pop(key, None)
+    inputs = {split: [each["path"], each["sha256"]] for split, each in run["inputs"].items()}
+    return {**flat, "inputs": inputs}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _whole_or_not_at_all(path, lambda file: file.write_text(dumps(value), encoding="utf-8"))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(exist_ok=True)
+    _whole_or_not_at_all(path, lambda file: pq.write_table(table, file))
+
+
+def _whole_or_not_at_all(path: Path, write: Callable[[Path], Any]) -> None:
+    part = path.with_name(path.name + PART)
+    try:
+        write(part)
+        with part.open("rb") as data:
+            os.fsync(data.fileno())  # or a power cut could leave the name without the bytes
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            message = f"the disk is full; the blocks in {path.parent} are kept: make room and repeat the command"
+            raise OSError(errno.ENOSPC, message) from error
+        raise
