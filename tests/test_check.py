@@ -172,9 +172,7 @@ def test_command_line(letters, tmp_path, capsys):
 
     code, shown = run("--secrets", f"code ({CODE})", "-k", "1000000")
     assert code == 1
-    assert (
-        "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
-    )
+    assert "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
     assert f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)" in shown.out
     assert "among 11 rules tried: 0 with k=" in shown.out
     assert "rows with at least half of their passages in one earlier row: 6\n    row 1: 100% in row 0" in shown.out
