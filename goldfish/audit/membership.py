@@ -138,7 +138,7 @@ class _Attack:
 
     def figures(self, level: float) -> dict[str, Any]:
         """`auc`, `tpr` and `roc` as in docs/audit-files.md, with intervals of that level."""
-        sizes = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
+        sizes: dict[str, Any] = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
 
         def estimate(value: float, column: int, trials: int) -> Estimate:
             if self.draws is None:
