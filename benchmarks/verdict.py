@@ -12,7 +12,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ POPULATIONS = {  # share recited; whether that is more than the limit of 1%
     "just above the limit, 1.1%": (0.011, True),
     "well above the limit, 10%": (0.1, True),
 }
-TRIALS, COVERAGE_TRIALS, SPLITS = 20_000, 1_000, 100
+TRIALS, COVERAGE_TRIALS, SPLITS = 20_000, 1_000, 60
 WORKING = {
     "nll": Estimate(3.0),
     "teacher_forced_accuracy": Estimate(0.4),
@@ -39,7 +39,7 @@ WORKING = {
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
-@lru_cache(maxsize=None)
+@cache
 def outcome_of(counts: tuple[int, int, int], n: int) -> str:
     """The outcome of an audit with so many of n texts recited greedily, by sampling, near-verbatim."""
     keys = ("exact_match", "extractable", "near_verbatim")
@@ -60,11 +60,12 @@ def verdicts() -> list[dict[str, Any]]:
         for n in DOCUMENTS:
             for together in (True, False):
                 generator = np.random.default_rng([n, round(1000 * share), together])
-                drawn = generator.binomial(n, share, size=(TRIALS, 1 if together else 3))
+                trials = TRIALS if together else TRIALS // 10  # of which few are alike
+                drawn = generator.binomial(n, share, size=(trials, 1 if together else 3))
                 counts = Counter(outcome_of(tuple(np.broadcast_to(row, 3).tolist()), n) for row in drawn)
                 wrong = counts["PASS" if above else "FAIL"]
                 rows.append({"population": name, "share": share, "documents": n, "together": together,
-                             "false": wrong / TRIALS, **{key: counts[key] / TRIALS for key in
+                             "trials": trials, "false": wrong / trials, **{key: counts[key] / trials for key in
                                                          ("PASS", "FAIL", "INCONCLUSIVE")}})  # fmt: skip
     return rows
 
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only print the tables of the stored result")
     if not parser.parse_args().render:
         result = {
-            "about": about(), "trials": TRIALS, "coverage_trials": COVERAGE_TRIALS, "limits": LIMITS,
+            "about": about(), "coverage_trials": COVERAGE_TRIALS, "limits": LIMITS,
             "verdicts": verdicts(), "coverage": coverage(), "random_splits": confounded(),
         }  # fmt: skip
         FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
