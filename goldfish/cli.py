@@ -1,4 +1,4 @@
-"""The `goldfish` command: show | audit | judge | compare | report. Training is for recipes, torchrun, accelerate."""
+"""The `goldfish` command: show, premask, check, audit, judge, compare, report. Recipes and torchrun train."""
 
 import argparse
 import io
@@ -22,15 +22,41 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = verbs.add_parser("show", help="colour the tokens of a text that a rule drops")
     show.add_argument("text", nargs="+", help="a text or a file with one; two of them are compared side by side")
-    show.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
-    show.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    show.add_argument(
-        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
-    )
-    show.add_argument("--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison')
-    show.add_argument("--seed", type=int, default=0)
+    _add_rule(show)
     show.add_argument("--html", metavar="FILE", help="write an HTML page to a new file instead")
     show.set_defaults(run=_show)
+
+    premask = verbs.add_parser(
+        "premask",
+        help="write the labels of a tokenized dataset, for trainers that know nothing of the rule",
+        description="Write masked labels for a tokenized dataset, and a receipt (goldfish.json) with the rule and the "
+        "counts of one pass; copy the receipt beside the weights. Of several splits only train is written. After an "
+        "interruption the same command continues with what `datasets` has cached.",
+    )
+    premask.add_argument("input", help="a folder of datasets.save_to_disk, or .parquet, .json, .jsonl; has input_ids")
+    premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
+    _add_rule(premask)
+    premask.add_argument(
+        "--format", default="labels",
+        help="labels (default): a datasets folder with labels, -100 where dropped; mask: token_ids.npy (uint32) and "
+        "labels_mask.npy (bool, True = target) without headers, for OLMo; loss-mask: token_ids.npy and loss_mask.npy "
+        "(float32, 1 = the next token of the row is a target), for Megatron and NeMo",
+    )  # fmt: skip
+    premask.add_argument("--num-proc", type=int, metavar="N", help="processes (default 1)")
+    premask.set_defaults(run=_premask)
+
+    check = verbs.add_parser(
+        "check",
+        help="what a rule leaves unprotected, from the training data",
+        description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
+        "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
+    )
+    check.add_argument("path", metavar="DATA", help="rows with text or chats (.jsonl, .parquet, .csv), or .txt")
+    _add_rule(check)
+    marks = check.add_mutually_exclusive_group()
+    marks.add_argument("--secrets", metavar="REGEX", dest="pattern", default="", help="marks secrets in the targets")
+    marks.add_argument("--secret-column", metavar="NAME", dest="column", default="", help="the column that has them")
+    check.set_defaults(run=_check)
 
     audit = verbs.add_parser(
         "audit",
@@ -105,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error.
 
-    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided. Options may be written with
-    underscores, as they were in 0.1.
+    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided; for `check` see its help. Options
+    may be written with underscores, as they were in 0.1.
     """
     args = build_parser().parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
@@ -132,27 +158,62 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
+def _add_rule(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
+    verb.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
+    verb.add_argument(
+        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
+    )
+    verb.add_argument("--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison')
+    verb.add_argument("--max-kept", type=int, metavar="N", help="never keep more than N tokens in a row; at least k")
+    verb.add_argument("--seed", type=int, default=0)
+
+
+def _rule(args: argparse.Namespace) -> Any:
+    from goldfish.rule import Goldfish
+
+    return Goldfish(k=args.k, h=args.h, strategy=args.strategy, max_kept=args.max_kept, seed=args.seed)
+
+
+def _premask(args: argparse.Namespace) -> None:
+    from goldfish.audit.model import load_tokenizer
+    from goldfish.dataset import premask_files
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    premask_files(args.input, args.output_dir, _rule(args), tokenizer, format=args.format, num_proc=args.num_proc)
+    print(f"Written: {args.output_dir}")
+
+
 def _show(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
     from goldfish.audit.model import load_tokenizer
-    from goldfish.rule import Goldfish
     from goldfish.show import read_text, show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
     tokenizer = load_tokenizer(args.tokenizer)
-    rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
+    rule = _rule(args).bind(tokenizer)
     texts = [shown(rule, tokenizer, read_text(text)) for text in args.text]
     console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
     colour = args.html is not None or (console.is_terminal and not console.no_color)
     console.print(show_one(*texts, colour=colour) if len(texts) == 1 else show_two(*texts, colour=colour))
-    console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}", "dim"))
+    spread = f", max_kept={rule.max_kept}" if rule.max_kept else ""
+    console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}{spread}", "dim"))
     if args.html is not None:
         with open(args.html, "x", encoding="utf-8") as page:
             page.write(console.export_html(inline_styles=True))
         print(f"Page: {args.html}")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from goldfish.audit.model import load_tokenizer
+    from goldfish.check import check
+
+    result = check(args.path, load_tokenizer(args.tokenizer), _rule(args), args.pattern, args.column)
+    print("\n".join(result.lines()))
+    return result.exit_code()
 
 
 def _sampling(text: str) -> dict[str, float | int]:

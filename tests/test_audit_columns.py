@@ -177,6 +177,14 @@ def test_decisions_are_known_only_where_the_window_holds_their_context():
     assert not decisions(Goldfish(k=2, h=5), row[20:].tolist(), 20)[1][:5].any()
     for rule in (None, Goldfish(strategy="random")):
         assert not decisions(rule, row.tolist(), 0)[1].any()
+    for rule in (Goldfish(k=2, h=5, max_kept=9), Goldfish(k=4, h=5, max_kept=4)):  # known from a natural drop on
+        whole = rule.dropped(row).numpy()
+        for cut in range(1, 40):
+            dropped, known = decisions(rule, row[cut:].tolist(), cut)
+            assert (dropped[known] == whole[cut:][known]).all()
+            first = int(known.argmax())
+            assert known[first:].all()
+            assert 5 <= first < 40
     with_rule = made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=13), offset=3)[0]
     assert with_rule["dropped"] is None, "h reaches behind the window's start"
     assert made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=4), offset=3)[0]["dropped"] is not None
