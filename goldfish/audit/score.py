@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
-from goldfish.audit.model import RowsOfLogits
+from goldfish.audit.model import logits_of
 from goldfish.audit.windows import Window, first_divergence
 
 _log = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ class Scorer:
         batch_tokens: int | None = None,
     ) -> None:
         self.model, self.samplings, self.beams, self.lowercase = model, samplings, beams, lowercase
-        self._logits = RowsOfLogits(model)
-        self._control = RowsOfLogits(control) if control is not None else None
+        self._control = control
         kind = "cpu" if model.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
         self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
@@ -146,7 +145,7 @@ class Scorer:
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
         if self.lowercase is not None:
-            lowered = self._mean_nll(self._logits, windows, [self.lowercase(window) for window in windows])
+            lowered = self._mean_nll(self.model, windows, [self.lowercase(window) for window in windows])
             rows = [row | {"lowercase_nll": nll} for row, nll in zip(rows, lowered, strict=True)]
         if self._control is not None:
             controls = self._mean_nll(self._control, windows, [window.ids for window in windows])
@@ -173,7 +172,7 @@ class Scorer:
         starts = torch.tensor([[w.prefix_length] for w in windows], device=ids.device)
         of_suffix = ((starts <= place) & (place < ends)).flatten()
         parts = []
-        for rows, logits in self._logits.chunks(ids, attention_mask):
+        for rows, logits in logits_of(self.model, ids, attention_mask):
             parts.append(_reduce(logits, targets[rows], of_suffix[rows], self.samplings))
         columns = {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
         log_q, margin, gap = (columns.pop(name) for name in ("log_q", "relative_margin", "relative_gap"))
@@ -220,9 +219,7 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _mean_nll(
-        self, model: RowsOfLogits, windows: Sequence[Window], rows: Sequence[list[int]]
-    ) -> list[float | None]:
+    def _mean_nll(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[float | None]:
         """Nats per token of rows, one for each window; None for a row of fewer than two ids."""
         means: list[float | None] = [None] * len(rows)
         usable = [i for i, row in enumerate(rows) if len(row) > 1]
@@ -230,7 +227,7 @@ class Scorer:
             places = [usable[i] for i in batch]
             ids, attention_mask = self._padded([rows[i] for i in places])
             targets = ids[:, 1:].flatten()
-            nll = torch.cat([_nll(logits, targets[part]) for part, logits in model.chunks(ids, attention_mask)])
+            nll = torch.cat([_nll(logits, targets[part]) for part, logits in logits_of(model, ids, attention_mask)])
             for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
                 means[place] = mean = values[: len(rows[place]) - 1].mean().item()
                 self._require_finite(windows[place], math.isnan(mean))
