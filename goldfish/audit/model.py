@@ -100,6 +100,7 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
             ignore_mismatched_sizes=True,  # reported with the rest, instead of raised
             output_loading_info=True,
+            device_map=device,
             **options,
             **more,
         )
@@ -116,9 +117,8 @@ def load_model(
             raise
         raise ValueError(_only_pickles(checkpoint, f" ({_first_line(error)})")) from error
     _require_all_loaded(checkpoint, info)
-    model = model.to(device).eval()
     require_causal(model, checkpoint)
-    return model
+    return model.eval()
 
 
 def _only_pickles(checkpoint: str | Path, reason: str) -> str:
@@ -166,7 +166,6 @@ def require_causal(model: Any, checkpoint: str | Path) -> None:
     ids[:, -1] = torch.arange(4, device=ids.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     moved, scale = (logits - logits[:1]).abs().max().item(), logits.abs().max().item()
-    # Rows that differ in the last token only; not `>`, which lets NaN pass to the check that names the window.
     if moved > 16 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
         raise ValueError(
             f"{checkpoint} is not a causal language model: changing the last token moves the logits before it by "
@@ -200,7 +199,7 @@ def vocabulary_of(model: Any) -> int:
 def load_receipt(checkpoint: str | Path) -> dict[str, Any] | None:
     """goldfish.json of a folder or hub name; None where there is none. See `goldfish.receipt.read_receipt`."""
     try:
-        path = Path(checkpoint) / FILE_NAME if Path(checkpoint).is_dir() else _cached(checkpoint, FILE_NAME)
+        path = _file(checkpoint, FILE_NAME)
     except OSError as error:
         _log.warning("Could not ask the hub for the %s of %s, so no rule is known: %s", FILE_NAME, checkpoint, error)
         path = None
@@ -209,11 +208,8 @@ def load_receipt(checkpoint: str | Path) -> dict[str, Any] | None:
 
 def file_hashes(checkpoint: str | Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint that an audit may read, by name; an adapter's base included."""
-    folder: Path | None = Path(checkpoint)
-    if folder is not None and not folder.is_dir():
-        config = _cached(checkpoint, "config.json")
-        folder = None if config is None else config.parent
-    files = [] if folder is None else sorted(path for path in folder.iterdir() if path.suffix in _READ)
+    config = _file(checkpoint, "config.json")
+    files = [] if config is None else sorted(path for path in config.parent.iterdir() if path.suffix in _READ)
     hashes = {path.name: sha256(path) for path in files if path.is_file()}
     base = adapter_base(checkpoint)
     if base is not None:
@@ -221,8 +217,10 @@ def file_hashes(checkpoint: str | Path) -> dict[str, str]:
     return hashes
 
 
-def _cached(checkpoint: str | Path, name: str) -> Path | None:
-    """A file of a hub name; None where there is none."""
+def _file(checkpoint: str | Path, name: str) -> Path | None:
+    """The path of a folder's file, or of a hub name's; None where the hub has none."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint) / name
     path = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
 

@@ -270,20 +270,14 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
-    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix).
-
-    It passes over the logits as seldom as it can: most answers are among the few largest.
-    """
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix)."""
     target = logits.gather(-1, targets[:, None])
-    most = max([2, *(1 + sampling.top_k for sampling in samplings if sampling.top_k is not None)])
-    top, places = logits.topk(min(most, logits.shape[-1]))
+    top, places = logits.topk(2)
     greedy, margin = places[:, 0], top[:, 0] - top[:, 1]
     tied = margin == 0
     if tied.any():
         greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
-    rank = (top > target).sum(-1)
-    beyond = rank == top.shape[-1]
-    rank[beyond] = (logits[beyond] > target[beyond]).sum(-1)
+    rank = (logits > target).sum(-1)
 
     # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
     s = (logits - top[:, :1]).clamp_(min=-1000)  # far below what exp tells from 0, and 0 * it is 0
@@ -292,10 +286,10 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = []
-    for sampling in samplings:
-        known = _log_q(target[of_suffix, 0], top[of_suffix], nll[of_suffix], sampling)
-        log_q.append(_log_q_of_all(logits[of_suffix], targets[of_suffix], sampling) if known is None else known)
+    log_q = [
+        -nll[of_suffix] if sampling == Sampling() else _log_q(logits[of_suffix], targets[of_suffix], sampling)
+        for sampling in samplings
+    ]
     return {
         "greedy": greedy,
         "nll": nll,
@@ -309,23 +303,7 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     }
 
 
-def _log_q(target: Tensor, top: Tensor, nll: Tensor, sampling: Sampling) -> Tensor | None:
-    """`_log_q_of_all` from what is known already: each row's target, its largest logits (rows, more than top_k),
-    falling, and its nll (rows,). None where that is not enough."""
-    if sampling == Sampling():
-        return -nll
-    k = sampling.top_k
-    if k is None or k >= top.shape[-1] or sampling.top_p is not None:
-        return None
-    kept = top[:, : k + 1] / sampling.temperature
-    least = kept[:, k - 1]
-    if (kept[:, k] == least).any():  # equals of the k-th stay too
-        return None
-    target = target / sampling.temperature
-    return (target - kept[:, :k].logsumexp(-1)).masked_fill(target < least, -torch.inf)
-
-
-def _log_q_of_all(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
+def _log_q(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
     """log-probability of the targets, (rows,), after transformers' logits processors in the order of generate."""
     scores = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
