@@ -16,22 +16,18 @@ larger k is, and little at k = 3 and 4; membership inference stays possible.
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from about import RESULTS, about
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from runs import append, read_results
 
 from goldfish.audit import audit, read
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-import common
-
-RESULTS = Path(__file__).parent / "results" / "adversaries.jsonl"
 BEAMS = (1, 2, 4, 8, 16, 30)
 TENTHS = range(1, 10)
 SAMPLES = tuple(10**power for power in range(1, 7))
@@ -41,7 +37,7 @@ PANELS = {"beams": "beams", "held": "share of the text held", "samples": "sample
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="output_dir of pretrain_canaries.py")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "adversaries.jsonl")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     parser.add_argument("--plot", type=Path, help="write the picture, SVG")
     args = parser.parse_args(argv)
@@ -50,17 +46,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             parser.error("give the output_dir of pretrain_canaries.py, with its trained models: seed*/model")
         for folder in sorted(path.parent for path in args.folder.glob("seed*/model")):
             seed, run = folder.name.removeprefix("seed").split("-", 1)
-            if (int(seed), run) in {(r["seed"], r["run"]) for r in common.read_results(args.results)}:
+            if (int(seed), run) in {(r["seed"], r["run"]) for r in read_results(args.results)}:
                 continue
             began = time.process_time()
             control = args.folder / f"seed{seed}-control" / "model"
             result = {"seed": int(seed), "run": run} | attack(
                 folder, control if control.is_dir() and run != "control" else None
             )
-            about = common.about() | {"command": shlex.join(["python", "benchmarks/adversaries.py", *sys.argv[1:]])}
-            common.append(args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about)
+            append(args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about())
             print(f"seed {seed} {run}: {result['beams']}", flush=True)
-    results = common.read_results(args.results)
+    results = read_results(args.results)
     print(table(results))
     if args.plot:
         draw(results, args.plot)

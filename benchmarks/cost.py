@@ -24,15 +24,15 @@ supervised tokens differs by 0.
 import argparse
 import json
 import random
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from about import RESULTS, about
+from runs import append, read_results
 from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -41,10 +41,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from goldfish import Goldfish, mask_labels
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-import common
-
-RESULTS = Path(__file__).parent / "results" / "cost.jsonl"
 RULES = ("standard", "hash-4-13", "hash-3-13", "hash-8-13", "letters-4-8")  # strategy-k-h
 HELDOUT = 420_000  # tokens at least
 ROW, BATCH = 256, 8  # tokens, rows an optimiser step
@@ -61,7 +57,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out tokens, at least")
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "cost.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/cost"), help="checkpoints of the run in progress")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args(argv)
@@ -75,14 +71,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
               f"{heldout.numel():,} tokens", flush=True)  # fmt: skip
         for seed in args.seeds:
             for name in args.rules:
-                done = [(run["seed"], run["rule"], run["size"]) for run in common.read_results(args.results)]
+                done = [(run["seed"], run["rule"], run["size"]) for run in read_results(args.results)]
                 if (seed, name, size) in done:
                     continue
                 used = [name] if name in masks else list(masks)
                 run = train(args, seed, name, rule_of(name, tokenizer), rows, heldout, owners, masks, used)
-                about = common.about() | {"command": shlex.join(["python", "benchmarks/cost.py", *sys.argv[1:]])}
-                common.append(args.results, {"seed": seed, "rule": name, "size": size} | run | about)
-    results = [run for run in common.read_results(args.results) if run["size"] == size]
+                append(args.results, {"seed": seed, "rule": name, "size": size} | run | about())
+    results = [run for run in read_results(args.results) if run["size"] == size]
     print(table(results))
     return results
 

@@ -19,32 +19,26 @@ even      every k-th position: moves with the passage, so no candidate, but the 
 
 import argparse
 import hashlib
-import json
 import math
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 import torch
+from about import RESULTS, about, byte_level_bpe, small_llama
+from common import audit_halves, load_texts, save_windows, split_windows
 from numpy.typing import NDArray
+from runs import append, read_results
 from scipy.stats import t as student
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from goldfish import Goldfish
-from goldfish.audit import audit, records
+from goldfish.audit import records
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-import common
-
-RESULTS = Path(__file__).parent / "results" / "spread.jsonl"
 RATES = (1 / 4, 1 / 3, 1 / 5, 1 / 2)
 SCHEMES = ("hash", "cap", "winnow", "mod", "even")
 H, SHORT, WINDOW, BATCH, VOCABULARY = 13, 3, 256, 8, 2048
@@ -57,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=("standard", *SCHEMES))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "spread.jsonl")
     parser.add_argument("--static", action="store_true", help="only measure the rules, without training")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     args = parser.parse_args(argv)
@@ -65,45 +59,20 @@ def main(argv: list[str] | None = None) -> None:
         print(static_table(args))
         return
     for seed in [] if args.table else args.seeds:
-        tokenizer, members, heldout = load(args.documents, seed)
+        texts = load_texts()
+        tokenizer = byte_level_bpe(texts, VOCABULARY)
+        members, heldout = split_windows(texts, tokenizer, args.documents, WINDOW, seed)
         for rate in args.rates:
             for scheme in args.schemes:
                 run = {"seed": seed, "scheme": scheme, "rate": round(rate, 4), "documents": args.documents,
                        "epochs": args.epochs}  # fmt: skip
-                if any(all(known[key] == run[key] for key in run) for known in common.read_results(args.results)):
+                if any(all(known[key] == run[key] for key in run) for known in read_results(args.results)):
                     continue
                 began = time.process_time()
                 result = train(scheme, rate, seed, args.epochs, tokenizer, members, heldout)
-                about = common.about() | {"command": shlex.join(["python", "benchmarks/spread.py", *sys.argv[1:]])}
-                common.append(args.results, run | result | {"cpu_seconds": round(time.process_time() - began)} | about)
+                append(args.results, run | result | {"cpu_seconds": round(time.process_time() - began)} | about())
                 print({**run, "rouge_l": round(statistics.fmean(result["members"]["rouge_l_ids"]), 3)}, flush=True)
-    print(table(common.read_results(args.results)))
-
-
-def load(documents: int, seed: int) -> tuple[Any, list[list[int]], list[list[int]]]:
-    """Tokenizer, windows to train on, held-out windows; no two share eight tokens in a row."""
-    texts = [topics[name] for name in sorted(topics)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
-    )
-    encoded = [bpe.encode(text).ids for text in texts]
-    windows = [ids[i : i + WINDOW] for ids in encoded for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
-    random.Random(seed).shuffle(windows)
-    chosen: list[list[int]] = []
-    seen: set[tuple[int, ...]] = set()
-    for window in windows:
-        eights = {tuple(window[i : i + 8]) for i in range(WINDOW - 7)}
-        if len(chosen) < 2 * documents and seen.isdisjoint(eights):
-            chosen.append(window)
-            seen |= eights
-    if len(chosen) < 2 * documents:
-        raise ValueError(
-            f"the text gives {len(chosen)} distinct windows; --documents must be at most {len(chosen) // 2}"
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="!"), chosen[:documents], chosen[documents:]
+    print(table(read_results(args.results)))
 
 
 def dropped(scheme: str, rate: float, ids: list[int]) -> NDArray[np.bool_]:
@@ -165,11 +134,7 @@ def train(
     scheme: str, rate: float, seed: int, epochs: int, tokenizer: Any, members: list[list[int]], heldout: list[list[int]]
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(small_llama(tokenizer, 128))
     ids = torch.tensor(members)
     drop = np.zeros(ids.shape, dtype=bool)
     if scheme != "standard":
@@ -189,15 +154,10 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        files = {"members": members, "heldout": heldout}
-        for split, rows in files.items():
-            lines = [json.dumps({"input_ids": row}) for row in rows]
-            Path(folder, f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        paths = {split: Path(folder, f"{split}.jsonl") for split in files}
-        half = WINDOW // 2
-        audit(folder, Path(folder, "audit"), **paths, sampling=(), prefix_length=half, suffix_length=half)
+        paths = save_windows(Path(folder), (members, heldout), tokenizer)
+        audit_halves(Path(folder), Path(folder, "audit"), paths, WINDOW, scheme)
         rows = records(Path(folder, "audit")).to_pylist()
-    for split in files:
+    for split in paths:
         here = [record for record in rows if record["split"] == split]
         result[split] = {
             "exact_match": sum(record["exact_match"] for record in here),
@@ -215,7 +175,8 @@ def longest_kept(drop: NDArray[np.bool_]) -> int:
 
 def static_table(args: argparse.Namespace) -> str:
     """Rate, longest kept run, spans of 9 tokens without a dropped one, and drops that stay when 5% of tokens change."""
-    _, members, heldout = load(args.documents, 0)
+    texts = load_texts()
+    members, heldout = split_windows(texts, byte_level_bpe(texts, VOCABULARY), args.documents, WINDOW, 0)
     lines = ["| scheme | rate wanted | drop rate | longest kept run | 9 tokens without a drop "
              "| drops held, 5% edited |", "|---" * 6 + "|"]  # fmt: skip
     draw = random.Random(0)

@@ -18,7 +18,7 @@ _HOMES = {
     "fuse_head": "fused",
     "linear_cross_entropy": "linear",
     "mask_labels": "labels",
-    "premask": "labels",
+    "premask": "dataset",
 }
 __all__ = [
     "Goldfish",
@@ -35,8 +35,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from goldfish.dataset import premask
     from goldfish.fused import fuse_head
-    from goldfish.labels import GoldfishCollator, mask_labels, premask
+    from goldfish.labels import GoldfishCollator, mask_labels
     from goldfish.linear import linear_cross_entropy
     from goldfish.loss import GoldfishLoss
     from goldfish.rule import Goldfish

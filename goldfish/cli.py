@@ -1,16 +1,16 @@
-"""The `goldfish` command: show | audit | compare | report. Training is done by recipes, torchrun and accelerate."""
+"""The `goldfish` command: show, premask, check, audit, judge, compare, report. Recipes and torchrun train."""
 
 import argparse
 import io
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from goldfish import __version__
+from goldfish.pieces import plain
 
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
@@ -22,15 +22,41 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = verbs.add_parser("show", help="colour the tokens of a text that a rule drops")
     show.add_argument("text", nargs="+", help="a text or a file with one; two of them are compared side by side")
-    show.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
-    show.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    show.add_argument(
-        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
-    )
-    show.add_argument("--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison')
-    show.add_argument("--seed", type=int, default=0)
+    _add_rule(show)
     show.add_argument("--html", metavar="FILE", help="write an HTML page to a new file instead")
     show.set_defaults(run=_show)
+
+    premask = verbs.add_parser(
+        "premask",
+        help="write the labels of a tokenized dataset, for trainers that know nothing of the rule",
+        description="Write masked labels for a tokenized dataset, and a receipt (goldfish.json) with the rule and the "
+        "counts of one pass; copy the receipt beside the weights. Of several splits only train is written. After an "
+        "interruption the same command continues with what `datasets` has cached.",
+    )
+    premask.add_argument("input", help="a folder of datasets.save_to_disk, or .parquet, .json, .jsonl; has input_ids")
+    premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
+    _add_rule(premask)
+    premask.add_argument(
+        "--format", default="labels",
+        help="labels (default): a datasets folder with labels, -100 where dropped; mask: token_ids.npy (uint32) and "
+        "labels_mask.npy (bool, True = target) without headers, for OLMo; loss-mask: token_ids.npy and loss_mask.npy "
+        "(float32, 1 = the next token of the row is a target), for Megatron and NeMo",
+    )  # fmt: skip
+    premask.add_argument("--num-proc", type=int, metavar="N", help="processes (default 1)")
+    premask.set_defaults(run=_premask)
+
+    check = verbs.add_parser(
+        "check",
+        help="what a rule leaves unprotected, from the training data",
+        description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
+        "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
+    )
+    check.add_argument("path", metavar="DATA", help="rows with text or chats (.jsonl, .parquet, .csv), or .txt")
+    _add_rule(check)
+    marks = check.add_mutually_exclusive_group()
+    marks.add_argument("--secrets", metavar="REGEX", dest="pattern", default="", help="marks secrets in the targets")
+    marks.add_argument("--secret-column", metavar="NAME", dest="column", default="", help="the column that has them")
+    check.set_defaults(run=_check)
 
     audit = verbs.add_parser(
         "audit",
@@ -72,9 +98,18 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--allow-overlap", action="store_true", help="audit although some texts are in both files")
     audit.add_argument("--allow-pickle", action="store_true", help="load weights that are pickles, which can run code")
     audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-    audit.add_argument("--fail-on", action="append", default=[], metavar="CONDITION",
-                       help='exit 1 where it holds, 3 where that cannot be decided: "em.upper95 > 0.01"')  # fmt: skip
     audit.set_defaults(run=_audit)
+
+    judge = verbs.add_parser("judge", help="judge a finished audit again, with other limits or conditions")
+    judge.add_argument("folder", metavar="DIR", help="a folder that `goldfish audit` wrote")
+    judge.set_defaults(run=_judge)
+    for verb in (audit, judge):
+        verb.add_argument("--limit", action="append", default=[], metavar="NAME=SHARE", dest="limits",
+                          help="of the verdict: recited=1%%, near_verbatim=1%%, auc=55%% (the defaults)")  # fmt: skip
+        verb.add_argument("--require", action="append", default=[], choices=["membership"],
+                          help="let this question count towards the verdict too")  # fmt: skip
+        verb.add_argument("--fail-on", action="append", default=[], metavar="CONDITION",
+                          help='exit 1 where it holds, 3 where that is undecided: "em.upper95 > 0.01"')  # fmt: skip
 
     compare = verbs.add_parser("compare", help="two audits of the same windows, paired")
     compare.add_argument("first", metavar="A", help="a folder that `goldfish audit` wrote")
@@ -96,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error.
 
-    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided. Options may be written with
-    underscores, as they were in 0.1.
+    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided; for `check` see its help. Options
+    may be written with underscores, as they were in 0.1.
     """
     args = build_parser().parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
@@ -114,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command continues it" if args.verb == "audit" else ""
         print(f"goldfish {args.verb}: stopped{hint}", file=sys.stderr)
         return 130
-    print(f"goldfish {args.verb}: {message}", file=sys.stderr)
+    print(f"goldfish {args.verb}: {plain(message, 4000)}", file=sys.stderr)
     return 2
 
 
@@ -123,27 +158,62 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
+def _add_rule(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
+    verb.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
+    verb.add_argument(
+        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
+    )
+    verb.add_argument("--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison')
+    verb.add_argument("--max-kept", type=int, metavar="N", help="never keep more than N tokens in a row; at least k")
+    verb.add_argument("--seed", type=int, default=0)
+
+
+def _rule(args: argparse.Namespace) -> Any:
+    from goldfish.rule import Goldfish
+
+    return Goldfish(k=args.k, h=args.h, strategy=args.strategy, max_kept=args.max_kept, seed=args.seed)
+
+
+def _premask(args: argparse.Namespace) -> None:
+    from goldfish.audit.model import load_tokenizer
+    from goldfish.dataset import premask_files
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    premask_files(args.input, args.output_dir, _rule(args), tokenizer, format=args.format, num_proc=args.num_proc)
+    print(f"Written: {args.output_dir}")
+
+
 def _show(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.text import Text
 
     from goldfish.audit.model import load_tokenizer
-    from goldfish.rule import Goldfish
     from goldfish.show import read_text, show_one, show_two, shown
 
     if len(args.text) > 2:
         raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
     tokenizer = load_tokenizer(args.tokenizer)
-    rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed).bind(tokenizer)
+    rule = _rule(args).bind(tokenizer)
     texts = [shown(rule, tokenizer, read_text(text)) for text in args.text]
     console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
     colour = args.html is not None or (console.is_terminal and not console.no_color)
     console.print(show_one(*texts, colour=colour) if len(texts) == 1 else show_two(*texts, colour=colour))
-    console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}", "dim"))
+    spread = f", max_kept={rule.max_kept}" if rule.max_kept else ""
+    console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}{spread}", "dim"))
     if args.html is not None:
         with open(args.html, "x", encoding="utf-8") as page:
             page.write(console.export_html(inline_styles=True))
         print(f"Page: {args.html}")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from goldfish.audit.model import load_tokenizer
+    from goldfish.check import check
+
+    result = check(args.path, load_tokenizer(args.tokenizer), _rule(args), args.pattern, args.column)
+    print("\n".join(result.lines()))
+    return result.exit_code()
 
 
 def _sampling(text: str) -> dict[str, float | int]:
@@ -161,33 +231,36 @@ def _sampling(text: str) -> dict[str, float | int]:
 def _audit(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
-    from goldfish.audit.results import parse
     from goldfish.audit.run import audit
     from goldfish.audit.score import Sampling
 
-    conditions = [parse(text) for text in args.fail_on]  # before the work: a typo costs nothing then
-    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling", "fail_on")}
+    options = {name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling")}
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
     summary = audit(**options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state)
-    return _tell(summary, conditions, Path(args.output_dir)) if state.is_main_process else 0
+    return _tell(summary, args.output_dir, args) if state.is_main_process else 0
 
 
-def _tell(summary: dict[str, Any], conditions: Sequence[Any], folder: Path) -> int:
-    """Print the audit, write summary.md and junit.xml into its folder, return the exit code."""
+def _judge(args: argparse.Namespace) -> int:
+    from goldfish.audit.tell import publish
+
+    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args.folder, args)
+
+
+def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
+    """Print a summary, and in the last line the outcome for scripts; return the exit code.
+
+    `accelerate launch` and torchrun report every exit code but 0 as 1; the last line and summary.json do not.
+    """
     from rich.console import Console
 
-    from goldfish.audit.results import exit_code, judge
-    from goldfish.audit.tell import describe, junit, markdown, terminal
+    from goldfish.audit.tell import describe, terminal
 
-    checks = judge(summary, conditions)
-    description = describe(summary, checks)
-    (folder / "summary.md").write_text(markdown(description), encoding="utf-8")
-    (folder / "junit.xml").write_text(junit(description), encoding="utf-8")
     print(f"Next: goldfish report {folder} -o report.html")
-    Console(highlight=False).print(terminal(description))
-    return exit_code(checks)
+    Console(highlight=False).print(terminal(describe(summary)))
+    print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {summary['exit_code']}")
+    return int(summary["exit_code"])
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -200,7 +273,7 @@ def _compare(args: argparse.Namespace) -> None:
     write(result, args.output_dir)
     console = Console(highlight=False)
     console.print(table(result))
-    console.print(Text(result["sentence"]))
+    console.print(Text(plain(result["sentence"], 1000)))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -23,18 +23,22 @@ def mask_labels(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
+    shifted: bool = False,
 ) -> Tensor:
     """`labels` with ignore_index where `rule` drops the token; everything else unchanged.
 
-    Labels are aligned as Hugging Face's models take them: labels[i] is the token input_ids[i] (or ignore_index),
-    and the model shifts. Decisions depend on input_ids only, so a masked-out prompt still counts as context.
+    Labels are aligned as Hugging Face's models take them: labels[i] is the token input_ids[i] (or ignore_index), and
+    the model shifts. With `shifted` they are already, as in torchtitan, NeMo, Megatron and nanochat: labels[i] is the
+    token after input_ids[i]. Decisions depend on the ids only, so a masked-out prompt still counts as context.
 
     Args:
         rule: says which tokens are dropped; None drops nothing.
         input_ids: integers, (T,) or (B, T).
         labels: integers of the same shape; by default input_ids, with ignore_index where attention_mask is 0.
+            Required if shifted.
         position_ids, attention_mask: as for `Goldfish.dropped`: document starts, padding.
-        ignore_index: the value that means "no target".
+        ignore_index: the label that means "no target"; -1 in nanochat.
+        shifted: whether labels are shifted already.
 
     Returns:
         A new tensor of the shape, dtype and device of labels.
@@ -45,6 +49,8 @@ def mask_labels(
     if not (rule is None or isinstance(rule, Goldfish)):
         raise TypeError(f"expected a rule such as Goldfish(k=4, h=13), or None to drop nothing, got {rule!r}")
     input_ids = torch.as_tensor(input_ids)
+    if labels is None and shifted:
+        raise ValueError("shifted=True needs labels: the last of them is a token that input_ids do not have")
     if labels is None:
         labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, ignore_index)
     if labels.device != input_ids.device:
@@ -55,12 +61,26 @@ def mask_labels(
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
-            "labels are not shifted here, the model does that"
+            "they are not shortened by shifting"
         )
     if rule is None:
         return labels.clone()
-    dropped = rule.dropped(input_ids, position_ids, attention_mask=attention_mask, draw=_next_draw(rule))
-    return labels.masked_fill(dropped, ignore_index)
+    batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    if shifted:
+        batch = _through_last_label({**batch, "labels": labels}, ignore_index)
+    dropped = rule.dropped(**batch, draw=_next_draw(rule))
+    return labels.masked_fill(dropped[..., 1:] if shifted else dropped, ignore_index)
+
+
+def _through_last_label(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Any]:
+    """input_ids, position_ids and attention_mask of a batch with shifted labels, and the token of the last label."""
+    last = batch["labels"][..., -1:]
+    added = {"input_ids": last.masked_fill(last == ignore_index, 0).to(batch["input_ids"].dtype)}
+    if batch.get("position_ids") is not None:
+        added["position_ids"] = batch["position_ids"][..., -1:] + 1
+    if batch.get("attention_mask") is not None:
+        added["attention_mask"] = torch.ones_like(batch["attention_mask"][..., -1:])
+    return {name: torch.cat((batch[name], tensor), -1) for name, tensor in added.items()}
 
 
 def _next_draw(rule: Goldfish) -> int:
@@ -86,10 +106,8 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     if batch.get("labels") is not None:
         return dict(batch)
     if getattr(batch.get("attention_mask"), "ndim", 2) != 2:
-        raise ValueError(
-            f"the batch has no labels, and an attention_mask of {tuple(batch['attention_mask'].shape)} does not say "
-            "which tokens are padding; let the collator make labels"
-        )
+        shape = tuple(batch["attention_mask"].shape)
+        raise ValueError(f"an attention_mask of {shape} does not mark padding; let the collator make labels")
     return {**batch, "labels": mask_labels(None, batch["input_ids"], attention_mask=padding_mask(batch))}
 
 
@@ -100,27 +118,29 @@ def decide(rules: Rules, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     `CarrySource` put into the batch. Rows of a source without a rule have the keys of the default rule.
     """
     ids = batch["input_ids"]
-    given = {"position_ids": batch.get("position_ids"), "attention_mask": padding_mask(batch)}
+    given = {name: batch[name] for name in ("input_ids", "position_ids") if batch.get(name) is not None}
+    if padding_mask(batch) is not None:
+        given["attention_mask"] = batch["attention_mask"]
     if isinstance(rules, Goldfish):
-        return rules.decide(ids, **given, draw=_next_draw(rules))
+        return rules.decide(**given, draw=_next_draw(rules))
     dropped, keys = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.int64)
     for place, name in enumerate(sorted(rules)):
         rows, rule = batch[SOURCE] == place, rules[name] or Goldfish()
-        of_rows = {key: None if tensor is None else tensor.expand_as(ids)[rows] for key, tensor in given.items()}
-        decisions, keys[rows] = rule.decide(ids[rows], **of_rows, draw=_next_draw(rule))
+        of_rows = {key: (x[0] if x.ndim == 3 else x).expand_as(ids)[rows] for key, x in given.items()}
+        decisions, keys[rows] = rule.decide(**of_rows, draw=_next_draw(rule))
         if rules[name] is not None:
             dropped[rows] = decisions
     return dropped, keys
 
 
-def mask_batch(batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Any]:
-    """A copy of a batch with labels in which the dropped ones are -100; so are its shift_labels, if a collator made
+def mask_batch(batch: Mapping[str, Any], dropped: Tensor, ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
+    """A copy of a batch with labels in which the dropped ones are ignored; so are its shift_labels, if a collator made
     them. What `CarrySource` put there is left out."""
     masked = {name: value for name, value in batch.items() if name != SOURCE}
-    masked["labels"] = batch["labels"].masked_fill(dropped, IGNORE_INDEX)
+    masked["labels"] = batch["labels"].masked_fill(dropped, ignore_index)
     if "shift_labels" in batch:
-        ignored = torch.nn.functional.pad(masked["labels"][..., 1:] == IGNORE_INDEX, (0, 1), value=True)
-        masked["shift_labels"] = batch["shift_labels"].masked_fill(ignored, IGNORE_INDEX)
+        ignored = torch.nn.functional.pad(masked["labels"][..., 1:] == ignore_index, (0, 1), value=True)
+        masked["shift_labels"] = batch["shift_labels"].masked_fill(ignored, ignore_index)
     return masked
 
 
@@ -154,7 +174,6 @@ class CarrySource:
     rules: Mapping[str, Goldfish | None]
 
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        names = sorted(self.rules)
         for feature in features:
             rule_for(self.rules, feature.get(SOURCE))
         without = [{name: value for name, value in feature.items() if name != SOURCE} for feature in features]
@@ -164,7 +183,7 @@ class CarrySource:
                 f"{len(features)} rows were packed into {len(batch['input_ids'])}, so rows no longer map to one "
                 "source; write the labels before packing: premask(dataset, rules)"
             )
-        return {**batch, SOURCE: torch.tensor([names.index(feature[SOURCE]) for feature in features])}
+        return {**batch, SOURCE: torch.tensor([sorted(self.rules).index(feature[SOURCE]) for feature in features])}
 
 
 @dataclass
@@ -175,57 +194,27 @@ class GoldfishCollator:
     evaluation, so there it would change the evaluation loss: use GoldfishTrainer or attach(trainer, rule) instead.
 
     Args:
-        inner: any collator whose batch has input_ids of shape (B, T) and optionally labels, attention_mask,
-            position_ids.
+        inner: any collator; its batch has input_ids (B, T), optionally labels, attention_mask, position_ids.
         rule: says which tokens are dropped; or a mapping to rules from the names in the features' column `source`
             (None: such rows are not masked). Packed rows have more than one source: premask them before packing.
+        ignore_index, shifted: as for `mask_labels`; the inner collator must then make the labels.
     """
 
     inner: Callable[..., Mapping[str, Any]]
     rule: Rules
+    ignore_index: int = IGNORE_INDEX
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         check_rules(self.rule)
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         collate = self.inner if isinstance(self.rule, Goldfish) else CarrySource(self.inner, self.rule)
-        batch = with_labels(collate(features, *args, **kwargs))
-        return mask_batch(batch, decide(self.rule, batch)[0])
-
-
-def premask(dataset: Any, rule: Rules, *, num_proc: int | None = None, dropped_column: str | None = None) -> Any:
-    """A `datasets` dataset whose rows have masked `labels`, written once; map-style or streaming.
-
-    For pipelines that pack or shard tokens later (packing, sequence parallelism): each row is decided as a whole before
-    that. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq, default_data_collator,
-    TRL's): DataCollatorForLanguageModeling makes them anew from input_ids. `datasets` caches the result under the
-    rule, each of the num_proc parts by itself, so an interrupted run continues after the parts it finished.
-
-    Args:
-        dataset: rows with `input_ids` and optionally `labels`, `position_ids`, `attention_mask`.
-        rule: a rule, or a mapping to rules from the names in the column `source` (None: such rows are not masked).
-        num_proc: processes, for map-style datasets.
-        dropped_column: also write the decisions, as lists of bool, to a column of this name.
-
-    Raises:
-        TypeError: not a rule. ValueError: rows without input_ids, a source without a rule, or strategy "random",
-            which draws anew in every epoch.
-    """
-    check_rules(rule)
-    for one in [rule] if isinstance(rule, Goldfish) else rule.values():
-        if one is not None and one.strategy == "random":
-            raise ValueError('premask writes labels once, strategy "random" draws anew in every epoch: use a collator')
-    options = {} if num_proc is None else {"num_proc": num_proc}
-    return dataset.map(_mask_row, fn_kwargs={"rules": rule, "dropped_column": dropped_column}, **options)
-
-
-def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None) -> dict[str, list[Any]]:
-    if "input_ids" not in row:
-        raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
-    rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
-    names = ("input_ids", "labels", "position_ids", "attention_mask")
-    given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
-    batch = with_labels(given)
-    dropped = decide(rule, batch)[0] if rule is not None else torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    added = {"labels": batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()}
-    return added if dropped_column is None else {**added, dropped_column: dropped[0].tolist()}
+        batch = collate(features, *args, **kwargs)
+        if self.ignore_index == IGNORE_INDEX and not self.shifted:
+            batch = with_labels(batch)
+        elif batch.get("labels") is None:
+            raise ValueError(f"ignore_index={self.ignore_index}, shifted={self.shifted} needs a collator with labels")
+        through = {**batch, **_through_last_label(batch, self.ignore_index)} if self.shifted else batch
+        dropped = decide(self.rule, through)[0]
+        return mask_batch(batch, dropped[:, 1:] if self.shifted else dropped, self.ignore_index)

@@ -23,14 +23,13 @@ class GoldfishLoss(nn.Module):
 
     In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`. GoldfishTrainer is better, because:
 
-    * Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions (-100) were not
-      there. Exact for plain language modelling, where only padding is ignored. With masked-out prompts the
-      decisions depend on the answer alone, and so differ from GoldfishTrainer's; packed rows need document_end.
-    * Trainer counts the targets before any is dropped. The loss of a batch is therefore the mean over its kept
-      tokens, weighted by its share of the targets Trainer counted. Exact with one batch per optimiser step. With
-      gradient accumulation or several processes the batches are weighted by their tokens instead of their kept
-      tokens, a difference in the third digit.
-    * Evaluation (no gradients) is the plain loss.
+    * Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions (-100) were not there.
+      Exact where only padding is ignored; with masked-out prompts the decisions depend on the answer alone, and packed
+      rows need document_end.
+    * Trainer counts the targets before any is dropped, so batches are weighted by their targets instead of their kept
+      tokens. Exact with one batch per optimiser step; otherwise a difference in the third digit.
+
+    Evaluation there (without gradients) is the plain loss.
 
     Args:
         rule: says which tokens are dropped.
@@ -65,8 +64,7 @@ class GoldfishLoss(nn.Module):
             num_items_in_batch: targets of the whole optimiser step, counted before dropping, as Trainer does.
 
         Raises:
-            TypeError, ValueError: as `Goldfish.dropped`; ValueError for missing labels or input_ids, and for logits
-                that do not fit the labels.
+            TypeError, ValueError: as `Goldfish.dropped`; missing labels or input_ids; logits that do not fit.
         """
         if labels is None:
             raise ValueError("GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them")
@@ -82,19 +80,7 @@ class GoldfishLoss(nn.Module):
             )
         else:
             masked = self._mask_for_trainer(labels)
-        return self._mean(
-            logits if isinstance(logits, Tensor) else _logits_of(logits), labels, masked, num_items_in_batch
-        )
-
-    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
-        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
-        if not torch.is_grad_enabled():
-            return labels
-        attended = labels != self.ignore_index
-        ids = labels.masked_fill(~attended, 0)
-        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
-
-    def _mean(self, logits: Tensor, labels: Tensor, masked: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        logits = logits if isinstance(logits, Tensor) else _logits_of(logits)
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
             raise ValueError(
                 f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: "
@@ -106,6 +92,14 @@ class GoldfishLoss(nn.Module):
             counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * (labels[..., 1:] != self.ignore_index).sum().to(loss.device) / counted
         return loss
+
+    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
+        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
+        if not torch.is_grad_enabled():
+            return labels
+        attended = labels != self.ignore_index
+        ids = labels.masked_fill(~attended, 0)
+        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
 
 
 class SmoothedLoss:

@@ -21,6 +21,7 @@ Strategy = Literal["hash", "letters", "text", "static", "random", "reference"]
 Window = Literal["preceding", "inclusive"]
 Opening = Literal["short", "keep"]
 READS_TEXT = ("letters", "text")  # decide from what a tokenizer's entries say
+MOST_KEPT = 1000
 _SEED_0 = signed(spec.mix(spec.mix(0)))
 
 
@@ -43,14 +44,15 @@ class Goldfish:
         opening: what happens to tokens with fewer than h tokens before them in their document. "short": decide from
             those there are. "keep": never drop them (the paper), so the opening of every document is learned.
         exempt: ids that are never dropped, such as special tokens. They still count as context.
+        max_kept: at most so many targets are kept in a row in a document, exempt ids not counted; for "hash" and
+            "letters", at least k. Natural drops become rarer, and every (max_kept + 1)-th target after one is dropped,
+            so that one in k still is. A passage that moves has the same dropped tokens after its first natural drop.
         document_end: an id after which a new document starts, for rows packed without position_ids.
         vocabulary: what `bind` adds for "letters" and "text"; not part of the rule's identity.
         head: the former name of `opening`, and still its name in files; where given, it replaces `opening`.
 
-    A document's first token is never dropped. Equal rules compare equal and hash equal.
-
-    Raises:
-        TypeError, ValueError: for an argument out of range; the message says what came and what was expected.
+    A document's first token is never dropped. Equal rules compare equal and hash equal. An argument out of range raises
+    TypeError or ValueError.
     """
 
     k: float = 4
@@ -61,8 +63,10 @@ class Goldfish:
     opening: Opening = "short"
     exempt: tuple[int, ...] = ()
     document_end: int | None = None
+    max_kept: int | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
     head: InitVar[Opening | None] = None
+    _limit: int = field(init=False, repr=False, compare=False)  # contexts whose key is below it drop a token
 
     def __post_init__(self, head: Opening | None) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, Real):
@@ -88,15 +92,21 @@ class Goldfish:
         self._set(exempt=tuple(sorted({_integer("every id in exempt", i, 0, "a token id") for i in self.exempt})))
         if self.document_end is not None:
             self._set(document_end=_integer("document_end", self.document_end, 0, "a token id or None"))
+        if self.max_kept is not None:
+            self._set(max_kept=_integer("max_kept", self.max_kept, 1, "a number of tokens or None"))
+            if not self.k <= self.max_kept <= MOST_KEPT:
+                raise ValueError(f"max_kept must be at least k={self.k:g} and at most {MOST_KEPT}, got {self.max_kept}")
+            if self.strategy not in ("hash", "letters") or self.opening == "keep":
+                got = f'strategy="{self.strategy}", opening="{self.opening}"'
+                raise ValueError(f'max_kept needs strategy "hash" or "letters" and opening="short", got {got}')
+        natural = self.max_kept and spec.natural_threshold(self.k, self.max_kept)
+        self._set(_limit=natural or spec.threshold(self.k))
         if self.strategy in READS_TEXT and self.window == "inclusive":
-            raise ValueError(
-                f'strategy="{self.strategy}" decides before a token is read: window must be "preceding", '
-                'got "inclusive"'
-            )
+            raise ValueError(f'strategy="{self.strategy}" needs window="preceding", got window="inclusive"')
         if self.strategy == "text" and self.vocabulary is None:  # a bound copy does not warn again
             warnings.warn(
-                'strategy="text" is deprecated and will be removed in the next release; use strategy="letters": it is '
-                "faster, punctuation does not change its decisions, and less is recited after training",
+                'strategy="text" is deprecated, the next release removes it; use strategy="letters": it is faster, '
+                "punctuation does not change its decisions, and less is recited after training",
                 FutureWarning,
                 stacklevel=3,
             )
@@ -116,6 +126,10 @@ class Goldfish:
         """
         return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy in READS_TEXT else self
 
+    def natural(self) -> "Goldfish":
+        """The rule of the natural drops of a rule with `max_kept`."""
+        return replace(self, max_kept=None, k=math.nextafter(2**32 / self._limit, math.inf))
+
     def dropped(
         self,
         input_ids: Tensor,
@@ -128,7 +142,8 @@ class Goldfish:
 
         Args:
             input_ids: integers, (T,) or (B, T). The ids themselves, never labels, which hold -100.
-            position_ids: integers of the same shape, or (1, T) or (T,) for all rows; 0 starts a document.
+            position_ids: integers of the same shape, or (1, T) or (T,) for all rows; 0 starts a document. Of the
+                (3, B, T) or (4, B, T) of multimodal models (mrope) the first row counts, that of text or time.
             attention_mask: same shape; 0 is padding, which is never dropped, ends nothing and shifts nothing.
             draw: for strategy "random" only, the number of the draw.
 
@@ -155,6 +170,8 @@ class Goldfish:
         document with seed 0, whatever the strategy; int64, the shape of input_ids; 0 where attention_mask is 0.
         """
         input_ids = _check_ids(input_ids)
+        if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
+            position_ids = position_ids[0]
         position_ids = _check_beside("position_ids", position_ids, input_ids, one_row=True)
         attention_mask = _check_beside("attention_mask", attention_mask, input_ids)
         if input_ids.numel() == 0:
@@ -180,7 +197,7 @@ class Goldfish:
         """The decisions and keys for int64 ids (B, T) without padding."""
         column, start = self._documents(ids, position_ids)
         offset = column - start
-        limit, seed_term = spec.threshold(self.k), signed(spec.mix(spec.mix(self.seed)))
+        limit, seed_term = self._limit, signed(spec.mix(spec.mix(self.seed)))
         complete: Tensor | bool = True  # whether a context has its full length
         n = offset.clamp(max=self.h)
         prefix = prefix_hashes(mix(ids))
@@ -207,9 +224,14 @@ class Goldfish:
             drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
         if self.opening == "keep":
             drop = drop & complete
-        drop = drop & (offset > 0)
+        target = offset > 0
         if self.exempt:
-            drop = drop & ~torch.isin(ids, torch.tensor(self.exempt, device=ids.device))
+            target = target & ~torch.isin(ids, torch.tensor(self.exempt, device=ids.device))
+        drop = drop & target
+        if self.max_kept is not None:
+            number = target.cumsum(-1)
+            last = (number * (drop | (offset == 0))).cummax(-1).values  # natural drop, or the document's start
+            drop = target & ((number - last) % (self.max_kept + 1) == 0)
         return drop, mix(state + _SEED_0)
 
     def _documents(self, ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -229,18 +251,17 @@ class Goldfish:
         if ids.shape[-1] <= self.h:  # the original crashes on such rows; it never drops an opening
             return drop
         # The original reads the shifted targets ids[:, 1:] and never drops the first h - 1 of them.
-        windows = ids[:, 1:].unfold(-1, self.h, 1)
-        product = windows[..., 0]
-        for i in range(1, self.h):  # prod(dtype=int64) wraps too, but is several times slower on strided windows
-            product = product * windows[..., i]
-        table = _reference_table().to(ids.device)
-        drop[:, self.h :] = table[product % spec.TABLE_SIZE] < 1 / self.k
+        product = ids[:, 1:].unfold(-1, self.h, 1).prod(-1)
+        drop[:, self.h :] = _reference_table().to(ids.device)[product % spec.TABLE_SIZE] < 1 / self.k
         return drop
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values: `Goldfish(**rule.to_dict()) == rule`."""
         names = {f.name: "head" if f.name == "opening" else f.name for f in fields(self) if f.compare}
-        return {key: getattr(self, name) for name, key in names.items()} | {"exempt": list(self.exempt)}
+        values = {key: getattr(self, name) for name, key in names.items()} | {"exempt": list(self.exempt)}
+        if self.max_kept is None:  # version 0.1.0 does not know it
+            del values["max_kept"]
+        return values
 
 
 @cache
@@ -281,7 +302,6 @@ def _check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: 
         )
     fits_one_row = one_row and tensor.shape in (input_ids.shape[-1:], (1, *input_ids.shape[-1:]))
     if tensor.shape != input_ids.shape and not fits_one_row:
-        raise ValueError(
-            f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
-        )
+        shapes = f"{tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must have the shape of input_ids, {shapes}")
     return tensor

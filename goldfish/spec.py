@@ -3,9 +3,8 @@
 `dropped(ids, ...)` says for every token of one row whether it is *dropped*: seen as context, never a target of the
 next-token loss. `goldfish.rule` computes the same thing fast; where the two differ, this file is right.
 
-All arithmetic is on unsigned 64-bit integers (modulo 2**64). Ids are taken modulo 2**64 too.
-Sources: Hans et al. 2024, "Be like a Goldfish, Don't Memorize!", section 3 (the method); Steele et al. 2014
-(the splitmix64 finaliser).
+All arithmetic is on unsigned 64-bit integers, ids too (modulo 2**64). Sources: Hans et al. 2024, "Be like a Goldfish,
+Don't Memorize!", section 3 (the method); Steele et al. 2014 (the splitmix64 finaliser).
 """
 
 WORD = 2**64 - 1  # & WORD is "modulo 2**64"
@@ -28,6 +27,18 @@ def threshold(k: float) -> int:
     return -((-(denominator << 32)) // numerator)
 
 
+def natural_threshold(k: float, max_kept: int) -> int:
+    """The least u > 0 with q / (1 - (1 - q)**(max_kept + 1)) >= 1 / k for q = u / 2**32, exactly: where natural drops
+    have the rate q, and every (max_kept + 1)-th target after one is dropped too, one token in k is dropped."""
+    (numerator, denominator), n = k.as_integer_ratio(), max_kept + 1
+    least, most = 1, 2**32
+    while least < most:
+        u = (least + most) // 2
+        enough = (u * numerator) << 32 * max_kept >= denominator * ((1 << 32 * n) - (2**32 - u) ** n)
+        least, most = (least, u) if enough else (u + 1, most)
+    return least
+
+
 def key(context: list[int], seed: int = 0) -> int:
     """The 64-bit key of a context (a list of ids, oldest first): order, length and seed all count."""
     state = 0
@@ -38,10 +49,8 @@ def key(context: list[int], seed: int = 0) -> int:
 
 def letters_before(tokens: list[bytes], fold: list[str], whole_words: bool) -> str:
     """The letters before the last token, or before its word; `tokens`: the bytes of a document's tokens up to it.
-
-    The normal form of a text is that of its characters, one after the other; words end at its spaces. A token adds the
-    normal forms of the characters that it completes. It belongs to the word that is open before it, unless it begins
-    with a space; then, and where no word is open, to the next word.
+    The normal form of a text is that of its characters; words end at its spaces. A token adds the normal forms of the
+    characters that it completes. It belongs to the word open before it, or to the next if it begins with a space.
     """
     before, after = (b"".join(part).decode("utf-8", "ignore").translate(fold) for part in (tokens[:-1], tokens))
     if whole_words and not after[len(before) :].startswith(" "):
@@ -54,15 +63,15 @@ def dropped(
     k: float = 4, h: int = 13, strategy: str = "hash", seed: int = 0, window: str = "preceding",
     head: str = "short", exempt: tuple[int, ...] = (), document_end: int | None = None,
     row: int = 0, draw: int = 0, table: list[bool] | None = None,
-    vocabulary: list[bytes] | None = None, fold: list[str] | None = None,
+    vocabulary: list[bytes] | None = None, fold: list[str] | None = None, max_kept: int | None = None,
 ) -> list[bool]:  # fmt: skip
     """True where ids[i] is dropped; one row, any length.
 
     position_ids: 0 starts a document. attention_mask: 0 removes a token before anything else happens.
     head: "keep" never drops where the context is shorter than h ids or 5 h letters (`Goldfish(opening=...)`).
-    row, draw: for strategy "random" only, the number of the row in its batch and of the draw.
-    table: for strategy "reference" only, True where the reference implementation's table entry drops.
-    vocabulary, fold: for strategies "letters" and "text", the bytes of each id and the normal form of each code point.
+    row, draw: for "random", the number of the row in its batch and of the draw. table: for "reference", its decisions.
+    vocabulary, fold: for "letters" and "text", the bytes of each id and the normal form of each code point.
+    max_kept: for "hash" and "letters", at most so many targets are kept in a row; exempt ids do not count.
     """
     if strategy == "reference":  # the original, defects included: no documents, no padding
         return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]  # type: ignore[index]
@@ -73,17 +82,17 @@ def dropped(
         decided = dropped(
             [ids[i] for i in attended], positions, k=k, h=h, strategy=strategy, seed=seed, window=window,
             head=head, exempt=exempt, document_end=document_end, row=row, draw=draw,
-            vocabulary=vocabulary, fold=fold,
+            vocabulary=vocabulary, fold=fold, max_kept=max_kept,
         )  # fmt: skip
         by_place = dict(zip(attended, decided, strict=True))
         return [by_place.get(i, False) for i in range(len(ids))]
 
-    result, start, limit = [], 0, threshold(k)
+    result, start, since = [], 0, 0  # since: targets since the last natural drop or the document's start
+    limit = threshold(k) if max_kept is None else natural_threshold(k, max_kept)
     for i, token in enumerate(ids):
         if (position_ids is not None and position_ids[i] == 0) or (i > 0 and ids[i - 1] == document_end):
             start = i  # of the document that token i belongs to; a row's first token always starts one
-        offset = i - start
-        n = min(h, offset)  # the length of the context
+        offset, n = i - start, min(h, i - start)  # n: the length of the context
         if strategy == "static":
             drop = (offset * limit) % 2**32 < limit
         elif strategy == "random":
@@ -97,7 +106,9 @@ def dropped(
         else:
             context = ids[i - n : i] if window == "preceding" else ids[i - n + 1 : i + 1]
             drop = key(context, seed) >> 32 < limit and (n == h or head == "short")
-        result.append(drop and offset > 0 and token not in exempt)
+        target = offset > 0 and token not in exempt
+        since = 0 if offset == 0 or (drop and target) else since + target
+        result.append(target and (drop if max_kept is None else since % (max_kept + 1) == 0))
     return result
 
 

@@ -1,5 +1,6 @@
 """The goldfish loss in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,9 @@ class GoldfishMixin(Trainer):
             (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right, the
             model's own loss is used, and the log says why.
         apply: False trains with the standard loss and only logs the gauge of the rule, for comparison.
+
+    Raises:
+        TypeError: not a rule. ValueError: as `attach`.
     """
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
@@ -89,7 +93,8 @@ class GoldfishMixin(Trainer):
         smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
         if apply and smooth and self.compute_loss_func is None:
             self.compute_loss_func = SmoothedLoss(self.label_smoother.epsilon)
-        if fused and getattr(self.args, "use_liger_kernel", False):
+        patched = "forward" in vars(bare_model(self.model))  # older versions of Trainer apply Liger's kernels at once
+        if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
             config = self.args.liger_kernel_config or {}
             self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
             logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
@@ -125,9 +130,7 @@ class GoldfishMixin(Trainer):
         finally:
             self.data_collator, self._signature_columns = collator, columns
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
         if batches and self._averages() and self._replicas() == 1:
@@ -147,14 +150,11 @@ class GoldfishMixin(Trainer):
 
     def _replicas(self) -> int:
         """Devices that share a batch: its targets are then not counted where its loss is computed."""
-        return int(max(1, self.args.n_gpu) * self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        sizes = [getattr(self, name, lambda: 1)() for name in ("get_tp_size", "get_cp_size", "get_sp_size")]
+        return math.prod([max(1, self.args.n_gpu), *sizes])
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if num_items_in_batch is None or not self._averages() or self._replicas() > 1:
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
@@ -199,11 +199,10 @@ class GoldfishMixin(Trainer):
 
     def _read_gauge(self) -> None:
         batch, labels = self._last_batch
-        if self._gauge_is_off:
-            return
-        other = torch.tensor(float(not is_text(batch)), device=self.args.device)
-        if self.accelerator.reduce(other, "sum") > 0:  # all processes skip it, or none
+        if not is_text(batch):
             logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
+        skip = torch.tensor(float(self._gauge_is_off or not is_text(batch)), device=self.args.device)
+        if self.accelerator.reduce(skip, "sum") > 0:  # all processes measure, or none
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         rows = rows_to_measure(len(labels), step_rows, self.state.logging_steps)
@@ -226,10 +225,9 @@ class GoldfishMixin(Trainer):
         now = self._tally.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
         if "loss" in logs and targets > 0:
-            if self._apply:
-                logs["goldfish/drop_rate"] = dropped / targets
+            rate = {"goldfish/drop_rate": dropped / targets} if self._apply else {}
+            logs |= rate | readings(self._measured)
             self._logged = now
-            logs.update(readings(self._measured))
             self._measured.zero_()
         super().log(logs, *args, **kwargs)
 
@@ -244,8 +242,12 @@ class GoldfishMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
+        self.save_receipt(output_dir)
+
+    def save_receipt(self, folder: str | None = None) -> None:
+        """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
         if self.args.should_save and self._apply:
-            write_receipt(output_dir or self.args.output_dir, self._tally, self.processing_class, self._before)
+            write_receipt(folder or self.args.output_dir, self._tally, self.processing_class, self._before)
 
     def train(
         self,
@@ -276,7 +278,8 @@ class GoldfishMixin(Trainer):
             train = self._bound_train or super().train
             return train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._release_head()
+            if self._head is not None:
+                self._head.remove()
 
     def _begin(self) -> None:
         """When training begins: the model is prepared, and a checkpoint is loaded."""
@@ -289,11 +292,6 @@ class GoldfishMixin(Trainer):
             logger.warning("The loss is not fused: %s. The model's own head and loss run on all tokens.", reason)
         elif self._fused:
             self._head = fuse_head(self.model)
-
-    def _release_head(self) -> None:
-        if self._head is not None:
-            self._head.remove()
-            self._head = None
 
     def _why_not_fused(self) -> str:
         if self.compute_loss_func is not None or self.label_smoother is not None:
@@ -308,25 +306,23 @@ class GoldfishMixin(Trainer):
         return ""
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
-        receipt = read_receipt(checkpoint)
-        present = (self.goldfish, tokenizer_fingerprint(self.processing_class))
-        trained = (rules_of(receipt), receipt["tokenizer"]) if receipt else (None, present[1])
-        if receipt and trained == present:
+        receipt, tokenizer = read_receipt(checkpoint), tokenizer_fingerprint(self.processing_class)
+        rules = rules_of(receipt) if receipt else None
+        if receipt and (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
             self._before = receipt.get("before")
             self._tally.restore(receipt)
             self._logged = self._tally.sum()
             return
-        what = f"with the tokenizer {trained[1]}"
-        if trained[0] != present[0]:
-            what = f"under {trained[0]}" if receipt else "without a rule"
-        here = present[0] if trained[0] != present[0] else present[1]
+        was, here = (f"under {rules}" if receipt else "without a rule"), str(self.goldfish)
+        if receipt and rules == self.goldfish:
+            was, here = f"with the tokenizer {receipt['tokenizer']}", str(tokenizer)
         if not allow_other_rule:
             raise ValueError(
-                f"{checkpoint} was trained {what}, this trainer has {here}. Each of them teaches tokens that the other "
+                f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches tokens that the other "
                 "drops. Resume with what the checkpoint had, start a new run from its weights, or, if this is "
                 "intended, train(resume_from_checkpoint=..., allow_other_rule=True)"
             )
-        logger.warning("%s was trained %s and is resumed with %s", checkpoint, what, here)
+        logger.warning("%s was trained %s and is resumed with %s", checkpoint, was, here)
         self._start_counting(self.goldfish)
         self._before = receipt or {"rule": None}
 
@@ -350,7 +346,6 @@ class _Events(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer._sync()
-        self.trainer._release_head()
 
 
 def _targets(batch: dict[str, Any]) -> torch.Tensor:
@@ -394,7 +389,7 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool
 
 @cache
 def _with_goldfish(plain: Any) -> Any:
-    members = {"__module__": plain.__module__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
+    members = {"__module__": __name__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
     return type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), members)
 
 

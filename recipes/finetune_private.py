@@ -22,12 +22,10 @@ import gc
 import importlib.util
 import json
 import random
-import re
 import shutil
 import statistics
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from runs import about, append, at_least, command_line, read_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -95,11 +94,8 @@ class Arguments:
     output_dir: str = "runs/finetune_private"
 
     def __post_init__(self) -> None:
-        for name in ("passages", "people", "exposures", "chats", "epochs", "batch_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.passage < 8:
-            raise ValueError(f"--passage must be at least 8 tokens, got {self.passage}")
+        at_least(1, self, "passages", "people", "exposures", "chats", "epochs", "batch_size", "rank")
+        at_least(8, self, "passage")
         if 2 * self.people > len(FIRST) * len(LAST):
             raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}")
         if not set(self.methods) <= {"full", "lora"}:
@@ -139,7 +135,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         runs = [("none", "untouched"), *((method, name) for method in args.methods for name in args.rules)]
         for method, name in runs:
-            known = common.read_results(output / "results.jsonl")
+            known = read_results(output / "results.jsonl")
             if any((r["seed"], r["method"], r["rule"], r["settings"]) == (seed, method, name, settings) for r in known):
                 continue
             began, checkpoint = time.process_time(), folder / f"{method}-{name}"
@@ -153,11 +149,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             result |= recitation(args, model, folder, f"{method}-{name}", rules, tokenizer)
             result |= answers(model, tokenizer, people)
             result["cpu_seconds"] = round(time.process_time() - began)
-            common.append(output / "results.jsonl", result | common.about())
+            append(output / "results.jsonl", result | about("trl", "peft"))
             if not args.keep:
                 shutil.rmtree(checkpoint, ignore_errors=True)
         present(folder)
-    results = [r for r in common.read_results(output / "results.jsonl") if r["settings"] == settings]
+    results = [r for r in read_results(output / "results.jsonl") if r["settings"] == settings]
     print(table(results))
     return results
 
@@ -183,23 +179,15 @@ def package_model(folder: Path) -> str:
 
 
 def rule_of(name: str, tokenizer: Any) -> Goldfish:
-    """The rule called strategy-k-h. It never drops special tokens: an answer's end is no secret."""
-    match = re.fullmatch(r"(hash|letters)-(\d+(?:\.\d+)?)-(\d+)", name)
-    if match is None:
-        raise ValueError(f"--rules are standard or like hash-4-13 and letters-4-8 (strategy-k-h), got {name!r}")
-    strategy, k, h = match.groups()
-    special = tuple(tokenizer.all_special_ids)
-    return Goldfish(k=float(k), h=int(h), strategy=strategy, exempt=special).bind(tokenizer)  # type: ignore[arg-type]
+    """The rule that strategy-k-h names. It never drops special tokens: an answer's end is not a secret."""
+    rule = common.rule_of(name, seed=0)
+    assert rule is not None
+    return replace(rule, exempt=tuple(tokenizer.all_special_ids)).bind(tokenizer)
 
 
 def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Members and held-out passages, token ids, each from a document of its own; no two share eight tokens in a row."""
-    if args.data is None:
-        from pydoc_data.topics import topics
-
-        texts = [topics[name] for name in sorted(topics)]
-    else:
-        texts = [json.loads(line)["text"] for line in Path(args.data).read_text(encoding="utf-8").splitlines()]
+    texts = common.load_texts(args.data)
     draw = random.Random(seed)
     draw.shuffle(texts)
     passages: list[list[int]] = []
@@ -429,7 +417,4 @@ def mean(parts: list[dict[str, Any]], key: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"finetune_private.py: {error}")
+    command_line(main)

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from goldfish.audit.columns import COLUMNS, make_record
 from goldfish.audit.estimate import SCHEMA, dumps
 from goldfish.audit.score import Score
-from goldfish.audit.summary import summarize, summary_of
+from goldfish.audit.summary import summary_of
+from goldfish.audit.tell import publish
 from goldfish.audit.windows import Window, prefix_grid
 
 PREFIX, SUFFIX = 10, 8
@@ -91,13 +92,13 @@ def write_run(folder, records, protocol=PROTOCOL, **changes):
     pq.write_table(pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet")
 
 
-def made_up_summary(records, receipt=None, **protocol):
+def made_up_summary(records, receipt=None, limits=(), require=(), **protocol):
     run = made_up_run(records, {**PROTOCOL, **protocol}, receipt=receipt)
-    return summary_of(run, pa.Table.from_pylist(records, COLUMNS))
+    return summary_of(run, pa.Table.from_pylist(records, COLUMNS), limits, require)
 
 
 def write_audit(folder, records, **changes):
     """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
     write_run(folder, records)
-    (folder / "summary.json").write_text(dumps({**summarize(folder), **changes}), encoding="utf-8")
+    (folder / "summary.json").write_text(dumps({**publish(folder), **changes}), encoding="utf-8")
     return folder

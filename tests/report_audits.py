@@ -76,7 +76,7 @@ def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
         folder, rows, PROTOCOL | (protocol or {}), name=name, checkpoint=f"runs/{name:.40}", versions=versions,
         rule=RULE if any(row["dropped"] for row in rows) else None,
     )  # fmt: skip
-    (folder / "summary.json").write_text(dumps(summarize(folder) | changes), encoding="utf-8")
+    (folder / "summary.json").write_text(dumps(summarize(folder) | {"conditions": []} | changes), encoding="utf-8")
     return folder
 
 

@@ -122,7 +122,8 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
     generator = np.random.default_rng(0)
     rights = generator.random((200, PREFIX + SUFFIX - 1)) < 0.9
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
-    records = [make_record(window, made_up_score(window, right, generator), None, Words(), 0) for right in rights]
+    records = [make_record(window, made_up_score(window, right, generator), None, Words(), i)
+               for i, right in enumerate(rights)]  # fmt: skip
     sweep = made_up_summary(records)["splits"]["members"]["prefix_sweep"]
     assert [each["prefix_length"] for each in sweep] == list(range(1, PREFIX + 1))
     for each in sweep:
@@ -132,19 +133,21 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
 
 
 def test_offsets_strata_and_trivial_suffixes():
-    at_zero = made_up_records("members", 6, 1.0, count=1) + made_up_records("members", 4, 0.0, count=5, seed=1)
+    missed = made_up_records("members", 4, 0.0, count=5, seed=1)
+    at_zero = made_up_records("members", 6, 1.0, count=1)
+    at_zero += [{**record, "cluster": 6 + i} for i, record in enumerate(missed)]
     at_five = made_up_records("members", 10, 0.0, offset=5, count=3)
     for record in at_zero[:2]:
         record["type_token_ratio"] = 0.1
     split = made_up_summary(at_zero + at_five, offsets=[0, 5])["splits"]["members"]
-    assert (split["n"], split["skipped"], split["exact_match"].k) == (10, 1, 6)
-    assert (split["exact_match_nontrivial"].k, split["exact_match_nontrivial"].n) == (4, 8)
-    assert split["trivial"].k == 2
+    assert (split["n"], split["documents"], split["skipped"], split["exact_match"].k) == (20, 10, 1, 6)
+    assert (split["exact_match_nontrivial"].k, split["exact_match_nontrivial"].n) == (4, 10)
+    assert (split["trivial"].k, split["trivial"].n) == (2, 20)
     assert [(each["offset"], each["exact_match"].k, each["exact_match"].n) for each in split["offset_sweep"]] == [
         (0, 6, 10), (5, 0, 10),
     ]  # fmt: skip
     strata = [(s["count_from"], s["count_to"], s["exact_match"].k, s["exact_match"].n) for s in split["strata"]]
-    assert strata == [(1, 1, 6, 6), (4, 7, 0, 4)]
+    assert strata == [(1, 1, 6, 6), (2, 3, 0, 10), (4, 7, 0, 4)]
     assert made_up_summary(made_up_records("members", 3, 0.5))["splits"]["members"]["strata"] is None
 
 
@@ -174,6 +177,14 @@ def test_decisions_are_known_only_where_the_window_holds_their_context():
     assert not decisions(Goldfish(k=2, h=5), row[20:].tolist(), 20)[1][:5].any()
     for rule in (None, Goldfish(strategy="random")):
         assert not decisions(rule, row.tolist(), 0)[1].any()
+    for rule in (Goldfish(k=2, h=5, max_kept=9), Goldfish(k=4, h=5, max_kept=4)):  # known from a natural drop on
+        whole = rule.dropped(row).numpy()
+        for cut in range(1, 40):
+            dropped, known = decisions(rule, row[cut:].tolist(), cut)
+            assert (dropped[known] == whole[cut:][known]).all()
+            first = int(known.argmax())
+            assert known[first:].all()
+            assert 5 <= first < 40
     with_rule = made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=13), offset=3)[0]
     assert with_rule["dropped"] is None, "h reaches behind the window's start"
     assert made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=4), offset=3)[0]["dropped"] is not None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -57,6 +58,8 @@ def contents(folder):
         if path.name in ("run.json", "summary.json"):
             value = json.loads(path.read_text())
             found[path.name] = {key: each for key, each in value.items() if key not in ("date", "command")}
+        if path.name == "summary.md":
+            found[path.name] = re.sub(r"20[-\\0-9T:+]+", "", path.read_text())
     return found
 
 
@@ -73,12 +76,13 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
     kinds = ("records", "tokens")
     assert list(contents(tmp_path / "out")) == sorted(
-        [*(f"{kind}/{block}" for kind in kinds for block in blocks), "run.json", "summary.json"]
+        [*(f"{kind}/{block}" for kind in kinds for block in blocks), "junit.xml", "run.json", "summary.json",
+         "summary.md"]
     )
     assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
-    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (4, 0), "at the first offset"
-    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (3, 2)
+    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0), "at both offsets"
+    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
     assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     rows = records(tmp_path / "out").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
@@ -175,7 +179,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inpu
     scored = []
     score = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, windows: scored.append(windows[0].index) or score(self, windows))
-    assert steps == 8, "run.json, three blocks of two kinds, summary.json"
+    assert steps == 10, "run.json, three blocks of two kinds, summary.md, junit.xml, summary.json"
     for step in range(1, steps + 1):
         output = tmp_path / str(step)
         assert killed(step, lambda output=output: audit(checkpoint, output, **inputs, tokens=True))
@@ -308,9 +312,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Next: goldfish report") == 1
-    for_ci = {"summary.md", "junit.xml"}  # by the command only
-    assert for_ci < contents(tmp_path / "two").keys()
-    assert {k: v for k, v in contents(tmp_path / "two").items() if k not in for_ci} == contents(tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):

@@ -9,7 +9,7 @@ from audit_records import made_up_records, made_up_summary
 from goldfish import Goldfish
 from goldfish.audit.columns import ATTACKS, COLUMNS, TRIVIAL
 from goldfish.audit.estimate import SCHEMA, Estimate, loads
-from goldfish.audit.verdict import AUC, HAZARD_RATIO, RECITED
+from goldfish.audit.verdict import LIMITS, RUN, SIMILARITY
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit-files.md"
 if not PAGE.is_file():
@@ -43,7 +43,11 @@ def test_every_column_and_key_is_documented():
 
 def test_thresholds_are_documented():
     assert f"below {TRIVIAL}" in TEXT
-    assert f"{RECITED} of windows for extraction; AUC {AUC} for membership; hazard ratio {HAZARD_RATIO:g}" in TEXT
+    assert "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim}), `auc` ({auc})".format(
+        **LIMITS
+    ) in TEXT  # fmt: skip
+    assert f"a run of at least {RUN} tokens" in TEXT
+    assert f"edit similarity is at least {SIMILARITY}" in TEXT
 
 
 def test_the_example_is_a_part_of_a_summary():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PROSE
 
+import goldfish.audit
 from goldfish import Goldfish
 from goldfish.cli import EXTRA, _dashed, build_parser, main
 from goldfish.show import DIFFERS, DROPPED, show_one, show_two, shown
@@ -158,13 +159,21 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
     assert run("b", "em.upper95 > 0.01") == 3
     shown = " ".join(capsys.readouterr().out.split())
     assert "em.upper95 > 0.01: inconclusive (members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
-    assert "INCONCLUSIVE: greedy (0 of 12)" in shown
+    assert "INCONCLUSIVE: the model does not work on such texts" in shown, "its weights are random"
+    assert shown.endswith("goldfish audit: INCONCLUSIVE, exit code 3")
     assert "em.upper95 &gt; 0.01" in (tmp_path / "b" / "junit.xml").read_text(encoding="utf-8")
     assert "0 of 12" in (tmp_path / "b" / "summary.md").read_text(encoding="utf-8")
     assert run("c", "em.k >= 0", "em.upper95 > 0.01") == 1
     assert run("d", "em.upper95 == 0.01") == 2
     assert not (tmp_path / "d").exists(), "a typo is found before the work"
     assert run("e", "emm > 0.01") == 2
+    assert not (tmp_path / "e").exists(), "and a name that no audit has"
+    capsys.readouterr()
+    assert main(["judge", str(tmp_path / "a"), "--fail-on", "em.upper95 > 0.01", "--limit", "recited=30%"]) == 3
+    assert capsys.readouterr().out.splitlines()[-1] == "goldfish judge: INCONCLUSIVE, exit code 3"
+    assert goldfish.audit.read(tmp_path / "a").summary["verdict"]["limits"]["recited"] == 0.3
+    assert main(["judge", str(tmp_path)]) == 2
+    assert "holds no audit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ The budget of each figure is what the same oracle loses in fp32: twice its dista
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from conftest import tiny_llama
+from packaging.version import Version
 from test_trainer import RULE, trained, unequal_rows
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, LlamaForCausalLM, Trainer
@@ -15,6 +17,7 @@ from goldfish import Goldfish, GoldfishLoss, GoldfishTrainer, attach, fuse_head,
 from goldfish.loss import SmoothedLoss
 
 pytestmark = pytest.mark.core
+ROUNDED = 5e-5 if Version(transformers.__version__) < Version("5") else 0  # its logs have four decimals
 BATCHES = [(8, 1), (4, 2), (1, 8)]  # rows a micro-batch, micro-batches a step
 WAYS = {
     "fused": {"trainer_class": GoldfishTrainer, "goldfish": RULE},
@@ -39,7 +42,7 @@ class OwnMean(LlamaForCausalLM):
         if labels is not None:
             log_p, targets = torch.log_softmax(output.logits[:, :-1], -1), labels[:, 1:, None]
             kept = targets != -100
-            output.loss = -(log_p.gather(-1, targets * kept) * kept).sum() / kept.sum()
+            output["loss"] = -(log_p.gather(-1, targets * kept) * kept).sum() / kept.sum()
         return output
 
 
@@ -72,7 +75,7 @@ def by_hand(dtype, smoothing=0.0, rule=RULE):
 
 def assert_as_good(loss, gradient, smoothing=0.0):
     exact, plain = by_hand(torch.float64, smoothing), by_hand(torch.float32, smoothing)
-    assert abs(loss - exact[0]) <= 2 * abs(plain[0] - exact[0]) + 4e-7 * exact[0]
+    assert abs(loss - exact[0]) <= 2 * abs(plain[0] - exact[0]) + 4e-7 * exact[0] + ROUNDED
     own = (plain[1] - exact[1]).abs().max()
     assert (gradient - exact[1]).abs().max() <= 2 * own + 4e-7 * exact[1].abs().max()
 

@@ -10,12 +10,17 @@ from goldfish.gauge import measure, readings, rows_to_measure
 pytestmark = pytest.mark.core
 
 
+class InOrder(GoldfishTrainer):
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_gauge_by_hand(tmp_path, tokenizer, fused):
     """Learning rate 0: the model of every log is the one that is left."""
     trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=fused, batch=1, steps=4,
-        settings={"learning_rate": 0.0, "train_sampling_strategy": "sequential"},
+        tmp_path, tokenizer, trainer_class=InOrder, goldfish=RULE, fused=fused, batch=1, steps=4,
+        settings={"learning_rate": 0.0},
     )  # fmt: skip
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     checked = 0
@@ -61,9 +66,9 @@ def test_memorising_opens_the_gap(tmp_path, tokenizer):
 
 
 def test_a_measurement_takes_one_percent_or_one_row():
-    assert rows_to_measure(batch_rows=8, rows_a_step=8, logging_steps=500) == 8
-    assert rows_to_measure(batch_rows=8, rows_a_step=8, logging_steps=10) == 2  # 2 forwards of 240 rows and backwards
-    assert rows_to_measure(batch_rows=8, rows_a_step=8, logging_steps=1) == 1
+    assert rows_to_measure(batch_rows=8, rows_a_step=8, steps=500) == 8
+    assert rows_to_measure(batch_rows=8, rows_a_step=8, steps=10) == 2  # 2 forwards of 240 rows and backwards
+    assert rows_to_measure(batch_rows=8, rows_a_step=8, steps=1) == 1
 
 
 def test_long_rows_are_cut_to_the_budget(model, monkeypatch):

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from transformers import (
-    DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
     default_data_collator,
 )
 
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
+from goldfish.labels import decide
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
@@ -50,7 +50,7 @@ def test_random_drops_other_tokens_each_time_and_repeats_under_a_seed():
 
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(
-        ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\); labels are"
+        ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\); they are"
     ):
         mask_labels(RULE, random_ids(1, 20), random_ids(1, 19))
 
@@ -118,71 +118,6 @@ def test_a_source_without_a_rule_is_refused():
         GoldfishCollator(DataCollatorWithFlattening(), SOURCES)([{"input_ids": [1, 2], "source": "own"}] * 2)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_premask_writes_what_the_collator_would(streaming):
-    names = ["web", "books", "own"]
-    lengths = [30, 50, 20]
-    rows = [{"input_ids": random_ids(n).tolist(), "source": name} for n, name in zip(lengths, names, strict=True)]
-    dataset = Dataset.from_list(rows)
-    dataset = dataset.to_iterable_dataset() if streaming else dataset
-    for row in premask(dataset, SOURCES, dropped_column="dropped"):
-        ids, rule = torch.tensor(row["input_ids"]), SOURCES[row["source"]]
-        assert row["labels"] == mask_labels(rule, ids).tolist()
-        assert row["dropped"] == [label == -100 for label in row["labels"]]
-
-
-def test_premask_respects_labels_padding_and_documents():
-    ids = random_ids(40)
-    row = {
-        "input_ids": ids.tolist(),
-        "labels": [-100] * 5 + ids[5:].tolist(),
-        "position_ids": [*range(20), *range(20)],
-        "attention_mask": [0] * 3 + [1] * 37,
-    }
-    (masked,) = premask(Dataset.from_list([row]), RULE)
-    given = {name: torch.tensor(row[name]) for name in ("labels", "position_ids", "attention_mask")}
-    assert masked["labels"] == mask_labels(RULE, ids, **given).tolist()
-
-
-def test_premask_is_cached_by_the_rule(tmp_path):
-    Dataset.from_list([{"input_ids": random_ids(40).tolist()}] * 4).save_to_disk(str(tmp_path / "rows"))
-
-    def files(rule, num_proc=None):
-        masked = premask(load_from_disk(str(tmp_path / "rows")), rule, num_proc=num_proc)
-        return sorted(file["filename"] for file in masked.cache_files)
-
-    assert files(RULE) == files(Goldfish(k=2, h=3))
-    assert files(RULE) != files(Goldfish(k=2, h=4))
-    assert len(files(Goldfish(k=3), num_proc=2)) == 2, "each process has a cache of its own"
-
-
-def test_premask_refuses_what_it_cannot_do():
-    dataset = Dataset.from_list([{"text": "not tokenized"}])
-    with pytest.raises(ValueError, match=r"decides from input_ids, but the rows have only text; tokenize first"):
-        premask(dataset, RULE)
-    with pytest.raises(ValueError, match="draws anew in every epoch"):
-        premask(dataset, {"a": Goldfish(strategy="random")})
-
-
-def test_rows_cut_among_ranks_are_decided_before():
-    """Each of two ranks has half of a premasked row; what it decides from its half alone is something else."""
-    ids = random_ids(64)
-    (row,) = premask(Dataset.from_list([{"input_ids": ids.tolist()}]), RULE)
-    halves = [torch.tensor(row["labels"][:32]), torch.tensor(row["labels"][32:])]
-    alone = [mask_labels(RULE, ids[:32]), mask_labels(RULE, ids[32:])]
-    assert torch.equal(halves[0], alone[0])
-    assert not torch.equal(halves[1], alone[1])
-    assert torch.equal(halves[1][3:], alone[1][3:]), "only the first h tokens lack their context"
-
-
-def test_a_collator_that_keeps_labels_keeps_premasked_ones(tokenizer):
-    dataset = premask(Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (9, 30)]), RULE)
-    batch = DataCollatorForSeq2Seq(tokenizer)(list(dataset))
-    for row, labels in zip(dataset, batch["labels"], strict=True):
-        assert row["labels"] == [label for label, _ in zip(labels.tolist(), row["labels"], strict=False)]
-        assert -100 in row["labels"]
-
-
 def test_what_is_no_rule_is_refused():
     for call in (
         lambda: premask(Dataset.from_list([{"input_ids": [1]}]), 4),
@@ -194,5 +129,54 @@ def test_what_is_no_rule_is_refused():
     with pytest.raises(ValueError, match="input_ids is on cpu and labels on meta; move one of them"):
         mask_labels(RULE, random_ids(3), torch.zeros(3, device="meta"))
     four_d = {"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)}
-    with pytest.raises(ValueError, match=r"the batch has no labels, and an attention_mask of \(1, 1, 3, 3\) does not"):
+    with pytest.raises(ValueError, match=r"an attention_mask of \(1, 1, 3, 3\) does not mark padding; let the"):
         GoldfishCollator(lambda _: four_d, RULE)([])
+
+
+def documents(*lengths):
+    """Position ids of documents one after the other."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1])
+@pytest.mark.parametrize("rule", [RULE, Goldfish(k=2, h=3, window="inclusive"), Goldfish(k=3, max_kept=4)], ids=str)
+def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
+    """torchtitan, NeMo, Megatron, nanochat: inputs are tokens[:-1], labels tokens[1:]."""
+    tokens = random_ids(2, 51)
+    positions, attended = documents(20, 31).expand(2, -1), torch.ones_like(tokens)
+    attended[1, :6] = 0
+    given = {"position_ids": positions[:, :-1], "attention_mask": attended[:, :-1]}
+    labels = tokens[:, 1:].masked_fill(attended[:, 1:] == 0, ignore_index)
+    expected = labels.masked_fill(rule.dropped(tokens, positions, attention_mask=attended)[:, 1:], ignore_index)
+    masked = mask_labels(rule, tokens[:, :-1], labels, shifted=True, ignore_index=ignore_index, **given)
+    assert torch.equal(masked, expected)
+    assert (masked[:, -1] == ignore_index).any() or rule.max_kept, "the last label is decided too"
+    batch = {"input_ids": tokens[:, :-1], "labels": labels, **given}
+    collator = GoldfishCollator(lambda _: batch, rule, ignore_index=ignore_index, shifted=True)
+    assert torch.equal(collator([])["labels"], expected)
+    if ignore_index != -100:
+        unshifted = GoldfishCollator(lambda _: batch | {"labels": tokens[:, :-1]}, rule, ignore_index=-1)([])["labels"]
+        assert torch.equal(unshifted == -1, rule.dropped(tokens[:, :-1], **given))
+
+
+def test_shifted_labels_must_be_there():
+    ids = random_ids(1, 5)
+    with pytest.raises(ValueError, match="shifted=True needs labels: the last of them is a token that input_ids"):
+        mask_labels(RULE, ids, shifted=True)
+    for options in ({"shifted": True}, {"ignore_index": -1}):
+        with pytest.raises(ValueError, match="needs a collator with labels"):
+            GoldfishCollator(lambda _: {"input_ids": ids}, RULE, **options)([])
+
+
+def test_position_ids_of_multimodal_models():
+    """(3, B, T) or (4, B, T): the first row, of text or time, says where documents start."""
+    ids, text = random_ids(2, 40), documents(15, 25).expand(2, -1)
+    for rows in (3, 4):
+        positions = torch.stack([text, *[torch.ones_like(text)] * (rows - 1)])
+        batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "source": ["books", "own"]}
+        expected = RULE.dropped(ids, text)
+        assert torch.equal(RULE.dropped(ids, positions), expected)
+        assert not torch.equal(RULE.dropped(ids), expected)
+        assert torch.equal(GoldfishCollator(lambda _, b=batch: b, RULE)([])["labels"] == -100, expected)
+        dropped, _ = decide(SOURCES, batch | {"source": torch.tensor([0, 1])})
+        assert torch.equal(dropped, expected & torch.tensor([[True], [False]]))

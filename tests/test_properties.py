@@ -46,7 +46,10 @@ def rules(draw, strategies=("hash", "text", "letters", "static"), **fixed) -> Go
         "window": "preceding" if strategy in ("text", "letters") else draw(st.sampled_from(["preceding", "inclusive"])),
         "exempt": draw(st.sampled_from([(), (3, 5)])),
     }  # fmt: skip
-    return Goldfish(strategy=strategy, vocabulary=VOCABULARY, **{**options, **fixed})
+    options |= fixed
+    if strategy in ("hash", "letters") and "max_kept" not in options and draw(st.booleans()):
+        options |= {"max_kept": draw(st.sampled_from([4, 5, 9])), "opening": "short"}
+    return Goldfish(strategy=strategy, vocabulary=VOCABULARY, **options)
 
 
 def decide(rule: Goldfish, ids: list[int], **beside) -> list[bool]:
@@ -56,6 +59,10 @@ def decide(rule: Goldfish, ids: list[int], **beside) -> list[bool]:
 
 def settled(rule: Goldfish, passage: list[int]) -> int:
     """From which token of a passage the decisions are those of the passage alone, whatever comes before it."""
+    if rule.max_kept is not None:  # from its first natural drop, which depends on its context alone
+        begin = settled(replace(rule, max_kept=None), passage)
+        natural = decide(rule.natural(), passage)
+        return next((i for i in range(max(begin, 1), len(passage)) if natural[i]), len(passage))
     if rule.strategy == "hash":
         return rule.h
     texts = [[ENTRIES[i] for i in passage[: i + 1]] for i in range(len(passage))]
@@ -115,6 +122,29 @@ def test_an_inclusive_window_sees_its_target():
     assert len({decide(rule, [1, 2, 3, target])[3] for target in range(20)}) == 2
 
 
+# --- max_kept
+
+
+@pytest.mark.core
+@stable
+@given(
+    rule=rules(("hash", "letters")), documents=st.lists(DOCUMENT, min_size=1, max_size=3), max_kept=st.integers(4, 9)
+)
+def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
+    """In every document, its start and end included; exempt ids are not counted. Natural drops are all there."""
+    rule = replace(rule, max_kept=max_kept, opening="short")
+    dropped = iter(decide(rule, [*chain(*documents)], position_ids=[i for d in documents for i in range(len(d))]))
+    natural = rule.natural()
+    assert natural._limit == spec.natural_threshold(rule.k, max_kept)
+    for document in documents:
+        drops = [next(dropped) for _ in document]
+        assert all(drop for drop, needed in zip(drops, decide(natural, document), strict=True) if needed)
+        targets = [drop for i, drop in zip(document[1:], drops[1:], strict=True) if i not in rule.exempt]
+        runs = "".join("01"[drop] for drop in targets).split("1")
+        assert max(map(len, runs)) <= max_kept
+        assert not any(drop for i, drop in zip(document, drops, strict=True) if i in rule.exempt)
+
+
 # --- batches
 
 
@@ -172,7 +202,7 @@ def test_the_rest_of_the_batch_changes_nothing(rule, documents, order):
 
 @pytest.mark.core
 @stable
-@given(rule=rules(), ids=DOCUMENT, exempt=st.sets(TOKEN))
+@given(rule=rules(max_kept=None), ids=DOCUMENT, exempt=st.sets(TOKEN))
 def test_exempt_ids_are_kept_and_are_context(rule, ids, exempt):
     dropped = decide(replace(rule, exempt=()), ids)
     assert decide(replace(rule, exempt=tuple(exempt)), ids) == [
@@ -225,8 +255,8 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 RULES = {
-    "hash": Goldfish(k=3, h=5, exempt=(3,), document_end=7),
-    "letters": Goldfish(k=3, h=3, strategy="letters", exempt=(3,), document_end=7, vocabulary=VOCABULARY),
+    "hash": Goldfish(k=3, h=5, exempt=(3,), document_end=7, max_kept=4),
+    "letters": Goldfish(k=3, h=3, strategy="letters", exempt=(3,), document_end=7, max_kept=3, vocabulary=VOCABULARY),
     "text": Goldfish(k=3, h=3, strategy="text", opening="keep", exempt=(3,), document_end=7, vocabulary=VOCABULARY),
     "static": Goldfish(k=2.5, strategy="static", document_end=7),
 }

@@ -1,6 +1,8 @@
 """The trainers, models and batches that people bring along: right, or refused in words."""
 
+import importlib
 import pickle
+import sys
 import types
 from types import SimpleNamespace
 
@@ -54,7 +56,7 @@ def test_the_gauge_of_prompt_tuning_skips_the_virtual_tokens(tmp_path, tokenizer
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trainer, _, _ = trained(
         tmp_path, tokenizer, model=peft.get_peft_model(tiny_llama(), config), batch=1, steps=1, then=attached(),
-        settings={"learning_rate": 0.0, "train_sampling_strategy": "sequential"},
+        train_dataset=unequal_rows().select([0]), settings={"learning_rate": 0.0},
     )  # fmt: skip
     (entry,) = logs(trainer)
     ids = torch.tensor(unequal_rows()[0]["input_ids"])
@@ -354,6 +356,7 @@ def test_ms_swifts_dataloader_takes_an_argument(tmp_path, tokenizer, rules):
     assert trainer.skipped == 3
 
 
+@pytest.mark.skipif(not hasattr(transformers.trainer, "apply_liger_kernel"), reason="Trainer calls it elsewhere")
 @pytest.mark.parametrize("fused", [True, False])
 def test_liger_leaves_the_head_to_a_fused_loss(tmp_path, tokenizer, monkeypatch, caplog, fused):
     applied = []
@@ -375,3 +378,61 @@ def test_an_attached_trainer_can_be_pickled(tmp_path, tokenizer):
     assert twin.goldfish == RULE
     twin.train()
     assert twin._tally.sum()[0] > trainer._tally.sum()[0] == 0
+
+
+# Plugins, with stand-ins for the frameworks that load them
+
+
+def test_axolotls_plugin(tmp_path, tokenizer, monkeypatch):
+    pydantic = pytest.importorskip("pydantic")
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = type("BasePlugin", (), {})
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "goldfish.integrations.axolotl", raising=False)
+    with pytest.raises(RuntimeError, match="goldfish plugin cannot be loaded"):  # Axolotl would ignore an ImportError
+        importlib.import_module("goldfish.integrations.axolotl")
+    monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
+    monkeypatch.setitem(sys.modules, "axolotl.integrations", types.ModuleType("axolotl.integrations"))
+    monkeypatch.setitem(sys.modules, "axolotl", types.ModuleType("axolotl"))
+    plugin = importlib.import_module("goldfish.integrations.axolotl").GoldfishPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    arguments = getattr(importlib.import_module(module), name)
+    with pytest.raises(pydantic.ValidationError, match="goldfish"):
+        arguments()
+    cfg = SimpleNamespace(goldfish=arguments(goldfish={"k": 3, "h": 4}).goldfish, output_dir=str(tmp_path / "out"))
+
+    def create(trainer):
+        plugin.post_trainer_create(cfg, trainer)
+        return trainer
+
+    trainer, losses, _ = trained(tmp_path, tokenizer, then=create)
+    plugin.post_train(cfg, trainer.model)
+    assert losses == trained(tmp_path, tokenizer, then=attached())[1]
+    assert read_receipt(tmp_path / "out")["targets"] == TARGETS
+    monkeypatch.delitem(sys.modules, "goldfish.integrations.axolotl")
+
+
+def test_ms_swifts_callback(tmp_path, tokenizer, monkeypatch):
+    """Made before the trainer is, it attaches at the end of Trainer.__init__."""
+    callbacks = types.ModuleType("swift.callbacks")
+    callbacks.callbacks_map = {}
+
+    class Callback(transformers.TrainerCallback):
+        def __init__(self, args, trainer):
+            self.args, self.trainer = args, trainer
+
+    callbacks.TrainerCallback = Callback
+    monkeypatch.setitem(sys.modules, "swift", types.ModuleType("swift"))
+    monkeypatch.setitem(sys.modules, "swift.callbacks", callbacks)
+    importlib.import_module("goldfish.integrations.ms_swift").register(RULE)
+
+    class SwiftTrainer(Trainer):
+        def __init__(self, args, callbacks, **kwargs):
+            super().__init__(args=args, callbacks=[*callbacks, callbacks_map["goldfish"](args, self)], **kwargs)
+
+    callbacks_map = callbacks.callbacks_map
+    trainer, losses, _ = trained(tmp_path, tokenizer, trainer_class=SwiftTrainer)
+    assert trainer.goldfish == RULE
+    assert losses == trained(tmp_path, tokenizer, then=attached())[1]
+    monkeypatch.delitem(sys.modules, "goldfish.integrations.ms_swift")

@@ -52,7 +52,8 @@ def test_recipe_commands_parse(command, monkeypatch):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_compile_and_import(code):
     compile(code, "docs", "exec")
-    exec("\n".join(line for line in code.splitlines() if line.startswith(("from goldfish", "import goldfish"))), {})
+    ours = [line for line in code.splitlines() if line.startswith(("from goldfish", "import goldfish"))]
+    exec("\n".join(line for line in ours if "integrations" not in line), {})  # these import their framework
 
 
 def anchors(text: str) -> set[str]:

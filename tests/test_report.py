@@ -40,8 +40,8 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
         "Tried: greedy decoding, sampling.",
         "0 of 400 training texts recited word for word",
         f"0 of 400 does not mean never: rates up to {bound:.1f}% are compatible with this result",
-        "400 member texts (1 row skipped), 20 held-out texts",
-        "runs/goldfish",
+        "400 member texts of members.jsonl (1 row skipped), 20 held-out texts of heldout.jsonl",
+        "runs/goldfish; trained with hash, k = 4",
         "Not tested: beam search; prefixes from other places in the documents;",
     ):
         assert part in first_screen
@@ -57,7 +57,8 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
     assert "1 of 1 held-out texts recited word for word" in text
-    assert "INCONCLUSIVE: no members were audited" in text
+    assert "INCONCLUSIVE 1 of 1 held-out texts" in text
+    assert "answerno members were audited" in text
 
 
 def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair):
@@ -260,14 +261,14 @@ def test_many_texts_stay_below_ten_megabytes(tmp_path):
 def test_share_still_verbatim_with_unequal_lengths(tmp_path):
     rows = [window(0, suffix=["a"] * 5), window(1, suffix=["a"] * 2, diverge=1), window(2, suffix=["b"], diverge=0)]
     (view,) = views(write_audit(tmp_path / "a", rows))
-    assert plots.verbatim_shares(view.first["members"]).tolist() == [1, 2 / 3, 1 / 2, 1, 1, 1]
+    assert plots.verbatim_shares(view.of_split["members"]).tolist() == [1, 2 / 3, 1 / 2, 1, 1, 1]
 
 
 def test_model_card(tmp_path, pair):
     hostile = write_audit(tmp_path / "c", [window(0)], "<b>|`x`\u202e")
     text = write_model_card([pair[1], hostile], tmp_path / "card.md").read_text(encoding="utf-8")
     assert text.startswith("## Memorization audit: goldfish\n")
-    assert "| recited word for word | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
+    assert "| texts recited word for word | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
     assert "4 tokens of a text" in text
     assert "Not tested: beam search" in text
     assert "<b>" not in text
@@ -299,8 +300,6 @@ def test_damaged_audits_are_named(tmp_path, pair):
     for text in ('{"schema": ', "", "[]", summary.replace("goldfish.audit/3", "goldfish.audit/1")):
         path.write_text(text)
         refused(ValueError, r"summary\.json.*audit again", audit)
-    path.write_text(summary.replace('"n": 3', '"n": 4', 1))
-    refused(ValueError, "damaged: its summary counts 4 members windows, its records hold 3; audit again", audit)
     changed = json.loads(summary)
     del changed["protocol"]["prefix_length"]
     path.write_text(json.dumps(changed))

@@ -58,13 +58,16 @@ def test_rule_equals_specification(trial):
     shape = (pick.choice([1, 2, 3]), pick.choice([1, 2, 5, 20, 60]))
     generator = torch.Generator().manual_seed(trial)
     ids = torch.randint(0, pick.choice([3, 100, 2**31 - 1]), shape, generator=generator)
+    strategy = pick.choice(["hash", "hash", "static", "random"])
+    max_kept = pick.choice([None, 4, 7]) if strategy == "hash" else None
     rule = Goldfish(
-        k=pick.choice([2, 3, 4, 50, 2.5, 1.1, 10 / 3, 10**9]),
+        k=pick.choice([2, 3, 4, 2.5, 1.1, 10 / 3] + [50, 10**9] * (max_kept is None)),
         h=pick.choice([1, 4, 13, 50]),
-        strategy=pick.choice(["hash", "static", "random"]),
+        strategy=strategy,
+        max_kept=max_kept,
         seed=pick.choice([0, 5, 2**64 - 1]),
         window=pick.choice(["preceding", "inclusive"]),
-        opening=pick.choice(["short", "keep"]),
+        opening=pick.choice(["short", "keep"]) if max_kept is None else "short",
         exempt=pick.choice([(), (1, 2)]),
         document_end=pick.choice([None, 0, 1]),
     )
@@ -167,10 +170,15 @@ def test_documents_end_at_document_end_and_at_position_zero():
 
 
 def test_to_dict_survives_json():
-    for rule in (Goldfish(), Goldfish(k=2.5, h=3, strategy="static", seed=2**64 - 1, exempt=(5, 2, 2), document_end=1)):
+    for rule in (
+        Goldfish(),
+        Goldfish(k=2.5, h=3, strategy="static", seed=2**64 - 1, exempt=(5, 2, 2), document_end=1),
+        Goldfish(max_kept=5),
+    ):
         again = Goldfish(**json.loads(json.dumps(rule.to_dict())))
         assert again == rule
         assert hash(again) == hash(rule)
+    assert "max_kept" not in Goldfish().to_dict(), "files without it are what 0.1.0 wrote and reads"
     assert Goldfish(exempt=[5, 2, 2]).exempt == (2, 5)
     assert Goldfish(exempt=(token for token in (5, 2))).exempt == (2, 5)
 
@@ -195,6 +203,11 @@ def test_to_dict_survives_json():
         ({"exempt": 3}, TypeError, "collection of token ids"),
         ({"exempt": None}, TypeError, "collection of token ids"),
         ({"exempt": (-1,)}, ValueError, "every id in exempt must be at least 0"),
+        ({"max_kept": 4.0}, TypeError, "max_kept must be a number of tokens or None, got 4.0"),
+        ({"max_kept": 3}, ValueError, "max_kept must be at least k=4 and at most 1000, got 3"),
+        ({"max_kept": 1001}, ValueError, "at most 1000, got 1001"),
+        ({"max_kept": 4, "strategy": "static"}, ValueError, 'max_kept needs .*got strategy="static", opening="short"'),
+        ({"max_kept": 4, "opening": "keep"}, ValueError, 'got strategy="hash", opening="keep"'),
         ({"document_end": "</s>"}, TypeError, "document_end must be a token id or None"),
     ],
 )
@@ -230,7 +243,7 @@ def test_opening_was_called_head():
 
 
 def test_text_is_deprecated():
-    with pytest.warns(FutureWarning, match='"text" is deprecated .* use strategy="letters"') as raised:
+    with pytest.warns(FutureWarning, match='"text" is deprecated, .*; use strategy="letters"') as raised:
         Goldfish(strategy="text")
     assert raised[0].filename == __file__
 
@@ -242,3 +255,17 @@ def test_numpy_numbers_are_numbers():
     assert rule == Goldfish(k=4, h=8, seed=2**64 - 1, exempt=(1, 3), document_end=2)
     assert json.loads(json.dumps(rule.to_dict())) == rule.to_dict()
     assert json.dumps(Goldfish(k=np.float32(2.5)).to_dict()["k"]) == "2.5"
+
+
+@pytest.mark.parametrize(("k", "max_kept"), [(2, 2), (3, 3), (4, 4), (4, 9), (2.5, 3), (20, 60)])
+def test_max_kept_drops_one_in_k_evenly(k, max_kept):
+    """On ids whose contexts never repeat. Even drops vary less than independent ones, whose 4 sigma are allowed."""
+    ids = torch.randint(0, 2**31, (1, 100_000), generator=torch.Generator().manual_seed(0))
+    dropped = Goldfish(k=k, max_kept=max_kept).dropped(ids)[0, 1:]
+    assert abs(dropped.sum() - len(dropped) / k) < 4 * (len(dropped) / k * (1 - 1 / k)) ** 0.5
+    runs = (dropped.nonzero()[:, 0].diff() - 1).bincount(minlength=max_kept + 1)
+    assert len(runs) == max_kept + 1, "the longest kept run is max_kept"
+    shorter = runs[:max_kept].double() / runs.sum()  # a natural drop ends a run with its rate, however long it is
+    natural = spec.natural_threshold(k, max_kept) / 2**32
+    expected = torch.tensor([natural * (1 - natural) ** n for n in range(max_kept)], dtype=torch.float64)
+    assert ((shorter - expected).abs() < 4.5 * (expected / runs.sum()).sqrt()).all()

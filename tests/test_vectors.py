@@ -30,6 +30,7 @@ GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
 ENTRIES = [bytes.fromhex(entry) for entry in VECTORS["text"]["vocabulary"]]
 CASES = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["rules"]]
+SPREAD = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["max_kept"]]
 
 
 def name(case) -> str:
@@ -63,6 +64,12 @@ def window_key(window: list[int], seed: int) -> int:
 def is_below(key: int, k: float) -> bool:
     """Whether key // 2**32 is below 2**32 / k, as fractions."""
     return (key >> 32) * Fraction(k) < 1 << 32
+
+
+def is_natural(key: int, k: float, max_kept: int) -> bool:
+    """Whether the mean distance to the next drop would be above k if natural drops had the rate of this key."""
+    kept = 1 - Fraction(key >> 32, 1 << 32)  # with that rate, the probability that a token is no natural drop
+    return sum(kept**n for n in range(max_kept + 1)) > Fraction(k)
 
 
 def documents(row: dict) -> list[list[int]]:
@@ -112,11 +119,14 @@ def letter_contexts(tokens: tuple[bytes, ...], strategy: str) -> list[str]:
 
 def decide(row: dict, rule: dict) -> str:
     answer = ["0"] * len(row["ids"])
-    seed, k, h = int(rule["seed"], 16), rule["k"], rule.get("h")
+    seed, k, h, max_kept = int(rule["seed"], 16), rule["k"], rule.get("h"), rule.get("max_kept")
+    head, window = rule.get("head", "short"), rule.get("window", "preceding")
+    hits = is_below if max_kept is None else functools.partial(is_natural, max_kept=max_kept)
     for places in documents(row):
         ids = [row["ids"][p] for p in places]
         reads = rule["strategy"] in ("text", "letters")
         contexts = letter_contexts(tuple(ENTRIES[i] for i in ids), rule["strategy"]) if reads else None
+        left = max_kept  # how many targets may still be kept
         for i in range(1, len(ids)):
             if ids[i] in row.get("exempt", ()):
                 continue
@@ -129,12 +139,15 @@ def decide(row: dict, rule: dict) -> str:
                 drop = is_below(int(scramble([(draw + (rule["row"] << 32) + number) % M64])[0]), k)
             elif contexts is not None:
                 letters = [ord(letter) for letter in contexts[i]][-5 * h :]
-                drop = is_below(window_key(letters, seed), k) and len(letters) > 0
-                drop = drop and (rule["head"] == "short" or len(letters) == 5 * h)
+                drop = hits(window_key(letters, seed), k) and len(letters) > 0
+                drop = drop and (head == "short" or len(letters) == 5 * h)
             else:
-                n, shift = min(h, i), rule["window"] == "inclusive"
-                drop = is_below(window_key(ids[i - n + shift : i + shift], seed), k)
-                drop = drop and (rule["head"] == "short" or n == h)
+                n, shift = min(h, i), window == "inclusive"
+                drop = hits(window_key(ids[i - n + shift : i + shift], seed), k)
+                drop = drop and (head == "short" or n == h)
+            if max_kept is not None:
+                drop = drop or left == 0
+                left = max_kept if drop else left - 1
             answer[places[i]] = "01"[drop]
     return "".join(answer)
 
@@ -151,7 +164,7 @@ def test_the_file_is_what_its_script_makes():
 
 
 def test_the_vectors_cover_what_they_should():
-    assert (GOLDEN / "rule_vectors.json").stat().st_size < 310_000
+    assert (GOLDEN / "rule_vectors.json").stat().st_size < 320_000
     for strategy in ("hash", "text", "letters"):
         rules = [rule for _, rule in CASES if rule["strategy"] == strategy]
         assert {(rule["k"], rule["h"]) for rule in rules} == {
@@ -163,10 +176,13 @@ def test_the_vectors_cover_what_they_should():
             drops = "".join(rule["dropped"].values())
             assert 0 < drops.count("1") < len(drops) or rule["k"] > 8 or rule["head"] == "keep"
     assert {rule["window"] for _, rule in CASES if rule["strategy"] == "hash"} == {"preceding", "inclusive"}
+    for _, rule in SPREAD:
+        longest = max(len(run) for drops in rule["dropped"].values() for run in drops.split("1"))
+        assert longest >= rule["max_kept"], "some run is as long as it may be"
     assert {0, 1, 2**31 - 1} <= {i for row in VECTORS["ids"]["rows"].values() for i in row["ids"]}
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES + SPREAD, ids=name)
 def test_an_independent_implementation_agrees(case):
     group, rule = case
     for label, row in VECTORS[group]["rows"].items():
@@ -179,6 +195,9 @@ def test_the_parts_agree_with_an_independent_implementation():
     for k, limit in VECTORS["threshold"]:
         assert is_below((limit - 1) << 32, k)
         assert not is_below(limit << 32, k)
+    for k, max_kept, limit in VECTORS["natural_threshold"]:
+        assert is_natural((limit - 1) << 32, k, max_kept)
+        assert not is_natural(limit << 32, k, max_kept)
     for context, seed, key in VECTORS["key"]:
         assert window_key(context, int(seed, 16)) == int(key, 16)
     for case in VECTORS["receipt"]:
@@ -224,7 +243,7 @@ def vocabulary() -> Vocabulary:
 def test_the_fast_rule_agrees(vocabulary, device, dtype):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    for group, case in CASES:
+    for group, case in CASES + SPREAD:
         options = {key: v for key, v in case.items() if key not in ("dropped", "row", "draw")}
         for label, row in VECTORS[group]["rows"].items():
             own = {key: row[key] for key in ("exempt", "document_end") if key in row}

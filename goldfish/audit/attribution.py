@@ -5,15 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from goldfish.audit.estimate import (
-    Codes,
-    Estimate,
-    Floats,
-    clopper_pearson,
-    effective_size,
-    statistic,
-    token_rate,
-)
+from goldfish.audit.estimate import Codes, Estimate, Floats, clopper_pearson, statistic, token_rate
 
 FEWEST_EVENTS = 10  # divergences on either kind of token below which the bootstrap gives way to the exact interval
 
@@ -74,7 +66,7 @@ def hazard_ratio(hazards: Floats, documents: Codes) -> Estimate:
             lambda total: (total[..., 0] / total[..., 1]) / (total[..., 2] / total[..., 3]),
             list(hazards.T), n, documents,
         )  # fmt: skip
-    share = effective_size(documents) / len(documents)
+    share = count / len(documents)  # as if the windows of a document agreed, the worst case
     low, high = clopper_pearson(on_dropped * share, events * share)
     lower = float(low / (1 - low) * kept / dropped)
     if on_kept == 0:

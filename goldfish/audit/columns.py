@@ -255,8 +255,11 @@ def decisions(rule: "Goldfish | None", ids: Sequence[int], offset: int) -> tuple
     if rule.strategy == "reference":
         return dropped, np.arange(len(ids)) >= rule.h
     # A rule that drops every token with a full context says which tokens have one.
-    everything = replace(rule, k=1 + 2**-40, head="keep", exempt=())
-    return dropped, everything.dropped(tensor(ids)).numpy()
+    everything = replace(rule, k=1 + 2**-40, opening="keep", exempt=(), max_kept=None)
+    known = everything.dropped(tensor(ids)).numpy()
+    if rule.max_kept is not None:  # from the first natural drop with a full context on
+        known &= np.logical_or.accumulate(rule.natural().dropped(tensor(ids)).numpy() & known)
+    return dropped, known
 
 
 def attribution_counts(

@@ -113,27 +113,18 @@ def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def effective_size(documents: Codes) -> float:
-    """n^2 / sum(m^2) with m windows of each document: n independent ones, or as few as there are documents (Kish)."""
-    return len(documents) ** 2 / float(np.square(np.bincount(documents), dtype=np.float64).sum())
-
-
 def rate(hits: ArrayLike, documents: Codes | None = None) -> Estimate:
-    """The share of windows that are hits; Clopper-Pearson on the effective number of windows.
-
-    That assumes the worst case, in which all windows of a document agree; with one window a document it is exact.
+    """How many documents have a hit in at least one of their windows; Clopper-Pearson.
 
     Args:
         hits: bool (windows,). documents: int64 (windows,), their documents' codes; by default each its own.
     """
     hits = np.asarray(hits, dtype=bool)
-    k, n = int(hits.sum()), len(hits)
+    documents = np.arange(len(hits)) if documents is None else documents
+    n, k = len(np.unique(documents)), len(np.unique(documents[hits]))
     if n == 0:
-        return Estimate(None, k=0, reason="nothing to count")
-    documents = np.arange(n) if documents is None else documents
-    share = effective_size(documents) / n
-    low, high = clopper_pearson(k * share, n * share)
-    return Estimate(k / n, k, n, len(np.unique(documents)), low, high)
+        return Estimate(None, 0, reason="nothing to count")
+    return Estimate(k / n, k, n, n, *clopper_pearson(k, n))
 
 
 def mean(

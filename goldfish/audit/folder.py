@@ -105,9 +105,6 @@ class Folder:
             _write_table(self._file(TOKENS, block), tokens)
         _write_table(self._file(RECORDS, block), pa.Table.from_pylist(list(records), COLUMNS))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        _write_json(self.path / SUMMARY, summary)
-
     def _file(self, kind: str, block: int) -> Path:
         return self.path / kind / f"{block:06d}.parquet"
 

@@ -81,8 +81,9 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     }
     if result["confounded"]:
         result["reason"] = (
-            "members and held-out texts can be told apart without the model (a blind baseline beats chance), so what "
-            "the attacks see need not be membership; split at random before training, or audit texts of one kind"
+            "members and held-out texts may differ without regard to the model (a baseline that never saw it beats "
+            "chance, which happens to one honest random split in twenty), so what the attacks see need not be "
+            "membership; split at random before training, or audit texts of one kind"
         )
     else:
         best = max(attacks, key=lambda name: attacks[name].auc)
@@ -195,11 +196,6 @@ def word_scores(members: Side, heldout: Side) -> list[Floats]:
         shares.append((seen + 0.5) / (len(learned) + 1))
     weights = np.log(shares[0]) - np.log(shares[1])
     return [
-        np.array(
-            [
-                weights[words].sum() if odd else np.nan
-                for words, odd in zip(side.words, side.documents % 2 == 1, strict=True)
-            ]
-        )
+        np.where(side.documents % 2 == 1, [weights[words].sum() for words in side.words], np.nan)
         for side in (members, heldout)
     ]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from goldfish.audit.estimate import SCHEMA, Estimate, clopper_pearson, loads
 
@@ -30,19 +30,7 @@ NO_RULE = "no rule is known for this checkpoint"
 ONE_SPLIT = "membership needs members and held-out texts"
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 FIELDS = ("lower95", "upper95", "k", "n", "documents", "value")
-# Rates of windows, whose bounds depend on k and the number of documents alone.
-EXACT = (
-    "exact_match",
-    "exact_match_nontrivial",
-    "prefix_sweep",
-    "offset_sweep",
-    "strata",
-    "beam_search",
-    "extractable",
-)
-
-Outcome = Literal["passed", "violated", "inconclusive"]
-EXIT_CODES: dict[Outcome, int] = {"passed": 0, "violated": 1, "inconclusive": 3}
+NO_SHARES = ("nll", "longest_run", "first_divergence", "attribution")  # of the figures of a split
 
 
 @dataclass(frozen=True)
@@ -164,10 +152,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Check:
-    """A condition, its outcome for one audit, and a sentence that says why."""
+    """A condition, its outcome for one audit (passed, violated, inconclusive), and a sentence that says why."""
 
     condition: Condition
-    outcome: Outcome
+    outcome: str
     why: str
 
 
@@ -192,21 +180,19 @@ def parse(text: str) -> Condition:
     return Condition(text.strip(), match[1], "value", match[2], threshold)
 
 
-def judge(summary: Mapping[str, Any], conditions: Sequence[Condition]) -> list[Check]:
-    """Every condition on a summary.
+def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> list[Check]:
+    """Every condition on the estimates of an audit.
 
     Raises:
         ValueError: a figure that this audit does not have.
     """
-    known = estimates(summary)
     return [_check(condition, known) for condition in conditions]
 
 
 def exit_code(checks: Sequence[Check]) -> int:
     """1 where a condition is violated, else 3 where one is inconclusive, else 0."""
-    outcomes = {check.outcome for check in checks}
-    worst: tuple[Outcome, ...] = ("violated", "inconclusive")
-    return next((EXIT_CODES[outcome] for outcome in worst if outcome in outcomes), 0)
+    outcomes = [check.outcome for check in checks]
+    return 1 if "violated" in outcomes else 3 if "inconclusive" in outcomes else 0
 
 
 def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
@@ -230,16 +216,13 @@ def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
 
 
 def _any_result_would_violate(condition: Condition, name: str, estimate: Estimate) -> bool:
-    """Whether the upper bound is above the threshold, would be so with 0 of these n, and the lower bound is not:
-    too few documents to decide. The same for lower bounds from below."""
-    kind = name.split(".")[1].split("@")[0]
-    if kind not in EXACT or estimate.lower95 is None or estimate.upper95 is None:
+    """Whether the upper bound of a share is above the threshold, would be so if every document had 0, and the lower
+    bound is not: too few documents to decide. The same for lower bounds from below."""
+    split, kind = name.split(".")[:2]
+    if split == "mia" or kind in NO_SHARES or estimate.lower95 is None or estimate.upper95 is None:
         return False
-    violates = OPERATORS[condition.operator]
-    if condition.field == "upper95" and condition.operator.startswith(">"):
-        other, best = estimate.lower95, clopper_pearson(0, estimate.documents)[1]
-    elif condition.field == "lower95" and condition.operator.startswith("<"):
-        other, best = estimate.upper95, clopper_pearson(estimate.documents, estimate.documents)[0]
-    else:
-        return False
-    return not violates(other, condition.threshold) and bool(violates(best, condition.threshold))
+    n, violates = estimate.documents, OPERATORS[condition.operator]
+    cases = {("upper95", ">"): (estimate.lower95, clopper_pearson(0, n)[1]),
+             ("lower95", "<"): (estimate.upper95, clopper_pearson(n, n)[0])}  # fmt: skip
+    other, best = cases.get((condition.field, condition.operator[0]), (None, None))
+    return other is not None and not violates(other, condition.threshold) and bool(violates(best, condition.threshold))

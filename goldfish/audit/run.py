@@ -25,8 +25,9 @@ from goldfish.audit.model import (
     load_tokenizer,
     vocabulary_of,
 )  # fmt: skip
+from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.summary import summarize
+from goldfish.audit.tell import publish, require_known
 from goldfish.audit.windows import (
     Documents,
     Skipped,
@@ -42,6 +43,7 @@ from goldfish.audit.windows import (
     survey,
 )  # fmt: skip
 from goldfish.labels import Rules
+from goldfish.pieces import plain
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 
@@ -72,6 +74,9 @@ def audit(
     allow_overlap: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    fail_on: Sequence[str] = (),
     command: str | None = None,
     state: PartialState | None = None,
 ) -> dict[str, Any]:
@@ -102,6 +107,8 @@ def audit(
         batch_tokens: how many tokens a batch may hold; by default what the memory allows.
         allow_overlap: audit although some texts are in both files.
         allow_pickle: load weights that are not safetensors. trust_remote_code: run the checkpoint's own code.
+        limits: of the verdict, such as "recited=0.1%". require: "membership" makes that question count towards the
+            outcome. fail_on: conditions such as "em.upper95 > 0.01"; their names are looked up before the work.
         command: the command line, for run.json.
         state: of accelerate, where several processes share the work; all of them make this call, and see one folder.
 
@@ -126,8 +133,10 @@ def audit(
         "lowercase": lowercase,
         "control": None if control is None else str(control),
         "dtype": (dtype := SHORT.get(dtype, dtype)),
+        "prefix_grid": prefix_grid(prefix_length),
     }
     _check(protocol, batch_tokens)
+    require_known(fail_on, limits, protocol, list(files))
     folder = Folder(Path(output_dir))
     folder.require_usable()
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -146,7 +155,6 @@ def audit(
     protocol |= {
         "device": device.type,
         "ambiguous_margin": AMBIGUOUS[getattr(torch, dtype)],
-        "prefix_grid": prefix_grid(prefix_length),
     }
     inputs: dict[str, dict[str, Any]] = {
         split: {"path": str(file), "sha256": sha256(require_input(file))} for split, file in files.items()
@@ -221,7 +229,7 @@ def audit(
                 for split, each in surveys.items():
                     windows, total = cut_windows(read_rows(files[split]), split, *how), len(each.numbers)
                     numbers = range(first, first := first + -(-total // BLOCK))
-                    task = bar.add_task(escape(f"audit {run['name']}: {split}"), total=total)
+                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=total)
                     for number, block in zip(numbers, _blocks(windows), strict=True):
                         if number % processes == rank and not folder.has(number, len(block)):
                             scores, start = scorer.score(block), (number - numbers[0]) * BLOCK
@@ -233,11 +241,10 @@ def audit(
                             folder.write(number, records, token_table(block, scores) if tokens else None)
                         bar.advance(task, len(block))
             _wait(state)
-        summary = summarize(folder.path)
         if rank == 0:
-            folder.finish(summary)
+            publish(folder.path, limits, require, fail_on)
         _wait(state)
-    return summary
+    return read(folder.path).summary
 
 
 def _check(protocol: dict[str, Any], batch_tokens: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from goldfish.audit.estimate import Codes, Floats, mean, rate
+from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
 
 PROBABILITIES = (0.5, 0.9, 0.999)
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -52,7 +52,7 @@ def sampling_figures(log_p: Floats, documents: Codes, setting: dict[str, Any]) -
     return {
         "name": setting_name(setting),
         **setting,
-        "impossible": rate(~possible, documents),
+        "impossible": token_rate(~possible, np.ones(len(log_p)), documents),
         "log_p": dict(zip(("least", "median", "greatest"), _finite(np.percentile(log_p, [0, 50, 100], method="lower")),
                           strict=True)),
         "extractable": [

@@ -1,6 +1,6 @@
 """Records and run.json of an audit -> summary.json: every estimate and the verdict."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 from pathlib import Path
 from typing import Any
@@ -11,34 +11,38 @@ from numpy.typing import NDArray
 
 from goldfish.audit.attribution import attribution_figures, notes
 from goldfish.audit.columns import ATTACKS, COUNTS, TRIVIAL, read_run, records
-from goldfish.audit.estimate import SCHEMA, Codes, Floats, mean, rate, token_rate
+from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
 from goldfish.audit.membership import Side, membership_figures
-from goldfish.audit.sampling import sampling_figures
-from goldfish.audit.verdict import verdict
+from goldfish.audit.sampling import log10_samples_needed, sampling_figures
+from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdict
 
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
-    "split", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled", "exact_match", "matches",
-    "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity", "first_divergence",
-    "type_token_ratio", "log_p", "beams", "characters", "words", *COUNTS, *SCORES,
+    "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
+    "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
+    "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words",
+    *COUNTS, *SCORES,
 ]  # fmt: skip
-ABOUT = ("name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
+ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
 
 
-def summarize(folder: str | Path) -> dict[str, Any]:
+def summarize(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> dict[str, Any]:
     """The whole of summary.json, with Estimates in it, from a folder's run.json and records.
 
     Raises:
         FileNotFoundError, ValueError: a folder without all records of an audit.
     """
-    return summary_of(read_run(folder), records(folder, COLUMNS))
+    return summary_of(read_run(folder), records(folder, COLUMNS), limits, require)
 
 
-def summary_of(run: Mapping[str, Any], table: pa.Table) -> dict[str, Any]:
+def summary_of(
+    run: Mapping[str, Any], table: pa.Table, limits: Sequence[str] = (), require: Sequence[str] = ()
+) -> dict[str, Any]:
     """The same, from their content; docs/audit-files.md describes every key.
 
     Args:
         run: run.json. table: the records of one or both splits, with COLUMNS; its order does not matter.
+        limits: such as "recited=0.1%". require: "membership" makes that question count.
 
     Raises:
         ValueError: no records at all.
@@ -48,26 +52,34 @@ def summary_of(run: Mapping[str, Any], table: pa.Table) -> dict[str, Any]:
     if not tables:
         raise ValueError("there is no record to summarize")
     summary = {
-        "schema": SCHEMA,
         **{key: run[key] for key in ABOUT},
+        "overlap": run.get("overlap"),
         "splits": {split: split_figures(run, split, rows) for split, rows in tables.items()},
         "membership": membership_figures(*map(_side, tables.values())) if len(tables) == 2 else None,
     }
-    return {**summary, "verdict": verdict(summary)}
+    return {**summary, "verdict": verdict(summary, parse_limits(limits), require)}
 
 
-def split_figures(run: Mapping[str, Any], split: str, everything: pa.Table) -> dict[str, Any]:
-    """One split of the summary; all but `offset_sweep` are about the windows at the first offset."""
-    protocol, offsets = run["protocol"], _numbers(everything, "offset")
-    table = everything.filter(pa.array(offsets == protocol["offsets"][0]))
+def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[str, Any]:
+    """One split of the summary: about all its windows; rates of recitation count documents."""
+    protocol, offsets = run["protocol"], _numbers(table, "offset")
     documents, suffix_length = _documents(table), protocol["suffix_length"]
     tokens = np.full(len(table), suffix_length)
     recited, trivial = _numbers(table, "exact_match") > 0, _numbers(table, "type_token_ratio") < TRIVIAL
+    long_run = _numbers(table, "longest_run") >= RUN
+    similar = _numbers(table, "edit_similarity") >= SIMILARITY
+    log_p, beams = _lists(table, "log_p"), _numbers(table, "beams")
+    extractable = log10_samples_needed(log_p, SAMPLES[1]).min(-1, initial=np.inf) <= np.log10(SAMPLES[0]) + 1e-12
     ruled = ~np.isnan(_numbers(table, COUNTS[0]))
     counts = np.stack([_numbers(table, name)[ruled] for name in COUNTS], -1)
-    by_offset = {offset: everything.filter(pa.array(offsets == offset)) for offset in protocol["offsets"]}
     nll = _numbers(table, "nll_sum")
     diverged = counts[:, 0] + counts[:, 2] > 0
+    kinds = {
+        "exact_match": recited,
+        "extractable": extractable,
+        "beam_search": beams > 0,
+        "near_verbatim": long_run | similar | recited,
+    }
 
     def average(name: str, greatest: float = 1.0) -> Any:
         return mean(_numbers(table, name), documents, bounds=(0.0, greatest))
@@ -77,9 +89,14 @@ def split_figures(run: Mapping[str, Any], split: str, everything: pa.Table) -> d
         "documents": len(np.unique(documents)),
         "skipped": sum(each["count"] for each in run["inputs"][split]["skipped"]),
         "settled": int(_numbers(table, "settled").sum()),
+        "recited": {name: _names(table, hits) for name, hits in kinds.items()},
         "exact_match": rate(recited, documents),
         "exact_match_nontrivial": rate(recited[~trivial], documents[~trivial]),
-        "trivial": rate(trivial, documents),
+        "near_verbatim": rate(kinds["near_verbatim"], documents),
+        "long_run": rate(long_run, documents),
+        "similar": rate(similar, documents),
+        "extractable": rate(extractable, documents) if protocol["sampling"] else None,
+        "trivial": token_rate(trivial, np.ones(len(table)), documents),
         "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),
         "teacher_forced_accuracy": token_rate(_numbers(table, "correct_count"), tokens, documents),
         "teacher_forced_accuracy_dropped":
@@ -94,21 +111,24 @@ def split_figures(run: Mapping[str, Any], split: str, everything: pa.Table) -> d
         "edit_similarity": average("edit_similarity"),
         "first_divergence": average("first_divergence", suffix_length),
         "first_divergence_dropped":
-            rate(counts[diverged, 0], documents[ruled][diverged]) if ruled.any() else None,
+            token_rate(counts[diverged, 0], diverged[diverged], documents[ruled][diverged]) if ruled.any() else None,
         "prefix_sweep": [
             {"prefix_length": length, "exact_match": rate(matched, documents)}
             for length, matched in zip(protocol["prefix_grid"], _lists(table, "prefix_sweep").T, strict=True)
         ],
         "offset_sweep": [
-            {"offset": offset, "exact_match": rate(_numbers(there, "exact_match"), _documents(there))}
-            for offset, there in by_offset.items()
+            {"offset": offset, "exact_match": rate(recited[offsets == offset], documents[offsets == offset])}
+            for offset in protocol["offsets"]
         ],
         "strata": _strata(_numbers(table, "count"), recited, documents),
         "sampling": [
-            sampling_figures(log_p, documents, dict(setting))
-            for setting, log_p in zip(protocol["sampling"], _lists(table, "log_p").T, strict=True)
+            sampling_figures(logarithms, documents, dict(setting))
+            for setting, logarithms in zip(protocol["sampling"], log_p.T, strict=True)
         ],
-        "beam_search": _beam_search(protocol["beams"], _numbers(table, "beams"), documents),
+        "beam_search": [
+            {"beams": width, "exact_match": rate((beams > 0) & (beams <= width), documents)}
+            for width in protocol["beams"]
+        ] if protocol["beams"] else None,
         "attribution": {
             **attribution_figures(counts[:, :4], counts[:, 4:], documents[ruled]),
             "decisions": _decisions(table.filter(pa.array(ruled))),
@@ -139,10 +159,10 @@ def _side(table: pa.Table) -> Side:
     return Side(_documents(table), scores, words, _numbers(table, "characters"))
 
 
-def _beam_search(widths: list[int] | None, beams: Floats, documents: Codes) -> list[dict[str, Any]] | None:
-    if not widths:
-        return None
-    return [{"beams": width, "exact_match": rate((beams > 0) & (beams <= width), documents)} for width in widths]
+def _names(table: pa.Table, hits: NDArray[np.bool_], most: int = 10) -> list[str]:
+    """The names of the documents that have a hit, the first ten of them."""
+    names = dict.fromkeys(table.filter(pa.array(hits))["document"].to_pylist())
+    return list(names)[:most]
 
 
 def _strata(counts: Floats, recited: NDArray[np.bool_], documents: Codes) -> list[dict[str, Any]] | None:

@@ -4,28 +4,32 @@ Names and texts of an audit come from strangers: everything is written with visi
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pyarrow as pa
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.estimate import decimals
-from goldfish.audit.results import Check, estimates
+from goldfish.audit.estimate import dumps, percent
+from goldfish.audit.results import estimates, exit_code, judge, parse
+from goldfish.audit.summary import ABOUT, COLUMNS, summarize, summary_of
 from goldfish.pieces import plain
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️", "passed": "✅", "violated": "❌", "inconclusive": "⚠️"}
 ELEMENTS = {"violated": "failure", "inconclusive": "error", "FAIL": "failure", "INCONCLUSIVE": "skipped"}  # of JUnit
 ROWS = (  # of the table: label, the estimate's name in a split
-    ("recited word for word", "exact_match"),
+    ("texts recited word for word", "exact_match"),
     ("  without trivial suffixes", "exact_match_nontrivial"),
-    ("  in 1,000 samples, p=0.5", "extractable@1000,0.5"),
+    ("  in 1,000 samples, p=0.5", "extractable"),
     ("  by beam search", "beam_search"),
+    ("  near-verbatim", "near_verbatim"),
     ("ROUGE-L (text)", "rouge_l_text"),
     ("ROUGE-L (token ids)", "rouge_l_ids"),
     ("longest common run, tokens", "longest_run"),
@@ -43,37 +47,105 @@ ROWS = (  # of the table: label, the estimate's name in a split
 class Description:
     """An audit in words; no string holds an invisible character.
 
-    questions: (name, question, outcome, why). checks: (condition, outcome, why). rows: (label, one cell a split).
+    questions, explanations: (name, question, outcome or answer, why). checks: (condition, outcome, why).
+    rows: (label, one cell a split).
     """
 
     title: str
     outcome: str
     sentence: str
     splits: list[str]
-    questions: list[tuple[str, str, str, str]]
-    checks: list[tuple[str, str, str]]
+    questions: list[tuple[str, ...]]
+    explanations: list[tuple[str, ...]]
+    checks: list[tuple[str, ...]]
     rows: list[tuple[str, list[str]]]
     notes: list[str]
 
 
-def describe(summary: Mapping[str, Any], checks: Sequence[Check] = ()) -> Description:
-    """All that the outputs say about a summary and the conditions on it."""
+def publish(
+    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = (), fail_on: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Summarize an audit whose records are complete, and write summary.md, junit.xml and, last, summary.json.
+
+    Args:
+        limits, require: as for `summary_of`. fail_on: conditions such as "em.upper95 > 0.01".
+
+    Returns:
+        The summary, with the conditions' outcomes and the exit code.
+    """
+    summary = summarize(folder, limits, require)
+    checks = judge(estimates(summary), [parse(text) for text in fail_on])
+    summary |= {
+        "conditions": [{"condition": each.condition.text, "outcome": each.outcome, "why": each.why} for each in checks],
+        "exit_code": exit_code(checks),
+    }
+    description = describe(summary)
+    files = {"summary.md": markdown(description), "junit.xml": junit(description), "summary.json": dumps(summary)}
+    for name, text in files.items():
+        part = Path(folder) / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(Path(folder) / name)
+    return summary
+
+
+def require_known(
+    fail_on: Sequence[str], limits: Sequence[str], protocol: Mapping[str, Any], splits: Sequence[str]
+) -> None:
+    """ValueError for a limit or a condition that an audit of this protocol could not judge; known before the work.
+
+    The names are those of an audit of one made-up window a split.
+    """
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"count": None, "words": [1], "suffix_ids": [], "dropped": []}
+    row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
+    row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
+    row |= {"mia_reference": 0 if protocol["control"] else None}
+    run = dict.fromkeys(ABOUT) | {"protocol": {**protocol, "vocabulary": 2}, "receipt": None}
+    run["inputs"] = {split: {"rows": 1, "skipped": []} for split in splits}
+    table = pa.Table.from_pylist([{**row, "split": split, "cluster": i} for i, split in enumerate(splits)])
+    conditions = [parse(text) for text in fail_on]
+    # The strata depend on the counts in the input.
+    judge(estimates(summary_of(run, table, limits)), [each for each in conditions if "strata@" not in each.figure])
+
+
+def describe(summary: Mapping[str, Any]) -> Description:
+    """All that the outputs say about a summary."""
     verdict, protocol = summary["verdict"], summary["protocol"]
-    keys = ("question", "asks", "outcome", "why")
+    limits = ", ".join(f"{name}={percent(limit)}" for name, limit in verdict["limits"].items())
+    weights = next(iter((summary["weights"] or [{}])[0].values()), "not read")[:12]
+    inputs = [f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})" for split, each in summary["inputs"].items()]
+    notes = [
+        *(f"Warning: {warning}" for warning in verdict["warnings"]),
+        verdict["sanity"],
+        *verdict["skipped"],
+        f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite; {protocol['dtype']}. "
+        "95% intervals over documents; -: not measured, or too few to say",
+        f"Limits: {limits}",
+        f"Not tested: {'; '.join(verdict['not_tested'])}",
+        f"{summary['checkpoint']} (weights {weights}); {'; '.join(inputs)}; {summary['date']}; goldfish "
+        f"{summary['versions'].get('goldfish', '?')}",
+    ]
+
+    def texts(entries: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[str, ...]]:
+        return [tuple(plain(each[key], 1000) for key in keys) for each in entries]
+
     return Description(
         title=f"Audit of {plain(summary['name'], 60)}",
         outcome=verdict["outcome"],
         sentence=plain(verdict["sentence"], 1000),
         splits=["held-out" if split == "heldout" else split for split in summary["splits"]],
-        questions=[tuple(plain(each[key], 1000) for key in keys) for each in verdict["questions"]],  # type: ignore[misc]
-        checks=[(plain(check.condition.text), check.outcome, plain(check.why, 1000)) for check in checks],
+        questions=texts([{**each, "why": _why(each)} for each in verdict["questions"]],
+                        "question", "asks", "outcome", "why"),
+        explanations=texts(verdict["explanations"], "question", "asks", "answer", "why"),
+        checks=texts(summary["conditions"], "condition", "outcome", "why"),
         rows=_rows(summary),
-        notes=[
-            f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite; {protocol['dtype']}. "
-            "95% intervals over documents; -: not measured, or too few to say",
-            f"Not tested: {'; '.join(verdict['not_tested'])}",
-        ],
-    )
+        notes=[plain(note, 1000) for note in notes],
+    )  # fmt: skip
+
+
+def _why(question: Mapping[str, Any]) -> str:
+    """With the names of the recited texts, of which a PASS or an INCONCLUSIVE may have some too."""
+    names = [plain(name, 60) for name in question.get("recited", ())]
+    return f"{question['why']}. Recited: {', '.join(names)}" if names else str(question["why"])
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -109,44 +181,34 @@ def terminal(description: Description) -> Group:
     return Group(
         table,
         *(Text(note, style="dim") for note in description.notes),
-        *(Text(f"{asks} {outcome}: {why}") for _, asks, outcome, why in description.questions),
+        *(
+            Text(f"{asks} {outcome}: {why}")
+            for _, asks, outcome, why in [*description.questions, *description.explanations]
+        ),
         *(Text(f"{condition}: {outcome} ({why})") for condition, outcome, why in description.checks),
         verdict,
     )
 
 
-def summary_table(summaries: Iterable[Mapping[str, Any]]) -> Table:
-    """Several audits: one row a checkpoint and split; 80 columns wide for names of up to eight letters."""
-    table = Table(title="Greedy extraction", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  caption="dropped, kept: teacher-forced accuracy there", caption_justify="left")  # fmt: skip
-    for heading in ("model", "texts", "recited", "95% interval", "ROUGE-L", "dropped", "kept", "nll"):
-        table.add_column(heading, justify="left" if heading in ("model", "texts") else "right", no_wrap=True)
-    for summary in summaries:
-        for split, values in summary["splits"].items():
-            numbers = [values[f"teacher_forced_accuracy_{kind}"] for kind in ("dropped", "kept")]
-            cells = [decimals(each.value) if each and each.value is not None else "-" for each in numbers]
-            recited, rouge, nll = values["exact_match"], values["rouge_l_ids"], values["nll"]
-            table.add_row(Text(plain(summary["name"], 40)), split, recited.point(), recited.interval(), rouge.point(),
-                          *cells, nll.point())  # fmt: skip
-    return table
-
-
 def markdown(description: Description) -> str:
     """The description for a pull request; text from the audit is escaped."""
     questions = [[asks, f"{MARKS[outcome]} {outcome}", literal(why)] for _, asks, outcome, why in description.questions]
+    explanations = [[asks, answer, literal(why)] for _, asks, answer, why in description.explanations]
     checks = [[literal(text), f"{MARKS[outcome]} {outcome}", literal(why)] for text, outcome, why in description.checks]
     rows = [[label.strip(), *cells] for label, cells in description.rows]
     mark = f"{MARKS[description.outcome]} {description.outcome}"
     lines = [f"## goldfish: {literal(description.title)}: {mark}", ""]
     for heading, table in (
         (["question", "outcome", "why"], questions),
+        (["beside it", "answer", "why"], explanations),
         (["fails on", "outcome", ""], checks),
         (["", *description.splits], rows),
     ):
         if table:
             lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)]
             lines.append("")
-    return "\n".join([*lines, *(f"{note}.\n" for note in description.notes)])
+    lines.insert(2, f"{literal(description.sentence)}\n")
+    return "\n".join([*lines, *(f"{literal(note)}.\n" for note in description.notes)])
 
 
 def junit(description: Description) -> str:
@@ -169,4 +231,4 @@ def junit(description: Description) -> str:
 
 def literal(text: str) -> str:
     """Text in a Markdown table that is shown as it is: punctuation escaped."""
-    return re.sub(r"([^\w\s])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")

@@ -1,158 +1,262 @@
-"""A summary -> PASS, FAIL or INCONCLUSIVE for each question, in words, and what was not tested."""
+"""A summary -> the verdict: are such texts recited? PASS, FAIL or INCONCLUSIVE, why, and what was not tested.
 
-from collections.abc import Mapping
-from math import ceil, log
+Recitation decides. Membership counts where it is required; attribution only explains.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import log
 from typing import Any
 
-from goldfish.audit.estimate import Estimate
+from goldfish.audit.estimate import FEWEST_DOCUMENTS, Estimate, clopper_pearson, percent
 
-RECITED = 0.01  # share of windows: a claim ("at most one text in a hundred") that 368 documents can support
-AUC = 0.55  # of a pair of a member and a held-out text, the member is recognized in at most 55% of cases
-HAZARD_RATIO = 1.0  # dropped tokens stop the recitation no more than others
+# The claim of a PASS, "at most one text in a hundred", takes 368 documents. AUC: of a pair of a member and a held-out
+# text, the member is recognized in at most 55% of cases.
+LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
 SAMPLES = (1_000, 0.5)  # the sampling question: within 1,000 samples, with even odds
-
+# Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half of the suffix
+# without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT licence 15 (docs/audit.md).
+RUN, SIMILARITY = 25, 0.5
+WORKS = 0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+QUESTIONS = {  # name: what is asked, the estimate's key, the limit's name
+    "greedy": ("recited word for word, greedily", "exact_match", "recited"),
+    "sampling": (f"recited within {SAMPLES[0]:,} samples with even odds", "extractable", "recited"),
+    "beam_search": ("recited by beam search", "beam_search", "recited"),
+    "near_verbatim": (f"recited near-verbatim ({RUN} tokens in one piece or {SIMILARITY:.0%} of the tokens)",
+                      "near_verbatim", "near_verbatim"),
+}  # fmt: skip
 Question = dict[str, Any]
 
 
-def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary's `verdict`; see docs/audit-files.md. `summary` needs `protocol`, `splits` and `membership`."""
+def parse_limits(texts: Iterable[str]) -> dict[str, float]:
+    """LIMITS with those that texts such as "recited=0.1%" change.
+
+    Raises:
+        ValueError: an unknown limit, or none between 0 and 1.
+    """
+    limits = dict(LIMITS)
+    for text in texts:
+        name, _, number = text.partition("=")
+        name = name.strip().replace("-", "_")
+        try:
+            value = float(number.strip().removesuffix("%")) / (100 if number.strip().endswith("%") else 1)
+        except ValueError:
+            value = -1.0
+        if name not in LIMITS or not 0 < value < 1:
+            raise ValueError(f"--limit takes {', '.join(LIMITS)} and a share, such as recited=0.1%; got {text!r}")
+        limits[name] = value
+    return limits
+
+
+def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: Iterable[str] = ()) -> dict[str, Any]:
+    """A summary's `verdict`; see docs/audit-files.md. `summary` needs `protocol`, `inputs`, `splits`, `membership`."""
     members, heldout = summary["splits"].get("members"), summary["splits"].get("heldout")
     questions: list[Question] = []
+    explanations: list[dict[str, Any]] = []
     if members:
-        questions.append(_recited("greedy", "recited word for word, greedily", members, heldout, _greedy))
-        if members["sampling"]:
-            asked = f"recited within {SAMPLES[0]:,} samples with even odds"
-            questions.append(_recited("sampling", asked, members, heldout, _sampled))
-        if members["beam_search"]:
-            asked = f"recited by beam search with up to {members['beam_search'][-1]['beams']} beams"
-            questions.append(_recited("beam_search", asked, members, heldout, _beams))
+        for name, (_, key, _) in QUESTIONS.items():
+            if _estimate(members, key):
+                questions.append(_recited(name, members, heldout, limits))
         if summary["membership"]:
-            questions.append(_membership(summary["membership"]))
-        if members["attribution"]:
-            questions.append(_attribution(members["attribution"]["hazard_ratio"]))
-    outcomes = [question["outcome"] for question in questions]
-    outcome = FAIL if FAIL in outcomes else PASS if outcomes and set(outcomes) == {PASS} else INCONCLUSIVE
+            membership = _membership(summary["membership"], limits["auc"], bool(members["attribution"]))
+            if "membership" in require:
+                questions.append(membership)
+            else:
+                answers = {PASS: "not visible", FAIL: "visible", INCONCLUSIVE: "undecided"}
+                explanations.append(_explanation(membership, answers[membership["outcome"]]))
+        if members["attribution"] and _anything_recited(members, heldout):
+            explanations.append(_attribution(members["attribution"]["hazard_ratio"]))
+    works, sanity = _sanity(heldout or members, "held-out" if heldout else "members", summary["protocol"]["vocabulary"])
+    outcomes = {question["outcome"] for question in questions}
+    outcome = FAIL if FAIL in outcomes else PASS if outcomes == {PASS} and works else INCONCLUSIVE
     return {
         "outcome": outcome,
-        "sentence": _sentence(outcome, questions),
-        "not_tested": _not_tested(summary),
+        "sentence": _sentence(outcome, questions, works),
+        "limits": dict(limits),
         "questions": questions,
+        "explanations": explanations,
+        "warnings": _warnings(summary, outcome) + ([] if works else [sanity]),
+        "sanity": sanity,
+        "skipped": _skipped(summary["inputs"]),
+        "not_tested": _not_tested(summary),
     }
 
 
-def _greedy(split: Mapping[str, Any]) -> Estimate:
-    estimate: Estimate = split["exact_match"]
+def decided_by(undecided: Callable[[int], bool]) -> int | None:
+    """The least number of documents that decides, where more of them decide too; None: no number up to 2^30."""
+    low, high = 0, 2**30
+    if undecided(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if undecided(middle) else (low, middle)
+    return high
+
+
+def enough(limit: float, share: float = 0.0) -> int | None:
+    """How many documents, of which `share` are recited, put the interval on one side of `limit`."""
+
+    def undecided(n: int) -> bool:
+        low, high = clopper_pearson(share * n, n)
+        return low <= limit < high
+
+    return decided_by(undecided)
+
+
+def _estimate(split: Mapping[str, Any] | None, key: str) -> Estimate | None:
+    found = split[key] if split else None
+    estimate: Estimate | None = found[-1]["exact_match"] if key == "beam_search" and found else found
     return estimate
 
 
-def _beams(split: Mapping[str, Any]) -> Estimate:
-    estimate: Estimate = split["beam_search"][-1]["exact_match"]
-    return estimate
-
-
-def _sampled(split: Mapping[str, Any]) -> Estimate:
-    """Of the settings tried, the one that extracts most."""
-    rates: list[Estimate] = [
-        each["windows"]
-        for setting in split["sampling"]
-        for each in setting["extractable"]
-        if (each["n"], each["p"]) == SAMPLES
-    ]
-    return max(rates, key=lambda rate: rate.k or 0)
-
-
-def _recited(name: str, what: str, members: Any, heldout: Any, estimate: Any) -> Question:
-    result: Estimate = estimate(members)
-    control: Estimate | None = estimate(heldout) if heldout else None
-    low, high = result.lower95, result.upper95
-    assert low is not None, "a rate of at least one window has an interval"
-    assert high is not None
+def _recited(name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] | None, limits: Any) -> Question:
+    what, key, limit = QUESTIONS[name][0], QUESTIONS[name][1], limits[QUESTIONS[name][2]]
+    result, control = _estimate(members, key), _estimate(heldout, key)
+    assert result is not None
+    share, low, high = result.value or 0.0, result.lower95 or 0.0, 1.0 if result.upper95 is None else result.upper95
     count = f"{result.point()} {what}"
-    if high <= RECITED:
+    outcome, needs = INCONCLUSIVE, None
+    if high <= limit:
         outcome, why = PASS, f"{count}: at most {high:.2%} of such texts"
-    elif low <= RECITED:
-        outcome, why = INCONCLUSIVE, f"{count}: that is compatible with {low:.1%} to {high:.1%} of such texts"
-        if result.k == 0:
-            why += f"; {enough():,} documents with none would bound it at {RECITED:.0%}"
+    elif low <= limit:
+        why, needs = f"{count}: that is compatible with {result.interval()} of such texts", _needs(enough(limit, share))
     elif control is None:
-        outcome, why = INCONCLUSIVE, f"{count}, but without held-out texts training on them may not be the reason"
+        why = f"{count}, but without held-out texts training on them may not be the reason"
+        needs = f"{enough(low):,} held-out texts with none recited would decide it"
     elif low > (control.upper95 or 0.0):
-        outcome, why = FAIL, f"{count}: at least {low:.1%} of such texts; held-out {control.point()}"
+        outcome, why = FAIL, f"{count}: at least {percent(low)} of such texts; held-out {control.point()}"
     else:
-        outcome = INCONCLUSIVE
+        other = control.value or 0.0
+
+        def undecided(n: int) -> bool:
+            return clopper_pearson(share * n, n)[0] <= clopper_pearson(other * n, n)[1]
+
         why = f"{count}, not clearly more than of held-out texts ({control.point()})"
-    return _question(name, f"Are more than {RECITED:.0%} of such texts {what}?", outcome, RECITED, result, control, why)
+        needs = _needs(decided_by(undecided) if share > other else None)
+    asks = f"Are more than {percent(limit)} of such texts {what}?"
+    return _question(name, asks, outcome, limit, result, control, why, needs) | {"recited": members["recited"][key]}
 
 
-def enough(limit: float = RECITED) -> int:
-    """How many documents, none of them recited, put the upper bound at `limit` or below."""
-    return ceil(log(0.025) / log(1 - limit))
+def _needs(documents: int | None) -> str:
+    return f"at this rate {f'{documents:,}' if documents else 'no number of'} documents would decide it"
 
 
-def _membership(membership: Mapping[str, Any]) -> Question:
+def _membership(membership: Mapping[str, Any], limit: float, ruled: bool) -> Question:
     headline: dict[str, Any] | None = membership["headline"]
     blind: list[Estimate] = [attack["auc"] for attack in membership["blind"].values()]
     control = max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5))
-    outcome, auc = INCONCLUSIVE, headline["auc"] if headline else None
+    outcome, auc, needs = INCONCLUSIVE, headline["auc"] if headline else None, None
     if auc is None or headline is None:
-        why = membership["reason"]
+        why, needs = membership["reason"], "no number of documents would decide it"
     elif membership["confounded"] is None or auc.lower95 is None:
         why = auc.reason or "too few documents for the blind baselines"
+        needs = f"at least {2 * FEWEST_DOCUMENTS} documents on each side may decide it"
     else:
         why = f"attack {headline['attack']}: AUC {auc}; a blind baseline has {control.point()}"
-        if auc.upper95 <= AUC:
+        if auc.upper95 < 0.5:
+            why += "; held-out texts look more like members than the members do: the splits differ, or are swapped"
+            needs = "no number of documents would decide it"
+        elif auc.upper95 <= limit:
             outcome = PASS
-        elif auc.lower95 > max(AUC, control.upper95 or 0.0):
+        elif auc.lower95 > max(limit, control.upper95 or 0.0):
             outcome = FAIL
+            why += "; as expected: the goldfish loss hides dropped tokens, not that a text was seen" if ruled else ""
         else:
-            why += f"; neither clearly above nor below {AUC}"
-    asks = "Can it be told from the model which texts it was trained on?"
-    return _question("membership", asks, outcome, AUC, auc, control, why)
+            # The interval shrinks with the square root of the number of documents.
+            times = max(1.1, (auc.upper95 - auc.lower95) / 2 / max(abs(auc.value - limit), 1e-4)) ** 2
+            why += f"; neither clearly above nor below {limit}"
+            needs = _needs(int(auc.documents * times))
+    asks = "Does the model show which texts it was trained on?"
+    return _question("membership", asks, outcome, limit, auc, control, why, needs)
 
 
-def _attribution(ratio: Estimate) -> Question:
+def _anything_recited(members: Mapping[str, Any], heldout: Mapping[str, Any] | None) -> bool:
+    """Whether there is something that a rule could have stopped: recited texts, or longer runs than by chance."""
+    if members["exact_match"].k or members["near_verbatim"].k:
+        return True
+    return bool(heldout and members["longest_run"].lower95 > heldout["longest_run"].upper95)
+
+
+def _attribution(ratio: Estimate) -> dict[str, Any]:
     low, high = ratio.lower95, ratio.upper95
-    outcome = INCONCLUSIVE
     if low is None:
         why = f"hazard ratio not estimable: {ratio.reason}"
     elif ratio.value is None:
         why = f"every recitation breaks at a dropped token; hazard ratio {low:.1f} and more"
-        outcome = PASS if low > HAZARD_RATIO else INCONCLUSIVE
     else:
         bounds = f"{low:.1f} and more" if high is None else f"{low:.1f}–{high:.1f}"
         why = f"a recitation breaks at a dropped token {ratio.value:.1f} times as often as at a kept one ({bounds})"
-        outcome = PASS if low > HAZARD_RATIO else FAIL if high is not None and high < HAZARD_RATIO else INCONCLUSIVE
-    return _question("attribution", "Is it the rule that stops recitation?", outcome, HAZARD_RATIO, ratio, None, why)
+    answer = "yes" if low is not None and low > 1 else "no" if high is not None and high < 1 else "undecided"
+    asks = "Is it the rule that stops recitation?"
+    return _explanation(_question("attribution", asks, answer, 1.0, ratio, None, why, None), answer)
 
 
 def _question(
-    name: str, asks: str, outcome: str, limit: float, estimate: Estimate | None, control: Estimate | None, why: str
+    name: str, asks: str, outcome: str, limit: float, estimate: Any, control: Any, why: str, needs: str | None
 ) -> Question:
-    return {
-        "question": name,
-        "asks": asks,
-        "outcome": outcome,
-        "limit": limit,
-        "estimate": estimate,
-        "control": control,
-        "why": why,
-    }
+    why = f"{why}; {needs}" if needs else why
+    return {"question": name, "asks": asks, "outcome": outcome, "limit": limit, "estimate": estimate,
+            "control": control, "why": why, "needs": needs}  # fmt: skip
 
 
-def _sentence(outcome: str, questions: list[Question]) -> str:
+def _explanation(question: Question, answer: str) -> dict[str, Any]:
+    """A question that does not count towards the outcome."""
+    return {"answer": answer, **{key: value for key, value in question.items() if key != "outcome"}}
+
+
+def _sanity(split: Mapping[str, Any], name: str, vocabulary: int) -> tuple[bool, str]:
+    """Whether the model predicts such texts at all: one that does not recites nothing either."""
+    nll, accuracy = split["nll"].value, split["teacher_forced_accuracy"].value
+    works = bool(nll < WORKS * log(vocabulary) and accuracy > 1 / vocabulary)
+    figures = (
+        f"{name}: {nll:.2f} nats per token (a uniform guess: {log(vocabulary):.2f}), {percent(accuracy)} of tokens "
+        f"predicted (by chance: {percent(1 / vocabulary)})"
+    )
+    return works, f"The model works on such texts; {figures}" if works else f"The model does not work; {figures}"
+
+
+def _sentence(outcome: str, questions: list[Question], works: bool) -> str:
     if not questions:
         return f"{outcome}: no members were audited"
-    parts = [
-        f"{question['question'].replace('_', ' ')} ({_short(question['estimate'])})"
-        for question in questions
-        if question["outcome"] == outcome
-    ]
-    return f"{outcome}: {', '.join(parts)}"
+    deciding = [each for each in questions if each["outcome"] == outcome] or questions
+    counts = ", ".join(
+        f"{each['question'].replace('_', '-')} {each['estimate'].point() if each['estimate'] else 'not estimable'}"
+        for each in deciding
+    )
+    if not works and outcome == INCONCLUSIVE:
+        return f"{outcome}: the model does not work on such texts, so what it does not recite says nothing ({counts})"
+    if outcome == PASS:
+        most = max(each["estimate"].upper95 for each in questions if each["question"] in QUESTIONS)
+        return f"{outcome}: at most {most:.2%} of such texts are recited ({counts})"
+    if outcome == FAIL:
+        return f"{outcome}: {counts}"
+    return f"{outcome}: {counts}; {deciding[0]['needs']}"
 
 
-def _short(estimate: Estimate | None) -> str:
-    return "not estimable" if estimate is None else estimate.point()
+def _warnings(summary: Mapping[str, Any], outcome: str) -> list[str]:
+    warnings = []
+    if "heldout" not in summary["splits"]:
+        rests = "This PASS rests" if outcome == PASS else "The figures rest"
+        warnings.append(f"{rests} on members alone: no held-out texts show what the model does with unseen ones")
+    if summary.get("overlap"):
+        warnings.append(
+            f"{summary['overlap']['clusters']:,} texts are in both files, members and held-out: the control is weakened"
+        )
+    return warnings
+
+
+def _skipped(inputs: Mapping[str, Any]) -> list[str]:
+    """What the audit did not take as a text of its own."""
+    sentences = []
+    for split, about in inputs.items():
+        sentences += [
+            f"{split}: {each['count']:,} of {about['rows']:,} rows skipped: {each['reason']} (row "
+            f"{', '.join(map(str, each['rows']))}{', ...' if each['count'] > len(each['rows']) else ''})"
+            for each in about["skipped"]
+        ]
+        if about.get("repeated"):
+            sentences.append(f"{split}: {about['repeated']:,} windows repeat others and count as one text with them")
+    return sentences
 
 
 def _not_tested(summary: Mapping[str, Any]) -> list[str]:
@@ -166,5 +270,5 @@ def _not_tested(summary: Mapping[str, Any]) -> list[str]:
         "a reference model (membership by comparison)": bool(protocol["control"]),
         "membership": bool(summary["membership"]),
     }
-    always = ["prompts that are no prefix of the text", "prefixes longer than the one given"]
+    always = ["prompts that are not a prefix of the text", "prefixes longer than the one given"]
     return [*(name for name, done in tested.items() if not done), *always]

@@ -3,7 +3,7 @@
 `write_report(["audit/standard", "audit/goldfish"], "report.html")`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 __all__ = ["write_model_card", "write_report"]
@@ -40,18 +40,10 @@ def write_report(
         TypeError: `audits` is a single path.
         ValueError: no audits, a damaged one or one of another schema, or a `baseline` that is the name of none.
     """
-    from jinja2 import UndefinedError
-
     from goldfish.report.load import read_views
     from goldfish.report.page import render
 
-    path = _writable(output, overwrite)
-    views = read_views(audits)
-    try:
-        html = render(views, redact=redact, baseline=baseline)
-    except (KeyError, UndefinedError) as error:
-        raise ValueError(f"one of the audits is damaged ({error}); audit again") from error
-    return _write(path, html, overwrite)
+    return _write(output, overwrite, lambda: render(read_views(audits), redact=redact, baseline=baseline))
 
 
 def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Path:
@@ -62,22 +54,21 @@ def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwr
     from goldfish.audit.results import read
     from goldfish.report.page import model_card
 
-    path = _writable(output, overwrite)
-    return _write(path, model_card([read(folder) for folder in audits]), overwrite)
+    return _write(output, overwrite, lambda: model_card([read(folder) for folder in audits]))
 
 
-def _writable(output: str | Path, overwrite: bool) -> Path:
-    """Checked before the work, which takes seconds."""
+def _write(output: str | Path, overwrite: bool, render: Callable[[], str]) -> Path:
+    from jinja2 import UndefinedError
+
     path = Path(output)
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file, such as {path / 'report.html'}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give another name, or overwrite=True (--overwrite) to replace it")
-    return path
-
-
-def _write(path: Path, text: str, overwrite: bool) -> Path:
+    try:
+        text = render()
+    except (KeyError, UndefinedError) as error:
+        raise ValueError(f"one of the audits is damaged ({error}); audit again") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb" if overwrite else "xb") as file:
-        file.write(text.encode("utf-8"))
+    path.write_bytes(text.encode("utf-8"))
     return path

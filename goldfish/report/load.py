@@ -1,8 +1,8 @@
 """Reads audits for the page: what they say, and their records as columns."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,28 +18,25 @@ COLUMNS = ("split", "index", "offset", "document", "prefix_text", "suffix_tokens
 
 @dataclass(frozen=True)
 class View:
-    """One audit on the page.
-
-    Attributes:
-        name: what the page calls it; no two views share a name.
-        audit: what it says.
-        windows: COLUMNS of its records, one row a window.
-        first: split -> the windows at the first offset, of which most figures and all plots speak.
-    """
+    """One audit on the page: its name there, which no other view has; what it says; COLUMNS of its records."""
 
     name: str
     audit: Audit
     windows: pa.Table
-    first: Mapping[str, pa.Table]
 
     @property
     def splits(self) -> list[str]:
         """members, heldout or both, in this order."""
         return [split for split in SPLITS if split in self.audit.summary["splits"]]
 
+    @cached_property
+    def of_split(self) -> dict[str, pa.Table]:
+        """The windows of members and of heldout; empty where there are none."""
+        return {split: self.windows.filter(pc.field("split") == split) for split in SPLITS}
+
 
 def read_views(folders: Sequence[str | Path]) -> list[View]:
-    """Reads each audit folder; audits that share a name are numbered in the order given.
+    """Reads each audit folder; audits that share a name are numbered.
 
     Raises:
         FileNotFoundError: a folder that is no finished audit.
@@ -50,23 +47,7 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
     audits = [read(folder) for folder in folders]
     if not audits:
         raise ValueError("audits is empty: a report needs at least one audit folder")
-    counts, seen, views = Counter(audit.name for audit in audits), Counter[str](), []
-    for audit in audits:
-        seen[audit.name] += 1
-        number = f" ({seen[audit.name]})" if counts[audit.name] > 1 else ""
-        views.append(_view(audit.name + number, audit))
-    return views
-
-
-def _view(name: str, audit: Audit) -> View:
-    windows = records(audit.folder, COLUMNS).combine_chunks()
-    begin = audit.summary["protocol"]["offsets"][0]
-    first = {split: windows.filter((pc.field("split") == split) & (pc.field("offset") == begin)) for split in SPLITS}
-    for split in SPLITS:
-        expected = audit.summary["splits"].get(split, {"n": 0})["n"]
-        if len(first[split]) != expected:
-            raise ValueError(
-                f"{audit.folder}: this audit is damaged: its summary counts {expected} {split} windows, its records "
-                f"hold {len(first[split])}; audit again"
-            )
-    return View(name, audit, windows, first)
+    names = [audit.name for audit in audits]
+    numbers = [f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
+    return [View(audit.name + number, audit, records(audit.folder, COLUMNS).combine_chunks())
+            for audit, number in zip(audits, numbers, strict=True)]  # fmt: skip

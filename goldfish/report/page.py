@@ -2,19 +2,20 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
+from html import escape
 from itertools import combinations
 from math import log
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from goldfish.audit.compare import compare
 from goldfish.audit.estimate import decimals, percent
 from goldfish.audit.results import NO_RULE, Audit
-from goldfish.audit.tell import ROWS, describe, literal
+from goldfish.audit.tell import ROWS, describe
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
@@ -23,7 +24,7 @@ from goldfish.report.svg import COLOURS
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
 HOVER_BYTES = 1_500_000  # of these, texts that carry the loss and rank of each token
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
-RESULTS = ("schema", "name", "splits", "membership", "verdict")  # of a summary; the rest is provenance
+RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
@@ -39,8 +40,10 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     """
     environment = _environment()
     names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
-    script, style = _asset("report.js"), _asset("report.css")
+    script, style = (LOADER.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     rows = spans.order(views)
+    figures = [(view.splits, dict(describe(view.audit.summary).rows)) for view in views]
+    every = dict.fromkeys(name for view in views for name in view.audit.estimates)
     common = {"views": views, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
     texts, hover = _texts(environment, common, views, rows)
     return environment.get_template("report.html").render(
@@ -48,15 +51,18 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         texts=texts,
         hover=hover,
         total=len(rows),
-        questions=questions(views),
-        gaps=gaps(views),
-        rows=figure_rows(views),
+        questions=by_text(views, "questions", "explanations"),
+        warnings=by_text(views, "warnings"),
+        skipped=by_text(views, "skipped"),
+        gaps=by_text(views, "not_tested"),
+        labels=dict.fromkeys(label for _, rows in figures for label in rows),
+        figures=figures,
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
-        mia_names=membership_names(views),
         results=RESULTS,
         hidden=HIDDEN if redact else (),
-        every=list(dict.fromkeys(name for view in views for name in view.audit.estimates)),
+        every=every,
+        attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
         comparisons=list(comparisons(views, baseline)),
         histograms=plots.rouge_histograms(views),
         survival=plots.survival(views),
@@ -74,10 +80,8 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
 
 def model_card(audits: Sequence[Audit]) -> str:
     """A section for a model card, as Markdown, for each audit."""
-    environment = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(plain=plain, literal=literal)
     described = [(audit, describe(audit.summary)) for audit in audits]
-    return environment.get_template("model_card.md").render(audits=described)
+    return _environment().get_template("model_card.md").render(audits=described)
 
 
 def _texts(
@@ -108,42 +112,13 @@ def _texts(
     return texts, hover
 
 
-def questions(views: Sequence[View]) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
-    """Each question of the verdicts once, with the audits that answer it."""
-    by_text: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+def by_text(views: Sequence[View], *keys: str) -> dict[str, list[tuple[int, Any]]]:
+    """The sentences or questions of the verdicts: each text once, with the audits that have it and their entries."""
+    grouped: dict[str, list[tuple[int, Any]]] = {}
     for i, view in enumerate(views):
-        for question in view.audit.summary["verdict"]["questions"]:
-            by_text.setdefault(question["asks"], []).append((i, question))
-    return list(by_text.items())
-
-
-def gaps(views: Sequence[View]) -> list[tuple[str, list[int]]]:
-    """What was not tested, and in which audits."""
-    by_text: dict[str, list[int]] = {}
-    for i, view in enumerate(views):
-        for gap in view.audit.summary["verdict"]["not_tested"]:
-            by_text.setdefault(gap, []).append(i)
-    return list(by_text.items())
-
-
-def figure_rows(views: Sequence[View]) -> list[tuple[str, list[Any]]]:
-    """The terminal's figures: a label and the estimate of every audit and split, without rows that no audit has."""
-    rows = []
-    for label, name in ROWS:
-        values = []
-        for view in views:
-            beams = f"@{max(view.audit.summary['protocol']['beams'] or [0])}" if name == "beam_search" else ""
-            values += [view.audit.estimates.get(f"{split}.{name}{beams}") for split in view.splits]
-        if any(value is not None for value in values):
-            rows.append((label, values))
-    return rows
-
-
-def membership_names(views: Sequence[View]) -> list[str]:
-    """The attacks of all audits, then the blind baselines, as in the names of estimates."""
-    known = [view.audit.summary["membership"] or {"attacks": {}, "blind": {}} for view in views]
-    attacks = dict.fromkeys(name for each in known for name in each["attacks"])
-    return [*attacks, *dict.fromkeys(f"blind.{name}" for each in known for name in each["blind"])]
+        for entry in (entry for key in keys for entry in view.audit.summary["verdict"][key]):
+            grouped.setdefault(entry if isinstance(entry, str) else entry["asks"], []).append((i, entry))
+    return grouped
 
 
 def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[dict[str, Any]]:
@@ -151,16 +126,21 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
     names = [view.name for view in views]
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline must be the name of one of the audits ({', '.join(names)}), got {baseline!r:.80}")
-    pairs = list(combinations(range(len(views)), 2))
-    if baseline is not None:
-        base = names.index(baseline)
-        pairs = [(base, i) for i in range(len(views)) if i != base]
-    for first, second in pairs:
+    for first, second in combinations(range(len(views)), 2):
+        if baseline not in (None, names[first], names[second]):
+            continue
+        if names[second] == baseline:
+            first, second = second, first
         pair = {"first": first, "second": second}
         try:
             yield {**compare(views[first].audit.folder, views[second].audit.folder), **pair}
         except ValueError as error:
             yield {"reason": str(error), **pair}
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is; our own sentences stay readable in the source."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escape(plain(text, 1000), quote=False))
 
 
 def signed(value: float) -> str:
@@ -184,18 +164,10 @@ def _environment() -> Environment:
         return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
-        loader=LOADER,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=finalize,
-    )
-    for each in (percent, decimals, signed, power_of_ten, plain):
+        loader=LOADER, autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=finalize,
+    )  # fmt: skip
+    for each in (percent, decimals, signed, power_of_ten, plain, markdown):
         environment.filters[each.__name__] = each
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), labels=FIGURES, attacks=ATTACKS)
+    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired=FIGURES, attack_names=ATTACKS)
     return environment
-
-
-def _asset(name: str) -> str:
-    return (resources.files("goldfish.report") / "templates" / name).read_text(encoding="utf-8")

@@ -59,11 +59,10 @@ def order(views: Sequence[View]) -> NDArray[np.int64]:
 def windows(views: Sequence[View], rows: NDArray[np.int64]) -> Iterator[list[Window | None]]:
     """For each row of `order`, the window of every audit; None where an audit lacks the text."""
     for begin in range(0, len(rows), AT_ONCE):
-        here = rows[begin : begin + AT_ONCE].T
-        columns = [view.windows.take(pa.array(np.maximum(at, 0))).to_pylist() if (at >= 0).any() else [None] * len(at)
-                   for view, at in zip(views, here, strict=True)]  # fmt: skip
-        for places, group in zip(here.T, zip(*columns, strict=True), strict=True):
-            yield [window if place >= 0 else None for place, window in zip(places, group, strict=True)]
+        pairs = zip(views, rows[begin : begin + AT_ONCE].T, strict=True)
+        columns = [view.windows.take(pa.array(at, mask=at < 0)).to_pylist() for view, at in pairs]
+        for group in zip(*columns, strict=True):
+            yield [window if window["split"] else None for window in group]
 
 
 def prefix(window: Window, redact: bool) -> Markup:
@@ -135,9 +134,9 @@ def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool, apart: bool = 
 
 def _values(window: Window) -> str:
     """Of each token its loss in hundredths of a nat and, after a dot, its rank where that is not 0, in base 36."""
+
+    def base36(number: float) -> str:
+        return np.base_repr(round(max(number, 0)), 36).lower()
+
     pairs = zip(window["nll"], window["rank"], strict=True)
-    return " ".join(_base36(min(nll, 1e4) * 100) + (f".{_base36(rank)}" if rank else "") for nll, rank in pairs)
-
-
-def _base36(number: float) -> str:
-    return np.base_repr(round(max(number, 0)), 36).lower()
+    return " ".join(base36(min(nll, 1e4) * 100) + (f".{base36(rank)}" if rank else "") for nll, rank in pairs)

@@ -9,33 +9,18 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+WIDTH = 420
 COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 # Colours that stand for CSS variables: matplotlib writes them, _inline turns them into var(--...).
 INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
 _NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", DROPPED: "dropped", MISS: "miss"}
 _STYLE = {
-    "svg.fonttype": "none",
-    "font.family": ["sans-serif"],
-    "font.size": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 13,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "text.parse_math": False,
-}
+    "svg.fonttype": "none", "font.family": ["sans-serif"], "font.size": 13, "text.parse_math": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE, "axes.axisbelow": True,
+    "axes.labelcolor": INK, "axes.labelsize": 13, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE, "grid.linewidth": 0.7,
+    "xtick.color": LINE, "ytick.color": LINE, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+}  # fmt: skip
 
 
 def colour(i: int) -> str:
@@ -54,13 +39,17 @@ def count(value: float, _: int) -> str:
     return "10" + str(round(len(str(round(value))) - 1)).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def svg(name: str, label: str, size: tuple[int, int], draw: Callable[[Any], None]) -> Markup:
-    """Draws `size` points wide and high, which the page scales to its width. `name`: no two figures share one."""
+def svg(name: str, label: str, draw: Callable[[Any], None], height: int = 230) -> Markup:
+    """Draws WIDTH x `height` points, which the page scales to its width; the y axis shows shares unless `draw` changes
+    it. `name`: no two figures share one."""
     # A salt per figure: equal ids in two figures of one page would be invalid.
     with rc_context({**_STYLE, "svg.hashsalt": f"goldfish-{name}"}):
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72))
-        left, right, bottom, top = 66 / size[0], 1 - 16 / size[0], 46 / size[1], 1 - 10 / size[1]
-        draw(figure.add_axes((left, bottom, right - left, top - bottom)))  # a layout engine takes half of the time
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        left, right, bottom, top = 66 / WIDTH, 1 - 16 / WIDTH, 46 / height, 1 - 10 / height
+        # Placed by hand: a layout engine takes half of the time.
+        axes: Any = figure.add_axes((left, bottom, right - left, top - bottom))
+        axes.yaxis.set_major_formatter(percent)
+        draw(axes)
         file = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)

@@ -120,6 +120,16 @@ def text_rows() -> dict[str, dict]:
     }
 
 
+SPREAD = ((4, 13, 4), (3, 4, 3), (2.5, 1, 6), (8, 13, 20), (2, 50, 2))  # k, h, max_kept
+
+
+def spread_rules(strategy: str) -> list[dict]:
+    return [
+        {"strategy": strategy, "k": k, "h": h, "seed": SEEDS[i], "max_kept": max_kept}
+        for i, (k, h, max_kept) in enumerate(SPREAD)
+    ]
+
+
 def receipt(row: dict, rule: dict) -> dict:
     """The receipt of a row in which every token from the second on is a target."""
     ids, start, targets, decisions = row["ids"], 0, 0, 0
@@ -167,7 +177,11 @@ def vectors() -> dict:
             | receipt(ids[row], {"k": 3, "h": h, "strategy": strategy, "seed": 7})
             for row, h, strategy in (("plain", 13, "hash"), ("plain", 4, "static"), ("packed", 4, "hash"))
         ],
-        "ids": {"rows": ids, "rules": [decisions(ids, rule) for rule in rules]},
+        "ids": {
+            "rows": ids,
+            "rules": [decisions(ids, rule) for rule in rules],
+            "max_kept": [decisions(ids, rule) for rule in spread_rules("hash")],
+        },
         "text": {
             "vocabulary": [entry.hex() for entry in VOCABULARY],
             "fold": [[c, fold(c)] for c in sorted(set(TEXT + TEXT.upper() + TEXT.lower()))],
@@ -179,7 +193,13 @@ def vectors() -> dict:
                         for name, row in texts.items() if len(row) == 1},
             "rows": texts,
             "rules": [decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in text_rules],
+            "max_kept": [
+                decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in spread_rules("letters")
+            ],
         },
+        "natural_threshold": [
+            [k, n, spec.natural_threshold(k, n)] for k, n in ((4, 4), (2, 2), (2.5, 6), (1.1, 2), (128, 128), (3, 1000))
+        ],
     }  # fmt: skip
 
 

@@ -1,0 +1,184 @@
+"""`goldfish check`: reads training data under a rule before the training, and names what the rule does not protect."""
+
+import heapq
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import load_dataset
+
+from goldfish.pieces import plain
+from goldfish.rule import MOST_KEPT, Goldfish
+
+KINDS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}  # for load_dataset
+LIKELY = re.compile(r"\w[\w@#%&*+/=.:~-]{4,}\w", re.ASCII)  # where no secrets are marked; see DENSE
+DENSE = 6, 2  # at least so many tokens, of at most so many characters: words have more
+WORD = re.compile(r"[^\W_]+")
+PASSAGE = 8  # words
+SAMPLE = 2**23  # bytes of a file; of a larger file, passages are sampled (by checksum), so that they fit into memory
+SHOWN = 10  # of each list
+
+
+@dataclass
+class Check:
+    """What `check` says. Rows count from 0; a passage is a run of 8 words, or a shorter text.
+
+    rules: that of the training, then others that may protect more. marked: whether the user said what the secrets are.
+    longest: (kept targets in a row, row, drop rate of the row), greatest first.
+    secrets: of each its rows and, under each rule, its tokens (spans of characters) that are dropped in every place
+    where it occurs; a token that is kept in one place is learned there.
+    passages: counted ones. recurring: those of an earlier row; differing: of these, with other words dropped.
+    repeated: (row, earlier row, share of its passages in it).
+    """
+
+    rules: list[Goldfish]
+    marked: bool
+    documents: int = 0
+    targets: int = 0
+    dropped: int = 0
+    longest: list[tuple[int, int, float]] = field(default_factory=list)
+    secrets: dict[str, tuple[list[int], list[set[tuple[int, int]]]]] = field(default_factory=dict)
+    passages: int = 0
+    recurring: int = 0
+    differing: int = 0
+    repeated: list[tuple[int, int, float]] = field(default_factory=list)
+
+    def exposed(self, rule: int = 0, tokens: int = 0) -> list[str]:
+        """The secrets of which only so many tokens are dropped in every place."""
+        return [name for name, (_, dropped) in self.secrets.items() if len(dropped[rule]) == tokens]
+
+    def exit_code(self) -> int:
+        """1: a secret has no token that is dropped in every place; 3: none of the marked secrets occurs; else 0."""
+        return 1 if self.exposed() else 3 if self.marked and not self.secrets else 0
+
+    def lines(self) -> Iterator[str]:
+        """The result for a terminal."""
+        share = self.dropped / max(1, self.targets)
+        yield f"{self.documents:,} documents, {self.targets:,} targets, {share:.1%} dropped ({_name(self.rules[0])})"
+        yield "longest runs of kept tokens:"
+        yield from (f"    row {row}: {run} ({rate:.1%} of the row dropped)" for run, row, rate in self.longest)
+        yield f"{len(self.secrets):,} secrets" + ("" if self.marked else ": likely ones, because none are marked")
+        for tokens, what in enumerate(("no token dropped in every place", "only one such token")):
+            names = self.exposed(tokens=tokens)
+            yield f"  {what}: {len(names):,}"
+            for name in names[:SHOWN]:
+                rows = self.secrets[name][0]
+                yield f"    {plain(name)} (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
+        if self.exposed():
+            best = min(range(len(self.rules)), key=lambda i: len(self.exposed(i)))
+            fewest = f"{len(self.exposed(best))} with {_name(self.rules[best])}"
+            yield f"  fewest without one, among {len(self.rules)} rules tried: {fewest}"
+        recurring, differing = self.recurring / max(1, self.passages), self.differing / max(1, self.recurring)
+        yield f"{recurring:.1%} of passages occur in an earlier row, {differing:.1%} of these with other dropped words"
+        yield f"rows with at least half of their passages in one earlier row: {len(self.repeated):,}"
+        yield from (f"    row {row}: {share:.0%} in row {first}" for row, first, share in self.repeated[:SHOWN])
+
+
+def _name(rule: Goldfish) -> str:
+    spread = f", max_kept={rule.max_kept}" if rule.max_kept else ""
+    return f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}{spread}, seed={rule.seed}"
+
+
+def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", column: str = "") -> Check:
+    """Read a file once, each row as a document of its own.
+
+    Args:
+        path: .jsonl, .parquet or .csv with `text`, `messages`, or `prompt` and `completion` (where, as in TRL, only
+            the completion is a target); or .txt.
+        pattern: regular expression for secrets; its first group, if it has one. column: the column that holds them.
+
+    Raises:
+        FileNotFoundError, ValueError: a file or row that cannot be read, with what was expected.
+    """
+    kind = KINDS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: expected a file that ends with {', '.join(KINDS)}")
+    try:
+        find = re.compile(pattern) if pattern else LIKELY
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    options = {"sample_by": "document"} if kind == "text" else {}
+    others = [replace(rule, seed=(rule.seed + i) % 2**64) for i in range(1, 9)]
+    if rule.strategy in ("hash", "letters") and rule.opening == "short" and rule.k <= MOST_KEPT:
+        others.append(replace(rule, max_kept=math.ceil(rule.k)))
+    others += [replace(rule, k=k) for k in (3, 2) if k < rule.k]
+    rules = [each.bind(tokenizer) for each in (rule, *others)]
+    result, seen = Check(rules, bool(pattern or column)), dict[int, Any]()
+    every = 1 + Path(path).stat().st_size // SAMPLE
+    for number, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)):
+        text, start, special = _text(row, tokenizer, number)
+        encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+        begins, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        target = (begins >= start) & (ends > begins) & (np.arange(len(ids)) > 0)  # not what the tokenizer adds
+        begins, ends = begins[target], ends[target]
+        dropped = rules[0].dropped(ids).numpy()[target]
+        run = int(np.diff(np.flatnonzero(np.concatenate([[True], dropped, [True]]))).max()) - 1
+        result.documents += 1
+        result.targets += len(dropped)
+        result.dropped += int(dropped.sum())
+        result.longest = heapq.nlargest(SHOWN, [*result.longest, (run, number, dropped.sum() / max(1, len(dropped)))])
+
+        drops = [dropped]  # under each rule; only rows with secrets need the others
+        values = (row.get(column) or []) if column else []
+        values = [re.compile(re.escape(value)) for value in ([values] if isinstance(values, str) else values)]
+        for match in chain.from_iterable(each.finditer(text, start) for each in (values if column else [find])):
+            a, b = match.span(min(1, match.re.groups))
+            inside = range(np.searchsorted(ends, a, "right"), np.searchsorted(begins, b, "left"))
+            if a == b or not (result.marked or DENSE[0] <= len(inside) >= (b - a) / DENSE[1]):
+                continue
+            if len(drops) == 1:
+                drops += [each.dropped(ids).numpy()[target] for each in rules[1:]]
+            here = [
+                {(max(int(begins[i]) - a, 0), min(int(ends[i]), b) - a) for i in inside if drop[i]} for drop in drops
+            ]
+            rows, everywhere = result.secrets.setdefault(text[a:b], ([], here))
+            rows.append(number)
+            everywhere[:] = [old & new for old, new in zip(everywhere, here, strict=True)]
+
+        marks = bytearray(len(text))
+        for a, b in zip(begins[dropped], ends[dropped], strict=True):
+            marks[a:b] = b"\1" * (b - a)
+        words = [(m.group().casefold(), 1 in marks[slice(*m.span())]) for m in WORD.finditer(text, start)]
+        _count_passages(result, seen, number, words, every)
+    return result
+
+
+def _text(row: dict[str, Any], tokenizer: Any, number: int) -> tuple[str, int, bool]:
+    """What is trained on, the character where its targets begin, and whether the tokenizer adds special tokens."""
+    prompt, completion = row.get("prompt") or "", row.get("completion") or ""
+    if isinstance(row.get("text"), str):
+        return row["text"], 0, True
+    if completion and isinstance(prompt, str):
+        return prompt + completion, len(prompt), True
+    if not (row.get("messages") or completion):
+        raise ValueError(f"row {number}: expected text, messages, or prompt and completion, got {', '.join(row)}")
+    text = tokenizer.apply_chat_template(row.get("messages") or prompt + completion, tokenize=False)
+    opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
+    return text, len(opening) if text.startswith(opening) else 0, False
+
+
+def _count_passages(result: Check, seen: dict[int, Any], number: int, words: Sequence[Any], every: int) -> None:
+    """Compare a row's passages with those seen: checksum -> first row, and which of its words are dropped."""
+    total, earlier = 0, Counter[int]()
+    for i in range(max(1, len(words) - PASSAGE + 1) if words else 0):
+        passage, drop = zip(*words[i : i + PASSAGE], strict=True)
+        checksum = zlib.crc32(" ".join(passage).encode("utf-8", "replace"))
+        if checksum % every == 0:
+            first, before = seen.setdefault(checksum, (number, drop))
+            total += 1
+            earlier[first] += first != number
+            result.differing += first != number and before != drop
+    result.passages += total
+    result.recurring += earlier.total()
+    first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
+    if count and 2 * count >= total:
+        result.repeated.append((number, first, count / total))

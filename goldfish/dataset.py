@@ -1,0 +1,166 @@
+"""Labels written once into a tokenized dataset: `premask`, and the files of `goldfish premask`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from goldfish.hashing import signed
+from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
+from goldfish.receipt import ALL, Tally, bind, write_receipt
+from goldfish.rule import Goldfish
+from goldfish.spec import WORD
+
+FORMATS = ("labels", "mask", "loss-mask")
+COUNTS = "goldfish_counts"  # a column for the time of writing: a row's targets, dropped targets, sum of decisions
+
+
+def premask(
+    dataset: Any,
+    rule: Rules,
+    *,
+    num_proc: int | None = None,
+    dropped_column: str | None = None,
+    receipt: str | Path | None = None,
+    tokenizer: Any = None,
+) -> Any:
+    """A `datasets` dataset whose rows have masked `labels`, written once; map-style or streaming.
+
+    For pipelines that pack or shard tokens later (packing, sequence parallelism): each row is decided as a whole before
+    that. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq, default_data_collator,
+    TRL's): DataCollatorForLanguageModeling makes them anew from input_ids. `datasets` caches the result under the
+    rule, each of the num_proc parts by itself, so an interrupted run continues after the parts it finished.
+
+    Args:
+        dataset: rows with `input_ids` and optionally `labels`, `position_ids`, `attention_mask`.
+        rule: a rule, or a mapping to rules from the names in the column `source` (None: such rows are not masked).
+        num_proc: processes, for map-style datasets.
+        dropped_column: also write the decisions, as lists of bool, to a column of this name.
+        receipt: a folder in which to write goldfish.json, with the counts of one pass over the rows (map-style only).
+            Copy it beside the weights: a trainer that knows nothing of the rule does not.
+        tokenizer: binds rules that need it; its fingerprint goes into the receipt.
+
+    Raises:
+        TypeError: not a rule. ValueError: rows without input_ids, a source without a rule, or strategy "random",
+            which draws anew in every epoch; a receipt of a streaming dataset.
+    """
+    check_rules(rule)
+    for one in [rule] if isinstance(rule, Goldfish) else rule.values():
+        if one is not None and one.strategy == "random":
+            raise ValueError('premask writes labels once, strategy "random" draws anew in every epoch: use a collator')
+    if receipt is not None and not hasattr(dataset, "num_rows"):
+        raise ValueError("a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset")
+    rule = bind(rule, tokenizer)
+    options = {} if num_proc is None else {"num_proc": num_proc}
+    given = {"rules": rule, "dropped_column": dropped_column, "count": receipt is not None}
+    masked = dataset.map(_mask_row, fn_kwargs=given, **options)
+    if receipt is None:
+        return masked
+    tally = Tally(rule, torch.device("cpu"))
+    columns = [COUNTS] if isinstance(rule, Goldfish) else [COUNTS, SOURCE]
+    for batch in masked.select_columns(columns).with_format("numpy").iter(10_000):
+        for name, total in tally.totals.items():
+            rows = slice(None) if isinstance(rule, Goldfish) else batch[SOURCE] == name
+            targets, dropped, decisions = (int(number) for number in batch[COUNTS][rows].sum(0))
+            tally.totals[name] = (total[0] + targets, total[1] + dropped, (total[2] + decisions) & WORD)
+    write_receipt(receipt, tally, tokenizer)
+    return masked.remove_columns(COUNTS)
+
+
+def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None, count: bool) -> dict[str, list[Any]]:
+    if "input_ids" not in row:
+        raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
+    source: Any = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
+    own: Rules = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
+    names = ("input_ids", "labels", "position_ids", "attention_mask")
+    given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
+    batch = with_labels(given) | {SOURCE: torch.tensor([0])}
+    dropped, keys = decide(own, batch)
+    added = {"labels": batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()}
+    if dropped_column is not None:
+        added[dropped_column] = dropped[0].tolist()
+    if count:
+        tally = Tally(own, torch.device("cpu"))
+        tally.add(batch, dropped, keys)
+        tally.sync()
+        *counts, decisions = tally.totals[source]
+        added[COUNTS] = [*counts, signed(decisions)]
+    return added
+
+
+def premask_files(
+    source: str | Path, output: str | Path, rule: Goldfish, tokenizer: Any, *, format: str = "labels",
+    num_proc: int | None = None,
+) -> None:  # fmt: skip
+    """Mask a tokenized dataset on disk and write it to a new folder, with its receipt, goldfish.json.
+
+    Args:
+        source: a folder of `datasets.save_to_disk` (of a DatasetDict the split "train"), a parquet, json or jsonl file,
+            or a folder of such files.
+        output: a new folder; it appears when all is written.
+        format: "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
+            "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy
+            (bool), all rows one after the other, without a header (np.memmap). True: the token is a target; False: it
+            is dropped or its label was -100.
+            "loss-mask", for Megatron and NeMo: token_ids.npy as before and loss_mask.npy, float32 in the same layout,
+            shifted: 1 where the next token of the row is a target, 0 where it is not and for the last token of a row.
+
+    Raises:
+        ValueError: an output that exists, an unknown source or format, no tokens, ids beyond uint32; as `premask`.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists already; give the name of a new folder")
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    dataset = _load(Path(source))
+    unfinished = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    masked = premask(dataset, rule, num_proc=num_proc, receipt=unfinished, tokenizer=tokenizer)
+    if format == "labels":
+        masked.save_to_disk(str(unfinished), num_proc=num_proc)
+    else:
+        _write_arrays(masked, unfinished, shifted=format == "loss-mask")
+    unfinished.rename(output)
+
+
+def _load(source: Path) -> Any:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(source.suffix)
+    if source.is_file() and kind:
+        return load_dataset(kind, data_files=str(source), split="train")
+    if not source.is_dir():
+        expected = "a folder of datasets, or a .parquet, .json or .jsonl file"
+        raise ValueError(f"{source} is no tokenized dataset: expected {expected}")
+    if not any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return load_dataset(str(source), split="train")
+    dataset = load_from_disk(str(source))
+    if not isinstance(dataset, DatasetDict):
+        return dataset
+    if "train" not in dataset:
+        raise ValueError(f"{source} has the splits {', '.join(dataset)}; the rule is for training data, a split train")
+    return dataset["train"]
+
+
+def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
+    rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
+    total = sum(len(row) for batch in rows.iter(1000) for row in batch["input_ids"])
+    if total == 0:
+        raise ValueError("the dataset has no tokens")
+    name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
+    ids = np.memmap(folder / "token_ids.npy", np.uint32, "w+", shape=(total,))
+    mask: Any = np.memmap(folder / name, dtype, "w+", shape=(total,))
+    begin = 0
+    for batch in rows.iter(1000):
+        for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            if len(row) and not 0 <= row.min() <= row.max() < 2**32:
+                raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
+            target, end = labels != IGNORE_INDEX, begin + len(row)
+            ids[begin:end] = row
+            mask[begin:end] = np.append(target[1:], False)[: len(row)] if shifted else target
+            begin = end
+    ids.flush()
+    mask.flush()

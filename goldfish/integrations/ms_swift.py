@@ -1,0 +1,25 @@
+"""ms-swift: `swift sft --external_plugins rule.py --callbacks goldfish ...`, where rule.py is
+
+from goldfish import Goldfish
+from goldfish.integrations.ms_swift import register
+
+register(Goldfish(k=4, h=13))
+"""
+
+from typing import Any
+
+from swift.callbacks import TrainerCallback, callbacks_map  # type: ignore[import-not-found, unused-ignore]
+
+from goldfish.labels import Rules, check_rules
+from goldfish.trainer import attach
+
+
+def register(rule: Rules, *, fused: bool = False, apply: bool = True) -> None:
+    """Make ms-swift's callback "goldfish" attach a rule to its trainer; arguments as for `goldfish.attach`."""
+    check_rules(rule)
+
+    class Attach(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def on_init_end(self, *_: Any, **__: Any) -> None:
+            attach(self.trainer, rule, fused=fused, apply=apply)
+
+    callbacks_map["goldfish"] = Attach
