@@ -137,7 +137,7 @@ def _loaded(checkpoint: str | Path, load: Callable[[], Any]) -> Any:
     except ImportError as error:
         raise ValueError(f"{checkpoint} needs a package that is not installed: {_first_line(error)}") from error
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{checkpoint} does not fit in memory; try bfloat16 (--dtype): {_first_line(error)}") from error
+        raise ValueError(f"{checkpoint} does not fit in memory, try --dtype bf16: {_first_line(error)}") from error
     except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
         raise ValueError(f"the weights of {checkpoint} do not fit its configuration: {error}") from error
 
