@@ -221,8 +221,9 @@ def _any_result_would_violate(condition: Condition, name: str, estimate: Estimat
     split, kind = name.split(".")[:2]
     if split == "mia" or kind in NO_SHARES or estimate.lower95 is None or estimate.upper95 is None:
         return False
-    n, violates = estimate.documents, OPERATORS[condition.operator]
-    cases = {("upper95", ">"): (estimate.lower95, clopper_pearson(0, n)[1]),
-             ("lower95", "<"): (estimate.upper95, clopper_pearson(n, n)[0])}  # fmt: skip
-    other, best = cases.get((condition.field, condition.operator[0]), (None, None))
-    return other is not None and not violates(other, condition.threshold) and bool(violates(best, condition.threshold))
+    n, threshold, violates = estimate.documents, condition.threshold, OPERATORS[condition.operator]
+    if (condition.field, condition.operator[0]) == ("upper95", ">"):
+        return not violates(estimate.lower95, threshold) and bool(violates(clopper_pearson(0, n)[1], threshold))
+    if (condition.field, condition.operator[0]) == ("lower95", "<"):
+        return not violates(estimate.upper95, threshold) and bool(violates(clopper_pearson(n, n)[0], threshold))
+    return False
