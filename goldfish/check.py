@@ -107,6 +107,8 @@ def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", c
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     options = {"sample_by": "document"} if kind == "text" else {}
     others = [replace(rule, seed=(rule.seed + i) % 2**64) for i in range(1, 9)]
+    if rule.h > 5:  # secrets in several wordings need a context that is shorter than they are
+        others.append(replace(rule, h=5))
     if rule.strategy in ("hash", "letters") and rule.opening == "short" and rule.k <= MOST_KEPT:
         others.append(replace(rule, max_kept=math.ceil(rule.k)))
     others += [replace(rule, k=k) for k in (3, 2) if k < rule.k]

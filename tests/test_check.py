@@ -49,7 +49,7 @@ def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path
     result = check(write(tmp_path / "a.jsonl", [{"text": t} for t in texts]), letters[0], Goldfish(k=3, h=12), CODE)
     rows, everywhere = result.secrets[CODE]
     assert rows == [0, 1, 2, 3]
-    assert len(result.rules) == 1 + 8 + 1 + 1, "the rule, eight seeds, max_kept, k=2"
+    assert len(result.rules) == 1 + 8 + 1 + 1 + 1, "the rule, eight seeds, h=5, max_kept, k=2"
     for rule, spans in zip(result.rules, everywhere, strict=True):
         expected = set.intersection(*(dropped_in(rule, text, CODE) for text in texts))
         assert spans == {(i, i + 1) for i in expected}
@@ -172,9 +172,7 @@ def test_command_line(letters, tmp_path, capsys):
 
     code, shown = run("--secrets", f"code ({CODE})", "-k", "1000000")
     assert code == 1
-    assert (
-        "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
-    )
+    assert "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
     assert f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)" in shown.out
     assert "among 11 rules tried: 0 with k=" in shown.out
     assert "rows with at least half of their passages in one earlier row: 6\n    row 1: 100% in row 0" in shown.out
