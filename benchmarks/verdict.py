@@ -97,11 +97,11 @@ def coverage() -> list[dict[str, Any]]:
             generator, held, width = np.random.default_rng([n, 1]), 0, 0.0
             for _ in range(COVERAGE_TRIALS):
                 values = draw(generator, n)
-                found = mean(values, bounds=(0.0, max(greatest, float(values.max()))))
-                assert found.lower95 is not None
-                assert found.upper95 is not None
-                held += found.lower95 <= truth <= found.upper95
-                width += found.upper95 - found.lower95
+                interval = mean(values, bounds=(0.0, max(greatest, float(values.max()))))
+                assert interval.lower95 is not None
+                assert interval.upper95 is not None
+                held += interval.lower95 <= truth <= interval.upper95
+                width += interval.upper95 - interval.lower95
             rows.append({"values": name, "documents": n, "coverage": held / COVERAGE_TRIALS,
                          "width": width / COVERAGE_TRIALS})  # fmt: skip
     return rows
