@@ -1,6 +1,7 @@
 """`goldfish check`: reads training data under a rule before the training, and names what the rule does not protect."""
 
 import heapq
+import math
 import re
 import zlib
 from collections import Counter
@@ -15,7 +16,7 @@ import torch
 from datasets import load_dataset
 
 from goldfish.pieces import plain
-from goldfish.rule import Goldfish
+from goldfish.rule import MOST_KEPT, Goldfish
 
 KINDS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}  # for load_dataset
 LIKELY = re.compile(r"\w[\w@#%&*+/=.:~-]{4,}\w", re.ASCII)  # where no secrets are marked; see DENSE
@@ -82,7 +83,8 @@ class Check:
 
 
 def _name(rule: Goldfish) -> str:
-    return f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}"
+    spread = f", max_kept={rule.max_kept}" if rule.max_kept else ""
+    return f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}{spread}, seed={rule.seed}"
 
 
 def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", column: str = "") -> Check:
@@ -105,7 +107,12 @@ def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", c
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     options = {"sample_by": "document"} if kind == "text" else {}
     others = [replace(rule, seed=(rule.seed + i) % 2**64) for i in range(1, 9)]
-    rules = [each.bind(tokenizer) for each in (rule, *others, *(replace(rule, k=k) for k in (3, 2) if k < rule.k))]
+    if rule.h > 5:  # secrets in several wordings need a context that is shorter than they are
+        others.append(replace(rule, h=5))
+    if rule.strategy in ("hash", "letters") and rule.opening == "short" and rule.k <= MOST_KEPT:
+        others.append(replace(rule, max_kept=math.ceil(rule.k)))
+    others += [replace(rule, k=k) for k in (3, 2) if k < rule.k]
+    rules = [each.bind(tokenizer) for each in (rule, *others)]
     result, seen = Check(rules, bool(pattern or column)), dict[int, Any]()
     every = 1 + Path(path).stat().st_size // SAMPLE
     for number, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)):

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from goldfish import __version__
+from goldfish.pieces import plain
 
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command continues it" if args.verb == "audit" else ""
         print(f"goldfish {args.verb}: stopped{hint}", file=sys.stderr)
         return 130
-    print(f"goldfish {args.verb}: {message}", file=sys.stderr)
+    print(f"goldfish {args.verb}: {plain(message, 4000)}", file=sys.stderr)
     return 2
 
 
@@ -256,11 +257,10 @@ def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int
 
     from goldfish.audit.tell import describe, terminal
 
-    code: int = summary["exit_code"]
     print(f"Next: goldfish report {folder} -o report.html")
     Console(highlight=False).print(terminal(describe(summary)))
-    print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {code}")
-    return code
+    print(f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {summary['exit_code']}")
+    return int(summary["exit_code"])
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -273,7 +273,7 @@ def _compare(args: argparse.Namespace) -> None:
     write(result, args.output_dir)
     console = Console(highlight=False)
     console.print(table(result))
-    console.print(Text(result["sentence"]))
+    console.print(Text(plain(result["sentence"], 1000)))
 
 
 def _report(args: argparse.Namespace) -> None:

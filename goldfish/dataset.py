@@ -14,6 +14,7 @@ from goldfish.rule import Goldfish
 from goldfish.spec import WORD
 
 FORMATS = ("labels", "mask", "loss-mask")
+CHUNK = 1000  # rows that are read at a time
 COUNTS = "goldfish_counts"  # a column for the time of writing: a row's targets, dropped targets, sum of decisions
 
 
@@ -22,7 +23,6 @@ def premask(
     rule: Rules,
     *,
     num_proc: int | None = None,
-    dropped_column: str | None = None,
     receipt: str | Path | None = None,
     tokenizer: Any = None,
 ) -> Any:
@@ -37,7 +37,6 @@ def premask(
         dataset: rows with `input_ids` and optionally `labels`, `position_ids`, `attention_mask`.
         rule: a rule, or a mapping to rules from the names in the column `source` (None: such rows are not masked).
         num_proc: processes, for map-style datasets.
-        dropped_column: also write the decisions, as lists of bool, to a column of this name.
         receipt: a folder in which to write goldfish.json, with the counts of one pass over the rows (map-style only).
             Copy it beside the weights: a trainer that knows nothing of the rule does not.
         tokenizer: binds rules that need it; its fingerprint goes into the receipt.
@@ -54,13 +53,12 @@ def premask(
         raise ValueError("a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset")
     rule = bind(rule, tokenizer)
     options = {} if num_proc is None else {"num_proc": num_proc}
-    given = {"rules": rule, "dropped_column": dropped_column, "count": receipt is not None}
-    masked = dataset.map(_mask_row, fn_kwargs=given, **options)
+    masked = dataset.map(_mask_row, fn_kwargs={"rules": rule, "count": receipt is not None}, **options)
     if receipt is None:
         return masked
     tally = Tally(rule, torch.device("cpu"))
     columns = [COUNTS] if isinstance(rule, Goldfish) else [COUNTS, SOURCE]
-    for batch in masked.select_columns(columns).with_format("numpy").iter(10_000):
+    for batch in masked.select_columns(columns).with_format("numpy").iter(CHUNK):
         for name, total in tally.totals.items():
             rows = slice(None) if isinstance(rule, Goldfish) else batch[SOURCE] == name
             targets, dropped, decisions = (int(number) for number in batch[COUNTS][rows].sum(0))
@@ -69,7 +67,7 @@ def premask(
     return masked.remove_columns(COUNTS)
 
 
-def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None, count: bool) -> dict[str, list[Any]]:
+def _mask_row(row: dict[str, Any], rules: Rules, count: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
         raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
     source: Any = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
@@ -79,8 +77,6 @@ def _mask_row(row: dict[str, Any], rules: Rules, dropped_column: str | None, cou
     batch = with_labels(given) | {SOURCE: torch.tensor([0])}
     dropped, keys = decide(own, batch)
     added = {"labels": batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()}
-    if dropped_column is not None:
-        added[dropped_column] = dropped[0].tolist()
     if count:
         tally = Tally(own, torch.device("cpu"))
         tally.add(batch, dropped, keys)
@@ -147,14 +143,14 @@ def _load(source: Path) -> Any:
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
     rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
-    total = sum(len(row) for batch in rows.iter(1000) for row in batch["input_ids"])
+    total = sum(len(row) for batch in rows.iter(CHUNK) for row in batch["input_ids"])
     if total == 0:
         raise ValueError("the dataset has no tokens")
     name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
     ids = np.memmap(folder / "token_ids.npy", np.uint32, "w+", shape=(total,))
     mask: Any = np.memmap(folder / name, dtype, "w+", shape=(total,))
     begin = 0
-    for batch in rows.iter(1000):
+    for batch in rows.iter(CHUNK):
         for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             if len(row) and not 0 <= row.min() <= row.max() < 2**32:
                 raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")

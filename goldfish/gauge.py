@@ -73,9 +73,5 @@ def readings(sums: Tensor) -> dict[str, float]:
     kept_nll, kept, dropped_nll, dropped = sums.tolist()
     if not (kept and dropped):
         return {}
-    kept_loss, dropped_loss = kept_nll / kept, dropped_nll / dropped
-    return {
-        "goldfish/kept_loss": kept_loss,
-        "goldfish/dropped_loss": dropped_loss,
-        "goldfish/gap": dropped_loss - kept_loss,
-    }
+    losses = {"goldfish/kept_loss": kept_nll / kept, "goldfish/dropped_loss": dropped_nll / dropped}
+    return losses | {"goldfish/gap": dropped_nll / dropped - kept_nll / kept}

@@ -5,6 +5,7 @@ forward (three matrix products instead of the four of a recomputation), so that 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -118,8 +119,6 @@ def _check(
         raise ValueError(f"expected bias ({weight.shape[0]},), got {tuple(bias.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be token ids (integers), got {labels.dtype}")
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise TypeError(f"hidden and weight must be floating point, got {hidden.dtype} and {weight.dtype}")
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them, or use autocast")
     if softcap is not None and not softcap > 0:
@@ -212,15 +211,13 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if torch.compiler.is_compiling():
-            reuse = False
-        else:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "linear_cross_entropy has no second derivatives: call backward without create_graph=True, "
-                    "or compute cross_entropy on the logits"
-                )
-            reuse = not _graph_is_kept()
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivatives: call backward without create_graph=True, "
+                "or compute cross_entropy on the logits"
+            )
+        reuse = not (compiling or _graph_is_kept())
         results: list[Tensor | None] = []
         for wanted, gradient, dtype in zip(ctx.grads, ctx.saved_tensors, ctx.dtypes, strict=True):
             if not wanted:
@@ -288,11 +285,10 @@ def _accumulate(total: Tensor, grad_logits: Tensor, part: Tensor, first: bool) -
 @cache
 def _row_kernel(device: str, dtype: torch.dtype) -> Callable[..., None]:
     if device == "cuda" and dtype != torch.float64:
-        try:
+        with suppress(ImportError):  # torch for Windows comes without Triton
             from goldfish.kernels import softmax_rows
-        except ImportError:  # torch for Windows comes without Triton
-            return _softmax_rows
-        return softmax_rows
+
+            return softmax_rows
     return _softmax_rows
 
 

@@ -78,25 +78,17 @@ class Tally:
 
     def entries(self) -> dict[str, Any]:
         """The receipt's main part: the one rule and its counts, or the same for each source."""
-        entries = {
-            name: {
-                "rule": rule and rule.to_dict(),
-                "targets": targets,
-                "dropped": dropped,
-                "decisions": f"{decisions:016x}",
-            }
-            for (name, rule), (targets, dropped, decisions) in zip(
-                self.rules.items(), self.totals.values(), strict=True
-            )
-        }
+        entries = {}
+        for (name, rule), (targets, dropped, decisions) in zip(self.rules.items(), self.totals.values(), strict=True):
+            counts = {"targets": targets, "dropped": dropped, "decisions": f"{decisions:016x}"}
+            entries[name] = {"rule": rule and rule.to_dict(), **counts}
         return entries.get(ALL, {"sources": entries})
 
     def restore(self, receipt: Mapping[str, Any]) -> None:
         """Continue the counts of a receipt of the same rules."""
         entries = receipt.get("sources", {ALL: receipt})
-        self.totals = {
-            name: (entry["targets"], entry["dropped"], int(entry["decisions"], 16)) for name, entry in entries.items()
-        }
+        for name, entry in entries.items():
+            self.totals[name] = (entry["targets"], entry["dropped"], int(entry["decisions"], 16))
         self._pending.zero_()
         self._completed.zero_()
 
@@ -114,22 +106,13 @@ def versions() -> dict[str, str]:
 
 
 def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None) -> Path:
-    """Write goldfish.json into a checkpoint folder, atomically.
-
-    Args:
-        folder: the checkpoint.
-        tally: the rules it was trained under and what they dropped.
-        tokenizer: its tokenizer, or None if not known.
-        before: the receipt of earlier training under other rules.
-    """
+    """Write goldfish.json into a folder, atomically; `before` is the receipt of earlier training under other rules."""
     receipt = {
         "schema": SCHEMA,
         **tally.entries(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "versions": {
-            **versions(),
-            "unicode": unicodedata.unidata_version,  # "text" and "letters" read characters as this version knows them
-        },
+        # "letters" and "text" read characters as this version of Unicode knows them
+        "versions": {**versions(), "unicode": unicodedata.unidata_version},
         **({"before": before} if before else {}),
     }
     path = Path(folder) / FILE_NAME
@@ -142,14 +125,11 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
 
 def card_section(tally: Tally) -> str:
     """The section of a model card: the rules and what they dropped."""
-    lines = [
-        "## Goldfish loss\n",
-        "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209).",
-        f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n",
-    ]
+    lines = ["\n## Goldfish loss\n", "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209)."]
+    lines += [f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n"]
     for (name, rule), (targets, dropped, _) in zip(tally.rules.items(), tally.totals.values(), strict=True):
         lines.append(f"- {name}{': ' if name else ''}`{rule}` dropped {dropped:,} of {targets:,} targets.")
-    return "\n" + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
@@ -180,8 +160,6 @@ def rules_of(receipt: Mapping[str, Any]) -> Rules:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """SHA-256 of what a tokenizer does to text, without its settings for padding and truncation."""
-    if tokenizer is None:
-        return None
     if hasattr(tokenizer, "backend_tokenizer"):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state.pop("padding", None)

@@ -30,18 +30,20 @@ class Shown:
 
     def render(self, colour: bool, differs: Container[int] = ()) -> Text:
         """The text with its dropped tokens and the characters in `differs` in colour, or in MARKS without colour."""
-        characters = [(char, drop) for piece, drop in zip(self.pieces, self.dropped, strict=True) for char in piece]
-        styles = [DIFFERS if i in differs else DROPPED if drop else "" for i, (_, drop) in enumerate(characters)]
         text = Text()
-        for style, run in groupby(zip(styles, characters, strict=True), key=lambda pair: pair[0]):
-            content = "".join(char if char in "\n\t" else plain(char) for _, (char, _) in run)
+        styles = (DIFFERS if i in differs else DROPPED if drop else "" for i, drop in enumerate(self.by_character()))
+        for style, run in groupby(zip(styles, "".join(self.pieces), strict=True), key=lambda pair: pair[0]):
+            content = "".join(char if char in "\n\t" else plain(char) for _, char in run)
             before, after = ("", "") if colour else MARKS[style]
             text.append(before + content + after, style)
         return text
 
+    def by_character(self) -> list[bool]:
+        return [drop for piece, drop in zip(self.pieces, self.dropped, strict=True) for _ in piece]
+
     def words(self) -> list[tuple[str, bool, range]]:
         """Of every word its normal form, whether a token of it is dropped, and its characters."""
-        dropped = [drop for piece, drop in zip(self.pieces, self.dropped, strict=True) for _ in piece]
+        dropped = self.by_character()
         return [
             (unicodedata.normalize("NFKC", m.group()).casefold(), any(dropped[slice(*m.span())]), range(*m.span()))
             for m in re.finditer(r"[^\W_]+", "".join(self.pieces))
@@ -79,21 +81,16 @@ def show_two(first: Shown, second: Shown, *, colour: bool = True) -> Table:
     words = first.words(), second.words()
     forms = [[word for word, _, _ in side] for side in words]
     matcher = SequenceMatcher(None, forms[0], forms[1], autojunk=False)
-    differs: tuple[set[int], set[int]] = (set(), set())
-    shared = same = 0
-    for block in matcher.get_matching_blocks():
-        for i in range(block.size):
-            one, other = words[0][block.a + i], words[1][block.b + i]
-            shared += 1
-            same += one[1] == other[1]
-            if one[1] != other[1]:
-                differs[0].update(one[2])
-                differs[1].update(other[2])
+    blocks = matcher.get_matching_blocks()
+    shared = [(words[0][block.a + i], words[1][block.b + i]) for block in blocks for i in range(block.size)]
+    different = [pair for pair in shared if pair[0][1] != pair[1][1]]
+    differs = [{place for pair in different for place in pair[side][2]} for side in (0, 1)]
     table = Table(show_header=False, box=None, padding=(0, 2), expand=True)
-    table.add_column(ratio=1)
-    table.add_column(ratio=1)
+    for _ in range(2):
+        table.add_column(ratio=1)
     table.add_row(first.render(colour, differs[0]), second.render(colour, differs[1]))
-    result = f"{same} of {shared} shared words get the same decision" if shared else "no word in common"
+    same = len(shared) - len(different)
+    result = f"{same} of {len(shared)} shared words get the same decision" if shared else "no word in common"
     if not colour:
         result += "; dropped tokens are marked [-so-], words with different decisions {~so~}"
     table.add_row(Text(f"\n{result}", "dim"), "")

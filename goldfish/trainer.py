@@ -278,7 +278,8 @@ class GoldfishMixin(Trainer):
             train = self._bound_train or super().train
             return train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._release_head()
+            if self._head is not None:
+                self._head.remove()
 
     def _begin(self) -> None:
         """When training begins: the model is prepared, and a checkpoint is loaded."""
@@ -291,11 +292,6 @@ class GoldfishMixin(Trainer):
             logger.warning("The loss is not fused: %s. The model's own head and loss run on all tokens.", reason)
         elif self._fused:
             self._head = fuse_head(self.model)
-
-    def _release_head(self) -> None:
-        if self._head is not None:
-            self._head.remove()
-            self._head = None
 
     def _why_not_fused(self) -> str:
         if self.compute_loss_func is not None or self.label_smoother is not None:
@@ -350,7 +346,6 @@ class _Events(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer._sync()
-        self.trainer._release_head()
 
 
 def _targets(batch: dict[str, Any]) -> torch.Tensor:

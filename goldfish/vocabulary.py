@@ -88,9 +88,8 @@ def _reader(description: dict[str, Any]) -> Any:
     if suffix:
         return lambda token: token.removesuffix(suffix).encode() + (b" " if token.endswith(suffix) else b"")
     spaces = {part.get("replacement", "▁") for part in parts if part["type"] == "Metaspace"}
-    spaces |= {
-        "▁" for part in parts if part["type"] == "Replace" and "▁" in (part["content"], *part["pattern"].values())
-    }
+    replaced = [(part["content"], *part["pattern"].values()) for part in parts if part["type"] == "Replace"]
+    spaces |= {"▁" for strings in replaced if "▁" in strings}
     if not spaces:
         raise ValueError(
             f"the entries of this tokenizer ({model['type']}, pre-tokenizer {description['pre_tokenizer']}) do not say "

@@ -1,6 +1,6 @@
 """Near-duplicates: documents that a model only sees in reformatted versions, and is then asked for in plain form.
 
-    python recipes/near_duplicates.py     # 2 CPU cores: 3 seeds x 5 trainings x 2 kinds of copies, an hour or two
+    python recipes/near_duplicates.py     # 2 CPU cores: 3 seeds x 4 trainings x 2 kinds of copies, an hour or two
     python recipes/near_duplicates.py --edits 0 0.01 0.02 0.05 0.1 --documents 3 --window 112 --epochs 50 --seeds 0 \\
         --copies reformatted --rules standard {hash,letters}-4-{3,5,8,13} text-4-8    # leakage against edit rate
     python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden-size 32 --seeds 0 --output-dir runs/miniature
@@ -36,7 +36,7 @@ from goldfish.receipt import read_receipt
 @dataclass
 class Arguments:
     rules: list[str] = field(
-        default_factory=lambda: ["standard", "hash-4-13", "text-4-8", "letters-4-8", "letters-4-3"],
+        default_factory=lambda: ["standard", "hash-4-13", "letters-4-8", "letters-4-3"],
         metadata={"help": "standard, or strategy-k-h"},
     )
     copies: list[str] = field(default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"})

@@ -21,7 +21,7 @@ def root(tmp_path_factory, tokenizer):
     data.mkdir()
     rows = [{"text": " ".join(PROSE[i:] + PROSE[:i])} for i in range(5)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "heldout.jsonl").write_text(json.dumps(rows[4]) + "\n")
+    (root / "heldout.jsonl").write_text(json.dumps({"text": "No sentence of this text occurs in the others."}) + "\n")
     return root
 
 

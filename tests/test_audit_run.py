@@ -76,8 +76,13 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
     kinds = ("records", "tokens")
     assert list(contents(tmp_path / "out")) == sorted(
-        [*(f"{kind}/{block}" for kind in kinds for block in blocks), "junit.xml", "run.json", "summary.json",
-         "summary.md"]
+        [
+            *(f"{kind}/{block}" for kind in kinds for block in blocks),
+            "junit.xml",
+            "run.json",
+            "summary.json",
+            "summary.md",
+        ]
     )
     assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()

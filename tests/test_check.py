@@ -49,7 +49,7 @@ def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path
     result = check(write(tmp_path / "a.jsonl", [{"text": t} for t in texts]), letters[0], Goldfish(k=3, h=12), CODE)
     rows, everywhere = result.secrets[CODE]
     assert rows == [0, 1, 2, 3]
-    assert len(result.rules) == 1 + 8 + 1, "the rule, eight seeds, k=2"
+    assert len(result.rules) == 1 + 8 + 1 + 1 + 1, "the rule, eight seeds, h=5, max_kept, k=2"
     for rule, spans in zip(result.rules, everywhere, strict=True):
         expected = set.intersection(*(dropped_in(rule, text, CODE) for text in texts))
         assert spans == {(i, i + 1) for i in expected}

@@ -28,10 +28,9 @@ def test_premask_writes_what_the_collator_would(streaming):
     rows = [{"input_ids": random_ids(n).tolist(), "source": name} for n, name in zip(lengths, names, strict=True)]
     dataset = Dataset.from_list(rows)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    for row in premask(dataset, SOURCES, dropped_column="dropped"):
+    for row in premask(dataset, SOURCES):
         ids, rule = torch.tensor(row["input_ids"]), SOURCES[row["source"]]
         assert row["labels"] == mask_labels(rule, ids).tolist()
-        assert row["dropped"] == [label == -100 for label in row["labels"]]
 
 
 def test_premask_respects_labels_padding_and_documents():
@@ -114,7 +113,8 @@ ROWS = [random_ids(n).tolist() for n in (30, 1, 47, 12, 64, 2)]
     [RULE, Goldfish(k=3, h=2, strategy="letters"), Goldfish(k=3, max_kept=4), SOURCES],
     ids=["hash", "letters", "max_kept", "sources"],
 )
-def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(tokenizer, tmp_path, rule):
+def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(tokenizer, tmp_path, rule, monkeypatch):
+    monkeypatch.setattr("goldfish.dataset.CHUNK", 4)
     rows = {"input_ids": ROWS, "labels": [[-100] * (len(row) // 3) + row[len(row) // 3 :] for row in ROWS]}
     rows["source"] = ["own", "web", "books"] * 2
     dataset = Dataset.from_dict(rows)
@@ -172,7 +172,8 @@ def test_premask_writes_a_dataset_and_its_receipt(tmp_path, checkpoint, tokenize
 @pytest.mark.parametrize(("format", "name", "dtype"), [
     ("mask", "labels_mask.npy", np.bool_), ("loss-mask", "loss_mask.npy", np.float32),
 ])  # fmt: skip
-def test_masks_are_flat_arrays_beside_the_ids(tmp_path, checkpoint, format, name, dtype):
+def test_masks_are_flat_arrays_beside_the_ids(tmp_path, checkpoint, format, name, dtype, monkeypatch):
+    monkeypatch.setattr("goldfish.dataset.CHUNK", 4)
     output = written(tmp_path, checkpoint, "parquet", "--format", format)
     assert sorted(path.name for path in output.iterdir()) == sorted(["goldfish.json", "token_ids.npy", name])
     assert np.fromfile(output / "token_ids.npy", np.uint32).tolist() == [i for row in ROWS for i in row]

@@ -37,14 +37,14 @@ def test_exact_versions_are_exact():
 
 def test_miniature(tmp_path, capsys):
     command = ["--documents", "2", "--versions", "2", "--epochs", "1", "--hidden_size", "32", "--window", "64"]
-    command += ["--seeds", "0", "--rules", "standard", "text-4-3", "--copies", "reformatted"]
+    command += ["--seeds", "0", "--rules", "standard", "letters-4-3", "--copies", "reformatted"]
     command += ["--edits", "0", "0.1"]
     results = recipe.main([*command, "--output_dir", str(tmp_path / "run")])
     assert [(r["rule"], r["edits"]) for r in results] == [
         ("standard", 0),
         ("standard", 0.1),
-        ("text-4-3", 0),
-        ("text-4-3", 0.1),
+        ("letters-4-3", 0),
+        ("letters-4-3", 0.1),
     ]
     assert [result["epochs"] for result in results] == [1] * 4
     assert 0.1 < results[2]["drop_rate"] < 0.45
@@ -55,7 +55,7 @@ def test_miniature(tmp_path, capsys):
     assert results[0]["commit"]
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == results
-    assert "text-4-3" in capsys.readouterr().out
+    assert "letters-4-3" in capsys.readouterr().out
     assert recipe.main([*command, "--dry_run", "--output_dir", str(tmp_path / "dry")]) == []
     assert not (tmp_path / "dry").exists()
 
@@ -86,7 +86,7 @@ def test_table_by_hand():
     ("wrong", "message"),
     [
         (["--rules", "standard", "hash-4"], "strategy-k-h such as hash-4-13, got 'hash-4'"),
-        (["--rules", "text-1-8"], "got 'text-1-8': k must be a finite number above 1"),
+        (["--rules", "letters-1-8"], "got 'letters-1-8': k must be a finite number above 1"),
         (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
         (["--versions", "0"], "--versions must be at least 1, got 0"),
     ],

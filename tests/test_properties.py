@@ -128,8 +128,9 @@ def test_an_inclusive_window_sees_its_target():
 @pytest.mark.core
 @stable
 @given(
-    rule=rules(("hash", "letters")), documents=st.lists(DOCUMENT, min_size=1, max_size=3), max_kept=st.integers(4, 9)
-)
+    rule=rules(("hash", "letters")), max_kept=st.integers(4, 9),
+    documents=st.lists(st.lists(TOKEN, min_size=20, max_size=40), min_size=1, max_size=3),
+)  # fmt: skip
 def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
     """In every document, its start and end included; exempt ids are not counted. Natural drops are all there."""
     rule = replace(rule, max_kept=max_kept, opening="short")

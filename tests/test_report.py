@@ -11,7 +11,8 @@ import pytest
 from report_audits import NASTY, Page, flat, realistic, report, window, write_audit
 from scipy.stats import binomtest
 
-from goldfish.report import page, plots, spans, write_model_card, write_report
+from goldfish.cli import main
+from goldfish.report import page, plots, spans, write_report
 from goldfish.report.load import read_views
 
 
@@ -40,8 +41,8 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
         "Tried: greedy decoding, sampling.",
         "0 of 400 training texts recited word for word",
         f"0 of 400 does not mean never: rates up to {bound:.1f}% are compatible with this result",
-        "400 member texts (1 row skipped), 20 held-out texts",
-        "runs/goldfish",
+        "400 member texts of members.jsonl (1 row skipped), 20 held-out texts of heldout.jsonl",
+        "runs/goldfish; trained with hash, k = 4",
         "Not tested: beam search; prefixes from other places in the documents;",
     ):
         assert part in first_screen
@@ -61,7 +62,7 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     assert "answerno members were audited" in text
 
 
-def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair):
+def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair, capsys):
     other = write_audit(tmp_path / "c", [window(i, rule=False) for i in range(3)], "third")
     text = flat(report(tmp_path, *pair, other))
     assert "standard recites 12, goldfish 0 of 12 member windows McNemar p = 5e-04" in text
@@ -75,8 +76,8 @@ def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair):
 
     assert compared(None) == [(0, 1), (0, 2), (1, 2)]
     assert compared("goldfish") == [(1, 0), (1, 2)]
-    with pytest.raises(ValueError, match=r"one of the audits \(standard, goldfish\), got 'gold'"):
-        write_report(pair, tmp_path / "baseline.html", baseline="gold")
+    assert main(["report", *map(str, pair), "-o", str(tmp_path / "b.html"), "--baseline", "gold"]) == 2
+    assert "one of the audits (standard, goldfish), got 'gold'" in capsys.readouterr().err
 
 
 def test_plots_of_an_audit_that_has_everything(tmp_path):
@@ -266,14 +267,16 @@ def test_share_still_verbatim_with_unequal_lengths(tmp_path):
 
 def test_model_card(tmp_path, pair):
     hostile = write_audit(tmp_path / "c", [window(0)], "<b>|`x`\u202e")
-    text = write_model_card([pair[1], hostile], tmp_path / "card.md").read_text(encoding="utf-8")
+    card = tmp_path / "card.md"
+    assert main(["report", str(pair[1]), str(hostile), "--model-card", "-o", str(card)]) == 0
+    text = card.read_text(encoding="utf-8")
     assert text.startswith("## Memorization audit: goldfish\n")
     assert "| texts recited word for word | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
     assert "4 tokens of a text" in text
     assert "Not tested: beam search" in text
     assert "<b>" not in text
     assert "\u202e" not in text
-    assert "&lt;b\\&gt;" in text or "&lt;b&gt;" in text
+    assert "## Memorization audit: &lt;b&gt;\\|\\`x\\`\\\\u202e\n" in text
 
 
 def test_a_report_needs_no_torch(tmp_path, pair):

@@ -1,6 +1,6 @@
 """The records of an audit, one row a window: every column is made here, and read back here.
 
-docs/audit.md describes the columns. Reading them needs no torch.
+docs/audit-files.md describes the columns. Reading them needs no torch.
 """
 
 import json
@@ -35,7 +35,7 @@ TRIVIAL = 0.25  # a suffix with a smaller type-token ratio: tables, rulers, repe
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
-SMALLEST_STD = 1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
+LEAST_STD = 1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
 
 COLUMNS = pa.schema([
     *((name, pa.string()) for name in ("split", "document", "source")),
@@ -282,7 +282,7 @@ def membership_scores(
 ) -> dict[str, float | None]:
     """The membership scores of a window, higher = more likely a member; None for what was not asked for.
 
-    docs/audit.md has their table and sources.
+    docs/audit-files.md has their table and sources; Min-K%++ is (log P - mu) / sigma (Zhang et al. 2025, equation 3).
 
     Args:
         text: the window's. dropped, known: bool (T-1,), of ids[1:]: what the rule says, and where that is certain.
@@ -297,7 +297,7 @@ def membership_scores(
         "mia_lowercase": None if score.lowercase_nll is None else score.lowercase_nll - loss,
         "mia_reference": None if score.control_nll is None else score.control_nll - loss,
         "mia_min_k": mean_of_lowest(log_p),
-        "mia_min_k_plus_plus": mean_of_lowest(standardized(log_p, score.entropy_mean, score.entropy_std)),
+        "mia_min_k_plus_plus": mean_of_lowest((log_p - score.entropy_mean) / np.maximum(score.entropy_std, LEAST_STD)),
         "mia_kept_loss": float(kept_log_p.mean()) if has_both else None,
         "mia_dropped_gap": float(kept_log_p.mean() - dropped_log_p.mean()) if has_both else None,
     }
@@ -307,18 +307,6 @@ def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:
     """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
     count = max(1, int(share * len(values)))
     return float(np.partition(values, count - 1)[:count].mean())
-
-
-def standardized(
-    log_p: NDArray[np.float64], mean: NDArray[np.floating], std: NDArray[np.floating]
-) -> NDArray[np.float64]:
-    """(log P - mu) / sigma over the vocabulary (Zhang et al. 2025, equation 3); 0 where the model is certain.
-
-    A token that a certain model did not expect has log P far below mu; sigma is taken to be at least SMALLEST_STD, so
-    that such a token counts as very improbable and not as nothing.
-    """
-    difference = log_p - np.asarray(mean, dtype=np.float64)
-    return difference / np.maximum(np.asarray(std, dtype=np.float64), SMALLEST_STD)
 
 
 def word_buckets(text: str) -> list[int]:

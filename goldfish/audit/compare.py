@@ -9,9 +9,10 @@ import pyarrow as pa
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from scipy.stats import binomtest
 
 from goldfish.audit.columns import records
-from goldfish.audit.estimate import Codes, Floats, decimals, dumps, statistic
+from goldfish.audit.estimate import Codes, Estimate, Floats, decimals, dumps, statistic
 from goldfish.audit.results import Audit, read
 from goldfish.audit.tell import literal
 from goldfish.pieces import plain
@@ -35,14 +36,14 @@ def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
     audits = read(first), read(second)
     tables = [records(audit.folder, COLUMNS).sort_by([(key, "ascending") for key in KEY]) for audit in audits]
     _require_same(audits, tables)
-    names = [audit.name for audit in audits]
-    if names[0] == names[1]:
-        names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
+    same = audits[0].name == audits[1].name
     splits = np.array(tables[0]["split"].to_pylist())
     result = {
         "schema": SCHEMA,
-        "first": {"name": names[0], "checkpoint": audits[0].summary["checkpoint"]},
-        "second": {"name": names[1], "checkpoint": audits[1].summary["checkpoint"]},
+        **{
+            which: {"name": f"{audit.name} ({i})" if same else audit.name, "checkpoint": audit.summary["checkpoint"]}
+            for i, (which, audit) in enumerate(zip(("first", "second"), audits, strict=True), 1)
+        },
         "splits": {
             split: _paired(*(table.filter(pa.array(splits == split)) for table in tables))
             for split in ("members", "heldout")
@@ -54,8 +55,6 @@ def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided p of the exact McNemar test: do the items that only one of two models gets favour neither of them?"""
-    from scipy.stats import binomtest
-
     discordant = only_first + only_second
     return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
 
@@ -134,40 +133,34 @@ def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
 
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
-    one, two = (each["exact_match"].to_numpy().astype(bool) for each in (first, second))
+    n, lengths = len(first), np.array([len(ids) for ids in first["suffix_ids"]])
+
+    def columns(name: str) -> list[Floats]:
+        if name == "nll":
+            return [each["nll_sum"].to_numpy() / lengths for each in (first, second)]
+        return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
+
+    def difference(a: Floats, b: Floats) -> Estimate:
+        """Of the windows' means, with a paired bootstrap over documents."""
+        return statistic(lambda total: total[..., 0] / total[..., 1], [b - a, np.ones(n)], n, documents)
+
+    one, two = columns("exact_match")
     recited = [np.bincount(documents, each) > 0 for each in (one, two)]  # of documents: any of their windows
     only_first, only_second = int((recited[0] & ~recited[1]).sum()), int((recited[1] & ~recited[0]).sum())
-    result: dict[str, Any] = {
-        "n": len(one),
-        "documents": len(recited[0]),
-        "exact_match": {
-            "n": len(one),
-            "first": int(one.sum()),
-            "second": int(two.sum()),
-            "documents_only_first": only_first,
-            "documents_only_second": only_second,
-            "p": mcnemar(only_first, only_second),
-            "difference": _difference(one.astype(float), two.astype(float), documents),
-        },
+    match = {
+        "n": n,
+        "first": int(one.sum()),
+        "second": int(two.sum()),
+        "documents_only_first": only_first,
+        "documents_only_second": only_second,
+        "p": mcnemar(only_first, only_second),
+        "difference": difference(one, two),
     }
+    result: dict[str, Any] = {"n": n, "documents": len(recited[0]), "exact_match": match}
     for name in MEANS:
-        a, b = (_column(each, name) for each in (first, second))
-        difference = _difference(a, b, documents)
-        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference}
+        a, b = columns(name)
+        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(a, b)}
     return result
-
-
-def _column(table: pa.Table, name: str) -> Floats:
-    if name == "nll":
-        lengths = np.array([len(ids) for ids in table["suffix_ids"]])
-        return np.asarray(table["nll_sum"].to_numpy() / lengths, dtype=np.float64)
-    return np.asarray(table[name].to_numpy(), dtype=np.float64)
-
-
-def _difference(first: Floats, second: Floats, documents: Codes) -> Any:
-    """Of the windows' means, second - first, with a paired bootstrap over documents."""
-    columns = [second - first, np.ones(len(first))]
-    return statistic(lambda total: total[..., 0] / total[..., 1], columns, len(first), documents)
 
 
 def _sentence(result: Mapping[str, Any]) -> str:

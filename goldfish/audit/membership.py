@@ -138,22 +138,25 @@ class _Attack:
 
     def figures(self, level: float) -> dict[str, Any]:
         """`auc`, `tpr` and `roc` as in docs/audit-files.md, with intervals of that level."""
-        sizes = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
-        few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
-        bounded = self.draws is not None
-        low, high = self.interval(level) if bounded else (None, None)
-        auc = Estimate(self.auc, lower95=low, upper95=high, reason=None if bounded else few, **sizes)
+        sizes: dict[str, Any] = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
+
+        def estimate(value: float, column: int, trials: int) -> Estimate:
+            if self.draws is None:
+                few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+                return Estimate(value, reason=few, **sizes)
+            low, high = self._bounds(value, column, trials, level)
+            return Estimate(value, lower95=low, upper95=high, **sizes)
+
         tpr = []
         for fpr in RATES:
-            if fpr not in self._rates:
-                reason = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
-                estimate = Estimate(None, reason=f"{reason}, got {self._documents[1]}", **sizes)
+            if fpr in self._rates:
+                value = self._weighted.tpr(*self._ones, fpr)
+                result = estimate(value, 1 + self._rates.index(fpr), self._documents[0])
             else:
-                point, column = self._weighted.tpr(*self._ones, fpr), 1 + self._rates.index(fpr)
-                low, high = self._bounds(point, column, self._documents[0], level) if bounded else (None, None)
-                estimate = Estimate(point, lower95=low, upper95=high, reason=None if bounded else few, **sizes)
-            tpr.append({"fpr": fpr, "tpr": estimate})
-        return {"auc": auc, "tpr": tpr, "roc": self._roc()}
+                reason = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
+                result = Estimate(None, reason=f"{reason}, got {self._documents[1]}", **sizes)
+            tpr.append({"fpr": fpr, "tpr": result})
+        return {"auc": estimate(self.auc, 0, min(self._documents)), "tpr": tpr, "roc": self._roc()}
 
     def interval(self, level: float) -> tuple[float, float]:
         """Of the AUC, from the resampled documents."""
@@ -196,11 +199,6 @@ def word_scores(members: Side, heldout: Side) -> list[Floats]:
         shares.append((seen + 0.5) / (len(learned) + 1))
     weights = np.log(shares[0]) - np.log(shares[1])
     return [
-        np.array(
-            [
-                weights[words].sum() if odd else np.nan
-                for words, odd in zip(side.words, side.documents % 2 == 1, strict=True)
-            ]
-        )
+        np.where(side.documents % 2 == 1, [weights[words].sum() for words in side.words], np.nan)
         for side in (members, heldout)
     ]

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from goldfish.audit.windows import sha256
-from goldfish.fused import bare_model, probe, read_probe
+from goldfish.fused import bare_model
 from goldfish.receipt import FILE_NAME, read_receipt
 
 _log = logging.getLogger(__name__)
-# Bytes of float32 logits alive at a time. On a CPU: large enough for the head's product, small enough for the caches.
-LOGITS_BUDGET = {"cpu": 2**24, "other": 2**28}
+LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}  # bytes of float32 logits alive at a time
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
 _WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")  # put before names by torch.compile and by DDP
@@ -102,6 +100,7 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
             ignore_mismatched_sizes=True,  # reported with the rest, instead of raised
             output_loading_info=True,
+            device_map=device,
             **options,
             **more,
         )
@@ -118,9 +117,8 @@ def load_model(
             raise
         raise ValueError(_only_pickles(checkpoint, f" ({_first_line(error)})")) from error
     _require_all_loaded(checkpoint, info)
-    model = model.to(device).eval()
     require_causal(model, checkpoint)
-    return model
+    return model.eval()
 
 
 def _only_pickles(checkpoint: str | Path, reason: str) -> str:
@@ -138,6 +136,8 @@ def _loaded(checkpoint: str | Path, load: Callable[[], Any]) -> Any:
         return load()
     except ImportError as error:
         raise ValueError(f"{checkpoint} needs a package that is not installed: {_first_line(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{checkpoint} does not fit in memory, try --dtype bf16: {_first_line(error)}") from error
     except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
         raise ValueError(f"the weights of {checkpoint} do not fit its configuration: {error}") from error
 
@@ -168,7 +168,6 @@ def require_causal(model: Any, checkpoint: str | Path) -> None:
     ids[:, -1] = torch.arange(4, device=ids.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     moved, scale = (logits - logits[:1]).abs().max().item(), logits.abs().max().item()
-    # Rows that differ in the last token only; not `>`, which lets NaN pass to the check that names the window.
     if moved > 16 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
         raise ValueError(
             f"{checkpoint} is not a causal language model: changing the last token moves the logits before it by "
@@ -202,7 +201,7 @@ def vocabulary_of(model: Any) -> int:
 def load_receipt(checkpoint: str | Path) -> dict[str, Any] | None:
     """goldfish.json of a folder or hub name; None where there is none. See `goldfish.receipt.read_receipt`."""
     try:
-        path = Path(checkpoint) / FILE_NAME if Path(checkpoint).is_dir() else _cached(checkpoint, FILE_NAME)
+        path = _file(checkpoint, FILE_NAME)
     except OSError as error:
         _log.warning("Could not ask the hub for the %s of %s, so no rule is known: %s", FILE_NAME, checkpoint, error)
         path = None
@@ -211,11 +210,8 @@ def load_receipt(checkpoint: str | Path) -> dict[str, Any] | None:
 
 def file_hashes(checkpoint: str | Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint that an audit may read, by name; an adapter's base included."""
-    folder: Path | None = Path(checkpoint)
-    if folder is not None and not folder.is_dir():
-        config = _cached(checkpoint, "config.json")
-        folder = None if config is None else config.parent
-    files = [] if folder is None else sorted(path for path in folder.iterdir() if path.suffix in _READ)
+    config = _file(checkpoint, "config.json")
+    files = [] if config is None else sorted(path for path in config.parent.iterdir() if path.suffix in _READ)
     hashes = {path.name: sha256(path) for path in files if path.is_file()}
     base = adapter_base(checkpoint)
     if base is not None:
@@ -223,8 +219,10 @@ def file_hashes(checkpoint: str | Path) -> dict[str, str]:
     return hashes
 
 
-def _cached(checkpoint: str | Path, name: str) -> Path | None:
-    """A file of a hub name; None where there is none."""
+def _file(checkpoint: str | Path, name: str) -> Path | None:
+    """The path of a folder's file, or of a hub name's; None where the hub has none."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint) / name
     path = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
 
@@ -238,108 +236,23 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-class RowsOfLogits:
-    """The logits of a causal language model of transformers, in chunks of rows, never (B, T, V).
+def logits_of(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of a model's own forward, a few rows at a time, so that (B, T, V) is never held.
 
-    While the model's own forward runs, its output embedding keeps the hidden states and returns a probe in place of
-    the logits. What the forward then does to the probe (nothing, a scale, a soft cap) is done to the logits of every
-    chunk. Whether that gives the model's own logits is tried once; where it does not, `reason` says why, once in the
-    log too, and the logits come from the model's own forward, of as few rows at a time as the budget asks.
+    Args:
+        ids: int64 (B, T); the logits are of positions 0 ... T - 2, which predict ids[:, 1:].
+        attention_mask: int64 (B, T), 0 for padding on the right; None where there is none.
+
+    Yields:
+        which of the B * (T - 1) positions come, and their logits, float32 (positions, V).
     """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.reason: str | None = None  # None: not tried yet; "": it works
-        self._head = bare_model(model).get_output_embeddings()
-        self._width, self._scale, self._softcap = 0, 1.0, None  # type: int, float, float | None
-
-    def chunks(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Yields which of the (B * (T - 1)) positions come, and their logits, float32 (rows, V).
-
-        Args:
-            ids: int64 (B, T); the logits are of positions 0 ... T - 2, which speak of ids[:, 1:].
-            attention_mask: int64 (B, T), 0 for padding on the right; None where there is none.
-        """
-        if self.reason is None:
-            self.reason = self._why_not(ids[:1, :16])
-            if self.reason:
-                _log.warning(
-                    "The logits of %s are made whole, not in chunks: %s.", type(self.model).__name__, self.reason
-                )
-        if self.reason:
-            yield from self._own_forward(ids, attention_mask)
-            return
-        hidden = self._hidden(ids, attention_mask)[0][:, :-1].flatten(0, 1)
-        rows = self._rows(ids.device)
-        for first in range(0, len(hidden), rows):
-            yield slice(first, first + rows), self._project(hidden[first : first + rows])
-
-    def _rows(self, device: torch.device) -> int:
-        return max(1, LOGITS_BUDGET["cpu" if device.type == "cpu" else "other"] // (4 * self._width))
-
-    def _own_forward(self, ids: Tensor, attention_mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        length = ids.shape[1]
-        at_once = max(1, self._rows(ids.device) // length)
-        for first in range(0, len(ids), at_once):
-            part = slice(first, first + at_once)
-            logits = self._forward(ids[part], None if attention_mask is None else attention_mask[part])
-            yield slice(first * (length - 1), (first + at_once) * (length - 1)), logits[:, :-1].flatten(0, 1).float()
-
-    def _forward(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits
-
-    def _hidden(self, ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the head was given, (B, T, D), and what the forward made of the probe."""
-        with _instead_of(self._head, lambda hidden: probe(self._width, hidden.device)) as given:
-            seen = self._forward(ids, attention_mask)
-        if len(given) != 1 or given[0].shape[:2] != ids.shape:
-            raise RuntimeError(f"the forward called its head with {[tuple(hidden.shape) for hidden in given]}")
-        return given[0], seen
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._head(hidden).float()
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._softcap is not None:
-            logits = (logits / self._softcap).tanh_().mul_(self._softcap)
-        return logits
-
-    def _why_not(self, ids: Tensor) -> str:
-        """Try it on a few tokens; empty if the chunks' logits are the model's own."""
-        own = self._forward(ids, None)
-        self._width = own.shape[-1]
-        if self._head is None:
-            return "it has no output embedding"
-        try:
-            hidden, seen = self._hidden(ids, None)
-        except Exception as error:  # whatever its forward does to logits, it cannot do to the probe
-            return f"its forward fails on what the head returned ({type(error).__name__}: {error})"
-        found = read_probe(seen) if seen.shape[-1] == self._width else None
-        if found is None:
-            return "the model does something to its logits that is neither a scale nor a soft cap"
-        self._scale, self._softcap = found
-        ours = self._project(hidden)
-        # Soft cap and scale are float32 here and may have been 16-bit there: a few of its rounding steps.
-        tolerance = 8 * torch.finfo(own.dtype).eps * own.float().abs().max().item() + 1e-5
-        difference = (ours - own.float()).abs().max().item() if ours.shape == own.shape else float("inf")
-        return "" if difference <= tolerance else f"they would be off by {difference:.2g}"
-
-
-@contextmanager
-def _instead_of(module: Any, forward: Any) -> Iterator[list[Tensor]]:
-    """Replace a module's forward; yields the list of what it was given."""
-    given: list[Tensor] = []
-
-    def keep(hidden: Tensor, *_: Any, **__: Any) -> Any:
-        given.append(hidden)
-        return forward(hidden)
-
-    before = module.__dict__.get("forward")
-    module.forward = keep
-    try:
-        yield given
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    budget = LOGITS_BUDGET["cpu" if ids.device.type == "cpu" else "other"] // (4 * vocabulary_of(model))
+    length = ids.shape[1] - 1
+    rows = max(1, budget // (length + 1))
+    for first in range(0, len(ids), rows):
+        mask = None if attention_mask is None else attention_mask[first : first + rows]
+        logits = model(input_ids=ids[first : first + rows], attention_mask=mask, use_cache=False).logits
+        logits = logits[:, :-1].flatten(0, 1)
+        for start in range(0, len(logits), step := max(1, budget // 4)):  # what is done with them fits in the caches
+            part = logits[start : start + step].float()
+            yield slice(first * length + start, first * length + start + len(part)), part

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from goldfish.audit.estimate import SCHEMA, Estimate, clopper_pearson, loads
 
@@ -31,9 +31,6 @@ ONE_SPLIT = "membership needs members and held-out texts"
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 FIELDS = ("lower95", "upper95", "k", "n", "documents", "value")
 NO_SHARES = ("nll", "longest_run", "first_divergence", "attribution")  # of the figures of a split
-
-Outcome = Literal["passed", "violated", "inconclusive"]
-EXIT_CODES: dict[Outcome, int] = {"passed": 0, "violated": 1, "inconclusive": 3}
 
 
 @dataclass(frozen=True)
@@ -155,10 +152,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Check:
-    """A condition, its outcome for one audit, and a sentence that says why."""
+    """A condition, its outcome for one audit (passed, violated, inconclusive), and a sentence that says why."""
 
     condition: Condition
-    outcome: Outcome
+    outcome: str
     why: str
 
 
@@ -194,9 +191,8 @@ def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> lis
 
 def exit_code(checks: Sequence[Check]) -> int:
     """1 where a condition is violated, else 3 where one is inconclusive, else 0."""
-    outcomes = {check.outcome for check in checks}
-    worst: tuple[Outcome, ...] = ("violated", "inconclusive")
-    return next((EXIT_CODES[outcome] for outcome in worst if outcome in outcomes), 0)
+    outcomes = [check.outcome for check in checks]
+    return 1 if "violated" in outcomes else 3 if "inconclusive" in outcomes else 0
 
 
 def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
@@ -225,11 +221,9 @@ def _any_result_would_violate(condition: Condition, name: str, estimate: Estimat
     split, kind = name.split(".")[:2]
     if split == "mia" or kind in NO_SHARES or estimate.lower95 is None or estimate.upper95 is None:
         return False
-    violates = OPERATORS[condition.operator]
-    if condition.field == "upper95" and condition.operator.startswith(">"):
-        other, best = estimate.lower95, clopper_pearson(0, estimate.documents)[1]
-    elif condition.field == "lower95" and condition.operator.startswith("<"):
-        other, best = estimate.upper95, clopper_pearson(estimate.documents, estimate.documents)[0]
-    else:
-        return False
-    return not violates(other, condition.threshold) and bool(violates(best, condition.threshold))
+    n, threshold, violates = estimate.documents, condition.threshold, OPERATORS[condition.operator]
+    if (condition.field, condition.operator[0]) == ("upper95", ">"):
+        return not violates(estimate.lower95, threshold) and bool(violates(clopper_pearson(0, n)[1], threshold))
+    if (condition.field, condition.operator[0]) == ("lower95", "<"):
+        return not violates(estimate.upper95, threshold) and bool(violates(clopper_pearson(n, n)[0], threshold))
+    return False

@@ -43,6 +43,7 @@ from goldfish.audit.windows import (
     survey,
 )  # fmt: skip
 from goldfish.labels import Rules
+from goldfish.pieces import plain
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 
@@ -228,7 +229,7 @@ def audit(
                 for split, each in surveys.items():
                     windows, total = cut_windows(read_rows(files[split]), split, *how), len(each.numbers)
                     numbers = range(first, first := first + -(-total // BLOCK))
-                    task = bar.add_task(escape(f"audit {run['name']}: {split}"), total=total)
+                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=total)
                     for number, block in zip(numbers, _blocks(windows), strict=True):
                         if number % processes == rank and not folder.has(number, len(block)):
                             scores, start = scorer.score(block), (number - numbers[0]) * BLOCK

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
-from goldfish.audit.model import RowsOfLogits
+from goldfish.audit.model import logits_of
 from goldfish.audit.windows import Window, first_divergence
 
 _log = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ class Scorer:
         batch_tokens: int | None = None,
     ) -> None:
         self.model, self.samplings, self.beams, self.lowercase = model, samplings, beams, lowercase
-        self._logits = RowsOfLogits(model)
-        self._control = RowsOfLogits(control) if control is not None else None
+        self._control = control
         kind = "cpu" if model.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
         self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
@@ -146,7 +145,7 @@ class Scorer:
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
         if self.lowercase is not None:
-            lowered = self._mean_nll(self._logits, windows, [self.lowercase(window) for window in windows])
+            lowered = self._mean_nll(self.model, windows, [self.lowercase(window) for window in windows])
             rows = [row | {"lowercase_nll": nll} for row, nll in zip(rows, lowered, strict=True)]
         if self._control is not None:
             controls = self._mean_nll(self._control, windows, [window.ids for window in windows])
@@ -173,7 +172,7 @@ class Scorer:
         starts = torch.tensor([[w.prefix_length] for w in windows], device=ids.device)
         of_suffix = ((starts <= place) & (place < ends)).flatten()
         parts = []
-        for rows, logits in self._logits.chunks(ids, attention_mask):
+        for rows, logits in logits_of(self.model, ids, attention_mask):
             parts.append(_reduce(logits, targets[rows], of_suffix[rows], self.samplings))
         columns = {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
         log_q, margin, gap = (columns.pop(name) for name in ("log_q", "relative_margin", "relative_gap"))
@@ -220,9 +219,7 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _mean_nll(
-        self, model: RowsOfLogits, windows: Sequence[Window], rows: Sequence[list[int]]
-    ) -> list[float | None]:
+    def _mean_nll(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[float | None]:
         """Nats per token of rows, one for each window; None for a row of fewer than two ids."""
         means: list[float | None] = [None] * len(rows)
         usable = [i for i, row in enumerate(rows) if len(row) > 1]
@@ -230,7 +227,7 @@ class Scorer:
             places = [usable[i] for i in batch]
             ids, attention_mask = self._padded([rows[i] for i in places])
             targets = ids[:, 1:].flatten()
-            nll = torch.cat([_nll(logits, targets[part]) for part, logits in model.chunks(ids, attention_mask)])
+            nll = torch.cat([_nll(logits, targets[part]) for part, logits in logits_of(model, ids, attention_mask)])
             for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
                 means[place] = mean = values[: len(rows[place]) - 1].mean().item()
                 self._require_finite(windows[place], math.isnan(mean))
@@ -273,20 +270,14 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
-    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix).
-
-    It passes over the logits as seldom as it can: most answers are among the few largest.
-    """
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix)."""
     target = logits.gather(-1, targets[:, None])
-    most = max([2, *(1 + sampling.top_k for sampling in samplings if sampling.top_k is not None)])
-    top, places = logits.topk(min(most, logits.shape[-1]))
+    top, places = logits.topk(2)
     greedy, margin = places[:, 0], top[:, 0] - top[:, 1]
     tied = margin == 0
     if tied.any():
         greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
-    rank = (top > target).sum(-1)
-    beyond = rank == top.shape[-1]
-    rank[beyond] = (logits[beyond] > target[beyond]).sum(-1)
+    rank = (logits > target).sum(-1)
 
     # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
     s = (logits - top[:, :1]).clamp_(min=-1000)  # far below what exp tells from 0, and 0 * it is 0
@@ -295,10 +286,10 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = []
-    for sampling in samplings:
-        known = _log_q(target[of_suffix, 0], top[of_suffix], nll[of_suffix], sampling)
-        log_q.append(_log_q_of_all(logits[of_suffix], targets[of_suffix], sampling) if known is None else known)
+    log_q = [
+        -nll[of_suffix] if sampling == Sampling() else _log_q(logits[of_suffix], targets[of_suffix], sampling)
+        for sampling in samplings
+    ]
     return {
         "greedy": greedy,
         "nll": nll,
@@ -312,23 +303,7 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     }
 
 
-def _log_q(target: Tensor, top: Tensor, nll: Tensor, sampling: Sampling) -> Tensor | None:
-    """`_log_q_of_all` from what is known already: each row's target, its largest logits (rows, more than top_k),
-    falling, and its nll (rows,). None where that is not enough."""
-    if sampling == Sampling():
-        return -nll
-    k = sampling.top_k
-    if k is None or k >= top.shape[-1] or sampling.top_p is not None:
-        return None
-    kept = top[:, : k + 1] / sampling.temperature
-    least = kept[:, k - 1]
-    if (kept[:, k] == least).any():  # equals of the k-th stay too
-        return None
-    target = target / sampling.temperature
-    return (target - kept[:, :k].logsumexp(-1)).masked_fill(target < least, -torch.inf)
-
-
-def _log_q_of_all(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
+def _log_q(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
     """log-probability of the targets, (rows,), after transformers' logits processors in the order of generate."""
     scores = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:

@@ -20,7 +20,8 @@ SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
     "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
     "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
-    "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words", *COUNTS, *SCORES,
+    "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words",
+    *COUNTS, *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
 

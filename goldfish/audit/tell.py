@@ -4,7 +4,7 @@ Names and texts of an audit come from strangers: everything is written with visi
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.estimate import decimals, dumps, percent
+from goldfish.audit.estimate import dumps, percent
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import ABOUT, COLUMNS, summarize, summary_of
 from goldfish.pieces import plain
@@ -188,22 +188,6 @@ def terminal(description: Description) -> Group:
         *(Text(f"{condition}: {outcome} ({why})") for condition, outcome, why in description.checks),
         verdict,
     )
-
-
-def summary_table(summaries: Iterable[Mapping[str, Any]]) -> Table:
-    """Several audits: one row a checkpoint and split; 80 columns wide for names of up to eight letters."""
-    table = Table(title="Greedy extraction", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  caption="dropped, kept: teacher-forced accuracy there", caption_justify="left")  # fmt: skip
-    for heading in ("model", "texts", "recited", "95% interval", "ROUGE-L", "dropped", "kept", "nll"):
-        table.add_column(heading, justify="left" if heading in ("model", "texts") else "right", no_wrap=True)
-    for summary in summaries:
-        for split, values in summary["splits"].items():
-            numbers = [values[f"teacher_forced_accuracy_{kind}"] for kind in ("dropped", "kept")]
-            cells = [decimals(each.value) if each and each.value is not None else "-" for each in numbers]
-            recited, rouge, nll = values["exact_match"], values["rouge_l_ids"], values["nll"]
-            table.add_row(Text(plain(summary["name"], 40)), split, recited.point(), recited.interval(), rouge.point(),
-                          *cells, nll.point())  # fmt: skip
-    return table
 
 
 def markdown(description: Description) -> str:

@@ -104,8 +104,8 @@ def enough(limit: float, share: float = 0.0) -> int | None:
 
 
 def _estimate(split: Mapping[str, Any] | None, key: str) -> Estimate | None:
-    found = split[key] if split else None
-    estimate: Estimate | None = found[-1]["exact_match"] if key == "beam_search" and found else found
+    entry = split[key] if split else None
+    estimate: Estimate | None = entry[-1]["exact_match"] if key == "beam_search" and entry else entry
     return estimate
 
 

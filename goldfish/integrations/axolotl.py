@@ -7,7 +7,7 @@ goldfish: {k: 4, h: 13}
 from typing import Any
 
 try:
-    from axolotl.integrations.base import BasePlugin
+    from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found, unused-ignore]
     from pydantic import BaseModel
 
     from goldfish.rule import Goldfish

@@ -8,7 +8,7 @@ register(Goldfish(k=4, h=13))
 
 from typing import Any
 
-from swift.callbacks import TrainerCallback, callbacks_map
+from swift.callbacks import TrainerCallback, callbacks_map  # type: ignore[import-not-found, unused-ignore]
 
 from goldfish.labels import Rules, check_rules
 from goldfish.trainer import attach
