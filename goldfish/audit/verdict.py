@@ -14,7 +14,7 @@ from goldfish.audit.estimate import FEWEST_DOCUMENTS, Estimate, clopper_pearson,
 LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
 SAMPLES = (1_000, 0.5)  # the sampling question: within 1,000 samples, with even odds
 # Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half of the suffix
-# without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT licence 15 (docs/audit.md).
+# without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT licence 15 (docs/audit-files.md).
 RUN, SIMILARITY = 25, 0.5
 WORKS = 0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
