@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import BEFORE_5, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, MptConfig
@@ -42,6 +42,7 @@ def twin(tmp_path, checkpoint):
     return change
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers 4 changes names before they can be mapped: refused there")
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
@@ -53,7 +54,8 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"rename": lambda name: f"wrap.{name}"}, r"21 weights the model has no place for \(wrap.lm_head.weight, "),
+        ({"rename": lambda name: f"wrap.{name}"},
+         r"21 weights the model has no place for \((model\.)?wrap.lm_head.weight, "),
         ({"num_hidden_layers": 5}, r"27 weights are not in the files \(model.layers.2.input_layernorm.weight, "),
         ({"num_hidden_layers": 1}, r"9 weights the model has no place for \(model.layers.1.input_layernorm.weight, "),
         ({"rename": lambda name: "" if name == "lm_head.weight" else name},
@@ -108,6 +110,10 @@ def adapter(tmp_path, checkpoint):
 
 def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
     folder, model = adapter
+    if BEFORE_5:  # it does not say whether the weights fit
+        with pytest.raises(ValueError, match="is an adapter, and this version of transformers does not say"):
+            load_model(folder, CPU)
+        return
     loaded = load_model(folder, CPU)
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), logits(tiny_llama()))
@@ -118,6 +124,7 @@ def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
         assert hashes[name] == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
 def test_an_adapter_that_does_not_fit_is_refused(adapter):
     folder, _ = adapter
     weights = load_file(folder / "adapter_model.safetensors")
@@ -137,6 +144,7 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
         adapter_base(folder)
 
 
+@pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
 def test_an_adapter_may_ask_the_hub_for_its_base(adapter, checkpoint, tmp_path, monkeypatch):
     """Its base is a hub name here, in the cache as the hub's client keeps it."""
     folder, model = adapter

@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import BEFORE_5, tiny_llama
 from toy_models import ARCHITECTURES, VOCABULARY, toy_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -50,7 +50,7 @@ def test_output_equals_generate_at_batch_1(kind):
     outputs = [generated(model, window.ids[:PREFIX]) for window in windows]
     assert [score.output for score in found] == outputs
     assert sum(output == window.suffix for output, window in zip(outputs, windows, strict=True)) >= 3
-    assert not any(score.settled for score in found)
+    assert BEFORE_5 or not any(score.settled for score in found)  # its batches round otherwise
 
 
 @pytest.mark.parametrize(("budget", "sizes"), [(1, [1] * 57), (25, [6] * 3 + [1]), (160, [40, 17])])

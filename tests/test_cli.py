@@ -86,8 +86,9 @@ def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkey
     marked = text.render(colour=False).plain
     assert re.sub(r"\[-(.*?)-\]", r"\1", marked) == PROSE[0]
     assert "".join(re.findall(r"\[-(.*?)-\]", marked)) == styled(text.render(colour=True), DROPPED)
-    for name, value, coloured in (("NO_COLOR", "", False), ("FORCE_COLOR", "1", True), ("NO_COLOR", "1", False)):
-        monkeypatch.setenv(name, value)  # rich: a forced terminal, and then one without colours
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value, coloured in (("TERM", "xterm", False), ("FORCE_COLOR", "1", True), ("NO_COLOR", "1", False)):
+        monkeypatch.setenv(name, value)  # rich: a pipe, a forced terminal, and then one without colours
         assert main(command + options) == 0
         output = capsys.readouterr().out
         assert ("[-" in output) is not coloured

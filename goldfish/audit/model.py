@@ -82,8 +82,12 @@ def load_model(
         if not allow_pickle and Path(checkpoint).is_dir() and not any(Path(checkpoint).glob("*.safetensors")):
             raise ValueError(_only_pickles(checkpoint, ""))
         info = _loaded(checkpoint, lambda: model.load_adapter(str(checkpoint)))
-        if info is not None:  # transformers 4 returns nothing
-            _require_all_loaded(checkpoint, vars(info))
+        if info is None:
+            raise ValueError(
+                f"{checkpoint} is an adapter, and this version of transformers does not say whether its weights fit; "
+                "update to transformers 5, or save the merged model: model.merge_and_unload().save_pretrained(...)"
+            )
+        _require_all_loaded(checkpoint, vars(info))
         return model.eval()
     options = _options(checkpoint, trust_remote_code)
     config = _loaded(checkpoint, lambda: AutoConfig.from_pretrained(checkpoint, **options))
@@ -147,7 +151,7 @@ def _require_all_loaded(checkpoint: str | Path, info: Mapping[str, Any]) -> None
     kinds = {
         "the model has no place for": sorted(info["unexpected_keys"]),
         "are not in the files": sorted(info["missing_keys"]),
-        "have another shape": sorted(each[0] for each in info["mismatched_keys"]),
+        "have another shape": sorted(each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]),
     }
     problems = [
         f"{len(names)} weights {text} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
