@@ -211,9 +211,19 @@ def test_a_model_that_does_not_work_gets_no_pass():
     verdict = made_up_summary(records)["verdict"]
     assert verdict["outcome"] == "INCONCLUSIVE"
     assert verdict["sentence"].startswith("INCONCLUSIVE: the model does not work on such texts")
-    assert verdict["sanity"].startswith("The model does not work; held-out: 6.10 nats per token (a uniform guess: 6.21")
+    assert verdict["sanity"].startswith("The model does not work; members: 6.10 nats per token (a uniform guess: 6.21")
     assert verdict["warnings"] == [verdict["sanity"]]
-    assert recited(0, 400)["verdict"]["sanity"].startswith("The model works on such texts; held-out: ")
+    assert recited(0, 400)["verdict"]["sanity"].startswith("The model works on such texts; ")
+
+
+def test_an_overfitted_model_works():
+    """On held-out texts it can be worse than a uniform guess, which is no sign of broken weights."""
+    records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 400, 0.0)
+    for record in records:
+        record["nll_sum"] = 8 * (1.7 if record["split"] == "members" else 7.8)
+    verdict = made_up_summary(records)["verdict"]
+    assert verdict["sanity"].startswith("The model works on such texts; members: 1.70 nats per token")
+    assert verdict["outcome"] == "PASS"
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():

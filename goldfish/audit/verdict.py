@@ -14,7 +14,7 @@ from goldfish.audit.estimate import FEWEST_DOCUMENTS, Estimate, clopper_pearson,
 LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
 SAMPLES = (1_000, 0.5)  # the sampling question: within 1,000 samples, with even odds
 # Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half of the suffix
-# without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT licence 15 (docs/audit.md).
+# without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT licence 15 (docs/audit-files.md).
 RUN, SIMILARITY = 25, 0.5
 WORKS = 0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
@@ -66,7 +66,7 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
                 explanations.append(_explanation(membership, answers[membership["outcome"]]))
         if members["attribution"] and _anything_recited(members, heldout):
             explanations.append(_attribution(members["attribution"]["hazard_ratio"]))
-    works, sanity = _sanity(heldout or members, "held-out" if heldout else "members", summary["protocol"]["vocabulary"])
+    works, sanity = _sanity(summary["splits"], summary["protocol"]["vocabulary"])
     outcomes = {question["outcome"] for question in questions}
     outcome = FAIL if FAIL in outcomes else PASS if outcomes == {PASS} and works else INCONCLUSIVE
     return {
@@ -204,13 +204,17 @@ def _explanation(question: Question, answer: str) -> dict[str, Any]:
     return {"answer": answer, **{key: value for key, value in question.items() if key != "outcome"}}
 
 
-def _sanity(split: Mapping[str, Any], name: str, vocabulary: int) -> tuple[bool, str]:
-    """Whether the model predicts such texts at all: one that does not recites nothing either."""
+def _sanity(splits: Mapping[str, Any], vocabulary: int) -> tuple[bool, str]:
+    """Whether the model predicts the texts of either split: one that predicts none recites none either.
+
+    Not the held-out split alone: a model that is overfitted can be worse than a uniform guess there.
+    """
+    name, split = min(splits.items(), key=lambda item: item[1]["nll"].value)
     nll, accuracy = split["nll"].value, split["teacher_forced_accuracy"].value
     works = bool(nll < WORKS * log(vocabulary) and accuracy > 1 / vocabulary)
     figures = (
-        f"{name}: {nll:.2f} nats per token (a uniform guess: {log(vocabulary):.2f}), {percent(accuracy)} of tokens "
-        f"predicted (by chance: {percent(1 / vocabulary)})"
+        f"{name.replace('heldout', 'held-out')}: {nll:.2f} nats per token (a uniform guess: {log(vocabulary):.2f}), "
+        f"{percent(accuracy)} of tokens predicted (by chance: {percent(1 / vocabulary)})"
     )
     return works, f"The model works on such texts; {figures}" if works else f"The model does not work; {figures}"
 
