@@ -10,7 +10,7 @@ Llama of 1M parameters; then the second half of each window is asked for. Protot
 spread evenly and depend on content only:
 
 hash      with probability 1/k, from the 13 tokens before (the package's rule).
-cap       as hash with a lower rate q, and also after every L kept tokens in a row; rate q / (1 - (1 - q)^(L + 1)).
+cap       as hash with max_kept = k: with a lower rate q, and also after every L kept tokens in a row.
 winnow    where the hash of the tokens before is the least of some w consecutive ones; rate 2 / (w + 1).
 mod       mod-minimizer (Groot Koerkamp and Pibiri 2024): the least hash of short contexts in a longer window says which
           of w consecutive tokens is dropped; rate between 1 / w and 2 / (w + 1).
@@ -79,17 +79,11 @@ def dropped(scheme: str, rate: float, ids: list[int]) -> NDArray[np.bool_]:
     """Which tokens of one document are dropped. The first never is."""
     number = len(ids)
     drop = np.zeros(number, dtype=bool)
-    if scheme == "hash":
-        return Goldfish(k=1 / rate, h=H).dropped(torch.tensor(ids)).numpy()
+    if scheme in ("hash", "cap"):
+        longest = math.ceil(1 / rate) if scheme == "cap" else None
+        return Goldfish(k=round(1 / rate), h=H, max_kept=longest).dropped(torch.tensor(ids)).numpy()
     if scheme == "even":
         drop = np.arange(number) % round(1 / rate) == 0
-    elif scheme == "cap":
-        longest, natural = cap_of(rate)
-        last = 0  # the last natural drop, or the document's start
-        for place, value in enumerate(keys(ids, H)):
-            if value < natural:
-                last = place
-            drop[place] = (place - last) % (longest + 1) == 0
     elif scheme == "winnow":
         values = keys(ids, H)
         width = round(2 / rate - 1)
@@ -113,16 +107,6 @@ def keys(ids: list[int], length: int) -> NDArray[np.float64]:
     """For every token a number in [0, 1) from the up to `length` tokens before it."""
     contexts = (np.array(ids[max(0, place - length) : place], dtype=np.int32).tobytes() for place in range(len(ids)))
     return np.array([int.from_bytes(hashlib.blake2b(context, digest_size=7).digest()) / 2**56 for context in contexts])
-
-
-def cap_of(rate: float) -> tuple[int, float]:
-    """The longest kept run L = 1/rate rounded up (so about half of the drops are natural), and the natural rate."""
-    longest = math.ceil(1 / rate)
-    low, high = 0.0, rate
-    for _ in range(60):
-        natural = (low + high) / 2
-        low, high = (natural, high) if natural / (1 - (1 - natural) ** (longest + 1)) < rate else (low, natural)
-    return longest, low
 
 
 def mod_of(rate: float) -> int:
