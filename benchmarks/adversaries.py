@@ -145,7 +145,7 @@ def table(results: list[dict[str, Any]]) -> str:
             windows = sum(result["beams"]["1"][1] for result in group)
             lines.append(f"| {run} | {windows} | " + " | ".join(f"{v:.2f}" for v in shares[run][panel].values()) + " |")
         lines.append("")
-    names = list(results[0]["membership"])
+    names = list(dict.fromkeys(name for result in results for name in result["membership"]))
     lines += ["| AUC of each seed | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for run in shares:
         cells = []
