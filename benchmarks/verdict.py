@@ -30,7 +30,7 @@ POPULATIONS = {  # share recited; whether that is more than the limit of 1%
     "just above the limit, 1.1%": (0.011, True),
     "well above the limit, 10%": (0.1, True),
 }
-TRIALS, COVERAGE_TRIALS, SPLITS = 20_000, 1_000, 60
+TRIALS, COVERAGE_TRIALS, SPLITS = 20_000, 1_000, 400
 WORKING = {
     "nll": Estimate(3.0),
     "teacher_forced_accuracy": Estimate(0.4),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 
 from goldfish.audit.columns import FEATURES
 from goldfish.audit.estimate import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
@@ -95,13 +96,13 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
 def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
     """Whether a baseline that never saw the model separates the sides; None with too few documents.
 
-    Both baselines together are to accuse one honest random split in twenty: 2.5% each, since a classifier below
-    chance has learned nothing, while lengths may differ either way.
+    Both baselines together are to accuse one honest random split in twenty: 2.5% each, by rank tests of documents,
+    whose level holds for few of them. A classifier below chance has learned nothing; lengths may differ either way.
     """
     if not (words and length and words.draws is not None and length.draws is not None):
         return None
-    low, (least, greatest) = words.interval(0.95)[0], length.interval(0.975)
-    return bool(low > 0.5 or not least <= 0.5 <= greatest)
+    tests = ((words, "greater"), (length, "two-sided"))
+    return any(bool(mannwhitneyu(*each.means(), alternative=side).pvalue < 0.025) for each, side in tests)
 
 
 def _attack(members: Side, heldout: Side, scores: Floats, heldout_scores: Floats) -> "_Attack | None":
@@ -116,13 +117,19 @@ class _Attack:
     """One score on both sides, and its figures under resampled documents."""
 
     def __init__(self, members: Floats, heldout: Floats, documents: Codes, heldout_documents: Codes) -> None:
-        self._weighted = Weighted(members, heldout)
+        self._scores, self._weighted = (members, heldout), Weighted(members, heldout)
         self._sides = tuple(np.unique(each, return_inverse=True)[1] for each in (documents, heldout_documents))
         self._ones = np.ones(len(members)), np.ones(len(heldout))
         self._documents = tuple(int(side.max()) + 1 for side in self._sides)
         self._rates = [fpr for fpr in RATES if self._documents[1] * fpr >= 10]
         self.draws = self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
         self.auc = self._weighted.auc(*self._ones)
+
+    def means(self) -> list[Floats]:
+        """The mean score of each document, of both sides."""
+        return [
+            np.bincount(side, each) / np.bincount(side) for side, each in zip(self._sides, self._scores, strict=True)
+        ]
 
     def _resampled(self) -> Floats:
         """(RESAMPLES, 1 + rates): AUC and true positive rates with the documents of both sides drawn anew."""
@@ -157,10 +164,6 @@ class _Attack:
                 result = Estimate(None, reason=f"{reason}, got {self._documents[1]}", **sizes)
             tpr.append({"fpr": fpr, "tpr": result})
         return {"auc": estimate(self.auc, 0, min(self._documents)), "tpr": tpr, "roc": self._roc()}
-
-    def interval(self, level: float) -> tuple[float, float]:
-        """Of the AUC, from the resampled documents."""
-        return self._bounds(self.auc, 0, min(self._documents), level)
 
     def _bounds(self, value: float, column: int, trials: int, level: float) -> tuple[float, float]:
         """`trials`: where every resample agrees (AUC of 1), the interval is that of as many independent trials: for an
