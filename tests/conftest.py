@@ -10,7 +10,10 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from toy_tokenizers import KINDS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from goldfish import Goldfish
 
 BEFORE_5 = transformers.__version__ < "5"
 
@@ -54,6 +57,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(PROSE, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[str, Tokenizer]:
+    """One of each kind of `toy_tokenizers`."""
+    return {name: make() for name, make in KINDS.items()}
+
+
+@pytest.fixture(scope="session")
+def rules(tokenizers) -> dict[str, Goldfish]:
+    """A rule that reads letters, bound to each of them."""
+    return {name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
 
 
 def tiny_llama(vocab_size: int = 320, **changes) -> LlamaForCausalLM:

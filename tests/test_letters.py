@@ -20,16 +20,6 @@ from goldfish.vocabulary import characters, fold, token_bytes
 FOLD = characters()
 
 
-@pytest.fixture(scope="module")
-def tokenizers() -> dict[str, Tokenizer]:
-    return {name: make() for name, make in KINDS.items()}
-
-
-@pytest.fixture(scope="module")
-def rules(tokenizers) -> dict[str, Goldfish]:
-    return {name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
-
-
 def word_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bool | None]:
     """The decision of each word: that of the (last) token that covers its first letter, located by its offset.
 

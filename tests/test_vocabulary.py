@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from toy_tokenizers import KINDS, QUIET, SPECIAL, TEXTS, words
+from toy_tokenizers import QUIET, SPECIAL, TEXTS, words
 from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
@@ -16,16 +16,6 @@ from goldfish.letters import Vocabulary
 from goldfish.vocabulary import characters, fold, token_bytes
 
 FOLD = characters()
-
-
-@pytest.fixture(scope="module")
-def tokenizers() -> dict[str, Tokenizer]:
-    return {name: make() for name, make in KINDS.items()}
-
-
-@pytest.fixture(scope="module")
-def rules(tokenizers) -> dict[str, Goldfish]:
-    return {name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
 
 
 # --- the normal form

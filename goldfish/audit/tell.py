@@ -19,6 +19,7 @@ from rich.text import Text
 from goldfish.audit.estimate import dumps, percent
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import ABOUT, COLUMNS, summarize, summary_of
+from goldfish.audit.verdict import strongest_blind
 from goldfish.pieces import plain
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
@@ -157,9 +158,8 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         if any(each is not None and (each.value is not None or each.lower95 is not None) for each in row):
             rows.append((label, [_cell(each) for each in row]))
     if summary["membership"]:
-        blind = [known[name] for name in ("mia.blind.words.auc", "mia.blind.length.auc") if name in known]
-        control = max(blind, key=lambda each: abs((each.value or 0.5) - 0.5))
-        rows.append(("membership, AUC", [_cell(known["mia.auc"]), f"blind: {control.point()}"]))
+        blind = strongest_blind(summary["membership"])
+        rows.append(("membership, AUC", [_cell(known["mia.auc"]), f"blind: {blind.point()}"]))
         rows.append(("membership, TPR at 1% FPR", [_cell(known["mia.tpr@1%"]), ""]))
     return rows
 

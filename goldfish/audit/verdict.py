@@ -141,10 +141,15 @@ def _needs(documents: int | None) -> str:
     return f"at this rate {f'{documents:,}' if documents else 'no number of'} documents would decide it"
 
 
+def strongest_blind(membership: Mapping[str, Any]) -> Estimate:
+    """The AUC of the baseline that separates the splits most, either way, without the model."""
+    blind: list[Estimate] = [attack["auc"] for attack in membership["blind"].values()]
+    return max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5))
+
+
 def _membership(membership: Mapping[str, Any], limit: float, ruled: bool) -> Question:
     headline: dict[str, Any] | None = membership["headline"]
-    blind: list[Estimate] = [attack["auc"] for attack in membership["blind"].values()]
-    control = max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5))
+    control = strongest_blind(membership)
     outcome, auc, needs = INCONCLUSIVE, headline["auc"] if headline else None, None
     if auc is None or headline is None:
         why, needs = membership["reason"], "no number of documents would decide it"
