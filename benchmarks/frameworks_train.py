@@ -1,4 +1,4 @@
-"""Does the rule reach the loss in LLaMA-Factory, ms-swift and Axolotl? Each trains a toy model from its own command line.
+"""Does the rule reach the loss in LLaMA-Factory, ms-swift and Axolotl? Each trains a toy model by its own command.
 
     python benchmarks/frameworks_train.py llamafactory=ENV/bin/python ms-swift=ENV/bin/python axolotl=ENV/bin/python
 
