@@ -17,9 +17,10 @@ SHARDED = (
 def why_not_this_trainer(trainer: Trainer) -> str:
     """Empty if its batches are documents with labels of their own."""
     for base in type(trainer).__mro__:
-        name, trl = base.__name__, base.__module__.startswith("trl.")
+        trl = base.__module__.startswith(("trl.", "Unsloth"))  # Unsloth writes TRL's classes anew: _UnslothDPOTrainer
+        name = base.__name__.removeprefix("_").removeprefix("Unsloth")
         on_policy = name == "GKDTrainer" and getattr(trainer.args, "lmbda", 1) > 0
-        text = name in ("SFTTrainer", "GKDTrainer", "_BaseTrainer", "BaseTrainer")
+        text = name in ("SFTTrainer", "GKDTrainer", "BaseTrainer")
         if trl and name.endswith("Trainer") and (on_policy or not text):
             return (
                 f"TRL's {name} does not learn the tokens of given documents: it compares answers or generates them. "

@@ -291,10 +291,17 @@ def test_the_model_card_has_the_tag_the_rule_and_the_counts(tmp_path, tokenizer)
 # Trainers
 
 
+def unsloths(name):
+    """Unsloth writes the source of TRL's trainers anew, into modules of its own; they are no subclasses of TRL's."""
+    source = {"__module__": f"Unsloth{name}"}
+    return type(f"Unsloth{name}", (type(f"_Unsloth{name}", (Trainer,), source),), source)
+
+
 def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
     trl = pytest.importorskip("trl")
-    for name in ("DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer"):
-        kind = type("Mine", (getattr(trl, name),), {})
+    names = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
+    for name, base in [*((name, getattr(trl, name)) for name in names), ("DPOTrainer", unsloths("DPOTrainer"))]:
+        kind = type("Mine", (base,), {})
         trainer = object.__new__(kind)
         trainer.args = SimpleNamespace()
         reason = why_not_this_trainer(trainer)
@@ -306,7 +313,12 @@ def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
         from trl.experimental.gkd import GKDTrainer
     except ImportError:
         from trl import GKDTrainer
-    for kind, lmbda, refused in ((GKDTrainer, 0.5, True), (GKDTrainer, 0.0, False), (trl.SFTTrainer, 0.5, False)):
+    for kind, lmbda, refused in (
+        (GKDTrainer, 0.5, True),
+        (GKDTrainer, 0.0, False),
+        (trl.SFTTrainer, 0.5, False),
+        (unsloths("SFTTrainer"), 0.5, False),
+    ):
         trainer = object.__new__(kind)
         trainer.args, trainer.accelerator = SimpleNamespace(lmbda=lmbda), SimpleNamespace()
         assert ("set lmbda=0" in why_not_this_trainer(trainer)) == refused
