@@ -168,14 +168,15 @@ def make_trainer(
 
 
 def rule_of(name: str, seed: int) -> Goldfish | None:
-    """The rule that "strategy-k-h" names, such as "hash-4-13"; None for "standard"."""
+    """The rule that "strategy-k-h" or "strategy-k-h-max_kept" names, such as "hash-4-13"; None for "standard"."""
     if name == "standard":
         return None
     try:
-        strategy, k, h = name.split("-")
-        return Goldfish(k=float(k), h=int(h), strategy=strategy, seed=seed)  # type: ignore[arg-type]
+        strategy, k, h, *rest = name.split("-")
+        (max_kept,) = map(int, rest) if rest else (None,)
+        return Goldfish(k=float(k), h=int(h), strategy=strategy, seed=seed, max_kept=max_kept)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValueError(f"--rules are standard or strategy-k-h such as hash-4-13, got {name!r}: {error}") from error
+        raise ValueError(f"--rules are standard or strategy-k-h[-max_kept] such as hash-4-13, got {name!r}: {error}") from error
 
 
 def words(text: str) -> list[str]:

@@ -76,7 +76,7 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "name or path; by default SmolLM2-135M-Instruct"})
     rules: list[str] = field(
         default_factory=lambda: ["standard", "hash-4-13", "letters-4-8"],
-        metadata={"help": "standard, or strategy-k-h"},
+        metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
     methods: list[str] = field(default_factory=lambda: ["full"], metadata={"help": "full, lora"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of passages, codes, batches and rule"})
@@ -85,9 +85,9 @@ class Arguments:
     people: int = field(default=8, metadata={"help": "people whose code is trained on; as many again are control"})
     exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
     chats: int = field(default=4, metadata={"help": "ordinary chats"})
-    epochs: int = 6
+    epochs: int = 8
     batch_size: int = 4
-    learning_rate: float = field(default=3e-4, metadata={"help": "of finetuning in full"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
     rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
     keep: bool = field(default=False, metadata={"help": "keep the finetuned models; they are large"})
