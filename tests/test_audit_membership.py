@@ -10,7 +10,7 @@ from sklearn import metrics
 
 from goldfish import Goldfish
 from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
-from goldfish.audit.membership import Side, Weighted, membership_figures, word_scores
+from goldfish.audit.membership import Ranking, Side, membership_figures, word_scores
 from goldfish.audit.windows import Window
 
 pytestmark = pytest.mark.core
@@ -35,37 +35,27 @@ def brute_force(members, heldout, rates):
     return auc, [max(true for false, true in points if false <= fpr) for fpr in rates]
 
 
-@pytest.mark.parametrize("ties", [True, False])
-def test_auc_and_tpr_equal_brute_force(ties):
-    members, heldout = drawn(60, 0.7, 0, ties), drawn(40, 0, 1, ties)
-    ones = np.ones(60), np.ones(40)
-    auc, tpr = brute_force(members, heldout, (0.0, 0.1, 0.25, 1.0))
-    found = Weighted(members, heldout)
-    assert found.auc(*ones) == pytest.approx(auc, rel=1e-12)
-    assert [found.tpr(*ones, fpr) for fpr in (0.0, 0.1, 0.25, 1.0)] == pytest.approx(tpr, rel=1e-12)
-
-
-def test_weights_are_repetitions():
-    """What the bootstrap relies on."""
-    members, heldout = drawn(30, 0.7, 0), drawn(20, 0, 1)
-    generator = np.random.default_rng(0)
-    up, down = generator.integers(0, 4, 30), generator.integers(0, 4, 20)
-    auc, tpr = brute_force(np.repeat(members, up), np.repeat(heldout, down), (0.1,))
-    found = Weighted(members, heldout)
-    assert found.auc(up.astype(float), down.astype(float)) == pytest.approx(auc, rel=1e-12)
-    assert found.tpr(up.astype(float), down.astype(float), 0.1) == pytest.approx(tpr[0], rel=1e-12)
+def test_auc_and_tpr_equal_brute_force():
+    """Weights are repetitions, which the bootstrap relies on; with ties and without."""
+    rates, generator = (0.0, 0.1, 0.25, 1.0), np.random.default_rng(0)
+    for ties in (True, False):
+        members, heldout = drawn(30, 0.7, 0, ties), drawn(20, 0, 1, ties)
+        weights = np.stack([np.ones(50, dtype=int), generator.integers(0, 4, 50)])
+        found = Ranking(members, heldout).figures(weights.astype(float), rates)
+        for row, times in zip(found, weights, strict=True):
+            auc, tpr = brute_force(np.repeat(members, times[:30]), np.repeat(heldout, times[30:]), rates)
+            assert row == pytest.approx([auc, *tpr], rel=1e-12)
 
 
 def test_auc_and_roc_equal_scikit_learn():
     members, heldout = drawn(500, 0.5, 0), drawn(700, 0, 1)
     labels, scores = [1] * 500 + [0] * 700, np.concatenate([members, heldout])
-    found = Weighted(members, heldout)
-    assert found.auc(np.ones(500), np.ones(700)) == pytest.approx(metrics.roc_auc_score(labels, scores), rel=1e-12)
-    false, true, _ = metrics.roc_curve(labels, scores)
-    for fpr in (0.001, 0.01, 0.1, 0.5):
-        assert found.tpr(np.ones(500), np.ones(700), fpr) >= true[false <= fpr].max() - 1e-12
-        exact = metrics.roc_curve(labels, scores, drop_intermediate=False)
-        assert found.tpr(np.ones(500), np.ones(700), fpr) == pytest.approx(exact[1][exact[0] <= fpr].max(), rel=1e-12)
+    rates = (0.001, 0.01, 0.1, 0.5)
+    false, true, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    expected = [metrics.roc_auc_score(labels, scores), *(true[false <= rate].max() for rate in rates)]
+    ranking = Ranking(members, heldout)
+    assert ranking.figures(np.ones(1200), rates) == pytest.approx(expected, rel=1e-12)
+    assert np.allclose(ranking.curve(np.ones(1200)), [false, true], rtol=1e-12)
 
 
 def test_intervals_of_auc_and_tpr_hold_the_truth():
