@@ -3,7 +3,6 @@
 docs/audit-files.md describes the columns. Reading them needs no torch.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Hashable, Sequence
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq, Levenshtein
 
-from goldfish.audit.estimate import SCHEMA
+from goldfish.audit.estimate import read_json
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
 from goldfish.pieces import text_pieces
 
@@ -77,7 +76,8 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
         parts = [pq.read_table(file, columns=names, partitioning=None) for file in sorted(path.glob("*.parquet"))]
         table = pa.concat_tables(parts).select(names) if parts else COLUMNS.empty_table().select(names)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"the records in {path} are damaged ({_first_line(error)}); audit again") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the records in {path} are damaged ({reason}); audit again") from error
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
         raise ValueError(
@@ -88,28 +88,9 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of an audit's folder: everything that defines the run.
-
-    Raises:
-        FileNotFoundError: a folder that holds no audit. ValueError: an unreadable run.json, or one of another schema.
-    """
-    path = Path(folder) / RUN
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
-        )
-    try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = run["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again")
-    return run
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    """run.json of an audit's folder: everything that defines the run; errors as of `read_json`."""
+    missing = f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+    return read_json(Path(folder) / RUN, missing)
 
 
 def make_record(
@@ -150,7 +131,7 @@ def make_record(
         "exact_match": output == suffix,
         "first_divergence": first,
         "longest_run": max((length for _, _, length in runs), default=0),
-        "common_runs": uncovered([run for run in runs if run[2] >= SHORTEST_RUN]),
+        "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
         "matches": matches,
         "correct_count": int(correct[start - 1 :].sum()),
         "characters": len(text),
@@ -165,28 +146,6 @@ def make_record(
         **membership_scores(score, text, all_dropped[1:], known[1:]),
         "words": word_buckets(text),
     }
-
-
-def token_table(windows: Sequence[Window], scores: "Sequence[Score]") -> pa.Table:
-    """One row for each token but the first of each window; log_q, of the settings in order, for the suffix only."""
-    lengths = [len(score.nll) for score in scores]
-    columns: dict[str, Any] = {
-        key: np.repeat([getattr(window, key) for window in windows], lengths)
-        for key in ("split", "index", "document", "offset")
-    }
-    columns["position"] = np.concatenate([np.arange(1, length + 1) for length in lengths])
-    columns["id"] = np.concatenate([window.ids[1:] for window in windows])
-    for key in ("greedy", "nll", "rank", "margin", "entropy_mean", "entropy_std"):
-        columns[key] = np.concatenate([getattr(score, key) for score in scores])
-    columns["log_q"] = pa.array(
-        [
-            place
-            for window, score in zip(windows, scores, strict=True)
-            for place in [None] * (window.prefix_length - 1) + score.log_q.T.tolist()
-        ],
-        type=pa.list_(pa.float32()),
-    )
-    return pa.table(columns)
 
 
 def rouge_l(candidate: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
@@ -213,19 +172,6 @@ def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
     (i, j), (end, _) = edges
     runs: list[list[int]] = np.stack([i, j, end - i + 1], -1).tolist()
     return runs
-
-
-def uncovered(runs: Sequence[list[int]]) -> list[list[int]]:
-    """Runs, longest first, without those of which longer ones hold every token on both sides."""
-    covered: tuple[set[int], set[int]] = set(), set()
-    kept = []
-    for run in sorted(runs, key=lambda run: -run[2]):
-        sides = [range(start, start + run[2]) for start in run[:2]]
-        if not all(seen.issuperset(side) for seen, side in zip(covered, sides, strict=True)):
-            kept.append(run)
-        for seen, side in zip(covered, sides, strict=True):
-            seen.update(side)
-    return sorted(kept)
 
 
 def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,24 @@ def loads(text: str) -> Any:
     """The structure of `dumps`: every object with the fields of an Estimate becomes one."""
     names = {field.name for field in fields(Estimate)}
     return json.loads(text, object_hook=lambda value: Estimate(**value) if value.keys() == names else value)
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The object in run.json or summary.json, with its Estimates.
+
+    Raises:
+        FileNotFoundError: no such file; `missing` says so. ValueError: an unreadable one, or one of another schema.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(missing)
+    try:
+        value: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
+        schema = value["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again")
+    return value
 
 
 def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:

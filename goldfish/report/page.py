@@ -4,7 +4,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from itertools import combinations
 from math import log
 from typing import Any
@@ -14,7 +13,7 @@ from markupsafe import Markup
 
 from goldfish.audit.compare import compare
 from goldfish.audit.estimate import decimals, percent
-from goldfish.audit.results import NO_RULE, Audit
+from goldfish.audit.results import NO_RULE
 from goldfish.audit.tell import ROWS, describe
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
@@ -78,12 +77,6 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     )
 
 
-def model_card(audits: Sequence[Audit]) -> str:
-    """A section for a model card, as Markdown, for each audit."""
-    described = [(audit, describe(audit.summary)) for audit in audits]
-    return _environment().get_template("model_card.md").render(audits=described)
-
-
 def _texts(
     environment: Environment, common: Mapping[str, Any], views: Sequence[View], rows: Any
 ) -> tuple[list[Markup], int]:
@@ -138,11 +131,6 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
             yield {"reason": str(error), **pair}
 
 
-def markdown(text: str) -> str:
-    """Text that Markdown shows as it is; our own sentences stay readable in the source."""
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escape(plain(text, 1000), quote=False))
-
-
 def signed(value: float) -> str:
     """A difference, with its sign."""
     return f"{'−' if value < 0 else '+'}{decimals(abs(value))}" if value else "0"
@@ -167,7 +155,7 @@ def _environment() -> Environment:
         loader=LOADER, autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=finalize,
     )  # fmt: skip
-    for each in (percent, decimals, signed, power_of_ten, plain, markdown):
+    for each in (percent, decimals, signed, power_of_ten, plain):
         environment.filters[each.__name__] = each
     environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired=FIGURES, attack_names=ATTACKS)
     return environment
