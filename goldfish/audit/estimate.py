@@ -217,20 +217,15 @@ def statistic(function: Callable[[Floats], Floats], sums: Sequence[ArrayLike], n
     columns = document_sums(sums, documents)
     with np.errstate(divide="ignore", invalid="ignore"):
         point = float(function(columns.sum(0)))
-        single = function(columns)
-        enough = len(columns) >= FEWEST_DOCUMENTS
-        draws = function(resampled(columns)) if enough else single
-    value = point if np.isfinite(point) else None
-    reason = None
-    if not enough:
-        reason = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
-    elif (single == single[0]).all():
-        reason = "every document has the same value, which says nothing about others"
-    elif not np.isfinite(draws).all():
-        reason = "too few events for an interval"
-    elif (draws == draws[0]).all():
+        value = point if np.isfinite(point) else None
+        if len(columns) < FEWEST_DOCUMENTS:
+            reason = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
+            return Estimate(value, None, n, len(columns), reason=reason)
+        draws = function(resampled(columns))
+    if not np.isfinite(draws).all():
+        return Estimate(value, None, n, len(columns), reason="too few events for an interval")
+    if np.ptp(draws) <= 1e-12 * abs(point):
         reason = "every resample gives the same value, which says nothing about other documents"
-    if reason:
         return Estimate(value, None, n, len(columns), reason=reason)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(value, None, n, len(columns), float(low), float(high))
