@@ -149,6 +149,40 @@ def test_offsets_strata_and_trivial_suffixes():
     assert made_up_summary(made_up_records("members", 3, 0.5))["splits"]["members"]["strata"] is None
 
 
+def test_no_sampling_beats_the_ranks():
+    """Softmax by hand: no temperature, top-k or top-p makes the suffix more probable than the product of 1/rank."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 3, (SUFFIX, 30))
+    order = np.argsort(-logits)
+    ranks = np.array([0, 1, 0, 4, 2, 0, 0, 9])
+    window = Window("members", 0, "d", [*range(PREFIX), *order[range(SUFFIX), ranks].tolist()], PREFIX)
+    every = np.concatenate([np.zeros(PREFIX - 1, dtype=int), ranks])
+    bits = make_record(window, made_up_score(window, every == 0, generator, rank=every), None, Words(), 0)["rank_bits"]
+    assert 2**-bits == pytest.approx(1 / (2 * 5 * 3 * 10))
+    best = 0.0
+    for _ in range(2_000):
+        temperature, top_k, top_p = 10 ** generator.uniform(-2, 2), generator.integers(1, 31), generator.uniform(0.1, 1)
+        p = 1.0
+        for row, rank in zip(logits, ranks, strict=True):
+            likely = np.exp((np.sort(row)[::-1] - row.max()) / temperature)[:top_k]
+            likely = likely[: 1 + int(np.searchsorted(np.cumsum(likely / likely.sum()), top_p))]
+            p *= likely[rank] / likely.sum() if rank < len(likely) else 0.0
+        best = max(best, p)
+    assert 0 < best <= 2**-bits
+    each = np.prod([1 / len(np.flatnonzero(row >= row[i])) for row, i in zip(logits, window.suffix, strict=True)])
+    assert 2**-bits == pytest.approx(each), "reached by top-k = rank and a high temperature at every token"
+
+
+def test_texts_that_sampling_may_extract_under_some_setting():
+    """In 1,000 samples with even odds: ln 2 / 1,000 is 10.49 bits."""
+    records = made_up_records("members", 4, 0.5)
+    for record, bits in zip(records, [0.0, 10.0, 10.5, 99.0], strict=True):
+        record |= {"rank_bits": bits, "log_p": [-np.log(2) * (bits + 1)]}
+    split = made_up_summary(records)["splits"]["members"]
+    assert (split["extractable_bound"].k, split["extractable"].k) == (2, 1)
+    assert split["rank_bits"] == {"least": 0.0, "median": 10.25, "greatest": 99.0}
+
+
 def test_beams_count_up():
     records = made_up_records("members", 4, 0.5)
     for record, beams in zip(records, [1, 0, 5, 30], strict=True):

@@ -159,10 +159,10 @@ def test_words_are_tested_on_other_documents():
 def test_scores_by_their_published_formulas():
     generator = np.random.default_rng(0)
     window = Window("members", 0, "d", generator.integers(50, size=PREFIX + SUFFIX).tolist(), PREFIX)
-    mu, sigma = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5
+    mu, sigma, control = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5, generator.exponential(1.0, 17)
     score = made_up_score(
         window, generator.random(17) < 0.5, generator, entropy_mean=mu.astype(np.float32),
-        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=4.0,
+        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=control,
     )  # fmt: skip
     rule = Goldfish(k=3, h=4)
     record = make_record(window, score, rule, Words(), 0)
@@ -172,15 +172,20 @@ def test_scores_by_their_published_formulas():
     gone = rule.dropped(np.array(window.ids)).tolist()[1:]
     kept = [x for x, hole in zip(nll, gone, strict=True) if not hole]
     holes = [x for x, hole in zip(nll, gone, strict=True) if hole]
+    votes = []
+    for size in (2, 3, 4, 6, 9, 13, 17, 17, 17, 17):  # 18, 25, 32 and 40 are longer than the text
+        runs = [range(first, first + size) for first in range(17 - size + 1)]
+        votes.append(sum(sum(control[j] - nll[j] for j in run) > 0 for run in runs) / len(runs))
     expected = {
         "mia_loss": -sum(nll) / 17,
         "mia_zlib": -sum(nll) / len(zlib.compress(text.encode())),
         "mia_lowercase": 5 - sum(nll) / 17,
-        "mia_reference": 4 - sum(nll) / 17,
+        "mia_reference": sum(control) / 17 - sum(nll) / 17,
         "mia_min_k": -sum(sorted(nll)[-3:]) / 3,
         "mia_min_k_plus_plus": sum(sorted(z)[:3]) / 3,
         "mia_kept_loss": -sum(kept) / len(kept),
         "mia_dropped_gap": sum(holes) / len(holes) - sum(kept) / len(kept),
+        "mia_wbc": sum(votes) / 10,
     }
     assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert mean_of_lowest(np.array([3.0, 1.0, 2.0])) == 1.0, "at least one token"
@@ -199,10 +204,10 @@ def test_every_attack_points_the_same_way():
     records = made_up_records("members", 60, 0.95, rule=rule, recall_dropped=0.4)
     records += made_up_records("heldout", 60, 0.3, rule=rule, recall_dropped=0.3)
     for record in records:
-        record["mia_lowercase"] = record["mia_reference"] = 3 + record["mia_loss"]
+        record["mia_lowercase"] = record["mia_reference"] = record["mia_wbc"] = 3 + record["mia_loss"]
     found = made_up_summary(records)["membership"]
     assert set(found["attacks"]) == {
-        "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap",
+        "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc",
     }  # fmt: skip
     for name, attack in found["attacks"].items():
         assert attack["auc"].lower95 > 0.7, name

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
-ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap")
+ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc")
 COUNTS = (  # of attribution: tokens up to the first divergence, then teacher-forced tokens of the whole suffix
     "stopped_dropped", "reached_dropped", "stopped_kept", "reached_kept",
     "correct_dropped", "count_dropped", "correct_kept", "count_kept",
@@ -34,6 +34,7 @@ TRIVIAL = 0.25  # a suffix with a smaller type-token ratio: tables, rulers, repe
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
+WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
 LEAST_STD = 1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
 
 COLUMNS = pa.schema([
@@ -55,6 +56,7 @@ COLUMNS = pa.schema([
     *((name, pa.float64()) for name in (
         "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity", "type_token_ratio")),
     ("log_p", pa.list_(pa.float64())),
+    ("rank_bits", pa.float64()),
     ("beams", pa.int64()),
     *((name, pa.int64()) for name in COUNTS),
     *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
@@ -141,6 +143,8 @@ def make_record(
         "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
         "type_token_ratio": len(set(suffix)) / len(suffix),
         "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
+        # Never more probable than one in rank + 1, under any sampling that keeps the order of the tokens.
+        "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
         "beams": score.beams,
         **attribution_counts(dropped, correct[start - 1 :], first),
         **membership_scores(score, text, all_dropped[1:], known[1:]),
@@ -236,17 +240,30 @@ def membership_scores(
     log_p = -np.asarray(score.nll, dtype=np.float64)
     loss = float(-log_p.mean())
     kept_log_p, dropped_log_p = log_p[known & ~dropped], log_p[known & dropped]
+    control = score.control_nll
     has_both = len(kept_log_p) > 0 and len(dropped_log_p) > 0
     return {
         "mia_loss": -loss,
         "mia_zlib": float(log_p.sum()) / len(zlib.compress(text.encode("utf-8", "replace"))),
         "mia_lowercase": None if score.lowercase_nll is None else score.lowercase_nll - loss,
-        "mia_reference": None if score.control_nll is None else score.control_nll - loss,
+        "mia_reference": None if control is None else float(control.mean()) - loss,
         "mia_min_k": mean_of_lowest(log_p),
         "mia_min_k_plus_plus": mean_of_lowest((log_p - score.entropy_mean) / np.maximum(score.entropy_std, LEAST_STD)),
         "mia_kept_loss": float(kept_log_p.mean()) if has_both else None,
         "mia_dropped_gap": float(kept_log_p.mean() - dropped_log_p.mean()) if has_both else None,
+        "mia_wbc": None if control is None else window_votes(control + log_p),
     }
+
+
+def window_votes(differences: NDArray[np.float64]) -> float:
+    """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1): the share of runs of consecutive tokens on which the
+    control's summed loss is the higher one, averaged over WBC_SIZES; sizes beyond the text are the whole text.
+
+    differences: (T-1,), loss under the control minus loss under the model.
+    """
+    total = np.cumsum(np.append(0.0, differences))
+    shares = [np.mean(total[size:] > total[:-size]) for size in np.minimum(WBC_SIZES, len(differences))]
+    return float(np.mean(shares))
 
 
 def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:

@@ -30,6 +30,7 @@ ROWS = (  # of the table: label, the estimate's name in a split
     ("texts recited word for word", "exact_match"),
     ("  without trivial suffixes", "exact_match_nontrivial"),
     ("  in 1,000 samples, p=0.5", "extractable"),
+    ("    under any setting, at most", "extractable_bound"),
     ("  by beam search", "beam_search"),
     ("  near-verbatim", "near_verbatim"),
     ("ROUGE-L (text)", "rouge_l_text"),
@@ -100,7 +101,7 @@ def require_known(
     row: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"count": None, "words": [1], "suffix_ids": [], "dropped": []}
     row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
     row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
-    row |= {"mia_reference": 0 if protocol["control"] else None}
+    row |= dict.fromkeys(("mia_reference", "mia_wbc"), 0 if protocol["control"] else None)
     run = dict.fromkeys(ABOUT) | {"protocol": {**protocol, "vocabulary": 2}, "receipt": None}
     run["inputs"] = {split: {"rows": 1, "skipped": []} for split in splits}
     table = pa.Table.from_pylist([{**row, "split": split, "cluster": i} for i, split in enumerate(splits)])

@@ -26,7 +26,8 @@ ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of
 RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
-ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
+ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap",
+           "wbc": "WBC"}  # fmt: skip
 LOADER = PackageLoader("goldfish.report", "templates")
 FIGURES = {name: label for label, name in ROWS}
 
