@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,11 +160,15 @@ def test_words_are_tested_on_other_documents():
 def test_scores_by_their_published_formulas():
     generator = np.random.default_rng(0)
     window = Window("members", 0, "d", generator.integers(50, size=PREFIX + SUFFIX).tolist(), PREFIX)
-    mu, sigma, control = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5, generator.exponential(1.0, 17)
+    mu, sigma = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5
     score = made_up_score(
         window, generator.random(17) < 0.5, generator, entropy_mean=mu.astype(np.float32),
-        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=control,
+        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0,
     )  # fmt: skip
+    difference = generator.normal(0, 1, 17)
+    difference[0] = 0.01 - difference[1:].sum()  # the whole text is a vote for, its last 16 tokens one against
+    control = score.nll + difference
+    score = replace(score, control_nll=control)
     rule = Goldfish(k=3, h=4)
     record = make_record(window, score, rule, Words(), 0)
     nll = [float(x) for x in score.nll]
@@ -172,6 +177,7 @@ def test_scores_by_their_published_formulas():
     gone = rule.dropped(np.array(window.ids)).tolist()[1:]
     kept = [x for x, hole in zip(nll, gone, strict=True) if not hole]
     holes = [x for x, hole in zip(nll, gone, strict=True) if hole]
+    assert difference[0] > 0.02
     votes = []
     for size in (2, 3, 4, 6, 9, 13, 17, 17, 17, 17):  # 18, 25, 32 and 40 are longer than the text
         runs = [range(first, first + size) for first in range(17 - size + 1)]
