@@ -10,6 +10,7 @@ from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score,
 from sklearn import metrics
 
 from goldfish import Goldfish
+from goldfish.audit import membership
 from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
 from goldfish.audit.membership import Ranking, Side, membership_figures, word_scores
 from goldfish.audit.windows import Window
@@ -59,8 +60,9 @@ def test_auc_and_roc_equal_scikit_learn():
     assert np.allclose(ranking.curve(np.ones(1200)), [false, true], rtol=1e-12)
 
 
-def test_intervals_of_auc_and_tpr_hold_the_truth():
+def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
     """Scores N(1, 1) and N(0, 1): AUC is Phi(1/sqrt 2)."""
+    monkeypatch.setattr(membership, "RESAMPLES", 300)
     truth = 0.5 * (1 + math.erf(1 / 2))
     held = 0
     for seed in range(30):
@@ -124,8 +126,9 @@ def words(n, seed, extra=""):
     return [" ".join(f"w{i}" for i in generator.zipf(1.3, 60) % 5000) + extra for _ in range(n)]
 
 
-def test_blind_baseline_is_at_chance_on_a_random_split():
+def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
     """Mean AUC over 60 random splits near one half, and few of them called confounded."""
+    monkeypatch.setattr(membership, "RESAMPLES", 2)
     aucs, confounded = [], 0
     for seed in range(60):
         found = membership_figures(

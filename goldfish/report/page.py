@@ -29,7 +29,6 @@ BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap",
            "wbc": "WBC"}  # fmt: skip
 LOADER = PackageLoader("goldfish.report", "templates")
-FIGURES = {name: label for label, name in ROWS}
 
 
 def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) -> str:
@@ -51,27 +50,13 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         texts=texts,
         hover=hover,
         total=len(rows),
-        questions=by_text(views, "questions", "explanations"),
-        warnings=by_text(views, "warnings"),
-        skipped=by_text(views, "skipped"),
-        gaps=by_text(views, "not_tested"),
         labels=dict.fromkeys(label for _, rows in figures for label in rows),
         figures=figures,
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
-        results=RESULTS,
-        hidden=HIDDEN if redact else (),
         every=every,
         attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
         comparisons=list(comparisons(views, baseline)),
-        histograms=plots.rouge_histograms(views),
-        survival=plots.survival(views),
-        prefix_sweep=plots.sweep(views, "prefix_sweep", "prefix_length", "tokens of prefix given"),
-        offset_sweep=plots.sweep(views, "offset_sweep", "offset", "tokens from the start of the document"),
-        extractable=plots.extractable(views),
-        divergences=plots.divergences(views),
-        losses=plots.losses(views),
-        roc=plots.roc(views),
         script=Markup(script),
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -158,5 +143,8 @@ def _environment() -> Environment:
     )  # fmt: skip
     for each in (percent, decimals, signed, power_of_ten, plain):
         environment.filters[each.__name__] = each
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired=FIGURES, attack_names=ATTACKS)
+    environment.globals.update(
+        badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired={name: label for label, name in ROWS}, attack_names=ATTACKS,
+        by_text=by_text, plots=plots, results=RESULTS, hidden=HIDDEN,
+    )  # fmt: skip
     return environment
