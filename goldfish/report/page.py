@@ -144,7 +144,7 @@ def _environment() -> Environment:
     for each in (percent, decimals, signed, power_of_ten, plain):
         environment.filters[each.__name__] = each
     environment.globals.update(
-        badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired={name: label for label, name in ROWS}, attack_names=ATTACKS,
-        by_text=by_text, plots=plots, results=RESULTS, hidden=HIDDEN,
+        badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired={name: label for label, name in ROWS}, by_text=by_text,
+        attack_names=ATTACKS, plots=plots, results=RESULTS, hidden=HIDDEN,
     )  # fmt: skip
     return environment
