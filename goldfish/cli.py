@@ -86,7 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--control", metavar="DIR", help="a checkpoint with the same tokenizer that never saw the members"
     )
-    audit.add_argument("--tokens", action="store_true", help="also write one row a token to tokens/")
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
     audit.add_argument(
         "--dtype", default="float32", metavar="DTYPE",

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from goldfish.audit.columns import records
 from goldfish.audit.estimate import Codes, Estimate, Floats, decimals, dumps, statistic
 from goldfish.audit.results import Audit, read
-from goldfish.audit.tell import literal
+from goldfish.audit.tell import literal, table_lines
 from goldfish.pieces import plain
 
 SCHEMA = "goldfish.compare/2"
@@ -104,12 +104,9 @@ def table(result: Mapping[str, Any]) -> Table:
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison for a pull request."""
     names = [literal(plain(result[which]["name"])) for which in ("first", "second")]
-    lines = [
-        f"## goldfish compare: {names[0]} and {names[1]}", "", literal(plain(result["sentence"], 1000)), "",
-        f"| texts | figure | {names[0]} | {names[1]} | difference, paired, 95% interval |", "|---|---|---|---|---|",
-        *("| " + " | ".join(row) + " |" for row in rows(result)),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    heading = ["texts", "figure", *names, "difference, paired, 95% interval"]
+    lines = [f"## goldfish compare: {names[0]} and {names[1]}\n", literal(plain(result["sentence"], 1000)) + "\n"]
+    return "\n".join([*lines, *table_lines(heading, rows(result))])
 
 
 def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.columns import make_record, token_table
+from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.folder import Folder
 from goldfish.audit.model import (
@@ -66,7 +66,6 @@ def audit(
     beams: Sequence[int] = (),
     lowercase: bool = False,
     control: str | Path | None = None,
-    tokens: bool = False,
     name: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
@@ -99,7 +98,6 @@ def audit(
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
         lowercase: also score the texts in lower case (one more pass).
         control: a checkpoint with the same tokenizer that never saw the members (one more pass).
-        tokens: also write tokens/, one row a token.
         name: what tables and reports call this checkpoint; by default its folder's name.
         dtype: float32, bfloat16 (bf16) or float16 (fp16). In 16 bits, rows whose answer depends on rounding are
             settled at batch size 1.
@@ -212,7 +210,6 @@ def audit(
         "receipt": receipt,
         "versions": versions(),
         "block": BLOCK,
-        "tokens": tokens,
     }
     with folder.held() if rank == 0 else nullcontext():
         if rank == 0:
@@ -238,7 +235,7 @@ def audit(
                                 make_record(window, score, _rule_of(window, rules), tokenizer, cluster)
                                 for window, score, cluster in zip(block, scores, of_block, strict=True)
                             ]
-                            folder.write(number, records, token_table(block, scores) if tokens else None)
+                            folder.write(number, records)
                         bar.advance(task, len(block))
             _wait(state)
         if rank == 0:
