@@ -124,10 +124,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         folder = output / f"seed{seed}"
         folder.mkdir(exist_ok=True)
         inputs = common.save_windows(folder, (members, heldout), tokenizer)
-        for method, name in [("none", "untouched"), *itertools.product(args.methods, args.rules)]:
-            known = runs.read_results(output / "results.jsonl")
-            if any((r["seed"], r["method"], r["rule"]) == (seed, method, name) for r in known):
-                continue
+        done = {(r["seed"], r["method"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
+        trainings = [("none", "untouched"), *itertools.product(args.methods, args.rules)]
+        todo = [(method, name) for method, name in trainings if (seed, method, name) not in done]
+        for method, name in todo:
             began, checkpoint, audited = time.process_time(), folder / f"{method}-{name}", folder / "audit"
             for old in (checkpoint, audited / f"{method}-{name}"):  # of a run that was stopped
                 shutil.rmtree(old, ignore_errors=True)
@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             runs.append(output / "results.jsonl", result | runs.about("trl", "peft"))
             if not args.keep:
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        present(folder)
+        if todo:
+            present(folder)
     results = runs.read_results(output / "results.jsonl")
     print(table(results))
     return results

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import canaries
@@ -33,11 +34,11 @@ def finished(small, tmp_path_factory):
 
 
 def same_results(folder, other, **tolerance):
-    ours, theirs = (runs.read_results(each / "results.jsonl") for each in (folder, other))
-    assert [result["run"] for result in ours] == [result["run"] for result in theirs] == RUNS
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("validation_loss", "nll_members", "nll_heldout"):
-            assert a[name] == pytest.approx(b[name], **tolerance), (a["run"], name)
+    ours, theirs = ({r["run"]: r for r in runs.read_results(each / "results.jsonl")} for each in (folder, other))
+    assert ours.keys() == theirs.keys() == set(RUNS)
+    for name in ours:
+        for key in ("validation_loss", "nll_members", "nll_heldout"):
+            assert ours[name][key] == pytest.approx(theirs[name][key], **tolerance), (name, key)
     receipts = [(each / f"seed0-{RULE}" / "model" / "goldfish.json").read_text() for each in (folder, other)]
     assert receipts[0] == receipts[1]
 
@@ -99,19 +100,26 @@ def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
 def test_fsdp_killed_and_started_again_ends_where_one_process_does(small, finished, tmp_path):
     """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoints are ordinary ones.
 
-    kill -9 of one process in step 8 of the third training; checkpoints are written every three steps.
+    Of a run in which only the training under the rule is left to do, one process dies (kill -9) in step 8 of it;
+    checkpoints are written every three steps.
     """
-    command = ("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")])
+    folder, results = finished
+    run, model = tmp_path / "run", tmp_path / "run" / f"seed0-{RULE}" / "model"
+    run.mkdir()
+    shutil.copy(folder / "arguments.json", run)
+    for result in results:
+        if result["run"] != RULE:
+            runs.append(run / "results.jsonl", result)
+    command = ("pretrain_canaries", [*small, "--output_dir", str(run)])
     assert launch(command, config="fsdp2", dies=f"seed0-{RULE}:1:8").returncode != 0
-    model = tmp_path / "run" / f"seed0-{RULE}" / "model"
     assert runs.last_checkpoint(model) == model / "checkpoint-6"
     assert not runs.finished(model)
     done = launch(command, config="fsdp2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-6" in done.stdout
-    same_results(tmp_path / "run", finished[0], rel=1e-5)
-    results = runs.read_results(tmp_path / "run" / "results.jsonl")
-    assert {(result["distributed"], result["processes"]) for result in results} == {("FSDP", 2)}
+    same_results(run, folder, rel=1e-5)
+    last = runs.read_results(run / "results.jsonl")[-1]
+    assert (last["run"], last["distributed"], last["processes"]) == (RULE, "FSDP", 2)
 
 
 def test_a_finished_run_is_not_trained_again(small, finished, capsys):
