@@ -1,7 +1,7 @@
 """Smaller k where text recurs: is that better than deduplication, or than a small k everywhere?
 
     python benchmarks/recurrence.py --text documents.jsonl            # goes on with what results/recurrence.jsonl lacks
-    python benchmarks/recurrence.py --text documents.jsonl --static   # what the recurrence table flags, no training
+    python benchmarks/recurrence.py --text documents.jsonl --static   # words that recur and drop rates, no training
     python benchmarks/recurrence.py --table                           # the tables of the runs so far; no training
 
 One training reads unique documents once, and planted passages of 64 tokens in 1, 2, 5 or 20 versions: exact copies,
@@ -38,7 +38,6 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,17 +59,8 @@ from goldfish.audit.columns import rouge_l
 from goldfish.hashing import mix, prefix_hashes, shift_right, signed, window_hashes
 from goldfish.vocabulary import characters
 
-RULES = (
-    "standard",
-    "dedup",
-    "recur-2-4",
-    "letters-2",
-    "recur-2",
-    "letters-4",
-    "max-kept-4",
-    "oracle-2",
-    "dedup-labels",
-)
+RULES = ("standard", "dedup", "recur-2-4", "letters-2", "recur-2", "letters-4", "max-kept-4", "oracle-2",
+         "dedup-labels")  # fmt: skip
 KINDS = {"exact": 0.0, "reformatted": 0.0, "2%": 0.02, "5%": 0.05}  # share of words edited
 VERSIONS = (1, 2, 5, 20)
 SHINGLE, BITS, BEFORE, AFTER, LEAST_WORDS, LEAST_DOCUMENTS = 30, 28, 8, 18, 2, 3
@@ -113,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     parser.add_argument("--results", type=Path, default=RESULTS / "recurrence.jsonl")
-    parser.add_argument("--static", action="store_true", help="only say what the table flags, in all of the text too")
+    parser.add_argument("--static", action="store_true", help="only count what is flagged and dropped, in seed 0")
     parser.add_argument("--table", action="store_true", help="print the tables of the results and stop")
     args = parser.parse_args(argv)
     if not args.table:
@@ -123,10 +113,11 @@ def main(argv: list[str] | None = None) -> None:
         random.Random(0).shuffle(texts)
         tokenizer = byte_level_bpe(texts[HELDOUT : HELDOUT + 2 * POOL], VOCABULARY)
         if args.static:
-            print(json.dumps(make_data(args, 0, texts, tokenizer).flagged, indent=1))
-            everything = count([read_words(text) for text in texts])
-            print(f"of all {len(texts)} documents, nothing planted: {sum(map(np.sum, everything[0]))} of "
-                  f"{sum(map(len, everything[0]))} words recur")  # fmt: skip
+            data = make_data(args, 0, texts, tokenizer)
+            recurs, _ = count([read_words(text) for text in texts])
+            everything = {"all documents, nothing planted": [sum(map(int, map(np.sum, recurs))), sum(map(len, recurs))]}
+            rates = {rule: drop_rate(data, *arrange(rule, data, tokenizer)) for rule in RULES}
+            print(json.dumps({"words that recur": data.flagged | everything, "drop rates": rates}, indent=1))
             return
         size = {name: getattr(args, name) for name in ("rows", "passages", "repeats", "hidden")}
         for seed in args.seeds:
@@ -194,59 +185,50 @@ def make_data(args: argparse.Namespace, seed: int, texts: list[str], tokenizer: 
     pool = [" ".join(text.split()) for text in texts[HELDOUT : HELDOUT + POOL]]
     windows = split_windows(pool, tokenizer, len(cells), PASSAGE, seed)
     plain = [tokenizer.decode(ids) for ids in windows[0]]
-    documents, names = [], []  # names: "unique", or the passage's versions and kind
+    documents, spare = [], []  # name and text: "unique" or "spare", or the passage's versions and kind
     for number, (passage, (versions, kind)) in enumerate(zip(plain, cells, strict=True)):
         for version in range(versions):
             draw = random.Random(f"{seed} {number} {version}")
             text = edit(passage, plain, KINDS[kind], draw)
-            documents.append(reformat(text, draw) if kind == "reformatted" else text)
-            names.append(f"{versions} {kind}")
-    needed, spare = args.rows, args.repeats * len(documents)
-    unique = texts[HELDOUT + POOL :]
-    random.Random(seed).shuffle(unique)
-    spared: list[str] = []
-    for text in unique:
-        whole_rows = len(tokenizer(text)["input_ids"]) // ROW
+            documents.append((f"{versions} {kind}", reformat(text, draw) if kind == "reformatted" else text))
+    needed, needed_spare = args.rows, args.repeats * len(documents)
+    others = texts[HELDOUT + POOL :]
+    random.Random(seed).shuffle(others)
+    for text in others:
+        rows = len(tokenizer(text)["input_ids"]) // ROW
         if needed > 0:
-            documents.append(text)
-            names.append("unique")
-        elif spare > 0:
-            spared.append(text)
-            spare -= whole_rows
-        needed -= whole_rows
-    if needed > 0 or spare > 0:
-        raise ValueError(f"{args.text} is too short: rows of unique text lack; lower --rows, --passages or --repeats")
-    order = random.Random(seed).sample(range(len(documents)), len(documents))  # which copy is the first
-    documents, names = [documents[i] for i in order], [names[i] for i in order]
+            documents.append(("unique", text))
+            needed -= rows
+        elif needed_spare > 0:
+            spare.append(("spare", text))
+            needed_spare -= rows
+    if needed > 0 or needed_spare > 0:
+        raise ValueError(f"{args.text} is too short; lower --rows, --passages or --repeats")
+    documents = random.Random(seed).sample(documents, len(documents))  # which copy is the first
 
-    read = [read_words(text) for text in documents]
+    read = [read_words(text) for _, text in documents]
     recurs, later = count(read)
     flagged: dict[str, list[int]] = {}
-    for name, flags in zip(names, recurs, strict=True):
-        one, all_words = flagged.get(name, (0, 0))
-        flagged[name] = [one + int(flags.sum()), all_words + len(flags)]
+    for (name, _), flags in zip(documents, recurs, strict=True):
+        before = flagged.get(name, (0, 0))
+        flagged[name] = [before[0] + int(flags.sum()), before[1] + len(flags)]
 
     ids, lengths, marks, kinds = [], [], [], []
-    for number, text in enumerate(documents + spared):
+    for number, (name, text) in enumerate(documents + spare):
         encoding = tokenizer(text, return_offsets_mapping=True)
-        tokens = encoding["input_ids"]
-        if number < len(documents):
-            at = [on_tokens(f[number], read[number], encoding["offset_mapping"]) for f in (recurs, later)]
-        else:
-            at = [np.zeros(len(tokens), dtype=bool)] * 2
-        is_planted = number < len(documents) and names[number] != "unique"
-        for begin in [0] if is_planted else range(0, len(tokens) - ROW + 1, ROW):
+        tokens, at = encoding["input_ids"], np.zeros((2, len(encoding["input_ids"])), dtype=bool)
+        if name != "spare":
+            at = np.stack([on_tokens(f[number], read[number], encoding["offset_mapping"]) for f in (recurs, later)])
+        kind = name if name in ("unique", "spare") else "planted"
+        for begin in [0] if kind == "planted" else range(0, len(tokens) - ROW + 1, ROW):
             row = tokens[begin : begin + ROW]
             lengths.append(len(row))
             ids.append(row + [tokenizer.eos_token_id] * (ROW - len(row)))
-            marks.append([np.pad(a[begin : begin + ROW], (0, ROW - len(row))) for a in at])
-            kinds.append("planted" if is_planted else "unique" if number < len(documents) else "spare")
-    of_kind = {
-        kind: [row for row, other in enumerate(kinds) if other == kind] for kind in ("unique", "planted", "spare")
-    }
-    reads = torch.tensor(of_kind["unique"][: args.rows] + args.repeats * of_kind["planted"])
+            marks.append(np.pad(at[:, begin : begin + ROW], ((0, 0), (0, ROW - len(row)))))
+            kinds.append(kind)
+    unique, planted, spared = (np.flatnonzero(np.array(kinds) == kind) for kind in ("unique", "planted", "spare"))
+    reads = torch.from_numpy(np.concatenate([unique[: args.rows], *[planted] * args.repeats]))
     reads = reads[torch.randperm(len(reads), generator=torch.Generator().manual_seed(seed))]
-    flags_of = torch.from_numpy(np.array(marks))
 
     rows, owners = [], []
     for owner, text in enumerate(texts[:HELDOUT]):
@@ -256,7 +238,7 @@ def make_data(args: argparse.Namespace, seed: int, texts: list[str], tokenizer: 
         owners += [owner] * len(cut)
     return Data(
         torch.tensor(ids), reads, torch.tensor(lengths)[reads], torch.tensor([kind == "planted" for kind in kinds]),
-        flags_of[:, 0], flags_of[:, 1], of_kind["spare"], flagged, windows, cells,
+        *torch.from_numpy(np.stack(marks)).unbind(1), spared.tolist(), flagged, windows, cells,
         torch.tensor(rows), torch.tensor(owners),
     )  # fmt: skip
 
@@ -287,6 +269,12 @@ def arrange(rule: str, data: Data, tokenizer: Any) -> tuple[Tensor, Tensor]:
     return reads, drop
 
 
+def drop_rate(data: Data, reads: Tensor, drop: Tensor) -> float:
+    """The share of targets that are dropped."""
+    inside = torch.arange(1, ROW) < data.lengths[:, None]
+    return round(float((drop[reads][:, 1:] & inside).sum() / inside.sum()), 4)
+
+
 def train(rule: str, seed: int, hidden: int, tokenizer: Any, data: Data) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(small_llama(tokenizer, hidden, ROW, num_hidden_layers=2))
@@ -294,7 +282,6 @@ def train(rule: str, seed: int, hidden: int, tokenizer: Any, data: Data) -> dict
     steps = len(reads) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    inputs = kept = 0
     for step in range(steps):
         here = slice(step * BATCH, (step + 1) * BATCH)
         ids, outside = data.ids[reads[here]], torch.arange(ROW) >= data.lengths[here, None]
@@ -305,10 +292,9 @@ def train(rule: str, seed: int, hidden: int, tokenizer: Any, data: Data) -> dict
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        inputs, kept = inputs + int((~outside[:, 1:]).sum()), kept + targets
     result = {
-        "input_targets": inputs,
-        "drop_rate": round(1 - kept / inputs, 4),
+        "input_targets": int((data.lengths - 1).sum()),
+        "drop_rate": drop_rate(data, reads, drop),
         "replaced": int((reads != data.reads).sum()),
         "flagged": data.flagged,
         "cells": data.cells,
@@ -353,81 +339,64 @@ def extract(model: Any, rule: str, tokenizer: Any, data: Data) -> dict[str, Any]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Four tables: every rule; recurrence against the others; ROUGE-L by kind of version; what the table flags."""
+    """Three tables: all rules; recurrence against the others; words that recur and ROUGE-L by kind of version."""
     runs = {(run["rule"], run["seed"]): run for run in results}
-    rules = list(dict.fromkeys(run["rule"] for run in results))
-    seeds = {rule: sorted(seed for other, seed in runs if other == rule) for rule in rules}
-
-    def scores(
-        rule: str, versions: tuple[int, ...], kind: str = "", of: str = "rouge_l", where: Any = None
-    ) -> list[float]:
-        return [score for seed in where or seeds[rule]
-                for score, cell in zip(runs[rule, seed][of], runs[rule, seed]["cells"], strict=True)
-                if cell[0] in versions and kind in ("", cell[1])]  # fmt: skip
-
-    lines = ["| rule | seeds | drop rate | held-out loss | - standard, each seed | - standard [95% over documents] "
-             "| ROUGE-L, 1 version | 2 | 5 | 20 | floor | verbatim, 5 | 20 |", "|---" * 13 + "|"]  # fmt: skip
+    rules = [rule for rule in RULES if any(rule == other for other, _ in runs)]
+    lines = ["| rule | seeds | drop rate | held-out loss | - standard [95% over documents] | ROUGE-L, 1 version | 2 "
+             "| 5 | 20 | floor | verbatim, 5 | 20 |", "|---" * 12 + "|"]  # fmt: skip
     for rule in rules:
-        each, interval = heldout(runs, rule, "standard")
-        floor = statistics.fmean(value for seed in seeds[rule] for value in runs[rule, seed]["floor"])
-        cells = [str(len(seeds[rule])), mean(runs[rule, seed]["drop_rate"] for seed in seeds[rule])]
-        cells += [mean(runs[rule, seed]["heldout_loss"] for seed in seeds[rule]), each, interval]
-        cells += [mean(scores(rule, (versions,))) for versions in VERSIONS] + [f"{floor:.3f}"]
-        exact = [scores(rule, (versions,), of="exact") for versions in (5, 20)]
-        cells += [f"{sum(values)} of {len(values)}" for values in exact]
-        lines.append(f"| {rule} | {' | '.join(cells)} |")
+        mine = [run for (other, _), run in runs.items() if other == rule]
+        _, _, loss, _ = compare(runs, rule, "standard")
+        means = [statistics.fmean(run[name] for run in mine) for name in ("drop_rate", "heldout_loss")]
+        rouge = [statistics.fmean(scores(mine, "rouge_l", (versions,))) for versions in VERSIONS]
+        floor = statistics.fmean(value for run in mine for value in run["floor"])
+        exact = [scores(mine, "exact", (versions,)) for versions in (5, 20)]
+        lines.append(f"| {rule} | {len(mine)} | {means[0]:.3f} | {means[1]:.3f} | {loss} "
+                     f"| {' | '.join(f'{value:.3f}' for value in [*rouge, floor])} "
+                     f"| {' | '.join(f'{sum(values)} of {len(values)}' for values in exact)} |")  # fmt: skip
 
-    lines += ["", "| rule - other | seeds | ROUGE-L, 5 and 20 versions [95% over passages] | held-out loss, each seed "
-              "| [95% over documents] | [95% over seeds] |", "|---" * 6 + "|"]  # fmt: skip
+    lines += ["", "| rule - other | seeds | ROUGE-L, 5 and 20 versions [95% over passages] | held-out loss "
+              "[95% over documents] | each seed |", "|---" * 5 + "|"]  # fmt: skip
     for rule in ("recur-2-4", "recur-2"):
-        for other in (other for other in rules if rule in rules and other not in (rule, "recur-2-4")):
-            both = sorted(set(seeds[rule]) & set(seeds[other]))
-            if both:
-                pairs = zip(*(scores(name, (5, 20), where=both) for name in (rule, other)), strict=True)
-                each, interval = heldout(runs, rule, other)
-                losses = [runs[rule, seed]["heldout_loss"] - runs[other, seed]["heldout_loss"] for seed in both]
-                lines.append(f"| {rule} - {other} | {len(both)} | {t_interval([a - b for a, b in pairs], 3)} | {each} "
-                             f"| {interval} | {t_interval(losses, 4)} |")  # fmt: skip
+        for other in rules:
+            seeds, rouge_l, loss, each = compare(runs, rule, other)
+            if seeds and other not in (rule, "recur-2-4"):
+                lines.append(f"| {rule} - {other} | {seeds} | {rouge_l} | {loss} | {each} |")
 
-    names = [(versions, kind) for versions in VERSIONS[1:] for kind in KINDS]
-    lines += ["", f"| ROUGE-L | {' | '.join(f'{versions} {kind}' for versions, kind in names)} |",
-              "|---" * (len(names) + 1) + "|"]  # fmt: skip
-    lines += [f"| {rule} | {' | '.join(mean(scores(rule, (v,), kind)) for v, kind in names)} |" for rule in rules]
-
-    lines += ["", "| versions | kind | words that recur | words |", "|---|---|---|---|"]
-    flags = [
-        next(run["flagged"] for run in results if run["seed"] == seed) for seed in {run["seed"] for run in results}
-    ]
-    for name in ["unique", *(f"{versions} {kind}" for versions in VERSIONS for kind in KINDS)]:
-        recurring, total = (sum(flag[name][i] for flag in flags) for i in (0, 1))
-        versions, _, kind = name.partition(" ")
-        lines.append(f"| {versions} | {kind} | {recurring / total:.3f} | {total:,} |")
+    lines += ["", f"| versions | words | that recur | ROUGE-L: {' | '.join(rules)} |", "|---" * (len(rules) + 3) + "|"]
+    flags = {run["seed"]: run["flagged"] for run in results}.values()
+    for versions, kind in [(0, "unique"), *((versions, kind) for versions in VERSIONS for kind in KINDS)]:
+        name = f"{versions} {kind}" if versions else kind
+        recur, number = (sum(flag[name][i] for flag in flags) for i in (0, 1))
+        cells = []
+        for rule in rules if versions else []:
+            mine = [run for (other, _), run in runs.items() if other == rule]
+            cells.append(f"{statistics.fmean(scores(mine, 'rouge_l', (versions,), kind)):.2f} ")
+        lines.append(f"| {name} | {number:,} | {recur / number:.3f} |{'|'.join(cells)}|")
     return "\n".join(lines)
 
 
-def heldout(runs: dict[tuple[str, int], dict[str, Any]], rule: str, other: str) -> tuple[str, str]:
-    """Differences in held-out loss: of each seed, and their mean with its interval over documents."""
-    pairs = [(run, runs[other, seed]) for (name, seed), run in runs.items() if name == rule and (other, seed) in runs]
-    if not pairs or rule == other:
-        return "", ""
-    each = ", ".join(f"{one['heldout_loss'] - two['heldout_loss']:+.4f}" for one, two in pairs)
-    documents = [np.sum([pair[side]["documents"] for pair in pairs], axis=0) for side in (0, 1)]
-    tokens = len(pairs) * np.array(pairs[0][0]["tokens"])
-    difference, lower, upper = paired(*({"tokens": tokens, "documents": sums} for sums in documents))
-    return each, f"{difference:+.4f} [{lower:+.4f}, {upper:+.4f}]"
+def scores(runs: list[dict[str, Any]], name: str, versions: tuple[int, ...], kind: str = "") -> list[float]:
+    """Of the passages with so many versions, of one kind or of all."""
+    pairs = [pair for run in runs for pair in zip(run[name], run["cells"], strict=True)]
+    return [score for score, (number, other) in pairs if number in versions and kind in ("", other)]
 
 
-def t_interval(values: list[float], digits: int) -> str:
-    """The mean and its 95% t interval."""
-    centre = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{centre:+.{digits}f}"
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{centre:+.{digits}f} [{centre - half:+.{digits}f}, {centre + half:+.{digits}f}]"
-
-
-def mean(values: Iterable[float]) -> str:
-    return f"{statistics.fmean(values):.3f}"
+def compare(runs: dict[tuple[str, int], dict[str, Any]], rule: str, other: str) -> tuple[int, str, str, str]:
+    """rule - other: the number of common seeds, ROUGE-L, held-out loss, and held-out loss of each seed."""
+    seeds = [seed for name, seed in runs if name == rule and (other, seed) in runs]
+    if not seeds or rule == other:
+        return 0, "", "", ""
+    ours, theirs = ([runs[name, seed] for seed in seeds] for name in (rule, other))
+    differences = np.subtract(*(scores(side, "rouge_l", (5, 20)) for side in (ours, theirs)))
+    half = student.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    centre = differences.mean()
+    rouge_l = f"{centre:+.3f} [{centre - half:+.3f}, {centre + half:+.3f}]"
+    sums = [{name: np.sum([run[name] for run in side], axis=0) for name in ("documents", "tokens")}
+            for side in (ours, theirs)]  # fmt: skip
+    difference, lower, upper = paired(*sums)
+    each = ", ".join(f"{a['heldout_loss'] - b['heldout_loss']:+.4f}" for a, b in zip(ours, theirs, strict=True))
+    return len(seeds), rouge_l, f"{difference:+.4f} [{lower:+.4f}, {upper:+.4f}]", each
 
 
 if __name__ == "__main__":
