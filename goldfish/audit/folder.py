@@ -20,11 +20,11 @@ try:
 except ImportError:  # Windows: there, two audits in one folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
-SUMMARY, TOKENS, LOCK, PART = "summary.json", "tokens", "lock", ".part"
+SUMMARY, LOCK, PART = "summary.json", "lock", ".part"
 
 
 class Folder:
-    """The folder of an audit: run.json, one parquet file a block in records/ (and tokens/), at last summary.json.
+    """The folder of an audit: run.json, one parquet file a block in records/, at last summary.json.
 
     run.json says what is being run, so that a run continues only with its own blocks. A file is there whole or not at
     all, and a summary.json means a finished audit.
@@ -93,20 +93,18 @@ class Folder:
             )
 
     def has(self, block: int, windows: int) -> bool:
-        path = self._file(RECORDS, block)
+        path = self._file(block)
         try:
             return bool(pq.read_metadata(path).num_rows == windows)
         except (OSError, pa.ArrowInvalid):  # not there, or cut short
             return False
 
-    def write(self, block: int, records: Sequence[Mapping[str, Any]], tokens: pa.Table | None) -> None:
-        """Write a block; its records last, since they say that it is done."""
-        if tokens is not None:
-            _write_table(self._file(TOKENS, block), tokens)
-        _write_table(self._file(RECORDS, block), pa.Table.from_pylist(list(records), COLUMNS))
+    def write(self, block: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write the records of a block."""
+        _write_table(self._file(block), pa.Table.from_pylist(list(records), COLUMNS))
 
-    def _file(self, kind: str, block: int) -> Path:
-        return self.path / kind / f"{block:06d}.parquet"
+    def _file(self, block: int) -> Path:
+        return self.path / RECORDS / f"{block:06d}.parquet"
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
