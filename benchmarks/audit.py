@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TopKLogitsWarpe
 from goldfish.audit import audit
 from goldfish.audit.columns import rouge_l
 from goldfish.audit.score import Sampling, Scorer
-from goldfish.audit.windows import Window, cut_windows, read_rows
+from goldfish.audit.windows import Cutter, Window
+from goldfish.rows import read_rows
 
 PREFIX, SUFFIX = 50, 50
 SWEEP = tuple(range(5, PREFIX + 1, 5))
@@ -58,7 +59,8 @@ def build(folder: Path, documents: int, width: int, steps: int) -> list[Window]:
     for split, part in (("members", rows[:documents]), ("heldout", rows[documents:])):
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in part))
-        windows += [w for w in cut_windows(read_rows(path), split, tokenizer, PREFIX, SUFFIX) if isinstance(w, Window)]
+        cutter = Cutter(tokenizer, PREFIX, SUFFIX)
+        windows += [w for w in cutter.cut(read_rows(path), split) if isinstance(w, Window)]
     return windows
 
 

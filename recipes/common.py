@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer
-from goldfish.audit.windows import read_rows
+from goldfish.rows import read_rows
 
 Split: TypeAlias = tuple[list[list[int]], list[list[int]]]  # members, held-out: token ids of each window
 
