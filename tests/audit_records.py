@@ -17,7 +17,8 @@ PREFIX, SUFFIX = 10, 8
 PROTOCOL = {
     "prefix_length": PREFIX, "suffix_length": SUFFIX, "offsets": [0], "decoding": "greedy", "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX), "vocabulary": 500,
+    "secrets": None, "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX),
+    "vocabulary": 500,
 }  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert [row["cluster"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
-        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6,
+        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6, "completions": 0, "secrets": 0,
         "clusters": 3, "repeated": 0,
         "skipped": [
             {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
@@ -117,7 +117,7 @@ def test_a_finished_audit_is_summarized_again_without_a_model(tmp_path, checkpoi
     summary = audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
     monkeypatch.setattr(run, "load_model", None)
-    monkeypatch.setattr(run, "survey", None)
+    monkeypatch.setattr(run, "Survey", None)
     assert audit(checkpoint, tmp_path / "out", **inputs, command="later") == summary
     with pytest.raises(FileExistsError, match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)"):
         audit(checkpoint, tmp_path / "out", **{**inputs, "prefix_length": 9})
@@ -185,6 +185,7 @@ def test_an_unfinished_audit_with_other_settings_is_refused(tmp_path, checkpoint
         ({"prefix_length": 11}, r"prefix_length \(10 there, 11 now\)"),
         ({"sampling": ()}, "sampling"),
         ({"heldout": None}, "inputs"),
+        ({"max_rows": 3}, r"max_rows \(None there, 3 now\)"),
     ):
         with pytest.raises(FileExistsError, match=f"holds an audit with other settings: .*{text}"):
             audit(checkpoint, output, **{**inputs, **changes})
@@ -320,14 +321,15 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
     refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
-    refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)
+    text = r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens or .* \(1 fewer than 505 tokens\)"
+    refused(ValueError, text, prefix_length=500)
     refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
     late = tmp_path / "late.jsonl"
     late.write_bytes(good.read_bytes() * 5 + b"{\n" + good.read_bytes())
     refused(ValueError, "late.jsonl, line 6: not JSON", heldout=late)
     long = write_jsonl(tmp_path / "long.jsonl", [{"input_ids": [5] * 200}])
     refused(
-        ValueError, "windows of 129 tokens do not fit the context of .*, 128 tokens", members=long, prefix_length=124
+        ValueError, "windows of 129 tokens do not fit the model's context, 128 tokens", members=long, prefix_length=124
     )
     other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
     refused(ValueError, "other.jsonl, row 1: token id 320, but .* knows 320 ids; .*`text`", members=other)

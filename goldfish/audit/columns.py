@@ -50,7 +50,7 @@ COLUMNS = pa.schema([
     ("rank", pa.list_(pa.int64())),
     ("nll_sum", pa.float64()),
     ("smallest_margin", pa.float64()),
-    *((name, pa.bool_()) for name in ("settled", "exact_match")),
+    *((name, pa.bool_()) for name in ("settled", "exact_match", "completion", "secret_recited")),
     *((name, pa.int64()) for name in ("first_divergence", "longest_run", "matches", "correct_count", "characters")),
     ("common_runs", pa.list_(pa.list_(pa.int64()))),
     *((name, pa.float64()) for name in (
@@ -99,7 +99,7 @@ def make_record(
     window: Window, score: "Score", rule: "Goldfish | None", tokenizer: Any, cluster: int
 ) -> dict[str, Any]:
     """One row of the records. `cluster`: the number of the window's document, the unit of all intervals."""
-    start, ids = window.prefix_length, np.array(window.ids)
+    start, first_scored, ids = window.prefix_length, window.first_scored, np.array(window.ids)
     prefix, suffix, output = window.ids[:start], window.suffix, score.output
     all_dropped, known = decisions(rule, window.ids, window.offset)
     dropped = all_dropped[start:] if known[start:].all() else None
@@ -109,6 +109,7 @@ def make_record(
     suffix_tokens, output_tokens = (text_pieces(tokenizer, prefix, each) for each in (suffix, output))
     prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
     text = prefix_text + "".join(suffix_tokens)
+    output_text = "".join(output_tokens)
     runs = common_runs(output, suffix)
     nll = score.nll[start - 1 :].astype(np.float64)
     return {
@@ -124,13 +125,15 @@ def make_record(
         "greedy": score.greedy[start - 1 :].tolist(),
         "correct": correct[start - 1 :].tolist(),
         "prefix_correct": correct[: start - 1].tolist(),
-        "prefix_sweep": prefix_sweep(correct, start),
+        "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
         "nll": nll.tolist(),
         "nll_sum": float(nll.sum()),
         "rank": score.rank[start - 1 :].tolist(),
         "smallest_margin": float(score.margin[start - 1 : start + first].min()),
         "settled": score.settled,
         "exact_match": output == suffix,
+        "completion": window.completion,
+        "secret_recited": any(each in output_text for each in window.secrets) if window.secrets else None,
         "first_divergence": first,
         "longest_run": max((length for _, _, length in runs), default=0),
         "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
@@ -138,7 +141,7 @@ def make_record(
         "correct_count": int(correct[start - 1 :].sum()),
         "characters": len(text),
         "token_accuracy": matches / len(suffix),
-        "rouge_l_text": rouge_l_text("".join(output_tokens), "".join(suffix_tokens)),
+        "rouge_l_text": rouge_l_text(output_text, "".join(suffix_tokens)),
         "rouge_l_ids": rouge_l(output, suffix),
         "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
         "type_token_ratio": len(set(suffix)) / len(suffix),
@@ -147,7 +150,12 @@ def make_record(
         "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
         "beams": score.beams,
         **attribution_counts(dropped, correct[start - 1 :], first),
-        **membership_scores(score, text, all_dropped[1:], known[1:]),
+        **membership_scores(
+            score,
+            "".join(suffix_tokens) if window.completion else text,
+            all_dropped[first_scored:],
+            known[first_scored:],
+        ),
         "words": word_buckets(text),
     }
 
@@ -235,9 +243,11 @@ def membership_scores(
     docs/audit-files.md has their table and sources; Min-K%++ is (log P - mu) / sigma (Zhang et al. 2025, equation 3).
 
     Args:
-        text: the window's. dropped, known: bool (T-1,), of ids[1:]: what the rule says, and where that is certain.
+        text: the window's. dropped, known: bool (N,), of its last N ids, which the scores are about: what the rule
+            says, and where that is certain.
     """
-    log_p = -np.asarray(score.nll, dtype=np.float64)
+    nll, mean, std = (each[-len(dropped) :] for each in (score.nll, score.entropy_mean, score.entropy_std))
+    log_p = -np.asarray(nll, dtype=np.float64)
     loss = float(-log_p.mean())
     kept_log_p, dropped_log_p = log_p[known & ~dropped], log_p[known & dropped]
     control = score.control_nll
@@ -248,7 +258,7 @@ def membership_scores(
         "mia_lowercase": None if score.lowercase_nll is None else score.lowercase_nll - loss,
         "mia_reference": None if control is None else float(control.mean()) - loss,
         "mia_min_k": mean_of_lowest(log_p),
-        "mia_min_k_plus_plus": mean_of_lowest((log_p - score.entropy_mean) / np.maximum(score.entropy_std, LEAST_STD)),
+        "mia_min_k_plus_plus": mean_of_lowest((log_p - mean) / np.maximum(std, LEAST_STD)),
         "mia_kept_loss": float(kept_log_p.mean()) if has_both else None,
         "mia_dropped_gap": float(kept_log_p.mean() - dropped_log_p.mean()) if has_both else None,
         "mia_wbc": None if control is None else window_votes(control + log_p),

@@ -33,6 +33,7 @@ ROWS = (  # of the table: label, the estimate's name in a split
     ("    under any setting, at most", "extractable_bound"),
     ("  by beam search", "beam_search"),
     ("  near-verbatim", "near_verbatim"),
+    ("secrets given away", "secrets"),
     ("ROUGE-L (text)", "rouge_l_text"),
     ("ROUGE-L (token ids)", "rouge_l_ids"),
     ("longest common run, tokens", "longest_run"),
@@ -98,10 +99,12 @@ def require_known(
 
     The names are those of an audit of one made-up window a split.
     """
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0) | {"count": None, "words": [1], "suffix_ids": [], "dropped": []}
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
+    row |= {"count": None, "words": [1], "suffix_ids": [0], "dropped": [False]}
     row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
     row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
     row |= dict.fromkeys(("mia_reference", "mia_wbc"), 0 if protocol["control"] else None)
+    row |= {"secret_recited": 0 if protocol["secrets"] else None}
     run = dict.fromkeys(ABOUT) | {"protocol": {**protocol, "vocabulary": 2}, "receipt": None}
     run["inputs"] = {split: {"rows": 1, "skipped": []} for split in splits}
     table = pa.Table.from_pylist([{**row, "split": split, "cluster": i} for i, split in enumerate(splits)])
@@ -120,8 +123,7 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
         *(f"Warning: {warning}" for warning in verdict["warnings"]),
         verdict["sanity"],
         *verdict["skipped"],
-        f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite; {protocol['dtype']}. "
-        "95% intervals over documents; -: not measured, or too few to say",
+        f"{task(summary)}; {protocol['dtype']}. 95% intervals over documents; -: not measured, or too few to say",
         f"Limits: {limits}",
         f"Not tested: {'; '.join(verdict['not_tested'])}",
         *([] if share else [f"{summary['checkpoint']} (weights {weights}); {'; '.join(inputs)}"]),
@@ -147,6 +149,16 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
         rows=_rows(summary),
         notes=[plain(note, 1000) for note in notes],
     )
+
+
+def task(summary: Mapping[str, Any]) -> str:
+    """What the model was given and had to say."""
+    protocol, inputs = summary["protocol"], summary["inputs"].values()
+    windows = sum(each.get("completions", 0) for each in inputs), sum(each.get("windows", 1) for each in inputs)
+    if windows[0] == windows[1]:
+        return "Of chats the prompt is given, the assistant's answer to recite"
+    also = f"; of {windows[0]:,} chats the prompt given, the answer to recite" if windows[0] else ""
+    return f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite{also}"
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
