@@ -19,6 +19,15 @@ BEFORE_5 = transformers.__version__ < "5"
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """For `pytest -n 2 --dist loadgroup`: the tests of a file share its fixtures, and some files share `in_two`."""
+    sharing = {item.path for item in items if "in_two" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("in_two" if item.path in sharing else item.path.name))
+
+
 PROSE = [
     "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the bowl.",
     "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said the fish.",

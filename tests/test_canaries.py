@@ -87,13 +87,23 @@ def test_the_default_background_is_long_enough():
     assert any(length > windows * args.window * 4 for length in lengths), "at four characters per token"
 
 
-def test_fsdp_trains_what_one_process_does(small, finished, tmp_path):
-    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoint is an ordinary one."""
-    done = launch(("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="fsdp2")
+def test_fsdp_killed_and_resumed_ends_where_one_process_does(small, finished, tmp_path):
+    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoint is an ordinary one.
+
+    kill -9 of one process in step 8 of the third training; checkpoints are written every three steps.
+    """
+    run = [*small, "--output_dir", str(tmp_path / "run")]
+    done = launch(("pretrain_canaries", run), config="fsdp2", dies="seed0-k4:1:8")
+    assert done.returncode != 0
+    model = tmp_path / "run" / "seed0-k4" / "model"
+    assert runs.last_checkpoint(model) == model / "checkpoint-6"
+    assert not runs.finished(model)
+    done = launch(("pretrain_canaries", [*run, "--resume"]), config="fsdp2")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-6" in done.stdout
     same_results(tmp_path / "run", finished[0], rel=1e-5)
     results = runs.read_results(tmp_path / "run" / "results.jsonl")
-    assert {result["distributed"] for result in results} == {"FSDP"}
+    assert {(result["distributed"], result["processes"]) for result in results} == {("FSDP", 2)}
 
 
 def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
@@ -102,22 +112,6 @@ def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
     done = launch(("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="zero3")
     assert done.returncode == 0, done.stderr[-3000:]
     same_results(tmp_path / "run", finished[0], rel=1e-4)
-
-
-def test_killed_and_resumed_in_two_processes_ends_where_one_process_does(small, finished, tmp_path):
-    """kill -9 of one process in step 8 of the third training; checkpoints are written every three steps."""
-    run = [*small, "--output_dir", str(tmp_path / "run")]
-    done = launch(("pretrain_canaries", run), dies="seed0-k4:1:8")
-    assert done.returncode != 0
-    model = tmp_path / "run" / "seed0-k4" / "model"
-    assert runs.last_checkpoint(model) == model / "checkpoint-6"
-    assert not runs.finished(model)
-    done = launch(("pretrain_canaries", [*run, "--resume"]))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "checkpoint-6" in done.stdout
-    same_results(tmp_path / "run", finished[0], rel=1e-5)
-    results = runs.read_results(tmp_path / "run" / "results.jsonl")
-    assert {result["processes"] for result in results} == {2}
 
 
 def test_a_finished_run_is_not_trained_again(small, finished, capsys):

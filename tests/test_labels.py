@@ -10,7 +10,6 @@ from transformers import (
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
 from goldfish.labels import decide
 
-pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
 
 

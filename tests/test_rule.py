@@ -11,8 +11,6 @@ import torch
 
 from goldfish import Goldfish, spec
 
-pytestmark = pytest.mark.core
-
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference_masks.json").read_text())
 
 
