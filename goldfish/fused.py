@@ -325,8 +325,6 @@ def _why_not_this_head(head: nn.Module) -> str:
 
 
 def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
-    if call.heads:
-        return "its forward calls its head more than once"
     if hasattr(linear.weight, "ds_id"):
         return "DeepSpeed ZeRO-3 gathers its head when the gradient of logits arrives, and there are no logits"
     if type(linear.weight) not in (Tensor, nn.Parameter):
