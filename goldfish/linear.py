@@ -130,7 +130,7 @@ def _forward(
     nll = hidden.new_empty(rows.numel(), dtype=total)
     if rows.numel() == 0:
         return nll.sum(), grad_hidden, grad_weight.zero_(), grad_bias
-    chunk = _balanced(rows.numel(), chunk_rows or _chunk_rows(weight, dtype, grads[1]))
+    chunk = chunk_rows or _chunk_rows(weight, dtype, grads[1])
     # Rows of 16 bytes let cuBLAS use its fast kernels whatever the vocabulary.
     pitch = -(-vocabulary // 8) * 8 if hidden.is_cuda else vocabulary
     buffer = torch.empty(min(chunk, rows.numel()) * pitch, dtype=dtype, device=hidden.device)
@@ -233,12 +233,6 @@ def _chunk_rows(weight: Tensor, dtype: torch.dtype, weight_grad: bool) -> int:
         return max(128, min(2048, _CHUNK_CPU // vocabulary) // dtype.itemsize)
     # Every chunk reads and writes the fp32 gradient of the weight once: hold as many logits as it has bytes.
     return min(4096, max(1024, 4 * width // dtype.itemsize)) if weight_grad else 1024
-
-
-def _balanced(rows: int, chunk: int) -> int:
-    """The chunk for equal chunks, at most `chunk`, in whole tiles of 64 rows where it is larger."""
-    size = -(-rows // -(-rows // chunk))
-    return min(chunk, -(-size // 64) * 64)
 
 
 def _accumulate(total: Tensor, grad_logits: Tensor, part: Tensor, first: bool) -> None:

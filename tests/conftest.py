@@ -17,6 +17,8 @@ from goldfish import Goldfish
 
 BEFORE_5 = transformers.__version__ < "5"
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
 

@@ -303,13 +303,17 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint,
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
-    """torchrun with gloo: one of them has the members' only block, the other the held-out texts'."""
+    """accelerate launch with gloo: one of them has the members' only block, the other the held-out texts'."""
     audit(checkpoint, tmp_path / "one", **inputs, tokens=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "goldfish", "audit", str(checkpoint)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(port), "-m", "goldfish", "audit", str(checkpoint)]
     command += ["--members", str(inputs["members"]), "--heldout", str(inputs["heldout"]), "--tokens"]
     command += ["--prefix_length", "10", "--suffix_length", "8", "-o", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Next: goldfish report") == 1
