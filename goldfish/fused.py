@@ -95,7 +95,7 @@ class FusedHead:
         self._heads: list[nn.Linear] = []
         self._call: _Call | None = None
         self._scale, self._softcap = 1.0, None  # type: float, float | None
-        self._active = True
+        self._active, self.reason = True, ""
         self._adopt_head()
         model.__dict__ |= {HANDLE: self, "forward": self, "_loss_function": self._loss}
 

@@ -22,12 +22,19 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """For `pytest -n 2 --dist loadgroup`: the tests of a file share its fixtures, and some files share `in_two`."""
-    sharing = {item.path for item in items if "in_two" in item.fixturenames}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("in_two" if item.path in sharing else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `pytest -n 2`: tests of a file share its fixtures, so they share a process; three files share `in_two`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    def file_of(nodeid):
+        path = nodeid.split("::")[0]
+        return "in_two" if path.endswith(("test_loops.py", "test_memorize.py", "test_sft_lora.py")) else path
+
+    config.option.loadscopereorder = False  # the costly files are not those with many tests
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = file_of
+    return scheduler
 
 
 PROSE = [
