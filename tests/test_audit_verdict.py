@@ -18,8 +18,6 @@ from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
 from goldfish.audit.verdict import enough, parse_limits
 
-pytestmark = pytest.mark.core
-
 
 def recited(k, n, heldout=(0, 100), limits=(), require=(), **more):
     """A summary with so many of so many members and held-out texts recited."""
