@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -77,15 +77,15 @@ def memaudit(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]
 
 WAYS: dict[str, tuple[str | None, Way]] = {  # the package that each needs
     "exact match by one batched `generate`": (None, batched_generate),
-    "exact match at ten prefix lengths by batched `generate`": (None, ten_prefixes),
     "lm-eval `loglikelihood` (exact match, log p)": ("lm_eval", lm_eval_loglikelihood),
     "memaudit `score_sequence`, `generate_canary_completions`": ("memaudit", memaudit),
+    "exact match at ten prefix lengths by batched `generate`": (None, ten_prefixes),
 }
 OURS = "goldfish `audit()`, everything"
 
 
-def cost(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every way, in turn."""
+def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds of every way, in turn; after each repeat, those so far."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = tokenizer("\n".join(topics[name] for name in sorted(topics)), add_special_tokens=False)["input_ids"]
@@ -95,6 +95,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     windows[:half] = [window[:LENGTH] + output for window, output in zip(windows[:half], recited, strict=True)]
     ways = {name: way for name, (package, way) in WAYS.items() if package is None or find_spec(package)}
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *ways)}
+    parameters = sum(weight.numel() for weight in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         paths = {"members": Path(folder, "members.jsonl"), "heldout": Path(folder, "heldout.jsonl")}
         for path, part in zip(paths.values(), (windows[:half], windows[half:]), strict=True):
@@ -116,12 +117,11 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
             for name, answer in [(OURS, ours), *answers.items()]:
                 if answer != [True] * half + [False] * (args.windows - half) and not name.startswith("memaudit"):
                     raise SystemExit(f"not the windows that are recited: {name} says {answer}")
-    parameters = sum(weight.numel() for weight in model.parameters())
-    return {"windows": args.windows, "tokens": LENGTH, "parameters": parameters, "seconds": seconds}
+            yield {"windows": args.windows, "tokens": LENGTH, "parameters": parameters, "seconds": seconds}
 
 
-def memory(sizes: list[int]) -> list[dict[str, float]]:
-    """Peak resident memory of a whole audit, each in a process of its own."""
+def memory(sizes: list[int]) -> Iterator[dict[str, Any]]:
+    """Peak resident memory of a whole audit, each in a process of its own; after each size, those so far."""
     texts = [topics[name] for name in sorted(topics)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def memory(sizes: list[int]) -> list[dict[str, float]]:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    return rows
+            yield {"memory": rows}
 
 
 def peak(folder: Path, size: int) -> dict[str, float]:
@@ -193,9 +193,10 @@ def main() -> None:
         parser.error("--model, --memory or --render is needed")
     if not args.render:
         provenance = about("memaudit", "lm-eval", "rapidfuzz")
-        name, result = ("memory", {"memory": memory(args.sizes)}) if args.memory else ("cpu", cost(args))
-        text = json.dumps({"about": provenance, **result}, indent=1) + "\n"
-        (RESULTS / f"audit-{name}.json").write_text(text, encoding="utf-8")
+        name, results = ("memory", memory(args.sizes)) if args.memory else ("cpu", cost(args))
+        for result in results:
+            text = json.dumps({"about": provenance, **result}, indent=1) + "\n"
+            (RESULTS / f"audit-{name}.json").write_text(text, encoding="utf-8")
     print(render())
 
 

@@ -53,7 +53,8 @@ def launch_several(folder, topics):
     commands = [("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])]
     commands.append(("accelerate_loop", [*text, *LOOP]))
     if importlib.util.find_spec("trl"):
-        commands.append(("sft_lora", [*text, *SFT, "--output_dir", str(folder / "sft_lora")]))
+        one = words(methods="lora", rules="hash-4-13", output_dir=folder / "sft_lora")
+        commands.append(("sft_lora", [*text, *SFT, *one]))
     done = launch(*commands)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

@@ -11,6 +11,7 @@ import torch
 from launch import MEMORIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from goldfish import Goldfish
 from goldfish.audit import read
 
 
@@ -43,7 +44,7 @@ def test_miniature_leaves_two_audited_checkpoints_and_a_report(finished):
     assert 0.1 < receipt["dropped"] / receipt["targets"] < 0.4
 
 
-def test_a_published_checkpoint_can_be_the_start(small, finished, tmp_path):
+def test_a_published_checkpoint_can_be_the_start(finished, tmp_path):
     """As most are: without a padding token, in half precision."""
     folder, _ = finished
     start = tmp_path / "start"
@@ -53,9 +54,13 @@ def test_a_published_checkpoint_can_be_the_start(small, finished, tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(start)
     assert AutoTokenizer.from_pretrained(start).pad_token is None
-    summaries = memorize.main([*small, "--model", str(start), "--output_dir", str(tmp_path / "next")])
-    assert summaries["goldfish"]["splits"]["members"]["n"] == 4
-    assert json.loads((tmp_path / "next" / "goldfish" / "config.json").read_text())["dtype"] == "float32"
+    args = memorize.Arguments(model=str(start), epochs=1, window=64, batch_size=4)
+    tokenizer = memorize.load_start_tokenizer(args)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    rows = [json.loads(line)["input_ids"] for line in (folder / "members.jsonl").read_text().splitlines()]
+    memorize.train(args, Goldfish(k=4), rows, tokenizer, tmp_path / "next")
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "next" / "goldfish.json").read_text())["targets"] == 4 * 63
 
 
 def test_windows_longer_than_the_context_are_refused_before_anything_is_written(small, finished, tmp_path):
