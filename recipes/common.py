@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from goldfish import Goldfish, GoldfishTrainer
-from goldfish.audit.windows import read_rows
+from goldfish.rows import read_rows
 
 FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
 LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
