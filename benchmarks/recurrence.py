@@ -371,8 +371,8 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = []
         for rule in rules if versions else []:
             mine = [run for (other, _), run in runs.items() if other == rule]
-            cells.append(f"{statistics.fmean(scores(mine, 'rouge_l', (versions,), kind)):.2f} ")
-        lines.append(f"| {name} | {number:,} | {recur / number:.3f} |{'|'.join(cells)}|")
+            cells.append(f"{statistics.fmean(scores(mine, 'rouge_l', (versions,), kind)):.2f}")
+        lines.append(f"| {name} | {number:,} | {recur / number:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
