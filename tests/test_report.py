@@ -55,6 +55,12 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     text = flat(report(tmp_path, members))
     assert "2 of 2 training texts recited word for word" in text
     assert "held-out texts: no figure has a control" in text
+    chats = {"members": {"path": "c.jsonl", "sha256": "", "rows": 2, "windows": 2, "completions": 2, "skipped": []}}
+    write_audit(tmp_path / "c", [window(0), window(1)], inputs=chats)
+    text = flat(report(tmp_path, tmp_path / "c", overwrite=True))
+    assert (
+        "Given the prompt of a chat, does the model write the assistant’s answer word for word? Tried: greedy" in text
+    )
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
     assert "1 of 1 held-out texts recited word for word" in text
