@@ -9,8 +9,6 @@ from goldfish.audit.compare import MEANS, compare, markdown, mcnemar, table, wri
 from goldfish.audit.estimate import loads
 from goldfish.cli import main
 
-pytestmark = pytest.mark.core
-
 
 def pair(tmp_path, first, second, **changes):
     return [write_audit(tmp_path / name, records, **{"name": name, **changes})

@@ -15,8 +15,6 @@ from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
 from goldfish.audit.membership import Ranking, Side, membership_figures, word_scores
 from goldfish.audit.windows import Window
 
-pytestmark = pytest.mark.core
-
 
 def side(scores, texts=None, documents=None, name="loss"):
     scores = np.asarray(scores, dtype=float)

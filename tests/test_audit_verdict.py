@@ -19,8 +19,6 @@ from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
 from goldfish.audit.verdict import enough, parse_limits
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
