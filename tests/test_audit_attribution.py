@@ -61,16 +61,6 @@ def test_a_rule_that_works_and_one_that_does_not():
     assert made_up_summary(made_up_records("members", 3, 0.8))["splits"]["members"]["attribution"] is None
 
 
-def test_suffixes_under_several_sets_of_decisions():
-    base = made_up_records("members", 6, 0.8, rule=Goldfish(k=3, h=4))
-    suffixes = [([1, 2], [True, False]), ([3, 4], [True, False]), ([1, 2], [True, False]), ([3, 4], [True, True]),
-                ([3, 4], [True, False]), ([5], [True])]  # fmt: skip
-    records = [{**record, "suffix_ids": ids, "dropped": dropped}
-               for record, (ids, dropped) in zip(base, suffixes, strict=True)]  # fmt: skip
-    found = made_up_summary(records)["splits"]["members"]["attribution"]["decisions"]
-    assert found == {"suffixes": 3, "repeated": 2, "several": 1}
-
-
 def test_what_the_receipt_says():
     rule = Goldfish().to_dict()
     assert notes(None) == []

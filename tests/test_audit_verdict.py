@@ -11,12 +11,19 @@ from rich.console import Console
 
 import goldfish.audit
 from goldfish import Goldfish
+from goldfish.audit import membership as membership_module
 from goldfish.audit.columns import COLUMNS
 from goldfish.audit.estimate import Estimate, clopper_pearson, dumps
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
 from goldfish.audit.verdict import enough, parse_limits
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Most tests here are about other figures than membership's."""
+    monkeypatch.setattr(membership_module, "RESAMPLES", 100)
 
 
 def recited(k, n, heldout=(0, 100), limits=(), require=(), **more):
@@ -211,12 +218,7 @@ def test_a_model_that_does_not_work_gets_no_pass():
     assert verdict["sentence"].startswith("INCONCLUSIVE: the model does not work on such texts")
     assert verdict["sanity"].startswith("The model does not work; members: 6.10 nats per token (a uniform guess: 6.21")
     assert verdict["warnings"] == [verdict["sanity"]]
-    assert recited(0, 400)["verdict"]["sanity"].startswith("The model works on such texts; ")
-
-
-def test_an_overfitted_model_works():
-    """On held-out texts it can be worse than a uniform guess, which is no sign of broken weights."""
-    records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 400, 0.0)
+    # On held-out texts an overfitted model can be worse than a uniform guess, which is no sign of broken weights.
     for record in records:
         record["nll_sum"] = 8 * (1.7 if record["split"] == "members" else 7.8)
     verdict = made_up_summary(records)["verdict"]
@@ -347,14 +349,12 @@ def test_an_audit_is_read_as_values(tmp_path):
     assert len(goldfish.audit.records(found.folder, ["split", "exact_match"])) == 60
 
 
-def test_folders_that_are_no_audit(tmp_path):
+def test_a_folder_that_is_no_finished_audit(tmp_path):
+    """What it holds is refused as run.json is: test_audit_columns.py."""
     with pytest.raises(FileNotFoundError, match=r"is not a finished audit: it has no summary\.json"):
         goldfish.audit.read(tmp_path)
     old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5), schema="goldfish.audit/1")
     with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/3'"):
-        goldfish.audit.read(old)
-    (old / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary.json is damaged .*audit again"):
         goldfish.audit.read(old)
 
 
@@ -409,14 +409,6 @@ def test_a_summary_is_strict_json():
     dumps(made_up_summary(records))
     with pytest.raises(ValueError, match="there is no record to summarize"):
         made_up_summary([])
-
-
-def test_ten_documents_are_too_few_for_a_share_of_one_percent():
-    """2% of the population may be extractable where none of ten texts is."""
-    summary = recited(0, 10, (0, 10))
-    estimate = estimates(summary)["members.expected@1000"]
-    assert estimate.upper95 == pytest.approx(0.31, abs=0.01)
-    assert outcomes(summary, "expected@1000.upper95 > 0.01") == (["inconclusive"], 3)
 
 
 def test_figures_are_looked_up_before_the_work():

@@ -12,7 +12,7 @@ from report_audits import NASTY, Page, flat, realistic, report, window, write_au
 from scipy.stats import binomtest
 
 from goldfish.cli import main
-from goldfish.report import page, plots, spans, write_report
+from goldfish.report import page, spans, write_report
 from goldfish.report.load import read_views
 
 
@@ -55,6 +55,12 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     text = flat(report(tmp_path, members))
     assert "2 of 2 training texts recited word for word" in text
     assert "held-out texts: no figure has a control" in text
+    chats = {"members": {"path": "c.jsonl", "sha256": "", "rows": 2, "windows": 2, "completions": 2, "skipped": []}}
+    write_audit(tmp_path / "c", [window(0), window(1)], inputs=chats)
+    text = flat(report(tmp_path, tmp_path / "c", overwrite=True))
+    assert (
+        "Given the prompt of a chat, does the model write the assistant’s answer word for word? Tried: greedy" in text
+    )
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
     assert "1 of 1 held-out texts recited word for word" in text
@@ -91,7 +97,6 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
     html = report(tmp_path, write_audit(tmp_path / "a", rows, protocol=protocol))
     assert re.findall('role="img" aria-label="([^"]*)"', html) == [
         "Histogram of ROUGE-L, members in colour and held-out in grey",
-        "Share of windows still verbatim after t tokens",
         "Share of windows recited against tokens of prefix given",
         "Share of windows recited against tokens from the start of the document",
         "Share of windows extracted by n samples, with probability 0.5 and 0.999",
@@ -257,12 +262,6 @@ def test_many_texts_stay_below_ten_megabytes(tmp_path):
     shown = html.count('class="w"')
     assert f"holds the first {shown:,} of 10,000 texts" in html
     assert re.search(rf"only the first [\d,]+ of these {shown:,} texts carry p and rank", html)
-
-
-def test_share_still_verbatim_with_unequal_lengths(tmp_path):
-    rows = [window(0, suffix=["a"] * 5), window(1, suffix=["a"] * 2, diverge=1), window(2, suffix=["b"], diverge=0)]
-    (view,) = views(write_audit(tmp_path / "a", rows))
-    assert plots.verbatim_shares(view.of_split["members"]).tolist() == [1, 2 / 3, 1 / 2, 1, 1, 1]
 
 
 def test_model_card(tmp_path, pair):

@@ -139,16 +139,11 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     one, two = columns("exact_match")
     recited = [np.bincount(documents, each) > 0 for each in (one, two)]  # of documents: any of their windows
     only_first, only_second = int((recited[0] & ~recited[1]).sum()), int((recited[1] & ~recited[0]).sum())
-    match = {
-        "n": n,
-        "first": int(one.sum()),
-        "second": int(two.sum()),
-        "documents_only_first": only_first,
-        "documents_only_second": only_second,
-        "p": mcnemar(only_first, only_second),
-        "difference": difference(one, two),
-    }
-    result: dict[str, Any] = {"n": n, "documents": len(recited[0]), "exact_match": match}
+    result: dict[str, Any] = {"n": n, "documents": len(recited[0])}
+    result["exact_match"] = {
+        "n": n, "first": int(one.sum()), "second": int(two.sum()), "documents_only_first": only_first,
+        "documents_only_second": only_second, "p": mcnemar(only_first, only_second), "difference": difference(one, two),
+    }  # fmt: skip
     for name in MEANS:
         a, b = columns("nll_sum", lengths) if name == "nll" else columns(name)
         result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(a, b)}

@@ -154,10 +154,9 @@ def mean(
 ) -> Estimate:
     """sum(sums) / sum(counts), the mean of values that lie within `bounds`; Gaffke's interval over documents.
 
-    The interval holds for few documents and for rare large values, where a bootstrap's does not. It is a Bayesian
-    bootstrap with one more document, as large as the largest, that has the worst value that is possible: the lower
-    bound for the lower end, the upper bound for the upper one (Gaffke 2005; Learned-Miller & Thomas 2020). With 0s
-    and 1s it is Clopper-Pearson's. Its coverage is no theorem for every n, so tests and docs/audit-files.md give ours.
+    A Bayesian bootstrap with one more document, as large as the largest, that has the worst value that is possible
+    (Gaffke 2005; Learned-Miller & Thomas 2020; docs/audit-files.md has its coverage). With 0s and 1s it is
+    Clopper-Pearson's.
 
     Args:
         sums: (windows,), the sum of a window's values. counts: (windows,), how many there are; by default 1.

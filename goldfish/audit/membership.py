@@ -183,11 +183,9 @@ class _Attack:
 def word_scores(members: Side, heldout: Side) -> list[Floats]:
     """Naive Bayes on which words occur, learned from every second document; the others' windows are scored.
 
-    Not cross-validated: the scores of several folds depend on each other, and an interval that takes them for
-    independent accused one random split in ten (60 and 400 documents a side) instead of one in forty.
+    Not cross-validated: scores of several folds depend on each other, and accused one random split in ten.
 
-    Returns:
-        log P(words | member) - log P(words | held-out), NaN for the windows that it learned from; of both sides.
+    Returns log P(words | member) - log P(words | held-out), NaN for the windows that it learned from; of both sides.
     """
     shares = []
     for side in (members, heldout):

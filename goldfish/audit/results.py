@@ -163,11 +163,7 @@ def parse(text: str) -> Condition:
 
 
 def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> list[dict[str, str]]:
-    """`conditions` of summary.json: each with its outcome (passed, violated, inconclusive) and a sentence why.
-
-    Raises:
-        ValueError: a figure that this audit does not have.
-    """
+    """`conditions` of summary.json; ValueError for a figure that this audit does not have."""
     outcomes = [(condition.text, *_check(condition, known)) for condition in conditions]
     return [dict(zip(("condition", "outcome", "why"), each, strict=True)) for each in outcomes]
 

@@ -19,7 +19,7 @@ from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdi
 
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
-    "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
+    "split", "document", "cluster", "count", "offset", "suffix_ids", "prefix_sweep", "settled",
     "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
     "completion", "secret_recited", "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "rank_bits",
     "beams", "characters", "words",
@@ -29,26 +29,14 @@ ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", 
 
 
 def summarize(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> dict[str, Any]:
-    """The whole of summary.json, with Estimates in it, from a folder's run.json and records.
-
-    Raises:
-        FileNotFoundError, ValueError: a folder without all records of an audit.
-    """
+    """The whole of summary.json, with Estimates in it, from a folder's run.json and records; errors as of `records`."""
     return summary_of(read_run(folder), records(folder, COLUMNS), limits, require)
 
 
 def summary_of(
     run: Mapping[str, Any], table: pa.Table, limits: Sequence[str] = (), require: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The same, from their content; docs/audit-files.md describes every key.
-
-    Args:
-        run: run.json. table: the records of one or both splits, with COLUMNS; its order does not matter.
-        limits: such as "recited=0.1%". require: "membership" makes that question count.
-
-    Raises:
-        ValueError: no records at all.
-    """
+    """The same, from their content, a table with COLUMNS in any order; docs/audit-files.md describes every key."""
     names = np.asarray(table["split"].to_pylist(), dtype=str)
     tables = {split: table.filter(pa.array(names == split)) for split in ("members", "heldout") if split in names}
     if not tables:
@@ -143,7 +131,6 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         ] if protocol["beams"] else None,
         "attribution": {
             **attribution_figures(counts[:, :4], counts[:, 4:], documents[ruled]),
-            "decisions": _decisions(table.filter(pa.array(ruled))),
             "notes": notes(run["receipt"]),
         } if ruled.any() else None,
     }  # fmt: skip
@@ -190,15 +177,3 @@ def _strata(counts: Floats, recited: NDArray[np.bool_], documents: Codes) -> lis
         }
         for bits in sorted(set(power.tolist()) - {-1})
     ]
-
-
-def _decisions(table: pa.Table) -> dict[str, int]:
-    """Distinct suffixes, those in several windows, and of these those of which other tokens were dropped."""
-    seen: dict[int, list[int]] = {}
-    for suffix, dropped in zip(table["suffix_ids"].to_pylist(), table["dropped"].to_pylist(), strict=True):
-        seen.setdefault(hash(tuple(suffix)), []).append(hash(tuple(dropped)))
-    return {
-        "suffixes": len(seen),
-        "repeated": sum(len(each) > 1 for each in seen.values()),
-        "several": sum(len(set(each)) > 1 for each in seen.values()),
-    }

@@ -48,25 +48,17 @@ ROWS = (  # of the table: label, the estimate's name in a split
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Of a question that counts, of one that only explains, or of a condition of --fail-on (`kind`)."""
-
-    kind: str
-    name: str
-    asks: str
-    outcome: str
-    why: str
-
-
-@dataclass(frozen=True)
 class Description:
-    """An audit in words; no string holds an invisible character. rows: (label, one cell a split)."""
+    """An audit in words; no string holds an invisible character.
+
+    answers: (question, explanation or condition; its name; what is asked; outcome; why). rows: (label, cells by split).
+    """
 
     title: str
     outcome: str
     sentence: str
     splits: list[str]
-    answers: list[Answer]
+    answers: list[tuple[str, str, str, str, str]]
     rows: list[tuple[str, list[str]]]
     notes: list[str]
 
@@ -76,11 +68,7 @@ def publish(
 ) -> dict[str, Any]:
     """Summarize an audit whose records are complete, and write summary.md, junit.xml and, last, summary.json.
 
-    Args:
-        limits, require: as for `summary_of`. fail_on: conditions such as "em.upper95 > 0.01".
-
-    Returns:
-        The summary, with the conditions' outcomes and the exit code.
+    Returns the summary, with the outcomes of `fail_on` (such as "em.upper95 > 0.01") and the exit code.
     """
     summary = summarize(folder, limits, require)
     checks = judge(estimates(summary), [parse(text) for text in fail_on])
@@ -100,7 +88,7 @@ def require_known(
     The names are those of an audit of one made-up window a split.
     """
     row: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
-    row |= {"count": None, "words": [1], "suffix_ids": [0], "dropped": [False]}
+    row |= {"count": None, "words": [1], "suffix_ids": [0]}
     row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
     row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
     row |= dict.fromkeys(("mia_reference", "mia_wbc"), 0 if protocol["control"] else None)
@@ -136,10 +124,10 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
         why = f"{question['why']}. Recited: {', '.join(names)}" if names else question["why"]
         kind = "question" if "outcome" in question else "explanation"
         outcome = question["outcome" if kind == "question" else "answer"]
-        answers.append(Answer(kind, question["question"], question["asks"], outcome, plain(why, 1000)))
+        answers.append((kind, question["question"], question["asks"], outcome, plain(why, 1000)))
     for each in summary["conditions"]:
         text = plain(each["condition"], 1000)
-        answers.append(Answer("condition", text, f"--fail-on {text}", each["outcome"], plain(each["why"], 1000)))
+        answers.append(("condition", text, f"--fail-on {text}", each["outcome"], plain(each["why"], 1000)))
     return Description(
         title=f"goldfish audit of {plain(summary['name'], 60)}",
         outcome=verdict["outcome"],
@@ -193,7 +181,7 @@ def terminal(description: Description) -> Group:
     return Group(
         table,
         *(Text(note, style="dim") for note in description.notes),
-        *(Text(f"{each.asks} {each.outcome}: {each.why}") for each in description.answers),
+        *(Text(f"{asks} {outcome}: {why}") for _, _, asks, outcome, why in description.answers),
         verdict,
     )
 
@@ -201,9 +189,9 @@ def terminal(description: Description) -> Group:
 def markdown(description: Description) -> str:
     """The description for a pull request or a model card; text from the audit is escaped."""
     answers = []
-    for each in description.answers:
-        asks = literal(each.asks) + (" (does not count)" if each.kind == "explanation" else "")
-        answers.append([asks, f"{MARKS.get(each.outcome, '')} {each.outcome}".strip(), literal(each.why)])
+    for kind, _, asks, outcome, why in description.answers:
+        aside = " (does not count)" if kind == "explanation" else ""
+        answers.append([literal(asks) + aside, f"{MARKS.get(outcome, '')} {outcome}".strip(), literal(why)])
     rows = [[label.strip(), *cells] for label, cells in description.rows]
     lines = [
         f"## {literal(description.title)}: {MARKS[description.outcome]} {description.outcome}\n",
@@ -225,19 +213,18 @@ def table_lines(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 def junit(description: Description) -> str:
     """A test case for every condition (failure: violated, error: inconclusive); without conditions, for every
     question of the verdict (failure: FAIL, skipped: INCONCLUSIVE)."""
-    kind = "condition" if any(each.kind == "condition" for each in description.answers) else "question"
-    cases = [each for each in description.answers if each.kind == kind]
-    elements = [ELEMENTS.get(each.outcome, "system-out") for each in cases]
+    conditions = [each for each in description.answers if each[0] == "condition"]
+    cases = conditions or [each for each in description.answers if each[0] == "question"]
+    elements = [ELEMENTS.get(outcome, "system-out") for _, _, _, outcome, _ in cases]
     counts = {"failures": "failure", "errors": "error", "skipped": "skipped"}
     sizes = {key: str(elements.count(element)) for key, element in counts.items()}
     suite = ElementTree.Element("testsuite", {"name": description.title, "tests": str(len(cases)), **sizes})
-    for each, element in zip(cases, elements, strict=True):
-        case = ElementTree.SubElement(suite, "testcase", classname=description.title, name=each.name)
-        outcome = ElementTree.SubElement(case, element)
+    for (_, name, _, _, why), element in zip(cases, elements, strict=True):
+        case = ElementTree.SubElement(suite, "testcase", classname=description.title, name=name)
         if element == "system-out":
-            outcome.text = each.why
+            ElementTree.SubElement(case, element).text = why
         else:
-            outcome.set("message", each.why)
+            ElementTree.SubElement(case, element, message=why)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 

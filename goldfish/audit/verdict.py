@@ -30,11 +30,7 @@ Question = dict[str, Any]
 
 
 def parse_limits(texts: Iterable[str]) -> dict[str, float]:
-    """LIMITS with those that texts such as "recited=0.1%" change.
-
-    Raises:
-        ValueError: an unknown limit, or none between 0 and 1.
-    """
+    """LIMITS with those that texts such as "recited=0.1%" change; ValueError for others."""
     limits = dict(LIMITS)
     for text in texts:
         name, _, number = text.partition("=")

@@ -19,9 +19,8 @@ def write_report(
 ) -> Path:
     """Write the report of one or more audits as one HTML file.
 
-    The verdict for decision-makers, figures and plots for engineers, and every document to look at. Audits of the same
-    windows are also compared in pairs. The file needs no network, font or script from elsewhere; text from the data is
-    escaped, and the page's policy allows no script but its own. The same audits give the same bytes.
+    It loads nothing from elsewhere and shows text from the data escaped. Audits of the same windows are also compared
+    in pairs. The same audits give the same bytes.
 
     Args:
         audits: folders that `goldfish audit` wrote, in the order in which to show them.
@@ -31,8 +30,7 @@ def write_report(
             paths. Lengths and figures stay, so a reader who already has a text can still recognise it.
         baseline: the name of the audit that the others are compared with; by default every pair is compared.
 
-    Returns:
-        The path of the file.
+    Returns the path of the file.
 
     Raises:
         FileExistsError: `output` exists and `overwrite` is False, or it is a folder.

@@ -42,20 +42,6 @@ def rouge_histograms(views: Sequence[View]) -> list[Markup]:
     return [svg(f"histogram-{i}", label, partial(draw, i)) for i in range(len(views))]
 
 
-def survival(views: Sequence[View]) -> Markup:
-    """Share of windows whose first t tokens all match, over those with t tokens."""
-
-    def draw(axes: Any) -> None:
-        longest = 1
-        for i, split, table in _tables(views):
-            shares = verbatim_shares(table)
-            longest = max(longest, len(shares) - 1)
-            _steps(axes, range(len(shares)), shares, i, split, 2)
-        axes.set(xlim=(0, longest), ylim=(0, 1), xlabel="tokens t of the suffix", ylabel="verbatim after t tokens")
-
-    return svg("survival", "Share of windows still verbatim after t tokens", draw)
-
-
 def sweep(views: Sequence[View], key: str, at: str, label: str) -> Markup | None:
     """Exact match against `at` of the summary's list `key`, with its 95% intervals; None where no list has two."""
     lists = [(i, split, view.audit.summary["splits"][split][key]) for i, view in enumerate(views)
@@ -189,17 +175,6 @@ def roc(views: Sequence[View]) -> list[Markup | None]:
     label = "ROC of the membership attacks, both axes logarithmic"
     known = [view.audit.summary["membership"] for view in views]
     return [svg(f"roc-{i}", label, partial(draw, i, each), 340) if each else None for i, each in enumerate(known)]
-
-
-def verbatim_shares(table: pa.Table) -> Any:
-    """For t = 0, 1, ...: of the windows with at least t suffix tokens, the share whose first t tokens all match."""
-    lengths = pc.list_value_length(table["suffix_tokens"]).to_numpy()
-    most = lengths.max(initial=-1) + 1
-    match, long = (
-        np.bincount(values, minlength=most)[::-1].cumsum()[::-1]
-        for values in (table["first_divergence"].to_numpy(), lengths)
-    )
-    return match[:most] / long[:most]
 
 
 def _tables(views: Sequence[View]) -> Iterator[tuple[int, str, pa.Table]]:
