@@ -42,8 +42,7 @@ def fuse_head(model: nn.Module) -> "FusedHead":
             nn.DataParallel, whose replicas share one forward.
 
     Returns:
-        A handle: `handle.reason`, `handle.remove()`; as a context manager it removes itself at the end. Calling
-        fuse_head again returns the same handle.
+        A handle: `handle.reason`, `handle.remove()`. Calling fuse_head again returns the same handle.
 
     Raises:
         TypeError: for a model that is not a causal language model of transformers; use linear_cross_entropy there.
@@ -109,12 +108,6 @@ class FusedHead:
             _restore(model, "forward", self._instance_forward)
         if model.__dict__.get("_loss_function") == self._loss:
             _restore(model, "_loss_function", self._loss_function)
-
-    def __enter__(self) -> "FusedHead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedHead":
         if id(self._model) not in memo:  # PEFT copies a head alone: that copy still belongs to this model
@@ -228,7 +221,7 @@ class FusedHead:
     def _fall_back(self, reason: str) -> None:
         """From now on the model's own forward runs; the log says why."""
         self._release_heads()
-        self._proved, self.reason = False, reason
+        self.reason = reason
         name = type(self._model).__name__
         _log.warning("The loss of %s is not fused: %s. Its own head and loss run on all tokens.", name, reason)
 
