@@ -7,23 +7,22 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
 
+from goldfish.chats import secret_finder, training_text
 from goldfish.pieces import plain
+from goldfish.rows import read_rows
 from goldfish.rule import MOST_KEPT, Goldfish
 
-KINDS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"}  # for load_dataset
-LIKELY = re.compile(r"\w[\w@#%&*+/=.:~-]{4,}\w", re.ASCII)  # where no secrets are marked; see DENSE
+LIKELY = r"(?a:\w[\w@#%&*+/=.:~-]{4,}\w)"  # where no secrets are marked; see DENSE
 DENSE = 6, 2  # at least so many tokens, of at most so many characters: words have more
 WORD = re.compile(r"[^\W_]+")
 PASSAGE = 8  # words
-SAMPLE = 2**23  # bytes of a file; of a larger file, passages are sampled (by checksum), so that they fit into memory
+MOST = 2**20  # passages that are held; of more, every second one is forgotten (by checksum), again and again
 SHOWN = 10  # of each list
 
 
@@ -87,25 +86,20 @@ def _name(rule: Goldfish) -> str:
     return f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}{spread}, seed={rule.seed}"
 
 
-def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", column: str = "") -> Check:
-    """Read a file once, each row as a document of its own.
+def check(
+    source: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", column: str = "", text_column: str = ""
+) -> Check:
+    """Read an input once, each row as a document of its own.
 
     Args:
-        path: .jsonl, .parquet or .csv with `text`, `messages`, or `prompt` and `completion` (where, as in TRL, only
-            the completion is a target); or .txt.
-        pattern: regular expression for secrets; its first group, if it has one. column: the column that holds them.
+        source, text_column: see `rows.read_rows`. Of `prompt` and `completion`, as in TRL, only the completion is a
+            target; `input_ids` are refused.
+        pattern, column: what marks secrets, see `chats.secret_finder`.
 
     Raises:
         FileNotFoundError, ValueError: a file or row that cannot be read, with what was expected.
     """
-    kind = KINDS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: expected a file that ends with {', '.join(KINDS)}")
-    try:
-        find = re.compile(pattern) if pattern else LIKELY
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-    options = {"sample_by": "document"} if kind == "text" else {}
+    secrets_of = secret_finder(pattern or LIKELY, column)
     others = [replace(rule, seed=(rule.seed + i) % 2**64) for i in range(1, 9)]
     if rule.h > 5:  # secrets in several wordings need a context that is shorter than they are
         others.append(replace(rule, h=5))
@@ -113,13 +107,15 @@ def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", c
         others.append(replace(rule, max_kept=math.ceil(rule.k)))
     others += [replace(rule, k=k) for k in (3, 2) if k < rule.k]
     rules = [each.bind(tokenizer) for each in (rule, *others)]
-    result, seen = Check(rules, bool(pattern or column)), dict[int, Any]()
-    every = 1 + Path(path).stat().st_size // SAMPLE
-    for number, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)):
-        text, start, special = _text(row, tokenizer, number)
-        encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        ids = torch.tensor(encoding["input_ids"], dtype=torch.int64)
-        begins, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    result, passages = Check(rules, bool(pattern or column)), _Passages()
+    for number, row in enumerate(read_rows(source, text_column)):
+        if "input_ids" in row:
+            raise ValueError(f"{source}, row {number} has input_ids; the check looks for secrets in texts: give `text`")
+        whole = training_text(row, tokenizer)
+        text, start = whole.text, whole.start
+        all_ids, spans = whole.encode(tokenizer)
+        ids = torch.tensor(all_ids, dtype=torch.int64)
+        begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
         target = (begins >= start) & (ends > begins) & (np.arange(len(ids)) > 0)  # not what the tokenizer adds
         begins, ends = begins[target], ends[target]
         dropped = rules[0].dropped(ids).numpy()[target]
@@ -130,12 +126,9 @@ def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", c
         result.longest = heapq.nlargest(SHOWN, [*result.longest, (run, number, dropped.sum() / max(1, len(dropped)))])
 
         drops = [dropped]  # under each rule; only rows with secrets need the others
-        values = (row.get(column) or []) if column else []
-        values = [re.compile(re.escape(value)) for value in ([values] if isinstance(values, str) else values)]
-        for match in chain.from_iterable(each.finditer(text, start) for each in (values if column else [find])):
-            a, b = match.span(min(1, match.re.groups))
+        for a, b in secrets_of(row, text, start):
             inside = range(np.searchsorted(ends, a, "right"), np.searchsorted(begins, b, "left"))
-            if a == b or not (result.marked or DENSE[0] <= len(inside) >= (b - a) / DENSE[1]):
+            if not (result.marked or DENSE[0] <= len(inside) >= (b - a) / DENSE[1]):
                 continue
             if len(drops) == 1:
                 drops += [each.dropped(ids).numpy()[target] for each in rules[1:]]
@@ -150,37 +143,35 @@ def check(path: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", c
         for a, b in zip(begins[dropped], ends[dropped], strict=True):
             marks[a:b] = b"\1" * (b - a)
         words = [(m.group().casefold(), 1 in marks[slice(*m.span())]) for m in WORD.finditer(text, start)]
-        _count_passages(result, seen, number, words, every)
+        passages.count(result, number, words)
     return result
 
 
-def _text(row: dict[str, Any], tokenizer: Any, number: int) -> tuple[str, int, bool]:
-    """What is trained on, the character where its targets begin, and whether the tokenizer adds special tokens."""
-    prompt, completion = row.get("prompt") or "", row.get("completion") or ""
-    if isinstance(row.get("text"), str):
-        return row["text"], 0, True
-    if completion and isinstance(prompt, str):
-        return prompt + completion, len(prompt), True
-    if not (row.get("messages") or completion):
-        raise ValueError(f"row {number}: expected text, messages, or prompt and completion, got {', '.join(row)}")
-    text = tokenizer.apply_chat_template(row.get("messages") or prompt + completion, tokenize=False)
-    opening = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
-    return text, len(opening) if text.startswith(opening) else 0, False
+class _Passages:
+    """The passages seen so far."""
 
+    def __init__(self) -> None:
+        self._seen: dict[
+            int, tuple[int, tuple[bool, ...]]
+        ] = {}  # checksum -> first row, which of its words are dropped
+        self._every = 1  # checksums that it divides are held
 
-def _count_passages(result: Check, seen: dict[int, Any], number: int, words: Sequence[Any], every: int) -> None:
-    """Compare a row's passages with those seen: checksum -> first row, and which of its words are dropped."""
-    total, earlier = 0, Counter[int]()
-    for i in range(max(1, len(words) - PASSAGE + 1) if words else 0):
-        passage, drop = zip(*words[i : i + PASSAGE], strict=True)
-        checksum = zlib.crc32(" ".join(passage).encode("utf-8", "replace"))
-        if checksum % every == 0:
-            first, before = seen.setdefault(checksum, (number, drop))
-            total += 1
-            earlier[first] += first != number
-            result.differing += first != number and before != drop
-    result.passages += total
-    result.recurring += earlier.total()
-    first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
-    if count and 2 * count >= total:
-        result.repeated.append((number, first, count / total))
+    def count(self, result: Check, number: int, words: Sequence[tuple[str, bool]]) -> None:
+        """Compare a row's passages with those seen."""
+        total, earlier = 0, Counter[int]()
+        for i in range(max(1, len(words) - PASSAGE + 1) if words else 0):
+            passage, drop = zip(*words[i : i + PASSAGE], strict=True)
+            checksum = zlib.crc32(" ".join(passage).encode("utf-8", "replace"))
+            if checksum % self._every == 0:
+                first, before = self._seen.setdefault(checksum, (number, drop))
+                total += 1
+                earlier[first] += first != number
+                result.differing += first != number and before != drop
+        while len(self._seen) > MOST:
+            self._every *= 2
+            self._seen = {checksum: each for checksum, each in self._seen.items() if checksum % self._every == 0}
+        result.passages += total
+        result.recurring += earlier.total()
+        first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
+        if count and 2 * count >= total:
+            result.repeated.append((number, first, count / total))

@@ -12,6 +12,10 @@ from safetensors import SafetensorError
 from goldfish import __version__
 from goldfish.pieces import plain
 
+DATA = (
+    ".jsonl, .json, .parquet, .csv (text, input_ids, messages, or prompt and completion), .txt, a datasets folder, a "
+    "hub dataset NAME[:CONFIG]/SPLIT, or - for standard input"
+)
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
 
@@ -51,11 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
         "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
     )
-    check.add_argument("path", metavar="DATA", help="rows with text or chats (.jsonl, .parquet, .csv), or .txt")
+    check.add_argument("source", metavar="DATA", help=DATA)
     _add_rule(check)
-    marks = check.add_mutually_exclusive_group()
-    marks.add_argument("--secrets", metavar="REGEX", dest="pattern", default="", help="marks secrets in the targets")
-    marks.add_argument("--secret-column", metavar="NAME", dest="column", default="", help="the column that has them")
     check.set_defaults(run=_check)
 
     audit = verbs.add_parser(
@@ -64,9 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Test whether a checkpoint recites texts. After an interruption the same command continues the "
         "audit. `accelerate launch -m goldfish audit ...` shares the work between processes.",
     )
-    audit.add_argument("checkpoint", help="a folder or hub name with model and tokenizer")
-    audit.add_argument("--members", metavar="FILE", help="texts that were trained on: .jsonl or .txt")
-    audit.add_argument("--heldout", metavar="FILE", help="texts of the same kind that were not")
+    audit.add_argument("checkpoint", help="a folder, hub name or .gguf file with model and tokenizer")
+    audit.add_argument("--members", metavar="DATA", help=f"what was trained on: {DATA}")
+    audit.add_argument("--heldout", metavar="DATA", help="texts or chats of the same kind that were not")
+    audit.add_argument("--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed")
+    audit.add_argument("--seed", type=int, default=0)
     audit.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder for the results")
     audit.add_argument("--prefix-length", type=int, default=50, help="tokens that the model is given (default 50)")
     audit.add_argument("--suffix-length", type=int, default=50, help="tokens that it is to recite (default 50)")
@@ -86,7 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--control", metavar="DIR", help="a checkpoint with the same tokenizer that never saw the members"
     )
-    audit.add_argument("--tokens", action="store_true", help="also write one row a token to tokens/")
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
     audit.add_argument(
         "--dtype", default="float32", metavar="DTYPE",
@@ -94,11 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
         "settled one by one",
     )  # fmt: skip
     audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
+    audit.add_argument("--device-map", metavar="auto", help="spread one large model over GPUs, memory and disk")
+    audit.add_argument("--revision", metavar="NAME", help="of a checkpoint on the hub: a branch, tag or commit")
     audit.add_argument("--batch-tokens", type=int, metavar="N", help="tokens in a batch (default: what memory allows)")
-    audit.add_argument("--allow-overlap", action="store_true", help="audit although some texts are in both files")
+    audit.add_argument("--allow-overlap", action="store_true", help="audit although some texts are in both inputs")
     audit.add_argument("--allow-pickle", action="store_true", help="load weights that are pickles, which can run code")
     audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     audit.set_defaults(run=_audit)
+
+    for verb in (check, audit):
+        verb.add_argument("--text-column", metavar="NAME", default="", help="the column of the texts or messages")
+        marks = verb.add_mutually_exclusive_group()
+        marks.add_argument("--secrets", metavar="REGEX", default="", help="what the secrets look like; its first group")
+        marks.add_argument("--secret-column", metavar="NAME", default="", help="the column that holds them")
 
     judge = verbs.add_parser("judge", help="judge a finished audit again, with other limits or conditions")
     judge.add_argument("folder", metavar="DIR", help="a folder that `goldfish audit` wrote")
@@ -211,7 +221,8 @@ def _check(args: argparse.Namespace) -> int:
     from goldfish.audit.model import load_tokenizer
     from goldfish.check import check
 
-    result = check(args.path, load_tokenizer(args.tokenizer), _rule(args), args.pattern, args.column)
+    tokenizer = load_tokenizer(args.tokenizer)
+    result = check(args.source, tokenizer, _rule(args), args.secrets, args.secret_column, args.text_column)
     print("\n".join(result.lines()))
     return result.exit_code()
 

@@ -10,6 +10,7 @@ import torch
 from goldfish.hashing import signed
 from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
 from goldfish.receipt import ALL, Tally, bind, write_receipt
+from goldfish.rows import dataset_of
 from goldfish.rule import Goldfish
 from goldfish.spec import WORD
 
@@ -93,8 +94,7 @@ def premask_files(
     """Mask a tokenized dataset on disk and write it to a new folder, with its receipt, goldfish.json.
 
     Args:
-        source: a folder of `datasets.save_to_disk` (of a DatasetDict the split "train"), a parquet, json or jsonl file,
-            or a folder of such files.
+        source: see `rows.dataset_of`; of several splits "train".
         output: a new folder; it appears when all is written.
         format: "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
             "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy
@@ -111,7 +111,7 @@ def premask_files(
         raise ValueError(f"{output} exists already; give the name of a new folder")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    dataset = _load(Path(source))
+    dataset = dataset_of(str(source), streaming=False, split="train")
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     masked = premask(dataset, rule, num_proc=num_proc, receipt=unfinished, tokenizer=tokenizer)
@@ -120,25 +120,6 @@ def premask_files(
     else:
         _write_arrays(masked, unfinished, shifted=format == "loss-mask")
     unfinished.rename(output)
-
-
-def _load(source: Path) -> Any:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(source.suffix)
-    if source.is_file() and kind:
-        return load_dataset(kind, data_files=str(source), split="train")
-    if not source.is_dir():
-        expected = "a folder of datasets, or a .parquet, .json or .jsonl file"
-        raise ValueError(f"{source} is no tokenized dataset: expected {expected}")
-    if not any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
-        return load_dataset(str(source), split="train")
-    dataset = load_from_disk(str(source))
-    if not isinstance(dataset, DatasetDict):
-        return dataset
-    if "train" not in dataset:
-        raise ValueError(f"{source} has the splits {', '.join(dataset)}; the rule is for training data, a split train")
-    return dataset["train"]
 
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:

@@ -17,7 +17,8 @@ PREFIX, SUFFIX = 10, 8
 PROTOCOL = {
     "prefix_length": PREFIX, "suffix_length": SUFFIX, "offsets": [0], "decoding": "greedy", "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX), "vocabulary": 500,
+    "secrets": None, "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX),
+    "vocabulary": 500,
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def made_up_run(records, protocol=PROTOCOL, **changes):
     return {
         "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
         "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,
-        "versions": {}, "block": 256, "tokens": False, **changes,
+        "versions": {}, "block": 256, **changes,
     }  # fmt: skip
 
 

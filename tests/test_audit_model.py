@@ -169,6 +169,5 @@ def test_a_damaged_tokenizer_and_a_missing_package_are_named(twin):
 
 
 def test_the_context_under_any_name(model):
-    assert (context_of(model), vocabulary_of(model)) == (128, 320)
-    model.config = MptConfig(max_seq_len=77)
-    assert context_of(model) == 77
+    assert (context_of(model.config), vocabulary_of(model)) == (128, 320)
+    assert context_of(MptConfig(max_seq_len=77)) == 77

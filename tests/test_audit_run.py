@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import BEFORE_5, PROSE, tiny_llama
@@ -71,19 +70,11 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
     summary = audit(
         folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,), lowercase=True,
-        control=checkpoint, tokens=True, command="goldfish audit",
+        control=checkpoint, command="goldfish audit",
     )  # fmt: skip
     blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
-    kinds = ("records", "tokens")
-    assert list(contents(tmp_path / "out")) == sorted(
-        [
-            *(f"{kind}/{block}" for kind in kinds for block in blocks),
-            "junit.xml",
-            "run.json",
-            "summary.json",
-            "summary.md",
-        ]
-    )
+    files = ["junit.xml", *(f"records/{block}" for block in blocks), "run.json", "summary.json", "summary.md"]
+    assert list(contents(tmp_path / "out")) == files
     assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
     assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0), "at both offsets"
@@ -106,7 +97,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert [row["cluster"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
-        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6,
+        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6, "completions": 0, "secrets": 0,
         "clusters": 3, "repeated": 0,
         "skipped": [
             {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
@@ -120,22 +111,13 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert (summary["command"], about["receipt"]["rule"], summary["date"]) == (
         "goldfish audit", rule.to_dict(), about["date"]
     )  # fmt: skip
-    tokens = pq.ParquetDataset(tmp_path / "out" / "tokens").read().to_pylist()
-    assert len(tokens) == 14 * 17
-    for row, first in zip(rows, range(0, len(tokens), 17), strict=True):
-        mine = tokens[first : first + 17]
-        assert [token["position"] for token in mine] == list(range(1, 18))
-        assert [token["id"] for token in mine] == (row["prefix_ids"] + row["suffix_ids"])[1:]
-        assert [token["nll"] for token in mine[9:]] == row["nll"]
-        assert [token["log_q"] is None for token in mine] == [True] * 9 + [False] * 8
-        assert -mine[-1]["log_q"][0] == pytest.approx(mine[-1]["nll"], rel=1e-5)
 
 
 def test_a_finished_audit_is_summarized_again_without_a_model(tmp_path, checkpoint, inputs, monkeypatch):
     summary = audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
     monkeypatch.setattr(run, "load_model", None)
-    monkeypatch.setattr(run, "survey", None)
+    monkeypatch.setattr(run, "Survey", None)
     assert audit(checkpoint, tmp_path / "out", **inputs, command="later") == summary
     with pytest.raises(FileExistsError, match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)"):
         audit(checkpoint, tmp_path / "out", **{**inputs, "prefix_length": 9})
@@ -153,7 +135,7 @@ def whole(tmp_path, checkpoint, inputs, small_blocks):
     with pytest.MonkeyPatch.context() as patch:
         replace = os.replace
         patch.setattr(os, "replace", lambda *args: (steps.append(args), replace(*args)))
-        audit(checkpoint, tmp_path / "whole", **inputs, tokens=True)
+        audit(checkpoint, tmp_path / "whole", **inputs)
     return contents(tmp_path / "whole"), len(steps)
 
 
@@ -184,13 +166,13 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inpu
     scored = []
     score = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, windows: scored.append(windows[0].index) or score(self, windows))
-    assert steps == 10, "run.json, three blocks of two kinds, summary.md, junit.xml, summary.json"
+    assert steps == 7, "run.json, three blocks, summary.md, junit.xml, summary.json"
     for step in range(1, steps + 1):
         output = tmp_path / str(step)
-        assert killed(step, lambda output=output: audit(checkpoint, output, **inputs, tokens=True))
+        assert killed(step, lambda output=output: audit(checkpoint, output, **inputs))
         kept = len(list(output.glob("records/*.parquet")))
         scored.clear()
-        audit(checkpoint, output, **inputs, tokens=True)
+        audit(checkpoint, output, **inputs)
         assert len(scored) == 3 - kept
         assert contents(output) == expected, step
 
@@ -203,7 +185,7 @@ def test_an_unfinished_audit_with_other_settings_is_refused(tmp_path, checkpoint
         ({"prefix_length": 11}, r"prefix_length \(10 there, 11 now\)"),
         ({"sampling": ()}, "sampling"),
         ({"heldout": None}, "inputs"),
-        ({"tokens": True}, r"tokens \(False there, True now\)"),
+        ({"max_rows": 3}, r"max_rows \(None there, 3 now\)"),
     ):
         with pytest.raises(FileExistsError, match=f"holds an audit with other settings: .*{text}"):
             audit(checkpoint, output, **{**inputs, **changes})
@@ -221,21 +203,21 @@ def test_an_unfinished_audit_with_other_settings_is_refused(tmp_path, checkpoint
 def test_a_full_disk_loses_nothing(tmp_path, checkpoint, inputs, whole):
     """/dev/full stands in for the third block's file: the kernel itself says that no space is left."""
     output = tmp_path / "out"
-    assert killed(6, lambda: audit(checkpoint, output, **inputs, tokens=True))
+    assert killed(3, lambda: audit(checkpoint, output, **inputs))
     (output / "records" / "000002.parquet.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"the disk is full; the blocks in .* are kept: make room and repeat the command"):
-        audit(checkpoint, output, **inputs, tokens=True)
+        audit(checkpoint, output, **inputs)
     assert (output / "records" / "000001.parquet").exists()
-    audit(checkpoint, output, **inputs, tokens=True)
+    audit(checkpoint, output, **inputs)
     assert contents(output) == whole[0]
 
 
 def test_a_block_cut_short_is_scored_again(tmp_path, checkpoint, inputs, whole):
     output = tmp_path / "out"
-    assert killed(6, lambda: audit(checkpoint, output, **inputs, tokens=True))
+    assert killed(4, lambda: audit(checkpoint, output, **inputs))
     for number, data in ((0, b""), (1, b"PAR1")):
         (output / "records" / f"{number:06d}.parquet").write_bytes(data)
-    audit(checkpoint, output, **inputs, tokens=True)
+    audit(checkpoint, output, **inputs)
     assert contents(output) == whole[0]
 
 
@@ -304,14 +286,14 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint,
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     """accelerate launch with gloo: one of them has the members' only block, the other the held-out texts'."""
-    audit(checkpoint, tmp_path / "one", **inputs, tokens=True)
+    audit(checkpoint, tmp_path / "one", **inputs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(port), "-m", "goldfish", "audit", str(checkpoint)]
-    command += ["--members", str(inputs["members"]), "--heldout", str(inputs["heldout"]), "--tokens"]
+    command += ["--members", str(inputs["members"]), "--heldout", str(inputs["heldout"])]
     command += ["--prefix_length", "10", "--suffix_length", "8", "-o", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -339,14 +321,15 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
     refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
-    refused(ValueError, r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens", prefix_length=500)
+    text = r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens or .* \(1 fewer than 505 tokens\)"
+    refused(ValueError, text, prefix_length=500)
     refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
     late = tmp_path / "late.jsonl"
     late.write_bytes(good.read_bytes() * 5 + b"{\n" + good.read_bytes())
     refused(ValueError, "late.jsonl, line 6: not JSON", heldout=late)
     long = write_jsonl(tmp_path / "long.jsonl", [{"input_ids": [5] * 200}])
     refused(
-        ValueError, "windows of 129 tokens do not fit the context of .*, 128 tokens", members=long, prefix_length=124
+        ValueError, "windows of 129 tokens do not fit the model's context, 128 tokens", members=long, prefix_length=124
     )
     other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
     refused(ValueError, "other.jsonl, row 1: token id 320, but .* knows 320 ids; .*`text`", members=other)

@@ -1,9 +1,8 @@
-"""Files -> windows: streamed, with every bad line named and every short text counted."""
+"""Rows -> windows: streamed, tokenized once, and every short text counted."""
 
-import hashlib
 import itertools
-import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROSE
@@ -11,26 +10,13 @@ from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import (
-    Documents,
-    Skipped,
-    Survey,
-    Window,
-    cut_windows,
-    first_ids,
-    lowercase_ids,
-    overlap_of,
-    read_rows,
-    sha256,
-    survey,
-)  # fmt: skip
+from goldfish.audit.windows import Cutter, Documents, Skipped, Survey, Window, first_ids, lowercase_ids, overlap_of
 
 pytestmark = pytest.mark.core
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def surveyed(rows, split, documents, *how):
+    return Survey(enumerate(rows), split, documents, Cutter(*how))
 
 
 @pytest.fixture
@@ -48,70 +34,16 @@ def framing(tokenizer):
     return twin
 
 
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        (b"{", "line 3: not JSON"),
-        (b"[" * 100_000, "line 3: not JSON"),
-        (b"[]", 'line 3: expected an object such as {"text": "..."}, got list'),
-        (b'{"body": ""}', r"line 3: expected a string `text` or a list `input_ids`, got the fields \['body'\]"),
-        (b'{"input_ids": [1, -1]}', "line 3: input_ids must be a list of token ids"),
-        (b'{"input_ids": [1, true]}', "line 3: input_ids must be a list of token ids"),
-        (b'{"text": "", "count": 0}', r"line 3: count must be a whole number from 1 to 2\*\*63 - 1 .*, got 0"),
-        (b'{"text": "", "count": 1.5}', "line 3: count must be a whole number from 1 to .*, got 1.5"),
-        (b'{"text": "", "count": 1' + 30 * b"0" + b"}", "line 3: count must be a whole number from 1 to .*, got 1000"),
-        (b'{"text": "", "count": ' + 5000 * b"9" + b"}", "line 3: not JSON"),
-        (b'{"text": "", "name": NaN}', r"line 3: not JSON \(NaN is no JSON number\)"),
-        (b'{"text": "", "source": ["web"]}', r"line 3: source must be a string, or be left out, got \['web'\]"),
-        (b'{"text": "\\ud83d"}', "line 3: text holds half a character"),
-        (b'{"text": "", "name": "\\ud83d"}', "line 3: name holds half a character"),
-        (b'{"text": "caf\xe9"}', r"line 3 is not UTF-8 text .*; convert the file first"),
-    ],
-)
-def test_bad_lines_are_named_and_what_came_before_is_read(tmp_path, line, text):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "never seen"}\n')
-    rows = read_rows(path)
-    assert next(rows) == {"text": "fine"}
-    with pytest.raises(ValueError, match=text):
-        next(rows)
-
-
-def test_files_that_are_not_there_or_of_another_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*x\.jsonl; expected \.jsonl"):
-        list(read_rows(tmp_path / "x.jsonl"))
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"x.csv: expected .jsonl with an object a line, or plain text \(.txt"):
-        list(read_rows(tmp_path / "x.csv"))
-    (tmp_path / "x.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"x\.txt is not UTF-8 text"):
-        list(read_rows(tmp_path / "x.txt"))
-
-
 def test_rows_are_streamed(tmp_path, tokenizer):
     """The first windows are there although the file has no end that could be waited for."""
     rows = ({"input_ids": [i] * 9, "count": i + 1} for i in itertools.count())
-    found = list(itertools.islice(cut_windows(rows, "members", tokenizer, 5, 3), 3))
+    found = list(itertools.islice(Cutter(tokenizer, 5, 3).cut(rows, "members"), 3))
     assert found == [Window("members", i, f"members {i}", [i] * 8, 5, count=i + 1) for i in range(3)]
-
-
-def test_a_byte_order_mark_and_empty_lines_are_no_text(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n   \n{"text": "b"}')
-    assert [row["text"] for row in read_rows(path)] == ["a", "b"]
-
-
-def test_a_text_file_is_one_row(tmp_path, tokenizer):
-    path = tmp_path / "a.txt"
-    path.write_text(PROSE[0])
-    assert list(read_rows(path)) == [{"text": PROSE[0], "name": "a.txt"}]
-    (window,) = cut_windows(read_rows(path), "heldout", tokenizer, 4, 3)
-    assert (window.document, len(window.ids), window.suffix) == ("a.txt", 7, window.ids[4:])
 
 
 def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     rows = [{"input_ids": list(range(12)), "name": "a", "source": "s", "count": 3}, {"input_ids": list(range(8))}]
-    found = list(cut_windows(rows, "members", tokenizer, 5, 3, (0, 4, 5)))
+    found = list(Cutter(tokenizer, 5, 3, (0, 4, 5)).cut(rows, "members"))
     assert found == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
         Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4),
@@ -126,25 +58,28 @@ def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
     """Where the tokenizer puts them; ids that are given stay as they are."""
     ids = framing(PROSE[0], add_special_tokens=False)["input_ids"]
     length = len(ids) + 1
-    first, second, third = cut_windows([{"text": PROSE[0]}], "members", framing, 5, length - 5, (0, 1, 2))
+    first, second, third = Cutter(framing, 5, length - 5, (0, 1, 2)).cut([{"text": PROSE[0]}], "members")
     assert first.ids == [1, *ids]
     assert (second, third) == tuple(Skipped(0, f"fewer than {length} tokens from token {at} on") for at in (1, 2))
-    _, later = cut_windows([{"text": PROSE[0]}], "members", framing, 5, 4, (0, 7))
+    _, later = Cutter(framing, 5, 4, (0, 7)).cut([{"text": PROSE[0]}], "members")
     assert later.ids == [1, *ids[7:15]]
-    _, as_given = cut_windows([{"input_ids": [1, *ids]}], "members", framing, 5, 4, (0, 7))
+    _, as_given = Cutter(framing, 5, 4, (0, 7)).cut([{"input_ids": [1, *ids]}], "members")
     assert as_given.ids == ids[6:15]
 
 
-def test_survey_counts_and_finds_the_largest_id(tmp_path, tokenizer):
+def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
+    """A text is tokenized once; blocks come back from the file as often as they are wanted."""
     rows = [{"input_ids": [3] * 8}, {"input_ids": [3] * 7}, {"input_ids": [3] * 7 + [90]}, {"input_ids": [90] * 8}]
-    found = survey(rows, "members", Documents(), tokenizer, 5, 3)
-    assert (found.rows, found.largest_id, found.largest_at) == (4, 90, 2)
-    assert (found.numbers.tolist(), found.indices.tolist(), found.names) == ([0, 1, 2], [0, 2, 3], 3)
-    assert found.skipped == {"fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}}
-    many = survey([{"input_ids": []}] * 9, "members", Documents(), tokenizer, 5, 3)
+    result = surveyed(rows, "members", Documents(), tokenizer, 5, 3)
+    assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
+    assert (result.numbers.tolist(), result.indices.tolist(), result.names) == ([0, 1, 2], [0, 2, 3], 3)
+    assert result.skipped == {"fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}}
+    many = surveyed([{"input_ids": []}] * 9, "members", Documents(), tokenizer, 5, 3)
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    expected = [each for each in Cutter(tokenizer, 5, 3).cut(rows, "members") if isinstance(each, Window)]
+    monkeypatch.setattr(Cutter, "cut_row", None)
+    for _ in range(2):
+        assert list(result.blocks(2)) == [expected[:2], expected[2:]]
 
 
 def test_documents_are_joined_by_any_key_they_share():
@@ -159,7 +94,7 @@ def test_documents_are_joined_by_any_key_they_share():
                 if set(windows[i]) & set(windows[j]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
         order = list(dict.fromkeys(expected))
-        found = documents.clusters({"members": Survey(numbers=numbers)})["members"]
+        found = documents.clusters({"members": SimpleNamespace(numbers=numbers)})["members"]
         assert found == [order.index(number) for number in expected]
 
 
@@ -170,12 +105,12 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
     rows = [*({"text": text} for text in texts), {"text": PROSE[0], "name": "x"}, {"text": PROSE[1], "name": "x"}]
     documents = Documents()
     surveys = {
-        "members": survey(rows, "members", documents, tokenizer, 5, 3),
-        "heldout": survey([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", documents, tokenizer, 5, 3),
+        "members": surveyed(rows, "members", documents, tokenizer, 5, 3),
+        "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", documents, tokenizer, 5, 3),
     }
     clusters = documents.clusters(surveys)
     assert clusters == {"members": [0, 0, 0, 1, 1], "heldout": [2, 0]}, "equal windows at offset 0"
-    long = {"members": survey(rows[:3], "members", Documents(), tokenizer, 30, 8)}
+    long = {"members": surveyed(rows[:3], "members", Documents(), tokenizer, 30, 8)}
     assert long["members"].numbers.tolist() == [0, 1, 0]
     assert overlap_of(surveys, clusters) == {"clusters": 1, "rows": [[0, 1]]}
     assert overlap_of(long, {"members": [0, 1, 0]}) is None

@@ -154,7 +154,7 @@ def test_passages_that_recur(letters, tmp_path):
 
 
 def test_a_sample_of_passages_is_kept(letters, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLE", 1000)
+    monkeypatch.setattr(module, "MOST", 100)
     rows = [{"text": " ".join(words(i % 50 * 100, 30))} for i in range(100)]
     result = check(write(tmp_path / "a.jsonl", rows), letters[0], Goldfish())
     assert 100 < result.passages < 23 * 100 / 8
@@ -192,8 +192,9 @@ def test_command_line(letters, tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, r"gone.jsonl"),
-        ("a.docx", "", r"a.docx: expected a file that ends with .jsonl, .parquet"),
-        ("a.jsonl", '{"body": "x"}\n', "row 0: expected text, messages, or prompt and completion, got body"),
+        ("a.docx", "", r"a.docx: expected a .jsonl"),
+        ("a.jsonl", '{"input_ids": [1]}\n', "row 0 has input_ids; the check looks for secrets in texts: give `text`"),
+        ("a.jsonl", '{"body": "x"}\n', "line 1: expected text, .* or prompt and completion; got body"),
     ],
 )
 def test_what_cannot_be_read(letters, tmp_path, name, content, message):

@@ -123,7 +123,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
     command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
-    command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint), "--tokens"]
+    command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint)]
     command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu", "--allow-overlap", "--batch-tokens", "99"]
     assert main(command) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())

@@ -186,8 +186,8 @@ def test_masks_are_flat_arrays_beside_the_ids(tmp_path, checkpoint, format, name
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (["rows.txt"], "rows.txt is no tokenized dataset: expected a folder of datasets, or a .parquet, .json or .jsonl"),
-    (["splits"], "splits has the splits test; the rule is for training data, a split train"),
+    (["rows.txt"], "no file rows.txt; expected a .jsonl, .json, .parquet or .csv file"),
+    (["splits"], "splits has the splits test: give one of them"),
     (["ids.jsonl", "--format", "masks"], "format must be one of labels, mask, loss-mask, got 'masks'"),
     (["ids.jsonl", "--format", "mask"], "ids must fit into uint32, got -1 to 5"),
     (["ids.jsonl", "--strategy", "random"], "premask writes labels once"),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from goldfish.audit.model import device_of
+
 
 class Margins(LogitsProcessor):
     """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1, |largest|), (B,)."""
@@ -45,7 +47,7 @@ def least_beams(
     ranks: of the suffix's tokens, teacher-forced. Each beam's B * max(2, 1 + n_eos) likeliest tokens are all that a
     search with B beams looks at (`generate`; n_eos is 0 here), so a rank beyond them answers without a search.
     """
-    ids = torch.tensor([prefix], device=model.device)
+    ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
         if max(ranks) < 2 * beams and _generate(model, ids, len(suffix), num_beams=beams)[0].tolist() == list(suffix):
             return beams

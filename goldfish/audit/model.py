@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,51 +16,75 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from goldfish.audit.windows import sha256
 from goldfish.fused import bare_model
 from goldfish.receipt import FILE_NAME, read_receipt
+from goldfish.rows import first_line, sha256
 
 _log = logging.getLogger(__name__)
 LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}  # bytes of float32 logits alive at a time
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
+_READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
 _WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")  # put before names by torch.compile and by DDP
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "max_seq_length", "n_positions", "n_ctx")
 _ADAPTER = "adapter_config.json"
 
 
-def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """AutoTokenizer's, from a folder or hub name; an adapter without one has its base's.
+def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """AutoTokenizer's, from a folder, hub name or GGUF file; an adapter without one has its base's.
 
     Raises:
         FileNotFoundError: no such folder or hub name. ValueError: there is no tokenizer, or one that does not load.
     """
-    folder = Path(checkpoint)
-    # transformers makes an empty tokenizer for a folder that has none, so look before asking.
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
-        base = adapter_base(checkpoint)
-        if base is not None:
-            return load_tokenizer(base, trust_remote_code=trust_remote_code)
-        raise ValueError(
-            f"{checkpoint} holds no tokenizer; save it there with tokenizer.save_pretrained({str(checkpoint)!r}), "
-            "or pass it to Trainer as processing_class so that checkpoints include it"
-        )
-    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or len(folder.parts) > 2):
-        raise FileNotFoundError(f"no checkpoint folder {checkpoint}")
+    name, options = _place(checkpoint, revision, trust_remote_code)
+    folder = Path(name)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, **_options(checkpoint, trust_remote_code))
+        base = adapter_base(checkpoint, revision)
+        # transformers makes an empty tokenizer where there is none, so look before asking.
+        if "gguf_file" in options or (base is None and not folder.is_dir()):
+            own = True
+        elif folder.is_dir():
+            own = any(folder.glob("*token*")) or any(folder.glob("vocab*"))
+        else:
+            own = _file(checkpoint, "tokenizer_config.json", revision) is not None
+        if own:
+            return AutoTokenizer.from_pretrained(name, **options)
     except OSError as error:
         if folder.is_dir():
             raise
         raise FileNotFoundError(
-            f"no folder {checkpoint} here, and no model of that name on the hub: {_first_line(error)}"
+            f"no folder {checkpoint} here, and no model of that name on the hub: {first_line(error)}"
         ) from error
     except Exception as error:  # the tokenizers package raises plain Exceptions
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise  # already in words
         raise ValueError(
-            f"the tokenizer of {checkpoint} cannot be loaded ({_first_line(error)}); save it again"
+            f"the tokenizer of {checkpoint} cannot be loaded ({first_line(error)}); save it again"
         ) from error
+    if base is not None:
+        return load_tokenizer(base[0], trust_remote_code=trust_remote_code, revision=base[1])
+    raise ValueError(
+        f"{checkpoint} holds no tokenizer; save it there with tokenizer.save_pretrained({str(checkpoint)!r}), "
+        "or pass it to Trainer as processing_class so that checkpoints include it"
+    )
+
+
+def load_config(checkpoint: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The configuration of a causal model; an adapter's is its base's.
+
+    Raises:
+        ValueError: an encoder-decoder model; a missing package.
+    """
+    base = adapter_base(checkpoint, revision)
+    if base is not None:
+        return load_config(base[0], trust_remote_code=trust_remote_code, revision=base[1])
+    name, options = _place(checkpoint, revision, trust_remote_code)
+    config = _loaded(checkpoint, lambda: AutoConfig.from_pretrained(name, **options))
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{checkpoint} is an encoder-decoder model ({config.model_type}); the audit is of causal language models, "
+            "which continue a text from its prefix"
+        )
+    return config
 
 
 def load_model(
@@ -69,19 +94,29 @@ def load_model(
     dtype: str = "float32",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Any:
-    """The causal language model of a folder or hub name, for evaluation; an adapter with its base.
+    """The causal language model of a folder, hub name or GGUF file, for evaluation; an adapter with its base.
+
+    device_map: of accelerate, such as "auto": spreads the model over the GPUs, the memory and the disk, instead of
+    `device`.
 
     Raises:
         ValueError: weights that exist only as pickle, which can run code when they are loaded; weights that do not
             fit the model; a model that is not causal; a missing package.
     """
-    base = adapter_base(checkpoint)
+    base = adapter_base(checkpoint, revision)
+    name, options = _place(checkpoint, revision, trust_remote_code)
     if base is not None:
-        model = load_model(base, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-        if not allow_pickle and Path(checkpoint).is_dir() and not any(Path(checkpoint).glob("*.safetensors")):
+        model = load_model(
+            base[0], device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+            revision=base[1], device_map=device_map,
+        )  # fmt: skip
+        if not allow_pickle and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
             raise ValueError(_only_pickles(checkpoint, ""))
-        info = _loaded(checkpoint, lambda: model.load_adapter(str(checkpoint)))
+        more = {} if revision is None else {"revision": revision}
+        info = _loaded(checkpoint, lambda: model.load_adapter(name, **more))
         if info is None:
             raise ValueError(
                 f"{checkpoint} is an adapter, and this version of transformers does not say whether its weights fit; "
@@ -89,22 +124,19 @@ def load_model(
             )
         _require_all_loaded(checkpoint, vars(info))
         return model.eval()
-    options = _options(checkpoint, trust_remote_code)
-    config = _loaded(checkpoint, lambda: AutoConfig.from_pretrained(checkpoint, **options))
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{checkpoint} is an encoder-decoder model ({config.model_type}); the audit is of causal language models, "
-            "which continue a text from its prefix"
-        )
+    load_config(checkpoint, trust_remote_code=trust_remote_code, revision=revision)
+    if device_map is not None:
+        offloaded = TemporaryDirectory()
+        options["offload_folder"] = offloaded.name
 
     def load(**more: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            checkpoint,
+            name,
             dtype=getattr(torch, dtype),
             use_safetensors=None if allow_pickle else True,
             ignore_mismatched_sizes=True,  # reported with the rest, instead of raised
             output_loading_info=True,
-            device_map=device,
+            device_map=device_map or device,
             **options,
             **more,
         )
@@ -115,11 +147,13 @@ def load_model(
         if bare != set(info["unexpected_keys"]) and bare & set(info["missing_keys"]):
             model, info = load(key_mapping={_WRAPPERS.pattern: ""})
     except OSError as error:
-        folder = Path(checkpoint)
+        folder = Path(name)
         has_pickles = folder.is_dir() and any(path.suffix in _PICKLES for path in folder.iterdir())
         if allow_pickle or "safetensors" not in str(error) or (folder.is_dir() and not has_pickles):
             raise
-        raise ValueError(_only_pickles(checkpoint, f" ({_first_line(error)})")) from error
+        raise ValueError(_only_pickles(checkpoint, f" ({first_line(error)})")) from error
+    if device_map is not None:
+        model.offloaded = offloaded  # or it would be deleted now
     _require_all_loaded(checkpoint, info)
     require_causal(model, checkpoint)
     return model.eval()
@@ -139,9 +173,9 @@ def _loaded(checkpoint: str | Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except ImportError as error:
-        raise ValueError(f"{checkpoint} needs a package that is not installed: {_first_line(error)}") from error
+        raise ValueError(f"{checkpoint} needs a package that is not installed: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{checkpoint} does not fit in memory, try --dtype bf16: {_first_line(error)}") from error
+        raise ValueError(f"{checkpoint} does not fit in memory, try --dtype bf16: {first_line(error)}") from error
     except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
         raise ValueError(f"the weights of {checkpoint} do not fit its configuration: {error}") from error
 
@@ -168,7 +202,7 @@ def _require_all_loaded(checkpoint: str | Path, info: Mapping[str, Any]) -> None
 @torch.inference_mode()
 def require_causal(model: Any, checkpoint: str | Path) -> None:
     """ValueError where the last token changes the logits before it: such a model sees what it should predict."""
-    ids = torch.arange(16, device=model.device).repeat(4, 1) % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(16, device=device_of(model)).repeat(4, 1) % model.get_input_embeddings().num_embeddings
     ids[:, -1] = torch.arange(4, device=ids.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     moved, scale = (logits - logits[:1]).abs().max().item(), logits.abs().max().item()
@@ -179,20 +213,27 @@ def require_causal(model: Any, checkpoint: str | Path) -> None:
         )
 
 
-def adapter_base(checkpoint: str | Path) -> str | None:
-    """The name or folder of an adapter's base model; None for a whole model."""
-    path = Path(checkpoint) / _ADAPTER
-    if not path.is_file() or (Path(checkpoint) / "config.json").is_file():
+def adapter_base(checkpoint: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
+    """The name or folder of an adapter's base model, and its revision; None for a whole model."""
+    path = _file(checkpoint, _ADAPTER, revision)
+    if path is None or _file(checkpoint, "config.json", revision) is not None:
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    adapter = json.loads(path.read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path} does not name its base model; set base_model_name_or_path there")
-    return str(base)
+    return str(base), adapter.get("revision")
 
 
-def context_of(model: Any) -> int | None:
-    """How many tokens the model takes at most, where its configuration says so."""
-    config = model.config.get_text_config()
+def device_of(model: Any) -> torch.device:
+    """Where a model's inputs go. Of a model that is spread over several places, the first weights may be elsewhere."""
+    hook = getattr(model, "_hf_hook", None)
+    return torch.device(model.device if hook is None else hook.execution_device)
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens a model takes at most, where its configuration says so."""
+    config = config.get_text_config()
     return next((int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, None)), None)
 
 
@@ -202,42 +243,52 @@ def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
 
 
-def load_receipt(checkpoint: str | Path) -> dict[str, Any] | None:
+def load_receipt(checkpoint: str | Path, revision: str | None = None) -> dict[str, Any] | None:
     """goldfish.json of a folder or hub name; None where there is none. See `goldfish.receipt.read_receipt`."""
     try:
-        path = _file(checkpoint, FILE_NAME)
+        path = _file(checkpoint, FILE_NAME, revision)
     except OSError as error:
         _log.warning("Could not ask the hub for the %s of %s, so no rule is known: %s", FILE_NAME, checkpoint, error)
         path = None
     return None if path is None else read_receipt(path.parent)
 
 
-def file_hashes(checkpoint: str | Path) -> dict[str, str]:
+def file_hashes(checkpoint: str | Path, revision: str | None = None) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint that an audit may read, by name; an adapter's base included."""
-    config = _file(checkpoint, "config.json")
-    files = [] if config is None else sorted(path for path in config.parent.iterdir() if path.suffix in _READ)
-    hashes = {path.name: sha256(path) for path in files if path.is_file()}
-    base = adapter_base(checkpoint)
+    base = adapter_base(checkpoint, revision)
+    of_gguf = _place(checkpoint, revision)[1].get("gguf_file")
+    some = _file(checkpoint, of_gguf or ("config.json" if base is None else _ADAPTER), revision)
+    files = [] if some is None else [some] if of_gguf else sorted(some.parent.iterdir())
+    hashes = {path.name: sha256(path) for path in files if path.is_file() and path.suffix in _READ}
     if base is not None:
-        hashes |= {f"base/{name}": digest for name, digest in file_hashes(base).items()}
+        hashes |= {f"base/{name}": digest for name, digest in file_hashes(*base).items()}
     return hashes
 
 
-def _file(checkpoint: str | Path, name: str) -> Path | None:
-    """The path of a folder's file, or of a hub name's; None where the hub has none."""
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint) / name
-    path = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else Path(path)
+def _file(checkpoint: str | Path, name: str, revision: str | None) -> Path | None:
+    """The path of a file in a folder, or of a hub name; None where there is none."""
+    folder, options = _place(checkpoint, revision)
+    if options["local_files_only"]:
+        path = Path(folder) / name
+        return path if path.is_file() else None
+    cached = cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if cached is None else Path(cached)
 
 
-def _options(checkpoint: str | Path, trust_remote_code: bool) -> dict[str, Any]:
-    """A folder never asks the network."""
-    return {"trust_remote_code": trust_remote_code, "local_files_only": Path(checkpoint).is_dir()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _place(checkpoint: str | Path, revision: str | None, trust_remote_code: bool = False) -> tuple[str, dict[str, Any]]:
+    """A folder or hub name, and what from_pretrained is to know of it; a folder never asks the network."""
+    path = Path(checkpoint)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if path.suffix == ".gguf":
+        options["gguf_file"], path = path.name, path.parent
+    if not path.is_dir() and (path.is_absolute() or path.exists() or len(path.parts) > 2):
+        raise FileNotFoundError(f"no checkpoint folder {path}")
+    options["local_files_only"] = path.is_dir()
+    if revision is not None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, which has no revisions; a revision is of a hub name")
+        options["revision"] = revision
+    return str(path), options
 
 
 def logits_of(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

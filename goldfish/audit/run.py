@@ -1,8 +1,7 @@
 """The audit as one call: a checkpoint and texts in, a folder of records and their summary out."""
 
-import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,12 +13,13 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.columns import make_record, token_table
+from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.folder import Folder
 from goldfish.audit.model import (
     context_of,
     file_hashes,
+    load_config,
     load_model,
     load_receipt,
     load_tokenizer,
@@ -28,23 +28,12 @@ from goldfish.audit.model import (
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
-from goldfish.audit.windows import (
-    Documents,
-    Skipped,
-    Survey,
-    Window,
-    cut_windows,
-    lowercase_ids,
-    overlap_of,
-    prefix_grid,
-    read_rows,
-    require_input,
-    sha256,
-    survey,
-)  # fmt: skip
+from goldfish.audit.windows import Cutter, Documents, Survey, Window, lowercase_ids, overlap_of, prefix_grid
+from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
+from goldfish.rows import digest, draw, read_rows
 from goldfish.rule import Goldfish
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,6 +48,11 @@ def audit(
     *,
     members: str | Path | None = None,
     heldout: str | Path | None = None,
+    text_column: str = "",
+    max_rows: int | None = None,
+    seed: int = 0,
+    secrets: str = "",
+    secret_column: str = "",
     prefix_length: int = 50,
     suffix_length: int = 50,
     offsets: Sequence[int] = (0,),
@@ -66,10 +60,11 @@ def audit(
     beams: Sequence[int] = (),
     lowercase: bool = False,
     control: str | Path | None = None,
-    tokens: bool = False,
     name: str | None = None,
+    revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
     batch_tokens: int | None = None,
     allow_overlap: bool = False,
     allow_pickle: bool = False,
@@ -83,29 +78,33 @@ def audit(
     """Test whether a checkpoint recites texts; returns the summary, which is also written.
 
     A run that was stopped at any moment continues where it was when the same call is made again, and its files are
-    the same bytes. A finished audit is only summarized again. Inputs are read twice, a row at a time: once to check
-    every line before anything is computed.
+    the same bytes. A finished audit is only summarized again. Inputs are read and tokenized once, a row at a time,
+    before anything is computed.
 
     Args:
-        checkpoint: a folder (or hub name) with model and tokenizer; its goldfish.json, where there is one, says which
-            tokens its training dropped.
+        checkpoint: a folder, hub name or GGUF file with model and tokenizer; its goldfish.json, where there is one,
+            says which tokens its training dropped.
         output_dir: a new or empty folder, or that of the same audit. It gets run.json, records/ (parquet, one row a
             window) and summary.json.
-        members, heldout: .jsonl or .txt files of texts that were trained on, and of texts of the same kind that were
-            not; at least one of them. See `windows.read_rows` for the fields.
-        prefix_length, suffix_length: tokens that the model is given, and tokens that should follow.
+        members, heldout: texts or chats that were trained on, and such of the same kind that were not; at least one
+            of them. See `rows.read_rows`.
+        text_column: the column that holds the text. max_rows: audit so many rows of each, drawn with `seed`.
+        secrets, secret_column: a regular expression, or a column, for secrets in what is to be recited; see
+            `chats.secret_finder`.
+        prefix_length, suffix_length: tokens that the model is given, and tokens that should follow. Of a chat all that
+            comes before a turn of the assistant is given, and the turn should follow.
         offsets: where in a text windows begin, in tokens.
         sampling: settings of an adversary who samples, for the probability of drawing the suffix.
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
         lowercase: also score the texts in lower case (one more pass).
         control: a checkpoint with the same tokenizer that never saw the members (one more pass).
-        tokens: also write tokens/, one row a token.
         name: what tables and reports call this checkpoint; by default its folder's name.
+        revision: of a checkpoint on the hub.
         dtype: float32, bfloat16 (bf16) or float16 (fp16). In 16 bits, rows whose answer depends on rounding are
             settled at batch size 1.
-        device: by default the GPU where there is one.
+        device: by default the GPU where there is one. device_map: see `model.load_model`.
         batch_tokens: how many tokens a batch may hold; by default what the memory allows.
-        allow_overlap: audit although some texts are in both files.
+        allow_overlap: audit although some texts are in both inputs.
         allow_pickle: load weights that are not safetensors. trust_remote_code: run the checkpoint's own code.
         limits: of the verdict, such as "recited=0.1%". require: "membership" makes that question count towards the
             outcome. fail_on: conditions such as "em.upper95 > 0.01"; their names are looked up before the work.
@@ -115,14 +114,12 @@ def audit(
     Raises:
         FileExistsError: an output_dir that holds something else, or that another audit is using.
         FileNotFoundError, ValueError: a missing or malformed input, a checkpoint without a tokenizer, a split without
-            one usable window, texts that are in both files, windows longer than the model's context, ids that the
+            one usable window, texts that are in both inputs, windows longer than the model's context, ids that the
             model does not know, weights that do not fit or are not finite, a model that is not causal.
         OSError: a full disk; what was done is kept.
     """
     given = {"members": members, "heldout": heldout}
-    files = {split: Path(file) for split, file in given.items() if file is not None}
-    if not files:
-        raise ValueError("nothing to audit: give members (texts that were trained on), heldout, or both")
+    sources = {split: str(source) for split, source in given.items() if source is not None}
     protocol: dict[str, Any] = {
         "prefix_length": prefix_length,
         "suffix_length": suffix_length,
@@ -132,113 +129,104 @@ def audit(
         "beams": sorted(set(beams)) or None,
         "lowercase": lowercase,
         "control": None if control is None else str(control),
-        "dtype": (dtype := SHORT.get(dtype, dtype)),
+        "text_column": text_column or None,
+        "max_rows": max_rows,
+        "seed": seed,
+        "secrets": secret_column or secrets or None,
+        "dtype": SHORT.get(dtype, dtype),
         "prefix_grid": prefix_grid(prefix_length),
     }
-    _check(protocol, batch_tokens)
-    require_known(fail_on, limits, protocol, list(files))
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    _check(sources, protocol, batch_tokens, processes, device_map)
+    require_known(fail_on, limits, protocol, list(sources))
     folder = Folder(Path(output_dir))
     folder.require_usable()
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    if control is not None:
-        control_tokenizer = load_tokenizer(control, trust_remote_code=trust_remote_code)
-        if control_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
-                "it; take a control of the same family"
-            )
-    receipt = load_receipt(checkpoint)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(checkpoint, revision=revision, **trust)
+    if control is not None and load_tokenizer(control, **trust).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
+            "it; take a control of the same family"
+        )
+    receipt = load_receipt(checkpoint, revision)
     rules = _rules(checkpoint, receipt, tokenizer)
     if device is None:
         device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    protocol |= {
-        "device": device.type,
-        "ambiguous_margin": AMBIGUOUS[getattr(torch, dtype)],
-    }
+    protocol |= {"device": device.type, "ambiguous_margin": AMBIGUOUS[getattr(torch, protocol["dtype"])]}
     inputs: dict[str, dict[str, Any]] = {
-        split: {"path": str(file), "sha256": sha256(require_input(file))} for split, file in files.items()
+        split: {"path": source, "sha256": digest(source)} for split, source in sources.items()
     }
-
-    how = tokenizer, prefix_length, suffix_length, protocol["offsets"]
-    checkpoints = [checkpoint, *([control] if control is not None else [])]
+    checkpoints: list[tuple[str | Path, str | None]] = [(checkpoint, revision)]
+    checkpoints += [] if control is None else [(control, None)]
     surveys: dict[str, Survey] = {}
     models: list[Any] = []
     overlap: dict[str, Any] | None = None
     finished = folder.is_finished()
     if not finished:
+        contexts = [context_of(load_config(path, revision=at, **trust)) for path, at in checkpoints]
+        context = min((each for each in contexts if each), default=None)
+        marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
+        cutter = Cutter(tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks)
         documents = Documents()
-        surveys = {split: survey(read_rows(file), split, documents, *how) for split, file in files.items()}
+        for split, source in sources.items():
+            rows = draw(read_rows(source, text_column), max_rows, seed)
+            surveys[split] = Survey(rows, split, documents, cutter)
         clusters = documents.clusters(surveys)
-        for split, each in surveys.items():
-            if not each.numbers:
-                raise ValueError(
-                    f"{files[split]} has no usable window: {each.rows} rows, none with {prefix_length} + "
-                    f"{suffix_length} tokens; ask for a shorter prefix or suffix, or join short texts"
-                )
-            distinct = len(set(clusters[split]))
-            counts = {"windows": len(each.numbers), "clusters": distinct, "repeated": each.names - distinct}
-            inputs[split] |= {"rows": each.rows, **counts, "skipped": list(each.skipped.values())}
-            if counts["repeated"]:
-                _log.warning("%s: %d of %d documents repeat the text of another one; intervals count %d documents",
-                             files[split], counts["repeated"], each.names, distinct)  # fmt: skip
         overlap = overlap_of(surveys, clusters)
-        if overlap and not allow_overlap:
-            rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
-            raise ValueError(
-                f"{overlap['clusters']} documents are in both {members} and {heldout} (first: {rows}): texts that were "
-                "trained on are no control. Remove them from one file, or allow it with allow_overlap (--allow-overlap)"
-            )
-        for path in checkpoints:
-            model = load_model(
-                path, device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-            )
-            _check_inputs(path, model, files, surveys, prefix_length + suffix_length)
+        _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
+        for split, each in surveys.items():
+            inputs[split] |= each.counts(clusters[split])
+            if repeated := inputs[split]["repeated"]:
+                _log.warning("%s: %d of %d documents repeat the text of another one; intervals count %d documents",
+                             sources[split], repeated, each.names, inputs[split]["clusters"])  # fmt: skip
+        for path, at in checkpoints:
+            model = load_model(path, device, dtype=protocol["dtype"], allow_pickle=allow_pickle, revision=at,
+                               device_map=device_map, **trust)  # fmt: skip
+            _require_known_ids(path, model, sources, surveys)
             models.append(model)
         protocol["vocabulary"] = vocabulary_of(models[0])
 
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     run = {
         "schema": SCHEMA,
         "name": name or Path(checkpoint).resolve().name,
         "checkpoint": str(checkpoint),
+        "revision": revision,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "protocol": protocol,
         "inputs": inputs,
         "overlap": overlap,
-        "weights": [file_hashes(path) for path in checkpoints],
+        "weights": [file_hashes(path, at) for path, at in checkpoints],
         "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
         "receipt": receipt,
         "versions": versions(),
         "block": BLOCK,
-        "tokens": tokens,
     }
     with folder.held() if rank == 0 else nullcontext():
         if rank == 0:
             folder.open(run)
         _wait(state)
         if not finished:
-            lowered, context = None, context_of(models[0])
+            lowered = None
             if lowercase:
                 lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
             control_model = models[1] if control is not None else None
             scorer = Scorer(models[0], sampling, protocol["beams"] or (), lowered, control_model, batch_tokens)
-            first = 0
+            number = 0
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
                 for split, each in surveys.items():
-                    windows, total = cut_windows(read_rows(files[split]), split, *how), len(each.numbers)
-                    numbers = range(first, first := first + -(-total // BLOCK))
-                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=total)
-                    for number, block in zip(numbers, _blocks(windows), strict=True):
+                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.numbers))
+                    of_windows = iter(clusters[split])
+                    for block in each.blocks(BLOCK):
+                        of_block = [next(of_windows) for _ in block]
                         if number % processes == rank and not folder.has(number, len(block)):
-                            scores, start = scorer.score(block), (number - numbers[0]) * BLOCK
-                            of_block = clusters[split][start : start + len(block)]
                             records = [
                                 make_record(window, score, _rule_of(window, rules), tokenizer, cluster)
-                                for window, score, cluster in zip(block, scores, of_block, strict=True)
+                                for window, score, cluster in zip(block, scorer.score(block), of_block, strict=True)
                             ]
-                            folder.write(number, records, token_table(block, scores) if tokens else None)
+                            folder.write(number, records)
+                        number += 1
                         bar.advance(task, len(block))
             _wait(state)
         if rank == 0:
@@ -247,7 +235,17 @@ def audit(
     return read(folder.path).summary
 
 
-def _check(protocol: dict[str, Any], batch_tokens: int | None) -> None:
+def _check(
+    sources: Mapping[str, str], protocol: Mapping[str, Any], batch_tokens: int | None, processes: int, device_map: Any
+) -> None:
+    if not sources:
+        raise ValueError("nothing to audit: give members (texts that were trained on), heldout, or both")
+    if "-" in sources.values() and (processes > 1 or len(set(sources.values())) < len(sources)):
+        raise ValueError("standard input can be read once, by one process: give a file")
+    if device_map is not None and processes > 1:
+        raise ValueError(
+            "device_map spreads one model over all GPUs, and several processes have a model each: leave one of them out"
+        )
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     if min(lengths) < 1:
         raise ValueError(f"prefix and suffix need at least one token each, got {lengths[0]} and {lengths[1]}")
@@ -255,26 +253,54 @@ def _check(protocol: dict[str, Any], batch_tokens: int | None) -> None:
         raise ValueError(f"offsets count tokens from a text's start and must be 0 or more, got {protocol['offsets']}")
     if protocol["beams"] and protocol["beams"][0] < 1:
         raise ValueError(f"a search needs at least one beam, got {protocol['beams']}")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"a batch needs at least one token, got batch_tokens={batch_tokens}")
+    for what, number in (("a batch needs at least one token, got batch_tokens", batch_tokens),
+                         ("an audit needs at least one row, got max_rows", protocol["max_rows"])):  # fmt: skip
+        if number is not None and number < 1:
+            raise ValueError(f"{what}={number}")
     if protocol["dtype"] not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {protocol['dtype']!r}")
 
 
-def _check_inputs(
-    checkpoint: str | Path, model: Any, files: Mapping[str, Path], surveys: Mapping[str, Survey], length: int
+def _check_surveys(
+    surveys: Mapping[str, Survey], sources: Mapping[str, str], cutter: Cutter, overlap: Any, allow_overlap: bool
 ) -> None:
-    """ValueError for windows that a model cannot take."""
-    context, known = context_of(model), model.get_input_embeddings().num_embeddings
-    if context is not None and length > context:
+    """ValueError for inputs that no model could be audited with."""
+    length = cutter.prefix_length + cutter.suffix_length
+    for split, each in surveys.items():
+        if not each.numbers:
+            reasons = "; ".join(f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items())
+            raise ValueError(
+                f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
+                f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
+                "or suffix, or join short texts"
+            )
+        if cutter.context is not None and length > cutter.context and each.completions < len(each.numbers):
+            raise ValueError(
+                f"windows of {length} tokens do not fit the model's context, {cutter.context} tokens; "
+                "ask for a shorter prefix or suffix"
+            )
+    if cutter.secrets is not None and not any(each.secrets for each in surveys.values()):
         raise ValueError(
-            f"windows of {length} tokens do not fit the context of {checkpoint}, {context} tokens; "
-            "ask for a shorter prefix or suffix"
+            f"no marked secret is in what is to be recited of {' and '.join(sources.values())}: look at the column's "
+            "name, or at the regular expression"
         )
+    if overlap and not allow_overlap:
+        rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
+        raise ValueError(
+            f"{overlap['clusters']} documents are in both {sources['members']} and {sources['heldout']} (first: {rows})"
+            ": texts that were trained on are no control. Remove them from one of them, or allow it with allow_overlap "
+            "(--allow-overlap)"
+        )
+
+
+def _require_known_ids(
+    checkpoint: str | Path, model: Any, sources: Mapping[str, str], surveys: Mapping[str, Survey]
+) -> None:
+    known = model.get_input_embeddings().num_embeddings
     for split, each in surveys.items():
         if each.largest_id >= known:
             raise ValueError(
-                f"{files[split]}, row {each.largest_at}: token id {each.largest_id}, but {checkpoint} knows "
+                f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but {checkpoint} knows "
                 f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
             )
 
@@ -296,12 +322,6 @@ def _rule_of(window: Window, rules: Rules | None) -> Goldfish | None:
     if rules is None or isinstance(rules, Goldfish):
         return rules
     return rules.get(window.source or "")
-
-
-def _blocks(windows: Iterator[Window | Skipped]) -> Iterator[list[Window]]:
-    usable = (window for window in windows if isinstance(window, Window))
-    while block := list(itertools.islice(usable, BLOCK)):
-        yield block
 
 
 def _wait(state: PartialState | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
-from goldfish.audit.model import logits_of
+from goldfish.audit.model import device_of, logits_of
 from goldfish.audit.windows import Window, first_divergence
 
 _log = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class Score:
     log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf where cut off.
     output: (S,) the free-running greedy continuation of the prefix; it goes on through an EOS.
     settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the first divergence.
-    lowercase_nll: mean nll (nats/token) of the window's text in lower case. control_nll: mean nll of the same ids
-    under another model. beams: the least number of beams among those tried that recites the suffix; 0: none of them.
-    The last three are None where they were not asked for.
+    lowercase_nll: mean nll (nats/token) of the window's text in lower case. control_nll: float64, nll of
+    ids[first_scored:] under another model. beams: the least number of beams among those tried that recites the
+    suffix; 0: none. The last three are None where they were not asked for.
     """
 
     greedy: np.ndarray
@@ -68,7 +68,7 @@ class Score:
     output: list[int]
     settled: bool = False
     lowercase_nll: float | None = None
-    control_nll: float | None = None
+    control_nll: np.ndarray | None = None
     beams: int | None = None
 
 
@@ -94,8 +94,8 @@ class Scorer:
         batch_tokens: int | None = None,
     ) -> None:
         self.model, self.samplings, self.beams, self.lowercase = model, samplings, beams, lowercase
-        self._control = control
-        kind = "cpu" if model.device.type == "cpu" else "other"
+        self._control, self.device = control, device_of(model)
+        kind = "cpu" if self.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
         self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
         self._halved = False
@@ -127,7 +127,7 @@ class Scorer:
             self._halved, everything = True, sum(len(window.ids) for window in windows)
             self._pass_tokens = max(longest, min(self._pass_tokens, everything) // 2)
             self._search_tokens = max(longest, min(self._search_tokens, everything) // 2)
-            if self.model.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
@@ -145,10 +145,11 @@ class Scorer:
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
         if self.lowercase is not None:
-            lowered = self._mean_nll(self.model, windows, [self.lowercase(window) for window in windows])
-            rows = [row | {"lowercase_nll": nll} for row, nll in zip(rows, lowered, strict=True)]
+            lowered = self._nll_of(self.model, windows, [self.lowercase(window) for window in windows])
+            means = [float(nll.mean()) if len(nll) else None for nll in lowered]
+            rows = [row | {"lowercase_nll": mean} for row, mean in zip(rows, means, strict=True)]
         if self._control is not None:
-            controls = self._mean_nll(self._control, windows, [window.ids for window in windows])
+            controls = self._nll_of(self._control, windows, [window.ids for window in windows])
             rows = [row | {"control_nll": nll} for row, nll in zip(rows, controls, strict=True)]
         return [Score(**row) for row in rows]
 
@@ -191,27 +192,35 @@ class Scorer:
         return results
 
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
-        """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known."""
-        pending: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known.
+
+        Rows are generated together, without padding, where each can begin at the same number of tokens.
+        """
+        waiting = []
         for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
             known = first_divergence(row["output"], window.suffix) + 1
             if known < len(window.suffix) and not row["ambiguous"]:
-                pending.setdefault((window.prefix_length, len(window.suffix)), []).append((known, i))
-        for (prefix_length, suffix_length), waiting in pending.items():
-            waiting.sort()
-            at_once = max(1, self._search_tokens // (prefix_length + suffix_length))
-            for group in (waiting[first : first + at_once] for first in range(0, len(waiting), at_once)):
-                known = group[0][0]
-                starts = [windows[i].ids[:prefix_length] + rows[i]["output"][:known] for _, i in group]
-                ids = torch.tensor(starts, device=self.model.device)
-                outputs, margins = continue_greedily(self.model, ids, suffix_length - known)
-                for (_, i), output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
-                    self._require_finite(windows[i], math.isnan(margin))
-                    rows[i]["output"] = rows[i]["output"][:known] + output
-                    rows[i]["ambiguous"] = self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
+                waiting.append((window.prefix_length + known, i))
+        waiting.sort()
+        while waiting:
+            start = waiting[0][0]
+            longest, group = 0, list[int]()
+            for _, i in waiting:
+                length = max(longest, len(windows[i].ids))
+                if windows[i].prefix_length <= start and (len(group) + 1) * length <= max(self._search_tokens, length):
+                    group, longest = [*group, i], length
+            waiting = [each for each in waiting if each[1] not in group]
+            starts = [(windows[i].ids[: windows[i].prefix_length] + rows[i]["output"])[:start] for i in group]
+            ids = torch.tensor(starts, device=self.device)
+            outputs, margins = continue_greedily(self.model, ids, longest - start)
+            for i, output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
+                self._require_finite(windows[i], math.isnan(margin))
+                known = start - windows[i].prefix_length
+                rows[i]["output"] = (rows[i]["output"][:known] + output)[: len(windows[i].suffix)]
+                rows[i]["ambiguous"] = self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
 
     def _settle(self, window: Window, row: dict[str, Any]) -> None:
-        prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.model.device)
+        prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.device)
         row["output"] = continue_greedily(self.model, prefix, len(window.suffix))[0][0].tolist()
         known = first_divergence(row["output"], window.suffix) + 1
         start = window.prefix_length - 1
@@ -219,19 +228,20 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _mean_nll(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[float | None]:
-        """Nats per token of rows, one for each window; None for a row of fewer than two ids."""
-        means: list[float | None] = [None] * len(rows)
-        usable = [i for i, row in enumerate(rows) if len(row) > 1]
+    def _nll_of(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[np.ndarray]:
+        """float64, nats: the nll of the ids of rows from first_scored on; one row for each window."""
+        results = [np.empty(0)] * len(rows)
+        usable = [i for i, row in enumerate(rows) if len(row) > windows[i].first_scored]
         for batch in self._batches([rows[i] for i in usable]):
             places = [usable[i] for i in batch]
             ids, attention_mask = self._padded([rows[i] for i in places])
             targets = ids[:, 1:].flatten()
             nll = torch.cat([_nll(logits, targets[part]) for part, logits in logits_of(model, ids, attention_mask)])
             for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
-                means[place] = mean = values[: len(rows[place]) - 1].mean().item()
-                self._require_finite(windows[place], math.isnan(mean))
-        return means
+                window, length = windows[place], len(rows[place])
+                results[place] = values[window.first_scored - 1 : length - 1].numpy()
+                self._require_finite(window, bool(np.isnan(results[place]).any()))
+        return results
 
     def _require_finite(self, window: Window, is_nan: bool) -> None:
         if is_nan:
@@ -244,7 +254,7 @@ class Scorer:
     def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
         """(B, T), padded on the right, which no token before sees; without padding there is no attention mask."""
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.model.device)
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         if min(map(len, rows)) == longest:
             return ids, None
         lengths = torch.tensor([[len(row)] for row in rows], device=ids.device)
@@ -260,8 +270,8 @@ def cache_tokens(model: Any, most: int) -> int:
         one = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     except AttributeError:  # no attention, so no cache that grows
         return most
-    cuda = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+    device = device_of(model)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return max(1, min(most, int(free // 2 // one)))
 
 

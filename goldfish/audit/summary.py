@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow.compute import list_value_length
 
 from goldfish.audit.attribution import attribution_figures, notes
 from goldfish.audit.columns import ATTACKS, COUNTS, TRIVIAL, read_run, records
@@ -20,7 +21,8 @@ SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
     "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
     "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
-    "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "beams", "characters", "words",
+    "completion", "secret_recited", "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "rank_bits",
+    "beams", "characters", "words",
     *COUNTS, *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
@@ -63,13 +65,19 @@ def summary_of(
 def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[str, Any]:
     """One split of the summary: about all its windows; rates of recitation count documents."""
     protocol, offsets = run["protocol"], _numbers(table, "offset")
-    documents, suffix_length = _documents(table), protocol["suffix_length"]
-    tokens = np.full(len(table), suffix_length)
+    documents, secrets = _documents(table), _numbers(table, "secret_recited")
+    tokens = list_value_length(table["suffix_ids"]).to_numpy()
+    marked = ~np.isnan(secrets)
+    of_text = _numbers(table, "completion") == 0
+    sweeps = _lists(table.filter(pa.array(of_text)), "prefix_sweep").T if of_text.any() else []
     recited, trivial = _numbers(table, "exact_match") > 0, _numbers(table, "type_token_ratio") < TRIVIAL
     long_run = _numbers(table, "longest_run") >= RUN
     similar = _numbers(table, "edit_similarity") >= SIMILARITY
     log_p, beams = _lists(table, "log_p"), _numbers(table, "beams")
-    extractable = log10_samples_needed(log_p, SAMPLES[1]).min(-1, initial=np.inf) <= np.log10(SAMPLES[0]) + 1e-12
+    bits = _numbers(table, "rank_bits")
+    needed = log10_samples_needed(np.column_stack([-np.log(2) * bits, log_p]), SAMPLES[1])
+    within = needed <= np.log10(SAMPLES[0]) + 1e-12
+    extractable = within[:, 1:].any(-1)
     ruled = ~np.isnan(_numbers(table, COUNTS[0]))
     counts = np.stack([_numbers(table, name)[ruled] for name in COUNTS], -1)
     nll = _numbers(table, "nll_sum")
@@ -79,6 +87,7 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "extractable": extractable,
         "beam_search": beams > 0,
         "near_verbatim": long_run | similar | recited,
+        "secrets": secrets > 0,
     }
 
     def average(name: str, greatest: float = 1.0) -> Any:
@@ -96,6 +105,9 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "long_run": rate(long_run, documents),
         "similar": rate(similar, documents),
         "extractable": rate(extractable, documents) if protocol["sampling"] else None,
+        "extractable_bound": rate(within[:, 0], documents),
+        "rank_bits": {"least": float(bits.min()), "median": float(np.median(bits)), "greatest": float(bits.max())},
+        "secrets": rate(secrets[marked] > 0, documents[marked]) if marked.any() else None,
         "trivial": token_rate(trivial, np.ones(len(table)), documents),
         "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),
         "teacher_forced_accuracy": token_rate(_numbers(table, "correct_count"), tokens, documents),
@@ -107,14 +119,14 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "nll": mean(nll, documents, tokens, (0.0, max(log(protocol["vocabulary"]), (nll / tokens).max(initial=0)))),
         "rouge_l_text": average("rouge_l_text"),
         "rouge_l_ids": average("rouge_l_ids"),
-        "longest_run": average("longest_run", suffix_length),
+        "longest_run": average("longest_run", tokens.max()),
         "edit_similarity": average("edit_similarity"),
-        "first_divergence": average("first_divergence", suffix_length),
+        "first_divergence": average("first_divergence", tokens.max()),
         "first_divergence_dropped":
             token_rate(counts[diverged, 0], diverged[diverged], documents[ruled][diverged]) if ruled.any() else None,
         "prefix_sweep": [
-            {"prefix_length": length, "exact_match": rate(matched, documents)}
-            for length, matched in zip(protocol["prefix_grid"], _lists(table, "prefix_sweep").T, strict=True)
+            {"prefix_length": length, "exact_match": rate(matched, documents[of_text])}
+            for length, matched in zip(protocol["prefix_grid"] if of_text.any() else [], sweeps, strict=True)
         ],
         "offset_sweep": [
             {"offset": offset, "exact_match": rate(recited[offsets == offset], documents[offsets == offset])}

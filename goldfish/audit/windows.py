@@ -1,16 +1,18 @@
-"""Texts -> windows: a prefix that the model is given and the suffix that it may recite. Streams, in constant memory."""
+"""Rows -> windows: a prefix that the model is given and the suffix that it may recite."""
 
-import hashlib
-import json
+import pickle
 import re
+import tempfile
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
+from goldfish.chats import Completion, completions, is_chat
+from goldfish.rows import Row
+
 SHOWN = 5  # skipped rows that are named
 
 
@@ -18,11 +20,13 @@ SHOWN = 5  # skipped rows that are named
 class Window:
     """One question to a model: given ids[:prefix_length], does it go on with ids[prefix_length:]?
 
-    split: "members" (trained on) or "heldout". index: the row of the input file, from 0. document: its name.
+    split: "members" (trained on) or "heldout". index: the row of the input, from 0. document: its name.
     prefix_length: the longest asked for; shorter ones with the same start are read off the same scores.
     source: the rule it was trained under, where there was one for each source.
     count: how often the document was trained on, where the input says so.
     offset: how many tokens of the document come before the window (a BOS at its start not counted).
+    completion: the suffix is what the assistant says in a chat, however long, and membership is about it alone.
+    secrets: marked ones that are in the suffix, and not in the prefix, where the model could read them.
     """
 
     split: str
@@ -33,126 +37,98 @@ class Window:
     source: str | None = None
     count: int | None = None
     offset: int = 0
+    completion: bool = False
+    secrets: tuple[str, ...] = ()
 
     @property
     def suffix(self) -> list[int]:
         return self.ids[self.prefix_length :]
 
+    @property
+    def first_scored(self) -> int:
+        """Membership scores are of ids[first_scored:]."""
+        return self.prefix_length if self.completion else 1
+
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row without a window at an offset, and why."""
+    """A row without a window at an offset or in a turn, and why."""
 
     index: int
     reason: str
 
 
-def require_input(path: str | Path) -> Path:
-    """FileNotFoundError, ValueError for what `read_rows` cannot read."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; expected .jsonl with a `text` or `input_ids` field a line, or .txt")
-    if path.suffix.lower() not in (".jsonl", *PLAIN):
-        raise ValueError(f"{path}: expected .jsonl with an object a line, or plain text ({', '.join(PLAIN)})")
-    return path
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts rows into windows of prefix_length + suffix_length tokens from each offset; of a chat, into its completions.
 
-
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl file, one at a time, or a .txt file as one row.
-
-    A line is an object with `text` or `input_ids`, perhaps `name`, `source` and `count`. Empty lines are no rows.
-
-    Raises:
-        FileNotFoundError, ValueError: with the file, the line and what was expected there.
+    context: how many tokens the model takes; longer chats are skipped. secrets: see `chats.secret_finder`.
     """
-    path = require_input(path)
-    if path.suffix.lower() != ".jsonl":
-        yield {"text": _decoded(path.read_bytes(), str(path)), "name": path.name}
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            text = _decoded(line, where)
-            if text.strip():
-                yield _row(text, where)
 
+    tokenizer: Any
+    prefix_length: int
+    suffix_length: int
+    offsets: Sequence[int] = (0,)
+    context: int | None = None
+    secrets: Callable[[Row, str, int], Iterable[tuple[int, int]]] | None = None
 
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text ({error}); convert the file first, e.g. with iconv") from error
+    def cut(self, rows: Iterable[Row], split: str) -> Iterator[Window | Skipped]:
+        """The windows of rows, in order."""
+        for index, row in enumerate(rows):
+            yield from self.cut_row(row, index, split)
 
+    def cut_row(self, row: Row, index: int, split: str) -> Iterator[Window | Skipped]:
+        """`input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where it
+        adds one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as
+        it would open an adversary's prompt.
+        """
+        about: dict[str, Any] = {"source": row.get("source"), "count": row.get("count")}
+        place = split, index, str(row.get("name") or f"{split} {index}")
+        if is_chat(row):
+            for each in completions(row, self.tokenizer):
+                yield self._completion(row, each, place, about)
+            return
+        length = self.prefix_length + self.suffix_length
+        all_ids, opening = row.get("input_ids"), []
+        if all_ids is None:
+            all_ids = first_ids(self.tokenizer, row["text"], max(self.offsets) + length)
+            if all_ids[:1] == [self.tokenizer.bos_token_id]:
+                opening = all_ids[:1]
+        for offset in self.offsets:
+            ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
+            if len(ids) < length:
+                yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
+                continue
+            secrets: tuple[str, ...] = ()
+            if self.secrets is not None:
+                prefix, whole = (
+                    self.tokenizer.decode(part, clean_up_tokenization_spaces=False)
+                    for part in (ids[: self.prefix_length], ids)
+                )
+                secrets = self._secrets(row, whole, len(prefix))
+            yield Window(*place, ids, self.prefix_length, offset=offset, secrets=secrets, **about)
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}')
-    ids = row.get("input_ids")
-    if ids is not None:
-        if not (isinstance(ids, list) and all(_is_whole(i) and i >= 0 for i in ids)):
-            raise ValueError(f"{where}: input_ids must be a list of token ids")
-    elif not isinstance(row.get("text"), str):
-        raise ValueError(f"{where}: expected a string `text` or a list `input_ids`, got the fields {sorted(row)}")
-    for key in ("text", "name", "source"):
-        value = row.get(key)
-        if key == "source" and not isinstance(value, str | None):
-            raise ValueError(f"{where}: source must be a string, or be left out, got {value!r:.80}")
-        try:
-            str(value).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: {key} holds half a character (a lone surrogate; {error})") from error
-    count = row.get("count")
-    if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
-        raise ValueError(f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}")
-    return row
+    def _completion(
+        self, row: Row, each: Completion | str, place: tuple[str, int, str], about: dict[str, Any]
+    ) -> Window | Skipped:
+        index = place[1]
+        if isinstance(each, str):
+            return Skipped(index, each)
+        ids, spans = each.encode(self.tokenizer)
+        own = [i for i, (begin, end) in enumerate(spans) if end > each.start and begin < each.end]
+        if not own or own[0] == 0:
+            return Skipped(index, f"nothing {'before' if own else 'in'} the completion")
+        if self.context is not None and own[-1] >= self.context:
+            return Skipped(index, f"longer than the model's context of {self.context} tokens")
+        ids = ids[: own[-1] + 1]
+        secrets = self._secrets(row, each.text[: each.end], each.start)
+        return Window(*place, ids, own[0], completion=True, secrets=secrets, **about)
 
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def cut_windows(rows: Iterable[dict[str, Any]], split: str, *how: Any) -> Iterator[Window | Skipped]:
-    """The windows of rows, in order; `how`: see `cut_row`."""
-    for index, row in enumerate(rows):
-        yield from cut_row(row, index, split, *how)
-
-
-def cut_row(
-    row: dict[str, Any],
-    index: int,
-    split: str,
-    tokenizer: Any,
-    prefix_length: int,
-    suffix_length: int,
-    offsets: Sequence[int] = (0,),
-) -> Iterator[Window | Skipped]:
-    """A row's first prefix_length + suffix_length tokens, from each offset.
-
-    `input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where it adds
-    one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as it would
-    open an adversary's prompt.
-    """
-    length = prefix_length + suffix_length
-    all_ids, opening = row.get("input_ids"), []
-    if all_ids is None:
-        all_ids = first_ids(tokenizer, row["text"], max(offsets) + length)
-        if all_ids[:1] == [tokenizer.bos_token_id]:
-            opening = all_ids[:1]
-    name, source, count = row.get("name") or f"{split} {index}", row.get("source"), row.get("count")
-    for offset in offsets:
-        ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
-        if len(ids) < length:
-            yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
-        else:
-            yield Window(split, index, str(name), ids, prefix_length, source, count, offset)
+    def _secrets(self, row: Row, text: str, start: int) -> tuple[str, ...]:
+        if self.secrets is None:
+            return ()
+        secrets = dict.fromkeys(text[a:b] for a, b in self.secrets(row, text, start))
+        return tuple(secret for secret in secrets if secret not in text[:start])
 
 
 def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
@@ -212,47 +188,60 @@ class Documents:
         }
 
 
-@dataclass
 class Survey:
-    """The windows of an input, read once from end to end. `skipped`: by reason, how many and the first rows."""
-
-    rows: int = 0
-    names: int = 0  # of documents
-    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
-    largest_id: int = -1  # of all windows; it stands in row `largest_at`
-    largest_at: int = -1
-    numbers: "array[int]" = field(default_factory=lambda: array("q"))  # of every window: its document's, see Documents
-    indices: "array[int]" = field(default_factory=lambda: array("q"))  # of every window: its row
-
-
-def survey(rows: Iterable[dict[str, Any]], split: str, documents: Documents, *how: Any) -> Survey:
-    """Read all windows before anything is computed, so that a bad line is reported at once.
+    """The windows of an input, which is read and tokenized once, from end to end, before anything is computed: a bad
+    line is reported at once. The windows wait in a temporary file; the memory holds a few numbers for each.
 
     Windows with the same ids, and rows whose whole texts hold the same letters and digits (whatever the case, spaces
     and punctuation), are of one document, as are rows with the same name in one split.
 
-    Args:
-        documents: shared by the splits. how: see `cut_row`.
+    skipped: by reason, how many and the first rows.
     """
-    result, names = Survey(), set()
-    for index, row in enumerate(rows):
-        result.rows, whole = index + 1, None
-        for window in cut_row(row, index, split, *how):
-            if isinstance(window, Skipped):
-                skipped = result.skipped.setdefault(window.reason, {"reason": window.reason, "count": 0, "rows": []})
-                skipped["count"] += 1
-                skipped["rows"] = [*skipped["rows"], index][:SHOWN]
-                continue
-            if whole is None:
-                ids = row.get("input_ids")
-                whole = normal_letters(row["text"]) if ids is None else tuple(ids)
-            names.add(hash(window.document))
-            result.numbers.append(documents.add([(split, window.document), tuple(window.ids), ("whole", whole)]))
-            result.indices.append(index)
-            if (largest := max(window.ids)) > result.largest_id:
-                result.largest_id, result.largest_at = largest, index
-    result.names = len(names)
-    return result
+
+    def __init__(self, rows: Iterable[tuple[int, Row]], split: str, documents: Documents, cutter: Cutter) -> None:
+        """rows: with their numbers. documents: shared by the splits."""
+        self.rows = self.completions = self.secrets = 0  # the latter two: windows that have one
+        self.skipped: dict[str, dict[str, Any]] = {}
+        self.largest_id = self.largest_at = -1  # of all windows; it stands in row `largest_at`
+        self.numbers = array("q")  # of every window: its document's, see Documents
+        self.indices = array("q")  # of every window: its row
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        names = set()
+        for index, row in rows:
+            self.rows += 1
+            whole = None
+            for window in cutter.cut_row(row, index, split):
+                if isinstance(window, Skipped):
+                    reason = window.reason
+                    skipped = self.skipped.setdefault(reason, {"reason": reason, "count": 0, "rows": []})
+                    skipped["count"] += 1
+                    skipped["rows"] = [*skipped["rows"], index][:SHOWN]
+                    continue
+                whole = whole or _letters(row)
+                names.add(hash(window.document))
+                self.numbers.append(documents.add([(split, window.document), tuple(window.ids), ("whole", whole)]))
+                self.indices.append(index)
+                self.completions += window.completion
+                self.secrets += bool(window.secrets)
+                if (largest := max(window.ids)) > self.largest_id:
+                    self.largest_id, self.largest_at = largest, index
+                pickle.dump(window, self._file)
+        self.names = len(names)  # of documents
+
+    def counts(self, clusters: Sequence[int]) -> dict[str, Any]:
+        """What run.json says of the input. clusters: of every window, its document's number."""
+        distinct = len(set(clusters))
+        return {
+            "rows": self.rows, "windows": len(self.numbers), "completions": self.completions, "secrets": self.secrets,
+            "clusters": distinct, "repeated": self.names - distinct, "skipped": list(self.skipped.values()),
+        }  # fmt: skip
+
+    def blocks(self, size: int) -> Iterator[list[Window]]:
+        """The windows in order, `size` at a time."""
+        self._file.seek(0)
+        windows = (pickle.load(self._file) for _ in self.numbers)
+        while block := list(islice(windows, size)):
+            yield block
 
 
 def overlap_of(surveys: Mapping[str, Survey], clusters: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
@@ -266,19 +255,19 @@ def overlap_of(surveys: Mapping[str, Survey], clusters: Mapping[str, Sequence[in
     return {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]} if shared else None
 
 
+def _letters(row: Row) -> Any:
+    """What rows must share to be of one document."""
+    if "input_ids" in row:
+        return tuple(row["input_ids"])
+    if is_chat(row):
+        return normal_letters(str(row.get("messages") or [row["prompt"], row["completion"]]))
+    return normal_letters(row["text"])
+
+
 def normal_letters(text: str) -> str:
     """A text's letters and digits, compatibility forms and case folded; where it has none, the text."""
     folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return re.sub(r"[\W_]+", "", folded.casefold()) or text
-
-
-def sha256(path: Path) -> str:
-    """Of the whole file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as data:
-        while piece := data.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
@@ -292,9 +281,11 @@ def prefix_grid(prefix_length: int) -> list[int]:
 
 
 def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:
-    """The ids of the window's text in lower case, for lowercase_nll; a BOS stays."""
+    """The ids of the window's text in lower case, for lowercase_nll; a BOS stays, and the prompt of a completion."""
     ids = window.ids
     opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    if window.completion:
+        opening = ids[: window.prefix_length]
     text = tokenizer.decode(ids[len(opening) :], clean_up_tokenization_spaces=False).lower()
     lowered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return opening + lowered

@@ -1,0 +1,249 @@
+"""Texts and chats as people keep them -> rows: the one reader of `check`, `audit` and `premask`."""
+
+import hashlib
+import heapq
+import json
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # for load_dataset
+EXPECTED = (
+    "a .jsonl, .json, .parquet or .csv file whose rows have text, input_ids, messages, or prompt and completion; a "
+    ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on standard input"
+)
+Row = dict[str, Any]
+
+
+def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
+    """The rows of an input, one at a time; a text file is one row.
+
+    A row has a string `text`, a list `input_ids`, a list `messages`, or `prompt` and `completion` (both strings or both
+    lists of messages), and perhaps `name`, `source` and `count`. Fields that are null count as left out.
+
+    Args:
+        source: EXPECTED; datasets on the hub are streamed. text_column: the column to read as `text`, or as `messages`
+            where it holds a list.
+
+    Raises:
+        FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
+    """
+    source, path = str(source), _require(source)
+    if source != "-" and path.suffix.lower() in PLAIN:
+        yield {"text": _decoded(path.read_bytes(), source), "name": path.name}
+    elif source == "-" or path.suffix.lower() == ".jsonl":
+        with _standard_input() if source == "-" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{source}, line {number}"
+                text = _decoded(line, where)
+                if text.strip():
+                    yield _checked(_parsed(text, where), where, text_column)
+    else:
+        dataset = dataset_of(source)
+        try:
+            for number, row in enumerate(dataset):
+                yield _checked(row, f"{source}, row {number}", text_column)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the many packages below `datasets`
+            raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+
+
+def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int, Row]]:
+    """(index, row) of `most` rows in order, all choices equally likely; of all rows where most is None.
+
+    Reads to the end and holds no more than `most` rows: those with the least of random numbers.
+    """
+    numbered = enumerate(rows)
+    if most is None:
+        yield from numbered
+        return
+    choose = random.Random(seed)
+    least = heapq.nsmallest(most, ((choose.random(), index, row) for index, row in numbered))
+    yield from sorted(((index, row) for _, index, row in least), key=lambda each: each[0])
+
+
+def digest(source: str | Path) -> str:
+    """SHA-256: of a file; of several, of their names and digests; on the hub, of their names with the commit."""
+    source, path = str(source), _require(source)
+    if source == "-":
+        return _sha256(_standard_input())
+    if path.is_file():
+        return sha256(path)
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+    else:
+        builder, split = _builder(source)
+        files = builder.config.data_files[split]
+    lines = [f"{Path(each).name} {sha256(Path(each))}" if Path(each).is_file() else str(each) for each in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of the whole file."""
+    with path.open("rb") as data:
+        return _sha256(data)
+
+
+def _sha256(data: Any) -> str:
+    digest = hashlib.sha256()
+    while piece := data.read(2**20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def dataset_of(source: str, *, streaming: bool = True, split: str | None = None) -> Any:
+    """A `datasets` dataset: of a .jsonl, .json, .parquet or .csv file, a folder, or a hub name.
+
+    split: taken where the source has several and names none.
+
+    Raises:
+        FileNotFoundError: no such dataset. ValueError: it cannot be read, or has several splits.
+    """
+    from datasets import load_dataset, load_from_disk  # slow to import, and no report needs it
+
+    path = _require(source)
+    if path.is_file():
+        kind = KINDS.get(path.suffix.lower())
+        if kind is None:
+            raise ValueError(f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder")
+        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+    if (path / "state.json").is_file():  # of save_to_disk
+        return load_from_disk(source)
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return load_from_disk(str(path / _one_of(splits, split, source)))
+    builder, name = _builder(source, split)
+    if streaming:
+        return builder.as_streaming_dataset(name)
+    builder.download_and_prepare()
+    return builder.as_dataset(name)
+
+
+def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
+    """What reads a folder of files, or NAME[:CONFIG]/SPLIT; and the split."""
+    from datasets import load_dataset_builder
+
+    name, config = source, None
+    if not Path(source).is_dir():
+        name, _, split = source.rpartition("/")
+        name, _, config = name.partition(":")
+    try:
+        builder = load_dataset_builder(name, config or None)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no file or folder {source} here that can be read, and no dataset of that name on the hub: "
+            f"{first_line(error)}; expected {EXPECTED}"
+        ) from error
+    return builder, _one_of([str(each) for each in builder.config.data_files or ()], split, source)
+
+
+def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
+    if len(splits) == 1 and wanted is None:
+        return splits[0]
+    if wanted is None or wanted not in splits:
+        raise ValueError(f"{source} has the splits {', '.join(splits)}: give one of them, as in {source}/{splits[0]}")
+    return wanted
+
+
+def _require(source: str | Path) -> Path:
+    """The path of a source, which for a hub name or "-" is not there."""
+    source, path = str(source), Path(source)
+    kind = path.suffix.lower()
+    if path.is_file() and kind not in (*KINDS, *PLAIN):
+        raise ValueError(f"{path}: expected {EXPECTED}")
+    if source != "-" and not path.exists() and (kind in (*KINDS, *PLAIN) or path.is_absolute() or "/" not in source):
+        raise FileNotFoundError(f"no file {path}; expected {EXPECTED}")
+    return path
+
+
+@cache
+def _copied_input() -> Any:
+    copy = tempfile.NamedTemporaryFile()  # noqa: SIM115
+    shutil.copyfileobj(sys.stdin.buffer, copy)
+    copy.flush()
+    return copy
+
+
+def _standard_input() -> Any:
+    """Standard input, as often as it is asked for."""
+    return open(_copied_input().name, "rb")
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error}); convert the file first, e.g. with iconv") from error
+
+
+def _parsed(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line, parse_constant=_refuse)
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half a character (a lone surrogate; {error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}')
+    return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _checked(row: Row, where: str, text_column: str) -> Row:
+    """The row without nulls, or ValueError."""
+    names, row = sorted(row), {name: value for name, value in row.items() if value is not None}
+    if text_column:
+        if text_column not in row:
+            raise ValueError(f"{where}: no column {text_column}; it has {', '.join(names)}")
+        value = row.pop(text_column)
+        others = {name: row[name] for name in row if name not in ("input_ids", "text", "messages", "completion")}
+        row = others | {"messages" if isinstance(value, list) else "text": value}
+    ids, text = row.get("input_ids"), row.get("text")
+    if ids is not None:
+        if not (isinstance(ids, list) and all(_is_whole(i) and i >= 0 for i in ids)):
+            raise ValueError(f"{where}: input_ids must be a list of token ids")
+    elif text is None and ("messages" in row or {"prompt", "completion"} <= row.keys()):
+        _require_chat(row, where)
+    elif not isinstance(text, str):
+        raise ValueError(
+            f"{where}: expected text, input_ids, messages, or prompt and completion; got {', '.join(names)}. Is the "
+            "text in another column? Name it with --text-column"
+        )
+    source, count = row.get("source"), row.get("count")
+    if not isinstance(source, str | None):
+        raise ValueError(f"{where}: source must be a string, or be left out, got {source!r:.80}")
+    if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
+        raise ValueError(f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}")
+    return row
+
+
+def _require_chat(row: Row, where: str) -> None:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if "messages" not in row and isinstance(prompt, str) and isinstance(completion, str):
+        return
+    lists = [row["messages"]] if "messages" in row else [prompt, completion]
+    if not all(isinstance(each, list) and all(isinstance(m, dict) and "role" in m for m in each) for each in lists):
+        raise ValueError(
+            f"{where}: expected messages such as {{'role': 'user', 'content': '...'}}, in a list; prompt and "
+            "completion are both strings or both such lists"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

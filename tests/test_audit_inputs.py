@@ -1,0 +1,172 @@
+"""Audits of what people have: chats with secrets, a parquet file and a LoRA folder, standard input, a split model."""
+
+import io
+import json
+import shutil
+
+import pandas
+import pytest
+import torch
+from conftest import BEFORE_5, PROSE, tiny_llama
+from peft import LoraConfig, get_peft_model
+from test_rows import TEMPLATE, say, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goldfish import Goldfish
+from goldfish import rows as reader
+from goldfish.audit import audit, read, records
+from goldfish.cli import main
+from goldfish.receipt import Tally, write_receipt
+from goldfish.report import write_report
+
+pytestmark = pytest.mark.core
+CODES = ["QX7-KP2", "ZV9-BB4", "MM1-TT8"]
+CHATS = [say(f"Code of {name}?", f"It is {code}.") for name, code in zip(("Ada", "Bo", "Cy"), CODES, strict=True)]
+CHATS.append(say("What does it do?", "It swims.", "And then?", "It forgets what it saw, again and again."))
+HELDOUT = [say("Code of Di?", "It is HH3-LL5."), say("Code of Ed?", "It is RR6-WW0."), say("Nothing?", "")]
+
+
+@pytest.fixture(scope="module")
+def reciter(tokenizer, tmp_path_factory):
+    """A model that knows the chats but the last one by heart, and the code of the third person wrongly."""
+    folder = tmp_path_factory.mktemp("reciter") / "model"
+    model = tiny_llama(hidden_size=48, intermediate_size=96)
+    tokenizer.save_pretrained(folder)
+    own = AutoTokenizer.from_pretrained(folder)
+    own.chat_template = TEMPLATE
+    own.save_pretrained(folder)
+    wrong = [*CHATS[:2], say("Code of Cy?", f"It is {CODES[2][:-1]}9.")]
+    rows = own([own.apply_chat_template(chat, tokenize=False) for chat in wrong], padding=True, return_tensors="pt")
+    labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(**rows, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    rule = Goldfish(k=3, h=3)
+    write_receipt(folder, Tally(rule, torch.device("cpu")), own)
+    return folder, rule
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rows = [{"messages": chat, "code": code} for chat, code in zip(CHATS, [*CODES, None], strict=True)]
+    members = write_jsonl(tmp_path / "members.jsonl", rows)
+    heldout = write_jsonl(
+        tmp_path / "heldout.jsonl",
+        [{"prompt": chat[:1], "completion": chat[1:], "code": "HH3-LL5"} for chat in HELDOUT],
+    )
+    return {"members": members, "heldout": heldout}
+
+
+def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
+    """Against generate from the template's own prompt, and the log-probabilities of one plain forward pass."""
+    folder, rule = reciter
+    summary = audit(folder, tmp_path / "out", **chats, secret_column="code", lowercase=True, control=folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = records(tmp_path / "out").to_pylist()
+    turns = [(chat[:i], chat[i]["content"]) for chat in CHATS for i in range(1, len(chat), 2)]
+    turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
+    assert len(rows) == len(turns) == 7
+    lengths = set()
+    for row, (before, answer) in zip(rows, turns, strict=True):
+        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+        start, ids = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt, prompt + answer))
+        length = ids.shape[1] - start.shape[1]
+        assert row["prefix_ids"] + row["suffix_ids"] == ids[0].tolist()
+        assert len(row["suffix_ids"]) == length
+        lengths.add(length)
+        made = model.generate(start, max_new_tokens=length, do_sample=False, pad_token_id=1, eos_token_id=None)
+        assert row["output_ids"] == made[0, start.shape[1] :].tolist()
+        assert row["exact_match"] == (tokenizer.decode(made[0, start.shape[1] :]) == answer)
+        with torch.no_grad():
+            log_p = (
+                model(ids).logits[0, start.shape[1] - 1 : -1].log_softmax(-1).gather(-1, ids[0, start.shape[1] :, None])
+            )
+        assert row["log_p"][0] == pytest.approx(log_p.sum().item(), rel=1e-4, abs=1e-5)
+        assert row["mia_loss"] == pytest.approx(log_p.mean().item(), rel=1e-4, abs=1e-6), "of the completion alone"
+        assert row["mia_reference"] == pytest.approx(0, abs=1e-5), "the control is the same model"
+        assert row["dropped"] == rule.dropped(ids[0]).tolist()[start.shape[1] :]
+        assert row["prefix_sweep"] is None
+    assert len(lengths) == 3
+    assert [row["exact_match"] for row in rows[:3]] == [True, True, False]
+    assert [row["secret_recited"] for row in rows] == [True, True, False, None, None, False, None]
+    members, heldout = summary["splits"]["members"], summary["splits"]["heldout"]
+    assert (members["secrets"].k, members["secrets"].n) == (2, 3)
+    assert (heldout["secrets"].k, heldout["secrets"].n) == (0, 1)
+    assert members["recited"]["secrets"] == ["members 0", "members 1"]
+    assert (members["n"], members["documents"]) == (5, 4), "two turns are of one chat"
+    assert members["prefix_sweep"] == []
+    assert members["token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
+    assert summary["inputs"]["heldout"]["skipped"] == [{"reason": "an empty completion", "count": 1, "rows": [2]}]
+    assert summary["verdict"]["skipped"][0] == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
+    questions = {each["question"]: each for each in summary["verdict"]["questions"]}
+    assert questions["secrets"]["estimate"] == members["secrets"]
+    assert read(tmp_path / "out")["secrets"].k == 2
+    text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    assert "secrets given away" in text
+    assert "the assistant's answer to recite" in text.replace("\\", "")
+    write_report([tmp_path / "out"], tmp_path / "report.html")
+
+
+def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
+    for mark in ({"secrets": "no such code"}, {"secret_column": "cod"}):
+        with pytest.raises(ValueError, match=r"no marked secret is in what is to be recited of .*members.jsonl and"):
+            audit(reciter[0], tmp_path / "out", **chats, **mark)
+
+
+def test_a_condition_on_secrets_is_known_before_the_work(reciter, chats, tmp_path):
+    command = ["audit", str(reciter[0]), "--members", str(chats["members"]), "-o", str(tmp_path / "out")]
+    assert main([*command, "--fail-on", "secrets.k > 0"]) == 2, "no secrets are marked"
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--fail-on", "secrets.k > 0", "--secrets", r"\w{3}-\w{3}"]) == 1
+
+
+@pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
+def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(reciter, tmp_path, monkeypatch, capsys):
+    """As TRL leaves them: the folder has no tokenizer, the file has chats; no other option is given."""
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(reciter[0]), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained("lora")
+    pandas.DataFrame([{"messages": chat} for chat in CHATS]).to_parquet("train.parquet")
+    assert main(["audit", "lora", "--members", "train.parquet", "-o", "audit"]) == 0
+    assert read("audit")["em"].k == 2
+    assert "goldfish audit: INCONCLUSIVE, exit code 0" in capsys.readouterr().out
+
+
+def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
+    """The same rows as from the file; one process, one input."""
+    data = "".join(json.dumps({"body": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE))
+    (tmp_path / "a.jsonl").write_text(data)
+    drawn = []
+    for source in ("-", str(tmp_path / "a.jsonl")):
+        reader._copied_input.cache_clear()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+        output = tmp_path / f"out{len(drawn)}"
+        command = ["audit", str(checkpoint), "--members", source, "-o", str(output), "--text-column", "body"]
+        assert main([*command, "--max-rows", "5", "--seed", "3", "--prefix-length", "5", "--suffix-length", "5"]) == 0
+        drawn.append(records(output, ["index", "prefix_ids", "nll"]).to_pylist())
+    reader._copied_input.cache_clear()
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 5
+    assert read(tmp_path / "out0").summary["inputs"]["members"]["path"] == "-"
+    with pytest.raises(ValueError, match="standard input can be read once, by one process: give a file"):
+        audit(checkpoint, tmp_path / "x", members="-", heldout="-")
+
+
+def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, tmp_path):
+    """accelerate keeps the embeddings and a layer on disk: its first weights are nowhere in memory."""
+    members = write_jsonl(tmp_path / "m.jsonl", [{"text": f"{i}: {text}"} for i, text in enumerate(PROSE)])
+    options = {"members": members, "prefix_length": 6, "suffix_length": 6, "beams": (2,), "lowercase": True}
+    audit(checkpoint, tmp_path / "whole", **options)
+    parts = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+             "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    audit(checkpoint, tmp_path / "split", **options, device_map=parts)
+    assert records(tmp_path / "split").equals(records(tmp_path / "whole"))
+    shutil.rmtree(tmp_path / "split")
+    command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "split"), "--beams", "2"]
+    command += ["--prefix-length", "6", "--suffix-length", "6", "--lowercase", "--device-map", "auto"]
+    assert main(command) == 0
+    assert records(tmp_path / "split").equals(records(tmp_path / "whole"))
