@@ -41,9 +41,6 @@ class Codes(NamedTuple):
     up: Tensor  # powers of the multiplier M
     down: Tensor  # and of its inverse, enough for the longest form
 
-    def to(self, device: torch.device) -> "Codes":
-        return Codes(*(table.to(device) for table in self))
-
 
 class Vocabulary:
     """The codes of a tokenizer's vocabulary, copied to each device once."""
@@ -53,7 +50,7 @@ class Vocabulary:
 
     def on(self, device: torch.device) -> Codes:
         if device not in self._on:
-            self._on[device] = self._on[torch.device("cpu")].to(device)
+            self._on[device] = Codes(*(table.to(device) for table in self._on[torch.device("cpu")]))
         return self._on[device]
 
 
