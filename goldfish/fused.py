@@ -42,8 +42,7 @@ def fuse_head(model: nn.Module) -> "FusedHead":
             nn.DataParallel, whose replicas share one forward.
 
     Returns:
-        A handle: `handle.reason`, `handle.remove()`; as a context manager it removes itself at the end. Calling
-        fuse_head again returns the same handle.
+        A handle: `handle.reason`, `handle.remove()`. Calling fuse_head again returns the same handle.
 
     Raises:
         TypeError: for a model that is not a causal language model of transformers; use linear_cross_entropy there.
@@ -110,12 +109,6 @@ class FusedHead:
         if model.__dict__.get("_loss_function") == self._loss:
             _restore(model, "_loss_function", self._loss_function)
 
-    def __enter__(self) -> "FusedHead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedHead":
         if id(self._model) not in memo:  # PEFT copies a head alone: that copy still belongs to this model
             return self
@@ -175,7 +168,10 @@ class FusedHead:
         eager = call.logits.device.type == "cpu" and not torch.compiler.is_compiling()
         if eager and read_probe(call.logits) != (self._scale, self._softcap):
             return self._fall_back("what the model does to its logits has changed since the first step")
-        return _without(output, call.logits)
+        # Without the probe in the place of the logits: reading them must fail, not give numbers.
+        if isinstance(output, dict):
+            return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+        return tuple(None if value is call.logits else value for value in output)
 
     @_between_graphs  # type: ignore[untyped-decorator]
     def _run(self, call: _Call, inputs: dict[str, Any]) -> Any:
@@ -228,7 +224,7 @@ class FusedHead:
     def _fall_back(self, reason: str) -> None:
         """From now on the model's own forward runs; the log says why."""
         self._release_heads()
-        self._proved, self.reason = False, reason
+        self.reason = reason
         name = type(self._model).__name__
         _log.warning("The loss of %s is not fused: %s. Its own head and loss run on all tokens.", name, reason)
 
@@ -248,7 +244,8 @@ class FusedHead:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         # On the CPU in eager mode: reading it later makes no GPU wait.
         width = linear.out_features if call.proves else min(8, linear.out_features)
-        return probe(width, hidden.device if torch.compiler.is_compiling() else torch.device("cpu"))
+        device = hidden.device if torch.compiler.is_compiling() else torch.device("cpu")
+        return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Any:
         """The model's loss function: in a training call, the sum that the head computed, divided."""
@@ -281,11 +278,6 @@ def bare_model(model: Any) -> Any:
             model = model.module
         else:
             return model
-
-
-def probe(width: int, device: torch.device) -> Tensor:
-    """float64 (1, len(_PROBE), width): stands in for logits, to see what the model does to them."""
-    return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
 
 
 @_never_compiled  # type: ignore[untyped-decorator]
@@ -332,13 +324,6 @@ def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
     if hidden.shape[:-1] != call.targets.shape:
         return f"its head sees rows {tuple(hidden.shape[:-1])}, the labels are {tuple(call.targets.shape)}"
     return ""
-
-
-def _without(output: Any, logits: Tensor) -> Any:
-    """The output without the probe in the place of its logits: reading them must fail, not give numbers."""
-    if isinstance(output, dict):
-        return type(output)(**{k: v for k, v in output.items() if k != "logits"})
-    return tuple(None if x is logits else x for x in output)
 
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:

@@ -41,9 +41,6 @@ class Codes(NamedTuple):
     up: Tensor  # powers of the multiplier M
     down: Tensor  # and of its inverse, enough for the longest form
 
-    def to(self, device: torch.device) -> "Codes":
-        return Codes(*(table.to(device) for table in self))
-
 
 class Vocabulary:
     """The codes of a tokenizer's vocabulary, copied to each device once."""
@@ -53,7 +50,7 @@ class Vocabulary:
 
     def on(self, device: torch.device) -> Codes:
         if device not in self._on:
-            self._on[device] = self._on[torch.device("cpu")].to(device)
+            self._on[device] = Codes(*(table.to(device) for table in self._on[torch.device("cpu")]))
         return self._on[device]
 
 
@@ -109,12 +106,11 @@ def contexts(
         inside = _look_up(codes.hash, first.gather(-1, piece) + within)
         return before.gather(-1, piece) + inside * weight.gather(-1, piece)
 
-    piece = torch.arange(0, pieces.shape[-1], 2, device=ids.device).expand_as(ids)
-    within = torch.zeros_like(ids)
+    end, end_hash, end_scale = place[..., ::2], before[..., ::2], scale[..., ::2]  # where every token begins
     if whole_words:
         piece, within = _word_starts(outline, length, starts)
-    end = place.gather(-1, piece) + within
-    end_hash, end_scale = hash_before(piece, within), scale.gather(-1, piece) * _look_up(codes.up, within)
+        end = place.gather(-1, piece) + within
+        end_hash, end_scale = hash_before(piece, within), scale.gather(-1, piece) * _look_up(codes.up, within)
 
     begin = torch.maximum(end - letters, place.gather(-1, 2 * document_start))
     piece = torch.searchsorted(place, begin, right=True) - 1  # the piece that holds the context's first letter

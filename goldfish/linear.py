@@ -191,7 +191,9 @@ class _Gradients(torch.autograd.Function):
                 "linear_cross_entropy has no second derivatives: call backward without create_graph=True, "
                 "or compute cross_entropy on the logits"
             )
-        reuse = not (compiling or _graph_is_kept())
+        # With retain_graph backward may be called again, so the saved tensors must stay. Older versions do not say.
+        keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+        reuse = not (compiling or keeps_graph())
         results: list[Tensor | None] = []
         for wanted, gradient, dtype in zip(ctx.grads, ctx.saved_tensors, ctx.dtypes, strict=True):
             if not wanted:
@@ -201,12 +203,6 @@ class _Gradients(torch.autograd.Function):
             else:  # CUDA would round a 0-dim factor to the gradient's own dtype: 1/3001 in bf16, 70,000 in fp16
                 results.append((gradient.to(grad.dtype) * grad).to(dtype))
         return results[0], results[1], None, results[2], *[None] * 6
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward in progress may be called again (retain_graph), so that saved tensors must stay."""
-    asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asks is None else bool(asks())
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:

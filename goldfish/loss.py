@@ -41,9 +41,6 @@ class GoldfishLoss(nn.Module):
         self.rule = rule
         self.ignore_index = ignore_index
 
-    def extra_repr(self) -> str:
-        return repr(self.rule)
-
     def forward(
         self,
         logits: Any,

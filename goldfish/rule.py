@@ -169,7 +169,12 @@ class Goldfish:
         Arguments and errors as for `dropped`. A key is the `spec.key` of the up to h ids before a token in its
         document with seed 0, whatever the strategy; int64, the shape of input_ids; 0 where attention_mask is 0.
         """
-        input_ids = _check_ids(input_ids)
+        input_ids = torch.as_tensor(input_ids)
+        if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
+            hint = "" if input_ids.numel() else "; for an empty row pass torch.empty(0, dtype=torch.int64)"
+            raise TypeError(f"input_ids must be integer token ids, got {input_ids.dtype}{hint}")
+        if input_ids.ndim not in (1, 2):
+            raise ValueError(f"input_ids must have shape (T,) or (B, T), got {tuple(input_ids.shape)}")
         if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
             position_ids = position_ids[0]
         position_ids = check_beside("position_ids", position_ids, input_ids, one_row=True)
@@ -277,16 +282,6 @@ def _integer(name: str, value: object, least: int, what: str) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least} ({what}), got {value}")
     return int(value)
-
-
-def _check_ids(input_ids: Tensor) -> Tensor:
-    input_ids = torch.as_tensor(input_ids)
-    if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
-        hint = "" if input_ids.numel() else "; for an empty row pass torch.empty(0, dtype=torch.int64)"
-        raise TypeError(f"input_ids must be integer token ids, got {input_ids.dtype}{hint}")
-    if input_ids.ndim not in (1, 2):
-        raise ValueError(f"input_ids must have shape (T,) or (B, T), got {tuple(input_ids.shape)}")
-    return input_ids
 
 
 def check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: bool = False) -> Tensor | None:

@@ -25,15 +25,7 @@ from goldfish.labels import (
     with_labels,
 )
 from goldfish.loss import GoldfishLoss, SmoothedLoss
-from goldfish.receipt import (
-    Tally,
-    bind,
-    card_section,
-    read_receipt,
-    rules_of,
-    tokenizer_fingerprint,
-    write_receipt,
-)
+from goldfish.receipt import Tally, bind, card_section, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
 from goldfish.refusals import SHARDED, why_not_this_model, why_not_this_trainer
 from goldfish.rule import Goldfish
 

@@ -132,14 +132,6 @@ def test_smoothed_loss_of_no_target_is_a_zero():
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments])
-@pytest.mark.parametrize("across", [True, False])
-def test_average_tokens_across_devices_of_one_device(tmp_path, tokenizer, across, model):
-    """The setting is for several processes, tests/test_distributed.py has them: with one it changes nothing."""
-    settings = {"average_tokens_across_devices": across}
-    assert_as_good(*one_step(tmp_path, tokenizer, 2, 4, model, settings, **WAYS["fused"])[1:])
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs one CUDA device; several make a DataParallel")
 @pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments])

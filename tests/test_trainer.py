@@ -9,7 +9,7 @@ import transformers
 from conftest import tiny_llama
 from datasets import Dataset
 from packaging.version import Version
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishCollator, GoldfishLoss, GoldfishMixin, GoldfishTrainer, attach, mask_labels
 from goldfish.receipt import read_receipt, rules_of
@@ -76,36 +76,6 @@ def test_a_rule_that_drops_nothing_changes_nothing(tmp_path, tokenizer):
     _, ours, gradients = trained(tmp_path, tokenizer, then=lambda t: attach(t, Goldfish(k=10**9)))
     assert ours == plain
     assert all(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))
-
-
-def test_batch_8_is_8_batches_of_1(tmp_path, tokenizer):
-    """Unequal lengths, so the micro-batches keep unequal numbers of tokens: a mean of means would show."""
-    runs = [
-        trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=batch, accumulation=8 // batch)
-        for batch in (8, 1, 4)
-    ]
-    _, losses, gradients = runs[0]
-    for _, other_losses, other_gradients in runs[1:]:
-        assert other_losses == pytest.approx(losses, rel=2e-6)
-        for ours, theirs in zip(other_gradients, gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
-
-
-def test_loss_is_the_mean_over_kept_tokens(tmp_path, tokenizer):
-    """The first step's loss, computed again without Trainer."""
-    rows = unequal_rows()
-    _, losses, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=16, steps=1, settings={"seed": 1}
-    )
-    model, total, kept = tiny_llama(), 0.0, 0
-    for row in rows:
-        ids = torch.tensor(row["input_ids"])
-        labels = mask_labels(RULE, ids)[1:]
-        logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        kept += (labels != -100).sum().item()
-    assert losses[0] == pytest.approx(total / kept, rel=1e-5)
-    assert kept < 0.8 * sum(len(row["input_ids"]) - 1 for row in rows)
 
 
 def test_evaluation_never_sees_the_rule(tmp_path, tokenizer):
@@ -233,22 +203,6 @@ def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
     assert decisions("c", batch=2, steps=4, accumulation=2) == first
     for name, other in (("d", Goldfish(k=3, h=4, seed=1)), ("e", Goldfish(k=3, h=5)), ("f", Goldfish(k=4, h=4))):
         assert decisions(name, other)[2] != first[2]
-
-
-def test_padding_is_not_counted_where_the_collator_makes_no_labels(tmp_path, tokenizer):
-    rows = unequal_rows().remove_columns("labels")
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=2, report_to="none", use_cpu=True
-    )
-    trainer = GoldfishTrainer(
-        tiny_llama(), arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer), goldfish=RULE
-    )
-    trainer.train()
-    trainer.save_model()
-    gone = [RULE.dropped(torch.tensor(row["input_ids"]))[1:] for row in rows]
-    receipt = read_receipt(tmp_path)
-    assert receipt["targets"] == sum(len(row) for row in gone)
-    assert receipt["dropped"] == sum(int(row.sum()) for row in gone)
 
 
 def test_each_source_has_its_rule(tmp_path, tokenizer):
