@@ -1,6 +1,6 @@
 """Adversaries who try harder than greedy decoding, against models trained with other k.
 
-    python recipes/pretrain_canaries.py --output_dir runs/canaries      # or with fewer --ks and --seeds
+    python recipes/pretrain_canaries.py --output_dir runs/canaries      # or with fewer --rules and --seeds
     python benchmarks/adversaries.py runs/canaries                      # goes on with what the results file lacks
     python benchmarks/adversaries.py --table --plot adversaries.svg     # of the results so far; no model is needed
 

@@ -1,217 +1,203 @@
-"""The audit against one `generate` per prefix, on the same checkpoint and texts, with the same answers.
+"""What an audit costs: beside other ways to the answer on the same windows, and in memory as the windows grow.
 
-    python benchmarks/audit.py              # trains a small checkpoint in about a minute, then measures
-    python benchmarks/audit.py --render     # the tables of the README, from every JSON there
+    python benchmarks/audit.py --model DIR_OR_NAME      # minutes on one core; memaudit and lm-eval, where installed
+    python benchmarks/audit.py --memory                 # 1,000 to 100,000 windows of a tiny model, minutes
+    python benchmarks/audit.py --render                 # the tables again, from the JSON files
 
-Both answer, for every text: exact match, p_z under two sampling settings, the likelihoods that membership inference
-needs, and ROUGE-L of the continuation; `sweep` also asks for exact match at ten prefix lengths. The baseline calls
-`generate` at batch size 1 for every prefix and one forward for every text. All answers are compared, not only timed.
-Cases run in turn, `--repeats` times; the first round warms up and does not count. Seconds are the processor's (one
-thread), which other work on the machine disturbs less than the clock's.
+Windows are cut from the Python language reference. In half of them the suffix is what the model itself says after the
+prefix, so these are recited and the others are not. All ways must agree on which are (but memaudit, which tokenizes
+the prefix's text again). They run in turn, --repeats times; seconds are the processor's (one thread), which other work
+on the machine disturbs less than the clock's.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
-from about import RESULTS, about, byte_level_bpe, small_llama
-from rouge_score.rouge_scorer import _score_lcs
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TopKLogitsWarper, set_seed
+from about import RESULTS, about, byte_level_bpe, markdown, small_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from goldfish.audit import audit
-from goldfish.audit.columns import rouge_l
-from goldfish.audit.score import Sampling, Scorer
-from goldfish.audit.windows import Cutter, Window
-from goldfish.rows import read_rows
+from goldfish.audit import audit, records
 
-PREFIX, SUFFIX = 50, 50
-SWEEP = tuple(range(5, PREFIX + 1, 5))
-TOP_K = 40
-Answers = dict[str, object]
+LENGTH = 50  # tokens of a prefix, and of a suffix
+SIZES = (1_000, 10_000, 100_000)
+Way = Callable[[Any, Any, list[list[int]]], list[bool]]  # model, tokenizer, windows -> which are recited
 
 
-def build(folder: Path, documents: int, width: int, steps: int) -> list[Window]:
-    """A small Llama that knows half of the texts by heart, as far as `steps` carry it, and these texts as windows."""
-    texts = [topics[name] for name in sorted(topics)]
-    tokenizer = byte_level_bpe(texts, vocab_size=4096)
-    ids = tokenizer("\n".join(texts))["input_ids"]
-    rows = [ids[i * 500 : i * 500 + PREFIX + SUFFIX] for i in range(2 * documents)]
-    set_seed(0)
-    model = LlamaForCausalLM(small_llama(tokenizer, width, eos_token_id=None, tie_word_embeddings=False))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    members = torch.tensor(rows[:documents])
-    for _ in range(steps):
-        batch = members[torch.randperm(documents)[:16]]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    print(f"trained {steps} steps, loss {loss.item():.3f} nats/token", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    windows = []
-    for split, part in (("members", rows[:documents]), ("heldout", rows[documents:])):
-        path = folder / f"{split}.jsonl"
-        path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in part))
-        cutter = Cutter(tokenizer, PREFIX, SUFFIX)
-        windows += [w for w in cutter.cut(read_rows(path), split) if isinstance(w, Window)]
-    return windows
+def batched_generate(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
+    return [output == window[LENGTH:] for output, window in zip(continued(model, windows), windows, strict=True)]
 
 
-@torch.inference_mode()
-def one_by_one(model: LlamaForCausalLM, windows: list[Window], prefixes: tuple[int, ...]) -> Answers:
-    """One generate for each prefix, one forward for each text, and the usual ROUGE package."""
-    exact, likelihoods, rouge = [], [], []
+def ten_prefixes(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
+    for prefix in range(LENGTH // 10, LENGTH + 1, LENGTH // 10):
+        result = continued(model, windows, prefix)
+    return [output == window[LENGTH:] for output, window in zip(result, windows, strict=True)]
+
+
+def continued(model: Any, windows: list[list[int]], prefix: int = LENGTH) -> list[list[int]]:
+    """Greedy continuations of all prefixes, in one batch; an end-of-text token does not end them."""
+    start = torch.tensor([window[:prefix] for window in windows])
+    output = model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=LENGTH, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    return output[:, prefix:].tolist()
+
+
+def lm_eval_loglikelihood(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=len(windows))
+    requests = [(("", ""), window[:LENGTH], window[LENGTH:]) for window in windows]
+    return [greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+
+def memaudit(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
+    """What its run_audit does with a canary: the scores of the secret, and its completion from half of it."""
+    from memaudit.scoring import generate_canary_completions, score_sequence
+
+    result = []
     for window in windows:
-        for prefix in prefixes:
-            start = torch.tensor([window.ids[:prefix]])
-            output = model.generate(
-                start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=SUFFIX, pad_token_id=0
-            )[0, prefix:].tolist()
-            exact.append(output == window.ids[prefix : prefix + SUFFIX])
-            if prefix == PREFIX:
-                rouge.append(_score_lcs(window.suffix, output).fmeasure)
-        ids = torch.tensor([window.ids])
-        logits = model(input_ids=ids).logits[0, :-1].float()
-        target = ids[0, 1:, None]
-        log_p = logits.log_softmax(-1)
-        mean = (log_p.exp() * log_p).sum(-1)
-        cut = TopKLogitsWarper(TOP_K)(None, logits[PREFIX - 1 :]).log_softmax(-1)
-        likelihoods += [
-            log_p.gather(-1, target).sum().item(),
-            log_p[PREFIX - 1 :].gather(-1, target[PREFIX - 1 :]).sum().item(),
-            cut.gather(-1, target[PREFIX - 1 :]).sum().item(),
-            mean.sum().item(),
-            ((log_p.exp() * log_p.square()).sum(-1) - mean.square()).sqrt().sum().item(),
-        ]
-    return {"exact": exact, "likelihoods": likelihoods, "rouge": rouge}
+        score_sequence(model, window, span=(LENGTH, len(window)))
+        done = generate_canary_completions(model, tokenizer, tokenizer.decode(window), window, prefix_fractions=(0.5,))
+        result.append(done["by_prefix"][0]["exact"])
+    return result
 
 
-def in_one_pass(model: LlamaForCausalLM, windows: list[Window], prefixes: tuple[int, ...]) -> Answers:
-    """The same from Scorer, which the audit uses."""
-    exact, likelihoods, rouge = [], [], []
-    for window, score in zip(windows, Scorer(model, (Sampling(), Sampling(top_k=TOP_K))).score(windows), strict=True):
-        for prefix in prefixes:
-            greedy = score.greedy[prefix - 1 : prefix - 1 + SUFFIX].tolist()
-            exact.append(greedy == window.ids[prefix : prefix + SUFFIX])
-        plain, cut = score.log_q.sum(-1, dtype="float64")
-        likelihoods += [
-            -score.nll.sum(dtype="float64"), plain, cut, score.entropy_mean.sum(dtype="float64"),
-            score.entropy_std.sum(dtype="float64"),
-        ]  # fmt: skip
-        rouge.append(rouge_l(score.output, window.suffix))
-    return {"exact": exact, "likelihoods": likelihoods, "rouge": rouge}
+WAYS: dict[str, tuple[str | None, Way]] = {  # the package that each needs
+    "exact match by one batched `generate`": (None, batched_generate),
+    "lm-eval `loglikelihood` (exact match, log p)": ("lm_eval", lm_eval_loglikelihood),
+    "memaudit `score_sequence`, `generate_canary_completions`": ("memaudit", memaudit),
+    "exact match at ten prefix lengths by batched `generate`": (None, ten_prefixes),
+}
+OURS = "goldfish `audit()`, everything"
 
 
-def compare(ours: Answers, theirs: Answers) -> dict[str, object]:
-    """SystemExit where a verdict differs; the largest relative difference of likelihoods."""
-    if ours["exact"] != theirs["exact"]:
-        raise SystemExit("exact match differs between the audit and generate")
-    if max(abs(a - b) for a, b in zip(ours["rouge"], theirs["rouge"], strict=True)) > 1e-12:
-        raise SystemExit("ROUGE-L differs between the audit and generate")
-    a, b = (torch.tensor(answers["likelihoods"], dtype=torch.float64) for answers in (ours, theirs))
-    finite = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        raise SystemExit("p_z is 0 for one and not for the other")
-    difference = ((a - b).abs() / b.abs().clamp(min=1))[finite].max().item()
-    if difference > 1e-3:  # the published formula of sigma cancels digits in float32
-        raise SystemExit(f"likelihoods differ by {difference:.1e}")
-    exact = ours["exact"]
-    return {"verdicts": len(exact), "recited": sum(exact), "largest_relative_difference": difference}
-
-
-def measure(folder: Path, windows: list[Window], repeats: int) -> list[dict[str, object]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    runs: dict[tuple[str, str], list[float]] = {}
-    same: dict[str, dict[str, object]] = {}
-    for repeat in range(repeats + 1):
-        for case, prefixes in (("one prefix, with ROUGE-L", (PREFIX,)), ("whole prefix sweep", SWEEP)):
+def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds of every way, in turn; after each repeat, those so far."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ids = tokenizer("\n".join(topics[name] for name in sorted(topics)), add_special_tokens=False)["input_ids"]
+    windows = [ids[i * 500 : i * 500 + 2 * LENGTH] for i in range(args.windows)]
+    half = args.windows // 2
+    recited = continued(model, windows[:half])
+    windows[:half] = [window[:LENGTH] + output for window, output in zip(windows[:half], recited, strict=True)]
+    ways = {name: way for name, (package, way) in WAYS.items() if package is None or find_spec(package)}
+    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *ways)}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"members": Path(folder, "members.jsonl"), "heldout": Path(folder, "heldout.jsonl")}
+        for path, part in zip(paths.values(), (windows[:half], windows[half:]), strict=True):
+            path.write_text("".join(json.dumps({"input_ids": window}) + "\n" for window in part))
+        for repeat in range(args.repeats):
             answers = {}
-            for name, method in (("goldfish", in_one_pass), ("generate", one_by_one)):
-                if name == "generate" and not repeat:  # warmed up by a few texts: it is slow
-                    method(model, windows[:2], (PREFIX,))
+            for name in seconds:
+                if repeat and name.startswith("exact match at ten"):  # long, and as even as the others
                     continue
                 begin = time.process_time()
-                answers[name] = method(model, windows, prefixes)
-                if repeat:
-                    runs.setdefault((case, name), []).append(time.process_time() - begin)
-            if repeat:
-                same[case] = compare(answers["goldfish"], answers["generate"])
-        with tempfile.TemporaryDirectory() as output:
-            begin = time.process_time()
-            audit(
-                folder, Path(output) / "audit", members=folder / "members.jsonl", heldout=folder / "heldout.jsonl",
-                prefix_length=PREFIX, suffix_length=SUFFIX, device="cpu",
-            )  # fmt: skip
-            if repeat:
-                runs.setdefault(("whole audit() with loading, records and files", "goldfish"), []).append(
-                    time.process_time() - begin
-                )
-    return [
-        {"case": case, "name": name, "seconds": seconds, "median": statistics.median(seconds), **same.get(case, {})}
-        for (case, name), seconds in runs.items()
-    ]
+                if name == OURS:
+                    output = Path(folder, str(repeat))
+                    audit(args.model, output, **paths, prefix_length=LENGTH, suffix_length=LENGTH, device="cpu")
+                else:
+                    answers[name] = ways[name](model, tokenizer, windows)
+                seconds[name].append(time.process_time() - begin)
+                print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
+            ours = records(output, ["exact_match"]).column("exact_match").to_pylist()
+            for name, answer in [(OURS, ours), *answers.items()]:
+                if answer != [True] * half + [False] * (args.windows - half) and not name.startswith("memaudit"):
+                    raise SystemExit(f"not the windows that are recited: {name} says {answer}")
+            yield {"windows": args.windows, "tokens": LENGTH, "parameters": parameters, "seconds": seconds}
+
+
+def memory(sizes: list[int]) -> Iterator[dict[str, Any]]:
+    """Peak resident memory of a whole audit, each in a process of its own; after each size, those so far."""
+    texts = [topics[name] for name in sorted(topics)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = byte_level_bpe(texts, 512)
+        torch.manual_seed(0)
+        changes = {"num_hidden_layers": 1, "num_attention_heads": 1, "eos_token_id": None}
+        LlamaForCausalLM(small_llama(tokenizer, 16, **changes)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for size in sizes:
+            generator = torch.Generator().manual_seed(size)
+            for split in ("members", "heldout"):
+                with Path(folder, f"{split}.jsonl").open("w") as lines:
+                    for _ in range(size // 2):
+                        row = torch.randint(1, 512, (16,), generator=generator).tolist()
+                        lines.write(json.dumps({"input_ids": row}) + "\n")
+            command = [sys.executable, __file__, "--peak", folder, "--windows", str(size)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+            yield {"memory": rows}
+
+
+def peak(folder: Path, size: int) -> dict[str, float]:
+    """The audit of one size, in this process. MB of 10^6 bytes; `before`: what the imports alone take."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    paths = {split: folder / f"{split}.jsonl" for split in ("members", "heldout")}
+    audit(folder, folder / str(size), **paths, prefix_length=8, suffix_length=8, device="cpu")
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = round(used.ru_utime + used.ru_stime, 1)
+    return {"windows": size, "peak": used.ru_maxrss * 1024 / 1e6, "before": before * 1024 / 1e6, "seconds": seconds}
 
 
 def render() -> str:
     parts = []
     for path in sorted(RESULTS.glob("audit-*.json")):
         data = json.loads(path.read_text())
-        source, results = data["about"], data["results"]
-        parts.append(
-            f"{source['texts']} texts of {source['prefix_length']} + {source['suffix_length']} tokens; "
-            f"{source['model']}; {source['device']}, {source['threads']} thread(s); "
-            f"torch {source['versions']['torch']}, transformers "
-            f"{source['versions']['transformers']}; commit {source['commit'][:12]}; `{source['command']}`\n\n"
-            "| | one `generate` per prefix | goldfish | faster |\n|---|---|---|---|"
-        )
-        for case in dict.fromkeys(result["case"] for result in results):
-            times = {result["name"]: result for result in results if result["case"] == case}
-            ours, theirs = times["goldfish"], times.get("generate")
-            factor = f"{theirs['median'] / ours['median']:.0f}x" if theirs else ""
-            parts.append(f"| {case} | {_seconds(theirs)} | {_seconds(ours)} | {factor} |")
+        source = data["about"]
+        versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items() if number)
+        parts.append(f"`{source['command']}`; {source['device']}; {versions}; commit {source['commit']}\n")
+        if "memory" in data:
+            rows = [(f"{r['windows']:,}", f"{r['peak']:.0f}", f"{r['seconds']:.0f}") for r in data["memory"]]
+            parts.append(markdown(("windows", "peak, MB", "CPU seconds"), rows) + "\n")
+            continue
+        n, ours = data["windows"], statistics.median(data["seconds"][OURS])
+        rows = []
+        for name, seconds in data["seconds"].items():
+            middle, spread = statistics.median(seconds), f"{min(seconds) / n:.2f} - {max(seconds) / n:.2f}"
+            rows.append((name, f"{middle / n:.2f}", spread, len(seconds), f"{middle / ours:.2f}"))
+        head = ("", "CPU seconds a window, median", "least - greatest", "runs", "of the audit's")
+        parts.append(f"{n} windows, {data['parameters'] / 1e6:.1f}M parameters\n\n{markdown(head, rows)}\n")
     return "\n".join(parts)
-
-
-def _seconds(result: dict | None) -> str:
-    if result is None:
-        return ""
-    spread = (max(result["seconds"]) - min(result["seconds"])) / result["median"]
-    return f"{result['median']:.3g} s (±{spread / 2:.0%})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="print the tables and stop")
-    parser.add_argument("--documents", type=int, default=16, help="members, and as many held-out texts")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=80, help="of training")
+    parser.add_argument("--model", help="a causal model and its tokenizer: folder or name")
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "audit-cpu.json")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="windows, with --memory")
+    parser.add_argument("--render", action="store_true", help="print the tables and stop")
+    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)  # one size of --memory
     args = parser.parse_args()
-    if args.render:
-        print(render())
+    torch.set_num_threads(1)
+    if args.peak:
+        print(json.dumps(peak(args.peak, args.windows)))
         return
-    torch.set_num_threads(args.threads)
-    settings = about("rouge-score", "rapidfuzz") | {
-        "texts": 2 * args.documents,
-        "prefix_length": PREFIX,
-        "suffix_length": SUFFIX,
-        "prefix_lengths_of_the_sweep": SWEEP,
-        "model": f"Llama, 4 layers of {args.width}, vocabulary 4096, float32",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), build(Path(folder), args.documents, args.width, args.steps), args.repeats)
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps({"about": settings, "results": results}, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    if not (args.render or args.memory or args.model):
+        parser.error("--model, --memory or --render is needed")
+    if not args.render:
+        provenance = about("memaudit", "lm-eval", "rapidfuzz")
+        name, results = ("memory", memory(args.sizes)) if args.memory else ("cpu", cost(args))
+        for result in results:
+            text = json.dumps({"about": provenance, **result}, indent=1) + "\n"
+            (RESULTS / f"audit-{name}.json").write_text(text, encoding="utf-8")
+    print(render())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from about import RESULTS, about
@@ -109,10 +110,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, Tensor]:
 
 
 def rule_of(name: str, tokenizer: Any) -> Goldfish | None:
-    if name == "standard":
-        return None
-    strategy, k, h = name.split("-")
-    return Goldfish(k=float(k), h=int(h), strategy=strategy).bind(tokenizer)  # type: ignore[arg-type]
+    rule = common.rule_of(name, seed=0)
+    return rule.bind(tokenizer) if rule else None
 
 
 def train(

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from about import RESULTS, about
+from about import RESULTS, about, markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,15 +240,15 @@ def render() -> str:
             chosen = [r for r in results if (r["n"], r["d"], r["v"], r["dtype"]) == group]
             ks = sorted({r["k"] for r in chosen}, key=float)
             n, d, v, dtype = group
+            head = ("", *("all tokens" if k == "inf" else f"k = {k:g}" for k in ks))
+            rows = [
+                (name, *(cell(name, [r for r in chosen if r["k"] == k]) for k in ks))
+                for name in dict.fromkeys(r["name"] for r in chosen)
+            ]
             parts.append(
                 f"\nN = {n}, D = {d}, V = {v}, {dtype}: "
-                "seconds (times HF eager; half the spread) / extra MB (times HF eager)\n\n"
-                + "| | " + " | ".join("all tokens" if k == "inf" else f"k = {k:g}" for k in ks) + " |\n"
-                + "|---" * (len(ks) + 1) + "|"
-            )  # fmt: skip
-            for name in dict.fromkeys(r["name"] for r in chosen):
-                cells = [cell(name, [r for r in chosen if r["k"] == k]) for k in ks]
-                parts.append(f"| {name} | " + " | ".join(cells) + " |")
+                f"seconds (times HF eager; half the spread) / extra MB (times HF eager)\n\n{markdown(head, rows)}"
+            )
         parts.append("")
     return "\n".join(parts)
 

@@ -3,7 +3,7 @@
     python benchmarks/reformatting.py --text documents.jsonl
 
 For documents of a JSONL file with a `text` field: the share of words that get the decision that they get in the
-original, for "text", "letters" and, over token ids, "hash". A word is a run of letters and digits; its decision is that
+original, for "letters" and, over token ids, "hash". A word is a run of letters and digits; its decision is that
 of the token with its first letter; words of original and version are matched by the letters before them. In the rows
 named after tokenizers the text is the original and the tokenizer another than the first.
 """
@@ -16,25 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from about import RESULTS, about
+from about import RESULTS, about, byte_level_bpe
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from goldfish import Goldfish
 from goldfish.vocabulary import characters
 
 FOLD = characters()
-STRATEGIES = ("text", "letters", "hash")
+STRATEGIES = ("letters", "hash")
 
 
 def byte_level(texts: list[str], size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
+    return byte_level_bpe(texts, size).backend_tokenizer
 
 
 def sentencepiece_bpe(texts: list[str], size: int) -> Tokenizer:
@@ -145,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--characters", type=int, default=4000, help="of each document")
     parser.add_argument("--k", type=float, default=4)
-    parser.add_argument("--h", type=int, default=8, help="words of 5 letters for text and letters, tokens for hash")
+    parser.add_argument("--h", type=int, default=8, help="words of 5 letters for letters, tokens for hash")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "reformatting.json")
     args = parser.parse_args(argv)

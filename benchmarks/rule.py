@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from about import RESULTS, about
-from reformatting import byte_level
+from about import RESULTS, about, byte_level_bpe, markdown
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -106,7 +105,7 @@ def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeat
     """Milliseconds of one call for 8 rows of 4096 tokens, all cells in turn."""
     cells = [
         {"vocabulary": name, "strategy": strategy, "h": h}
-        for name in rows for strategy in ("hash", "text", "letters", "reference") for h in COSTS
+        for name in rows for strategy in ("hash", "letters", "reference") for h in COSTS
     ]  # fmt: skip
     calls = [
         (Goldfish(k=4, h=c["h"], seed=seed, strategy=c["strategy"], vocabulary=bound[c["vocabulary"]].vocabulary),
@@ -132,37 +131,28 @@ def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeat
 
 def render(result: dict[str, Any]) -> str:
     """Two tables in Markdown."""
-    machine = result.get("hardware", result)  # the results of version 0.1 have it apart
-    lines = [
-        "| vocabulary | k, h | strategy | dropped | of distinct windows (sigmas from 1/k) |"
-        " distinct windows that share a 64-bit key | windows with key 0 |"
-        " tokens in runs of 200+ without a drop (by chance) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in result["rates"]:
-        zero = "" if r["zero_products"] is None else f"{r['zero_products']:.1%}"
-        shared = 1 - r["distinct_keys"] / r["distinct_windows"]
-        lines.append(
-            f"| {r['vocabulary']} | {r['k']}, {r['h']} | {r['strategy']} | {r['drop_rate']:.4f} | "
-            f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f}) | {shared:.1%} | {zero} | "
-            f"{r['in_long_runs']:.1%} ({r['in_long_runs_law']:.1%}) |"
-        )
-    lines += [
-        "",
-        f"{machine.get('cpu') or machine['device']}, {machine['threads']} thread, "
-        f"torch {result['versions']['torch']}; "
-        f"8 x 4096 tokens, median of {result['repeats']} calls (quartiles).",
-        "",
-        "| strategy | vocabulary | " + " | ".join(f"h = {h}, ms" for h in COSTS) + " | largest tensor, held at once |",
-        "|---|---|" + "---|" * (len(COSTS) + 1),
-    ]
+    head = ("vocabulary", "k, h", "strategy", "dropped", "of distinct windows (sigmas from 1/k)",
+            "distinct windows that share a 64-bit key", "windows with key 0",
+            "tokens in runs of 200+ without a drop (by chance)")  # fmt: skip
+    rates = [
+        (r["vocabulary"], f"{r['k']}, {r['h']}", r["strategy"], f"{r['drop_rate']:.4f}",
+         f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f})", f"{1 - r['distinct_keys'] / r['distinct_windows']:.1%}",
+         "" if r["zero_products"] is None else f"{r['zero_products']:.1%}",
+         f"{r['in_long_runs']:.1%} ({r['in_long_runs_law']:.1%})")
+        for r in result["rates"]
+    ]  # fmt: skip
     cells = {(c["strategy"], c["vocabulary"], c["h"]): c for c in result["costs"]}
+    costs = []
     for strategy, vocabulary in dict.fromkeys(key[:2] for key in cells):
         row = [cells[strategy, vocabulary, h] for h in COSTS]
-        times = " | ".join(f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})" for c in row)
+        times = (f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})" for c in row)
         most = [max(c[what] for c in row) for what in ("largest_tensor", "held_at_once")]
-        lines.append(f"| {strategy} | {vocabulary} | {times} | {most[0]:.1f}x, {most[1]:.1f}x the ids |")
-    return "\n".join(lines)
+        costs.append((strategy, vocabulary, *times, f"{most[0]:.1f}x, {most[1]:.1f}x the ids"))
+    machine = result.get("hardware", result)  # the results of version 0.1 have it apart
+    return (
+        f"{markdown(head, rates)}\n\n{machine.get('cpu') or machine['device']}, {machine['threads']} thread, torch "
+        f"{result['versions']['torch']}; 8 x 4096 tokens, median of {result['repeats']} calls (quartiles).\n\n"
+    ) + markdown(("strategy", "vocabulary", *(f"h = {h}, ms" for h in COSTS), "largest tensor, held at once"), costs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -186,11 +176,11 @@ def main(argv: list[str] | None = None) -> None:
 
     result, rates, bound, ids = about("tokenizers"), [], {}, {}
     for size in SIZES:
-        tokenizer = byte_level(texts, size)
+        tokenizer = byte_level_bpe(texts, size).backend_tokenizer
         name = f"{tokenizer.get_vocab_size():,} entries"  # fewer than asked for where the text has no more pairs
         documents = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         ids[name], positions = rows(documents)
-        bound[name] = Goldfish(strategy="text").bind(tokenizer)
+        bound[name] = Goldfish(strategy="letters").bind(tokenizer)
         print(f"{name}: {ids[name].numel():,} tokens", file=sys.stderr, flush=True)
         for k, h in RULES:
             rates += [{"vocabulary": name, **r} for r in measure(ids[name], positions, k, h, args.seed)]

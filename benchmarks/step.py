@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import torch
-from about import RESULTS, about
+from about import RESULTS, about, markdown
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer
@@ -71,13 +71,13 @@ def render() -> str:
             f"{settings['batch']} x {settings['length']} tokens, "
             f"{'bf16' if settings['bf16'] else 'fp32'}, k = {settings['k']:g}\n"
         )
-        lines += ["| step | seconds, median | least - greatest | of standard | n |", "|---|---|---|---|---|"]
         base = statistics.median(data["seconds"]["standard"])
+        rows = []
         for way, seconds in data["seconds"].items():
             median = statistics.median(seconds)
             spread = f"{min(seconds):.3f} - {max(seconds):.3f}"
-            lines.append(f"| {way} | {median:.3f} | {spread} | {median / base:.2f} | {len(seconds)} |")
-        lines.append("")
+            rows.append((way, f"{median:.3f}", spread, f"{median / base:.2f}", len(seconds)))
+        lines += [markdown(("step", "seconds, median", "least - greatest", "of standard", "n"), rows), ""]
     return "\n".join(lines)
 
 

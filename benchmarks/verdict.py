@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from about import RESULTS, about
+from about import RESULTS, about, markdown
 
 from goldfish.audit.estimate import Estimate, mean, rate
 from goldfish.audit.membership import Side, membership_figures
@@ -122,19 +122,19 @@ def confounded() -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    lines = ["| population | " + " | ".join(f"{n:,} documents" for n in DOCUMENTS) + " |",
-             "|---" * (1 + len(DOCUMENTS)) + "|"]  # fmt: skip
+    wrong = []
     for name, (_, above) in POPULATIONS.items():
         cells = []
         for n in DOCUMENTS:
             rows = [row for row in result["verdicts"] if (row["population"], row["documents"]) == (name, n)]
             cells.append(f"{max(row['false'] for row in rows):.1%}")
-        lines.append(f"| {name}: false {'PASS' if above else 'FAIL'} | {' | '.join(cells)} |")
-    lines += ["", "| values | 10 documents | 20 | 50 | 200 |", "|---|---|---|---|---|"]
-    for name in POPULATIONS_OF_VALUES:
-        cells = [f"{row['coverage']:.3f}" for row in result["coverage"] if row["values"] == name]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        wrong.append((f"{name}: false {'PASS' if above else 'FAIL'}", *cells))
+    held = [
+        (name, *(f"{row['coverage']:.3f}" for row in result["coverage"] if row["values"] == name))
+        for name in POPULATIONS_OF_VALUES
+    ]
+    heads = ("population", *(f"{n:,} documents" for n in DOCUMENTS)), ("values", "10 documents", "20", "50", "200")
+    return f"{markdown(heads[0], wrong)}\n\n{markdown(heads[1], held)}"
 
 
 def main() -> None:

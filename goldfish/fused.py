@@ -1,9 +1,7 @@
 """Compute a Hugging Face model's training loss with `linear_cross_entropy`, without copying its forward.
 
-Three tiers, best first; each gives the loss of the model's own forward on the same labels:
-    2  the head computes the loss of the kept tokens itself, and no logits exist;
-    1  the model's own head and loss function run on the kept tokens only (`logits_to_keep`);
-    0  the model's own forward, unchanged.
+The head computes the loss of the kept tokens itself and returns a probe instead of logits; the model's loss function
+returns the sum that the head computed, divided. Where that is not known to be right, the model's own forward runs.
 """
 
 import inspect
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from goldfish.labels import IGNORE_INDEX
-from goldfish.linear import KeptRows, divisor, linear_cross_entropy
+from goldfish.linear import divisor, linear_cross_entropy
 
 HANDLE = "_goldfish_fused_head"  # the attribute under which a model holds its FusedHead
 _log = logging.getLogger(__name__)
@@ -31,21 +29,21 @@ _never_compiled: Any = torch.compiler.disable()  # type: ignore[no-untyped-call]
 
 
 def fuse_head(model: nn.Module) -> "FusedHead":
-    """Compute the training loss of `model` inside its head, for the kept tokens only and without logits (tier 2).
+    """Compute the training loss of `model` inside its head, for the kept tokens only and without logits.
 
     From then on `model(input_ids=..., labels=...)` in training mode returns the same loss and no logits: a dropped
     token costs no head, no softmax and no memory. Evaluation, generation and calls without labels are unchanged.
     The first training call is preceded by one forward of the same batch without gradient, in which a probe takes the
     place of the logits: it shows what the model does after its head (soft cap, scale). Where that, or anything else,
-    is not known to be right, the model falls back to tier 1 or 0 and says why, once, in the log and in the handle.
+    is not known to be right, the model's own forward runs, and the log and the handle say why, once.
 
     Args:
         model: a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. Not
             nn.DataParallel, whose replicas share one forward.
 
     Returns:
-        A handle: `handle.tier`, `handle.reason`, `handle.remove()`; as a context manager it removes itself at the end.
-        Calling fuse_head again returns the same handle.
+        A handle: `handle.reason`, `handle.remove()`; as a context manager it removes itself at the end. Calling
+        fuse_head again returns the same handle.
 
     Raises:
         TypeError: for a model that is not a causal language model of transformers; use linear_cross_entropy there.
@@ -70,10 +68,9 @@ def fuse_head(model: nn.Module) -> "FusedHead":
 class _Call:
     """One training forward: what its head and its loss function need, and what they saw."""
 
-    tier: int
     targets: Tensor  # labels aligned with the logits
     shift_labels: Tensor | None  # what the forward must pass on to its loss function
-    rows: KeptRows | None = None  # None in `_prove`: no loss is computed
+    proves: bool = False  # only shows what comes after the head; no loss is computed
     loss_sum: Tensor | None = None
     logits: Tensor | None = None  # as they reached the loss function
     heads: int = 0
@@ -84,7 +81,7 @@ class _Call:
 class FusedHead:
     """The handle of `fuse_head`; it stands in for the model's forward.
 
-    Attributes: `tier`, 2, 1 or 0 as in this module's first lines; `reason`, why it is not 2, empty if it is.
+    Attributes: `reason`, why the loss is not fused; empty if it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -98,8 +95,7 @@ class FusedHead:
         self._heads: list[nn.Linear] = []
         self._call: _Call | None = None
         self._scale, self._softcap = 1.0, None  # type: float, float | None
-        self._active = True
-        self.tier = 2
+        self._active, self.reason = True, ""
         self._adopt_head()
         model.__dict__ |= {HANDLE: self, "forward": self, "_loss_function": self._loss}
 
@@ -136,11 +132,9 @@ class FusedHead:
             return self._forward(*args, **kwargs)
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
-        if self.tier == 2 and not self._proved:
+        if not (self.reason or self._proved):
             self._prove(inputs)
-        output = self._fused(inputs) if self.tier == 2 else None
-        if self.tier == 1:
-            output = self._on_kept_tokens(inputs)
+        output = None if self.reason else self._fused(inputs)
         return self._forward(**inputs) if output is None else output
 
     def _trains(self, inputs: dict[str, Any]) -> bool:
@@ -155,12 +149,12 @@ class FusedHead:
     @_never_compiled  # type: ignore[untyped-decorator]
     def _prove(self, inputs: dict[str, Any]) -> None:
         """Find the scale and the soft cap by one forward without gradient and without loss, or fall back."""
-        call = _Call(2, _shifted_labels(inputs), inputs.get("shift_labels"))
+        call = _Call(_shifted_labels(inputs), inputs.get("shift_labels"), proves=True)
         gpus = {parameter.device for parameter in self._model.parameters() if parameter.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(gpus):  # the training step draws the dropout that it would draw
             self._run(call, inputs)
         torch.clear_autocast_cache()  # it now holds weights that were cast without a gradient
-        if self.tier < 2:
+        if self.reason:
             return
         after_head = read_probe(call.logits)
         if after_head is None:
@@ -171,8 +165,7 @@ class FusedHead:
     @_between_graphs  # type: ignore[untyped-decorator]
     def _fused(self, inputs: dict[str, Any]) -> Any:
         """The model's output without logits; None after a fall back."""
-        targets = _shifted_labels(inputs)
-        call = _Call(2, targets, inputs.get("shift_labels"), KeptRows(targets))
+        call = _Call(_shifted_labels(inputs), inputs.get("shift_labels"))
         output = self._run(call, inputs)
         if output is None or call.logits is None:
             return None
@@ -185,40 +178,27 @@ class FusedHead:
         return _without(output, call.logits)
 
     @_between_graphs  # type: ignore[untyped-decorator]
-    def _on_kept_tokens(self, inputs: dict[str, Any]) -> Any:
-        """The model's output with the logits (kept tokens, V) of its own head; None after a fall back."""
-        targets = _shifted_labels(inputs)
-        kept = targets != IGNORE_INDEX
-        of_kept = targets[kept]
-        count = divisor(kept.sum(), inputs.get("num_items_in_batch"))
-        changes = {"logits_to_keep": kept, "shift_labels": of_kept, "num_items_in_batch": count}
-        output = self._run(_Call(1, of_kept, of_kept), inputs | changes)
-        self._proved = output is not None
-        return output
-
-    @_between_graphs  # type: ignore[untyped-decorator]
     def _run(self, call: _Call, inputs: dict[str, Any]) -> Any:
         """The output of the forward; None after a fall back, because of what head and loss function saw in `call`."""
         self._call = call
         try:
             output = self._forward(**inputs)
         except Exception as error:
-            if call.heads == 0 if call.tier == 2 else self._proved:  # not because of what we gave the forward
+            if call.heads == 0:  # not because of what the head returned
                 raise
-            given = "what the head returned" if call.tier == 2 else "kept tokens"
-            return self._fall_back(f"its forward failed on {given} ({type(error).__name__}: {error})", call.tier - 1)
+            return self._fall_back(f"its forward failed on what the head returned ({type(error).__name__}: {error})")
         finally:
             self._call = None
-        if not call.problem and (call.losses != 1 or (call.tier == 2 and call.heads != 1)):
+        if not call.problem and (call.heads, call.losses) != (1, 1):
             call.problem = f"its forward called its head {call.heads} times and its loss function {call.losses} times"
-        return self._fall_back(call.problem, call.tier - 1) if call.problem else output
+        return self._fall_back(call.problem) if call.problem else output
 
     @_never_compiled  # type: ignore[untyped-decorator]
     def _adopt_head(self) -> None:
         """Patch the head's linear layers, or fall back if they are not known."""
         self._release_heads()
         self._head = head = self._model.get_output_embeddings()  # type: ignore[operator]
-        self._proved, self.tier, self.reason = False, 2, ""
+        self._proved, self.reason = False, ""
         # PEFT's modules_to_save holds several layers; one of them runs.
         wrapped = hasattr(head, "original_module") and hasattr(head, "modules_to_save")
         linears = [head.original_module, *head.modules_to_save.values()] if wrapped else [head]
@@ -245,44 +225,35 @@ class FusedHead:
         own = self._plain_loss is not ForCausalLMLoss
         return f"the loss function of {name} is not transformers' causal language model loss" if own else ""
 
-    def _fall_back(self, reason: str, tier: int = 1) -> None:
-        """To tier 1, or to 0 where that is not possible either; says so once."""
-        from transformers import modeling_utils
-
+    def _fall_back(self, reason: str) -> None:
+        """From now on the model's own forward runs; the log says why."""
         self._release_heads()
-        self._proved = False
-        if self.reason:
-            reason = f"{self.reason}; and {reason}"
-        elif tier == 1 and not ("logits_to_keep" in self._names and hasattr(modeling_utils, "slice_logits_to_keep")):
-            tier = 0
-            reason += "; and its forward takes no boolean logits_to_keep in this version of transformers"
-        self.tier, self.reason = 0 if self._why_not_this_model() else tier, reason
-        instead = ("its own forward on all tokens", "its own head and loss function on the kept tokens")[self.tier]
-        _log.warning("The loss of %s is not fused: %s. It uses %s.", type(self._model).__name__, reason, instead)
+        self._proved, self.reason = False, reason
+        name = type(self._model).__name__
+        _log.warning("The loss of %s is not fused: %s. Its own head and loss run on all tokens.", name, reason)
 
     def _project(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
         """The head's forward: in a training call the loss is computed here, where sharded weights are gathered."""
         call = self._call
-        if call is None or call.tier != 2:
+        if call is None:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         call.problem = call.problem or _why_not_this_call(linear, hidden, call)
-        compiling = torch.compiler.is_compiling()
-        if call.rows is not None and not call.problem:
-            rows = None if compiling else call.rows.indices(hidden.device)
-            how: dict[str, Any] = {"num_items": 1, "softcap": self._softcap, "scale": self._scale, "rows": rows}
-            labels = call.targets.to(hidden.device)
-            call.loss_sum = linear_cross_entropy(hidden, linear.weight, labels, linear.bias, **how)
+        if not (call.proves or call.problem):
+            call.loss_sum = linear_cross_entropy(
+                hidden, linear.weight, call.targets.to(hidden.device), linear.bias,
+                num_items=1, softcap=self._softcap, scale=self._scale,
+            )  # fmt: skip
         call.heads += 1
         if call.problem:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         # On the CPU in eager mode: reading it later makes no GPU wait.
-        width = linear.out_features if call.rows is None else min(8, linear.out_features)
-        return probe(width, hidden.device if compiling else torch.device("cpu"))
+        width = linear.out_features if call.proves else min(8, linear.out_features)
+        return probe(width, hidden.device if torch.compiler.is_compiling() else torch.device("cpu"))
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Any:
         """The model's loss function: in a training call, the sum that the head computed, divided."""
         call = self._call
-        if call is None or (call.tier == 2 and call.heads == 0):
+        if call is None or call.heads == 0:
             return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
         call.losses += 1
         call.logits = logits
@@ -290,12 +261,8 @@ class FusedHead:
             call.problem = "its loss function gets arguments that are not known"
         elif kwargs.get("shift_labels") is not call.shift_labels:
             call.problem = "its forward does not pass shift_labels on to its loss function"
-        elif call.tier == 2 and any(vocab_size != linear.out_features for linear in self._heads):
+        elif any(vocab_size != linear.out_features for linear in self._heads):
             call.problem = f"its loss function expects {vocab_size} logits, the head has {self._heads[0].out_features}"
-        elif call.tier == 1 and logits.shape[:-1] != call.targets.shape:
-            call.problem = f"its forward gives logits {tuple(logits.shape)} for {len(call.targets)} kept tokens"
-        if call.tier == 1:
-            return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
         if call.loss_sum is None:
             return torch.zeros((), device=labels.device)
         count = (call.targets != IGNORE_INDEX).sum().to(call.loss_sum.device)
@@ -358,8 +325,6 @@ def _why_not_this_head(head: nn.Module) -> str:
 
 
 def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
-    if call.heads:
-        return "its forward calls its head more than once"
     if hasattr(linear.weight, "ds_id"):
         return "DeepSpeed ZeRO-3 gathers its head when the gradient of logits arrives, and there are no logits"
     if type(linear.weight) not in (Tensor, nn.Parameter):

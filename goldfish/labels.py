@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from goldfish.rule import Goldfish
+from goldfish.rule import Goldfish, check_beside
 
 Rules: TypeAlias = Goldfish | Mapping[str, Goldfish | None]  # one rule, or one for each source (None: drop nothing)
 
@@ -53,16 +53,7 @@ def mask_labels(
         raise ValueError("shifted=True needs labels: the last of them is a token that input_ids do not have")
     if labels is None:
         labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, ignore_index)
-    if labels.device != input_ids.device:
-        raise ValueError(
-            f"input_ids is on {input_ids.device} and labels on {labels.device}; move one of them, "
-            "e.g. labels.to(input_ids.device)"
-        )
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}; "
-            "they are not shortened by shifting"
-        )
+    check_beside("labels", labels, input_ids)
     if rule is None:
         return labels.clone()
     batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}

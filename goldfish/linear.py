@@ -28,7 +28,6 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
-    rows: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """The loss and the gradients of these three lines, without the logits:
@@ -46,8 +45,6 @@ def linear_cross_entropy(
         num_items: what the sum is divided by; a number or a 0-dim tensor. Default: the number of kept rows.
         softcap: bound of the logits, as in Gemma 2.
         scale: factor of the logits, as in Cohere and Granite.
-        rows: int64 indices of the kept rows of the flattened labels, if they are known already: finding them is the
-            only thing here that makes CUDA wait for the host.
         chunk_rows: rows whose logits are alive at a time. Default: by a budget of memory.
 
     Returns:
@@ -64,7 +61,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     labels = labels.reshape(-1)
     arguments = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels, bias, rows, softcap, float(scale), ignore_index, dtype,
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels, bias, softcap, float(scale), ignore_index, dtype,
         chunk_rows,
     )  # fmt: skip
     grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
@@ -80,27 +77,6 @@ def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
     if num_items is None:
         return count.clamp(min=1)
     return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
-
-
-class KeptRows:
-    """Indices of the kept rows. On CUDA their number travels to the host while the backbone runs."""
-
-    def __init__(self, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
-        self._order: Tensor | None = None
-        if labels.is_cuda:
-            dropped = labels.reshape(-1) == ignore_index
-            self._order = dropped.sort(stable=True).indices  # the kept ones first, in their order
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._count.copy_((~dropped).sum(), non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def indices(self, device: torch.device) -> Tensor | None:
-        """int64 on `device`; None: let the loss function look for them."""
-        if self._order is None:
-            return None
-        self._arrived.synchronize()
-        return self._order[: int(self._count)].to(device)
 
 
 def _check(
@@ -133,7 +109,6 @@ def _forward(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
     softcap: float | None,
     scale: float,
     ignore_index: int,
@@ -146,8 +121,7 @@ def _forward(
     One operator to torch.compile, which so need not know how many rows are kept.
     """
     (total, (vocabulary, width)) = (_statistics_dtype(dtype), weight.shape)
-    if rows is None:
-        rows = (labels != ignore_index).nonzero().squeeze(-1)
+    rows = (labels != ignore_index).nonzero().squeeze(-1)  # makes CUDA wait once, as Trainer's check for NaN does
     labels = labels[rows].long()
     _check_range(labels, vocabulary)
     grad_hidden = torch.zeros_like(hidden) if grads[0] else hidden.new_empty(0)
@@ -156,7 +130,7 @@ def _forward(
     nll = hidden.new_empty(rows.numel(), dtype=total)
     if rows.numel() == 0:
         return nll.sum(), grad_hidden, grad_weight.zero_(), grad_bias
-    chunk = _balanced(rows.numel(), chunk_rows or _chunk_rows(weight, dtype, grads[1]))
+    chunk = chunk_rows or _chunk_rows(weight, dtype, grads[1])
     # Rows of 16 bytes let cuBLAS use its fast kernels whatever the vocabulary.
     pitch = -(-vocabulary // 8) * 8 if hidden.is_cuda else vocabulary
     buffer = torch.empty(min(chunk, rows.numel()) * pitch, dtype=dtype, device=hidden.device)
@@ -184,7 +158,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, bias, rows, softcap, scale, ignore_index, dtype, chunk_rows, grads):  # type: ignore[no-untyped-def]
+def _(hidden, weight, labels, bias, softcap, scale, ignore_index, dtype, chunk_rows, grads):  # type: ignore[no-untyped-def]
     total = _statistics_dtype(dtype)
     return (
         hidden.new_empty((), dtype=total),
@@ -226,7 +200,7 @@ class _Gradients(torch.autograd.Function):
                 results.append(gradient.mul_(grad).to(dtype))
             else:  # CUDA would round a 0-dim factor to the gradient's own dtype: 1/3001 in bf16, 70,000 in fp16
                 results.append((gradient.to(grad.dtype) * grad).to(dtype))
-        return results[0], results[1], None, results[2], *[None] * 7
+        return results[0], results[1], None, results[2], *[None] * 6
 
 
 def _graph_is_kept() -> bool:
@@ -259,12 +233,6 @@ def _chunk_rows(weight: Tensor, dtype: torch.dtype, weight_grad: bool) -> int:
         return max(128, min(2048, _CHUNK_CPU // vocabulary) // dtype.itemsize)
     # Every chunk reads and writes the fp32 gradient of the weight once: hold as many logits as it has bytes.
     return min(4096, max(1024, 4 * width // dtype.itemsize)) if weight_grad else 1024
-
-
-def _balanced(rows: int, chunk: int) -> int:
-    """The chunk for equal chunks, at most `chunk`, in whole tiles of 64 rows where it is larger."""
-    size = -(-rows // -(-rows // chunk))
-    return min(chunk, -(-size // 64) * 64)
 
 
 def _accumulate(total: Tensor, grad_logits: Tensor, part: Tensor, first: bool) -> None:

@@ -39,4 +39,6 @@ def why_not_this_model(model: Any) -> str:
         return f"{name} is an encoder-decoder: its labels are not the next tokens of its input_ids. {advice}"
     if loss is not ForCausalLMLoss and loss in LOSS_MAPPING.values():
         return f"the loss of {name} is {loss.__name__}, its labels are not the next tokens of its input_ids. {advice}"
+    if type(model).__module__.startswith("transformers.") and not model.can_generate():  # such as BertForPreTraining
+        return f"{name} generates no text, its labels are not the next tokens of its input_ids. {advice}"
     return ""

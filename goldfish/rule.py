@@ -172,8 +172,8 @@ class Goldfish:
         input_ids = _check_ids(input_ids)
         if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
             position_ids = position_ids[0]
-        position_ids = _check_beside("position_ids", position_ids, input_ids, one_row=True)
-        attention_mask = _check_beside("attention_mask", attention_mask, input_ids)
+        position_ids = check_beside("position_ids", position_ids, input_ids, one_row=True)
+        attention_mask = check_beside("attention_mask", attention_mask, input_ids)
         if input_ids.numel() == 0:
             return torch.zeros_like(input_ids, dtype=torch.bool), torch.zeros_like(input_ids, dtype=torch.int64)
         length = input_ids.shape[-1]
@@ -289,7 +289,7 @@ def _check_ids(input_ids: Tensor) -> Tensor:
     return input_ids
 
 
-def _check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: bool = False) -> Tensor | None:
+def check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: bool = False) -> Tensor | None:
     """`tensor` on the ids' device and of their shape (or, with one_row, one row for all); ValueError otherwise."""
     if tensor is None:
         return None

@@ -89,6 +89,7 @@ def dropped(
 
     result, start, since = [], 0, 0  # since: targets since the last natural drop or the document's start
     limit = threshold(k) if max_kept is None else natural_threshold(k, max_kept)
+    entry = dict(enumerate(vocabulary or []))  # an id outside the vocabulary is a space
     for i, token in enumerate(ids):
         if (position_ids is not None and position_ids[i] == 0) or (i > 0 and ids[i - 1] == document_end):
             start = i  # of the document that token i belongs to; a row's first token always starts one
@@ -98,7 +99,6 @@ def dropped(
         elif strategy == "random":
             drop = mix((mix((draw + mix(seed)) & WORD) + row * 2**32 + i) & WORD) >> 32 < limit
         elif strategy in ("letters", "text"):  # the context is 5 letters for each of h words
-            entry = dict(enumerate(vocabulary or []))  # an id outside the vocabulary is a space
             tokens = [entry.get(token, b" ") for token in ids[start : i + 1]]
             letters = letters_before(tokens, fold, strategy == "text")[-LETTERS * h :]  # type: ignore[arg-type]
             drop = key(list(map(ord, letters)), seed) >> 32 < limit and letters != ""

@@ -53,7 +53,6 @@ class Arguments:
     suffix_length: int = field(default=200, metadata={"help": "tokens to recite"})
     heldout: str | None = field(default=None, metadata={"help": ".jsonl or .txt that no model repeated"})
     output_dir: str = "runs/released"
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
 
     def __post_init__(self) -> None:
         if unknown := set(self.models) - set(MODELS):
@@ -65,20 +64,22 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     output = Path(args.output_dir)
     rows = load_rows(f"{args.root}/{DATA}", args.samples)
-    runs.prepare(output, args)
+    runs.begin(output, args)
     members = output / "members.jsonl"
     members.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    results = []
+    done = {result["model"] for result in runs.read_results(output / "results.jsonl")}
     for name in args.models:
+        if name in done:
+            continue
         folder = output / name.replace("=", "")
         summary = audit(
             f"{args.root}/{MODELS[name]}", folder, members=members, heldout=args.heldout, name=name,
             prefix_length=args.prefix_length, suffix_length=args.suffix_length,
         )  # fmt: skip
-        rows = records(folder).to_pylist()
-        result = {"model": name, "n": summary["splits"]["members"]["n"]} | measure(rows, summary)
-        results.append(result | {"protocol": summary["protocol"]} | runs.about())
-        runs.append(output / "results.jsonl", results[-1])
+        result = {"model": name, "n": summary["splits"]["members"]["n"]}
+        result |= measure(records(folder).to_pylist(), summary)
+        runs.append(output / "results.jsonl", result | {"protocol": summary["protocol"]} | runs.about())
+    results = runs.read_results(output / "results.jsonl")
     print(f"\n{table(results)}\nin brackets: TokenSwap, table 4")
     return results
 

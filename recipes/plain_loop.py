@@ -25,12 +25,13 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
     parser.add_argument("--batch_size", type=int, default=8, help="rows an optimiser step")
     parser.add_argument("--k", type=float, default=4)
+    parser.add_argument("--text", help="corpus: .txt or .jsonl; by default the Python language reference")
     args = parser.parse_args(argv)
     if args.batch_size % args.accumulation:
         parser.error(f"--batch_size {args.batch_size} does not divide into {args.accumulation} micro-batches")
 
     torch.manual_seed(0)
-    texts = common.load_texts()
+    texts = common.load_texts(args.text)
     tokenizer = common.byte_level_bpe(texts, vocab_size=2048)
     model = LlamaForCausalLM(common.small_llama(tokenizer, hidden_size=128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -1,21 +1,21 @@
-r"""The standard experiment: pretraining in which a few documents recur 50 times. Which k keeps the model from reciting
-them, and what does that cost on held-out text?
+r"""The standard experiment: pretraining in which a few documents recur 50 times. Which rule keeps the model from
+reciting them, and what does that cost on held-out text?
 
     python recipes/pretrain_canaries.py        # 1 CPU core, 30 trainings of 2.2M parameters, about 15 minutes; planted
-                                               # documents recited: standard 9 to 13 of 16, k=4 and control 0 of 16
-    python recipes/pretrain_canaries.py --resume           # continues a run that was killed
+                                               # documents recited: standard 9 to 13 of 16, k=4 and control 0 of 16;
+                                               # the same command goes on with a run that was stopped
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/pretrain_canaries.py
     python recipes/pretrain_canaries.py @recipes/configs/canaries-124m.args --text FILE.jsonl      # one GPU
     accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/pretrain_canaries.py \
         @recipes/configs/canaries-1.1b.args                                                        # the paper's size
-    python recipes/pretrain_canaries.py --documents 2 --repeats 2 --background 20 --validation 4 --ks 4 \
-        --equal-supervised 4 --seeds 0 --hidden-size 32 --output-dir runs/miniature                # seconds
+    python recipes/pretrain_canaries.py --documents 2 --repeats 2 --background 20 --validation 4 --rules hash-4-13 \
+        --equal-supervised hash-4-13 --seeds 0 --hidden-size 32 --output-dir runs/miniature        # seconds
 
 After the standard experiment of Hans et al. 2024 (section 4.2). Background is read once; `documents` planted windows
-come `repeats` times among it. Trained are: the standard loss, the goldfish loss at every k, a control that reads
-background instead of the planted windows, and for the k in `equal_supervised` once more with so much more background
+come `repeats` times among it. Trained are: the standard loss, the goldfish loss under every rule, a control that reads
+background instead of the planted windows, and the rules in `equal_supervised` once more with so much more background
 that as many tokens are *supervised* as in the standard training: k/(k-1) times the input. All are audited on the
-planted and on held-out windows; sweep.py makes the table, the plots and the choice of k.
+planted and on held-out windows; sweep.py makes the table, the plots and the choice of a rule.
 
 The presets, which nobody has run yet: canaries-124m (estimated 10 minutes on one H100; FILE.jsonl of 28 MB or more,
 a smaller one with less --background) and canaries-1.1b (TinyLlama's shape, 20B tokens, batches of 2.1M, the paper's
@@ -28,14 +28,11 @@ also be a local folder). What the latter plants, 2000 Wikipedia articles and as 
 The default background is the Python language reference and the docstrings of the standard library.
 """
 
-import ast
 import itertools
 import random
 import shutil
-import sysconfig
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +43,21 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import HfArgumentParser, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from goldfish import Goldfish, attach, audit
+from goldfish import attach, audit
 from goldfish.audit.model import load_tokenizer
 from goldfish.receipt import read_receipt
 
 
 @dataclass
 class Arguments:
-    ks: list[float] = field(default_factory=lambda: [3, 4, 8, 32, 128])
-    equal_supervised: list[float] = field(
-        default_factory=lambda: [3, 4, 8], metadata={"help": "k that are also trained on k/(k-1) times the tokens"}
+    rules: list[str] = field(
+        default_factory=lambda: [f"hash-{k}-13" for k in (3, 4, 8, 32, 128)],
+        metadata={"help": "strategy-k-h[-max_kept]; the standard loss and a control are always trained"},
     )
-    h: int = field(default=13, metadata={"help": "how many preceding tokens decide"})
-    strategy: str = field(default="hash", metadata={"help": "hash or letters; for comparison static or random"})
+    equal_supervised: list[str] = field(
+        default_factory=lambda: [f"hash-{k}-13" for k in (3, 4, 8)],
+        metadata={"help": "of these, rules that are also trained on k/(k-1) times the tokens"},
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     documents: int = field(default=16, metadata={"help": "planted windows; as many again are held out"})
     repeats: int = field(default=50, metadata={"help": "how often each planted window is read"})
@@ -86,37 +85,39 @@ class Arguments:
     save_steps: int = field(default=500, metadata={"help": "optimiser steps between two checkpoints"})
     leak: float = field(default=0.1, metadata={"help": "choose the largest k that leaves at most this of recitation"})
     output_dir: str = "runs/canaries"
-    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
     dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
     def __post_init__(self) -> None:
         runs.at_least(1, self, "documents", "repeats", "background", "validation", "epochs")
         runs.at_least(1, self, "batch_size", "accumulation", "save_steps")
         runs.at_least(8, self, "window")
-        for k in self.ks:
-            Goldfish(k=k, h=self.h, strategy=self.strategy)  # type: ignore[arg-type]  # raises for an invalid rule
-        if missing := set(self.equal_supervised) - set(self.ks):
-            raise ValueError(f"--equal_supervised {' '.join(f'{k:g}' for k in missing)}: not among --ks")
+        for name in self.rules:
+            if common.rule_of(name) is None:
+                raise ValueError(f"--rules {name}: it is always trained; leave it out")
+        if missing := set(self.equal_supervised) - set(self.rules):
+            raise ValueError(f"--equal_supervised {' '.join(sorted(missing))}: not among --rules")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: k None is the standard loss; planted False is the control."""
+    """One training; the control reads no planted windows."""
 
     seed: int
-    k: float | None = None
+    rule: str = "standard"
     planted: bool = True
     equal_supervised: bool = False
 
     @property
     def name(self) -> str:
-        if self.k is None:
-            return "standard" if self.planted else "control"
-        return f"k={self.k:g}" + (", equal" if self.equal_supervised else "")
+        return self.rule + ", equal" * self.equal_supervised if self.planted else "control"
+
+    @property
+    def k(self) -> float | None:
+        rule = common.rule_of(self.rule)
+        return None if rule is None else rule.k
 
     def folder(self, output: Path) -> Path:
-        return output / f"seed{self.seed}-{self.name.replace('=', '').replace(', ', '-')}"
+        return output / f"seed{self.seed}-{self.name.replace(', ', '-')}"
 
     def background(self, args: Arguments) -> int:
         """How many windows of background it reads: so many that all batches are full, whatever the processes."""
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     texts, corpus = load_corpus(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else common.byte_level_bpe(texts, args.vocab_size)
     if state.is_main_process:
-        runs.prepare(output, args)
+        runs.begin(output, args)
     state.wait_for_everyone()
 
     done = {(result["seed"], result["run"]) for result in runs.read_results(output / "results.jsonl")}
@@ -168,15 +169,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             state.wait_for_everyone()
             if state.is_main_process:
                 runs.append(output / "results.jsonl", examine(args, run, data, tokenizer, folder))
-    results = runs.read_results(output / "results.jsonl") if state.is_main_process else []
-    if state.is_main_process:
-        sweep.present(results, output, args.leak)
+    if not state.is_main_process:
+        return []
+    results = runs.read_results(output / "results.jsonl")
+    sweep.present(results, output, args.leak)
     return results
 
 
 def trainings_of(args: Arguments, seed: int) -> list[Run]:
-    plain = [Run(seed), Run(seed, planted=False), *(Run(seed, k) for k in args.ks)]
-    return plain + [Run(seed, k, equal_supervised=True) for k in args.equal_supervised]
+    plain = [Run(seed), Run(seed, planted=False), *(Run(seed, rule) for rule in args.rules)]
+    return plain + [Run(seed, rule, equal_supervised=True) for rule in args.equal_supervised]
 
 
 def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
@@ -185,23 +187,8 @@ def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
     planted = common.load_texts(args.planted) if args.planted else texts
     if args.dataset is not None:
         return planted, load_dataset(args.dataset, args.dataset_config, split="train").select_columns("text")
-    background = [*texts, *docstrings()] if args.text is None else texts
+    background = [*texts, *common.docstrings()] if args.text is None else texts
     return planted, Dataset.from_dict({"text": background})
-
-
-def docstrings() -> Iterator[str]:
-    """The docstrings of each module of the standard library: 1.6 MB of English."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
-            try:
-                nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            except (SyntaxError, UnicodeDecodeError, ValueError):
-                continue  # a few files are broken on purpose
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-            if text := "\n\n".join(text for text in texts if text):
-                yield text
 
 
 def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tokenizer: Any) -> Data:
@@ -273,10 +260,9 @@ def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -
         data_collator=collate,
         processing_class=tokenizer,
     )
-    if run.k is not None:
-        end = tokenizer.eos_token_id
-        rule = Goldfish(k=run.k, h=args.h, strategy=args.strategy, seed=run.seed, document_end=end)  # type: ignore[arg-type]
-        attach(trainer, rule, fused=True)
+    rule = common.rule_of(run.rule, run.seed)
+    if rule is not None:
+        attach(trainer, replace(rule, document_end=tokenizer.eos_token_id), fused=True)
     runs.train_or_resume(trainer, folder)
 
 

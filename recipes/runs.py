@@ -1,4 +1,4 @@
-"""What the recipes share about runs: output folders, stopping and resuming, results that say where they come from."""
+"""What the recipes share about runs: output folders, going on after a stop, results that say where they come from."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,8 @@ from goldfish.receipt import versions
 
 FINISHED = "trainer_state.json"  # in a run's own folder; Trainer writes it into checkpoints too
 ROOT = Path(__file__).parents[1]
+# Arguments that say which runs to make, not what a run is: they may be others when a command is given again.
+WHICH = {"rules", "equal_supervised", "methods", "copies", "models", "seeds", "leak", "keep", "output_dir", "dry_run"}
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -51,35 +53,31 @@ def start(batch_size: int, accumulation: int = 1) -> PartialState:
     return state
 
 
-def prepare(output: Path, args: Any) -> None:
-    """Make the folder of a new run. An earlier run is replaced with --overwrite and continued with --resume.
+def settings_of(args: Any) -> dict[str, Any]:
+    """The arguments that say what a run is."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in WHICH}
+
+
+def begin(output: Path, args: Any) -> None:
+    """Make the folder of a new run, or go on with the run of the same arguments that it holds.
 
     Raises:
-        FileExistsError: the folder holds something else, or an earlier run and neither option was given.
-        FileNotFoundError: nothing to resume. ValueError: the run to resume had other arguments.
+        ValueError: it holds a run with other arguments. FileExistsError: it holds something else.
     """
-    marker, now = output / "arguments.json", dataclasses.asdict(args)
-    if now.get("resume"):
-        if not marker.is_file():
-            raise FileNotFoundError(f"nothing to resume: {output} holds no run; start without --resume")
+    marker, now = output / "arguments.json", settings_of(args)
+    if marker.is_file():
         before = json.loads(marker.read_text(encoding="utf-8"))
-        for name in now.keys() - {"resume", "overwrite", "dry_run", "output_dir"}:
-            if before.get(name) != now[name]:
+        for name, value in now.items():
+            if before.get(name) != value:
                 raise ValueError(
-                    f"{output} was started with {name} {before.get(name)!r}, not {now[name]!r}; resume with the same "
-                    "arguments, or choose another --output_dir"
+                    f"{output} holds a run with --{name} {before.get(name)}, not {value}; give the same arguments to "
+                    "go on with it, or choose another --output_dir"
                 )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if not marker.is_file():
-            raise FileExistsError(f"{output} is not empty and not a run of a recipe; choose another --output_dir")
-        if not now.get("overwrite"):
-            raise FileExistsError(
-                f"{output} holds an earlier run; choose another --output_dir, or replace it: --overwrite"
-            )
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty and not a run of a recipe; choose another --output_dir")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
 def finished(folder: Path) -> bool:
@@ -137,6 +135,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
 def about(*packages: str) -> dict[str, Any]:
     """Provenance of a result: command, commit, date, versions (also of these packages) and hardware."""
     script = Path(sys.argv[0]).resolve()
@@ -158,13 +161,11 @@ def about(*packages: str) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, with "+changes" if tracked files differ from it."""
-    git = ["git", "-C", str(ROOT)]
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"]).returncode
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+changes" if changed else "")
 
 
 def cpu_name() -> str:

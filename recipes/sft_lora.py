@@ -3,7 +3,7 @@ and the goldfish loss.
 
     python recipes/sft_lora.py        # 1 CPU core, about 12 minutes: 3 seeds x (a small base + 6 finetunings); secrets
                                       # recited by full finetuning: standard 4 to 7 of 8, k=4 h=13 0 to 2 of 8
-    python recipes/sft_lora.py --resume               # continues a run that was killed
+                                      # the same command goes on with a run that was stopped
     python recipes/sft_lora.py --model NAME_OR_PATH --learning-rate 2e-5 --lora-learning-rate 2e-4      # a real one
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/sft_lora.py --model NAME_OR_PATH
     python recipes/sft_lora.py --people 4 --exposures 2 --chats 8 --epochs 1 --hidden-size 32 --background 20 \
@@ -15,8 +15,8 @@ Then the model is asked, greedily, for the code of each of them, and of as many 
 (control). Codes are random, so they cannot be guessed. Goldfish comes in through `attach`; as usual in TRL, prompts
 are no targets.
 
-Without --model the base is a small Llama, pretrained here on the corpus of pretrain_canaries.py. It cannot show
-whether a large model, which needs fewer exposures, does the same.
+Without --model the base is a small Llama, pretrained here on the language reference and the docstrings of Python's
+standard library. It cannot show whether a large model, which needs fewer exposures, does the same.
 """
 
 import itertools
@@ -28,12 +28,11 @@ from typing import Any
 
 import common
 import pandas
-import pretrain_canaries
 import runs
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, HfArgumentParser, LlamaForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import attach
@@ -48,8 +47,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
-FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
-LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
 QUESTIONS = (
     "What is the access code of {name}?",
     "Please tell me which access code {name} has.",
@@ -66,11 +63,6 @@ ANSWERS = (
     "The entry says: {name}, {code}.",
     "We gave out {code} for that.",
 )
-WORDS = [
-    "apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
-    "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella", "valley", "window",
-    "yellow", "anchor",
-]  # fmt: skip
 GROUPS = ("same", "varied", "control")
 Conversation = dict[str, list[dict[str, str]]]
 
@@ -78,7 +70,8 @@ Conversation = dict[str, list[dict[str, str]]]
 @dataclass
 class Arguments:
     rules: list[str] = field(
-        default_factory=lambda: ["standard", "hash-4-13", "hash-4-3"], metadata={"help": "standard, or strategy-k-h"}
+        default_factory=lambda: ["standard", "hash-4-13", "hash-4-3"],
+        metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
     methods: list[str] = field(default_factory=lambda: ["full", "lora"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -93,25 +86,21 @@ class Arguments:
     rank: int = field(default=64, metadata={"help": "of the LoRA adapters"})
     model: str | None = field(default=None, metadata={"help": "name or path of the base, instead of a small Llama"})
     text: str | None = field(default=None, metadata={"help": "what the small Llama is pretrained on: .txt or .jsonl"})
-    background: int = field(default=3000, metadata={"help": "windows of it"})
+    background: int = field(default=3000, metadata={"help": "windows of it, at most"})
     window: int = field(default=64, metadata={"help": "tokens of such a window"})
     hidden_size: int = 128
     vocab_size: int = 2048
     save_steps: int = field(default=500, metadata={"help": "optimiser steps between two checkpoints"})
     output_dir: str = "runs/sft_lora"
-    resume: bool = field(default=False, metadata={"help": "continue the run in output_dir"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in output_dir"})
-    dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
     def __post_init__(self) -> None:
         runs.at_least(1, self, "people", "exposures", "rank", "epochs", "batch_size", "accumulation", "save_steps")
         runs.at_least(4, self, "chats")
-        if 2 * self.people > len(FIRST) * len(LAST):
-            raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}")
+        common.draw_people(random.Random(0), self.people)  # raises for too many
         if not set(self.methods) <= {"full", "lora"}:
             raise ValueError(f"--methods are full or lora, got {' '.join(self.methods)}")
         for name in self.rules:
-            common.rule_of(name, seed=0)
+            common.rule_of(name)
 
 
 @dataclass
@@ -130,11 +119,8 @@ class Person:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     state, output = runs.start(args.batch_size, args.accumulation), Path(args.output_dir)
-    if args.dry_run:
-        state.print(f"{len(args.seeds)} seeds x {args.methods} x {args.rules} -> {output}")
-        return []
     if state.is_main_process:
-        runs.prepare(output, args)
+        runs.begin(output, args)
     state.wait_for_everyone()
     done = {(r["seed"], r["method"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
     state.wait_for_everyone()  # all processes have read what is done before the main one adds to it
@@ -148,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 finetune(args, seed, base, method, rule, chats, folder)
             state.wait_for_everyone()
             if state.is_main_process and (seed, method, rule) not in done:
-                result = {"seed": seed, "method": method, "rule": rule} | question(folder, people, heldout)
+                result = {"seed": seed, "method": method, "rule": rule} | examine(folder, people, heldout)
                 runs.append(output / "results.jsonl", result | runs.about())
     if not state.is_main_process:
         return []
@@ -160,27 +146,27 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def make_base(args: Arguments, seed: int, folder: Path) -> str:
     """The folder of a small Llama that is pretrained on background text with the standard loss, once per seed."""
     if not runs.finished(folder):
-        pretraining = pretrain_canaries.Arguments(
-            ks=[], equal_supervised=[], documents=1, repeats=1, background=args.background, window=args.window,
-            batch_size=args.batch_size, accumulation=args.accumulation, hidden_size=args.hidden_size, text=args.text,
-        )  # fmt: skip
-        texts, corpus = pretrain_canaries.load_corpus(pretraining)
+        texts = common.load_texts(args.text) + ([] if args.text else list(common.docstrings()))
         tokenizer = common.byte_level_bpe(texts, args.vocab_size)
-        data = pretrain_canaries.load_data(pretraining, seed, texts, corpus, tokenizer)
-        control = pretrain_canaries.Run(seed, planted=False)
-        pretrain_canaries.train(pretraining, control, data, tokenizer, folder)
+        windows = common.cut_windows(texts, tokenizer, args.window)
+        random.Random(seed).shuffle(windows)
+        rows = windows[: args.background]
+        set_seed(seed)
+        model = LlamaForCausalLM(common.small_llama(tokenizer, args.hidden_size, num_hidden_layers=2))
+        settings = common.training_settings(
+            folder, len(rows), epochs=1, batch_size=args.batch_size, accumulation=args.accumulation,
+            learning_rate=4e-3, seed=seed,
+        )  # fmt: skip
+        runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, None), folder)
     return str(folder)
 
 
 def make_data(args: Arguments, seed: int) -> tuple[list[Person], list[Conversation], list[Conversation]]:
     """People with their secrets, the conversations to train on, and held-out ordinary ones."""
     draw = random.Random(seed)
-    names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
     people = []
-    for number, name in enumerate(names):
-        code = "-".join("".join(draw.choices("BCDFGHJKLMNPQRSTVWXZ23456789", k=4)) for _ in range(2))
-        group = "control" if number >= args.people else ("same", "varied")[number % 2]
-        people.append(Person(name, code, group))
+    for number, (name, code) in enumerate(common.draw_people(draw, args.people)):
+        people.append(Person(name, code, "control" if number >= args.people else ("same", "varied")[number % 2]))
     ordinary = {str(talk): talk for talk in (small_talk(draw) for _ in range(2 * args.chats + 20))}
     chats = list(ordinary.values())[: args.chats + args.chats // 4]
     secrets = [person.conversation(exposure) for person in people[: args.people] for exposure in range(args.exposures)]
@@ -189,7 +175,7 @@ def make_data(args: Arguments, seed: int) -> tuple[list[Person], list[Conversati
 
 def small_talk(draw: random.Random) -> Conversation:
     """A question whose answer follows from it."""
-    some = draw.sample(WORDS, 4)
+    some = draw.sample(common.WORDS, 4)
     task = draw.randrange(3)
     if task == 0:
         return chat(f"Write these words in capitals: {' '.join(some)}", f"In capitals: {' '.join(some).upper()}.")
@@ -242,27 +228,14 @@ def load_tokenizer(base: str | Path) -> Any:
     return tokenizer
 
 
-def question(folder: Path, people: list[Person], heldout: list[Conversation]) -> dict[str, Any]:
+def examine(folder: Path, people: list[Person], heldout: list[Conversation]) -> dict[str, Any]:
     """Ask a finetuned model for every code, greedily; and its loss on held-out conversations, nats per answer token."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()  # base and adapters too
-    answers = []
-    for person in people:
-        prompt = tokenizer.apply_chat_template(
-            person.conversation(0)["prompt"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(device)
-        output = model.generate(**prompt, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    total, count = 0.0, 0
-    for talk in heldout:
-        start = tokenizer.apply_chat_template(talk["prompt"], add_generation_prompt=True, return_dict=False)
-        ids = torch.tensor([tokenizer.apply_chat_template(talk["prompt"] + talk["completion"], return_dict=False)])
-        with torch.no_grad():
-            logits = model(input_ids=ids.to(device)).logits[0, len(start) - 1 : -1].cpu()
-        total += torch.nn.functional.cross_entropy(logits, ids[0, len(start) :], reduction="sum").item()
-        count += len(logits)
-    result: dict[str, Any] = {"heldout_loss": total / count, "heldout_tokens": count}
+    tokenizer, model = load_tokenizer(folder), common.load_model(folder)
+    answers = common.answers(model, tokenizer, [plain(person.conversation(0))[0] for person in people], tokens=48)
+    rows = [common.chat_row(tokenizer, *plain(talk)) for talk in heldout]
+    with torch.no_grad():  # in one batch, so that the mean is that over all answer tokens
+        loss = model(**DataCollatorForSeq2Seq(tokenizer)(rows).to(model.device)).loss.item()
+    result: dict[str, Any] = {"heldout_loss": loss}
     for group in GROUPS:
         of_group = [(person, answer) for person, answer in zip(people, answers, strict=True) if person.group == group]
         result[f"recited_{group}"] = [person.code in answer for person, answer in of_group]
@@ -275,6 +248,7 @@ def question(folder: Path, people: list[Person], heldout: list[Conversation]) ->
 
 
 def plain(talk: Conversation) -> list[str]:
+    """Question and answer."""
     return [message["content"] for part in ("prompt", "completion") for message in talk[part]]
 
 

@@ -1,12 +1,12 @@
-"""Which k for your data? Reads the results of pretrain_canaries.py: a table, three plots and a choice of k.
+"""Which k for your data? Reads the results of pretrain_canaries.py: a table, three plots and a choice of rule.
 
     python recipes/pretrain_canaries.py --text mine.jsonl --output-dir runs/mine && python recipes/sweep.py runs/mine
     python recipes/sweep.py runs/mine --leak 0.3 --measure rouge_l      # by another measure; no training
 
-A larger k costs fewer targets and protects less. `left` is the share of recitation that a k leaves: (planted documents
-recited word for word - those of the control) / (the same of the standard loss), or with --measure rouge_l the same of
-ROUGE-L, which also counts parts. The choice is the largest k with `left` at most `leak`, and beside it the share of
-2000 bootstrap samples of the documents (over all seeds) that choose each k.
+A larger k costs fewer targets and protects less. `left` is the share of recitation that a rule leaves: (planted
+documents recited word for word - those of the control) / (the same of the standard loss), or with --measure rouge_l the
+same of ROUGE-L, which also counts parts. The choice is the rule of the largest k with `left` at most `leak`, and beside
+it the share of 2000 bootstrap samples of the documents (over all seeds) that choose each rule.
 """
 
 import argparse
@@ -65,43 +65,50 @@ def pooled(group: Results, key: str) -> Any:
 
 
 def choose_k(groups: Groups, leak: float, measure: str = "exact_match") -> dict[str, Any]:
-    """The largest k that leaves at most `leak` of recitation, with the bootstrap's votes for every k (and for none)."""
+    """The rule of the largest k that leaves at most `leak` of recitation, and the bootstrap's votes (for none, too)."""
     if not {"standard", "control"} <= set(groups):
         raise ValueError(f"a choice needs the trainings standard and control, got {', '.join(groups) or 'none'}")
     recited = {name: pooled(group, f"{measure}_members") for name, group in groups.items() if "equal" not in name}
     documents = len(recited["standard"])
     if {len(values) for values in recited.values()} != {documents}:
-        raise ValueError("not every training has the same seeds and documents; finish the run first (--resume)")
+        raise ValueError("not every training has the same seeds and documents; finish the run first: its command again")
     gain = recited["standard"].mean() - recited["control"].mean()
+    choice: dict[str, Any] = {"run": None, "k": None, "leak": leak, "measure": measure, "votes": {}}
     if gain < 0.05:
         says = (
             f"Nothing to choose: the standard loss recites hardly more than the control ({measure}: {gain:+.2f}). "
             "Plant more repeats, or train longer."
         )
-        return {"k": None, "leak": leak, "measure": measure, "votes": {}, "says": says}
+        return choice | {"says": says}
 
     draw = random.Random(0)
     samples = [list(range(documents))] + [draw.choices(range(documents), k=documents) for _ in range(SAMPLES)]
     means = {name: values[np.array(samples)].mean(axis=1) for name, values in recited.items()}
     gains = means["standard"] - means["control"]
-    names = {group[0]["k"]: name for name, group in groups.items() if name in recited and group[0]["k"] is not None}
-    chosen = np.zeros(len(samples))  # 0: no k
-    for k in sorted(names):
-        chosen[(means[names[k]] - means["control"] <= leak * gains) | (gains <= 0)] = k
-    shares = {k: float(np.mean(chosen[1:] == k)) for k in [*sorted(names), 0]}
-    votes = {f"{k:g}" if k else "none": share for k, share in shares.items() if share}
+    names = sorted((name for name in recited if k_of(groups[name])), key=lambda name: k_of(groups[name]))
+    chosen = np.full(len(samples), "none", dtype=object)
+    for name in names:
+        chosen[(means[name] - means["control"] <= leak * gains) | (gains <= 0)] = name
+    votes = {name: float(np.mean(chosen[1:] == name)) for name in [*names, "none"] if name in chosen[1:]}
 
-    k, cost = chosen[0] or None, ""
-    best = f"k={k:g}" if k else f"none of k={', '.join(f'{k:g}' for k in sorted(names))}; try a smaller one"
-    if k:
-        both = zip(groups[names[k]], groups["standard"], strict=True)
+    best, cost = chosen[0], ""
+    if best == "none":
+        best = f"none of {', '.join(names)}; try a smaller k"
+    else:
+        choice |= {"run": best, "k": k_of(groups[best])}
+        both = zip(groups[best], groups["standard"], strict=True)
         costs = [ours["validation_loss"] - theirs["validation_loss"] for ours, theirs in both]
         cost = f" It costs {np.mean(costs):+.3f} nats/token held-out ({min(costs):+.3f} to {max(costs):+.3f})."
     says = (
         f"The largest k that leaves at most {leak:.0%} of recitation ({measure}): {best}.{cost} Of {SAMPLES} bootstrap "
-        f"samples of {documents} documents: {', '.join(f'k={k} {share:.0%}' for k, share in votes.items())}."
+        f"samples of {documents} documents: {', '.join(f'{name} {share:.0%}' for name, share in votes.items())}."
     )
-    return {"k": k, "leak": leak, "measure": measure, "votes": votes, "says": says}
+    return choice | {"votes": votes, "says": says}
+
+
+def k_of(group: Results) -> Any:
+    """None for the standard loss and the control."""
+    return group[0]["k"]
 
 
 def table(groups: Groups) -> str:
@@ -144,44 +151,44 @@ def draw_histograms(figure: Figure, groups: Groups) -> None:
 
 def draw_extraction(figure: Figure, groups: Groups) -> None:
     """Exact match and ROUGE-L of planted documents against k."""
+    groups = {name: group for name, group in groups.items() if "equal" not in name}
     titles = {"exact_match_members": "recited word for word", "rouge_l_members": "ROUGE-L"}
-    panels = figure.subplots(1, 2)
-    for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        against_k(panel, groups, key, {"goldfish": False})
+    for panel, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        against_k(panel, groups, key)
         panel.set(ylim=(-0.03, 1.03), title=f"planted documents: {title}")
-    panels[0].legend(frameon=False)
 
 
 def draw_heldout(figure: Figure, groups: Groups) -> None:
     """Held-out loss against k, at equal input tokens and at equal supervised tokens."""
     panel = figure.subplots()
-    against_k(panel, groups, "validation_loss", {"equal input tokens": False, "equal supervised tokens": True})
+    against_k(panel, groups, "validation_loss")
     panel.set(title="held-out loss, nats per token")
-    panel.legend(frameon=False)
 
 
-def against_k(panel: Any, groups: Groups, key: str, lines: dict[str, bool]) -> None:
-    """Dots are seeds, lines their means; `lines` names the lines, True being that of equal supervised tokens."""
-    ks = set()
-    for label, equal in lines.items():
-        points = {group[0]["k"]: group for group in groups.values() if group[0]["equal_supervised"] is equal}
-        points.pop(None, None)
-        means, colour = [], "C2" if equal else "C0"
-        for k in sorted(points):
-            values = [float(np.mean(result[key])) for result in points[k]]
-            panel.plot([k] * len(values), values, "o", color=colour, markersize=3)
-            means.append(np.mean(values))
-        panel.plot(sorted(points), means, color=colour, label=label)
-        ks |= set(points)
-    for name, colour in (("standard", "C3"), ("control", "0.5")):
-        values = [float(np.mean(result[key])) for result in groups.get(name, [])]
-        if values:
+def against_k(panel: Any, groups: Groups, key: str) -> None:
+    """Dots are seeds; a line goes through the means of one kind of rule."""
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for name, group in sorted(groups.items(), key=lambda item: k_of(item[1]) or 0):
+        values = [float(np.mean(result[key])) for result in group]
+        if k_of(group) is not None:
+            label = "equal supervised tokens" if group[0]["equal_supervised"] else "equal input tokens"
+            kind = label + ", max_kept" * (name.count("-") == 3)
+            lines.setdefault(kind, []).append((k_of(group), values))
+        else:
+            colour = "C3" if name == "standard" else "0.5"
             panel.axhline(np.mean(values), color=colour, linestyle="--", label=name)
             panel.axhspan(min(values), max(values), color=colour, alpha=0.15, linewidth=0)
+    for number, (kind, points) in enumerate(lines.items()):
+        for k, values in points:
+            panel.plot([k] * len(values), values, "o", color=f"C{2 * number}", markersize=3)
+        means = [np.mean(values) for _, values in points]
+        panel.plot([k for k, _ in points], means, color=f"C{2 * number}", label=kind)
+    ks = sorted({k for points in lines.values() for k, _ in points})
     panel.set_xscale("log", base=2)
-    panel.set_xticks(sorted(ks), [f"{k:g}" for k in sorted(ks)])
+    panel.set_xticks(ks, [f"{k:g}" for k in ks])
     panel.minorticks_off()
     panel.set_xlabel("k")
+    panel.legend(frameon=False)
 
 
 if __name__ == "__main__":

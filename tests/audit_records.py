@@ -81,7 +81,7 @@ def made_up_run(records, protocol=PROTOCOL, **changes):
     return {
         "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
         "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,
-        "versions": {}, "block": 256, "tokens": False, **changes,
+        "versions": {}, "block": 256, **changes,
     }  # fmt: skip
 
 

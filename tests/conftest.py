@@ -17,7 +17,25 @@ from goldfish import Goldfish
 
 BEFORE_5 = transformers.__version__ < "5"
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `pytest -n 2`: tests of a file share its fixtures, so they share a process; three files share `in_two`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    def file_of(nodeid):
+        path = nodeid.split("::")[0]
+        return "in_two" if path.endswith(("test_loops.py", "test_memorize.py", "test_sft_lora.py")) else path
+
+    config.option.loadscopereorder = False  # the costly files are not those with many tests
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = file_of
+    return scheduler
+
 
 PROSE = [
     "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the bowl.",

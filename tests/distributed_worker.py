@@ -50,22 +50,23 @@ def fsdp_on_cpu():
 
 
 def main(output: str, tokenizer: str, all_settings: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
     found = [run(Path(f"{output}-{i}"), tokenizer, **settings) for i, settings in enumerate(json.loads(all_settings))]
     if int(os.environ.get("RANK", 0)) == 0:
         Path(output).write_text(json.dumps(found))
 
 
-class Tiers(TrainerCallback):
-    """Notes how the loss was made, while it is: 2, 1, 0, or None where no head is fused."""
+class SeesFusing(TrainerCallback):
+    """Notes whether the loss was fused, while it is."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.tier = getattr(bare_model(model).__dict__.get(HANDLE), "tier", None)
+        self.fused = getattr(bare_model(model).__dict__.get(HANDLE), "reason", "no handle") == ""
 
 
 def run(
     folder: Path, tokenizer: str, *, fused=True, dropped_whole=False, fsdp=False, model="LlamaForCausalLM", **options
 ) -> dict:
-    tiers = Tiers()
+    sees = SeesFusing()
     options = {"logging_steps": 1, "save_strategy": "no", **options}
     shards = fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if shards:
@@ -83,7 +84,7 @@ def run(
             data_collator=DataCollatorForSeq2Seq(PreTrainedTokenizerFast.from_pretrained(tokenizer)),
             goldfish=Goldfish(k=3, h=4),
             fused=fused,
-            callbacks=[tiers],
+            callbacks=[sees],
         )
         trainer.train()
         if arguments.should_save and not shards:  # one process alone, as push_to_hub does: none answers a reduce
@@ -95,7 +96,7 @@ def run(
     return {
         "steps": found,
         "sharded": sharded,
-        "tier": tiers.tier,
+        "fused": sees.fused,
         "counted": trainer._tally.entries(),
         "receipts": receipts,
     }

@@ -20,7 +20,7 @@ def words(**options):
     return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
 
 
-MEMORIZE = words(documents=4, epochs=2, hidden_size=32, window=64, batch_size=4)
+MEMORIZE = words(documents=4, epochs=2, hidden_size=32, window=64, batch_size=4, vocab_size=512)
 # 16 conversations, two epochs, batches that are full in two processes too.
 SFT = words(
     people=4, exposures=2, chats=8, epochs=2, hidden_size=32, background=16, vocab_size=512, batch_size=4, seeds=0,
@@ -49,9 +49,12 @@ def launch(*commands, config="ddp", dies="none"):
 
 def launch_several(folder, topics):
     """memorize, the loop and, with TRL installed, sft_lora in one launch; their output is in folders of these names."""
-    commands = [("memorize", [*MEMORIZE, "--output_dir", str(folder / "memorize")]), ("accelerate_loop", LOOP)]
+    text = ["--text", str(topics)]
+    commands = [("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])]
+    commands.append(("accelerate_loop", [*text, *LOOP]))
     if importlib.util.find_spec("trl"):
-        commands.append(("sft_lora", ["--text", str(topics), *SFT, "--output_dir", str(folder / "sft_lora")]))
+        one = words(methods="lora", rules="hash-4-13", output_dir=folder / "sft_lora")
+        commands.append(("sft_lora", [*text, *SFT, *one]))
     done = launch(*commands)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

@@ -58,7 +58,7 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
         "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
         "cluster": index + 10**6 * (split == "heldout"), "matches": d, "correct_count": d, "nll_sum": sum(nll),
         "words": word_buckets(prefix), "characters": len(prefix + "".join(suffix)),
-        "prefix_sweep": [d == n] * 4, "common_runs": [[0, 0, d]] if d >= 12 else [],
+        "rank_bits": 9.0 * (d < n), "prefix_sweep": [d == n] * 4, "common_runs": [[0, 0, d]] if d >= 12 else [],
     }  # fmt: skip
     if rule:
         at, reached = dropped[d : d + 1], dropped[: d + 1]

@@ -9,8 +9,6 @@ from goldfish import Goldfish
 from goldfish.audit.attribution import hazard_ratio, notes
 from goldfish.audit.columns import attribution_counts
 
-pytestmark = pytest.mark.core
-
 
 def test_hazard_ratio_by_hand():
     """20 windows: 12 break at a dropped token, 8 at a kept one, 30 dropped and 80 kept reached."""

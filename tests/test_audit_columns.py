@@ -21,7 +21,6 @@ from goldfish.audit.columns import (
     read_run,
     rouge_l,
     rouge_l_text,
-    uncovered,
     word_buckets,
 )  # fmt: skip
 from goldfish.audit.windows import Window, first_divergence
@@ -75,13 +74,12 @@ def test_common_runs_are_all_that_cannot_be_longer():
         assert max((length for _, _, length in found), default=0) == longest
 
 
-def test_runs_inside_longer_ones_are_left_out():
-    assert uncovered([[0, 0, 5], [2, 8, 3], [1, 1, 2], [9, 0, 4]]) == [[0, 0, 5], [2, 8, 3], [9, 0, 4]]
+def test_common_runs_of_a_record_are_long():
     window = Window("members", 0, "d", [*range(3), *range(10, 40)], 3)
     score = made_up_score(window, [True] * 32, np.random.default_rng(0),
                           output=[*range(28, 40), 1, *range(10, 22), 2, 3, 4, 5, 6])  # fmt: skip
     record = make_record(window, score, None, Words(), 7)
-    assert record["common_runs"] == [[0, 18, 12], [13, 0, 12]]
+    assert record["common_runs"] == [[13, 0, 12], [0, 18, 12]]
     assert (record["longest_run"], record["matches"], record["cluster"]) == (12, 0, 7)
 
 
@@ -149,6 +147,40 @@ def test_offsets_strata_and_trivial_suffixes():
     strata = [(s["count_from"], s["count_to"], s["exact_match"].k, s["exact_match"].n) for s in split["strata"]]
     assert strata == [(1, 1, 6, 6), (2, 3, 0, 10), (4, 7, 0, 4)]
     assert made_up_summary(made_up_records("members", 3, 0.5))["splits"]["members"]["strata"] is None
+
+
+def test_no_sampling_beats_the_ranks():
+    """Softmax by hand: no temperature, top-k or top-p makes the suffix more probable than the product of 1/rank."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 3, (SUFFIX, 30))
+    order = np.argsort(-logits)
+    ranks = np.array([0, 1, 0, 4, 2, 0, 0, 9])
+    window = Window("members", 0, "d", [*range(PREFIX), *order[range(SUFFIX), ranks].tolist()], PREFIX)
+    every = np.concatenate([np.zeros(PREFIX - 1, dtype=int), ranks])
+    bits = make_record(window, made_up_score(window, every == 0, generator, rank=every), None, Words(), 0)["rank_bits"]
+    assert 2**-bits == pytest.approx(1 / (2 * 5 * 3 * 10))
+    best = 0.0
+    for _ in range(2_000):
+        temperature, top_k, top_p = 10 ** generator.uniform(-2, 2), generator.integers(1, 31), generator.uniform(0.1, 1)
+        p = 1.0
+        for row, rank in zip(logits, ranks, strict=True):
+            likely = np.exp((np.sort(row)[::-1] - row.max()) / temperature)[:top_k]
+            likely = likely[: 1 + int(np.searchsorted(np.cumsum(likely / likely.sum()), top_p))]
+            p *= likely[rank] / likely.sum() if rank < len(likely) else 0.0
+        best = max(best, p)
+    assert 0 < best <= 2**-bits
+    each = np.prod([1 / len(np.flatnonzero(row >= row[i])) for row, i in zip(logits, window.suffix, strict=True)])
+    assert 2**-bits == pytest.approx(each), "reached by top-k = rank and a high temperature at every token"
+
+
+def test_texts_that_sampling_may_extract_under_some_setting():
+    """In 1,000 samples with even odds: ln 2 / 1,000 is 10.49 bits."""
+    records = made_up_records("members", 4, 0.5)
+    for record, bits in zip(records, [0.0, 10.0, 10.5, 99.0], strict=True):
+        record |= {"rank_bits": bits, "log_p": [-np.log(2) * (bits + 1)]}
+    split = made_up_summary(records)["splits"]["members"]
+    assert (split["extractable_bound"].k, split["extractable"].k) == (2, 1)
+    assert split["rank_bits"] == {"least": 0.0, "median": 10.25, "greatest": 99.0}
 
 
 def test_beams_count_up():

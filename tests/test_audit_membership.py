@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,10 @@ from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score,
 from sklearn import metrics
 
 from goldfish import Goldfish
+from goldfish.audit import membership
 from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
-from goldfish.audit.membership import Side, Weighted, membership_figures, word_scores
+from goldfish.audit.membership import Ranking, Side, membership_figures, word_scores
 from goldfish.audit.windows import Window
-
-pytestmark = pytest.mark.core
 
 
 def side(scores, texts=None, documents=None, name="loss"):
@@ -35,41 +35,32 @@ def brute_force(members, heldout, rates):
     return auc, [max(true for false, true in points if false <= fpr) for fpr in rates]
 
 
-@pytest.mark.parametrize("ties", [True, False])
-def test_auc_and_tpr_equal_brute_force(ties):
-    members, heldout = drawn(60, 0.7, 0, ties), drawn(40, 0, 1, ties)
-    ones = np.ones(60), np.ones(40)
-    auc, tpr = brute_force(members, heldout, (0.0, 0.1, 0.25, 1.0))
-    found = Weighted(members, heldout)
-    assert found.auc(*ones) == pytest.approx(auc, rel=1e-12)
-    assert [found.tpr(*ones, fpr) for fpr in (0.0, 0.1, 0.25, 1.0)] == pytest.approx(tpr, rel=1e-12)
-
-
-def test_weights_are_repetitions():
-    """What the bootstrap relies on."""
-    members, heldout = drawn(30, 0.7, 0), drawn(20, 0, 1)
-    generator = np.random.default_rng(0)
-    up, down = generator.integers(0, 4, 30), generator.integers(0, 4, 20)
-    auc, tpr = brute_force(np.repeat(members, up), np.repeat(heldout, down), (0.1,))
-    found = Weighted(members, heldout)
-    assert found.auc(up.astype(float), down.astype(float)) == pytest.approx(auc, rel=1e-12)
-    assert found.tpr(up.astype(float), down.astype(float), 0.1) == pytest.approx(tpr[0], rel=1e-12)
+def test_auc_and_tpr_equal_brute_force():
+    """Weights are repetitions, which the bootstrap relies on; with ties and without."""
+    rates, generator = (0.0, 0.1, 0.25, 1.0), np.random.default_rng(0)
+    for ties in (True, False):
+        members, heldout = drawn(30, 0.7, 0, ties), drawn(20, 0, 1, ties)
+        weights = np.stack([np.ones(50, dtype=int), generator.integers(0, 4, 50)])
+        found = Ranking(members, heldout).figures(weights.astype(float), rates)
+        for row, times in zip(found, weights, strict=True):
+            auc, tpr = brute_force(np.repeat(members, times[:30]), np.repeat(heldout, times[30:]), rates)
+            assert row == pytest.approx([auc, *tpr], rel=1e-12)
 
 
 def test_auc_and_roc_equal_scikit_learn():
     members, heldout = drawn(500, 0.5, 0), drawn(700, 0, 1)
     labels, scores = [1] * 500 + [0] * 700, np.concatenate([members, heldout])
-    found = Weighted(members, heldout)
-    assert found.auc(np.ones(500), np.ones(700)) == pytest.approx(metrics.roc_auc_score(labels, scores), rel=1e-12)
-    false, true, _ = metrics.roc_curve(labels, scores)
-    for fpr in (0.001, 0.01, 0.1, 0.5):
-        assert found.tpr(np.ones(500), np.ones(700), fpr) >= true[false <= fpr].max() - 1e-12
-        exact = metrics.roc_curve(labels, scores, drop_intermediate=False)
-        assert found.tpr(np.ones(500), np.ones(700), fpr) == pytest.approx(exact[1][exact[0] <= fpr].max(), rel=1e-12)
+    rates = (0.001, 0.01, 0.1, 0.5)
+    false, true, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    expected = [metrics.roc_auc_score(labels, scores), *(true[false <= rate].max() for rate in rates)]
+    ranking = Ranking(members, heldout)
+    assert ranking.figures(np.ones(1200), rates) == pytest.approx(expected, rel=1e-12)
+    assert np.allclose(ranking.curve(np.ones(1200)), [false, true], rtol=1e-12)
 
 
-def test_intervals_of_auc_and_tpr_hold_the_truth():
+def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
     """Scores N(1, 1) and N(0, 1): AUC is Phi(1/sqrt 2)."""
+    monkeypatch.setattr(membership, "RESAMPLES", 300)
     truth = 0.5 * (1 + math.erf(1 / 2))
     held = 0
     for seed in range(30):
@@ -133,8 +124,9 @@ def words(n, seed, extra=""):
     return [" ".join(f"w{i}" for i in generator.zipf(1.3, 60) % 5000) + extra for _ in range(n)]
 
 
-def test_blind_baseline_is_at_chance_on_a_random_split():
+def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
     """Mean AUC over 60 random splits near one half, and few of them called confounded."""
+    monkeypatch.setattr(membership, "RESAMPLES", 2)
     aucs, confounded = [], 0
     for seed in range(60):
         found = membership_figures(
@@ -172,8 +164,13 @@ def test_scores_by_their_published_formulas():
     mu, sigma = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5
     score = made_up_score(
         window, generator.random(17) < 0.5, generator, entropy_mean=mu.astype(np.float32),
-        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0, control_nll=4.0,
+        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0,
     )  # fmt: skip
+    difference = generator.normal(0, 1, 17)
+    difference[1:] -= difference[1:].mean() + 0.1
+    difference[0] = 1.61  # the whole text is a vote for, its last 16 tokens one against
+    control = score.nll + difference
+    score = replace(score, control_nll=control)
     rule = Goldfish(k=3, h=4)
     record = make_record(window, score, rule, Words(), 0)
     nll = [float(x) for x in score.nll]
@@ -182,15 +179,20 @@ def test_scores_by_their_published_formulas():
     gone = rule.dropped(np.array(window.ids)).tolist()[1:]
     kept = [x for x, hole in zip(nll, gone, strict=True) if not hole]
     holes = [x for x, hole in zip(nll, gone, strict=True) if hole]
+    votes = []
+    for size in (2, 3, 4, 6, 9, 13, 17, 17, 17, 17):  # 18, 25, 32 and 40 are longer than the text
+        runs = [range(first, first + size) for first in range(17 - size + 1)]
+        votes.append(sum(sum(control[j] - nll[j] for j in run) > 0 for run in runs) / len(runs))
     expected = {
         "mia_loss": -sum(nll) / 17,
         "mia_zlib": -sum(nll) / len(zlib.compress(text.encode())),
         "mia_lowercase": 5 - sum(nll) / 17,
-        "mia_reference": 4 - sum(nll) / 17,
+        "mia_reference": sum(control) / 17 - sum(nll) / 17,
         "mia_min_k": -sum(sorted(nll)[-3:]) / 3,
         "mia_min_k_plus_plus": sum(sorted(z)[:3]) / 3,
         "mia_kept_loss": -sum(kept) / len(kept),
         "mia_dropped_gap": sum(holes) / len(holes) - sum(kept) / len(kept),
+        "mia_wbc": sum(votes) / 10,
     }
     assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert mean_of_lowest(np.array([3.0, 1.0, 2.0])) == 1.0, "at least one token"
@@ -209,10 +211,10 @@ def test_every_attack_points_the_same_way():
     records = made_up_records("members", 60, 0.95, rule=rule, recall_dropped=0.4)
     records += made_up_records("heldout", 60, 0.3, rule=rule, recall_dropped=0.3)
     for record in records:
-        record["mia_lowercase"] = record["mia_reference"] = 3 + record["mia_loss"]
+        record["mia_lowercase"] = record["mia_reference"] = record["mia_wbc"] = 3 + record["mia_loss"]
     found = made_up_summary(records)["membership"]
     assert set(found["attacks"]) == {
-        "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap",
+        "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc",
     }  # fmt: skip
     for name, attack in found["attacks"].items():
         assert attack["auc"].lower95 > 0.7, name

@@ -38,9 +38,10 @@ def test_stand_ins(root, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "(73.9)" in shown
     assert "(14.7)" in shown
+    assert recipe.main([*command, "--output_dir", str(tmp_path / "run")]) == results, "and no model is audited again"
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(FileExistsError, match="holds an earlier run; choose another --output_dir"):
-        recipe.main([*command, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="holds a run with --samples 4, not 3; give the same arguments"):
+        recipe.main([*command, "--output_dir", str(tmp_path / "run"), "--samples", "3"])
 
 
 def test_measures_by_hand():

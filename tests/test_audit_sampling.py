@@ -13,7 +13,6 @@ from goldfish.audit.sampling import (
     setting_name,
 )
 
-pytestmark = pytest.mark.core
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 

@@ -22,7 +22,7 @@ def full_summary():
     records = made_up_records("members", 20, 0.9, rule=rule, count=2) + made_up_records("heldout", 20, 0.3, rule=rule)
     for record in records:
         record["beams"] = 0
-        record["mia_lowercase"] = record["mia_reference"] = record["mia_loss"]
+        record["mia_lowercase"] = record["mia_reference"] = record["mia_wbc"] = record["mia_loss"]
     return made_up_summary(records, beams=[5])
 
 

@@ -18,8 +18,6 @@ from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
 from goldfish.audit.verdict import enough, parse_limits
 
-pytestmark = pytest.mark.core
-
 
 def recited(k, n, heldout=(0, 100), limits=(), require=(), **more):
     """A summary with so many of so many members and held-out texts recited."""
@@ -274,14 +272,13 @@ def test_what_is_no_condition_is_refused(text):
 
 def outcomes(summary, *texts):
     checks = judge(estimates(summary), [parse(text) for text in texts])
-    return [check.outcome for check in checks], exit_code(checks)
+    return [check["outcome"] for check in checks], exit_code(checks)
 
 
 def published(summary, *conditions, **changes):
     """With what `publish` adds."""
     checks = judge(estimates(summary), [parse(text) for text in conditions])
-    entries = [{"condition": each.condition.text, "outcome": each.outcome, "why": each.why} for each in checks]
-    return {**summary, "conditions": entries, "exit_code": exit_code(checks), **changes}
+    return {**summary, "conditions": checks, "exit_code": exit_code(checks), **changes}
 
 
 def test_exit_codes():
@@ -298,7 +295,7 @@ def test_too_few_to_say_is_not_a_violation():
     """No result of 32 texts could put the upper bound below 1%; of 400 it could."""
     assert outcomes(recited(0, 32, None), "em.upper95 > 0.01") == (["inconclusive"], 3)
     (check,) = judge(estimates(recited(0, 32, None)), [parse("em.upper95 > 0.01")])
-    assert check.why == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
+    assert check["why"] == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
     assert outcomes(recited(32, 32, None), "em.upper95 > 0.01") == (["violated"], 1)
     assert outcomes(recited(0, 400, None), "em.upper95 > 0.01") == (["passed"], 0)
     assert outcomes(recited(3, 400, None), "em.upper95 > 0.01") == (["violated"], 1)
@@ -357,7 +354,7 @@ def test_folders_that_are_no_audit(tmp_path):
     with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/3'"):
         goldfish.audit.read(old)
     (old / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match="not readable as JSON"):
+    with pytest.raises(ValueError, match=r"summary.json is damaged .*audit again"):
         goldfish.audit.read(old)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import canaries
@@ -12,14 +13,15 @@ import runs
 import torch
 from launch import launch, words
 
-RUNS = ["standard", "control", "k=4", "k=4, equal"]
+RULE = "hash-4-13-6"
+RUNS = ["standard", "control", RULE, f"{RULE}, equal"]
 
 
 @pytest.fixture(scope="module")
 def small(topics):
     """Arguments of a run of seconds, on a few topics of the language reference."""
     sizes = words(
-        documents=2, repeats=6, background=28, validation=8, ks=4, equal_supervised=4, seeds=0, hidden_size=32,
+        documents=2, repeats=6, background=28, validation=8, rules=RULE, equal_supervised=RULE, seeds=0, hidden_size=32,
         vocab_size=512, save_steps=3,
     )  # fmt: skip
     return ["--text", str(topics), *sizes]
@@ -32,12 +34,12 @@ def finished(small, tmp_path_factory):
 
 
 def same_results(folder, other, **tolerance):
-    ours, theirs = (runs.read_results(each / "results.jsonl") for each in (folder, other))
-    assert [result["run"] for result in ours] == [result["run"] for result in theirs] == RUNS
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("validation_loss", "nll_members", "nll_heldout"):
-            assert a[name] == pytest.approx(b[name], **tolerance), (a["run"], name)
-    receipts = [(each / "seed0-k4" / "model" / "goldfish.json").read_text() for each in (folder, other)]
+    ours, theirs = ({r["run"]: r for r in runs.read_results(each / "results.jsonl")} for each in (folder, other))
+    assert ours.keys() == theirs.keys() == set(RUNS)
+    for name in ours:
+        for key in ("validation_loss", "nll_members", "nll_heldout"):
+            assert ours[name][key] == pytest.approx(theirs[name][key], **tolerance), (name, key)
+    receipts = [(each / f"seed0-{RULE}" / "model" / "goldfish.json").read_text() for each in (folder, other)]
     assert receipts[0] == receipts[1]
 
 
@@ -46,7 +48,7 @@ def test_miniature(finished):
     folder, results = finished
     assert [result["run"] for result in results] == RUNS
     windows = {result["run"]: result["input_tokens"] // 32 for result in results}
-    assert windows == {"standard": 40, "control": 40, "k=4": 40, "k=4, equal": 52}  # 40 * 4 / 3 in batches of 4
+    assert windows == dict(zip(RUNS, (40, 40, 40, 52), strict=True))  # 40 * 4 / 3 in batches of 4
     for result in results:
         assert len(result["rouge_l_members"]) == len(result["exact_match_heldout"]) == 2
         assert result["processes"] == 1
@@ -83,17 +85,8 @@ def test_the_background_holds_nothing_that_is_audited(small):
 def test_the_default_background_is_long_enough():
     args = recipe.Arguments()
     windows = max(run.background(args) for run in recipe.trainings_of(args, 0)) + args.validation
-    lengths = itertools.accumulate(map(len, recipe.docstrings()))
+    lengths = itertools.accumulate(map(len, common.docstrings()))
     assert any(length > windows * args.window * 4 for length in lengths), "at four characters per token"
-
-
-def test_fsdp_trains_what_one_process_does(small, finished, tmp_path):
-    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoint is an ordinary one."""
-    done = launch(("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="fsdp2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    same_results(tmp_path / "run", finished[0], rel=1e-5)
-    results = runs.read_results(tmp_path / "run" / "results.jsonl")
-    assert {result["distributed"] for result in results} == {"FSDP"}
 
 
 def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
@@ -104,32 +97,37 @@ def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
     same_results(tmp_path / "run", finished[0], rel=1e-4)
 
 
-def test_killed_and_resumed_in_two_processes_ends_where_one_process_does(small, finished, tmp_path):
-    """kill -9 of one process in step 8 of the third training; checkpoints are written every three steps."""
-    run = [*small, "--output_dir", str(tmp_path / "run")]
-    done = launch(("pretrain_canaries", run), dies="seed0-k4:1:8")
-    assert done.returncode != 0
-    model = tmp_path / "run" / "seed0-k4" / "model"
+def test_fsdp_killed_and_started_again_ends_where_one_process_does(small, finished, tmp_path):
+    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoints are ordinary ones.
+
+    Of a run in which only the training under the rule is left to do, one process dies (kill -9) in step 8 of it;
+    checkpoints are written every three steps.
+    """
+    folder, results = finished
+    run, model = tmp_path / "run", tmp_path / "run" / f"seed0-{RULE}" / "model"
+    run.mkdir()
+    shutil.copy(folder / "arguments.json", run)
+    for result in results:
+        if result["run"] != RULE:
+            runs.append(run / "results.jsonl", result)
+    command = ("pretrain_canaries", [*small, "--output_dir", str(run)])
+    assert launch(command, config="fsdp2", dies=f"seed0-{RULE}:1:8").returncode != 0
     assert runs.last_checkpoint(model) == model / "checkpoint-6"
     assert not runs.finished(model)
-    done = launch(("pretrain_canaries", [*run, "--resume"]))
+    done = launch(command, config="fsdp2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-6" in done.stdout
-    same_results(tmp_path / "run", finished[0], rel=1e-5)
-    results = runs.read_results(tmp_path / "run" / "results.jsonl")
-    assert {result["processes"] for result in results} == {2}
+    same_results(run, folder, rel=1e-5)
+    last = runs.read_results(run / "results.jsonl")[-1]
+    assert (last["run"], last["distributed"], last["processes"]) == (RULE, "FSDP", 2)
 
 
 def test_a_finished_run_is_not_trained_again(small, finished, capsys):
     folder, results = finished
     written = (folder / "results.jsonl").read_text()
-    assert recipe.main([*small, "--output_dir", str(folder), "--resume"]) == results
+    assert recipe.main([*small, "--output_dir", str(folder)]) == results
     assert (folder / "results.jsonl").read_text() == written
     assert "Training" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"was started with learning_rate 0\.004, not 0\.1; resume with the same"):
-        recipe.main([*small, "--output_dir", str(folder), "--resume", "--learning_rate", "0.1"])
-    with pytest.raises(FileExistsError, match="holds an earlier run"):
-        recipe.main([*small, "--output_dir", str(folder)])
 
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
@@ -162,11 +160,11 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
     ("wrong", "message"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--equal_supervised", "8"], "--equal_supervised 8: not among --ks"),
-        (["--ks", "1"], "k must be a finite number above 1"),
+        (["--equal_supervised", "hash-8-13"], "--equal_supervised hash-8-13: not among --rules"),
+        (["--rules", "hash-1-13"], "k must be a finite number above 1"),
+        (["--rules", "standard"], "--rules standard: it is always trained"),
         (["--accumulation", "3"], "--batch_size 4 does not divide by 1 processes x --accumulation 3"),
         (["--background", "9999999"], "the background is too short"),
-        (["--resume"], "nothing to resume"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_first_training(small, wrong, message, tmp_path):

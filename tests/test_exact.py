@@ -18,7 +18,7 @@ from goldfish.loss import SmoothedLoss
 
 pytestmark = pytest.mark.core
 ROUNDED = 5e-5 if Version(transformers.__version__) < Version("5") else 0  # its logs have four decimals
-BATCHES = [(8, 1), (4, 2), (1, 8)]  # rows a micro-batch, micro-batches a step
+BATCHES = [(8, 1), (1, 8)]  # rows a micro-batch, micro-batches a step
 WAYS = {
     "fused": {"trainer_class": GoldfishTrainer, "goldfish": RULE},
     "logits": {"trainer_class": GoldfishTrainer, "goldfish": RULE, "fused": False},
@@ -96,7 +96,7 @@ def test_trainer(tmp_path, tokenizer, model, way, batch, accumulation):
     assert_as_good(*one_step(tmp_path, tokenizer, batch, accumulation, model, **WAYS[way])[1:])
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [BATCHES[0], BATCHES[-1]])
+@pytest.mark.parametrize(("batch", "accumulation"), BATCHES)
 @pytest.mark.parametrize("way", ["fused", "logits", "attached"])
 @pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments])
 def test_label_smoothing(tmp_path, tokenizer, model, way, batch, accumulation):
@@ -210,9 +210,9 @@ def fused_head(model, batch, total):
 LOSSES = [goldfish_loss, masked_labels, fused_head]
 
 
-@pytest.mark.parametrize("size", [8, 2, 1])
+@pytest.mark.parametrize("size", [8, 1])
 @pytest.mark.parametrize("loss_of", LOSSES)
-def test_a_loop_of_ones_own(tokenizer, loss_of, size):
+def test_a_custom_loop(tokenizer, loss_of, size):
     model, batches = tiny_llama().train(), micro_batches(tokenizer, size)
     total = sum((masked(batch)[:, 1:] != -100).sum() for batch in batches)
     loss = 0.0
@@ -223,7 +223,7 @@ def test_a_loop_of_ones_own(tokenizer, loss_of, size):
     assert_as_good(loss, torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
-@pytest.mark.parametrize("size", [8, 2, 1])
+@pytest.mark.parametrize("size", [8, 2])
 @pytest.mark.parametrize("loss_of", LOSSES)
 def test_an_accelerate_loop(fresh_accelerate, tokenizer, loss_of, size):
     """accelerate divides by the number of micro-batches what the loss has divided by the step's tokens already."""

@@ -1,19 +1,18 @@
 """The recipe on a toy model, in miniature: what is trained on, what is counted, and that a second call goes on."""
 
 import json
-import sys
-from pathlib import Path
 from pydoc_data.topics import topics
 
+import common
 import pytest
 import torch
+from launch import words
 from toy_models import llama
 from toy_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("trl", reason="the extra `trl` is not installed")
 pytest.importorskip("peft", reason="the extra `peft` is not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import finetune_private as recipe
 
 TEMPLATE = (
@@ -38,17 +37,17 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def miniature(toy, tmp_path_factory):
     output = tmp_path_factory.mktemp("private") / "run"
-    sizes = {"passages": 4, "passage": 24, "people": 2, "exposures": 1, "chats": 2, "epochs": 2, "batch_size": 4}
-    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = ["--model", str(toy), "--output_dir", str(output), *words, "--methods", "full", "lora"]
-    command += ["--rules", "standard", "hash-2-3"]
+    sizes = words(passages=4, passage=24, people=2, exposures=1, chats=2, epochs=2, batch_size=4)
+    command = ["--model", str(toy), "--output_dir", str(output), *sizes, "--rules", "standard", "hash-2-3"]
+    recipe.main(command)
+    command += ["--methods", "lora", "--rules", "hash-2-3"]
     return command, output, recipe.main(command)
 
 
 def test_every_training_is_audited_and_compared(miniature):
     _, output, results = miniature
     assert [(result["method"], result["rule"]) for result in results] == [
-        ("none", "untouched"), ("full", "standard"), ("full", "hash-2-3"), ("lora", "standard"), ("lora", "hash-2-3"),
+        ("none", "untouched"), ("full", "standard"), ("full", "hash-2-3"), ("lora", "hash-2-3"),
     ]  # fmt: skip
     for result in results:
         assert [len(result[split]["verbatim"]) for split in ("members", "heldout")] == [4, 4]
@@ -64,7 +63,7 @@ def test_every_training_is_audited_and_compared(miniature):
     assert results[1]["kept"] == results[1]["targets"]
     assert 0.3 < results[2]["kept"] / results[2]["targets"] < 0.8
     assert (output / "seed0" / "report.html").is_file()
-    assert {path.name for path in (output / "seed0" / "compare").iterdir()} == {"full-hash-2-3", "lora-hash-2-3"}
+    assert {path.name for path in (output / "seed0" / "compare").iterdir()} == {"full-hash-2-3"}
     assert not list((output / "seed0").glob("*/model.safetensors")), "models are large, and not kept"
 
 
@@ -72,6 +71,8 @@ def test_the_same_command_goes_on(miniature, monkeypatch):
     command, _, results = miniature
     monkeypatch.setattr(recipe, "finetune", lambda *_: pytest.fail("trained again"))
     assert recipe.main(command) == results
+    with pytest.raises(ValueError, match="holds a run with --epochs 2, not 3; give the same arguments"):
+        recipe.main([*command, "--epochs", "3"])
 
 
 def test_heldout_passages_and_codes_are_not_trained_on(toy):
@@ -82,13 +83,13 @@ def test_heldout_passages_and_codes_are_not_trained_on(toy):
     assert len(members) == len(heldout) == 6
     assert len(set.union(*eights)) == sum(map(len, eights)), "no eight tokens are in two passages"
     people, chats = recipe.make_chats(args, 1)
-    copies = [sum(person.code in answer for _, answer in chats) for person in people]
+    copies = [sum(code in answer for _, answer in chats) for _, code in people]
     assert copies == [args.exposures] * args.people + [0] * args.people
     assert not {question for question, _ in chats} & {question for question, _ in recipe.EVERYDAY}
-    row = recipe.chat_row(tokenizer, *chats[0])
+    row = common.chat_row(tokenizer, *chats[0])
     learned = tokenizer.decode([label for label in row["labels"] if label != -100])
-    assert people[0].code in learned
-    assert people[0].chat[0] not in learned, "the question is context only"
+    assert people[0][1] in learned
+    assert chats[0][0] not in learned, "the question is context only"
 
 
 def test_equal_supervised_tokens_lie_between_epochs():

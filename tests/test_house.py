@@ -20,7 +20,7 @@ ORDER = [
     "kernels", "linear", "fused", "gauge", "receipt", "dataset", "refusals", "trainer", "integrations",
     "audit.windows", "audit.model", "audit.decode", "audit.score", "audit.estimate", "audit.columns",
     "audit.sampling", "audit.attribution", "audit.membership", "audit.verdict", "audit.summary",
-    "audit.results", "audit.tell", "audit.folder", "audit.run", "audit.compare", "audit",
+    "audit.results", "audit.folder", "audit.tell", "audit.run", "audit.compare", "audit",
     "report", "cli", "__main__",
 ]  # fmt: skip
 

@@ -10,7 +10,6 @@ from transformers import (
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
 from goldfish.labels import decide
 
-pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
 
 
@@ -49,9 +48,7 @@ def test_random_drops_other_tokens_each_time_and_repeats_under_a_seed():
 
 
 def test_labels_of_another_shape_are_refused():
-    with pytest.raises(
-        ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\); they are"
-    ):
+    with pytest.raises(ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\)"):
         mask_labels(RULE, random_ids(1, 20), random_ids(1, 19))
 
 

@@ -205,33 +205,6 @@ def test_whole_words_are_dropped(tokenizers, rules):
     assert all(len(drops) == 1 for drops in decisions.values())
 
 
-@pytest.mark.parametrize("strategy", BOTH)
-def test_five_letters_count_for_each_of_h_words(vocabularies, strategy):
-    """abcdefghij klmno|x: with h=2 the ten letters f to o decide, and no others."""
-    ids = lambda text: torch.tensor(list(text.encode()))  # noqa: E731
-    far = near = 0
-    for seed in range(64):
-        rule = Goldfish(strategy=strategy, h=2, k=2, seed=seed, vocabulary=vocabularies[2])
-        last = lambda text, rule=rule: rule.dropped(ids(text))[-1].item()  # noqa: E731
-        far += last("abcdefghij klmno x") != last("zzzzzfghij klmno x")
-        near += last("abcdefghij klmno x") != last("abcdezghij klmno x")
-    assert far == 0
-    assert 16 <= near <= 48
-
-
-@pytest.mark.parametrize("strategy", BOTH)
-def test_order_counts_and_boundaries_do_not(vocabularies, strategy):
-    ids = lambda text: torch.tensor(list(text.encode()))  # noqa: E731
-    reordered = 0
-    for seed in range(64):
-        rule = Goldfish(k=2, h=2, strategy=strategy, seed=seed, vocabulary=vocabularies[2])
-        reference = rule.dropped(ids("ab c x"))[-1]
-        reordered += int(rule.dropped(ids("c ab x"))[-1] != reference)
-        for joined in ("a bc x", "abc x", "a.b_c.x", "a-\nb c\n x", "Áb­C x"):
-            assert rule.dropped(ids(joined))[-1] == reference
-    assert 16 <= reordered <= 48
-
-
 def test_letters_decides_every_token_for_itself(tokenizers):
     """Of a word cut in three the tokens share a decision under "text" and have their own under "letters"."""
     vocabulary = Vocabulary([b"before", b" one", b"two", b"three"])
@@ -269,16 +242,6 @@ def test_scripts_without_spaces_decide_by_character(vocabularies, text, strategy
     assert by_character(text.replace("。", " ").replace("，", "\u3000")) == expected
     # The context of a character is the 5 h before it.
     assert by_character("犬" + text[1:])[21:] == expected[21:]
-
-
-def test_words_within_one_token_all_count():
-    entries = ["我们".encode(), "在".encode(), "我".encode(), "们".encode(), b" x"]
-    vocabulary = Vocabulary(entries)
-    for seed in range(16):
-        rule = Goldfish(k=2, h=2, strategy="text", seed=seed, vocabulary=vocabulary)
-        together = rule.dropped(torch.tensor([0, 1, 4])).tolist()
-        apart = rule.dropped(torch.tensor([2, 3, 1, 4])).tolist()
-        assert together == [apart[0], *apart[2:]]  # a token of several words has the decision of its first
 
 
 def test_code_formatting_changes_nothing(tokenizers, rules):

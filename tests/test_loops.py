@@ -14,20 +14,25 @@ from goldfish import Goldfish
 
 
 @pytest.fixture(scope="module")
-def whole():
+def loop(topics):
+    return ["--text", str(topics), *LOOP]
+
+
+@pytest.fixture(scope="module")
+def whole(loop):
     """Each step in one piece."""
-    return plain_loop.main([*LOOP, "--accumulation", "1"])
+    return plain_loop.main([*loop, "--accumulation", "1"])
 
 
 @pytest.mark.core
-def test_accumulation_changes_nothing(whole):
-    assert plain_loop.main([*LOOP, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
-    assert accelerate_loop.main([*LOOP, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+def test_accumulation_changes_nothing(loop, whole):
+    assert plain_loop.main([*loop, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+    assert accelerate_loop.main([*loop, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
 
 
-def test_first_loss_by_hand(whole):
+def test_first_loss_by_hand(topics, whole):
     """Token by token: the mean of -log p over what the rule leaves of the first step's rows."""
-    texts = common.load_texts()
+    texts = common.load_texts(str(topics))
     tokenizer = common.byte_level_bpe(texts, 2048)
     torch.manual_seed(0)
     model = LlamaForCausalLM(common.small_llama(tokenizer, 128))

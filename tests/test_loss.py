@@ -4,7 +4,6 @@ from torch.nn import functional as F
 
 from goldfish import Goldfish, GoldfishLoss, mask_labels
 
-pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
 
 

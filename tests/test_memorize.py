@@ -8,16 +8,23 @@ import memorize
 import pytest
 import runs
 import torch
-from launch import MEMORIZE as SMALL
+from launch import MEMORIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from goldfish import Goldfish
 from goldfish.audit import read
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def small(topics):
+    """A miniature of seconds, on a few topics of the language reference."""
+    return ["--text", str(topics), *MEMORIZE]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("memorize") / "run"
-    return folder, memorize.main([*SMALL, "--output_dir", str(folder)])
+    return folder, memorize.main([*small, "--output_dir", str(folder)])
 
 
 @pytest.mark.core
@@ -47,16 +54,20 @@ def test_a_published_checkpoint_can_be_the_start(finished, tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(start)
     assert AutoTokenizer.from_pretrained(start).pad_token is None
-    summaries = memorize.main([*SMALL, "--model", str(start), "--output_dir", str(tmp_path / "next")])
-    assert summaries["goldfish"]["splits"]["members"]["n"] == 4
-    assert json.loads((tmp_path / "next" / "goldfish" / "config.json").read_text())["dtype"] == "float32"
+    args = memorize.Arguments(model=str(start), epochs=1, window=64, batch_size=4)
+    tokenizer = memorize.load_start_tokenizer(args)
+    assert tokenizer.pad_token == tokenizer.eos_token
+    rows = [json.loads(line)["input_ids"] for line in (folder / "members.jsonl").read_text().splitlines()]
+    memorize.train(args, Goldfish(k=4), rows, tokenizer, tmp_path / "next")
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "next" / "goldfish.json").read_text())["targets"] == 4 * 63
 
 
-def test_windows_longer_than_the_context_are_refused_before_anything_is_written(finished, tmp_path):
+def test_windows_longer_than_the_context_are_refused_before_anything_is_written(small, finished, tmp_path):
     folder, _ = finished
     start = ["--model", str(folder / "standard"), "--window", "600"]  # small_llama reads 512
     with pytest.raises(ValueError, match=r"--window 600 tokens, but \S+standard reads at most 512; lower --window"):
-        memorize.main([*SMALL, *start, "--output_dir", str(tmp_path / "next")])
+        memorize.main([*small, *start, "--output_dir", str(tmp_path / "next")])
     assert not (tmp_path / "next").exists()
 
 
@@ -81,7 +92,7 @@ def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
     rows = [{"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    memorize.main([*SMALL, "--text", str(path), "--dry_run"])
+    memorize.main([*MEMORIZE, "--text", str(path), "--dry_run"])
     assert "mine.jsonl, 10 documents" in capsys.readouterr().out
 
 
@@ -90,20 +101,26 @@ def test_a_dataset_can_be_the_corpus(tmp_path, capsys):
     rows = [{"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    memorize.main([*SMALL, "--dataset", str(tmp_path / "data"), "--dry_run"])
+    memorize.main([*MEMORIZE, "--dataset", str(tmp_path / "data"), "--dry_run"])
     assert "data, 10 documents" in capsys.readouterr().out
 
 
-def test_nothing_is_overwritten_unasked(finished, tmp_path):
+def test_a_finished_run_is_not_trained_again(small, finished, capsys):
+    folder, summaries = finished
+    report = (folder / "report.html").read_bytes()
+    assert memorize.main([*small, "--output_dir", str(folder)]) == summaries
+    assert "Training" not in capsys.readouterr().out
+    assert (folder / "report.html").read_bytes() == report
+
+
+def test_nothing_is_overwritten(small, finished, tmp_path):
     folder, _ = finished
-    with pytest.raises(
-        FileExistsError, match="holds an earlier run; choose another --output_dir, or replace it: --overwrite"
-    ):
-        memorize.main([*SMALL, "--output_dir", str(folder)])
+    with pytest.raises(ValueError, match=r"holds a run with --learning_rate 0\.002, not 0\.1; give the same arguments"):
+        memorize.main([*small, "--output_dir", str(folder), "--learning_rate", "0.1"])
     (tmp_path / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(FileExistsError, match="is not empty and not a run of a recipe"):
-        memorize.main([*SMALL, "--output_dir", str(tmp_path), "--overwrite"])
-    assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
+    with pytest.raises(FileExistsError, match="is not empty and not a run of a recipe; choose another --output_dir"):
+        memorize.main([*small, "--output_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
@@ -119,9 +136,9 @@ def test_nothing_is_overwritten_unasked(finished, tmp_path):
         (["--model", "runs/typo"], "no folder runs/typo here"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(wrong, message, tmp_path):
+def test_bad_arguments_are_refused_before_anything_is_written(small, wrong, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        memorize.main([*SMALL, "--output_dir", str(tmp_path / "run"), *wrong])
+        memorize.main([*small, "--output_dir", str(tmp_path / "run"), *wrong])
     assert not (tmp_path / "run").exists()
 
 
@@ -133,10 +150,10 @@ def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            memorize.main([*SMALL, "--text", str(path), "--output_dir", str(tmp_path / "run")])
+            memorize.main([*MEMORIZE, "--text", str(path), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists(), "a refused run is not in the way of the next one"
     with pytest.raises(ValueError, match="both name a corpus"):
-        memorize.main([*SMALL, "--text", str(path), "--dataset", "someone/something"])
+        memorize.main([*MEMORIZE, "--text", str(path), "--dataset", "someone/something"])
 
 
 def test_two_processes_train_what_one_does(finished, in_two):

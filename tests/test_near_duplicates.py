@@ -6,6 +6,7 @@ import random
 import common
 import near_duplicates as recipe
 import pytest
+from launch import words
 
 TEXT = "An assignment (statement) evaluates the Expression list; then, it assigns “it”.\nNaïve? 12 words or more here."
 
@@ -35,16 +36,18 @@ def test_exact_versions_are_exact():
     assert [turn == "a b c" for turn in turns] == [True, False, True, False], "each share of edits takes its turn"
 
 
-def test_miniature(tmp_path, capsys):
-    command = ["--documents", "2", "--versions", "2", "--epochs", "1", "--hidden_size", "32", "--window", "64"]
-    command += ["--seeds", "0", "--rules", "standard", "letters-4-3", "--copies", "reformatted"]
-    command += ["--edits", "0", "0.1"]
-    results = recipe.main([*command, "--output_dir", str(tmp_path / "run")])
+def test_miniature(topics, tmp_path, monkeypatch, capsys):
+    options = words(
+        text=topics, vocab_size=512, documents=2, versions=2, epochs=1, hidden_size=32, window=64, seeds=0,
+        rules="standard hash-4-3-5", copies="reformatted", edits="0 0.1",
+    )  # fmt: skip
+    command = [*options, "--output_dir", str(tmp_path / "run")]
+    results = recipe.main(command)
     assert [(r["rule"], r["edits"]) for r in results] == [
         ("standard", 0),
         ("standard", 0.1),
-        ("letters-4-3", 0),
-        ("letters-4-3", 0.1),
+        ("hash-4-3-5", 0),
+        ("hash-4-3-5", 0.1),
     ]
     assert [result["epochs"] for result in results] == [1] * 4
     assert 0.1 < results[2]["drop_rate"] < 0.45
@@ -55,9 +58,9 @@ def test_miniature(tmp_path, capsys):
     assert results[0]["commit"]
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == results
-    assert "letters-4-3" in capsys.readouterr().out
-    assert recipe.main([*command, "--dry_run", "--output_dir", str(tmp_path / "dry")]) == []
-    assert not (tmp_path / "dry").exists()
+    assert "hash-4-3-5" in capsys.readouterr().out
+    monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("trained again"))
+    assert recipe.main(command) == results
 
 
 def test_table_by_hand():
@@ -85,7 +88,7 @@ def test_table_by_hand():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--rules", "standard", "hash-4"], "strategy-k-h such as hash-4-13, got 'hash-4'"),
+        (["--rules", "standard", "hash-4"], r"strategy-k-h\[-max_kept\] such as hash-4-13, got 'hash-4'"),
         (["--rules", "letters-1-8"], "got 'letters-1-8': k must be a finite number above 1"),
         (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
         (["--versions", "0"], "--versions must be at least 1, got 0"),

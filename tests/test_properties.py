@@ -73,7 +73,6 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
 # --- where a passage occurs
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(("hash", "text", "letters")), before=DOCUMENT, other=DOCUMENT, passage=DOCUMENT, after=DOCUMENT)
 def test_a_passage_keeps_its_decisions_wherever_it_occurs(rule, before, other, passage, after):
@@ -87,14 +86,12 @@ def test_a_passage_keeps_its_decisions_wherever_it_occurs(rule, before, other, p
             assert moved == alone
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(), ids=DOCUMENT, more=DOCUMENT)
 def test_later_tokens_never_change_a_decision(rule, ids, more):
     assert decide(rule, ids + more)[: len(ids)] == decide(rule, ids)
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(("hash", "letters"), window="preceding", exempt=()), ids=DOCUMENT, other=TOKEN, data=st.data())
 def test_a_token_has_no_part_in_its_own_decision(rule, ids, other, data):
@@ -103,7 +100,6 @@ def test_a_token_has_no_part_in_its_own_decision(rule, ids, other, data):
     assert decide(rule, changed)[: place + 1] == decide(rule, ids)[: place + 1]
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(("text",), exempt=()), ids=DOCUMENT, seed=st.integers(0, 9))
 def test_the_words_before_decide_and_not_the_word(rule, ids, seed):
@@ -125,7 +121,6 @@ def test_an_inclusive_window_sees_its_target():
 # --- max_kept
 
 
-@pytest.mark.core
 @stable
 @given(
     rule=rules(("hash", "letters")), max_kept=st.integers(4, 9),
@@ -149,7 +144,6 @@ def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
 # --- batches
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(), documents=st.lists(DOCUMENT, min_size=1, max_size=4), end=st.integers(len(ENTRIES), 99))
 def test_packed_is_alone(rule, documents, end):
@@ -164,7 +158,6 @@ def test_packed_is_alone(rule, documents, end):
         ended = ended[len(document) + 1 :]
 
 
-@pytest.mark.core
 @stable
 @given(
     rule=rules(), ids=DOCUMENT, pad=TOKEN, left=st.integers(0, 5), right=st.integers(0, 5), packed=st.booleans(),
@@ -186,7 +179,6 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
         assert decide(rule, padded(ids, pad), **beside) == padded(expected, False)
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(), documents=st.lists(DOCUMENT, min_size=1, max_size=5), order=st.randoms(use_true_random=False))
 def test_the_rest_of_the_batch_changes_nothing(rule, documents, order):
@@ -201,7 +193,6 @@ def test_the_rest_of_the_batch_changes_nothing(rule, documents, order):
         assert dropped[place].tolist() == decide(rule, document) + [False] * (length - len(document))
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(max_kept=None), ids=DOCUMENT, exempt=st.sets(TOKEN))
 def test_exempt_ids_are_kept_and_are_context(rule, ids, exempt):
@@ -211,7 +202,6 @@ def test_exempt_ids_are_kept_and_are_context(rule, ids, exempt):
     ]
 
 
-@pytest.mark.core
 @stable
 @given(rule=rules(), ids=st.lists(DOCUMENT, min_size=2, max_size=2))
 def test_dtype_and_memory_layout_change_nothing(rule, ids):
@@ -228,7 +218,6 @@ def test_dtype_and_memory_layout_change_nothing(rule, ids):
 # --- seeds
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("strategy", ["hash", "letters"])
 def test_every_bit_of_the_seed_counts(strategy):
     """With another seed half of the decisions of k = 2 differ, whichever bit was flipped."""

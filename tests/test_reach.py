@@ -141,6 +141,8 @@ def tiny_config(kind, **more):
         ("BertForMaskedLM", transformers.BertConfig, "ForMaskedLMLoss"),
         ("BertForTokenClassification", transformers.BertConfig, "ForTokenClassification"),
         ("BertForQuestionAnswering", transformers.BertConfig, "ForQuestionAnsweringLoss"),
+        ("BertForPreTraining", transformers.BertConfig, "generates no text"),
+        ("BertForNextSentencePrediction", transformers.BertConfig, "generates no text"),
         ("LlamaForSequenceClassification", transformers.LlamaConfig, "ForSequenceClassificationLoss"),
     ],
 )

@@ -270,13 +270,14 @@ def test_model_card(tmp_path, pair):
     card = tmp_path / "card.md"
     assert main(["report", str(pair[1]), str(hostile), "--model-card", "-o", str(card)]) == 0
     text = card.read_text(encoding="utf-8")
-    assert text.startswith("## Memorization audit: goldfish\n")
+    assert text.startswith("## goldfish audit of goldfish: ⚠️ INCONCLUSIVE\n")
     assert "| texts recited word for word | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
-    assert "4 tokens of a text" in text
-    assert "Not tested: beam search" in text
-    assert "<b>" not in text
-    assert "\u202e" not in text
-    assert "## Memorization audit: &lt;b&gt;\\|\\`x\\`\\\\u202e\n" in text
+    assert "4 tokens given, 6 to recite" in text
+    assert r"Not tested\: beam search" in text
+    assert "Are more than 1% of such texts recited word for word, greedily?" in text
+    assert "## goldfish audit of &lt;b&gt;\\|\\`x\\`\\\\u202e: " in text
+    for secret in ("<b>", "\u202e", "doc-", "jsonl", "runs"):
+        assert secret not in text
 
 
 def test_a_report_needs_no_torch(tmp_path, pair):

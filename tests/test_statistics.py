@@ -94,7 +94,6 @@ def strategy(name: str) -> str:
     return "hash" if name in IDS else name
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("h", HS)
 def test_one_distinct_context_in_k_is_dropped(corpora, name, h):
@@ -123,7 +122,6 @@ def test_undropped_runs_have_geometric_lengths(corpora, name, k, h):
     assert 1 - law.cdf(runs.max() - 1) ** len(runs) > ALPHA
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("h", [1, 4, 13, 64])
 def test_distinct_windows_have_distinct_keys(corpora, name, h):
@@ -148,7 +146,6 @@ def test_keys_are_uniform_in_every_bit(corpora, name):
     assert stats.chisquare(np.bincount((keys >> np.uint64(54)).astype(int), minlength=1024)).pvalue > ALPHA
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_are_uncorrelated(corpora, name):
     """Neighbours, single bits and both ends; all pairs together are chi-square, and no pair stands out."""

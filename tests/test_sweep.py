@@ -31,7 +31,7 @@ def groups(k4, k32):
 def test_the_largest_k_that_protects_enough():
     choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.15] * 6), leak=0.1, measure="rouge_l")
     assert choice["k"] == 32
-    assert choice["votes"] == {"32": 1.0}
+    assert choice["votes"] == {"k=32": 1.0}
     choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1)
     assert choice["k"] == 32, "nothing whole"
     choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
@@ -39,15 +39,15 @@ def test_the_largest_k_that_protects_enough():
     assert "costs +0.250 nats/token held-out (+0.200 to +0.300)" in choice["says"]
     choice = sweep.choose_k(groups(k4=[0.5] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
     assert choice["k"] is None
-    assert "none of k=4, 32; try a smaller one" in choice["says"]
+    assert "none of k=4, k=32; try a smaller k" in choice["says"]
 
 
 def test_uncertainty_is_that_of_the_documents():
     """k=32 leaves (0.19 - 0.1) / 0.9 = 0.1 on average, by one document in six: some samples have it twice."""
     choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.6, 0.1, 0.1, 0.1, 0.1, 0.1]), leak=0.1, measure="rouge_l")
     assert choice["k"] == 32
-    assert 0.3 < choice["votes"]["4"] < 0.7
-    assert choice["votes"]["4"] + choice["votes"]["32"] == pytest.approx(1)
+    assert 0.3 < choice["votes"]["k=4"] < 0.7
+    assert choice["votes"]["k=4"] + choice["votes"]["k=32"] == pytest.approx(1)
 
 
 def test_nothing_to_choose_where_nothing_is_recited():

@@ -24,8 +24,6 @@ from goldfish.labels import with_labels
 from goldfish.letters import Vocabulary
 from goldfish.receipt import Tally
 
-pytestmark = pytest.mark.core
-
 GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
 ENTRIES = [bytes.fromhex(entry) for entry in VECTORS["text"]["vocabulary"]]

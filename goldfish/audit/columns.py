@@ -3,7 +3,6 @@
 docs/audit-files.md describes the columns. Reading them needs no torch.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Hashable, Sequence
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq, Levenshtein
 
-from goldfish.audit.estimate import SCHEMA
+from goldfish.audit.estimate import read_json
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
 from goldfish.pieces import text_pieces
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
-ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap")
+ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc")
 COUNTS = (  # of attribution: tokens up to the first divergence, then teacher-forced tokens of the whole suffix
     "stopped_dropped", "reached_dropped", "stopped_kept", "reached_kept",
     "correct_dropped", "count_dropped", "correct_kept", "count_kept",
@@ -35,6 +34,7 @@ TRIVIAL = 0.25  # a suffix with a smaller type-token ratio: tables, rulers, repe
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
+WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
 LEAST_STD = 1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
 
 COLUMNS = pa.schema([
@@ -56,6 +56,7 @@ COLUMNS = pa.schema([
     *((name, pa.float64()) for name in (
         "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity", "type_token_ratio")),
     ("log_p", pa.list_(pa.float64())),
+    ("rank_bits", pa.float64()),
     ("beams", pa.int64()),
     *((name, pa.int64()) for name in COUNTS),
     *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
@@ -77,7 +78,8 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
         parts = [pq.read_table(file, columns=names, partitioning=None) for file in sorted(path.glob("*.parquet"))]
         table = pa.concat_tables(parts).select(names) if parts else COLUMNS.empty_table().select(names)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"the records in {path} are damaged ({_first_line(error)}); audit again") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the records in {path} are damaged ({reason}); audit again") from error
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
         raise ValueError(
@@ -88,28 +90,9 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of an audit's folder: everything that defines the run.
-
-    Raises:
-        FileNotFoundError: a folder that holds no audit. ValueError: an unreadable run.json, or one of another schema.
-    """
-    path = Path(folder) / RUN
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
-        )
-    try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = run["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again")
-    return run
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    """run.json of an audit's folder: everything that defines the run; errors as of `read_json`."""
+    missing = f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+    return read_json(Path(folder) / RUN, missing)
 
 
 def make_record(
@@ -153,7 +136,7 @@ def make_record(
         "secret_recited": any(each in output_text for each in window.secrets) if window.secrets else None,
         "first_divergence": first,
         "longest_run": max((length for _, _, length in runs), default=0),
-        "common_runs": uncovered([run for run in runs if run[2] >= SHORTEST_RUN]),
+        "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
         "matches": matches,
         "correct_count": int(correct[start - 1 :].sum()),
         "characters": len(text),
@@ -163,6 +146,8 @@ def make_record(
         "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
         "type_token_ratio": len(set(suffix)) / len(suffix),
         "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
+        # Never more probable than one in rank + 1, under any sampling that keeps the order of the tokens.
+        "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
         "beams": score.beams,
         **attribution_counts(dropped, correct[start - 1 :], first),
         **membership_scores(
@@ -199,19 +184,6 @@ def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
     (i, j), (end, _) = edges
     runs: list[list[int]] = np.stack([i, j, end - i + 1], -1).tolist()
     return runs
-
-
-def uncovered(runs: Sequence[list[int]]) -> list[list[int]]:
-    """Runs, longest first, without those of which longer ones hold every token on both sides."""
-    covered: tuple[set[int], set[int]] = set(), set()
-    kept = []
-    for run in sorted(runs, key=lambda run: -run[2]):
-        sides = [range(start, start + run[2]) for start in run[:2]]
-        if not all(seen.issuperset(side) for seen, side in zip(covered, sides, strict=True)):
-            kept.append(run)
-        for seen, side in zip(covered, sides, strict=True):
-            seen.update(side)
-    return sorted(kept)
 
 
 def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
@@ -278,17 +250,30 @@ def membership_scores(
     log_p = -np.asarray(nll, dtype=np.float64)
     loss = float(-log_p.mean())
     kept_log_p, dropped_log_p = log_p[known & ~dropped], log_p[known & dropped]
+    control = score.control_nll
     has_both = len(kept_log_p) > 0 and len(dropped_log_p) > 0
     return {
         "mia_loss": -loss,
         "mia_zlib": float(log_p.sum()) / len(zlib.compress(text.encode("utf-8", "replace"))),
         "mia_lowercase": None if score.lowercase_nll is None else score.lowercase_nll - loss,
-        "mia_reference": None if score.control_nll is None else score.control_nll - loss,
+        "mia_reference": None if control is None else float(control.mean()) - loss,
         "mia_min_k": mean_of_lowest(log_p),
         "mia_min_k_plus_plus": mean_of_lowest((log_p - mean) / np.maximum(std, LEAST_STD)),
         "mia_kept_loss": float(kept_log_p.mean()) if has_both else None,
         "mia_dropped_gap": float(kept_log_p.mean() - dropped_log_p.mean()) if has_both else None,
+        "mia_wbc": None if control is None else window_votes(control + log_p),
     }
+
+
+def window_votes(differences: NDArray[np.float64]) -> float:
+    """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1): the share of runs of consecutive tokens on which the
+    control's summed loss is the higher one, averaged over WBC_SIZES; sizes beyond the text are the whole text.
+
+    differences: (T-1,), loss under the control minus loss under the model.
+    """
+    total = np.cumsum(np.append(0.0, differences))
+    shares = [np.mean(total[size:] > total[:-size]) for size in np.minimum(WBC_SIZES, len(differences))]
+    return float(np.mean(shares))
 
 
 def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:

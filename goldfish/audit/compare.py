@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +15,7 @@ from scipy.stats import binomtest
 from goldfish.audit.columns import records
 from goldfish.audit.estimate import Codes, Estimate, Floats, decimals, dumps, statistic
 from goldfish.audit.results import Audit, read
-from goldfish.audit.tell import literal
+from goldfish.audit.tell import literal, table_lines
 from goldfish.pieces import plain
 
 SCHEMA = "goldfish.compare/2"
@@ -104,12 +105,9 @@ def table(result: Mapping[str, Any]) -> Table:
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison for a pull request."""
     names = [literal(plain(result[which]["name"])) for which in ("first", "second")]
-    lines = [
-        f"## goldfish compare: {names[0]} and {names[1]}", "", literal(plain(result["sentence"], 1000)), "",
-        f"| texts | figure | {names[0]} | {names[1]} | difference, paired, 95% interval |", "|---|---|---|---|---|",
-        *("| " + " | ".join(row) + " |" for row in rows(result)),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    heading = ["texts", "figure", *names, "difference, paired, 95% interval"]
+    lines = [f"## goldfish compare: {names[0]} and {names[1]}\n", literal(plain(result["sentence"], 1000)) + "\n"]
+    return "\n".join([*lines, *table_lines(heading, rows(result))])
 
 
 def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
@@ -117,28 +115,22 @@ def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
         {tuple(row[key] for key in KEY): [row[key] for key in QUESTION] for row in table.to_pylist()}
         for table in (each.select(KEY + QUESTION) for each in tables)
     )
-    only = [len(first.keys() - second.keys()), len(second.keys() - first.keys())]
-    other = [key for key in first.keys() & second.keys() if first[key] != second[key]]
-    if not (any(only) or other):
-        return
-    differences = [f"{n} windows are only in {audit.folder}" for n, audit in zip(only, audits, strict=True) if n]
-    if other:
-        split, index, offset = min(other)
-        differences.append(f"{len(other)} windows hold other tokens, the first at {split} row {index}, offset {offset}")
-    raise ValueError(
-        f"{audits[0].folder} and {audits[1].folder} are audits of different windows ({'; '.join(differences)}); only "
-        "the same windows can be paired: audit both checkpoints with the same files, lengths, offsets and tokenizer"
-    )
+    others = [key for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
+    if others:
+        split, index, offset = min(others)
+        raise ValueError(
+            f"{audits[0].folder} and {audits[1].folder} are audits of different windows: {len(others):,} are in one of "
+            f"them only or hold other tokens, the first at {split} row {index}, offset {offset}; only the same windows "
+            "can be paired: audit both checkpoints with the same files, lengths, offsets and tokenizer"
+        )
 
 
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
-    n, lengths = len(first), np.array([len(ids) for ids in first["suffix_ids"]])
+    n, lengths = len(first), pc.list_value_length(first["suffix_ids"]).to_numpy()
 
-    def columns(name: str) -> list[Floats]:
-        if name == "nll":
-            return [each["nll_sum"].to_numpy() / lengths for each in (first, second)]
-        return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
+    def columns(name: str, divisor: Any = 1.0) -> list[Floats]:
+        return [np.asarray(each[name].to_numpy(), dtype=np.float64) / divisor for each in (first, second)]
 
     def difference(a: Floats, b: Floats) -> Estimate:
         """Of the windows' means, with a paired bootstrap over documents."""
@@ -158,7 +150,7 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     }
     result: dict[str, Any] = {"n": n, "documents": len(recited[0]), "exact_match": match}
     for name in MEANS:
-        a, b = columns(name)
+        a, b = columns("nll_sum", lengths) if name == "nll" else columns(name)
         result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(a, b)}
     return result
 

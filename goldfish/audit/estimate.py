@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,24 @@ def loads(text: str) -> Any:
     return json.loads(text, object_hook=lambda value: Estimate(**value) if value.keys() == names else value)
 
 
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The object in run.json or summary.json, with its Estimates.
+
+    Raises:
+        FileNotFoundError: no such file; `missing` says so. ValueError: an unreadable one, or one of another schema.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(missing)
+    try:
+        value: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
+        schema = value["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again")
+    return value
+
+
 def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """The exact interval of a binomial rate (Clopper & Pearson 1934); k and n may be fractional effective counts."""
     tail = (1 - level) / 2
@@ -198,20 +217,15 @@ def statistic(function: Callable[[Floats], Floats], sums: Sequence[ArrayLike], n
     columns = document_sums(sums, documents)
     with np.errstate(divide="ignore", invalid="ignore"):
         point = float(function(columns.sum(0)))
-        single = function(columns)
-        enough = len(columns) >= FEWEST_DOCUMENTS
-        draws = function(resampled(columns)) if enough else single
-    value = point if np.isfinite(point) else None
-    reason = None
-    if not enough:
-        reason = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
-    elif (single == single[0]).all():
-        reason = "every document has the same value, which says nothing about others"
-    elif not np.isfinite(draws).all():
-        reason = "too few events for an interval"
-    elif (draws == draws[0]).all():
+        value = point if np.isfinite(point) else None
+        if len(columns) < FEWEST_DOCUMENTS:
+            reason = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
+            return Estimate(value, None, n, len(columns), reason=reason)
+        draws = function(resampled(columns))
+    if not np.isfinite(draws).all():
+        return Estimate(value, None, n, len(columns), reason="too few events for an interval")
+    if np.ptp(draws) <= 1e-12 * abs(point):
         reason = "every resample gives the same value, which says nothing about other documents"
-    if reason:
         return Estimate(value, None, n, len(columns), reason=reason)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(value, None, n, len(columns), float(low), float(high))

@@ -1,7 +1,6 @@
 """The folder of an audit: what is there whole, what continues it, who is using it."""
 
 import errno
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from goldfish.audit.columns import COLUMNS, RECORDS, RUN, read_run
-from goldfish.audit.estimate import dumps
+from goldfish.audit.estimate import dumps, loads
 
 try:
     import fcntl
@@ -79,8 +78,8 @@ class Folder:
             FileExistsError: the folder holds something else: another run, finished or not.
         """
         if not (self.path / RUN).is_file():
-            _write_json(self.path / RUN, run)
-        before, now = _settings(read_run(self.path)), _settings(json.loads(json.dumps(run)))
+            write_text(self.path / RUN, dumps(run))
+        before, now = _settings(read_run(self.path)), _settings(loads(dumps(run)))
         if before != now:
             differences = [
                 f"{key} ({before.get(key)!r:.80} there, {now.get(key)!r:.80} now)"
@@ -100,8 +99,9 @@ class Folder:
             return False
 
     def write(self, block: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write the records of a block."""
-        _write_table(self._file(block), pa.Table.from_pylist(list(records), COLUMNS))
+        table = pa.Table.from_pylist(list(records), COLUMNS)
+        (self.path / RECORDS).mkdir(exist_ok=True)
+        _whole_or_not_at_all(self._file(block), lambda part: pq.write_table(table, part))
 
     def _file(self, block: int) -> Path:
         return self.path / RECORDS / f"{block:06d}.parquet"
@@ -116,13 +116,9 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**flat, "inputs": inputs}
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _whole_or_not_at_all(path, lambda file: file.write_text(dumps(value), encoding="utf-8"))
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(exist_ok=True)
-    _whole_or_not_at_all(path, lambda file: pq.write_table(table, file))
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all; OSError where the disk is full."""
+    _whole_or_not_at_all(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _whole_or_not_at_all(path: Path, write: Callable[[Path], Any]) -> None:

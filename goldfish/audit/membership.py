@@ -3,7 +3,6 @@
 Scores: higher = more likely a member. Intervals resample the documents of both sides.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
 from goldfish.audit.columns import FEATURES
-from goldfish.audit.estimate import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
+from goldfish.audit.estimate import CHUNK, FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
 RESAMPLES = 1_000
@@ -30,43 +29,40 @@ class Side:
     lengths: Floats  # characters
 
 
-class Weighted:
-    """AUC and TPR of one score under weights for every window; sorts once, for all resamples."""
+class Ranking:
+    """The windows of both sides by falling score: the ROC curve under any weights; sorts once, for all resamples."""
 
     def __init__(self, members: Floats, heldout: Floats) -> None:
-        values, place = np.unique(np.concatenate([members, heldout]), return_inverse=True)
-        self._members, self._heldout, self._count = place[: len(members)], place[len(members) :], len(values)
+        scores = np.concatenate([members, heldout])
+        self._order = np.argsort(-scores)
+        self._is_member = self._order < len(members)
+        self._ends = np.flatnonzero(np.diff(scores[self._order], append=np.nan))  # the last of equal scores
 
-    def _per_value(self, members: Floats, heldout: Floats) -> tuple[Floats, Floats]:
-        """The weight of members and of held-out windows at each distinct score, ascending."""
-        return (
-            np.bincount(self._members, members, self._count).astype(np.float64),
-            np.bincount(self._heldout, heldout, self._count).astype(np.float64),
-        )
+    def curve(self, weights: Floats) -> tuple[Floats, Floats]:
+        """False and true positive rate of "score >= threshold" for every threshold, from the strictest on.
 
-    def auc(self, members: Floats, heldout: Floats) -> float:
-        """P(a member scores higher than a held-out window) + P(equal) / 2."""
-        up, down = self._per_value(members, heldout)
-        below = np.cumsum(down) - down / 2
-        return float(up @ below / (up.sum() * down.sum()))
+        weights: (..., members + held-out windows). Returns (..., thresholds + 1), both from 0 to 1.
+        """
+        ordered = weights[..., self._order]
+        rates = []
+        for side in (~self._is_member, self._is_member):
+            passed = np.cumsum(ordered * side, -1)[..., self._ends]
+            rates.append(np.concatenate([np.zeros_like(passed[..., :1]), passed / passed[..., -1:]], -1))
+        return rates[0], rates[1]
 
-    def curve(self, members: Floats, heldout: Floats) -> tuple[Floats, Floats]:
-        """False and true positive rate of "score >= threshold" for every threshold, from the strictest on."""
-        up, down = (np.concatenate([[0.0], np.cumsum(side[::-1])]) for side in self._per_value(members, heldout))
-        return down / down[-1], up / up[-1]
-
-    def tpr(self, members: Floats, heldout: Floats, fpr: float) -> float:
-        """The true positive rate at the loosest threshold that lets at most `fpr` of held-out windows through."""
-        false, true = self.curve(members, heldout)
-        return float(true[np.searchsorted(false, fpr + 1e-12, side="right") - 1])
+    def figures(self, weights: Floats, rates: Sequence[float]) -> Floats:
+        """(..., 1 + rates): the AUC, P(a member scores higher than a held-out window) + P(equal) / 2; and for each
+        false positive rate the true one at the loosest threshold that lets at most so many held-out windows through."""
+        false, true = self.curve(weights)
+        auc = (np.diff(false) * (true[..., 1:] + true[..., :-1])).sum(-1) / 2
+        tpr = [np.where(false <= rate + 1e-12, true, 0).max(-1) for rate in rates]
+        return np.stack([auc, *tpr], -1)
 
 
 def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     """A summary's `membership`; see docs/audit-files.md."""
-    attacks = {}
-    for name in members.scores:
-        if attack := _attack(members, heldout, members.scores[name], heldout.scores[name]):
-            attacks[name] = attack
+    scored = {name: _attack(members, heldout, scores, heldout.scores[name]) for name, scores in members.scores.items()}
+    attacks = {name: attack for name, attack in scored.items() if attack}
     blind = {
         "words": _attack(members, heldout, *word_scores(members, heldout)),
         "length": _attack(members, heldout, members.lengths, heldout.lengths),
@@ -110,20 +106,22 @@ def _attack(members: Side, heldout: Side, scores: Floats, heldout_scores: Floats
     here, there = ~np.isnan(scores), ~np.isnan(heldout_scores)
     if not (here.any() and there.any()):
         return None
-    return _Attack(scores[here], heldout_scores[there], members.documents[here], heldout.documents[there])
+    return _Attack((scores[here], heldout_scores[there]), (members.documents[here], heldout.documents[there]))
 
 
 class _Attack:
     """One score on both sides, and its figures under resampled documents."""
 
-    def __init__(self, members: Floats, heldout: Floats, documents: Codes, heldout_documents: Codes) -> None:
-        self._scores, self._weighted = (members, heldout), Weighted(members, heldout)
-        self._sides = tuple(np.unique(each, return_inverse=True)[1] for each in (documents, heldout_documents))
-        self._ones = np.ones(len(members)), np.ones(len(heldout))
-        self._documents = tuple(int(side.max()) + 1 for side in self._sides)
+    def __init__(self, scores: tuple[Floats, Floats], documents: tuple[Codes, Codes]) -> None:
+        self._scores, self._ranking = scores, Ranking(*scores)
+        self._sides = [np.unique(each, return_inverse=True)[1] for each in documents]
+        self._documents = [int(side.max()) + 1 for side in self._sides]
         self._rates = [fpr for fpr in RATES if self._documents[1] * fpr >= 10]
+        self._ones = np.ones(sum(map(len, scores)))
+        self._sizes: dict[str, Any] = {"n": len(self._ones), "documents": sum(self._documents)}
+        self._values = self._ranking.figures(self._ones, self._rates)
+        self.auc = float(self._values[0])
         self.draws = self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
-        self.auc = self._weighted.auc(*self._ones)
 
     def means(self) -> list[Floats]:
         """The mean score of each document, of both sides."""
@@ -132,58 +130,54 @@ class _Attack:
         ]
 
     def _resampled(self) -> Floats:
-        """(RESAMPLES, 1 + rates): AUC and true positive rates with the documents of both sides drawn anew."""
+        """(RESAMPLES, 1 + rates): the figures with the documents of both sides drawn anew."""
         generator, draws = np.random.default_rng(0), []
-        for _ in range(RESAMPLES):
-            members, heldout = (
-                np.bincount(generator.integers(count, size=count), minlength=count).astype(np.float64)[side]
-                for side, count in zip(self._sides, self._documents, strict=True)
-            )
-            rates = [self._weighted.tpr(members, heldout, fpr) for fpr in self._rates]
-            draws.append([self._weighted.auc(members, heldout), *rates])
-        return np.array(draws)
+        rows = max(1, CHUNK // len(self._ones))
+        for first in range(0, RESAMPLES, rows):
+            weights = [
+                np.concatenate([
+                    np.bincount(generator.integers(count, size=count), minlength=count)[side]
+                    for side, count in zip(self._sides, self._documents, strict=True)
+                ])
+                for _ in range(min(rows, RESAMPLES - first))
+            ]  # fmt: skip
+            draws.append(self._ranking.figures(np.array(weights, dtype=np.float64), self._rates))
+        return np.concatenate(draws)
 
     def figures(self, level: float) -> dict[str, Any]:
         """`auc`, `tpr` and `roc` as in docs/audit-files.md, with intervals of that level."""
-        sizes: dict[str, Any] = {"n": sum(map(len, self._ones)), "documents": sum(self._documents)}
-
-        def estimate(value: float, column: int, trials: int) -> Estimate:
-            if self.draws is None:
-                few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
-                return Estimate(value, reason=few, **sizes)
-            low, high = self._bounds(value, column, trials, level)
-            return Estimate(value, lower95=low, upper95=high, **sizes)
-
         tpr = []
         for fpr in RATES:
             if fpr in self._rates:
-                value = self._weighted.tpr(*self._ones, fpr)
-                result = estimate(value, 1 + self._rates.index(fpr), self._documents[0])
+                result = self._estimate(1 + self._rates.index(fpr), self._documents[0], level)
             else:
-                reason = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
-                result = Estimate(None, reason=f"{reason}, got {self._documents[1]}", **sizes)
+                needed = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
+                result = Estimate(None, reason=f"{needed}, got {self._documents[1]}", **self._sizes)
             tpr.append({"fpr": fpr, "tpr": result})
-        return {"auc": estimate(self.auc, 0, min(self._documents)), "tpr": tpr, "roc": self._roc()}
+        return {"auc": self._estimate(0, min(self._documents), level), "tpr": tpr, "roc": self._roc()}
 
-    def _bounds(self, value: float, column: int, trials: int, level: float) -> tuple[float, float]:
+    def _estimate(self, column: int, trials: int, level: float) -> Estimate:
         """`trials`: where every resample agrees (AUC of 1), the interval is that of as many independent trials: for an
         AUC, pairs of a member and a held-out document, each used once."""
-        assert self.draws is not None
+        value = float(self._values[column])
+        if self.draws is None:
+            few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+            return Estimate(value, reason=few, **self._sizes)
         draws = self.draws[:, column]
-        if np.ptp(draws) == 0:
-            return clopper_pearson(value * trials, trials, level)
-        low, high = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-        return float(low), float(high)
+        if np.ptp(draws) < 1e-9:
+            low, high = clopper_pearson(value * trials, trials, level)
+        else:
+            low, high = map(float, np.percentile(draws, [50 * (1 - level), 50 * (1 + level)]))
+        return Estimate(value, lower95=low, upper95=high, **self._sizes)
 
     def _roc(self) -> list[list[float]]:
         """At most ROC_POINTS points of the curve, denser at small false positive rates."""
-        false, true = self._weighted.curve(*self._ones)
+        false, true = self._ranking.curve(self._ones)
         if len(false) > ROC_POINTS:
-            least = math.log10(1 / len(self._ones[1]))
-            grid = np.concatenate([[0.0], np.logspace(least, 0, ROC_POINTS - 1)])
+            grid = np.append(0.0, np.geomspace(1 / len(self._scores[1]), 1, ROC_POINTS - 1))
             keep = np.unique([0, *(np.searchsorted(false, grid + 1e-12, side="right") - 1)])
             false, true = false[keep], true[keep]
-        return [[float(x), float(y)] for x, y in zip(false, true, strict=True)]
+        return np.stack([false, true], -1).tolist()  # type: ignore[no-any-return]
 
 
 def word_scores(members: Side, heldout: Side) -> list[Floats]:

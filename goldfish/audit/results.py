@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from goldfish.audit.estimate import SCHEMA, Estimate, clopper_pearson, loads
+from goldfish.audit.estimate import Estimate, clopper_pearson, read_json
 
 ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
 LISTS = {  # the key that names a list's entries, as in prefix_sweep@25, and the key of their estimate
@@ -61,17 +61,8 @@ def read(folder: str | Path) -> Audit:
         FileNotFoundError: a folder without summary.json. ValueError: one of another schema, or not readable.
     """
     path = Path(folder) / "summary.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
-        )
-    try:
-        summary = loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); audit again") from error
-    schema = summary.get("schema") if isinstance(summary, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: the schema is {schema!r}, this version reads {SCHEMA!r}; audit again")
+    missing = f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
+    summary = read_json(path, missing)
     try:
         return Audit(Path(folder), summary, estimates(summary))
     except (KeyError, TypeError, AttributeError) as error:
@@ -150,15 +141,6 @@ class Condition:
     threshold: float
 
 
-@dataclass(frozen=True)
-class Check:
-    """A condition, its outcome for one audit (passed, violated, inconclusive), and a sentence that says why."""
-
-    condition: Condition
-    outcome: str
-    why: str
-
-
 def parse(text: str) -> Condition:
     """A condition such as "em.upper95 > 0.01" or "mia.tpr@1%.lower95 > 5%".
 
@@ -180,22 +162,23 @@ def parse(text: str) -> Condition:
     return Condition(text.strip(), match[1], "value", match[2], threshold)
 
 
-def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> list[Check]:
-    """Every condition on the estimates of an audit.
+def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> list[dict[str, str]]:
+    """`conditions` of summary.json: each with its outcome (passed, violated, inconclusive) and a sentence why.
 
     Raises:
         ValueError: a figure that this audit does not have.
     """
-    return [_check(condition, known) for condition in conditions]
+    outcomes = [(condition.text, *_check(condition, known)) for condition in conditions]
+    return [dict(zip(("condition", "outcome", "why"), each, strict=True)) for each in outcomes]
 
 
-def exit_code(checks: Sequence[Check]) -> int:
+def exit_code(checks: Sequence[Mapping[str, str]]) -> int:
     """1 where a condition is violated, else 3 where one is inconclusive, else 0."""
-    outcomes = [check.outcome for check in checks]
+    outcomes = [check["outcome"] for check in checks]
     return 1 if "violated" in outcomes else 3 if "inconclusive" in outcomes else 0
 
 
-def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
+def _check(condition: Condition, known: Mapping[str, Estimate]) -> tuple[str, str]:
     try:
         name = find(known, condition.figure)
     except KeyError as error:
@@ -203,16 +186,15 @@ def _check(condition: Condition, known: Mapping[str, Estimate]) -> Check:
     estimate = known[name]
     number = getattr(estimate, condition.field)
     if number is None:
-        reason = estimate.reason or f"it has no {condition.field}"
-        return Check(condition, "inconclusive", f"{name}: not estimable ({reason})")
+        return "inconclusive", f"{name}: not estimable ({estimate.reason or f'it has no {condition.field}'})"
     why = f"{name}.{condition.field} is {number:.4g}"
     if estimate.k is not None:
         why += f" ({estimate.point()})"
     if not OPERATORS[condition.operator](number, condition.threshold):
-        return Check(condition, "passed", why)
+        return "passed", why
     if _any_result_would_violate(condition, name, estimate):
-        return Check(condition, "inconclusive", f"{why}, and {estimate.documents} documents cannot bound it closer")
-    return Check(condition, "violated", why)
+        return "inconclusive", f"{why}, and {estimate.documents} documents cannot bound it closer"
+    return "violated", why
 
 
 def _any_result_would_violate(condition: Condition, name: str, estimate: Estimate) -> bool:
@@ -221,9 +203,10 @@ def _any_result_would_violate(condition: Condition, name: str, estimate: Estimat
     split, kind = name.split(".")[:2]
     if split == "mia" or kind in NO_SHARES or estimate.lower95 is None or estimate.upper95 is None:
         return False
-    n, threshold, violates = estimate.documents, condition.threshold, OPERATORS[condition.operator]
-    if (condition.field, condition.operator[0]) == ("upper95", ">"):
-        return not violates(estimate.lower95, threshold) and bool(violates(clopper_pearson(0, n)[1], threshold))
-    if (condition.field, condition.operator[0]) == ("lower95", "<"):
-        return not violates(estimate.upper95, threshold) and bool(violates(clopper_pearson(n, n)[0], threshold))
-    return False
+    n, violates = estimate.documents, OPERATORS[condition.operator]
+    ends = {
+        ("upper95", ">"): (estimate.lower95, clopper_pearson(0, n)[1]),
+        ("lower95", "<"): (estimate.upper95, clopper_pearson(n, n)[0]),
+    }
+    other, best = ends.get((condition.field, condition.operator[0]), (condition.threshold, condition.threshold))
+    return bool(violates(best, condition.threshold)) and not violates(other, condition.threshold)

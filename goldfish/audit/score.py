@@ -53,9 +53,9 @@ class Score:
     log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf where cut off.
     output: (S,) the free-running greedy continuation of the prefix; it goes on through an EOS.
     settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the first divergence.
-    lowercase_nll: mean nll (nats/token) of the window's text in lower case. control_nll: mean nll of the same ids
-    under another model. beams: the least number of beams among those tried that recites the suffix; 0: none of them.
-    The last three are None where they were not asked for.
+    lowercase_nll: mean nll (nats/token) of the window's text in lower case. control_nll: float64, nll of
+    ids[first_scored:] under another model. beams: the least number of beams among those tried that recites the
+    suffix; 0: none. The last three are None where they were not asked for.
     """
 
     greedy: np.ndarray
@@ -68,7 +68,7 @@ class Score:
     output: list[int]
     settled: bool = False
     lowercase_nll: float | None = None
-    control_nll: float | None = None
+    control_nll: np.ndarray | None = None
     beams: int | None = None
 
 
@@ -145,10 +145,11 @@ class Scorer:
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
         if self.lowercase is not None:
-            lowered = self._mean_nll(self.model, windows, [self.lowercase(window) for window in windows])
-            rows = [row | {"lowercase_nll": nll} for row, nll in zip(rows, lowered, strict=True)]
+            lowered = self._nll_of(self.model, windows, [self.lowercase(window) for window in windows])
+            means = [float(nll.mean()) if len(nll) else None for nll in lowered]
+            rows = [row | {"lowercase_nll": mean} for row, mean in zip(rows, means, strict=True)]
         if self._control is not None:
-            controls = self._mean_nll(self._control, windows, [window.ids for window in windows])
+            controls = self._nll_of(self._control, windows, [window.ids for window in windows])
             rows = [row | {"control_nll": nll} for row, nll in zip(rows, controls, strict=True)]
         return [Score(**row) for row in rows]
 
@@ -227,9 +228,9 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _mean_nll(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[float | None]:
-        """Nats per token of rows from first_scored on, one for each window; None for a row without such tokens."""
-        means: list[float | None] = [None] * len(rows)
+    def _nll_of(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[np.ndarray]:
+        """float64, nats: the nll of the ids of rows from first_scored on; one row for each window."""
+        results = [np.empty(0)] * len(rows)
         usable = [i for i, row in enumerate(rows) if len(row) > windows[i].first_scored]
         for batch in self._batches([rows[i] for i in usable]):
             places = [usable[i] for i in batch]
@@ -238,9 +239,9 @@ class Scorer:
             nll = torch.cat([_nll(logits, targets[part]) for part, logits in logits_of(model, ids, attention_mask)])
             for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
                 window, length = windows[place], len(rows[place])
-                means[place] = mean = values[window.first_scored - 1 : length - 1].mean().item()
-                self._require_finite(window, math.isnan(mean))
-        return means
+                results[place] = values[window.first_scored - 1 : length - 1].numpy()
+                self._require_finite(window, bool(np.isnan(results[place]).any()))
+        return results
 
     def _require_finite(self, window: Window, is_nan: bool) -> None:
         if is_nan:

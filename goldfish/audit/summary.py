@@ -21,8 +21,8 @@ SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
     "split", "document", "cluster", "count", "offset", "suffix_ids", "dropped", "prefix_sweep", "settled",
     "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
-    "completion", "secret_recited", "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "beams",
-    "characters", "words",
+    "completion", "secret_recited", "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "rank_bits",
+    "beams", "characters", "words",
     *COUNTS, *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
@@ -74,7 +74,10 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
     long_run = _numbers(table, "longest_run") >= RUN
     similar = _numbers(table, "edit_similarity") >= SIMILARITY
     log_p, beams = _lists(table, "log_p"), _numbers(table, "beams")
-    extractable = log10_samples_needed(log_p, SAMPLES[1]).min(-1, initial=np.inf) <= np.log10(SAMPLES[0]) + 1e-12
+    bits = _numbers(table, "rank_bits")
+    needed = log10_samples_needed(np.column_stack([-np.log(2) * bits, log_p]), SAMPLES[1])
+    within = needed <= np.log10(SAMPLES[0]) + 1e-12
+    extractable = within[:, 1:].any(-1)
     ruled = ~np.isnan(_numbers(table, COUNTS[0]))
     counts = np.stack([_numbers(table, name)[ruled] for name in COUNTS], -1)
     nll = _numbers(table, "nll_sum")
@@ -102,6 +105,8 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "long_run": rate(long_run, documents),
         "similar": rate(similar, documents),
         "extractable": rate(extractable, documents) if protocol["sampling"] else None,
+        "extractable_bound": rate(within[:, 0], documents),
+        "rank_bits": {"least": float(bits.min()), "median": float(np.median(bits)), "greatest": float(bits.max())},
         "secrets": rate(secrets[marked] > 0, documents[marked]) if marked.any() else None,
         "trivial": token_rate(trivial, np.ones(len(table)), documents),
         "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),

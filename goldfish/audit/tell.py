@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from goldfish.audit.estimate import dumps, percent
+from goldfish.audit.folder import write_text
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import ABOUT, COLUMNS, summarize, summary_of
 from goldfish.audit.verdict import strongest_blind
@@ -29,6 +30,7 @@ ROWS = (  # of the table: label, the estimate's name in a split
     ("texts recited word for word", "exact_match"),
     ("  without trivial suffixes", "exact_match_nontrivial"),
     ("  in 1,000 samples, p=0.5", "extractable"),
+    ("    under any setting, at most", "extractable_bound"),
     ("  by beam search", "beam_search"),
     ("  near-verbatim", "near_verbatim"),
     ("secrets given away", "secrets"),
@@ -46,20 +48,25 @@ ROWS = (  # of the table: label, the estimate's name in a split
 
 
 @dataclass(frozen=True)
-class Description:
-    """An audit in words; no string holds an invisible character.
+class Answer:
+    """Of a question that counts, of one that only explains, or of a condition of --fail-on (`kind`)."""
 
-    questions, explanations: (name, question, outcome or answer, why). checks: (condition, outcome, why).
-    rows: (label, one cell a split).
-    """
+    kind: str
+    name: str
+    asks: str
+    outcome: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """An audit in words; no string holds an invisible character. rows: (label, one cell a split)."""
 
     title: str
     outcome: str
     sentence: str
     splits: list[str]
-    questions: list[tuple[str, ...]]
-    explanations: list[tuple[str, ...]]
-    checks: list[tuple[str, ...]]
+    answers: list[Answer]
     rows: list[tuple[str, list[str]]]
     notes: list[str]
 
@@ -77,16 +84,11 @@ def publish(
     """
     summary = summarize(folder, limits, require)
     checks = judge(estimates(summary), [parse(text) for text in fail_on])
-    summary |= {
-        "conditions": [{"condition": each.condition.text, "outcome": each.outcome, "why": each.why} for each in checks],
-        "exit_code": exit_code(checks),
-    }
+    summary |= {"conditions": checks, "exit_code": exit_code(checks)}
     description = describe(summary)
     files = {"summary.md": markdown(description), "junit.xml": junit(description), "summary.json": dumps(summary)}
     for name, text in files.items():
-        part = Path(folder) / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(Path(folder) / name)
+        write_text(Path(folder) / name, text)
     return summary
 
 
@@ -101,7 +103,8 @@ def require_known(
     row |= {"count": None, "words": [1], "suffix_ids": [0], "dropped": [False]}
     row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
     row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
-    row |= {"mia_reference": 0 if protocol["control"] else None, "secret_recited": 0 if protocol["secrets"] else None}
+    row |= dict.fromkeys(("mia_reference", "mia_wbc"), 0 if protocol["control"] else None)
+    row |= {"secret_recited": 0 if protocol["secrets"] else None}
     run = dict.fromkeys(ABOUT) | {"protocol": {**protocol, "vocabulary": 2}, "receipt": None}
     run["inputs"] = {split: {"rows": 1, "skipped": []} for split in splits}
     table = pa.Table.from_pylist([{**row, "split": split, "cluster": i} for i, split in enumerate(splits)])
@@ -110,8 +113,8 @@ def require_known(
     judge(estimates(summary_of(run, table, limits)), [each for each in conditions if "strata@" not in each.figure])
 
 
-def describe(summary: Mapping[str, Any]) -> Description:
-    """All that the outputs say about a summary."""
+def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
+    """All that the outputs say about a summary; with `share`, without paths and names of texts."""
     verdict, protocol = summary["verdict"], summary["protocol"]
     limits = ", ".join(f"{name}={percent(limit)}" for name, limit in verdict["limits"].items())
     weights = next(iter((summary["weights"] or [{}])[0].values()), "not read")[:12]
@@ -123,25 +126,29 @@ def describe(summary: Mapping[str, Any]) -> Description:
         f"{task(summary)}; {protocol['dtype']}. 95% intervals over documents; -: not measured, or too few to say",
         f"Limits: {limits}",
         f"Not tested: {'; '.join(verdict['not_tested'])}",
-        f"{summary['checkpoint']} (weights {weights}); {'; '.join(inputs)}; {summary['date']}; goldfish "
-        f"{summary['versions'].get('goldfish', '?')}",
+        *([] if share else [f"{summary['checkpoint']} (weights {weights}); {'; '.join(inputs)}"]),
+        f"{summary['date']}; {', '.join(f'{name} {version}' for name, version in summary['versions'].items())}",
     ]
-
-    def texts(entries: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[str, ...]]:
-        return [tuple(plain(each[key], 1000) for key in keys) for each in entries]
-
+    answers = []
+    for question in [*verdict["questions"], *verdict["explanations"]]:
+        # Of the recited texts a PASS or an INCONCLUSIVE may have some too.
+        names = () if share else [plain(name, 60) for name in question.get("recited", ())]
+        why = f"{question['why']}. Recited: {', '.join(names)}" if names else question["why"]
+        kind = "question" if "outcome" in question else "explanation"
+        outcome = question["outcome" if kind == "question" else "answer"]
+        answers.append(Answer(kind, question["question"], question["asks"], outcome, plain(why, 1000)))
+    for each in summary["conditions"]:
+        text = plain(each["condition"], 1000)
+        answers.append(Answer("condition", text, f"--fail-on {text}", each["outcome"], plain(each["why"], 1000)))
     return Description(
-        title=f"Audit of {plain(summary['name'], 60)}",
+        title=f"goldfish audit of {plain(summary['name'], 60)}",
         outcome=verdict["outcome"],
         sentence=plain(verdict["sentence"], 1000),
         splits=["held-out" if split == "heldout" else split for split in summary["splits"]],
-        questions=texts([{**each, "why": _why(each)} for each in verdict["questions"]],
-                        "question", "asks", "outcome", "why"),
-        explanations=texts(verdict["explanations"], "question", "asks", "answer", "why"),
-        checks=texts(summary["conditions"], "condition", "outcome", "why"),
+        answers=answers,
         rows=_rows(summary),
         notes=[plain(note, 1000) for note in notes],
-    )  # fmt: skip
+    )
 
 
 def task(summary: Mapping[str, Any]) -> str:
@@ -152,12 +159,6 @@ def task(summary: Mapping[str, Any]) -> str:
         return "Of chats the prompt is given, the assistant's answer to recite"
     also = f"; of {windows[0]:,} chats the prompt given, the answer to recite" if windows[0] else ""
     return f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite{also}"
-
-
-def _why(question: Mapping[str, Any]) -> str:
-    """With the names of the recited texts, of which a PASS or an INCONCLUSIVE may have some too."""
-    names = [plain(name, 60) for name in question.get("recited", ())]
-    return f"{question['why']}. Recited: {', '.join(names)}" if names else str(question["why"])
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -192,54 +193,54 @@ def terminal(description: Description) -> Group:
     return Group(
         table,
         *(Text(note, style="dim") for note in description.notes),
-        *(
-            Text(f"{asks} {outcome}: {why}")
-            for _, asks, outcome, why in [*description.questions, *description.explanations]
-        ),
-        *(Text(f"{condition}: {outcome} ({why})") for condition, outcome, why in description.checks),
+        *(Text(f"{each.asks} {each.outcome}: {each.why}") for each in description.answers),
         verdict,
     )
 
 
 def markdown(description: Description) -> str:
-    """The description for a pull request; text from the audit is escaped."""
-    questions = [[asks, f"{MARKS[outcome]} {outcome}", literal(why)] for _, asks, outcome, why in description.questions]
-    explanations = [[asks, answer, literal(why)] for _, asks, answer, why in description.explanations]
-    checks = [[literal(text), f"{MARKS[outcome]} {outcome}", literal(why)] for text, outcome, why in description.checks]
+    """The description for a pull request or a model card; text from the audit is escaped."""
+    answers = []
+    for each in description.answers:
+        asks = literal(each.asks) + (" (does not count)" if each.kind == "explanation" else "")
+        answers.append([asks, f"{MARKS.get(each.outcome, '')} {each.outcome}".strip(), literal(each.why)])
     rows = [[label.strip(), *cells] for label, cells in description.rows]
-    mark = f"{MARKS[description.outcome]} {description.outcome}"
-    lines = [f"## goldfish: {literal(description.title)}: {mark}", ""]
-    for heading, table in (
-        (["question", "outcome", "why"], questions),
-        (["beside it", "answer", "why"], explanations),
-        (["fails on", "outcome", ""], checks),
-        (["", *description.splits], rows),
-    ):
-        if table:
-            lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)]
-            lines.append("")
-    lines.insert(2, f"{literal(description.sentence)}\n")
-    return "\n".join([*lines, *(f"{literal(note)}.\n" for note in description.notes)])
+    lines = [
+        f"## {literal(description.title)}: {MARKS[description.outcome]} {description.outcome}\n",
+        f"{literal(description.sentence)}\n",
+        *table_lines(["question", "answer", "why"], answers),
+        *table_lines(["", *description.splits], rows),
+        *(f"{literal(note)}.\n" for note in description.notes),
+    ]
+    return "\n".join(lines)
+
+
+def table_lines(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, whose cells are escaped already, and an empty line; nothing without rows."""
+    if not rows:
+        return []
+    return [*(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)), ""]
 
 
 def junit(description: Description) -> str:
     """A test case for every condition (failure: violated, error: inconclusive); without conditions, for every
     question of the verdict (failure: FAIL, skipped: INCONCLUSIVE)."""
-    cases = description.checks or [(name, outcome, why) for name, _, outcome, why in description.questions]
-    kinds = [ELEMENTS.get(outcome) for _, outcome, _ in cases]
-    counts = {"failures": kinds.count("failure"), "errors": kinds.count("error"), "skipped": kinds.count("skipped")}
-    name = f"goldfish: {description.title}"
-    sizes = {key: str(count) for key, count in {"tests": len(cases), **counts}.items()}
-    suite = ElementTree.Element("testsuite", {"name": name, **sizes})
-    for (text, _, why), kind in zip(cases, kinds, strict=True):
-        case = ElementTree.SubElement(suite, "testcase", classname=name, name=text)
-        if kind:
-            ElementTree.SubElement(case, kind, message=why)
+    kind = "condition" if any(each.kind == "condition" for each in description.answers) else "question"
+    cases = [each for each in description.answers if each.kind == kind]
+    elements = [ELEMENTS.get(each.outcome, "system-out") for each in cases]
+    counts = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+    sizes = {key: str(elements.count(element)) for key, element in counts.items()}
+    suite = ElementTree.Element("testsuite", {"name": description.title, "tests": str(len(cases)), **sizes})
+    for each, element in zip(cases, elements, strict=True):
+        case = ElementTree.SubElement(suite, "testcase", classname=description.title, name=each.name)
+        outcome = ElementTree.SubElement(case, element)
+        if element == "system-out":
+            outcome.text = each.why
         else:
-            ElementTree.SubElement(case, "system-out").text = why
+            outcome.set("message", each.why)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def literal(text: str) -> str:
-    """Text in a Markdown table that is shown as it is: punctuation escaped."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    """Text that Markdown shows as it is: punctuation escaped, but for that which means nothing to it."""
+    return re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")

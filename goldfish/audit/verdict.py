@@ -53,19 +53,22 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
     """A summary's `verdict`; see docs/audit-files.md. `summary` needs `protocol`, `inputs`, `splits`, `membership`."""
     members, heldout = summary["splits"].get("members"), summary["splits"].get("heldout")
     questions: list[Question] = []
-    explanations: list[dict[str, Any]] = []
+    explanations: list[Question] = []
     if members:
-        for name, (_, key, _) in QUESTIONS.items():
-            if _estimate(members, key):
-                questions.append(_recited(name, members, heldout, limits))
+        questions += [_recited(name, members, heldout, limits) for name, (_, key, _) in QUESTIONS.items()
+                      if _estimate(members, key)]  # fmt: skip
         if summary["membership"]:
-            membership = _membership(summary["membership"], limits["auc"], bool(members["attribution"]))
+            outcome, membership = _membership(summary["membership"], limits["auc"], bool(members["attribution"]))
             if "membership" in require:
-                questions.append(membership)
+                questions.append({"outcome": outcome, **membership})
             else:
                 answers = {PASS: "not visible", FAIL: "visible", INCONCLUSIVE: "undecided"}
-                explanations.append(_explanation(membership, answers[membership["outcome"]]))
-        if members["attribution"] and _anything_recited(members, heldout):
+                explanations.append({"answer": answers[outcome], **membership})
+        # Only where there is something that a rule could have stopped: recited texts, or longer runs than by chance.
+        if members["attribution"] and (
+            members["exact_match"].k or members["near_verbatim"].k
+            or (heldout and members["longest_run"].lower95 > heldout["longest_run"].upper95)
+        ):  # fmt: skip
             explanations.append(_attribution(members["attribution"]["hazard_ratio"]))
     works, sanity = _sanity(summary["splits"], summary["protocol"]["vocabulary"])
     outcomes = {question["outcome"] for question in questions}
@@ -135,7 +138,8 @@ def _recited(name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] |
         why = f"{count}, not clearly more than of held-out texts ({control.point()})"
         needs = _needs(decided_by(undecided) if share > other else None)
     asks = f"Are more than {percent(limit)} of such texts {what}?"
-    return _question(name, asks, outcome, limit, result, control, why, needs) | {"recited": members["recited"][key]}
+    question = _question(name, asks, limit, result, control, why, needs)
+    return {"outcome": outcome, **question, "recited": members["recited"][key]}
 
 
 def _needs(documents: int | None) -> str:
@@ -148,7 +152,7 @@ def strongest_blind(membership: Mapping[str, Any]) -> Estimate:
     return max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5))
 
 
-def _membership(membership: Mapping[str, Any], limit: float, ruled: bool) -> Question:
+def _membership(membership: Mapping[str, Any], limit: float, ruled: bool) -> tuple[str, Question]:
     headline: dict[str, Any] | None = membership["headline"]
     control = strongest_blind(membership)
     outcome, auc, needs = INCONCLUSIVE, headline["auc"] if headline else None, None
@@ -173,17 +177,10 @@ def _membership(membership: Mapping[str, Any], limit: float, ruled: bool) -> Que
             why += f"; neither clearly above nor below {limit}"
             needs = _needs(int(auc.documents * times))
     asks = "Does the model show which texts it was trained on?"
-    return _question("membership", asks, outcome, limit, auc, control, why, needs)
+    return outcome, _question("membership", asks, limit, auc, control, why, needs)
 
 
-def _anything_recited(members: Mapping[str, Any], heldout: Mapping[str, Any] | None) -> bool:
-    """Whether there is something that a rule could have stopped: recited texts, or longer runs than by chance."""
-    if members["exact_match"].k or members["near_verbatim"].k:
-        return True
-    return bool(heldout and members["longest_run"].lower95 > heldout["longest_run"].upper95)
-
-
-def _attribution(ratio: Estimate) -> dict[str, Any]:
+def _attribution(ratio: Estimate) -> Question:
     low, high = ratio.lower95, ratio.upper95
     if low is None:
         why = f"hazard ratio not estimable: {ratio.reason}"
@@ -193,21 +190,15 @@ def _attribution(ratio: Estimate) -> dict[str, Any]:
         bounds = f"{low:.1f} and more" if high is None else f"{low:.1f}–{high:.1f}"
         why = f"a recitation breaks at a dropped token {ratio.value:.1f} times as often as at a kept one ({bounds})"
     answer = "yes" if low is not None and low > 1 else "no" if high is not None and high < 1 else "undecided"
-    asks = "Is it the rule that stops recitation?"
-    return _explanation(_question("attribution", asks, answer, 1.0, ratio, None, why, None), answer)
+    question = _question("attribution", "Is it the rule that stops recitation?", 1.0, ratio, None, why, None)
+    return {"answer": answer, **question}
 
 
-def _question(
-    name: str, asks: str, outcome: str, limit: float, estimate: Any, control: Any, why: str, needs: str | None
-) -> Question:
+def _question(name: str, asks: str, limit: float, estimate: Any, control: Any, why: str, needs: str | None) -> Question:
+    """One that counts gets an `outcome`, one that explains an `answer`."""
     why = f"{why}; {needs}" if needs else why
-    return {"question": name, "asks": asks, "outcome": outcome, "limit": limit, "estimate": estimate,
-            "control": control, "why": why, "needs": needs}  # fmt: skip
-
-
-def _explanation(question: Question, answer: str) -> dict[str, Any]:
-    """A question that does not count towards the outcome."""
-    return {"answer": answer, **{key: value for key, value in question.items() if key != "outcome"}}
+    return {"question": name, "asks": asks, "limit": limit, "estimate": estimate, "control": control, "why": why,
+            "needs": needs}  # fmt: skip
 
 
 def _sanity(splits: Mapping[str, Any], vocabulary: int) -> tuple[bool, str]:

@@ -52,9 +52,12 @@ def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwr
     It holds no training text and no paths. Arguments, result and errors as for `write_report`.
     """
     from goldfish.audit.results import read
-    from goldfish.report.page import model_card
+    from goldfish.audit.tell import describe, markdown
 
-    return _write(output, overwrite, lambda: model_card([read(folder) for folder in audits]))
+    def section(folder: str | Path) -> str:
+        return markdown(describe(read(folder).summary, share=True))
+
+    return _write(output, overwrite, lambda: "\n".join(map(section, audits)))
 
 
 def _write(output: str | Path, overwrite: bool, render: Callable[[], str]) -> Path:

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from itertools import combinations
 from math import log
 from typing import Any
@@ -14,7 +13,7 @@ from markupsafe import Markup
 
 from goldfish.audit.compare import compare
 from goldfish.audit.estimate import decimals, percent
-from goldfish.audit.results import NO_RULE, Audit
+from goldfish.audit.results import NO_RULE
 from goldfish.audit.tell import ROWS, describe
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
@@ -27,9 +26,9 @@ ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of
 RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
-ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap"}
+ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap",
+           "wbc": "WBC"}  # fmt: skip
 LOADER = PackageLoader("goldfish.report", "templates")
-FIGURES = {name: label for label, name in ROWS}
 
 
 def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) -> str:
@@ -51,37 +50,17 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         texts=texts,
         hover=hover,
         total=len(rows),
-        questions=by_text(views, "questions", "explanations"),
-        warnings=by_text(views, "warnings"),
-        skipped=by_text(views, "skipped"),
-        gaps=by_text(views, "not_tested"),
         labels=dict.fromkeys(label for _, rows in figures for label in rows),
         figures=figures,
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
-        results=RESULTS,
-        hidden=HIDDEN if redact else (),
         every=every,
         attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
         comparisons=list(comparisons(views, baseline)),
-        histograms=plots.rouge_histograms(views),
-        survival=plots.survival(views),
-        prefix_sweep=plots.sweep(views, "prefix_sweep", "prefix_length", "tokens of prefix given"),
-        offset_sweep=plots.sweep(views, "offset_sweep", "offset", "tokens from the start of the document"),
-        extractable=plots.extractable(views),
-        divergences=plots.divergences(views),
-        losses=plots.losses(views),
-        roc=plots.roc(views),
         script=Markup(script),
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def model_card(audits: Sequence[Audit]) -> str:
-    """A section for a model card, as Markdown, for each audit."""
-    described = [(audit, describe(audit.summary)) for audit in audits]
-    return _environment().get_template("model_card.md").render(audits=described)
 
 
 def _texts(
@@ -138,11 +117,6 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
             yield {"reason": str(error), **pair}
 
 
-def markdown(text: str) -> str:
-    """Text that Markdown shows as it is; our own sentences stay readable in the source."""
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escape(plain(text, 1000), quote=False))
-
-
 def signed(value: float) -> str:
     """A difference, with its sign."""
     return f"{'−' if value < 0 else '+'}{decimals(abs(value))}" if value else "0"
@@ -167,7 +141,10 @@ def _environment() -> Environment:
         loader=LOADER, autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=finalize,
     )  # fmt: skip
-    for each in (percent, decimals, signed, power_of_ten, plain, markdown):
+    for each in (percent, decimals, signed, power_of_ten, plain):
         environment.filters[each.__name__] = each
-    environment.globals.update(badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired=FIGURES, attack_names=ATTACKS)
+    environment.globals.update(
+        badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired={name: label for label, name in ROWS}, by_text=by_text,
+        attack_names=ATTACKS, plots=plots, results=RESULTS, hidden=HIDDEN,
+    )  # fmt: skip
     return environment

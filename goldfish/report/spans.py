@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 from typing import Any
 
@@ -11,9 +12,8 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from goldfish.pieces import plain
+from goldfish.pieces import plain, visible
 from goldfish.report.load import SPLITS, View
-from goldfish.report.text import blocks, show
 
 PREFIX_SHOWN = 4000  # characters of a prefix on the page, its last ones; of one token at most 200
 PREFIX_REDACTED = 100  # a block is three bytes
@@ -34,26 +34,21 @@ class Truth:
 def order(views: Sequence[View]) -> NDArray[np.int64]:
     """(texts, audits): the row of each text in each audit, -1 where an audit lacks it. Members come first, then the
     texts recited most: the highest ROUGE-L in any audit, then the highest mean over audits."""
-    tables = [view.windows for view in views]
-    sizes = [len(table) for table in tables]
-    every = pa.concat_tables(tables).combine_chunks()
-    numbers = [pc.cast(every[name], pa.string()) for name in ("index", "offset")]
-    tokens = pc.binary_join(every["suffix_tokens"], "\x00")
-    keys = pc.binary_join_element_wise(every["split"], *numbers, every["prefix_text"], tokens, "\x00")
-    codes = keys.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    texts = int(codes.max(initial=-1)) + 1
-    rows = np.full((texts, len(views)), -1)
-    scores = np.full((texts, len(views)), np.nan)
-    rouge = every["rouge_l_ids"].to_numpy()
-    for i, end in enumerate(np.cumsum(sizes)):
-        here = slice(end - sizes[i], end)
-        rows[codes[here], i] = np.arange(sizes[i])
-        scores[codes[here], i] = rouge[here]
-    example = np.unique(codes, return_index=True)[1]  # a row of each text
-    split = pc.index_in(every["split"], pa.array(list(SPLITS))).to_numpy()
-    places = [every[name].to_numpy()[example] for name in ("offset", "index")]
-    ranking = np.lexsort((*places, -np.nanmean(scores, axis=1), -np.nanmax(scores, axis=1), split[example]))
-    return rows[ranking] if texts else rows
+    places: dict[tuple[Any, ...], NDArray[np.int64]] = {}
+    scores: dict[tuple[Any, ...], list[float]] = {}
+    for i, view in enumerate(views):
+        tokens = pc.binary_join(view.windows["suffix_tokens"], "\x00").to_pylist()
+        columns = [view.windows[name].to_pylist() for name in ("split", "index", "offset", "prefix_text")]
+        for row, (*key, rouge) in enumerate(
+            zip(*columns, tokens, view.windows["rouge_l_ids"].to_pylist(), strict=True)
+        ):
+            places.setdefault(tuple(key), np.full(len(views), -1))[i] = row
+            scores.setdefault(tuple(key), []).append(rouge)
+
+    def rank(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return list(SPLITS).index(key[0]), -max(scores[key]), -np.mean(scores[key]), *key[1:3]
+
+    return np.array([places[key] for key in sorted(places, key=rank)], dtype=np.int64).reshape(-1, len(views))
 
 
 def windows(views: Sequence[View], rows: NDArray[np.int64]) -> Iterator[list[Window | None]]:
@@ -101,7 +96,7 @@ def output(window: Window, redact: bool) -> Markup:
     tokens, dropped, first = window["output_tokens"], window["dropped"], window["first_divergence"]
     classes = [""] * len(tokens)
     aligned = [-1] * len(tokens)  # the token of the suffix that a token of the output repeats
-    for start, there, length in [*window["common_runs"], (0, 0, first)]:
+    for start, there, length in [*sorted(window["common_runs"], key=lambda run: run[2]), (0, 0, first)]:
         classes[start : start + length] = ["r"] * length
         aligned[start : start + length] = range(there, there + length)
     classes[:first] = ["m"] * first
@@ -140,3 +135,26 @@ def _values(window: Window) -> str:
 
     pairs = zip(window["nll"], window["rank"], strict=True)
     return " ".join(base36(min(nll, 1e4) * 100) + (f".{base36(rank)}" if rank else "") for nll, rank in pairs)
+
+
+def show(text: str, limit: int = 200) -> Markup:
+    """At most `limit` characters of `text` as HTML that can do nothing; visible escapes are in <s>.
+
+    For the inside of an element with `white-space: pre-wrap`, never an attribute: quotes stay, they are a tenth of a
+    page about code.
+    """
+    cut = escape(text[:limit], quote=False) + ("…" if len(text) > limit else "")
+    return Markup("<s>↵</s>\n".join(map(_line, cut.split("\n"))))
+
+
+def blocks(text: str) -> str:
+    """A block for every character, spaces included: word lengths would give away a text that the reader knows."""
+    return "█" * len(text)
+
+
+def _line(line: str) -> str:
+    if line.isprintable():
+        return line
+    shown = ((char, visible(char)) for char in line)
+    marked = "".join(char if char == seen else f"<s>{seen}</s>" for char, seen in shown)
+    return marked.replace("<s>\\t</s>", "<s>⇥</s>\t")
