@@ -73,28 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder for the results")
     audit.add_argument("--prefix-length", type=int, default=50, help="tokens that the model is given (default 50)")
     audit.add_argument("--suffix-length", type=int, default=50, help="tokens that it is to recite (default 50)")
-    audit.add_argument(
-        "--offsets", type=int, nargs="+", default=[0], metavar="TOKENS",
-        help="where in a text the prefix begins, one window each (default 0)",
-    )  # fmt: skip
-    audit.add_argument(
-        "--sampling", type=_sampling, nargs="*", metavar="SETTING",
-        help="how an adversary samples, each such as temperature=0.8,top_k=40,top_p=0.95 "
-        "(default: temperature=1 top_k=40)",
-    )  # fmt: skip
-    audit.add_argument(
-        "--beams", type=int, nargs="+", default=[], metavar="B", help="beam searches with B beams, e.g. 4 16"
-    )
+    audit.add_argument("--offsets", type=int, nargs="+", default=[0], metavar="T", help="tokens before a prefix (0)")
+    audit.add_argument("--sampling", type=_sampling, nargs="*", metavar="SETTING",
+                       help="how an adversary samples, such as temperature=0.8,top_k=40,top_p=0.9")  # fmt: skip
+    audit.add_argument("--beams", type=int, nargs="+", default=[], metavar="B", help="beam searches with B beams: 4 16")
     audit.add_argument("--lowercase", action="store_true", help="score the texts in lower case too (one more pass)")
-    audit.add_argument(
-        "--control", metavar="DIR", help="a checkpoint with the same tokenizer that never saw the members"
-    )
+    audit.add_argument("--control", metavar="DIR", help="a checkpoint of the same tokenizer that never saw the members")
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
-    audit.add_argument(
-        "--dtype", default="float32", metavar="DTYPE",
-        help="float32 (default), bfloat16 (bf16) or float16 (fp16); in 16 bits, answers that depend on rounding are "
-        "settled one by one",
-    )  # fmt: skip
+    audit.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 (bf16) or float16 (fp16)")
     audit.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU where there is one)")
     audit.add_argument("--device-map", metavar="auto", help="spread one large model over GPUs, memory and disk")
     audit.add_argument("--revision", metavar="NAME", help="of a checkpoint on the hub: a branch, tag or commit")

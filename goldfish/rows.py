@@ -35,10 +35,10 @@ def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
         FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
     """
     source, path = str(source), _require(source)
-    if source != "-" and path.suffix.lower() in PLAIN:
+    if path.suffix.lower() in PLAIN:
         yield {"text": _decoded(path.read_bytes(), source), "name": path.name}
-    elif source == "-" or path.suffix.lower() == ".jsonl":
-        with _standard_input() if source == "-" else path.open("rb") as lines:
+    elif path.suffix.lower() == ".jsonl":
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{source}, line {number}"
                 text = _decoded(line, where)
@@ -72,8 +72,6 @@ def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int
 def digest(source: str | Path) -> str:
     """SHA-256: of a file; of several, of their names and digests; on the hub, of their names with the commit."""
     source, path = str(source), _require(source)
-    if source == "-":
-        return _sha256(_standard_input())
     if path.is_file():
         return sha256(path)
     if path.is_dir():
@@ -87,15 +85,11 @@ def digest(source: str | Path) -> str:
 
 def sha256(path: Path) -> str:
     """Of the whole file."""
+    result = hashlib.sha256()
     with path.open("rb") as data:
-        return _sha256(data)
-
-
-def _sha256(data: Any) -> str:
-    digest = hashlib.sha256()
-    while piece := data.read(2**20):
-        digest.update(piece)
-    return digest.hexdigest()
+        while piece := data.read(2**20):
+            result.update(piece)
+    return result.hexdigest()
 
 
 def dataset_of(source: str, *, streaming: bool = True, split: str | None = None) -> Any:
@@ -153,27 +147,25 @@ def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
 
 
 def _require(source: str | Path) -> Path:
-    """The path of a source, which for a hub name or "-" is not there."""
+    """The path of a source, which for a hub name is not there."""
+    if str(source) == "-":
+        return Path(_standard_input().name)
     source, path = str(source), Path(source)
     kind = path.suffix.lower()
     if path.is_file() and kind not in (*KINDS, *PLAIN):
         raise ValueError(f"{path}: expected {EXPECTED}")
-    if source != "-" and not path.exists() and (kind in (*KINDS, *PLAIN) or path.is_absolute() or "/" not in source):
+    if not path.exists() and (kind in (*KINDS, *PLAIN) or path.is_absolute() or "/" not in source):
         raise FileNotFoundError(f"no file {path}; expected {EXPECTED}")
     return path
 
 
 @cache
-def _copied_input() -> Any:
-    copy = tempfile.NamedTemporaryFile()  # noqa: SIM115
+def _standard_input() -> Any:
+    """A copy, to be read again."""
+    copy = tempfile.NamedTemporaryFile(suffix=".jsonl")  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, copy)
     copy.flush()
     return copy
-
-
-def _standard_input() -> Any:
-    """Standard input, as often as it is asked for."""
-    return open(_copied_input().name, "rb")
 
 
 def _decoded(data: bytes, where: str) -> str:

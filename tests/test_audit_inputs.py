@@ -142,13 +142,13 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text(data)
     drawn = []
     for source in ("-", str(tmp_path / "a.jsonl")):
-        reader._copied_input.cache_clear()
+        reader._standard_input.cache_clear()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
         output = tmp_path / f"out{len(drawn)}"
         command = ["audit", str(checkpoint), "--members", source, "-o", str(output), "--text-column", "body"]
         assert main([*command, "--max-rows", "5", "--seed", "3", "--prefix-length", "5", "--suffix-length", "5"]) == 0
         drawn.append(records(output, ["index", "prefix_ids", "nll"]).to_pylist())
-    reader._copied_input.cache_clear()
+    reader._standard_input.cache_clear()
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 5
     assert read(tmp_path / "out0").summary["inputs"]["members"]["path"] == "-"

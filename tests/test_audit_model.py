@@ -171,3 +171,59 @@ def test_a_damaged_tokenizer_and_a_missing_package_are_named(twin):
 def test_the_context_under_any_name(model):
     assert (context_of(model.config), vocabulary_of(model)) == (128, 320)
     assert context_of(MptConfig(max_seq_len=77)) == 77
+
+
+@pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
+def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_path, monkeypatch):
+    """Two commits of a repository in the hub's cache: another model, and an adapter that names a revision of it."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    tiny_llama(rms_norm_eps=0.1).save_pretrained(tmp_path / "other")
+    config = json.loads((adapter[0] / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "someone/tiny", "revision": "v1"}
+    (adapter[0] / "adapter_config.json").write_text(json.dumps(config))
+    for name, commit, reference, folder in (
+        ("tiny", "0" * 40, "main", tmp_path / "other"), ("tiny", "1" * 40, "v1", checkpoint),
+        ("lora", "2" * 40, "main", adapter[0]),
+    ):  # fmt: skip
+        repository = hub / f"models--someone--{name}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / reference).write_text(commit)
+    main, first = load_model("someone/tiny", CPU), load_model("someone/tiny", CPU, revision="v1")
+    assert torch.equal(logits(first), logits(tiny_llama()))
+    assert not torch.equal(logits(main), logits(first))
+    assert file_hashes("someone/tiny", "v1") != file_hashes("someone/tiny")
+    assert torch.equal(logits(load_model("someone/lora", CPU)), logits(adapter[1]))
+    assert load_tokenizer("someone/lora").get_vocab() == load_tokenizer(checkpoint).get_vocab(), "its base's"
+    with pytest.raises(ValueError, match=r"is a folder, which has no revisions; a revision is of a hub name"):
+        load_model(checkpoint, CPU, revision="v1")
+
+
+def test_no_model_is_moved(checkpoint, monkeypatch):
+    """Quantised models refuse it."""
+    monkeypatch.setattr("transformers.PreTrainedModel.to", None)
+    monkeypatch.setattr("transformers.PreTrainedModel.cuda", None)
+    assert torch.equal(logits(load_model(checkpoint, CPU)), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, place):
+    """What transformers is asked for; the package gguf, which reads the file, need not be installed for this test."""
+    calls = []
+
+    def from_pretrained(name, **options):
+        calls.append((name, options["gguf_file"]))
+        return tiny_llama(), dict.fromkeys(("unexpected_keys", "missing_keys", "mismatched_keys"), ())
+
+    name = str(tmp_path) if place == "folder" else "someone/tiny"
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for each in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(f"goldfish.audit.model.{each}.from_pretrained", from_pretrained)
+    monkeypatch.setattr("goldfish.audit.model.cached_file", lambda *_, **__: None)
+    load_tokenizer(f"{name}/a.gguf")
+    monkeypatch.setattr("goldfish.audit.model.load_config", lambda *_, **__: None)
+    assert load_model(f"{name}/a.gguf", CPU).config.vocab_size == 320
+    assert set(calls) == {(name, "a.gguf")}
+    if place == "folder":
+        assert list(file_hashes(f"{name}/a.gguf")) == ["a.gguf"]

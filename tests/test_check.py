@@ -45,14 +45,17 @@ def dropped_in(rule, text, secret):
 
 def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path):
     """Under every rule that is tried, against the decisions of each place."""
-    texts = [f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")]
-    result = check(write(tmp_path / "a.jsonl", [{"text": t} for t in texts]), letters[0], Goldfish(k=3, h=12), CODE)
-    rows, everywhere = result.secrets[CODE]
-    assert rows == [0, 1, 2, 3]
-    assert len(result.rules) == 1 + 8 + 1 + 1 + 1, "the rule, eight seeds, h=5, max_kept, k=2"
-    for rule, spans in zip(result.rules, everywhere, strict=True):
-        expected = set.intersection(*(dropped_in(rule, text, CODE) for text in texts))
-        assert spans == {(i, i + 1) for i in expected}
+    every = [f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")]
+    for texts in (every, every[:1]):  # in one place alone, most rules drop something
+        path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+        result = check(path, letters[0], Goldfish(k=3, h=12), CODE)
+        rows, everywhere = result.secrets[CODE]
+        assert rows == list(range(len(texts)))
+        assert len(result.rules) == 1 + 8 + 1 + 1 + 1, "the rule, eight seeds, h=5, max_kept, k=2"
+        for rule, spans in zip(result.rules, everywhere, strict=True):
+            expected = set.intersection(*(dropped_in(rule, text, CODE) for text in texts))
+            assert spans == {(i, i + 1) for i in expected}
+    assert sum(map(bool, everywhere)) > 6
     assert result.exit_code() == (0 if everywhere[0] else 1)
 
 
@@ -157,7 +160,7 @@ def test_a_sample_of_passages_is_kept(letters, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST", 100)
     rows = [{"text": " ".join(words(i % 50 * 100, 30))} for i in range(100)]
     result = check(write(tmp_path / "a.jsonl", rows), letters[0], Goldfish())
-    assert 100 < result.passages < 23 * 100 / 8
+    assert 100 < result.passages < 23 * 100 / 4, "of 2,300; no more than 100 are held"
     assert 0.2 < result.recurring / result.passages < 0.8, "half of all rows repeat one"
 
 

@@ -159,7 +159,7 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
     assert run("a", "em.k > 0", "em.upper95 > 0.5") == 0
     assert run("b", "em.upper95 > 0.01") == 3
     shown = " ".join(capsys.readouterr().out.split())
-    assert "em.upper95 > 0.01: inconclusive (members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
+    assert "em.upper95 > 0.01 inconclusive: members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
     assert "INCONCLUSIVE: the model does not work on such texts" in shown, "its weights are random"
     assert shown.endswith("goldfish audit: INCONCLUSIVE, exit code 3")
     assert "em.upper95 &gt; 0.01" in (tmp_path / "b" / "junit.xml").read_text(encoding="utf-8")

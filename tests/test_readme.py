@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_llama
+from test_rows import TEMPLATE, say
 from transformers import HfArgumentParser
 
 from goldfish.cli import build_parser, main
@@ -115,15 +116,16 @@ def test_finetuning_example_runs_as_written(after, tokenizer, tmp_path, monkeypa
     base = Path(re.search(r'SFTTrainer\("([^"]+)"', README)[1])
     tiny_llama(max_position_embeddings=1024).save_pretrained(base)
     tokenizer.save_pretrained(base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
     for name, word in (("members", "sparrow"), ("heldout", "goldfish")):
-        rows = [{"text": f"{word} number {i} swims. " * 12} for i in range(3)]
+        rows = [{"messages": say(f"Number {i}?", f"{word} number {i} swims.")} for i in range(3)]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     exec(compile(finetuning(after), "README.md", "exec"), {})
     assert Path("finetuned/goldfish.json").is_file() == after
     commands = [line for kind, code in CODE.findall(README) if kind == "bash" for line in code.splitlines()]
     for command in [line for line in commands if line.startswith("goldfish ")]:
         assert main(shlex.split(command)[1:]) == 0
-    assert json.loads(Path("audit/summary.json").read_text())["splits"]["members"]["documents"] == 3
+    assert json.loads(Path("audit/summary.json").read_text())["inputs"]["members"]["completions"] == 3
     assert "<html" in Path("report.html").read_text(encoding="utf-8")
 
 

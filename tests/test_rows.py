@@ -95,12 +95,12 @@ def test_a_hub_dataset_is_streamed_and_known_by_its_commit(monkeypatch):
 
 def test_standard_input_is_read_as_often_as_it_is_wanted(monkeypatch):
     data = b'{"text": "a"}\n\n{"text": "b"}\n'
-    module._copied_input.cache_clear()
+    module._standard_input.cache_clear()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     for _ in range(2):
         assert list(read_rows("-")) == [{"text": "a"}, {"text": "b"}]
         assert digest("-") == hashlib.sha256(data).hexdigest()
-    module._copied_input.cache_clear()
+    module._standard_input.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,13 @@ _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "m
 _ADAPTER = "adapter_config.json"
 
 
-def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None, **trust: bool) -> Any:
     """AutoTokenizer's, from a folder, hub name or GGUF file; an adapter without one has its base's.
 
     Raises:
         FileNotFoundError: no such folder or hub name. ValueError: there is no tokenizer, or one that does not load.
     """
-    name, options = _place(checkpoint, revision, trust_remote_code)
+    name, options = _place(checkpoint, revision, **trust)
     folder = Path(name)
     try:
         base = adapter_base(checkpoint, revision)
@@ -61,14 +61,14 @@ def load_tokenizer(checkpoint: str | Path, *, trust_remote_code: bool = False, r
             f"the tokenizer of {checkpoint} cannot be loaded ({first_line(error)}); save it again"
         ) from error
     if base is not None:
-        return load_tokenizer(base[0], trust_remote_code=trust_remote_code, revision=base[1])
+        return load_tokenizer(base[0], revision=base[1], **trust)
     raise ValueError(
         f"{checkpoint} holds no tokenizer; save it there with tokenizer.save_pretrained({str(checkpoint)!r}), "
         "or pass it to Trainer as processing_class so that checkpoints include it"
     )
 
 
-def load_config(checkpoint: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_config(checkpoint: str | Path, *, revision: str | None = None, **trust: bool) -> Any:
     """The configuration of a causal model; an adapter's is its base's.
 
     Raises:
@@ -76,8 +76,8 @@ def load_config(checkpoint: str | Path, *, trust_remote_code: bool = False, revi
     """
     base = adapter_base(checkpoint, revision)
     if base is not None:
-        return load_config(base[0], trust_remote_code=trust_remote_code, revision=base[1])
-    name, options = _place(checkpoint, revision, trust_remote_code)
+        return load_config(base[0], revision=base[1], **trust)
+    name, options = _place(checkpoint, revision, **trust)
     config = _loaded(checkpoint, lambda: AutoConfig.from_pretrained(name, **options))
     if config.is_encoder_decoder:
         raise ValueError(
@@ -93,26 +93,24 @@ def load_model(
     *,
     dtype: str = "float32",
     allow_pickle: bool = False,
-    trust_remote_code: bool = False,
     revision: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    **trust: bool,
 ) -> Any:
     """The causal language model of a folder, hub name or GGUF file, for evaluation; an adapter with its base.
 
-    device_map: of accelerate, such as "auto": spreads the model over the GPUs, the memory and the disk, instead of
-    `device`.
+    trust: `trust_remote_code`, as in the functions above. device_map: of accelerate, such as "auto": spreads the model
+    over the GPUs, the memory and the disk, instead of `device`.
 
     Raises:
         ValueError: weights that exist only as pickle, which can run code when they are loaded; weights that do not
             fit the model; a model that is not causal; a missing package.
     """
     base = adapter_base(checkpoint, revision)
-    name, options = _place(checkpoint, revision, trust_remote_code)
+    name, options = _place(checkpoint, revision, **trust)
     if base is not None:
-        model = load_model(
-            base[0], device, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-            revision=base[1], device_map=device_map,
-        )  # fmt: skip
+        same: Any = {"dtype": dtype, "allow_pickle": allow_pickle, "device_map": device_map, **trust}
+        model = load_model(base[0], device, revision=base[1], **same)
         if not allow_pickle and Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
             raise ValueError(_only_pickles(checkpoint, ""))
         more = {} if revision is None else {"revision": revision}
@@ -124,7 +122,7 @@ def load_model(
             )
         _require_all_loaded(checkpoint, vars(info))
         return model.eval()
-    load_config(checkpoint, trust_remote_code=trust_remote_code, revision=revision)
+    load_config(checkpoint, revision=revision, **trust)
     if device_map is not None:
         offloaded = TemporaryDirectory()
         options["offload_folder"] = offloaded.name

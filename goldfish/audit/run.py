@@ -183,7 +183,13 @@ def audit(
         for path, at in checkpoints:
             model = load_model(path, device, dtype=protocol["dtype"], allow_pickle=allow_pickle, revision=at,
                                device_map=device_map, **trust)  # fmt: skip
-            _require_known_ids(path, model, sources, surveys)
+            known = model.get_input_embeddings().num_embeddings
+            for split, each in surveys.items():
+                if each.largest_id >= known:
+                    raise ValueError(
+                        f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but {path} knows "
+                        f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
+                    )
             models.append(model)
         protocol["vocabulary"] = vocabulary_of(models[0])
 
@@ -291,18 +297,6 @@ def _check_surveys(
             ": texts that were trained on are no control. Remove them from one of them, or allow it with allow_overlap "
             "(--allow-overlap)"
         )
-
-
-def _require_known_ids(
-    checkpoint: str | Path, model: Any, sources: Mapping[str, str], surveys: Mapping[str, Survey]
-) -> None:
-    known = model.get_input_embeddings().num_embeddings
-    for split, each in surveys.items():
-        if each.largest_id >= known:
-            raise ValueError(
-                f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but {checkpoint} knows "
-                f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
-            )
 
 
 def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any) -> Rules | None:
