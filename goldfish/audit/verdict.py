@@ -24,7 +24,7 @@ QUESTIONS = {  # name: what is asked, the estimate's key, the limit's name
     "beam_search": ("recited by beam search", "beam_search", "recited"),
     "near_verbatim": (f"recited near-verbatim ({RUN} tokens in one piece or {SIMILARITY:.0%} of the tokens)",
                       "near_verbatim", "near_verbatim"),
-    "secrets": ("texts whose marked secret is given away, greedily", "secrets", "recited"),
+    "secrets": ("made to give away the marked secret, greedily", "secrets", "recited"),
 }  # fmt: skip
 Question = dict[str, Any]
 
