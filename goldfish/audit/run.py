@@ -28,7 +28,7 @@ from goldfish.audit.model import (
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
-from goldfish.audit.windows import Cutter, Documents, Survey, Window, lowercase_ids, overlap_of, prefix_grid
+from goldfish.audit.windows import Cutter, Survey, clusters_of, lowercase_ids, overlap_of, prefix_grid
 from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
@@ -136,7 +136,9 @@ def audit(
         "dtype": SHORT.get(dtype, dtype),
         "prefix_grid": prefix_grid(prefix_length),
     }
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    rank, processes, wait = 0, 1, lambda: None
+    if state is not None:
+        rank, processes, wait = state.process_index, state.num_processes, state.wait_for_everyone
     _check(sources, protocol, batch_tokens, processes, device_map)
     require_known(fail_on, limits, protocol, list(sources))
     folder = Folder(Path(output_dir))
@@ -168,11 +170,10 @@ def audit(
         context = min((each for each in contexts if each), default=None)
         marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
         cutter = Cutter(tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks)
-        documents = Documents()
         for split, source in sources.items():
             rows = draw(read_rows(source, text_column), max_rows, seed)
-            surveys[split] = Survey(rows, split, documents, cutter)
-        clusters = documents.clusters(surveys)
+            surveys[split] = Survey(rows, split, cutter)
+        clusters = clusters_of(surveys)
         overlap = overlap_of(surveys, clusters)
         _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
         for split, each in surveys.items():
@@ -212,32 +213,33 @@ def audit(
     with folder.held() if rank == 0 else nullcontext():
         if rank == 0:
             folder.open(run)
-        _wait(state)
+        wait()
         if not finished:
             lowered = None
             if lowercase:
                 lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
             control_model = models[1] if control is not None else None
             scorer = Scorer(models[0], sampling, protocol["beams"] or (), lowered, control_model, batch_tokens)
+            of_source = lambda source: rules.get(source or "") if isinstance(rules, Mapping) else rules  # noqa: E731
             number = 0
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
                 for split, each in surveys.items():
-                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.numbers))
+                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.indices))
                     of_windows = iter(clusters[split])
                     for block in each.blocks(BLOCK):
                         of_block = [next(of_windows) for _ in block]
                         if number % processes == rank and not folder.has(number, len(block)):
                             records = [
-                                make_record(window, score, _rule_of(window, rules), tokenizer, cluster)
+                                make_record(window, score, of_source(window.source), tokenizer, cluster)
                                 for window, score, cluster in zip(block, scorer.score(block), of_block, strict=True)
                             ]
                             folder.write(number, records)
                         number += 1
                         bar.advance(task, len(block))
-            _wait(state)
+            wait()
         if rank == 0:
             publish(folder.path, limits, require, fail_on)
-        _wait(state)
+        wait()
     return read(folder.path).summary
 
 
@@ -273,14 +275,14 @@ def _check_surveys(
     """ValueError for inputs that no model could be audited with."""
     length = cutter.prefix_length + cutter.suffix_length
     for split, each in surveys.items():
-        if not each.numbers:
+        if not each.indices:
             reasons = "; ".join(f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items())
             raise ValueError(
                 f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
                 f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
                 "or suffix, or join short texts"
             )
-        if cutter.context is not None and length > cutter.context and each.completions < len(each.numbers):
+        if cutter.context is not None and length > cutter.context and each.completions < len(each.indices):
             raise ValueError(
                 f"windows of {length} tokens do not fit the model's context, {cutter.context} tokens; "
                 "ask for a shorter prefix or suffix"
@@ -310,14 +312,3 @@ def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: An
             checkpoint,
         )
     return bind(rules_of(receipt), tokenizer)
-
-
-def _rule_of(window: Window, rules: Rules | None) -> Goldfish | None:
-    if rules is None or isinstance(rules, Goldfish):
-        return rules
-    return rules.get(window.source or "")
-
-
-def _wait(state: PartialState | None) -> None:
-    if state is not None:
-        state.wait_for_everyone()
