@@ -75,8 +75,12 @@ class GoldfishLoss(nn.Module):
                 "GoldfishLoss needs input_ids in a training loop: loss(logits, labels, input_ids=input_ids). The rule "
                 "decides from the ids; labels hold ignored positions, so they would give other decisions"
             )
-        else:
-            masked = self._mask_for_trainer(labels)
+        elif not torch.is_grad_enabled():  # Trainer calls its compute_loss_func in evaluation too
+            masked = labels
+        else:  # decided from the labels
+            attended = labels != self.ignore_index
+            ids = labels.masked_fill(~attended, 0)
+            masked = mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
         logits = logits if isinstance(logits, Tensor) else _logits_of(logits)
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
             raise ValueError(
@@ -89,14 +93,6 @@ class GoldfishLoss(nn.Module):
             counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
             loss = loss * (labels[..., 1:] != self.ignore_index).sum().to(loss.device) / counted
         return loss
-
-    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
-        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
-        if not torch.is_grad_enabled():
-            return labels
-        attended = labels != self.ignore_index
-        ids = labels.masked_fill(~attended, 0)
-        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
 
 
 class SmoothedLoss:

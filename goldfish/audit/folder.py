@@ -32,9 +32,6 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def is_finished(self) -> bool:
-        return (self.path / SUMMARY).is_file()
-
     def require_usable(self) -> None:
         """FileExistsError unless the folder is new, empty, or holds an audit."""
         if not self.path.exists() or (self.path / RUN).is_file():

@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
-from goldfish.audit.folder import Folder
+from goldfish.audit.folder import SUMMARY, Folder
 from goldfish.audit.model import (
     context_of,
     file_hashes,
@@ -36,7 +36,6 @@ from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rows import digest, draw, read_rows
 from goldfish.rule import Goldfish
 
-DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
 _log = logging.getLogger(__name__)
@@ -136,9 +135,8 @@ def audit(
         "dtype": SHORT.get(dtype, dtype),
         "prefix_grid": prefix_grid(prefix_length),
     }
-    rank, processes, wait = 0, 1, lambda: None
-    if state is not None:
-        rank, processes, wait = state.process_index, state.num_processes, state.wait_for_everyone
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    wait: Any = state.wait_for_everyone if state is not None else lambda: None
     _check(sources, protocol, batch_tokens, processes, device_map)
     require_known(fail_on, limits, protocol, list(sources))
     folder = Folder(Path(output_dir))
@@ -164,7 +162,7 @@ def audit(
     surveys: dict[str, Survey] = {}
     models: list[Any] = []
     overlap: dict[str, Any] | None = None
-    finished = folder.is_finished()
+    finished = (folder.path / SUMMARY).is_file()
     if not finished:
         contexts = [context_of(load_config(path, revision=at, **trust)) for path, at in checkpoints]
         context = min((each for each in contexts if each), default=None)
@@ -220,7 +218,7 @@ def audit(
                 lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
             control_model = models[1] if control is not None else None
             scorer = Scorer(models[0], sampling, protocol["beams"] or (), lowered, control_model, batch_tokens)
-            of_source = lambda source: rules.get(source or "") if isinstance(rules, Mapping) else rules  # noqa: E731
+            of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
             number = 0
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
                 for split, each in surveys.items():
@@ -265,8 +263,8 @@ def _check(
                          ("an audit needs at least one row, got max_rows", protocol["max_rows"])):  # fmt: skip
         if number is not None and number < 1:
             raise ValueError(f"{what}={number}")
-    if protocol["dtype"] not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {protocol['dtype']!r}")
+    if protocol["dtype"] not in SHORT.values():
+        raise ValueError(f"dtype must be one of {', '.join(SHORT.values())}, got {protocol['dtype']!r}")
 
 
 def _check_surveys(

@@ -76,11 +76,12 @@ class Cutter:
         adds one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as
         it would open an adversary's prompt.
         """
-        about: dict[str, Any] = {"source": row.get("source"), "count": row.get("count")}
-        place = split, index, str(row.get("name") or f"{split} {index}")
+        name = str(row.get("name") or f"{split} {index}")
+        about: dict[str, Any] = {"split": split, "index": index, "document": name}
+        about |= {"source": row.get("source"), "count": row.get("count")}
         if is_chat(row):
             for each in completions(row, self.tokenizer):
-                yield each if isinstance(each, str) else self._completion(row, each, place, about)
+                yield each if isinstance(each, str) else self._completion(row, each, about)
             return
         length = self.prefix_length + self.suffix_length
         all_ids, opening = row.get("input_ids"), []
@@ -100,11 +101,9 @@ class Cutter:
                     for part in (ids[: self.prefix_length], ids)
                 )
                 secrets = self._secrets(row, whole, len(prefix))
-            yield Window(*place, ids, self.prefix_length, offset=offset, secrets=secrets, **about)
+            yield Window(**about, ids=ids, prefix_length=self.prefix_length, offset=offset, secrets=secrets)
 
-    def _completion(
-        self, row: Row, each: Completion, place: tuple[str, int, str], about: dict[str, Any]
-    ) -> Window | str:
+    def _completion(self, row: Row, each: Completion, about: dict[str, Any]) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
         own = [i for i, (begin, end) in enumerate(spans) if end > each.start and begin < each.end]
         if not own or own[0] == 0:
@@ -113,7 +112,7 @@ class Cutter:
             return f"longer than the model's context of {self.context} tokens"
         ids = ids[: own[-1] + 1]
         secrets = self._secrets(row, each.text[: each.end], each.start)
-        return Window(*place, ids, own[0], completion=True, secrets=secrets, **about)
+        return Window(**about, ids=ids, prefix_length=own[0], completion=True, secrets=secrets)
 
     def _secrets(self, row: Row, text: str, start: int) -> tuple[str, ...]:
         if self.secrets is None:
