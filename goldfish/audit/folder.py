@@ -89,9 +89,8 @@ class Folder:
             )
 
     def has(self, block: int, windows: int) -> bool:
-        path = self._file(block)
         try:
-            return bool(pq.read_metadata(path).num_rows == windows)
+            return bool(pq.read_metadata(self._file(block)).num_rows == windows)
         except (OSError, pa.ArrowInvalid):  # not there, or cut short
             return False
 

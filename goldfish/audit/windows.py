@@ -254,5 +254,4 @@ def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:
     if window.completion:
         opening = ids[: window.prefix_length]
     text = tokenizer.decode(ids[len(opening) :], clean_up_tokenization_spaces=False).lower()
-    lowered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return opening + lowered
+    return [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]
