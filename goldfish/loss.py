@@ -95,21 +95,18 @@ class GoldfishLoss(nn.Module):
         return loss
 
 
-class SmoothedLoss:
+def smoothed_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, epsilon: float
+) -> Tensor:
     """Trainer's label smoothing for masked labels, as its compute_loss_func: (1 - epsilon) times the nll plus epsilon
     times the mean of -log p over the vocabulary, summed over the kept tokens and divided by num_items_in_batch.
 
     transformers' LabelSmoother in 5.10 divides each batch by its own number of tokens, which may be 0; and no version
     shifts the labels of a model whose class is not in transformers' list.
     """
-
-    def __init__(self, epsilon: float) -> None:
-        self.epsilon = epsilon
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, self.epsilon)
-        count = kept if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
-        return total / count.clamp(min=1)
+    total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, epsilon)
+    count = kept if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+    return total / count.clamp(min=1)
 
 
 def _logits_of(outputs: Any) -> Any:

@@ -14,8 +14,7 @@ from goldfish.audit.model import device_of
 class Margins(LogitsProcessor):
     """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1, |largest|), (B,)."""
 
-    def __init__(self) -> None:
-        self.least: Tensor | None = None
+    least: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         now = relative_margin(*scores.topk(2).values.unbind(-1))
