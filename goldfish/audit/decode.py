@@ -48,13 +48,13 @@ def least_beams(
     """
     ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
-        if max(ranks) < 2 * beams and _generate(model, ids, len(suffix), beams)[0].tolist() == list(suffix):
+        if max(ranks) < 2 * beams and _generate(model, ids, len(suffix), num_beams=beams)[0].tolist() == list(suffix):
             return beams
     return 0
 
 
-def _generate(model: Any, prefixes: Tensor, tokens: int, beams: int = 1, **options: Any) -> Tensor:
-    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=beams)
+def _generate(model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any) -> Tensor:
+    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams)
     attended = torch.ones_like(prefixes)
     with _neutral(model):
         output = model.generate(prefixes, attention_mask=attended, generation_config=settings, **options)
