@@ -20,28 +20,19 @@ _HOMES = {
     "mask_labels": "labels",
     "premask": "dataset",
 }
-__all__ = [
-    "Goldfish",
-    "GoldfishCollator",
-    "GoldfishLoss",
-    "GoldfishMixin",
-    "GoldfishTrainer",
-    "__version__",
-    "attach",
-    "fuse_head",
-    "linear_cross_entropy",
-    "mask_labels",
-    "premask",
-]
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from goldfish.dataset import premask
-    from goldfish.fused import fuse_head
-    from goldfish.labels import GoldfishCollator, mask_labels
-    from goldfish.linear import linear_cross_entropy
-    from goldfish.loss import GoldfishLoss
-    from goldfish.rule import Goldfish
-    from goldfish.trainer import GoldfishMixin, GoldfishTrainer, attach
+    from goldfish.dataset import premask as premask
+    from goldfish.fused import fuse_head as fuse_head
+    from goldfish.labels import GoldfishCollator as GoldfishCollator
+    from goldfish.labels import mask_labels as mask_labels
+    from goldfish.linear import linear_cross_entropy as linear_cross_entropy
+    from goldfish.loss import GoldfishLoss as GoldfishLoss
+    from goldfish.rule import Goldfish as Goldfish
+    from goldfish.trainer import GoldfishMixin as GoldfishMixin
+    from goldfish.trainer import GoldfishTrainer as GoldfishTrainer
+    from goldfish.trainer import attach as attach
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,9 @@ class Check:
     recurring: int = 0
     differing: int = 0
     repeated: list[tuple[int, int, float]] = field(default_factory=list)
+    # Passages seen so far: checksum -> first row, which of its words are dropped; of checksums that _every divides.
+    _seen: dict[int, tuple[int, tuple[bool, ...]]] = field(default_factory=dict, repr=False)
+    _every: int = 1
 
     def exposed(self, rule: int = 0, tokens: int = 0) -> list[str]:
         """The secrets of which only so many tokens are dropped in every place."""
@@ -57,6 +60,26 @@ class Check:
     def exit_code(self) -> int:
         """1: a secret has no token that is dropped in every place; 3: none of the marked secrets occurs; else 0."""
         return 1 if self.exposed() else 3 if self.marked and not self.secrets else 0
+
+    def count_passages(self, number: int, words: Sequence[tuple[str, bool]]) -> None:
+        """Compare a row's passages with those seen."""
+        total, earlier = 0, Counter[int]()
+        for i in range(max(1, len(words) - PASSAGE + 1) if words else 0):
+            passage, drop = zip(*words[i : i + PASSAGE], strict=True)
+            checksum = zlib.crc32(" ".join(passage).encode("utf-8", "replace"))
+            if checksum % self._every == 0:
+                first, before = self._seen.setdefault(checksum, (number, drop))
+                total += 1
+                earlier[first] += first != number
+                self.differing += first != number and before != drop
+        while len(self._seen) > MOST:
+            self._every *= 2
+            self._seen = {checksum: each for checksum, each in self._seen.items() if checksum % self._every == 0}
+        self.passages += total
+        self.recurring += earlier.total()
+        first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
+        if count and 2 * count >= total:
+            self.repeated.append((number, first, count / total))
 
     def lines(self) -> Iterator[str]:
         """The result for a terminal."""
@@ -107,7 +130,7 @@ def check(
         others.append(replace(rule, max_kept=math.ceil(rule.k)))
     others += [replace(rule, k=k) for k in (3, 2) if k < rule.k]
     rules = [each.bind(tokenizer) for each in (rule, *others)]
-    result, passages = Check(rules, bool(pattern or column)), _Passages()
+    result = Check(rules, bool(pattern or column))
     for number, row in enumerate(read_rows(source, text_column)):
         if "input_ids" in row:
             raise ValueError(f"{source}, row {number} has input_ids; the check looks for secrets in texts: give `text`")
@@ -143,35 +166,5 @@ def check(
         for a, b in zip(begins[dropped], ends[dropped], strict=True):
             marks[a:b] = b"\1" * (b - a)
         words = [(m.group().casefold(), 1 in marks[slice(*m.span())]) for m in WORD.finditer(text, start)]
-        passages.count(result, number, words)
+        result.count_passages(number, words)
     return result
-
-
-class _Passages:
-    """The passages seen so far."""
-
-    def __init__(self) -> None:
-        self._seen: dict[
-            int, tuple[int, tuple[bool, ...]]
-        ] = {}  # checksum -> first row, which of its words are dropped
-        self._every = 1  # checksums that it divides are held
-
-    def count(self, result: Check, number: int, words: Sequence[tuple[str, bool]]) -> None:
-        """Compare a row's passages with those seen."""
-        total, earlier = 0, Counter[int]()
-        for i in range(max(1, len(words) - PASSAGE + 1) if words else 0):
-            passage, drop = zip(*words[i : i + PASSAGE], strict=True)
-            checksum = zlib.crc32(" ".join(passage).encode("utf-8", "replace"))
-            if checksum % self._every == 0:
-                first, before = self._seen.setdefault(checksum, (number, drop))
-                total += 1
-                earlier[first] += first != number
-                result.differing += first != number and before != drop
-        while len(self._seen) > MOST:
-            self._every *= 2
-            self._seen = {checksum: each for checksum, each in self._seen.items() if checksum % self._every == 0}
-        result.passages += total
-        result.recurring += earlier.total()
-        first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
-        if count and 2 * count >= total:
-            result.repeated.append((number, first, count / total))

@@ -11,11 +11,8 @@ from safetensors import SafetensorError
 
 from goldfish import __version__
 from goldfish.pieces import plain
+from goldfish.rows import EXPECTED
 
-DATA = (
-    ".jsonl, .json, .parquet, .csv (text, input_ids, messages, or prompt and completion), .txt, a datasets folder, a "
-    "hub dataset NAME[:CONFIG]/SPLIT, or - for standard input"
-)
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
 
@@ -55,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
         "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
     )
-    check.add_argument("source", metavar="DATA", help=DATA)
+    check.add_argument("source", metavar="DATA", help=EXPECTED)
     _add_rule(check)
     check.set_defaults(run=_check)
 
@@ -66,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         "audit. `accelerate launch -m goldfish audit ...` shares the work between processes.",
     )
     audit.add_argument("checkpoint", help="a folder, hub name or .gguf file with model and tokenizer")
-    audit.add_argument("--members", metavar="DATA", help=f"what was trained on: {DATA}")
+    audit.add_argument("--members", metavar="DATA", help=f"what was trained on: {EXPECTED}")
     audit.add_argument("--heldout", metavar="DATA", help="texts or chats of the same kind that were not")
     audit.add_argument("--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed")
     audit.add_argument("--seed", type=int, default=0)

@@ -85,9 +85,8 @@ class FusedHead:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._instance_forward = model.__dict__.get("forward")
+        self._own = {name: model.__dict__[name] for name in ("forward", "_loss_function") if name in model.__dict__}
         self._forward: Callable[..., Any] = model.forward
-        self._loss_function = model.__dict__.get("_loss_function")
         self._plain_loss: Any = model.loss_function
         self.__signature__ = inspect.signature(model.forward)  # Trainer and generate() read it
         self._names = list(self.__signature__.parameters)
@@ -104,10 +103,10 @@ class FusedHead:
         self._release_heads()
         model = self._model
         model.__dict__.pop(HANDLE, None)
-        if model.__dict__.get("forward") is self:  # else someone wrapped it: from now on it only passes through
-            _restore(model, "forward", self._instance_forward)
-        if model.__dict__.get("_loss_function") == self._loss:
-            _restore(model, "_loss_function", self._loss_function)
+        for name, ours in (("forward", self), ("_loss_function", self._loss)):
+            if model.__dict__.get(name) == ours:  # else someone wrapped it: from now on it only passes through
+                del model.__dict__[name]
+                model.__dict__ |= {name: self._own[name]} if name in self._own else {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedHead":
         if id(self._model) not in memo:  # PEFT copies a head alone: that copy still belongs to this model
@@ -215,7 +214,7 @@ class FusedHead:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         # accelerate's autocast wrapper leaves the second attribute beside the forward that it wraps
-        if self._instance_forward is not None and "_original_forward" not in self._model.__dict__:
+        if self._own.get("forward") is not None and "_original_forward" not in self._model.__dict__:
             return "its forward is patched already (by another fused loss?)"
         name = type(self._model).__name__
         own = self._plain_loss is not ForCausalLMLoss
@@ -324,9 +323,3 @@ def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
     if hidden.shape[:-1] != call.targets.shape:
         return f"its head sees rows {tuple(hidden.shape[:-1])}, the labels are {tuple(call.targets.shape)}"
     return ""
-
-
-def _restore(module: nn.Module, name: str, value: Any) -> None:
-    module.__dict__.pop(name, None)
-    if value is not None:
-        module.__dict__[name] = value

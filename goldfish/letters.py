@@ -13,7 +13,6 @@ Consequences:
 - A character that is cut by tokens counts for the token that completes it.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -73,7 +72,8 @@ def encode(entries: list[bytes]) -> Codes:
                 inverse_powers.append((inverse_powers[-1] * INVERSE) & spec.WORD)
             state = (state + spec.mix(ord(letter)) * inverse_powers[position]) & spec.WORD
             hashes.append(state)
-    tables = map(_tensor, (of_id, of_character, map(_parts, entries), outlines, hashes))
+    columns = (of_id, of_character, map(_parts, entries), outlines, hashes)
+    tables = (torch.tensor([signed(number) for number in column], dtype=torch.int64) for column in columns)
     return Codes(*tables, *(powers(base, len(inverse_powers), torch.device("cpu")) for base in (MULTIPLIER, INVERSE)))
 
 
@@ -201,7 +201,3 @@ def _outline(form: str, first: int) -> int:
     return (
         first << 35 | is_open << 34 | form.startswith(" ") << 33 | (form != "") << 32 | before_last_word << 16 | letters
     )
-
-
-def _tensor(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor([signed(number) for number in numbers], dtype=torch.int64)

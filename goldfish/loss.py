@@ -75,8 +75,12 @@ class GoldfishLoss(nn.Module):
                 "GoldfishLoss needs input_ids in a training loop: loss(logits, labels, input_ids=input_ids). The rule "
                 "decides from the ids; labels hold ignored positions, so they would give other decisions"
             )
-        else:
-            masked = self._mask_for_trainer(labels)
+        elif not torch.is_grad_enabled():  # Trainer calls its compute_loss_func in evaluation too
+            masked = labels
+        else:  # decided from the labels
+            attended = labels != self.ignore_index
+            ids = labels.masked_fill(~attended, 0)
+            masked = mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
         logits = logits if isinstance(logits, Tensor) else _logits_of(logits)
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
             raise ValueError(
@@ -90,30 +94,19 @@ class GoldfishLoss(nn.Module):
             loss = loss * (labels[..., 1:] != self.ignore_index).sum().to(loss.device) / counted
         return loss
 
-    def _mask_for_trainer(self, labels: Tensor) -> Tensor:
-        """Decided from the labels; Trainer calls its compute_loss_func in evaluation too, then without gradients."""
-        if not torch.is_grad_enabled():
-            return labels
-        attended = labels != self.ignore_index
-        ids = labels.masked_fill(~attended, 0)
-        return mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
 
-
-class SmoothedLoss:
+def smoothed_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, epsilon: float
+) -> Tensor:
     """Trainer's label smoothing for masked labels, as its compute_loss_func: (1 - epsilon) times the nll plus epsilon
     times the mean of -log p over the vocabulary, summed over the kept tokens and divided by num_items_in_batch.
 
     transformers' LabelSmoother in 5.10 divides each batch by its own number of tokens, which may be 0; and no version
     shifts the labels of a model whose class is not in transformers' list.
     """
-
-    def __init__(self, epsilon: float) -> None:
-        self.epsilon = epsilon
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, self.epsilon)
-        count = kept if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
-        return total / count.clamp(min=1)
+    total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, epsilon)
+    count = kept if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+    return total / count.clamp(min=1)
 
 
 def _logits_of(outputs: Any) -> Any:

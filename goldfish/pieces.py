@@ -22,8 +22,7 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
     all_ids = context + ids
 
     def text(begin: int, end: int) -> str:
-        decoded: str = tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False)
-        return decoded
+        return str(tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False))
 
     pieces, begin = [], 0
     boundaries = [0]  # ends of tokens at which no character is cut

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from goldfish.labels import (
     mask_batch,
     with_labels,
 )
-from goldfish.loss import GoldfishLoss, SmoothedLoss
+from goldfish.loss import GoldfishLoss, smoothed_loss
 from goldfish.receipt import Tally, bind, card_section, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
 from goldfish.refusals import SHARDED, why_not_this_model, why_not_this_trainer
 from goldfish.rule import Goldfish
@@ -60,7 +60,6 @@ class GoldfishMixin(Trainer):
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
     goldfish: Rules
     data_collator: Any
-    label_smoother: Any
     compute_loss_func: Any
     _signature_columns: Any
 
@@ -84,7 +83,7 @@ class GoldfishMixin(Trainer):
         self._resume_from: tuple[str, bool] | None = None  # a checkpoint, and whether its rule may differ
         smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
         if apply and smooth and self.compute_loss_func is None:
-            self.compute_loss_func = SmoothedLoss(self.label_smoother.epsilon)
+            self.compute_loss_func = partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
         patched = "forward" in vars(bare_model(self.model))  # older versions of Trainer apply Liger's kernels at once
         if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
             config = self.args.liger_kernel_config or {}

@@ -28,7 +28,7 @@ def full_summary():
 
 def keys(value):
     if isinstance(value, Estimate):
-        return set(value.to_dict())
+        return set(vars(value))
     if isinstance(value, dict):
         return set(value).union(*map(keys, value.values()))
     return set().union(*map(keys, value)) if isinstance(value, list) else set()

@@ -10,13 +10,18 @@ from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import Cutter, Documents, Skipped, Survey, Window, first_ids, lowercase_ids, overlap_of
+from goldfish.audit.windows import Cutter, Survey, Window, clusters_of, first_ids, lowercase_ids, overlap_of
 
 pytestmark = pytest.mark.core
 
 
-def surveyed(rows, split, documents, *how):
-    return Survey(enumerate(rows), split, documents, Cutter(*how))
+def surveyed(rows, split, *how):
+    return Survey(enumerate(rows), split, Cutter(*how))
+
+
+def cut(rows, *how):
+    """The windows, and reasons for none, of rows of members."""
+    return [each for i, row in enumerate(rows) for each in Cutter(*how).cut(row, i, "members")]
 
 
 @pytest.fixture
@@ -34,23 +39,15 @@ def framing(tokenizer):
     return twin
 
 
-def test_rows_are_streamed(tmp_path, tokenizer):
-    """The first windows are there although the file has no end that could be waited for."""
-    rows = ({"input_ids": [i] * 9, "count": i + 1} for i in itertools.count())
-    found = list(itertools.islice(Cutter(tokenizer, 5, 3).cut(rows, "members"), 3))
-    assert found == [Window("members", i, f"members {i}", [i] * 8, 5, count=i + 1) for i in range(3)]
-
-
 def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     rows = [{"input_ids": list(range(12)), "name": "a", "source": "s", "count": 3}, {"input_ids": list(range(8))}]
-    found = list(Cutter(tokenizer, 5, 3, (0, 4, 5)).cut(rows, "members"))
-    assert found == [
+    assert cut(rows, tokenizer, 5, 3, (0, 4, 5)) == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
         Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4),
-        Skipped(0, "fewer than 8 tokens from token 5 on"),
+        "fewer than 8 tokens from token 5 on",
         Window("members", 1, "members 1", list(range(8)), 5, None, None, 0),
-        Skipped(1, "fewer than 8 tokens from token 4 on"),
-        Skipped(1, "fewer than 8 tokens from token 5 on"),
+        "fewer than 8 tokens from token 4 on",
+        "fewer than 8 tokens from token 5 on",
     ]
 
 
@@ -58,26 +55,26 @@ def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
     """Where the tokenizer puts them; ids that are given stay as they are."""
     ids = framing(PROSE[0], add_special_tokens=False)["input_ids"]
     length = len(ids) + 1
-    first, second, third = Cutter(framing, 5, length - 5, (0, 1, 2)).cut([{"text": PROSE[0]}], "members")
+    first, second, third = cut([{"text": PROSE[0]}], framing, 5, length - 5, (0, 1, 2))
     assert first.ids == [1, *ids]
-    assert (second, third) == tuple(Skipped(0, f"fewer than {length} tokens from token {at} on") for at in (1, 2))
-    _, later = Cutter(framing, 5, 4, (0, 7)).cut([{"text": PROSE[0]}], "members")
+    assert (second, third) == tuple(f"fewer than {length} tokens from token {at} on" for at in (1, 2))
+    _, later = cut([{"text": PROSE[0]}], framing, 5, 4, (0, 7))
     assert later.ids == [1, *ids[7:15]]
-    _, as_given = Cutter(framing, 5, 4, (0, 7)).cut([{"input_ids": [1, *ids]}], "members")
+    _, as_given = cut([{"input_ids": [1, *ids]}], framing, 5, 4, (0, 7))
     assert as_given.ids == ids[6:15]
 
 
 def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     """A text is tokenized once; blocks come back from the file as often as they are wanted."""
     rows = [{"input_ids": [3] * 8}, {"input_ids": [3] * 7}, {"input_ids": [3] * 7 + [90]}, {"input_ids": [90] * 8}]
-    result = surveyed(rows, "members", Documents(), tokenizer, 5, 3)
+    result = surveyed(rows, "members", tokenizer, 5, 3)
     assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
-    assert (result.numbers.tolist(), result.indices.tolist(), result.names) == ([0, 1, 2], [0, 2, 3], 3)
+    assert (result.indices.tolist(), result.names) == ([0, 2, 3], 3)
     assert result.skipped == {"fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}}
-    many = surveyed([{"input_ids": []}] * 9, "members", Documents(), tokenizer, 5, 3)
+    many = surveyed([{"input_ids": []}] * 9, "members", tokenizer, 5, 3)
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
-    expected = [each for each in Cutter(tokenizer, 5, 3).cut(rows, "members") if isinstance(each, Window)]
-    monkeypatch.setattr(Cutter, "cut_row", None)
+    expected = [each for each in cut(rows, tokenizer, 5, 3) if isinstance(each, Window)]
+    monkeypatch.setattr(Cutter, "cut", None)
     for _ in range(2):
         assert list(result.blocks(2)) == [expected[:2], expected[2:]]
 
@@ -87,15 +84,18 @@ def test_documents_are_joined_by_any_key_they_share():
     choose = random.Random(0)
     for _ in range(50):
         windows = [[(kind, choose.randrange(6)) for kind in "abc"] for _ in range(12)]
-        documents, expected = Documents(), list(range(12))
-        numbers = [documents.add(keys) for keys in windows]
+        expected = list(range(12))
         for _ in windows:
             for i, j in itertools.product(range(12), repeat=2):
                 if set(windows[i]) & set(windows[j]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
         order = list(dict.fromkeys(expected))
-        found = documents.clusters({"members": SimpleNamespace(numbers=numbers)})["members"]
-        assert found == [order.index(number) for number in expected]
+        keys = [hash(key) for each in windows for key in each]
+        result = clusters_of({
+            "members": SimpleNamespace(indices=range(7), keys=keys[:21]),
+            "heldout": SimpleNamespace(indices=range(5), keys=keys[21:]),
+        })  # fmt: skip
+        assert [*result["members"], *result["heldout"]] == [order.index(number) for number in expected]
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
@@ -103,15 +103,14 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
     template = "The code of the safe in the cellar is {} and nobody else knows it."
     texts = [template.format(1234), template.format(1235), template.format(1234).upper().replace(".", "\n!")]
     rows = [*({"text": text} for text in texts), {"text": PROSE[0], "name": "x"}, {"text": PROSE[1], "name": "x"}]
-    documents = Documents()
     surveys = {
-        "members": surveyed(rows, "members", documents, tokenizer, 5, 3),
-        "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", documents, tokenizer, 5, 3),
+        "members": surveyed(rows, "members", tokenizer, 5, 3),
+        "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3),
     }
-    clusters = documents.clusters(surveys)
+    clusters = clusters_of(surveys)
     assert clusters == {"members": [0, 0, 0, 1, 1], "heldout": [2, 0]}, "equal windows at offset 0"
-    long = {"members": surveyed(rows[:3], "members", Documents(), tokenizer, 30, 8)}
-    assert long["members"].numbers.tolist() == [0, 1, 0]
+    long = {"members": surveyed(rows[:3], "members", tokenizer, 30, 8)}
+    assert clusters_of(long) == {"members": [0, 1, 0]}
     assert overlap_of(surveys, clusters) == {"clusters": 1, "rows": [[0, 1]]}
     assert overlap_of(long, {"members": [0, 1, 0]}) is None
 

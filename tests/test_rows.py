@@ -13,7 +13,7 @@ from conftest import PROSE
 from datasets import Dataset, DatasetDict
 
 from goldfish import rows as module
-from goldfish.audit.windows import Cutter, Skipped
+from goldfish.audit.windows import Cutter
 from goldfish.chats import completions, secret_finder
 from goldfish.rows import digest, draw, read_rows
 
@@ -173,7 +173,7 @@ def test_a_text_file_is_one_row(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(PROSE[0])
     assert list(read_rows(path)) == [{"text": PROSE[0], "name": "a.txt"}]
-    (window,) = Cutter(tokenizer, 4, 3).cut(read_rows(path), "heldout")
+    (window,) = Cutter(tokenizer, 4, 3).cut(next(read_rows(path)), 0, "heldout")
     assert (window.document, len(window.ids), window.suffix) == ("a.txt", 7, window.ids[4:])
 
 
@@ -212,7 +212,7 @@ def say(*contents):
 def test_windows_of_a_chat_are_the_assistants_turns(chatty):
     """Prompt and completion as the tokenizer cuts the whole chat, whatever their lengths."""
     row = {"messages": say("Who swims?", " A goldfish, in circles. ", "Why?", "It forgets."), "name": "n", "count": 2}
-    first, second = Cutter(chatty, 50, 50).cut([row], "members")
+    first, second = Cutter(chatty, 50, 50).cut(row, 0, "members")
     assert chatty.decode(first.ids[: first.prefix_length]) == "<user>Who swims?<|endoftext|><assistant>"
     assert chatty.decode(first.suffix) == "A goldfish, in circles.", "without what ends the turn"
     whole = chatty.apply_chat_template(row["messages"], tokenize=False)
@@ -223,7 +223,7 @@ def test_windows_of_a_chat_are_the_assistants_turns(chatty):
         ("n", 2, True, True)
     ] * 2
     pair = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
-    (window,) = Cutter(chatty, 50, 50).cut([pair], "members")
+    (window,) = Cutter(chatty, 50, 50).cut(pair, 0, "members")
     assert (window.ids, window.prefix_length) == (second.ids, second.prefix_length), "only the completion is asked for"
 
 
@@ -231,7 +231,7 @@ def test_strings_are_prompt_and_completion(tokenizer):
     """A token that lies across the border belongs to what is asked for: the model must not see the answer's start."""
     border = next(a for a, b in tokenizer(PROSE[0], return_offsets_mapping=True)["offset_mapping"][2:] if b > a + 1)
     prompt, completion = PROSE[0][: border + 1], PROSE[0][border + 1 :]
-    (window,) = Cutter(tokenizer, 50, 50).cut([{"prompt": prompt, "completion": completion}], "members")
+    (window,) = Cutter(tokenizer, 50, 50).cut({"prompt": prompt, "completion": completion}, 0, "members")
     assert window.ids == tokenizer(prompt + completion)["input_ids"]
     assert tokenizer.decode(window.ids[: window.prefix_length]) == PROSE[0][:border]
 
@@ -249,7 +249,7 @@ def test_strings_are_prompt_and_completion(tokenizer):
     ],
 )
 def test_chats_without_a_window_are_skipped_with_the_reason(chatty, row, reason):
-    assert list(Cutter(chatty, 5, 5, context=64).cut([row], "members")) == [Skipped(0, reason)]
+    assert list(Cutter(chatty, 5, 5, context=64).cut(row, 0, "members")) == [reason]
 
 
 def test_templates_that_differ_before_the_answer_or_change_it(chatty, monkeypatch):
@@ -270,7 +270,7 @@ def test_secrets_are_marked_by_expression_or_column(chatty):
     """Those in what is to be recited, and not those that the model reads before it."""
 
     def secrets(row, pattern="", column=""):
-        windows = Cutter(chatty, 6, 30, secrets=secret_finder(pattern, column)).cut([row], "members")
+        windows = Cutter(chatty, 6, 30, secrets=secret_finder(pattern, column)).cut(row, 0, "members")
         return [window.secrets for window in windows]
 
     chat = {"messages": say("K-1?", "K-1 and K-2, K-2.", "And?", "K-2, K-3"), "code": "K-3", "codes": ["K-2", "9"]}

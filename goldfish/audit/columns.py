@@ -108,8 +108,9 @@ def make_record(
     matches = sum(a == b for a, b in zip(output, suffix, strict=True))
     suffix_tokens, output_tokens = (text_pieces(tokenizer, prefix, each) for each in (suffix, output))
     prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
-    text = prefix_text + "".join(suffix_tokens)
-    output_text = "".join(output_tokens)
+    suffix_text, output_text = "".join(suffix_tokens), "".join(output_tokens)
+    text = prefix_text + suffix_text
+    own_text = suffix_text if window.completion else text
     runs = common_runs(output, suffix)
     nll = score.nll[start - 1 :].astype(np.float64)
     return {
@@ -141,7 +142,7 @@ def make_record(
         "correct_count": int(correct[start - 1 :].sum()),
         "characters": len(text),
         "token_accuracy": matches / len(suffix),
-        "rouge_l_text": rouge_l_text(output_text, "".join(suffix_tokens)),
+        "rouge_l_text": rouge_l_text(output_text, suffix_text),
         "rouge_l_ids": rouge_l(output, suffix),
         "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
         "type_token_ratio": len(set(suffix)) / len(suffix),
@@ -150,12 +151,7 @@ def make_record(
         "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
         "beams": score.beams,
         **attribution_counts(dropped, correct[start - 1 :], first),
-        **membership_scores(
-            score,
-            "".join(suffix_tokens) if window.completion else text,
-            all_dropped[first_scored:],
-            known[first_scored:],
-        ),
+        **membership_scores(score, own_text, all_dropped[first_scored:], known[first_scored:]),
         "words": word_buckets(text),
     }
 

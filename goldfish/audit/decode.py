@@ -14,8 +14,7 @@ from goldfish.audit.model import device_of
 class Margins(LogitsProcessor):
     """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1, |largest|), (B,)."""
 
-    def __init__(self) -> None:
-        self.least: Tensor | None = None
+    least: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         now = relative_margin(*scores.topk(2).values.unbind(-1))
@@ -54,13 +53,11 @@ def least_beams(
     return 0
 
 
-def _generate(model: Any, prefixes: Tensor, tokens: int, **options: Any) -> Tensor:
-    beams = options.pop("num_beams", 1)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=beams)
+def _generate(model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any) -> Tensor:
+    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams)
+    attended = torch.ones_like(prefixes)
     with _neutral(model):
-        output = model.generate(
-            prefixes, attention_mask=torch.ones_like(prefixes), generation_config=settings, **options
-        )
+        output = model.generate(prefixes, attention_mask=attended, generation_config=settings, **options)
     continuation: Tensor = output[:, prefixes.shape[1] :]
     return continuation
 

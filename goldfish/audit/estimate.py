@@ -42,10 +42,6 @@ class Estimate:
     upper95: float | None = None
     reason: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in summary.json."""
-        return asdict(self)
-
     def point(self) -> str:
         """ "3 of 40" for a rate, "0.21" for other estimates."""
         if self.k is not None:
@@ -97,7 +93,7 @@ def dumps(value: Any) -> str:
     Raises:
         ValueError: NaN or infinity.
     """
-    return json.dumps(value, indent=2, allow_nan=False, default=Estimate.to_dict) + "\n"
+    return json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n"
 
 
 def loads(text: str) -> Any:

@@ -32,9 +32,6 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def is_finished(self) -> bool:
-        return (self.path / SUMMARY).is_file()
-
     def require_usable(self) -> None:
         """FileExistsError unless the folder is new, empty, or holds an audit."""
         if not self.path.exists() or (self.path / RUN).is_file():
@@ -92,9 +89,8 @@ class Folder:
             )
 
     def has(self, block: int, windows: int) -> bool:
-        path = self._file(block)
         try:
-            return bool(pq.read_metadata(path).num_rows == windows)
+            return bool(pq.read_metadata(self._file(block)).num_rows == windows)
         except (OSError, pa.ArrowInvalid):  # not there, or cut short
             return False
 

@@ -265,11 +265,9 @@ def file_hashes(checkpoint: str | Path, revision: str | None = None) -> dict[str
 
 def _file(checkpoint: str | Path, name: str, revision: str | None) -> Path | None:
     """The path of a file in a folder, or of a hub name; None where there is none."""
-    folder, options = _place(checkpoint, revision)
-    if options["local_files_only"]:
-        path = Path(folder) / name
-        return path if path.is_file() else None
-    cached = cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    cached = cached_file(
+        _place(checkpoint, revision)[0], name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     return None if cached is None else Path(cached)
 
 

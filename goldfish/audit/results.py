@@ -157,9 +157,8 @@ def parse(text: str) -> Condition:
             f'--fail-on takes a figure, one of > >= < <= and a number, such as "em.upper95 > 0.01"; got {text!r}'
         )
     name, _, last = match[1].rpartition(".")
-    if name and last in FIELDS:
-        return Condition(text.strip(), name, last, match[2], threshold)
-    return Condition(text.strip(), match[1], "value", match[2], threshold)
+    figure, of_figure = (name, last) if name and last in FIELDS else (match[1], "value")
+    return Condition(text.strip(), figure, of_figure, match[2], threshold)
 
 
 def judge(known: Mapping[str, Estimate], conditions: Sequence[Condition]) -> list[dict[str, str]]:

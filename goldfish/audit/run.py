@@ -15,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
-from goldfish.audit.folder import Folder
+from goldfish.audit.folder import SUMMARY, Folder
 from goldfish.audit.model import (
     context_of,
     file_hashes,
@@ -28,7 +28,7 @@ from goldfish.audit.model import (
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
-from goldfish.audit.windows import Cutter, Documents, Survey, Window, lowercase_ids, overlap_of, prefix_grid
+from goldfish.audit.windows import Cutter, Survey, clusters_of, lowercase_ids, overlap_of, prefix_grid
 from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
@@ -36,7 +36,6 @@ from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rows import digest, draw, read_rows
 from goldfish.rule import Goldfish
 
-DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
 _log = logging.getLogger(__name__)
@@ -137,6 +136,7 @@ def audit(
         "prefix_grid": prefix_grid(prefix_length),
     }
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    wait: Any = state.wait_for_everyone if state is not None else lambda: None
     _check(sources, protocol, batch_tokens, processes, device_map)
     require_known(fail_on, limits, protocol, list(sources))
     folder = Folder(Path(output_dir))
@@ -162,17 +162,16 @@ def audit(
     surveys: dict[str, Survey] = {}
     models: list[Any] = []
     overlap: dict[str, Any] | None = None
-    finished = folder.is_finished()
+    finished = (folder.path / SUMMARY).is_file()
     if not finished:
         contexts = [context_of(load_config(path, revision=at, **trust)) for path, at in checkpoints]
         context = min((each for each in contexts if each), default=None)
         marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
         cutter = Cutter(tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks)
-        documents = Documents()
         for split, source in sources.items():
             rows = draw(read_rows(source, text_column), max_rows, seed)
-            surveys[split] = Survey(rows, split, documents, cutter)
-        clusters = documents.clusters(surveys)
+            surveys[split] = Survey(rows, split, cutter)
+        clusters = clusters_of(surveys)
         overlap = overlap_of(surveys, clusters)
         _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
         for split, each in surveys.items():
@@ -212,32 +211,33 @@ def audit(
     with folder.held() if rank == 0 else nullcontext():
         if rank == 0:
             folder.open(run)
-        _wait(state)
+        wait()
         if not finished:
             lowered = None
             if lowercase:
                 lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
             control_model = models[1] if control is not None else None
             scorer = Scorer(models[0], sampling, protocol["beams"] or (), lowered, control_model, batch_tokens)
+            of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
             number = 0
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
                 for split, each in surveys.items():
-                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.numbers))
+                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.indices))
                     of_windows = iter(clusters[split])
                     for block in each.blocks(BLOCK):
                         of_block = [next(of_windows) for _ in block]
                         if number % processes == rank and not folder.has(number, len(block)):
                             records = [
-                                make_record(window, score, _rule_of(window, rules), tokenizer, cluster)
+                                make_record(window, score, of_source(window.source), tokenizer, cluster)
                                 for window, score, cluster in zip(block, scorer.score(block), of_block, strict=True)
                             ]
                             folder.write(number, records)
                         number += 1
                         bar.advance(task, len(block))
-            _wait(state)
+            wait()
         if rank == 0:
             publish(folder.path, limits, require, fail_on)
-        _wait(state)
+        wait()
     return read(folder.path).summary
 
 
@@ -263,8 +263,8 @@ def _check(
                          ("an audit needs at least one row, got max_rows", protocol["max_rows"])):  # fmt: skip
         if number is not None and number < 1:
             raise ValueError(f"{what}={number}")
-    if protocol["dtype"] not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {protocol['dtype']!r}")
+    if protocol["dtype"] not in SHORT.values():
+        raise ValueError(f"dtype must be one of {', '.join(SHORT.values())}, got {protocol['dtype']!r}")
 
 
 def _check_surveys(
@@ -273,14 +273,14 @@ def _check_surveys(
     """ValueError for inputs that no model could be audited with."""
     length = cutter.prefix_length + cutter.suffix_length
     for split, each in surveys.items():
-        if not each.numbers:
+        if not each.indices:
             reasons = "; ".join(f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items())
             raise ValueError(
                 f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
                 f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
                 "or suffix, or join short texts"
             )
-        if cutter.context is not None and length > cutter.context and each.completions < len(each.numbers):
+        if cutter.context is not None and length > cutter.context and each.completions < len(each.indices):
             raise ValueError(
                 f"windows of {length} tokens do not fit the model's context, {cutter.context} tokens; "
                 "ask for a shorter prefix or suffix"
@@ -310,14 +310,3 @@ def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: An
             checkpoint,
         )
     return bind(rules_of(receipt), tokenizer)
-
-
-def _rule_of(window: Window, rules: Rules | None) -> Goldfish | None:
-    if rules is None or isinstance(rules, Goldfish):
-        return rules
-    return rules.get(window.source or "")
-
-
-def _wait(state: PartialState | None) -> None:
-    if state is not None:
-        state.wait_for_everyone()

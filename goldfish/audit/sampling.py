@@ -18,8 +18,7 @@ SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 def probability_within(log_p: ArrayLike, n: float) -> Floats:
     """1 - (1 - p_z)^n, the probability that the suffix is among n samples; exact to rounding for p_z from 0 to 1."""
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
-    with np.errstate(divide="ignore"):
-        return np.asarray(-np.expm1(n * _log_miss(log_p)))
+    return np.asarray(-np.expm1(n * _log_miss(log_p)))
 
 
 def log10_samples_needed(log_p: ArrayLike, p: float) -> Floats:

@@ -99,8 +99,6 @@ class Scorer:
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
         self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
         self._halved = False
-        for each in (model, *([control] if control is not None else [])):
-            each.eval()
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """One Score for each window, in their order.

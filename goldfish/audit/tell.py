@@ -154,9 +154,9 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     widest = f"beam_search@{max(summary['protocol']['beams'] or [0])}"
     rows = []
     for label, name in ROWS:
-        row = [known.get(f"{split}.{widest if name == 'beam_search' else name}") for split in splits]
-        if any(each is not None and (each.value is not None or each.lower95 is not None) for each in row):
-            rows.append((label, [_cell(each) for each in row]))
+        cells = [_cell(known.get(f"{split}.{widest if name == 'beam_search' else name}")) for split in splits]
+        if set(cells) != {"-"}:
+            rows.append((label, cells))
     if summary["membership"]:
         blind = strongest_blind(summary["membership"])
         rows.append(("membership, AUC", [_cell(known["mia.auc"]), f"blind: {blind.point()}"]))

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from goldfish.chats import Completion, completions, is_chat
 from goldfish.rows import Row
 
 SHOWN = 5  # skipped rows that are named
+KEYS = 3  # of a window: its document's name, its ids, its row's whole text
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,6 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A row without a window at an offset or in a turn, and why."""
-
-    index: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Cutter:
     """Cuts rows into windows of prefix_length + suffix_length tokens from each offset; of a chat, into its completions.
 
@@ -72,21 +69,19 @@ class Cutter:
     context: int | None = None
     secrets: Callable[[Row, str, int], Iterable[tuple[int, int]]] | None = None
 
-    def cut(self, rows: Iterable[Row], split: str) -> Iterator[Window | Skipped]:
-        """The windows of rows, in order."""
-        for index, row in enumerate(rows):
-            yield from self.cut_row(row, index, split)
+    def cut(self, row: Row, index: int, split: str) -> Iterator[Window | str]:
+        """The windows of a row; where it has none, at an offset or in a turn, the reason.
 
-    def cut_row(self, row: Row, index: int, split: str) -> Iterator[Window | Skipped]:
-        """`input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where it
+        `input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default (with BOS where it
         adds one), but without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset, as
         it would open an adversary's prompt.
         """
-        about: dict[str, Any] = {"source": row.get("source"), "count": row.get("count")}
-        place = split, index, str(row.get("name") or f"{split} {index}")
+        name = str(row.get("name") or f"{split} {index}")
+        about: dict[str, Any] = {"split": split, "index": index, "document": name}
+        about |= {"source": row.get("source"), "count": row.get("count")}
         if is_chat(row):
             for each in completions(row, self.tokenizer):
-                yield self._completion(row, each, place, about)
+                yield each if isinstance(each, str) else self._completion(row, each, about)
             return
         length = self.prefix_length + self.suffix_length
         all_ids, opening = row.get("input_ids"), []
@@ -97,7 +92,7 @@ class Cutter:
         for offset in self.offsets:
             ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
             if len(ids) < length:
-                yield Skipped(index, f"fewer than {length} tokens" + (f" from token {offset} on" if offset else ""))
+                yield f"fewer than {length} tokens" + (f" from token {offset} on" if offset else "")
                 continue
             secrets: tuple[str, ...] = ()
             if self.secrets is not None:
@@ -106,23 +101,18 @@ class Cutter:
                     for part in (ids[: self.prefix_length], ids)
                 )
                 secrets = self._secrets(row, whole, len(prefix))
-            yield Window(*place, ids, self.prefix_length, offset=offset, secrets=secrets, **about)
+            yield Window(**about, ids=ids, prefix_length=self.prefix_length, offset=offset, secrets=secrets)
 
-    def _completion(
-        self, row: Row, each: Completion | str, place: tuple[str, int, str], about: dict[str, Any]
-    ) -> Window | Skipped:
-        index = place[1]
-        if isinstance(each, str):
-            return Skipped(index, each)
+    def _completion(self, row: Row, each: Completion, about: dict[str, Any]) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
         own = [i for i, (begin, end) in enumerate(spans) if end > each.start and begin < each.end]
         if not own or own[0] == 0:
-            return Skipped(index, f"nothing {'before' if own else 'in'} the completion")
+            return f"nothing {'before' if own else 'in'} the completion"
         if self.context is not None and own[-1] >= self.context:
-            return Skipped(index, f"longer than the model's context of {self.context} tokens")
+            return f"longer than the model's context of {self.context} tokens"
         ids = ids[: own[-1] + 1]
         secrets = self._secrets(row, each.text[: each.end], each.start)
-        return Window(*place, ids, own[0], completion=True, secrets=secrets, **about)
+        return Window(**about, ids=ids, prefix_length=own[0], completion=True, secrets=secrets)
 
     def _secrets(self, row: Row, text: str, start: int) -> tuple[str, ...]:
         if self.secrets is None:
@@ -154,40 +144,6 @@ def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
     return ids[:count]
 
 
-class Documents:
-    """Numbers windows by document. Windows belong to one document if they share any of their keys."""
-
-    def __init__(self) -> None:
-        self._first: dict[int, int] = {}  # hash of a key -> a number that has it
-        self._parents: list[int] = []
-
-    def add(self, keys: Sequence[Any]) -> int:
-        """The number of the window's document so far; see `root`."""
-        hashes = [hash(key) for key in keys]
-        numbers = {self.root(self._first[each]) for each in hashes if each in self._first}
-        number = min(numbers, default=len(self._parents))
-        if not numbers:
-            self._parents.append(number)
-        for other in numbers:
-            self._parents[other] = number
-        self._first.update(dict.fromkeys(hashes, number))
-        return number
-
-    def root(self, number: int) -> int:
-        """The least number of the document that a number has become part of."""
-        while self._parents[number] != number:
-            self._parents[number] = number = self._parents[self._parents[number]]
-        return number
-
-    def clusters(self, surveys: "Mapping[str, Survey]") -> dict[str, list[int]]:
-        """Of every window of each split: its document's number, counted from 0 in order."""
-        numbers: dict[int, int] = {}
-        return {
-            split: [numbers.setdefault(self.root(number), len(numbers)) for number in each.numbers]
-            for split, each in surveys.items()
-        }
-
-
 class Survey:
     """The windows of an input, which is read and tokenized once, from end to end, before anything is computed: a bad
     line is reported at once. The windows wait in a temporary file; the memory holds a few numbers for each.
@@ -198,29 +154,28 @@ class Survey:
     skipped: by reason, how many and the first rows.
     """
 
-    def __init__(self, rows: Iterable[tuple[int, Row]], split: str, documents: Documents, cutter: Cutter) -> None:
-        """rows: with their numbers. documents: shared by the splits."""
+    def __init__(self, rows: Iterable[tuple[int, Row]], split: str, cutter: Cutter) -> None:
+        """rows: with their numbers."""
         self.rows = self.completions = self.secrets = 0  # the latter two: windows that have one
         self.skipped: dict[str, dict[str, Any]] = {}
         self.largest_id = self.largest_at = -1  # of all windows; it stands in row `largest_at`
-        self.numbers = array("q")  # of every window: its document's, see Documents
         self.indices = array("q")  # of every window: its row
+        self.keys = array("q")  # of every window: KEYS hashes; windows that share one are of one document
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         names = set()
         for index, row in rows:
             self.rows += 1
             whole = None
-            for window in cutter.cut_row(row, index, split):
-                if isinstance(window, Skipped):
-                    reason = window.reason
-                    skipped = self.skipped.setdefault(reason, {"reason": reason, "count": 0, "rows": []})
+            for window in cutter.cut(row, index, split):
+                if isinstance(window, str):
+                    skipped = self.skipped.setdefault(window, {"reason": window, "count": 0, "rows": []})
                     skipped["count"] += 1
                     skipped["rows"] = [*skipped["rows"], index][:SHOWN]
                     continue
                 whole = whole or _letters(row)
                 names.add(hash(window.document))
-                self.numbers.append(documents.add([(split, window.document), tuple(window.ids), ("whole", whole)]))
                 self.indices.append(index)
+                self.keys.extend(map(hash, ((split, window.document), tuple(window.ids), ("whole", whole))))
                 self.completions += window.completion
                 self.secrets += bool(window.secrets)
                 if (largest := max(window.ids)) > self.largest_id:
@@ -232,25 +187,37 @@ class Survey:
         """What run.json says of the input. clusters: of every window, its document's number."""
         distinct = len(set(clusters))
         return {
-            "rows": self.rows, "windows": len(self.numbers), "completions": self.completions, "secrets": self.secrets,
+            "rows": self.rows, "windows": len(self.indices), "completions": self.completions, "secrets": self.secrets,
             "clusters": distinct, "repeated": self.names - distinct, "skipped": list(self.skipped.values()),
         }  # fmt: skip
 
     def blocks(self, size: int) -> Iterator[list[Window]]:
         """The windows in order, `size` at a time."""
         self._file.seek(0)
-        windows = (pickle.load(self._file) for _ in self.numbers)
+        windows = (pickle.load(self._file) for _ in self.indices)
         while block := list(islice(windows, size)):
             yield block
 
 
-def overlap_of(surveys: Mapping[str, Survey], clusters: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
+def clusters_of(surveys: Mapping[str, Survey]) -> dict[str, list[int]]:
+    """Of every window of each split its document's number, counted from 0 in order."""
+    keys = np.concatenate([np.reshape(each.keys, (-1, KEYS)) for each in surveys.values()])
+    distinct, places = np.unique(keys, return_inverse=True)
+    edges = np.repeat(np.arange(len(keys)), KEYS), len(keys) + places.ravel()  # between a window and its keys
+    nodes = len(keys) + len(distinct)
+    graph = coo_array((np.ones(keys.size), edges), shape=(nodes, nodes))
+    components = iter(connected_components(graph, directed=False)[1].tolist() if nodes else ())
+    numbers: dict[int, int] = {}
+    return {
+        split: [numbers.setdefault(next(components), len(numbers)) for _ in each.indices]
+        for split, each in surveys.items()
+    }
+
+
+def overlap_of(surveys: Mapping[str, Survey], clusters: Mapping[str, list[int]]) -> dict[str, Any] | None:
     """How many documents are in both splits, and the first rows of some; None for one split or no such document."""
-    rows: list[dict[int, int]] = []
-    for split, each in surveys.items():
-        rows.append({})
-        for cluster, row in zip(clusters[split], each.indices, strict=True):
-            rows[-1].setdefault(cluster, row)
+    # Read backwards, the first row of a document is the one that stays.
+    rows = [dict(zip(clusters[split][::-1], each.indices[::-1], strict=True)) for split, each in surveys.items()]
     shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
     return {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]} if shared else None
 
@@ -287,5 +254,4 @@ def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:
     if window.completion:
         opening = ids[: window.prefix_length]
     text = tokenizer.decode(ids[len(opening) :], clean_up_tokenization_spaces=False).lower()
-    lowered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return opening + lowered
+    return [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -37,7 +37,17 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     Raises:
         ValueError: `baseline` is the name of no audit.
     """
-    environment = _environment()
+    # Escapes what a template prints, and writes invisible characters out: no template can forget it.
+    environment = Environment(
+        loader=LOADER, autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=_finalize,
+    )  # fmt: skip
+    for each in (percent, decimals, signed, power_of_ten, plain):
+        environment.filters[each.__name__] = each
+    environment.globals.update(
+        badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired={name: label for label, name in ROWS}, by_text=by_text,
+        attack_names=ATTACKS, plots=plots, results=RESULTS, hidden=HIDDEN,
+    )  # fmt: skip
     names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
     script, style = (LOADER.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     rows = spans.order(views)
@@ -131,20 +141,5 @@ def power_of_ten(log10: float) -> str:
     return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _environment() -> Environment:
-    """Escapes what a template prints, and writes invisible characters out: no template can forget it."""
-
-    def finalize(value: Any) -> Any:
-        return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=LOADER, autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=finalize,
-    )  # fmt: skip
-    for each in (percent, decimals, signed, power_of_ten, plain):
-        environment.filters[each.__name__] = each
-    environment.globals.update(
-        badges=BADGES, no_rule=NO_RULE, ln10=log(10), paired={name: label for label, name in ROWS}, by_text=by_text,
-        attack_names=ATTACKS, plots=plots, results=RESULTS, hidden=HIDDEN,
-    )  # fmt: skip
-    return environment
+def _finalize(value: Any) -> Any:
+    return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,6 +1,6 @@
 """The plots. A colour is a model; members are solid, held-out texts dashed or grey."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,8 @@ def extractable(views: Sequence[View]) -> list[tuple[str, Markup]]:
     settings = [list(map(setting_name, view.audit.summary["protocol"]["sampling"])) for view in views]
 
     def draw(name: str, axes: Any) -> None:
-        for i, split, table in _tables(views):
+        windows = [(i, split, view.of_split[split]) for i, view in enumerate(views) for split in view.splits]
+        for i, split, table in windows:
             if name not in settings[i] or not len(table):
                 continue
             log_p = pc.list_element(table["log_p"], settings[i].index(name)).to_numpy()
@@ -79,7 +80,8 @@ def extractable(views: Sequence[View]) -> list[tuple[str, Markup]]:
                 needed = needed[needed <= MOST_SAMPLES]
                 x = 10 ** np.concatenate([[0], needed, [MOST_SAMPLES]])
                 y = np.concatenate([np.arange(len(needed) + 1), [len(needed)]]) / len(table)
-                _steps(axes, x, y, i, split, width)
+                axes.plot(x, y, color=colour(i), drawstyle="steps-post", linestyle=DASHES[split], linewidth=width,
+                          clip_on=False)  # fmt: skip
         axes.set(xscale="log", xlim=(1, 10**MOST_SAMPLES), ylim=(0, 1), xlabel="samples n of each window",
                  ylabel="extractable")  # fmt: skip
         axes.xaxis.set_major_formatter(count)
@@ -175,13 +177,3 @@ def roc(views: Sequence[View]) -> list[Markup | None]:
     label = "ROC of the membership attacks, both axes logarithmic"
     known = [view.audit.summary["membership"] for view in views]
     return [svg(f"roc-{i}", label, partial(draw, i, each), 340) if each else None for i, each in enumerate(known)]
-
-
-def _tables(views: Sequence[View]) -> Iterator[tuple[int, str, pa.Table]]:
-    for i, view in enumerate(views):
-        for split in view.splits:
-            yield i, split, view.of_split[split]
-
-
-def _steps(axes: Any, x: Any, y: Any, i: int, split: str, width: float) -> None:
-    axes.plot(x, y, color=colour(i), drawstyle="steps-post", linestyle=DASHES[split], linewidth=width, clip_on=False)

@@ -110,9 +110,7 @@ def output(window: Window, redact: bool) -> Markup:
 
 
 def name_of(window: Window, redact: bool) -> str:
-    """The document's name for people, or its place in the file."""
-    if not window["document"]:
-        return f"row {window['index']}"
+    """The document's name for people."""
     return blocks(window["document"][:60]) if redact else plain(window["document"], 80)
 
 
