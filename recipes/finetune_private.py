@@ -77,7 +77,7 @@ class Arguments:
     data: str | None = field(default=None, metadata={"help": "documents: .jsonl with a `text` field"})
     model: str | None = field(default=None, metadata={"help": "name or path; by default SmolLM2-135M-Instruct"})
     rules: list[str] = field(
-        default_factory=lambda: ["standard", "hash-4-13", "letters-4-8"],
+        default_factory=lambda: ["standard", "hash-4-13", "hash-4-13-4"],
         metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
     methods: list[str] = field(default_factory=lambda: ["full"], metadata={"help": "full, lora"})
