@@ -200,6 +200,7 @@ def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_
         load_model(checkpoint, CPU, revision="v1")
 
 
+@pytest.mark.skipif(BEFORE_5, reason="accelerate 1.4 itself moves a model to the one device of its map")
 def test_no_model_is_moved(checkpoint, monkeypatch):
     """Quantised models refuse it."""
     monkeypatch.setattr("transformers.PreTrainedModel.to", None)
@@ -220,7 +221,8 @@ def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, pl
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     for each in ("AutoModelForCausalLM", "AutoTokenizer"):
         monkeypatch.setattr(f"goldfish.audit.model.{each}.from_pretrained", from_pretrained)
-    monkeypatch.setattr("goldfish.audit.model.cached_file", lambda *_, **__: None)
+    if place == "hub":
+        monkeypatch.setattr("goldfish.audit.model.cached_file", lambda *_, **__: None)
     load_tokenizer(f"{name}/a.gguf")
     monkeypatch.setattr("goldfish.audit.model.load_config", lambda *_, **__: None)
     assert load_model(f"{name}/a.gguf", CPU).config.vocab_size == 320
