@@ -214,7 +214,7 @@ class FusedHead:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         # accelerate's autocast wrapper leaves the second attribute beside the forward that it wraps
-        if self._own.get("forward") is not None and "_original_forward" not in self._model.__dict__:
+        if "forward" in self._own and "_original_forward" not in self._model.__dict__:
             return "its forward is patched already (by another fused loss?)"
         name = type(self._model).__name__
         own = self._plain_loss is not ForCausalLMLoss

@@ -19,6 +19,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 from goldfish.audit.estimate import read_json
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
 from goldfish.pieces import text_pieces
+from goldfish.rows import first_line
 
 if TYPE_CHECKING:
     from goldfish.audit.score import Score
@@ -78,8 +79,7 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
         parts = [pq.read_table(file, columns=names, partitioning=None) for file in sorted(path.glob("*.parquet"))]
         table = pa.concat_tables(parts).select(names) if parts else COLUMNS.empty_table().select(names)
     except (pa.ArrowException, OSError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the records in {path} are damaged ({reason}); audit again") from error
+        raise ValueError(f"the records in {path} are damaged ({first_line(error)}); audit again") from error
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
         raise ValueError(

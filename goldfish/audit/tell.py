@@ -144,8 +144,8 @@ def task(summary: Mapping[str, Any]) -> str:
     protocol, inputs = summary["protocol"], summary["inputs"].values()
     windows = sum(each.get("completions", 0) for each in inputs), sum(each.get("windows", 1) for each in inputs)
     if windows[0] == windows[1]:
-        return "Of chats the prompt is given, the assistant's answer to recite"
-    also = f"; of {windows[0]:,} chats the prompt given, the answer to recite" if windows[0] else ""
+        return "Given the prompt of a chat, the assistant's answer to recite"
+    also = f"; of {windows[0]:,} chats, the prompt given and the answer to recite" if windows[0] else ""
     return f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite{also}"
 
 
