@@ -92,7 +92,8 @@ def recased(text: str, rng: random.Random) -> str:
 
 
 def edges_stripped(text: str, rng: random.Random) -> str:
-    return "".join(piece.strip(string.punctuation) for piece in re.split(r"([ \n])", text))
+    words = text.replace("\n", " \n ").split(" ")
+    return " ".join(word if word == "\n" else word.strip(string.punctuation) for word in words)
 
 
 VERSIONS: dict[str, Callable[[str, random.Random], str]] = {

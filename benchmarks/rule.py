@@ -66,9 +66,8 @@ def measure(ids: Tensor, positions: Tensor, k: float, h: int, seed: int) -> Iter
     chunks = list(zip(ids.split(64), positions.split(64), strict=True))
     for strategy in ("hash", "reference"):
         rule = Goldfish(k=k, h=h, seed=seed, strategy=strategy)
-        given = [(i, p) if strategy == "hash" else (i,) for i, p in chunks]
-        dropped = torch.cat([rule.dropped(*each) for each in given]).numpy()
-        windows = torch.cat([rule.keys(*each) for each in given]).numpy()
+        pairs = [rule.decide(i, p if strategy == "hash" else None) for i, p in chunks]
+        dropped, windows = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
         decided = np.zeros(dropped.shape, dtype=bool)  # the tokens with a whole window
         decided[:, h:] = True
         zero = None
