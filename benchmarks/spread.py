@@ -8,12 +8,14 @@ The setting is that of recipes/memorize.py: 32 windows of 256 tokens of the Pyth
 Llama of 1M parameters; then the second half of each window is asked for.
 
 hash      with probability 1/k, from the 13 tokens before (the package's rule).
-cap       as hash with max_kept = k: with a lower rate q, and also after every L kept tokens in a row.
+cap       as hash with max_kept = 1 / rate rounded up (4 for 0.33333333, 3 for 0.3333333333333333): with a lower rate
+          q, and also after every max_kept kept tokens in a row.
 even      every k-th position: moves with the passage, so no candidate, but the limit of even spacing.
 standard  no token is dropped.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ def dropped(scheme: str, rate: float, ids: Tensor) -> Tensor:
     drop = torch.zeros_like(ids, dtype=torch.bool)
     k = round(1 / rate)
     if scheme in ("hash", "cap"):
-        drop = Goldfish(k=k, h=13, max_kept=k if scheme == "cap" else None).dropped(ids)
+        drop = Goldfish(k=k, h=13, max_kept=math.ceil(1 / rate) if scheme == "cap" else None).dropped(ids)
     elif scheme == "even":
         drop[:, ::k] = True
     drop[:, 0] = False
