@@ -16,20 +16,20 @@ larger k is, and little at k = 3 and 4; membership inference stays possible.
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from about import RESULTS, about
+from about import RESULTS, about, append, markdown, read_results
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from runs import append, read_results
 
 from goldfish.audit import audit, read
 
 BEAMS = (1, 2, 4, 8, 16, 30)
-TENTHS = range(1, 10)
 SAMPLES = tuple(10**power for power in range(1, 7))
 PANELS = {"beams": "beams", "held": "share of the text held", "samples": "samples", "offset": "offset, tokens"}
 
@@ -50,9 +50,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 continue
             began = time.process_time()
             control = args.folder / f"seed{seed}-control" / "model"
-            result = {"seed": int(seed), "run": run} | attack(
-                folder, control if control.is_dir() and run != "control" else None
-            )
+            reference = control if control.is_dir() and run != "control" else None
+            result = {"seed": int(seed), "run": run} | attack(folder, reference)
             append(args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about())
             print(f"seed {seed} {run}: {result['beams']}", flush=True)
     results = read_results(args.results)
@@ -78,13 +77,11 @@ def attack(folder: Path, control: Path | None) -> dict[str, Any]:
         result["beams"] = {width: hits(figures[f"members.beam_search@{width}"]) for width in BEAMS}
         result["beams_heldout"] = hits(figures[f"heldout.beam_search@{BEAMS[-1]}"])
         result["samples"] = {n: estimate(figures[f"members.expected@{n}"]) for n in SAMPLES}
-        names = [
-            *figures.summary["membership"]["attacks"],
-            *(f"blind.{b}" for b in figures.summary["membership"]["blind"]),
-        ]
+        membership = figures.summary["membership"]
+        names = [*membership["attacks"], *(f"blind.{name}" for name in membership["blind"])]
         result["membership"] = {name: estimate(figures[f"mia.{name}.auc"]) for name in names}
-        result["held"], result["offset"] = {}, {}
-        for tenth in TENTHS:
+        result["held"] = {}
+        for tenth in range(1, 10):
             length = round(window * tenth / 10)
             audit(folder / "model", target / f"held{tenth}", members=files["members"], sampling=(),
                   prefix_length=length, suffix_length=window - length)  # fmt: skip
@@ -105,58 +102,52 @@ def estimate(figure: Any) -> list[float | None]:
     return [None if value is None else round(value, 4) for value in (figure.value, figure.lower95, figure.upper95)]
 
 
-def merge(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Run -> adversary -> strength -> share recited, over all seeds."""
-    shares: dict[str, dict[str, dict[str, float]]] = {}
-    for run in sorted({result["run"] for result in results}, key=order):
-        group = [result for result in results if result["run"] == run]
-        shares[run] = {}
-        for panel in PANELS:
-            shares[run][panel] = {}
-            for strength in group[0][panel]:
-                values = [result[panel][strength] for result in group]
-                if panel == "samples":
-                    share = sum(value[0] for value in values) / len(values)
-                else:
-                    share = sum(value[0] for value in values) / sum(value[1] for value in values)
-                shares[run][panel][strength] = share
-    return shares
+def by_run(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The seeds of each run: the control, the rules by k, then the standard loss."""
+
+    def order(run: str) -> tuple[bool, int, str]:
+        k = re.search(r"\d+", run)  # the first number of hash-4-13
+        return run == "standard", int(k[0]) if k else 0, run
+
+    runs = sorted({result["run"] for result in results}, key=order)
+    return {run: [result for result in results if result["run"] == run] for run in runs}
 
 
-def order(run: str) -> tuple[int, float, str]:
-    """Control, then k rising, then the standard loss."""
-    if not run.startswith("k"):
-        return (0 if run == "control" else 2, 0.0, run)
-    return (1, float(run.removeprefix("k").split("-")[0]), run)
+def shares(group: list[dict[str, Any]], panel: str) -> dict[str, float]:
+    """Strength of an adversary -> share of windows recited, over all seeds."""
+    result = {}
+    for strength in group[0][panel]:
+        values = [each[panel][strength] for each in group]
+        if panel == "samples":
+            result[strength] = fmean(value[0] for value in values)
+        else:
+            result[strength] = sum(value[0] for value in values) / sum(value[1] for value in values)
+    return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: the share of planted windows recited by each adversary; then the AUC of every membership attack."""
     if not results:
         return "no results yet"
-    shares = merge(results)
-    first = next(iter(shares.values()))
-    lines = []
+    groups, tables = by_run(results), []
     for panel, title in PANELS.items():
-        strengths = list(first[panel])
-        lines += [f"| {title} | windows | " + " | ".join(strengths) + " |", "|---" * (len(strengths) + 2) + "|"]
-        for run in shares:
-            group = [result for result in results if result["run"] == run]
+        rows = []
+        for run, group in groups.items():
             windows = sum(result["beams"]["1"][1] for result in group)
-            lines.append(f"| {run} | {windows} | " + " | ".join(f"{v:.2f}" for v in shares[run][panel].values()) + " |")
-        lines.append("")
-    names = list(dict.fromkeys(name for result in results for name in result["membership"]))
-    lines += ["| AUC of each seed | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for run in shares:
-        cells = []
-        for name in names:
-            values = [result["membership"].get(name) for result in results if result["run"] == run]
-            cells.append(", ".join(auc(*value) for value in values if value and value[0] is not None))
-        lines.append(f"| {run} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append((run, windows, *(f"{share:.2f}" for share in shares(group, panel).values())))
+        tables.append(markdown((title, "windows", *results[0][panel]), rows))
+    names = dict.fromkeys(name for result in results for name in result["membership"])
+    rows = [
+        (run, *(", ".join(auc(result["membership"].get(name)) for result in group) for name in names))
+        for run, group in groups.items()
+    ]
+    return "\n\n".join([*tables, markdown(("AUC of each seed", *names), rows)])
 
 
-def auc(value: float, lower: float | None, upper: float | None) -> str:
+def auc(values: list[float | None] | None) -> str:
+    if values is None or values[0] is None:
+        return "-"
+    value, lower, upper = values
     return f"{value:.2f}" + ("" if lower is None or upper is None else f" [{lower:.2f}, {upper:.2f}]")
 
 
@@ -166,9 +157,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         figure = Figure(figsize=(10, 2.8), layout="constrained")
         axes = figure.subplots(1, len(PANELS), sharey=True)
         for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
-            for run, by_panel in merge(results).items():
-                strengths = [float(strength) for strength in by_panel[panel]]
-                axis.plot(strengths, list(by_panel[panel].values()), marker=".", label=run)
+            for run, group in by_run(results).items():
+                points = shares(group, panel)
+                axis.plot(list(map(float, points)), list(points.values()), marker=".", label=run)
             axis.set_xscale("log" if panel in ("beams", "samples") else "linear")
             axis.set_xlabel(title)
         axes[0].set_ylim(-0.03, 1.03)

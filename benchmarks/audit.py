@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from about import RESULTS, about, byte_level_bpe, markdown, small_llama
+from about import RESULTS, about, byte_level_bpe, load_texts, markdown, small_llama, source
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from goldfish.audit import audit, records
@@ -88,7 +87,7 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds of every way, in turn; after each repeat, those so far."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ids = tokenizer("\n".join(topics[name] for name in sorted(topics)), add_special_tokens=False)["input_ids"]
+    ids = tokenizer("\n".join(load_texts()), add_special_tokens=False)["input_ids"]
     windows = [ids[i * 500 : i * 500 + 2 * LENGTH] for i in range(args.windows)]
     half = args.windows // 2
     recited = continued(model, windows[:half])
@@ -122,10 +121,9 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def memory(sizes: list[int]) -> Iterator[dict[str, Any]]:
     """Peak resident memory of a whole audit, each in a process of its own; after each size, those so far."""
-    texts = [topics[name] for name in sorted(topics)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = byte_level_bpe(texts, 512)
+        tokenizer = byte_level_bpe(load_texts(), 512)
         torch.manual_seed(0)
         changes = {"num_hidden_layers": 1, "num_attention_heads": 1, "eos_token_id": None}
         LlamaForCausalLM(small_llama(tokenizer, 16, **changes)).save_pretrained(folder)
@@ -158,9 +156,7 @@ def render() -> str:
     parts = []
     for path in sorted(RESULTS.glob("audit-*.json")):
         data = json.loads(path.read_text())
-        source = data["about"]
-        versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items() if number)
-        parts.append(f"`{source['command']}`; {source['device']}; {versions}; commit {source['commit']}\n")
+        parts.append(source(data["about"]) + "\n")
         if "memory" in data:
             rows = [(f"{r['windows']:,}", f"{r['peak']:.0f}", f"{r['seconds']:.0f}") for r in data["memory"]]
             parts.append(markdown(("windows", "peak, MB", "CPU seconds"), rows) + "\n")

@@ -22,28 +22,36 @@ supervised tokens differs by 0.
 """
 
 import argparse
-import json
 import random
-import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import common
 import numpy as np
 import torch
-from about import RESULTS, about
-from runs import append, read_results
-from scipy.stats import t as student
+from about import (
+    RESULTS,
+    about,
+    append,
+    heldout,
+    load_texts,
+    markdown,
+    mean_of,
+    paired,
+    read_results,
+    rule_of,
+    small_llama,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from goldfish import Goldfish, mask_labels
 
 RULES = ("standard", "hash-4-13", "hash-3-13", "hash-8-13", "letters-4-8")  # strategy-k-h
-HELDOUT = 420_000  # tokens at least
+HEAD = ("rule", "at equal", "drop rate", "goldfish - standard: each seed [95% over documents]", "predicted",
+        "mean [95% over seeds]", "on tokens that the rule would drop")  # fmt: skip
 ROW, BATCH = 256, 8  # tokens, rows an optimiser step
 RATE, WARMUP, EMA = 2e-3, 100, 0.99
 
@@ -55,7 +63,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--hidden", type=int, default=128, help="hidden size: 128 is 1.0M parameters")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out tokens, at least")
+    parser.add_argument("--heldout", type=int, default=420_000, help="held-out tokens, at least")
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS / "cost.jsonl")
@@ -66,30 +74,33 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if not args.table:
         if args.text is None:
             parser.error("--text is needed to train: a .jsonl file with a `text` field")
-        tokenizer, rows, heldout, owners = load(args)
-        masks = {name: rule_of(name, tokenizer).dropped(heldout) for name in args.rules if name != "standard"}
-        print(f"{len(rows) * (ROW - 1):,} targets to train on; held out: {owners.max() + 1} documents, "
-              f"{heldout.numel():,} tokens", flush=True)  # fmt: skip
+        data = load(args)
+        rules = {name: bound_rule(name, data.tokenizer) for name in args.rules}
+        masks = {name: rule.dropped(data.heldout) for name, rule in rules.items() if rule}
+        print(f"{len(data.rows) * (ROW - 1):,} targets to train on; held out: {data.owners.max() + 1} documents, "
+              f"{data.heldout.numel():,} tokens", flush=True)  # fmt: skip
         for seed in args.seeds:
-            for name in args.rules:
+            for name, rule in rules.items():
                 done = [(run["seed"], run["rule"], run["size"]) for run in read_results(args.results)]
-                if (seed, name, size) in done:
-                    continue
-                used = [name] if name in masks else list(masks)
-                run = train(args, seed, name, rule_of(name, tokenizer), rows, heldout, owners, masks, used)
-                append(args.results, {"seed": seed, "rule": name, "size": size} | run | about())
+                if (seed, name, size) not in done:
+                    run = train(args, seed, name, rule, data, masks)
+                    append(args.results, {"seed": seed, "rule": name, "size": size} | run | about())
     results = [run for run in read_results(args.results) if run["size"] == size]
     print(table(results))
     return results
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """Tokenizer, training rows (N, ROW), held-out rows (M, ROW), and which held-out document each of them is of.
+class Data(NamedTuple):
+    tokenizer: Any
+    rows: Tensor  # to train on, int64 (N, ROW)
+    heldout: Tensor  # int64 (M, ROW)
+    owners: Tensor  # int64 (M,) the held-out document of each row
 
-    The split and the tokenizer (which reads all documents) are the same for every seed. A row lies within one document;
-    what is left at a document's end is left out.
-    """
-    texts = [json.loads(line)["text"] for line in Path(args.text).read_text(encoding="utf-8").splitlines()]
+
+def load(args: argparse.Namespace) -> Data:
+    """The split and the tokenizer (which reads all documents) are the same for every seed. A row lies within one
+    document; what is left at a document's end is left out."""
+    texts = load_texts(args.text)
     random.Random(0).shuffle(texts)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -106,29 +117,27 @@ def load(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, Tensor]:
     owners = [number for number, document in enumerate(documents[:last]) for _ in document]
     rows = torch.tensor([row for document in documents[last:] for row in document])
     heldout = torch.tensor([row for document in documents[:last] for row in document])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe), rows, heldout, torch.tensor(owners)
+    return Data(PreTrainedTokenizerFast(tokenizer_object=bpe), rows, heldout, torch.tensor(owners))
 
 
-def rule_of(name: str, tokenizer: Any) -> Goldfish | None:
-    rule = common.rule_of(name, seed=0)
+def bound_rule(name: str, tokenizer: Any) -> Goldfish | None:
+    rule = rule_of(name)
     return rule.bind(tokenizer) if rule else None
 
 
 def train(
-    args: argparse.Namespace, seed: int, name: str, rule: Goldfish | None, rows: Tensor, heldout: Tensor,
-    owners: Tensor, masks: dict[str, Tensor], used: list[str],
-) -> dict[str, Any]:  # fmt: skip
+    args: argparse.Namespace, seed: int, name: str, rule: Goldfish | None, data: Data, masks: dict[str, Tensor]
+) -> dict[str, Any]:
     """One run, from its last checkpoint if there is one; evaluated at every point at which it is compared."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, max_position_embeddings=ROW,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    config = small_llama(
+        data.tokenizer, args.hidden, ROW, intermediate_size=args.hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data.rows), generator=torch.Generator().manual_seed(seed))
     # Points: what is counted, and how many. The standard run is also evaluated at the goldfish runs' kept shares.
     points = [("read", args.targets), ("kept", args.targets)]
     if rule is None:
@@ -143,9 +152,9 @@ def train(
         state = saved["state"]
     began = time.process_time() - state["cpu"]
     while len(state["points"]) < len(points):
-        batch = rows[order[state["step"] * BATCH : (state["step"] + 1) * BATCH]]
+        batch = data.rows[order[state["step"] * BATCH : (state["step"] + 1) * BATCH]]
         if len(batch) < BATCH:
-            raise ValueError(f"{args.text} has {len(rows) * (ROW - 1):,} targets to train on: too few; lower --targets")
+            raise ValueError(f"{args.text} has {len(data.rows) * (ROW - 1):,} targets: too few; lower --targets")
         labels = mask_labels(rule, batch)
         kept = int((labels[:, 1:] != -100).sum())
         model(input_ids=batch, labels=labels, num_items_in_batch=kept).loss.backward()
@@ -162,7 +171,9 @@ def train(
         if state[counted] >= targets:
             point = {"counted": counted, "share": round(targets / args.targets, 4)}
             point |= {key: state[key] for key in ("read", "kept", "step")}
-            point |= evaluate(average.module, heldout, owners, {other: masks[other] for other in used})
+            nll, losses = heldout(average.module, data.heldout, data.owners)
+            used = masks if rule is None else {name: masks[name]}
+            point |= losses | {"dropped_loss": {other: nll[m[:, 1:]].mean().item() for other, m in used.items()}}
             state["points"].append(point)
             print(f"seed {seed} {name} {counted} {state[counted]:,}: {point['loss']:.4f} nats per token, "
                   f"{state['cpu']:.0f} CPU s", flush=True)  # fmt: skip
@@ -175,68 +186,25 @@ def train(
     return {"parameters": parameters, "cpu_seconds": round(time.process_time() - began), "points": state["points"]}
 
 
-@torch.no_grad()
-def evaluate(model: Any, rows: Tensor, owners: Tensor, masks: dict[str, Tensor]) -> dict[str, Any]:
-    """Held-out loss, nats per token; its sum in each document; and the loss of the tokens that each rule would drop."""
-    model.eval()
-    losses = []
-    for batch in rows.split(16):
-        logits = model(input_ids=batch).logits[:, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none"))
-    nll = torch.cat(losses).double()
-    documents = torch.zeros(int(owners.max()) + 1, dtype=torch.float64).index_add(0, owners, nll.sum(1))
-    return {
-        "loss": nll.mean().item(),
-        "dropped_loss": {name: nll[mask[:, 1:]].mean().item() for name, mask in masks.items()},
-        "documents": [round(value, 3) for value in documents.tolist()],
-        "tokens": (owners.bincount() * (ROW - 1)).tolist(),
-    }
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Goldfish - standard, nats per token: of each seed with its interval over documents, and over the seeds."""
     runs = {(run["rule"], run["seed"]): run["points"] for run in results}
-    lines = [
-        "| rule | at equal | drop rate | goldfish - standard: each seed [95% over documents] | predicted "
-        "| mean [95% over seeds] | on tokens that the rule would drop |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in sorted({run["rule"] for run in results} - {"standard"}):
-        seeds = [seed for rule, seed in runs if rule == name and ("standard", seed) in runs]
+    rows = []
+    for name in sorted({rule for rule, seed in runs if rule != "standard" and ("standard", seed) in runs}):
+        share = 1 - 1 / float(name.split("-")[1])
         for number, label in enumerate(("input", "supervised")):
             cells, means, predicted, dropped, rates = [], [], [], [], []
-            for seed in seeds:
+            for seed in (seed for rule, seed in runs if rule == name and ("standard", seed) in runs):
                 point, standard = runs[name, seed][number], runs["standard", seed]
-                last = standard[-1]
-                difference, lower, upper = paired(point, last)
-                cells.append(f"{difference:+.4f} [{lower:+.4f}, {upper:+.4f}]")
-                means.append(difference)
-                share = 1 - 1 / float(name.split("-")[1])
-                earlier = min(standard, key=lambda other: abs(other["share"] - share))
+                last, earlier = standard[-1], min(standard, key=lambda other: abs(other["share"] - share))
+                cells.append(paired([point], [last]))
+                means.append(point["loss"] - last["loss"])
                 predicted.append(earlier["loss"] - last["loss"] if label == "input" else 0.0)
                 dropped.append(point["dropped_loss"][name] - last["dropped_loss"][name])
                 rates.append(1 - point["kept"] / point["read"])
-            if seeds:
-                interval = ""
-                if len(seeds) > 1:
-                    half = student.ppf(0.975, len(seeds) - 1) * statistics.stdev(means) / len(seeds) ** 0.5
-                    interval = f" [{statistics.fmean(means) - half:+.4f}, {statistics.fmean(means) + half:+.4f}]"
-                lines.append(
-                    f"| {name} | {label} | {statistics.fmean(rates):.3f} | {', '.join(cells)} "
-                    f"| {statistics.fmean(predicted):+.4f} | {statistics.fmean(means):+.4f}{interval} "
-                    f"| {statistics.fmean(dropped):+.4f} |"
-                )
-    return "\n".join(lines)
-
-
-def paired(point: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
-    """Difference of two held-out losses, and its 95% bootstrap interval over documents."""
-    tokens = np.array(point["tokens"])
-    differences = np.array(point["documents"]) - np.array(other["documents"])
-    drawn = np.random.default_rng(0).integers(len(tokens), size=(4000, len(tokens)))
-    samples = differences[drawn].sum(1) / tokens[drawn].sum(1)
-    lower, upper = np.quantile(samples, (0.025, 0.975))
-    return float(differences.sum() / tokens.sum()), float(lower), float(upper)
+            rows.append((name, label, f"{np.mean(rates):.3f}", ", ".join(cells), f"{np.mean(predicted):+.4f}",
+                         mean_of(means, 4), f"{np.mean(dropped):+.4f}"))  # fmt: skip
+    return markdown(HEAD, rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from about import RESULTS, about, markdown
+from about import RESULTS, about, markdown, source
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,15 +51,10 @@ def hf_kept_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return hf_eager(hidden[kept], weight, labels[kept])
 
 
-def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden, weight, labels)
-
-
 def torch_chunked(**options: object) -> Case:
-    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return F.linear_cross_entropy(hidden, weight, labels, options=nn.LinearCrossEntropyOptions(**options))
-
-    return run
+    return lambda hidden, weight, labels: F.linear_cross_entropy(
+        hidden, weight, labels, options=nn.LinearCrossEntropyOptions(**options)
+    )
 
 
 def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -111,28 +106,29 @@ def three_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return (logits @ weight).sum()
 
 
-def cases(hidden: Tensor, weight: Tensor, only: str) -> dict[str, Case | str]:
+def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
     """Each method, or why it is not measured."""
-    on_cpu, in_torch = hidden.device.type == "cpu", hasattr(F, "linear_cross_entropy")
-    logits = 4 * len(hidden) * len(weight)  # bytes of fp32
-    trl_fits = not on_cpu or 9 * logits < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    no_torch = "this torch has no F.linear_cross_entropy"
     result: dict[str, Case | str] = {
         BASE: hf_eager,
         "HF eager, kept rows": hf_kept_rows,
-        "torch F.linear_cross_entropy, default": torch_chunked() if in_torch else no_torch,
-        "torch F.linear_cross_entropy, best chunking": best_torch_chunking if in_torch else no_torch,
-        "TRL fused head": "not enough memory free"
-        if not trl_fits
-        else trl_head
-        if find_spec("trl")
-        else "not installed",
-        "cut-cross-entropy": cut_cross_entropy if find_spec("cut_cross_entropy") else "not installed",
-        "Liger": "needs a GPU" if on_cpu else liger if find_spec("liger_kernel") else "not installed",
-        "goldfish": ours,
+        "torch F.linear_cross_entropy, default": torch_chunked(),
+        "torch F.linear_cross_entropy, best chunking": best_torch_chunking,
+        "TRL fused head": trl_head,
+        "cut-cross-entropy": cut_cross_entropy,
+        "Liger": liger,
+        "goldfish": linear_cross_entropy,
         FLOOR: three_products,
     }
-    return {name: case for name, case in result.items() if only in name or name == BASE}
+    if not hasattr(F, "linear_cross_entropy"):
+        result |= dict.fromkeys([name for name in result if name.startswith("torch")], "not in this torch")
+    packages = {"TRL fused head": "trl", "cut-cross-entropy": "cut_cross_entropy", "Liger": "liger_kernel"}
+    result |= {name: "not installed" for name, package in packages.items() if not find_spec(package)}
+    if not hidden.is_cuda:
+        result["Liger"] = "needs a GPU"
+        logits = 4 * len(hidden) * len(weight)  # bytes of fp32
+        if 9 * logits > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            result["TRL fused head"] = "not enough memory free"
+    return result
 
 
 @cache
@@ -196,7 +192,7 @@ def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: ar
     if k != float("inf"):
         labels[Goldfish(k=k).dropped(labels)] = -100
     inputs = hidden, weight, labels
-    chosen = cases(hidden, weight, args.only)
+    chosen = cases(hidden, weight)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     failed = {name: case for name, case in chosen.items() if isinstance(case, str)}
     for repeat in range(args.repeats + 1):
@@ -231,26 +227,22 @@ def render() -> str:
     parts = []
     for path in sorted(RESULTS.glob("loss-*.json")):
         data = json.loads(path.read_text())
-        source, results = data["about"], data["results"]
-        versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items() if number)
-        parts.append(
-            f"**{source['device']}**, {source['threads']} thread(s); {versions}; commit {source['commit'][:12]}"
-        )
-        for group in dict.fromkeys((r["n"], r["d"], r["v"], r["dtype"]) for r in results):
-            chosen = [r for r in results if (r["n"], r["d"], r["v"], r["dtype"]) == group]
+        parts.append(source(data["about"]))
+        groups: dict[tuple, list[dict]] = {}
+        for result in data["results"]:
+            groups.setdefault(tuple(result[name] for name in ("n", "d", "v", "dtype")), []).append(result)
+        for (n, d, v, dtype), chosen in groups.items():
             ks = sorted({r["k"] for r in chosen}, key=float)
-            n, d, v, dtype = group
             head = ("", *("all tokens" if k == "inf" else f"k = {k:g}" for k in ks))
             rows = [
                 (name, *(cell(name, [r for r in chosen if r["k"] == k]) for k in ks))
                 for name in dict.fromkeys(r["name"] for r in chosen)
             ]
             parts.append(
-                f"\nN = {n}, D = {d}, V = {v}, {dtype}: "
+                f"N = {n}, D = {d}, V = {v}, {dtype}: "
                 f"seconds (times HF eager; half the spread) / extra MB (times HF eager)\n\n{markdown(head, rows)}"
             )
-        parts.append("")
-    return "\n".join(parts)
+    return "\n\n".join(parts)
 
 
 def cell(name: str, results: list[dict]) -> str:
@@ -277,8 +269,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a case is not repeated")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--only", default="", help="only cases whose name holds this text, and HF eager")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/loss-<device>.json")
     args = parser.parse_args()
     if args.render:
         print(render())
@@ -287,8 +277,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES[device]
     provenance = about(*PACKAGES)
-    out = args.out or RESULTS / f"loss-{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = RESULTS / f"loss-{device}.json"
     results: list[dict] = []
     for shape, k, dtype in product(shapes, args.k, args.dtypes):
         results += run(shape, dtype, k, device, args)  # type: ignore[arg-type]

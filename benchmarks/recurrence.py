@@ -35,26 +35,34 @@ loss, with an interval without 0, and in the other not worse by 0.05 ROUGE-L or 
 import argparse
 import json
 import random
-import statistics
-import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from about import RESULTS, about, byte_level_bpe, small_llama
-from common import audit_halves, save_windows, split_windows, words
-from cost import paired
-from near_duplicates import edit, reformat
+from about import (
+    RESULTS,
+    about,
+    append,
+    audited,
+    byte_level_bpe,
+    heldout,
+    load_texts,
+    markdown,
+    mean_of,
+    paired,
+    read_results,
+    small_llama,
+    split_windows,
+)
+from near_duplicates import edit, reformat, words
 from numpy.typing import NDArray
-from runs import append, read_results
-from scipy.stats import t as student
 from torch import Tensor
 from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from goldfish import Goldfish, spec
-from goldfish.audit import records
 from goldfish.audit.columns import rouge_l
 from goldfish.hashing import mix, prefix_hashes, shift_right, signed, window_hashes
 from goldfish.vocabulary import characters
@@ -63,6 +71,10 @@ RULES = ("standard", "dedup", "recur-2-4", "letters-2", "recur-2", "letters-4", 
          "dedup-labels")  # fmt: skip
 KINDS = {"exact": 0.0, "reformatted": 0.0, "2%": 0.02, "5%": 0.05}  # share of words edited
 VERSIONS = (1, 2, 5, 20)
+HEAD = ("rule", "seeds", "drop rate", "held-out loss", "- standard [95% over documents]", "ROUGE-L, 1 version", "2",
+        "5", "20", "floor", "verbatim, 5", "20")  # fmt: skip
+AGAINST = ("rule - other", "seeds", "ROUGE-L, 5 and 20 versions [95% over passages]",
+           "held-out loss [95% over documents]", "each seed")  # fmt: skip
 SHINGLE, BITS, BEFORE, AFTER, LEAST_WORDS, LEAST_DOCUMENTS = 30, 28, 8, 18, 2, 3
 ROW, BATCH, PASSAGE, VOCABULARY = 96, 4, 64, 2048
 HELDOUT, HELDOUT_ROWS, POOL = 60, 20, 300  # held-out documents, rows of each at most, documents that passages are from
@@ -95,7 +107,7 @@ class Data(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="JSONL file; the field `text` of each line is used")
+    parser.add_argument("--text", help="JSONL file; the field `text` of each line is used")
     parser.add_argument("--rows", type=int, default=2800, help="rows of unique text, 96 tokens each")
     parser.add_argument("--passages", type=int, default=2, help="planted passages of each kind and number of versions")
     parser.add_argument("--repeats", type=int, default=10, help="readings of each version")
@@ -109,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.table:
         if args.text is None:
             parser.error("--text is needed: a .jsonl file with a `text` field")
-        texts = [json.loads(line)["text"] for line in args.text.read_text(encoding="utf-8").splitlines()]
+        texts = load_texts(args.text)
         random.Random(0).shuffle(texts)
         tokenizer = byte_level_bpe(texts[HELDOUT : HELDOUT + 2 * POOL], VOCABULARY)
         if args.static:
@@ -131,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 result = train(rule, seed, args.hidden, tokenizer, data)
                 append(args.results, run | result | {"cpu_seconds": round(time.process_time() - began)} | about())
                 print(f"seed {seed} {rule}: {result['heldout_loss']:.4f} nats, ROUGE-L "
-                      f"{statistics.fmean(result['rouge_l']):.3f}", flush=True)  # fmt: skip
+                      f"{fmean(result['rouge_l']):.3f}", flush=True)  # fmt: skip
     print(table(read_results(args.results)))
 
 
@@ -299,81 +311,54 @@ def train(rule: str, seed: int, hidden: int, tokenizer: Any, data: Data) -> dict
         "flagged": data.flagged,
         "cells": data.cells,
     }
-    return result | evaluate(model, data) | extract(model, rule, tokenizer, data)
+    _, losses = heldout(model, data.heldout, data.owners)
+    return result | {"heldout_loss": losses.pop("loss")} | losses | extract(model, tokenizer, data)
 
 
-@torch.no_grad()
-def evaluate(model: Any, data: Data) -> dict[str, Any]:
-    """Held-out loss: of all targets in nats per token, and its sum and targets in each document."""
-    model.eval()
-    losses = []
-    for batch in data.heldout.split(32):
-        logits = model(input_ids=batch).logits[:, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none"))
-    nll = torch.cat(losses).double().sum(1)
-    tokens = data.owners.bincount(minlength=HELDOUT) * (ROW - 1)
-    sums = torch.zeros(HELDOUT, dtype=torch.float64).index_add(0, data.owners, nll)
-    return {
-        "heldout_loss": float(nll.sum() / tokens.sum()),
-        "documents": [round(value, 3) for value in sums.tolist()],
-        "tokens": tokens.tolist(),
-    }
-
-
-def extract(model: Any, rule: str, tokenizer: Any, data: Data) -> dict[str, Any]:
+def extract(model: Any, tokenizer: Any, data: Data) -> dict[str, Any]:
     """Of each planted passage: ROUGE-L and exact match over normalised words; `floor`: of held-out passages."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        paths = save_windows(Path(folder), data.windows, tokenizer)
-        audit_halves(Path(folder), Path(folder, "audit"), paths, PASSAGE, rule)
-        rows = sorted(records(Path(folder, "audit")).to_pylist(), key=lambda record: record["index"])
-    scores: dict[str, list[float]] = {"members": [], "heldout": []}
-    exact = []
-    for record in rows:
+    result: dict[str, Any] = {"rouge_l": [], "exact": [], "floor": []}
+    for record in sorted(audited(model, tokenizer, data.windows), key=lambda record: record["index"]):
         output, suffix = (words("".join(record[f"{part}_tokens"])) for part in ("output", "suffix"))
-        scores[record["split"]].append(round(rouge_l(output, suffix), 4))
+        score = round(rouge_l(output, suffix), 4)
         if record["split"] == "members":
-            exact.append(output == suffix)
-    return {"rouge_l": scores["members"], "exact": exact, "floor": scores["heldout"]}
+            result["rouge_l"].append(score)
+            result["exact"].append(output == suffix)
+        else:
+            result["floor"].append(score)
+    return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Three tables: all rules; recurrence against the others; words that recur and ROUGE-L by kind of version."""
-    runs = {(run["rule"], run["seed"]): run for run in results}
-    rules = [rule for rule in RULES if any(rule == other for other, _ in runs)]
-    lines = ["| rule | seeds | drop rate | held-out loss | - standard [95% over documents] | ROUGE-L, 1 version | 2 "
-             "| 5 | 20 | floor | verbatim, 5 | 20 |", "|---" * 12 + "|"]  # fmt: skip
-    for rule in rules:
-        mine = [run for (other, _), run in runs.items() if other == rule]
-        _, _, loss, _ = compare(runs, rule, "standard")
-        means = [statistics.fmean(run[name] for run in mine) for name in ("drop_rate", "heldout_loss")]
-        rouge = [statistics.fmean(scores(mine, "rouge_l", (versions,))) for versions in VERSIONS]
-        floor = statistics.fmean(value for run in mine for value in run["floor"])
-        exact = [scores(mine, "exact", (versions,)) for versions in (5, 20)]
-        lines.append(f"| {rule} | {len(mine)} | {means[0]:.3f} | {means[1]:.3f} | {loss} "
-                     f"| {' | '.join(f'{value:.3f}' for value in [*rouge, floor])} "
-                     f"| {' | '.join(f'{sum(values)} of {len(values)}' for values in exact)} |")  # fmt: skip
+    runs = {rule: [run for run in results if run["rule"] == rule] for rule in RULES}
+    runs = {rule: group for rule, group in runs.items() if group}
+    rows = []
+    for rule, group in runs.items():
+        drop_rate, loss = (f"{fmean([run[name] for run in group]):.3f}" for name in ("drop_rate", "heldout_loss"))
+        rouge = [f"{fmean(scores(group, 'rouge_l', (versions,))):.3f}" for versions in VERSIONS]
+        exact = [scores(group, "exact", (versions,)) for versions in (5, 20)]
+        rows.append((rule, len(group), drop_rate, loss, compare(group, runs.get("standard", []))[2], *rouge,
+                     f"{fmean(value for run in group for value in run['floor']):.3f}",
+                     *(f"{sum(values)} of {len(values)}" for values in exact)))  # fmt: skip
+    tables = [markdown(HEAD, rows)]
 
-    lines += ["", "| rule - other | seeds | ROUGE-L, 5 and 20 versions [95% over passages] | held-out loss "
-              "[95% over documents] | each seed |", "|---" * 5 + "|"]  # fmt: skip
-    for rule in ("recur-2-4", "recur-2"):
-        for other in rules:
-            seeds, rouge_l, loss, each = compare(runs, rule, other)
-            if seeds and other not in (rule, "recur-2-4"):
-                lines.append(f"| {rule} - {other} | {seeds} | {rouge_l} | {loss} | {each} |")
+    against = [
+        (f"{rule} - {other}", *compare(runs[rule], runs[other]))
+        for rule in ("recur-2-4", "recur-2") for other in runs
+        if rule in runs and other not in (rule, "recur-2-4")
+    ]  # fmt: skip
+    tables.append(markdown(AGAINST, [row for row in against if row[1]]))
 
-    lines += ["", f"| versions | words | that recur | ROUGE-L: {' | '.join(rules)} |", "|---" * (len(rules) + 3) + "|"]
+    rows = []
     flags = {run["seed"]: run["flagged"] for run in results}.values()
     for versions, kind in [(0, "unique"), *((versions, kind) for versions in VERSIONS for kind in KINDS)]:
         name = f"{versions} {kind}" if versions else kind
         recur, number = (sum(flag[name][i] for flag in flags) for i in (0, 1))
-        cells = []
-        for rule in rules if versions else []:
-            mine = [run for (other, _), run in runs.items() if other == rule]
-            cells.append(f"{statistics.fmean(scores(mine, 'rouge_l', (versions,), kind)):.2f}")
-        lines.append(f"| {name} | {number:,} | {recur / number:.3f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rouge = [f"{fmean(scores(group, 'rouge_l', (versions,), kind)):.2f}" for group in runs.values() if versions]
+        rows.append((name, f"{number:,}", f"{recur / number:.3f}", *(rouge or [""] * len(runs))))
+    tables.append(markdown(("versions", "words", "that recur", *(f"ROUGE-L: {rule}" for rule in runs)), rows))
+    return "\n\n".join(tables)
 
 
 def scores(runs: list[dict[str, Any]], name: str, versions: tuple[int, ...], kind: str = "") -> list[float]:
@@ -382,21 +367,16 @@ def scores(runs: list[dict[str, Any]], name: str, versions: tuple[int, ...], kin
     return [score for score, (number, other) in pairs if number in versions and kind in ("", other)]
 
 
-def compare(runs: dict[tuple[str, int], dict[str, Any]], rule: str, other: str) -> tuple[int, str, str, str]:
-    """rule - other: the number of common seeds, ROUGE-L, held-out loss, and held-out loss of each seed."""
-    seeds = [seed for name, seed in runs if name == rule and (other, seed) in runs]
-    if not seeds or rule == other:
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[int, str, str, str]:
+    """ours - theirs: the number of common seeds, ROUGE-L, held-out loss, and held-out loss of each seed."""
+    of_seed = {run["seed"]: run for run in theirs}
+    pairs = [(run, of_seed[run["seed"]]) for run in ours if run["seed"] in of_seed and ours is not theirs]
+    if not pairs:
         return 0, "", "", ""
-    ours, theirs = ([runs[name, seed] for seed in seeds] for name in (rule, other))
-    differences = np.subtract(*(scores(side, "rouge_l", (5, 20)) for side in (ours, theirs)))
-    half = student.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-    centre = differences.mean()
-    rouge_l = f"{centre:+.3f} [{centre - half:+.3f}, {centre + half:+.3f}]"
-    sums = [{name: np.sum([run[name] for run in side], axis=0) for name in ("documents", "tokens")}
-            for side in (ours, theirs)]  # fmt: skip
-    difference, lower, upper = paired(*sums)
-    each = ", ".join(f"{a['heldout_loss'] - b['heldout_loss']:+.4f}" for a, b in zip(ours, theirs, strict=True))
-    return len(seeds), rouge_l, f"{difference:+.4f} [{lower:+.4f}, {upper:+.4f}]", each
+    left, right = map(list, zip(*pairs, strict=True))
+    rouge = mean_of(np.subtract(scores(left, "rouge_l", (5, 20)), scores(right, "rouge_l", (5, 20))), 3)
+    each = ", ".join(f"{a['heldout_loss'] - b['heldout_loss']:+.4f}" for a, b in pairs)
+    return len(pairs), rouge, paired(left, right), each
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ named after tokenizers the text is the original and the tokenizer another than t
 import argparse
 import json
 import random
+import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from about import RESULTS, about, byte_level_bpe
+from about import RESULTS, about, byte_level_bpe, load_texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from goldfish import Goldfish
 from goldfish.vocabulary import characters
 
-FOLD = characters()
 STRATEGIES = ("letters", "hash")
+PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 def byte_level(texts: list[str], size: int) -> Tokenizer:
@@ -76,10 +78,6 @@ TOKENIZERS = {
 }
 
 
-def spaces(choices: tuple[str, ...], share: float = 1.0) -> Callable[[str, random.Random], str]:
-    return lambda text, rng: "".join(rng.choice(choices) if c == " " and rng.random() < share else c for c in text)
-
-
 def wrapped(text: str, rng: random.Random) -> str:
     return "".join(rng.choice(" \n") if c.isspace() else c for c in text)
 
@@ -89,52 +87,57 @@ def indented(text: str, rng: random.Random) -> str:
 
 
 def recased(text: str, rng: random.Random) -> str:
-    word = lambda w: rng.choice((w, w.upper(), w.lower(), w.capitalize()))  # noqa: E731
-    return "".join(word(w) for w in text.replace(" ", "\0 \0").replace("\n", "\0\n\0").split("\0"))
+    cases = (str, str.upper, str.lower, str.capitalize)
+    return "".join(rng.choice(cases)(piece) for piece in re.split(r"([ \n])", text))
 
 
 def edges_stripped(text: str, rng: random.Random) -> str:
     words = text.replace("\n", " \n ").split(" ")
-    return " ".join(w if w == "\n" else w.strip(string.punctuation) for w in words)
+    return " ".join(word if word == "\n" else word.strip(string.punctuation) for word in words)
 
 
 VERSIONS: dict[str, Callable[[str, random.Random], str]] = {
     "re-wrapped": wrapped,
     "re-indented": indented,
     "re-cased": recased,
-    "doubled spaces": spaces((" ", "  ")),
-    "no-break spaces, a fifth": spaces(("\u00a0",), 0.2),
-    "no-break spaces, all": spaces(("\u00a0",)),
+    "doubled spaces": lambda text, rng: "".join(rng.choice((" ", "  ")) if c == " " else c for c in text),
+    "no-break spaces": lambda text, rng: text.replace(" ", "\u00a0"),
     "CRLF": lambda text, rng: text.replace("\n", "\r\n"),
     "punctuation stripped from words": edges_stripped,
-    "punctuation to spaces": lambda text, rng: text.translate({ord(c): " " for c in string.punctuation}),
-    "punctuation deleted": lambda text, rng: text.translate({ord(c): None for c in string.punctuation}),
-    "all but deleted punctuation": lambda text, rng: spaces((" ", "  ", "\u00a0"))(
-        indented(recased(wrapped(edges_stripped(text, rng), rng), rng), rng).replace("\n", "\r\n"), rng
-    ),
+    "punctuation deleted": lambda text, rng: text.translate(PUNCTUATION),
 }
 
 
-def starts(text: str, drop: list[bool], offsets: list[tuple[int, int]]) -> Iterator[tuple[int, bool]]:
-    """For every letter of the normal form: whether a word starts there, and its token's decision."""
-    at = {c: d for (begin, end), d in zip(offsets, drop, strict=True) for c in range(begin, end)}
-    inside = False
-    for i, character in enumerate(text):
-        for c in FOLD[ord(character)]:
-            if c != " ":
-                yield not inside, at.get(i, False)
-            inside = c != " "
-
-
-def decide(rule: Goldfish, tokenizer: Tokenizer, text: str) -> tuple[list[tuple[int, bool]], list[bool]]:
+def decide(rule: Goldfish, tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+    """For every letter of the normal form whether a word starts there, and whether its token is dropped; and the
+    decision of every token."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     drop = rule.dropped(torch.tensor(encoding.ids, dtype=torch.int64)).tolist()
-    return list(starts(text, drop, encoding.offsets)), drop
+    of_character = np.zeros(len(text), dtype=bool)
+    for (begin, end), dropped in zip(encoding.offsets, drop, strict=True):
+        of_character[begin:end] = dropped
+    forms = [characters()[ord(character)] for character in text]
+    letter = np.array([c != " " for form in forms for c in form], dtype=bool)
+    starts = letter & ~np.append(False, letter)[:-1]
+    return starts[letter], of_character.repeat([len(form) for form in forms])[letter], drop
+
+
+def compare(before: list, after: list) -> dict[str, int]:
+    """How many words of the original keep their decision in another version or under another tokenizer."""
+    counts = {"same": 0, "words": 0, "dropped": 0, "tokens": 0}
+    for (starts, original, _), (_, version, drop) in zip(before, after, strict=True):
+        if len(original) != len(version):
+            raise ValueError("a version has other letters than its document: not a reformatting")
+        counts["same"] += int((original == version)[starts].sum())
+        counts["words"] += int(starts.sum())
+        counts["dropped"] += sum(drop)
+        counts["tokens"] += len(drop)
+    return counts
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="JSONL file; the field `text` of each line is used")
+    parser.add_argument("--text", required=True, help="JSONL file; the field `text` of each line is used")
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--characters", type=int, default=4000, help="of each document")
     parser.add_argument("--k", type=float, default=4)
@@ -143,57 +146,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "reformatting.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-
-    lines = args.text.read_text(encoding="utf-8").splitlines()
-    chosen = random.Random(args.seed).sample(lines, min(args.documents, len(lines)))
-    texts = [json.loads(line)["text"][: args.characters] for line in chosen]
-    trained = {name: make(texts, size) for name, (make, size) in TOKENIZERS.items()}
-    rules = {
-        name: {
-            strategy: Goldfish(k=args.k, h=args.h, seed=args.seed, strategy=strategy).bind(tokenizer)  # type: ignore[arg-type]
-            for strategy in STRATEGIES
-        }
-        for name, tokenizer in trained.items()
-    }
-
-    rows = []
-    first = next(iter(trained))
-    original = {
-        (name, s): [decide(rules[name][s], trained[name], text) for text in texts]
-        for name in trained
-        for s in rules[name]
-    }
-
-    def row(change: str, name: str, base: str, versions: list[str]) -> None:
-        result: dict[str, object] = {"change": change, "tokenizer": name}
-        for strategy in STRATEGIES:
-            same = total = dropped = tokens = 0
-            for before, text in zip(original[base, strategy], versions, strict=True):
-                letters, drop = decide(rules[name][strategy], trained[name], text)
-                dropped, tokens = dropped + sum(drop), tokens + len(drop)
-                if len(letters) != len(before[0]):
-                    raise ValueError(f"{change} changed the letters of a document: not a reformatting")
-                pairs = [(a, b) for (start, a), (_, b) in zip(before[0], letters, strict=True) if start]
-                same, total = same + sum(a == b for a, b in pairs), total + len(pairs)
-            result[strategy] = {"same": same, "words": total, "dropped": dropped, "tokens": tokens}
-        rows.append(result)
-        shares = [f"{result[s]['same'] / result[s]['words']:8.2%}" for s in STRATEGIES]  # type: ignore[index]
-        rates = [f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in STRATEGIES]  # type: ignore[index]
-        print(f"{change:34}{name:20}", *shares, "  drop rate", *rates, flush=True)
-
-    print(f"{'change':34}{'tokenizer':20}", *(f"{strategy:>8}" for strategy in STRATEGIES))
-    for name in trained:
-        row("another tokenizer" if name != first else "nothing", name, first, texts)
+    texts = load_texts(args.text)
+    texts = random.Random(args.seed).sample(texts, min(args.documents, len(texts)))
+    texts = [text[: args.characters] for text in texts]
+    documents = {"another tokenizer": texts}
     for change, reformat in VERSIONS.items():
         rng = random.Random(args.seed)
-        versions = [reformat(text, rng) for text in texts]
-        for name in trained:
-            row(change, name, name, versions)
+        documents[change] = [reformat(text, rng) for text in texts]
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows, first = [], {}
+    for name, (make, size) in TOKENIZERS.items():
+        tokenizer = make(texts, size)
+        results = {change: {"change": change, "tokenizer": name} for change in documents}
+        for strategy in STRATEGIES:
+            rule = Goldfish(k=args.k, h=args.h, seed=args.seed, strategy=strategy).bind(tokenizer)  # type: ignore[arg-type]
+            plain = [decide(rule, tokenizer, text) for text in texts]
+            first.setdefault(strategy, plain)  # of the first tokenizer
+            for change, versions in documents.items():
+                another = change == "another tokenizer"
+                after = plain if another else [decide(rule, tokenizer, text) for text in versions]
+                results[change][strategy] = compare(first[strategy] if another else plain, after)
+        for change, result in results.items():
+            shares = [f"{result[s]['same'] / result[s]['words']:8.2%}" for s in STRATEGIES]
+            rates = [f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in STRATEGIES]
+            print(f"{change:34}{name:20}", *shares, "  drop rate", *rates, flush=True)
+        rows += results.values()
     result = about("tokenizers") | {"documents": len(texts), "k": args.k, "h": args.h, "seed": args.seed}
-    result |= {"agreement": rows}
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.output.write_text(json.dumps(result | {"agreement": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from about import RESULTS, about, byte_level_bpe, markdown
+from about import RESULTS, about, byte_level_bpe, load_texts, markdown
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,6 +29,9 @@ from goldfish import Goldfish
 SIZES = (32_000, 131_072)
 RULES = ((4, 13), (50, 50), (3, 13))  # k, h
 COSTS = (4, 13, 50)  # h
+RATES_HEAD = ("vocabulary", "k, h", "strategy", "dropped", "of distinct windows (sigmas from 1/k)",
+              "windows with key 0", "tokens in runs of 200+ without a drop (by chance)")  # fmt: skip
+COSTS_HEAD = ("strategy", "vocabulary", "h", "ms, median (quartiles)", "largest tensor, held at once")
 LENGTH = 4096
 RUN = 200  # a run of so many tokens without a drop can be recited
 
@@ -42,11 +46,7 @@ def rows(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def products(ids: Tensor, h: int) -> Tensor:
     """Of the last h tokens, from token h on: int64 (N, T - h), the key of "reference" for its table."""
-    windows = ids[:, 1:].unfold(-1, h, 1)
-    product = windows[..., 0].clone()
-    for i in range(1, h):
-        product *= windows[..., i]
-    return product
+    return ids[:, 1:].unfold(-1, h, 1).prod(-1)
 
 
 def in_long_runs(dropped: np.ndarray) -> int:
@@ -66,28 +66,25 @@ def measure(ids: Tensor, positions: Tensor, k: float, h: int, seed: int) -> Iter
     chunks = list(zip(ids.split(64), positions.split(64), strict=True))
     for strategy in ("hash", "reference"):
         rule = Goldfish(k=k, h=h, seed=seed, strategy=strategy)
-        dropped = torch.cat([rule.dropped(i, p if strategy == "hash" else None) for i, p in chunks]).numpy()
+        pairs = [rule.decide(i, p if strategy == "hash" else None) for i, p in chunks]
+        dropped, windows = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
         decided = np.zeros(dropped.shape, dtype=bool)  # the tokens with a whole window
         decided[:, h:] = True
+        zero = None
         if strategy == "hash":  # it is the h tokens before them, in their document
-            keys = windows = torch.cat([rule.keys(i, p) for i, p in chunks]).numpy()
             decided &= positions.numpy() >= h
-            zero = None
         else:  # the last h tokens, which are those before the next token
-            windows = np.roll(torch.cat([rule.keys(i) for i, _ in chunks]).numpy(), -1, axis=1)
+            windows = np.roll(windows, -1, axis=1)
             decided[:, -1] = False
-            product = torch.cat([products(i, h) for i, _ in chunks])
-            zero = float((product == 0).double().mean())
-            keys = np.zeros_like(windows)
-            keys[:, h:] = product.numpy()
+            zero = float((torch.cat([products(i, h) for i, _ in chunks]) == 0).double().mean())
         distinct, places = np.unique(windows[decided], return_index=True)
         n = len(distinct)
         rate = float(dropped[decided][places].mean())
         yield {
             "k": k, "h": h, "strategy": strategy, "tokens": ids.numel(), "drop_rate": float(dropped.mean()),
             "distinct_windows": n, "distinct_rate": rate, "sigmas": (rate - 1 / k) / (1 / k * (1 - 1 / k) / n) ** 0.5,
-            "distinct_keys": len(np.unique(keys[decided])), "zero_products": zero,
-            "in_long_runs": in_long_runs(dropped.reshape(-1)) / ids.numel(), "in_long_runs_law": law(k),
+            "zero_products": zero, "in_long_runs": in_long_runs(dropped.reshape(-1)) / ids.numel(),
+            "in_long_runs_law": law(k),
         }  # fmt: skip
 
 
@@ -103,15 +100,11 @@ def allocations(rule: Goldfish, ids: Tensor) -> tuple[float, float]:
 
 def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of one call for 8 rows of 4096 tokens, all cells in turn."""
-    cells = [
-        {"vocabulary": name, "strategy": strategy, "h": h}
-        for name in rows for strategy in ("hash", "letters", "reference") for h in COSTS
-    ]  # fmt: skip
-    calls = [
-        (Goldfish(k=4, h=c["h"], seed=seed, strategy=c["strategy"], vocabulary=bound[c["vocabulary"]].vocabulary),
-         rows[c["vocabulary"]][:8].clone())
-        for c in cells
-    ]  # fmt: skip
+    cells, calls = [], []
+    for name, strategy, h in product(rows, ("hash", "letters", "reference"), COSTS):
+        cells.append({"vocabulary": name, "strategy": strategy, "h": h})
+        rule = Goldfish(k=4, h=h, seed=seed, strategy=strategy, vocabulary=bound[name].vocabulary)
+        calls.append((rule, rows[name][:8].clone()))
     times: list[list[float]] = [[] for _ in cells]
     for turn in range(repeats + 3):
         for taken, (rule, ids) in zip(times, calls, strict=True):
@@ -131,37 +124,28 @@ def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeat
 
 def render(result: dict[str, Any]) -> str:
     """Two tables in Markdown."""
-    head = ("vocabulary", "k, h", "strategy", "dropped", "of distinct windows (sigmas from 1/k)",
-            "distinct windows that share a 64-bit key", "windows with key 0",
-            "tokens in runs of 200+ without a drop (by chance)")  # fmt: skip
     rates = [
         (r["vocabulary"], f"{r['k']}, {r['h']}", r["strategy"], f"{r['drop_rate']:.4f}",
-         f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f})", f"{1 - r['distinct_keys'] / r['distinct_windows']:.1%}",
+         f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f})",
          "" if r["zero_products"] is None else f"{r['zero_products']:.1%}",
          f"{r['in_long_runs']:.1%} ({r['in_long_runs_law']:.1%})")
         for r in result["rates"]
     ]  # fmt: skip
-    cells = {(c["strategy"], c["vocabulary"], c["h"]): c for c in result["costs"]}
-    costs = []
-    for strategy, vocabulary in dict.fromkeys(key[:2] for key in cells):
-        row = [cells[strategy, vocabulary, h] for h in COSTS]
-        times = (f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})" for c in row)
-        most = [max(c[what] for c in row) for what in ("largest_tensor", "held_at_once")]
-        costs.append((strategy, vocabulary, *times, f"{most[0]:.1f}x, {most[1]:.1f}x the ids"))
-    machine = result.get("hardware", result)  # the results of version 0.1 have it apart
-    return (
-        f"{markdown(head, rates)}\n\n{machine.get('cpu') or machine['device']}, {machine['threads']} thread, torch "
-        f"{result['versions']['torch']}; 8 x 4096 tokens, median of {result['repeats']} calls (quartiles).\n\n"
-    ) + markdown(("strategy", "vocabulary", *(f"h = {h}, ms" for h in COSTS), "largest tensor, held at once"), costs)
+    costs = [
+        (c["strategy"], c["vocabulary"], c["h"],
+         f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})",
+         f"{c['largest_tensor']:.1f}x, {c['held_at_once']:.1f}x the ids")
+        for c in result["costs"]
+    ]  # fmt: skip
+    return f"{markdown(RATES_HEAD, rates)}\n\n8 x 4096 tokens\n\n{markdown(COSTS_HEAD, costs)}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, help="a JSONL file with a `text` field")
+    parser.add_argument("--text", help="a JSONL file with a `text` field")
     parser.add_argument("--documents", type=int, help="only so many of them")
     parser.add_argument("--seed", type=int, default=0, help="of the rules")
     parser.add_argument("--repeats", type=int, default=101, help="calls that are timed")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", type=Path, default=RESULTS / "rule.json")
     parser.add_argument("--render", action="store_true", help="print the tables of --output and stop")
     args = parser.parse_args(argv)
@@ -170,10 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.text is None:
         parser.error("--text or --render is needed")
-    torch.set_num_threads(args.threads)
-    lines = args.text.read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines[: args.documents]]
-
+    torch.set_num_threads(1)
+    texts = load_texts(args.text)[: args.documents]
     result, rates, bound, ids = about("tokenizers"), [], {}, {}
     for size in SIZES:
         tokenizer = byte_level_bpe(texts, size).backend_tokenizer
@@ -189,7 +171,6 @@ def main(argv: list[str] | None = None) -> None:
         "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
         "rates": rates, "costs": costs(bound, ids, args.seed, args.repeats),
     }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(render(result))
 

@@ -14,12 +14,12 @@ import tempfile
 import time
 
 import torch
-from about import RESULTS, about, markdown
+from about import RESULTS, about, markdown, source
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from goldfish import Goldfish, GoldfishTrainer
+from goldfish import Goldfish, attach
 
-WAYS = {"standard": None, "goldfish on logits": False, "goldfish": True}  # the value: fused
+WAYS = ("standard", "goldfish on logits", "goldfish")
 
 
 class Clock(TrainerCallback):
@@ -41,20 +41,16 @@ def train(way: str, args: argparse.Namespace) -> list[float]:
     )  # fmt: skip
     rows = torch.randint(args.vocabulary, (args.batch * (args.steps + 1), args.length)).tolist()
     clock = Clock()
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if args.bf16 else torch.float32)
+    data = [{"input_ids": row, "labels": row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            "model": LlamaForCausalLM(config).to(torch.bfloat16 if args.bf16 else torch.float32),
-            "args": TrainingArguments(
-                folder, per_device_train_batch_size=args.batch, max_steps=args.steps + 1, report_to="none",
-                save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-            ),
-            "train_dataset": [{"input_ids": row, "labels": row} for row in rows],
-            "callbacks": [clock],
-        }  # fmt: skip
-        fused = WAYS[way]
-        trainer = (
-            Trainer(**common) if fused is None else GoldfishTrainer(**common, goldfish=Goldfish(k=args.k), fused=fused)
-        )
+        settings = TrainingArguments(
+            folder, per_device_train_batch_size=args.batch, max_steps=args.steps + 1, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Trainer(model, settings, train_dataset=data, callbacks=[clock])
+        if way != "standard":
+            attach(trainer, Goldfish(k=args.k), fused=way == "goldfish")
         trainer.train()
     return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
 
@@ -63,14 +59,8 @@ def render() -> str:
     lines = []
     for path in sorted(RESULTS.glob("step-*.json")):
         data = json.loads(path.read_text())
-        source, settings = data["about"], data["settings"]
-        lines.append(
-            f"{source['device']}, {source['threads']} thread(s), torch {source['versions']['torch']}, transformers "
-            f"{source['versions']['transformers']}, commit {source['commit'][:12]}; Llama, 4 layers, hidden "
-            f"{settings['hidden']}, vocabulary {settings['vocabulary']}, "
-            f"{settings['batch']} x {settings['length']} tokens, "
-            f"{'bf16' if settings['bf16'] else 'fp32'}, k = {settings['k']:g}\n"
-        )
+        settings = ", ".join(f"{name} {value}" for name, value in data["settings"].items())
+        lines.append(f"{source(data['about'])}; {settings}\n")
         base = statistics.median(data["seconds"]["standard"])
         rows = []
         for way, seconds in data["seconds"].items():

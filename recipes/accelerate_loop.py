@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import common  # for its corpus, its tokenizer and its small Llama only
 import torch
 from accelerate import Accelerator
-from plain_loop import batches
+from plain_loop import BATCH, batches
 from transformers import LlamaForCausalLM, set_seed
 
 from goldfish import Goldfish, mask_labels
@@ -26,25 +26,23 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of each process a step")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows an optimiser step, over all processes")
-    parser.add_argument("--k", type=float, default=4)
     parser.add_argument("--text", help="corpus: .txt or .jsonl; by default the Python language reference")
     args = parser.parse_args(argv)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     ranks = accelerator.num_processes
-    if args.batch_size % (ranks * args.accumulation):
-        parser.error(f"--batch_size {args.batch_size} does not divide into {ranks} x {args.accumulation} micro-batches")
+    if BATCH % ranks:
+        parser.error(f"{BATCH} rows an optimiser step do not divide among {ranks} processes")
 
     set_seed(0)
     texts = common.load_texts(args.text)
     tokenizer = common.byte_level_bpe(texts, vocab_size=2048)
     model = LlamaForCausalLM(common.small_llama(tokenizer, hidden_size=128))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
-    rule = Goldfish(k=args.k, h=13)
+    rule = Goldfish(k=4, h=13)
 
     rows = torch.tensor(common.cut_windows(texts, tokenizer, 64))
     losses = []
-    for step, all_ids in enumerate(batches(rows, args.batch_size, args.steps)):
+    for step, all_ids in enumerate(batches(rows, args.steps)):
         input_ids = all_ids.chunk(ranks)[accelerator.process_index].to(accelerator.device)
         labels = mask_labels(rule, input_ids)  # -100 where dropped; not shifted
         kept = accelerator.reduce((labels[:, 1:] != -100).sum(), "sum").clamp(min=1)  # |G| of the step, over all ranks

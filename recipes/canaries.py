@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas
 import runs
-from numpy.typing import ArrayLike, NDArray
 
 from goldfish import audit
 from goldfish.audit.model import load_tokenizer
@@ -34,28 +33,25 @@ def main(argv: list[str] | None = None) -> None:
     write.add_argument("--references", type=int, default=1023, help="how many stay out")
     write.add_argument("--length", type=int, default=100, help="tokens per row")
     write.add_argument("--seed", type=int, default=0)
-    verbs.add_parser("exposure", help="of an audit of them").add_argument("audit", type=Path)
-    args = vars(parser.parse_args(argv))
-    if args.pop("verb") == "exposure":
-        print(exposure(args["audit"]).to_string(float_format="%.2f"))
+    verbs.add_parser("exposure", help="of an audit of them").add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    if args.verb == "exposure":
+        print(exposure(args.folder).to_string(float_format="%.2f"))
     else:
-        print(f"Canaries: {write_canaries(tokenizer=load_tokenizer(args.pop('tokenizer')), **args)}")
+        tokenizer = load_tokenizer(args.tokenizer)
+        write_canaries(args.folder, tokenizer, args.counts, args.references, args.length, args.seed)
+        print(f"Canaries: {args.folder}")
 
 
 def write_canaries(
-    folder: Path,
-    tokenizer: Any,
-    counts: Sequence[int] = COUNTS,
-    references: int = 1023,
-    length: int = 100,
-    seed: int = 0,
-) -> Path:
-    """Write inserted.jsonl, to train on, and for the audit canaries.jsonl and references.jsonl; returns the folder.
+    folder: Path, tokenizer: Any, counts: Sequence[int], references: int, length: int, seed: int = 0
+) -> None:
+    """Write inserted.jsonl, to train on, and for the audit canaries.jsonl and references.jsonl.
 
     Rows hold `input_ids`, drawn evenly from the tokenizer's ordinary ids: train on the ids, not on their text. Canary i
     stands counts[i] times in inserted.jsonl, shuffled, and once, with its count, in canaries.jsonl.
     """
-    if not counts or min(counts) < 1 or references < 1 or length < 2:
+    if min(counts) < 1 or references < 1 or length < 2:
         raise ValueError(
             f"canaries need a count of at least 1 each, a reference and 2 tokens, got counts={list(counts)}, "
             f"references={references}, length={length}"
@@ -72,25 +68,19 @@ def write_canaries(
     for name, rows in (("inserted", [canaries[i] for i in copies]), ("canaries", canaries), ("references", outside)):
         for row in rows:
             runs.append(folder / f"{name}.jsonl", row)
-    return folder
 
 
 def exposure(folder: Path) -> pandas.DataFrame:
-    """For each count: how many canaries, the mean and the greatest of their exposures, in bits."""
+    """For each count: how many canaries, the mean and the greatest of their exposures, in bits. A tie in loss counts
+    against the canary."""
     records = audit.records(folder, ["split", "count", "mia_loss"]).to_pandas()
-    references = records.loc[records["split"] == "heldout", "mia_loss"]
+    references = np.sort(records.loc[records["split"] == "heldout", "mia_loss"])
     canaries = records[records["split"] == "members"]
-    bits = pandas.Series(exposures(canaries["mia_loss"], references), canaries.index)
+    ranks = len(references) - np.searchsorted(references, canaries["mia_loss"], side="left") + 1
+    ceiling = np.log2(len(references) + 1)
+    bits = pandas.Series(ceiling - np.log2(ranks), canaries.index)
     table = bits.groupby(canaries["count"]).agg(canaries="size", mean="mean", greatest="max")
-    return table.assign(ceiling=np.log2(len(references) + 1))
-
-
-def exposures(canaries: ArrayLike, references: ArrayLike) -> NDArray[np.float64]:
-    """The exposure of each canary in bits, from scores where higher is more probable; a tie counts against it."""
-    ordered = np.sort(references)
-    above = len(ordered) - np.searchsorted(ordered, canaries, side="left")
-    bits: NDArray[np.float64] = np.log2(len(ordered) + 1) - np.log2(above + 1)
-    return bits
+    return table.assign(ceiling=ceiling)
 
 
 if __name__ == "__main__":

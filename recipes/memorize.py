@@ -84,11 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     if args.dry_run:
         return {}
-    if state.is_main_process:
-        runs.begin(output, args)
-        inputs = common.save_windows(output, windows, tokenizer)
-    state.wait_for_everyone()
-
+    runs.begin(output, args)
     trainings = {"standard": None, "goldfish": rule}
     for name, loss in trainings.items():
         if not runs.finished(output / name):
@@ -97,6 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if not state.is_main_process:
         return {}
 
+    inputs = common.save_windows(output, windows, tokenizer)
     audits, summaries = {name: output / "audit" / name for name in trainings}, {}
     for name, folder in audits.items():
         summaries[name] = common.audit_halves(output / name, folder, inputs, args.window, name)

@@ -1,8 +1,7 @@
 """Near-duplicates: documents that a model only sees in reformatted versions, and is then asked for in plain form.
 
     python recipes/near_duplicates.py     # 2 CPU cores: 3 seeds x 4 trainings x 2 kinds of copies, an hour or two
-    python recipes/near_duplicates.py --edits 0 0.01 0.02 0.05 0.1 --documents 3 --window 112 --epochs 50 --seeds 0 \\
-        --copies reformatted --rules standard {hash,letters}-4-{3,5,8,13} text-4-8    # leakage against edit rate
+    python recipes/near_duplicates.py --edits 0 0.02 0.1 --copies reformatted      # a training for each share of edits
     python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden-size 32 --seeds 0 --output-dir runs/miniature
 
 Every document is trained on in `versions` copies, either exact or each reformatted in its own way (line breaks,
@@ -10,14 +9,15 @@ indentation, case, doubled spaces), optionally with edited words. The audit give
 compares its greedy continuation with the second as normalised words (ROUGE-L), so that another line break or case
 counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text. The
 teacher-forced accuracy on tokens that the rule drops in the plain text shows whether other versions taught them.
-With several --edits, one model is trained on that many documents of each kind. Every loss is trained for equally many
-*supervised* tokens: a rule that drops a quarter gets a third more epochs. A stopped run goes on with its command.
+Every loss is trained for equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs. A
+stopped run goes on with its command.
 """
 
 import itertools
 import random
 import re
 import shutil
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,7 @@ class Arguments:
     versions: int = field(default=5, metadata={"help": "copies of each document"})
     edits: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "shares of words edited per version"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    documents: int = field(
-        default=6, metadata={"help": "documents to train on, for each of --edits; as many are held out"}
-    )
+    documents: int = field(default=6, metadata={"help": "documents to train on; as many are held out"})
     window: int = field(default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
     epochs: int = field(default=120, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
     batch_size: int = field(default=8, metadata={"help": "versions per optimiser step"})
@@ -66,44 +64,39 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    state, output = runs.start(args.batch_size), Path(args.output_dir)
-    if state.num_processes > 1:
-        raise ValueError(f"this recipe runs in one process, not in {state.num_processes}; start it with python")
+    if runs.start(args.batch_size).num_processes > 1:
+        raise ValueError("this recipe runs in one process; start it with python, not with accelerate launch")
+    output = Path(args.output_dir)
     runs.begin(output, args)
     texts = [" ".join(text.split()) for text in common.load_texts(args.text)]  # plain: words with a space between
     tokenizer = common.byte_level_bpe(texts, args.vocab_size)
-    for seed, copies in itertools.product(args.seeds, args.copies):
-        split = common.split_windows(texts, tokenizer, args.documents * len(args.edits), args.window, seed)
-        plain = [tokenizer.decode(ids) for ids in split[0]]
-        versions = make_versions(plain, copies, args.edits, args.versions, seed)
-        for rule in args.rules:
-            known = runs.read_results(output / "results.jsonl")
-            if (seed, copies, rule) in {(r["seed"], r["copies"], r["rule"]) for r in known}:
-                continue
-            folder = output / f"seed{seed}-{copies}-{rule}"
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-            trained = train(args, rule, seed, versions, tokenizer, folder / "model")
-            inputs = common.save_windows(folder, split, tokenizer)
-            common.audit_halves(folder / "model", folder / "audit", inputs, args.window, rule)
-            shutil.rmtree(folder / "model")  # nobody needs hundreds of checkpoints; the audits stay
-            for edits, scores in zip(args.edits, scores_of(folder / "audit", len(args.edits)), strict=True):
-                result = {"seed": seed, "copies": copies, "edits": edits, "rule": rule} | trained | scores
-                runs.append(output / "results.jsonl", result | runs.about())
+    done = {(r["seed"], r["copies"], r["edits"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
+    for training in itertools.product(args.seeds, args.copies, args.edits, args.rules):
+        if training in done:
+            continue
+        seed, copies, edits, rule = training
+        split = common.split_windows(texts, tokenizer, args.documents, args.window, seed)
+        versions = make_versions([tokenizer.decode(ids) for ids in split[0]], copies, edits, args.versions, seed)
+        folder = output / f"seed{seed}-{copies}-{edits:g}-{rule}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+        result = {"seed": seed, "copies": copies, "edits": edits, "rule": rule}
+        result |= train(args, rule, seed, versions, tokenizer, folder / "model")
+        inputs = common.save_windows(folder, split, tokenizer)
+        common.audit_halves(folder / "model", folder / "audit", inputs, args.window, rule)
+        shutil.rmtree(folder / "model")  # nobody needs hundreds of checkpoints; the audits stay
+        runs.append(output / "results.jsonl", result | scores(folder / "audit") | runs.about())
     results = runs.read_results(output / "results.jsonl")
     print(f"\n{table(results)}\nResults: {output / 'results.jsonl'}")
     return results
 
 
-def make_versions(documents: list[str], copies: str, edits: list[float], versions: int, seed: int) -> list[str]:
-    """All versions of all documents; document i is edited with share i of `edits`, which repeat.
-
-    Reformatted versions differ in line breaks, indentation, case and spacing.
-    """
+def make_versions(documents: list[str], copies: str, edits: float, versions: int, seed: int) -> list[str]:
+    """All versions of all documents. Reformatted ones differ in line breaks, indentation, case and spacing."""
     result = []
     for number, document in enumerate(documents):
         for version in range(versions):
             draw = random.Random(f"{seed} {number} {version}")
-            text = edit(document, documents, edits[number % len(edits)], draw)
+            text = edit(document, documents, edits, draw)
             result.append(reformat(text, draw) if copies == "reformatted" else text)
     return result
 
@@ -155,47 +148,45 @@ def train(
     return {"epochs": epochs} | ({"drop_rate": receipt["dropped"] / receipt["targets"]} if receipt else {})
 
 
-def scores_of(folder: Path, kinds: int) -> list[dict[str, float]]:
-    """For each share of edits: scores of its members and of all held-out documents."""
+def scores(folder: Path) -> dict[str, float]:
+    """Means over the documents; accuracy and loss of dropped and of kept tokens over all of them."""
     records = audit.records(folder).to_pandas()
-    text = [[common.words("".join(tokens)) for tokens in records[f"{part}_tokens"]] for part in ("output", "suffix")]
-    records["words"] = [rouge_l(*pair) for pair in zip(*text, strict=True)]
+    text = [[words("".join(tokens)) for tokens in records[f"{part}_tokens"]] for part in ("output", "suffix")]
+    records["rouge_l"] = [rouge_l(*pair) for pair in zip(*text, strict=True)]
     records["nats"] = records["nll"].map(np.mean)
-    heldout, members = (records[records["split"] == split] for split in ("heldout", "members"))
-    floor = {"rouge_l_heldout": heldout["words"].mean(), "nll_heldout": heldout["nats"].mean()}
-    result = []
-    for _, group in members.groupby(members["index"] % kinds):
-        scores = {"rouge_l_members": group["words"].mean(), "nll_members": group["nats"].mean()}
-        if group["dropped"].notna().all():
-            dropped, correct, nll = (np.concatenate(group[name].tolist()) for name in ("dropped", "correct", "nll"))
-            for name, where in (("dropped", dropped), ("kept", ~dropped)):
-                if where.any():
-                    scores |= {f"accuracy_{name}": correct[where].mean(), f"nll_{name}": nll[where].mean()}
-                    scores[f"tokens_{name}"] = int(where.sum())
-        result.append(
-            {name: value if isinstance(value, int) else float(value) for name, value in (floor | scores).items()}
-        )
+    result: dict[str, float] = {}
+    for split, rows in records.groupby("split"):
+        result |= {f"rouge_l_{split}": float(rows["rouge_l"].mean()), f"nll_{split}": float(rows["nats"].mean())}
+    members = records[records["split"] == "members"]
+    if members["dropped"].notna().all():
+        dropped, correct, nll = (np.concatenate(members[name].tolist()) for name in ("dropped", "correct", "nll"))
+        for name, where in (("dropped", dropped), ("kept", ~dropped)):
+            if where.any():
+                result |= {f"accuracy_{name}": float(correct[where].mean()), f"nll_{name}": float(nll[where].mean())}
+                result[f"tokens_{name}"] = int(where.sum())
     return result
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without case, punctuation and layout."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Means over the seeds. left: (ROUGE-L - floor) / the same of standard; kept, dropped: accuracy on these tokens."""
-    frame = pandas.DataFrame(results)
-    frame = frame.reindex(columns=frame.columns.union(["drop_rate", "accuracy_kept", "accuracy_dropped"], sort=False))
-    groups = frame.groupby(["copies", "edits", "rule"], sort=False)
-    mean = groups.mean(numeric_only=True)
+    empty = {"drop_rate": np.nan, "accuracy_kept": np.nan, "accuracy_dropped": np.nan}  # of the standard loss
+    groups = pandas.DataFrame([empty | result for result in results]).groupby(["copies", "edits", "rule"], sort=False)
+    mean, rouge = groups.mean(numeric_only=True), groups["rouge_l_members"]
     recited = mean["rouge_l_members"] - mean["rouge_l_heldout"]
+    standard = [recited.get((copies, edits, "standard"), np.nan) for copies, edits, _ in recited.index]
     shown = pandas.DataFrame(
         {
             "drop": mean["drop_rate"],
             "ROUGE-L": mean["rouge_l_members"],
-            "least": groups["rouge_l_members"].min(),
-            "greatest": groups["rouge_l_members"].max(),
+            "least": rouge.min(),
+            "greatest": rouge.max(),
             "floor": mean["rouge_l_heldout"],
-            "left": [
-                value / recited.get((copies, edits, "standard"), np.nan)
-                for (copies, edits, _), value in recited.items()
-            ],
+            "left": recited / standard,
             "kept": mean["accuracy_kept"],
             "dropped": mean["accuracy_dropped"],
             "nll": mean["nll_heldout"],

@@ -17,29 +17,27 @@ from transformers import LlamaForCausalLM
 
 from goldfish import Goldfish, mask_labels
 
+BATCH = 8  # rows an optimiser step
+
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Train; returns the loss of every optimiser step, nats per kept token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows an optimiser step")
-    parser.add_argument("--k", type=float, default=4)
     parser.add_argument("--text", help="corpus: .txt or .jsonl; by default the Python language reference")
     args = parser.parse_args(argv)
-    if args.batch_size % args.accumulation:
-        parser.error(f"--batch_size {args.batch_size} does not divide into {args.accumulation} micro-batches")
 
     torch.manual_seed(0)
     texts = common.load_texts(args.text)
     tokenizer = common.byte_level_bpe(texts, vocab_size=2048)
     model = LlamaForCausalLM(common.small_llama(tokenizer, hidden_size=128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    rule = Goldfish(k=args.k, h=13)
+    rule = Goldfish(k=4, h=13)
 
     rows = torch.tensor(common.cut_windows(texts, tokenizer, 64))
     losses = []
-    for step, input_ids in enumerate(batches(rows, args.batch_size, args.steps)):
+    for step, input_ids in enumerate(batches(rows, args.steps)):
         labels = mask_labels(rule, input_ids)  # -100 where dropped; not shifted
         kept = (labels[:, 1:] != -100).sum().clamp(min=1)  # |G| of the step
         loss = torch.zeros(())
@@ -55,11 +53,11 @@ def main(argv: list[str] | None = None) -> list[float]:
     return losses
 
 
-def batches(rows: torch.Tensor, size: int, steps: int) -> Iterator[torch.Tensor]:
+def batches(rows: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
     """Rows at random, the same whatever the accumulation."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        yield rows[torch.randint(len(rows), (size,), generator=generator)]
+        yield rows[torch.randint(len(rows), (BATCH,), generator=generator)]
 
 
 if __name__ == "__main__":

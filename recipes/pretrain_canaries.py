@@ -28,10 +28,13 @@ also be a local folder). What the latter plants, 2000 Wikipedia articles and as 
 The default background is the Python language reference and the docstrings of the standard library.
 """
 
+import ast
 import itertools
 import random
 import shutil
+import sysconfig
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,12 +66,10 @@ class Arguments:
     repeats: int = field(default=50, metadata={"help": "how often each planted window is read"})
     background: int = field(default=1600, metadata={"help": "background windows, read once"})
     validation: int = field(default=256, metadata={"help": "more background windows, for the held-out loss"})
-    epochs: int = field(default=1, metadata={"help": "over background and planted windows alike"})
     window: int = field(default=32, metadata={"help": "tokens per window; the first half is the audit's prefix"})
     batch_size: int = field(default=4, metadata={"help": "windows per optimiser step, over all processes"})
     accumulation: int = field(default=1, metadata={"help": "batches of each process per optimiser step"})
     learning_rate: float = 4e-3
-    min_learning_rate: float = field(default=0.1, metadata={"help": "where the cosine ends, of learning_rate"})
     warmup_steps: int | None = field(default=None, metadata={"help": "a twentieth of the steps by default"})
     hidden_size: int = 256
     layers: int = 2
@@ -88,7 +89,7 @@ class Arguments:
     dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
     def __post_init__(self) -> None:
-        runs.at_least(1, self, "documents", "repeats", "background", "validation", "epochs")
+        runs.at_least(1, self, "documents", "repeats", "background", "validation")
         runs.at_least(1, self, "batch_size", "accumulation", "save_steps")
         runs.at_least(8, self, "window")
         for name in self.rules:
@@ -128,7 +129,7 @@ class Run:
 
     def windows(self, args: Arguments) -> int:
         """How many windows it reads in all."""
-        return (self.background(args) + self.planted * args.documents * args.repeats) * args.epochs
+        return self.background(args) + self.planted * args.documents * args.repeats
 
 
 @dataclass
@@ -151,10 +152,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         return []
     texts, corpus = load_corpus(args)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else common.byte_level_bpe(texts, args.vocab_size)
-    if state.is_main_process:
-        runs.begin(output, args)
-    state.wait_for_everyone()
-
+    runs.begin(output, args)
     done = {(result["seed"], result["run"]) for result in runs.read_results(output / "results.jsonl")}
     state.wait_for_everyone()  # all processes have read what is done before the main one adds to it
     todo = [run for run in trainings if (run.seed, run.name) not in done]
@@ -187,8 +185,23 @@ def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
     planted = common.load_texts(args.planted) if args.planted else texts
     if args.dataset is not None:
         return planted, load_dataset(args.dataset, args.dataset_config, split="train").select_columns("text")
-    background = [*texts, *common.docstrings()] if args.text is None else texts
+    background = [*texts, *docstrings()] if args.text is None else texts
     return planted, Dataset.from_dict({"text": background})
+
+
+def docstrings() -> Iterator[str]:
+    """The docstrings of each module of the standard library: 1.6 MB of English."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
+            try:
+                nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            except (SyntaxError, UnicodeDecodeError, ValueError):
+                continue  # a few files are broken on purpose
+            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            texts = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+            if text := "\n\n".join(text for text in texts if text):
+                yield text
 
 
 def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tokenizer: Any) -> Data:
@@ -236,13 +249,13 @@ def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -
         intermediate_size=args.intermediate_size or 3 * args.hidden_size,
     )
     settings = common.training_settings(
-        folder, len(rows), epochs=args.epochs, batch_size=args.batch_size, accumulation=args.accumulation,
+        folder, len(rows), epochs=1, batch_size=args.batch_size, accumulation=args.accumulation,
         learning_rate=args.learning_rate, seed=run.seed,
     )  # fmt: skip
     settings |= {
         "per_device_eval_batch_size": settings["per_device_train_batch_size"],
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": args.min_learning_rate},
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,

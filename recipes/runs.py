@@ -24,7 +24,7 @@ from goldfish.receipt import versions
 FINISHED = "trainer_state.json"  # in a run's own folder; Trainer writes it into checkpoints too
 ROOT = Path(__file__).parents[1]
 # Arguments that say which runs to make, not what a run is: they may be others when a command is given again.
-WHICH = {"rules", "equal_supervised", "methods", "copies", "models", "seeds", "leak", "keep", "output_dir", "dry_run"}
+WHICH = {"rules", "equal_supervised", "methods", "copies", "edits", "seeds", "leak", "keep", "output_dir", "dry_run"}
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -59,25 +59,25 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def begin(output: Path, args: Any) -> None:
-    """Make the folder of a new run, or go on with the run of the same arguments that it holds.
+    """Make the folder of a new run, or go on with the run of the same arguments that it holds. Call in all processes.
 
     Raises:
         ValueError: it holds a run with other arguments. FileExistsError: it holds something else.
     """
     marker, now = output / "arguments.json", settings_of(args)
-    if marker.is_file():
-        before = json.loads(marker.read_text(encoding="utf-8"))
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{output} holds a run with --{name} {before.get(name)}, not {value}; give the same arguments to "
-                    "go on with it, or choose another --output_dir"
-                )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty and not a run of a recipe; choose another --output_dir")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    with PartialState().main_process_first():
+        if not marker.is_file():
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise FileExistsError(f"{output} is not empty and not a run of a recipe; choose another --output_dir")
+            output.mkdir(parents=True, exist_ok=True)
+            marker.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    before = json.loads(marker.read_text(encoding="utf-8"))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{output} holds a run with --{name} {before.get(name)}, not {value}; give the same arguments to go on "
+                "with it, or choose another --output_dir"
+            )
 
 
 def finished(folder: Path) -> bool:

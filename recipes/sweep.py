@@ -25,9 +25,9 @@ STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "goldfish", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.titlesize": 9,
 }  # fmt: skip
+EXTRACTION = {"exact_match_members": "planted documents: recited word for word", "rouge_l_members": "ROUGE-L"}
+HELDOUT = {"validation_loss": "held-out loss, nats per token"}
 SAMPLES = 2000
-Results = list[dict[str, Any]]
-Groups = dict[str, Results]  # the seeds of each training, by its name, in the order of training
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -42,16 +42,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return present(results, args.folder, args.leak, args.measure)
 
 
-def present(results: Results, output: Path, leak: float, measure: str = "exact_match") -> dict[str, Any]:
+def present(results: list[dict[str, Any]], output: Path, leak: float, measure: str = "exact_match") -> dict[str, Any]:
     """Print the table and the choice, draw the plots; returns the choice."""
-    groups: Groups = {}
-    for result in results:
-        groups.setdefault(result["run"], []).append(result)
+    groups = by_training(results)
     print(f"\n{table(groups)}")
-    for name, draw in (("rouge", draw_histograms), ("extraction", draw_extraction), ("heldout", draw_heldout)):
-        with rc_context(STYLE):
-            figure = Figure(figsize=(7, 2.8), layout="constrained")
-            draw(figure, groups)
+    with rc_context(STYLE):
+        figures = {
+            "rouge": draw_histograms(groups),
+            "extraction": draw_against_k(groups, EXTRACTION),
+            "heldout": draw_against_k(groups, HELDOUT),
+        }
+        for name, figure in figures.items():
             figure.savefig(output / f"{name}.svg", format="svg", metadata={"Date": None, "Creator": None})
     choice = choose_k(groups, leak, measure)
     (output / "choice.json").write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
@@ -59,12 +60,17 @@ def present(results: Results, output: Path, leak: float, measure: str = "exact_m
     return choice
 
 
-def pooled(group: Results, key: str) -> Any:
+def by_training(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """A DataFrame for each training, in the order of training; its rows are the seeds."""
+    return dict(iter(pandas.DataFrame(results).groupby("run", sort=False)))
+
+
+def pooled(group: Any, key: str) -> Any:
     """One number per document, those of all seeds one after another: float64 (documents,)."""
-    return np.concatenate([result[key] for result in group]).astype(float)
+    return np.concatenate(group[key].tolist()).astype(float)
 
 
-def choose_k(groups: Groups, leak: float, measure: str = "exact_match") -> dict[str, Any]:
+def choose_k(groups: dict[str, Any], leak: float, measure: str = "exact_match") -> dict[str, Any]:
     """The rule of the largest k that leaves at most `leak` of recitation, and the bootstrap's votes (for none, too)."""
     if not {"standard", "control"} <= set(groups):
         raise ValueError(f"a choice needs the trainings standard and control, got {', '.join(groups) or 'none'}")
@@ -85,7 +91,8 @@ def choose_k(groups: Groups, leak: float, measure: str = "exact_match") -> dict[
     samples = [list(range(documents))] + [draw.choices(range(documents), k=documents) for _ in range(SAMPLES)]
     means = {name: values[np.array(samples)].mean(axis=1) for name, values in recited.items()}
     gains = means["standard"] - means["control"]
-    names = sorted((name for name in recited if k_of(groups[name])), key=lambda name: k_of(groups[name]))
+    ks = {name: groups[name]["k"].iloc[0] for name in recited if name not in ("standard", "control")}
+    names = sorted(ks, key=lambda name: ks[name])
     chosen = np.full(len(samples), "none", dtype=object)
     for name in names:
         chosen[(means[name] - means["control"] <= leak * gains) | (gains <= 0)] = name
@@ -95,10 +102,9 @@ def choose_k(groups: Groups, leak: float, measure: str = "exact_match") -> dict[
     if best == "none":
         best = f"none of {', '.join(names)}; try a smaller k"
     else:
-        choice |= {"run": best, "k": k_of(groups[best])}
-        both = zip(groups[best], groups["standard"], strict=True)
-        costs = [ours["validation_loss"] - theirs["validation_loss"] for ours, theirs in both]
-        cost = f" It costs {np.mean(costs):+.3f} nats/token held-out ({min(costs):+.3f} to {max(costs):+.3f})."
+        choice |= {"run": best, "k": float(ks[best])}
+        costs = groups[best]["validation_loss"].to_numpy() - groups["standard"]["validation_loss"].to_numpy()
+        cost = f" It costs {costs.mean():+.3f} nats/token held-out ({costs.min():+.3f} to {costs.max():+.3f})."
     says = (
         f"The largest k that leaves at most {leak:.0%} of recitation ({measure}): {best}.{cost} Of {SAMPLES} bootstrap "
         f"samples of {documents} documents: {', '.join(f'{name} {share:.0%}' for name, share in votes.items())}."
@@ -106,38 +112,33 @@ def choose_k(groups: Groups, leak: float, measure: str = "exact_match") -> dict[
     return choice | {"votes": votes, "says": says}
 
 
-def k_of(group: Results) -> Any:
-    """None for the standard loss and the control."""
-    return group[0]["k"]
-
-
-def table(groups: Groups) -> str:
+def table(groups: dict[str, Any]) -> str:
     """Means over seeds with (least-greatest). recited: word for word, of all seeds' documents; left: by ROUGE-L."""
     rows = []
     rouge = {name: pooled(group, "rouge_l_members").mean() for name, group in groups.items()}
     gain = rouge.get("standard", 0) - rouge.get("control", 1)
     for name, group in groups.items():
-        exact, losses = pooled(group, "exact_match_members"), [result["validation_loss"] for result in group]
-        of_seed = [np.mean(result["rouge_l_members"]) for result in group]
+        exact, losses = pooled(group, "exact_match_members"), group["validation_loss"]
+        of_seed = group["rouge_l_members"].map(np.mean)
         rows.append(
             {
                 "training": name,
-                "tokens": f"{group[0]['input_tokens']:,}",
+                "tokens": f"{group['input_tokens'].iloc[0]:,}",
                 "recited": f"{exact.sum():.0f} of {len(exact)}",
-                "ROUGE-L": f"{rouge[name]:.3f} ({min(of_seed):.2f}-{max(of_seed):.2f})",
+                "ROUGE-L": f"{rouge[name]:.3f} ({of_seed.min():.2f}-{of_seed.max():.2f})",
                 "floor": f"{pooled(group, 'rouge_l_heldout').mean():.3f}",
                 "left": f"{(rouge[name] - rouge['control']) / gain:.2f}" if gain > 0 else "-",
-                "held-out nats": f"{np.mean(losses):.3f} ({min(losses):.2f}-{max(losses):.2f})",
+                "held-out nats": f"{losses.mean():.3f} ({losses.min():.2f}-{losses.max():.2f})",
                 "seeds": len(group),
             }
         )
     return str(pandas.DataFrame(rows).to_string(index=False))
 
 
-def draw_histograms(figure: Figure, groups: Groups) -> None:
-    """One panel per training: planted documents in colour, held-out ones in grey."""
+def draw_histograms(groups: dict[str, Any]) -> Figure:
+    """ROUGE-L, one panel per training: planted documents in colour, held-out ones in grey."""
     names = [name for name in groups if "equal" not in name]
-    figure.set_size_inches(7, len(names) + 0.4)
+    figure = Figure(figsize=(7, len(names) + 0.4), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for panel, name in zip(panels, names, strict=True):
         members = pooled(groups[name], "rouge_l_members")
@@ -147,48 +148,37 @@ def draw_histograms(figure: Figure, groups: Groups) -> None:
         panel.set_yticks([])
     panels[0].legend(frameon=False)
     panels[-1].set_xlabel(f"ROUGE-L of token ids, {len(members)} documents each")
+    return figure
 
 
-def draw_extraction(figure: Figure, groups: Groups) -> None:
-    """Exact match and ROUGE-L of planted documents against k."""
-    groups = {name: group for name, group in groups.items() if "equal" not in name}
-    titles = {"exact_match_members": "recited word for word", "rouge_l_members": "ROUGE-L"}
-    for panel, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        against_k(panel, groups, key)
-        panel.set(ylim=(-0.03, 1.03), title=f"planted documents: {title}")
-
-
-def draw_heldout(figure: Figure, groups: Groups) -> None:
-    """Held-out loss against k, at equal input tokens and at equal supervised tokens."""
-    panel = figure.subplots()
-    against_k(panel, groups, "validation_loss")
-    panel.set(title="held-out loss, nats per token")
-
-
-def against_k(panel: Any, groups: Groups, key: str) -> None:
-    """Dots are seeds; a line goes through the means of one kind of rule."""
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
-    for name, group in sorted(groups.items(), key=lambda item: k_of(item[1]) or 0):
-        values = [float(np.mean(result[key])) for result in group]
-        if k_of(group) is not None:
-            label = "equal supervised tokens" if group[0]["equal_supervised"] else "equal input tokens"
-            kind = label + ", max_kept" * (name.count("-") == 3)
-            lines.setdefault(kind, []).append((k_of(group), values))
-        else:
-            colour = "C3" if name == "standard" else "0.5"
-            panel.axhline(np.mean(values), color=colour, linestyle="--", label=name)
-            panel.axhspan(min(values), max(values), color=colour, alpha=0.15, linewidth=0)
-    for number, (kind, points) in enumerate(lines.items()):
-        for k, values in points:
-            panel.plot([k] * len(values), values, "o", color=f"C{2 * number}", markersize=3)
-        means = [np.mean(values) for _, values in points]
-        panel.plot([k for k, _ in points], means, color=f"C{2 * number}", label=kind)
-    ks = sorted({k for points in lines.values() for k, _ in points})
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ks, [f"{k:g}" for k in ks])
-    panel.minorticks_off()
-    panel.set_xlabel("k")
+def draw_against_k(groups: dict[str, Any], figures: dict[str, str]) -> Figure:
+    """A panel for each figure. Dots are seeds, a line goes through the means of one kind of rule; bands: least to
+    greatest of the standard loss and the control."""
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    for panel, (key, title) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
+        points = []
+        for name, group in groups.items():
+            values = group[key].map(np.mean)
+            if name in ("standard", "control"):
+                colour = "C3" if name == "standard" else "0.5"
+                panel.axhline(values.mean(), color=colour, linestyle="--", label=name)
+                panel.axhspan(values.min(), values.max(), color=colour, alpha=0.15, linewidth=0)
+            else:
+                kind = "equal supervised tokens" if "equal" in name else "equal input tokens"
+                kind += ", max_kept" * (name.count("-") == 3)
+                points.append(pandas.DataFrame({"kind": kind, "k": group["k"], "value": values}))
+        for number, (kind, dots) in enumerate(pandas.concat(points).groupby("kind")):
+            panel.plot(dots["k"], dots["value"], "o", color=f"C{2 * number}", markersize=3)
+            panel.plot(dots.groupby("k")["value"].mean(), color=f"C{2 * number}", label=kind)
+        ks = sorted(pandas.concat(points)["k"].unique())
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ks, [f"{k:g}" for k in ks])
+        panel.minorticks_off()
+        panel.set(xlabel="k", title=title)
+        if key in EXTRACTION:
+            panel.set_ylim(-0.03, 1.03)
     panel.legend(frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

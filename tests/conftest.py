@@ -29,7 +29,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     def file_of(nodeid):
         path = nodeid.split("::")[0]
-        return "in_two" if path.endswith(("test_loops.py", "test_memorize.py", "test_sft_lora.py")) else path
+        return "in_two" if path.endswith(("test_loops.py", "test_memorize.py", "test_finetune_private.py")) else path
 
     config.option.loadscopereorder = False  # the costly files are not those with many tests
     scheduler = LoadScopeScheduling(config, log)
@@ -55,11 +55,31 @@ def topics(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def in_two(tmp_path_factory, topics):
+def chat_model(tmp_path_factory):
+    """A saved toy with a chat template, for the finetuning recipe."""
+    from toy_models import toy_model
+    from toy_tokenizers import byte_level
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<end>", chat_template=template)
+    model = toy_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def in_two(tmp_path_factory, topics, chat_model):
     """The folder and the standard output of several recipes that ran in two processes: see launch.py."""
     from launch import launch_several
 
-    return launch_several(tmp_path_factory.mktemp("two"), topics)
+    return launch_several(tmp_path_factory.mktemp("two"), topics, chat_model)
 
 
 @pytest.fixture(scope="session")

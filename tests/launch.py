@@ -21,11 +21,8 @@ def words(**options):
 
 
 MEMORIZE = words(documents=4, epochs=2, hidden_size=32, window=64, batch_size=4, vocab_size=512)
-# 16 conversations, two epochs, batches that are full in two processes too.
-SFT = words(
-    people=4, exposures=2, chats=8, epochs=2, hidden_size=32, background=16, vocab_size=512, batch_size=4, seeds=0,
-    save_steps=3, rules="standard hash-4-13",
-)  # fmt: skip
+# 8 rows, two epochs, batches that are full in two processes too.
+FINETUNE = words(passages=4, passage=24, people=2, exposures=1, chats=2, epochs=2, batch_size=4)
 LOOP = words(steps=3)
 
 
@@ -47,14 +44,15 @@ def launch(*commands, config="ddp", dies="none"):
     )
 
 
-def launch_several(folder, topics):
-    """memorize, the loop and, with TRL installed, sft_lora in one launch; their output is in folders of these names."""
+def launch_several(folder, topics, chat_model):
+    """memorize, the loop and, with TRL installed, finetune_private in one launch; their output is in folders of these
+    names."""
     text = ["--text", str(topics)]
     commands = [("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])]
     commands.append(("accelerate_loop", [*text, *LOOP]))
     if importlib.util.find_spec("trl"):
-        one = words(methods="lora", rules="hash-4-13", output_dir=folder / "sft_lora")
-        commands.append(("sft_lora", [*text, *SFT, *one]))
+        one = words(model=chat_model, methods="lora", rules="hash-2-3", output_dir=folder / "finetune_private")
+        commands.append(("finetune_private", [*FINETUNE, *one]))
     done = launch(*commands)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

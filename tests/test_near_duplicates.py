@@ -3,7 +3,6 @@
 import json
 import random
 
-import common
 import near_duplicates as recipe
 import pytest
 from launch import words
@@ -15,7 +14,7 @@ def test_reformatted_versions_keep_their_words_and_differ():
     versions = {recipe.reformat(TEXT, random.Random(seed)) for seed in range(30)}
     assert len(versions) > 15
     for version in versions:
-        assert common.words(version) == common.words(TEXT)
+        assert recipe.words(version) == ["an", "assignment", "statement", *recipe.words(TEXT)[3:]]
 
 
 def test_edits_change_the_share_of_words_that_was_asked():
@@ -28,33 +27,24 @@ def test_edits_change_the_share_of_words_that_was_asked():
 
 
 def test_exact_versions_are_exact():
-    assert recipe.make_versions(["a\n  b", "c d"], "exact", [0.0], 2, seed=0) == ["a\n  b", "a\n  b", "c d", "c d"]
-    first, again = (recipe.make_versions([TEXT], "reformatted", [0.1], 3, seed=5) for _ in range(2))
+    assert recipe.make_versions(["a\n  b", "c d"], "exact", 0.0, 2, seed=0) == ["a\n  b", "a\n  b", "c d", "c d"]
+    first, again = (recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2))
     assert first == again
     assert len(set(first)) == 3
-    turns = recipe.make_versions(["a b c"] * 4, "exact", [0.0, 1.0], 1, seed=0)
-    assert [turn == "a b c" for turn in turns] == [True, False, True, False], "each share of edits takes its turn"
 
 
 def test_miniature(topics, tmp_path, monkeypatch, capsys):
     options = words(
         text=topics, vocab_size=512, documents=2, versions=2, epochs=1, hidden_size=32, window=64, seeds=0,
-        rules="standard hash-4-3-5", copies="reformatted", edits="0 0.1",
+        rules="standard hash-4-3-5", copies="reformatted", edits=0.1,
     )  # fmt: skip
     command = [*options, "--output_dir", str(tmp_path / "run")]
     results = recipe.main(command)
-    assert [(r["rule"], r["edits"]) for r in results] == [
-        ("standard", 0),
-        ("standard", 0.1),
-        ("hash-4-3-5", 0),
-        ("hash-4-3-5", 0.1),
-    ]
-    assert [result["epochs"] for result in results] == [1] * 4
-    assert 0.1 < results[2]["drop_rate"] < 0.45
-    assert results[2]["nll_members"] != results[3]["nll_members"], "other documents"
-    assert results[2]["tokens_dropped"] + results[2]["tokens_kept"] == 2 * 32, "of two suffixes"
-    assert "accuracy_dropped" not in results[0], "standard has no holes"
-    assert results[2]["nll_heldout"] == results[3]["nll_heldout"], "the same floor"
+    assert [(r["edits"], r["rule"]) for r in results] == [(0.1, "standard"), (0.1, "hash-4-3-5")]
+    assert [result["epochs"] for result in results] == [1, 1]
+    assert 0.1 < results[1]["drop_rate"] < 0.45
+    assert results[1]["tokens_dropped"] + results[1]["tokens_kept"] == 2 * 32, "of two suffixes"
+    assert "accuracy_dropped" not in results[0], "the standard loss drops nothing"
     assert results[0]["commit"]
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == results

@@ -1,5 +1,6 @@
 """The recurrence table and the masks of benchmarks/recurrence.py, against counting strings in dictionaries."""
 
+import ast
 import random
 import sys
 from collections import Counter
@@ -14,6 +15,22 @@ import recurrence as benchmark
 from goldfish import Goldfish
 
 TEXT = "the fish Swims; round and (round) its bowl’s edge, forgets ﬁne naïve 42 things: each-turn."
+
+
+def test_benchmarks_import_about_before_the_recipes():
+    """It puts the recipes on the path; pytest has them there already, so that no import here would fail."""
+    root = Path(benchmark.__file__).parents[1]
+    recipes = {path.stem for path in (root / "recipes").glob("*.py")}
+    users = set()
+    for path in set((root / "benchmarks").glob("*.py")) - {root / "benchmarks" / "about.py"}:
+        modules = []
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if used := recipes.intersection(modules):
+            users.add(path.stem)
+            assert modules.index("about") < min(map(modules.index, used)), path
+    assert users == {"recurrence"}
 
 
 def shingles_of(text):

@@ -14,18 +14,19 @@ def result(run, k, rouge, loss, seed=0, equal=False):
     }  # fmt: skip
 
 
-def groups(k4, k32):
-    """The results of two seeds by training."""
-    by_name = {}
+def two_seeds(k4, k32):
+    results = []
     for seed in (0, 1):
-        trainings = [
+        results += [
             result("standard", None, [1.0] * 6, 5.0, seed), result("control", None, [0.1] * 6, 5.1, seed),
             result("k=4", 4.0, k4, 5.2 + seed / 10, seed), result("k=32", 32.0, k32, 5.05, seed),
             result("k=4, equal", 4.0, [0.9] * 6, 5.0, seed, equal=True),
         ]  # fmt: skip
-        for training in trainings:
-            by_name.setdefault(training["run"], []).append(training)
-    return by_name
+    return results
+
+
+def groups(k4, k32):
+    return sweep.by_training(two_seeds(k4, k32))
 
 
 def test_the_largest_k_that_protects_enough():
@@ -52,21 +53,21 @@ def test_uncertainty_is_that_of_the_documents():
 
 def test_nothing_to_choose_where_nothing_is_recited():
     nothing = {"rouge_l_members": [0.1] * 6, "exact_match_members": [False] * 6}
-    quiet = {name: [{**r, **nothing} for r in group] for name, group in groups([0.1] * 6, [0.1] * 6).items()}
-    choice = sweep.choose_k(quiet, leak=0.1)
+    quiet = [{**r, **nothing} for r in two_seeds([0.1] * 6, [0.1] * 6)]
+    choice = sweep.choose_k(sweep.by_training(quiet), leak=0.1)
     assert choice["k"] is None
     assert choice["says"].startswith("Nothing to choose: the standard loss recites hardly more than the control")
 
 
 def test_unfinished_runs_are_refused():
     with pytest.raises(ValueError, match="needs the trainings standard and control, got k=4"):
-        sweep.choose_k({"k=4": [result("k=4", 4.0, [0.1], 5.0)]}, leak=0.1)
+        sweep.choose_k(sweep.by_training([result("k=4", 4.0, [0.1], 5.0)]), leak=0.1)
     with pytest.raises(ValueError, match="finish the run first"):
-        sweep.choose_k(groups([0.1] * 6, [0.1] * 6) | {"k=4": [result("k=4", 4.0, [0.1] * 6, 5.0)]}, leak=0.1)
+        sweep.choose_k(sweep.by_training(two_seeds([0.1] * 6, [0.1] * 6)[:-2]), leak=0.1)
 
 
 def test_table_and_pictures(tmp_path, capsys):
-    results = [result for group in groups([0.1, 1.0] * 3, [0.5] * 6).values() for result in group]
+    results = two_seeds([0.1, 1.0] * 3, [0.5] * 6)
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
     first = sweep.main([str(tmp_path)])
     pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
