@@ -53,8 +53,6 @@ def test_a_rule_that_works_and_one_that_does_not():
     idle = made_up_summary(made_up_records("members", 80, 0.8, rule=rule))["splits"]["members"]
     assert works["attribution"]["hazard_ratio"].lower95 > 5
     assert works["teacher_forced_accuracy_kept"].value == 1.0
-    assert works["attribution"]["accuracy_gap"].lower95 > 0.5
-    assert works["first_divergence_dropped"].value == 1.0
     ratio = idle["attribution"]["hazard_ratio"]
     assert ratio.lower95 < 1 < ratio.upper95
     assert works["attribution"]["dropped_share"].value == pytest.approx(1 / 3, abs=0.06)

@@ -69,7 +69,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     write_receipt(folder, Tally(rule, torch.device("cpu")), tokenizer)
     sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
     summary = audit(
-        folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,), lowercase=True,
+        folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,),
         control=checkpoint, command="goldfish audit",
     )  # fmt: skip
     blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
@@ -89,6 +89,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert rows[2]["document"] == "n1"
     assert rows[2]["prefix_ids"] + rows[2]["suffix_ids"] == ids[1][:18]
     assert rows[3]["prefix_ids"] + rows[3]["suffix_ids"] == ids[1][3:21]
+    assert rows[3]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[13:21]
     assert rows[2]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[10:18]
     assert "".join(rows[8]["suffix_tokens"]) in PROSE[0]
     for row in rows:

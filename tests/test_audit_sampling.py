@@ -13,8 +13,6 @@ from goldfish.audit.sampling import (
     setting_name,
 )
 
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}
-
 
 def exactly(logarithm, n):
     """1 - (1 - e^logarithm)^n."""
@@ -66,26 +64,14 @@ def test_p_z_and_n_p_curve_against_monte_carlo():
 
 
 def test_figures_of_a_setting():
-    logs = np.log([0.6, 0.05, 1e-30, 1.0])
-    logs = np.append(logs, -np.inf)
-    found = sampling_figures(logs, np.arange(5), {"temperature": 0.8, "top_k": 40, "top_p": None})
-    assert found["name"] == "T=0.8,top_k=40"
-    assert found["impossible"].k == 1
-    windows = {(each["n"], each["p"]): each["windows"].k for each in found["extractable"]}
-    assert windows[1, 0.5] == 2
-    assert windows[1, 0.9] == 1
-    assert windows[10, 0.5] == 2  # 1 - 0.95^10 = 0.40
-    assert windows[100, 0.5] == 3
-    assert windows[1_000_000, 0.999] == 3
-    assert found["log_p"] == {"least": None, "median": pytest.approx(np.log(0.05)), "greatest": 0.0}
-    assert found["n_needed"][0] == {"p": 0.5, "log10_least": 0.0, "log10_median": pytest.approx(np.log10(14))}
-    shares = {each["n"]: each["share"].value for each in found["expected"]}
-    assert shares[10] == pytest.approx((1 + (1 - 0.4**10) + (1 - 0.95**10)) / 5)
-    assert tuple(shares) == SAMPLES
+    found = sampling_figures(np.append(np.log([0.6, 0.05, 1e-30, 1.0]), -np.inf), np.arange(5))
+    k = {name: figure.k for name, figure in found.items()}
+    assert k["extractable@1,0.5"] == 2
+    assert k["extractable@1,0.9"] == 1
+    assert k["extractable@10,0.5"] == 2  # 1 - 0.95^10 = 0.40
+    assert k["extractable@100,0.5"] == 3
+    assert k["extractable@1000000,0.999"] == 3
+    assert found["expected@10"].value == pytest.approx((1 + (1 - 0.4**10) + (1 - 0.95**10)) / 5)
+    assert list(found)[-len(SAMPLES) :] == [f"expected@{n}" for n in SAMPLES]
     assert setting_name({"temperature": 1.0, "top_k": None, "top_p": 0.9}) == "T=1,top_p=0.9"
-
-
-def test_nothing_is_possible():
-    found = sampling_figures(np.full(3, -np.inf), np.arange(3), PLAIN)
-    assert found["n_needed"][2] == {"p": 0.999, "log10_least": None, "log10_median": None}
-    assert found["log_p"] == {"least": None, "median": None, "greatest": None}
+    assert setting_name({"temperature": 0.8, "top_k": 40, "top_p": None}) == "T=0.8,top_k=40"

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import Cutter, Survey, Window, clusters_of, first_ids, lowercase_ids, overlap_of
+from goldfish.audit.windows import Cutter, Survey, Window, clusters_of, first_ids, overlap_of
 
 pytestmark = pytest.mark.core
 
@@ -43,7 +43,7 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     rows = [{"input_ids": list(range(12)), "name": "a", "source": "s", "count": 3}, {"input_ids": list(range(8))}]
     assert cut(rows, tokenizer, 5, 3, (0, 4, 5)) == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
-        Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4),
+        Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4, document_ids=list(range(12))),
         "fewer than 8 tokens from token 5 on",
         Window("members", 1, "members 1", list(range(8)), 5, None, None, 0),
         "fewer than 8 tokens from token 4 on",
@@ -137,11 +137,3 @@ def test_little_of_a_long_text_is_tokenized(tokenizer, monkeypatch):
     read.clear()
     first_ids(tokenizer, "x" * 50_000, 64)
     assert max(read) == 50_000, "one word: what follows may decide about its first tokens"
-
-
-def test_lowercase_ids_keep_the_bos(framing, tokenizer):
-    ids = framing.encode("Naïve QUESTION", add_special_tokens=False)
-    lower = framing.encode("naïve question", add_special_tokens=False)
-    assert ids != lower
-    assert lowercase_ids(Window("members", 0, "", [1, *ids], 2), framing) == [1, *lower]
-    assert lowercase_ids(Window("members", 0, "", ids, 2), tokenizer) == lower

@@ -28,29 +28,22 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
     return sentences
 
 
-def attribution_figures(hazards: Floats, tokens: Floats, documents: Codes) -> dict[str, Any]:
-    """A split's `attribution`, without `decisions` and `notes`; see docs/audit-files.md.
-
-    Args:
-        hazards: (windows, 4): first divergences on dropped tokens, dropped tokens reached, the same for kept tokens.
-            Tokens are reached up to the first divergence, it included.
-        tokens: (windows, 4): dropped tokens predicted, dropped tokens, kept tokens predicted, kept tokens.
-    """
-    correct_dropped, dropped, correct_kept, kept = tokens.T
+def attribution_figures(counts: Floats, documents: Codes) -> dict[str, Any]:
+    """A split's `attribution`, without `notes`; see docs/audit-files.md. counts: (windows, 8), columns.COUNTS."""
+    hazards, dropped, kept = counts[:, :4], counts[:, 5], counts[:, 7]
     return {
         "dropped_share": token_rate(dropped, dropped + kept, documents),
         "hazard_ratio": hazard_ratio(hazards, documents),
         "hazard_dropped": token_rate(hazards[:, 0], hazards[:, 1], documents),
         "hazard_kept": token_rate(hazards[:, 2], hazards[:, 3], documents),
-        "accuracy_gap": statistic(
-            lambda total: total[..., 2] / total[..., 3] - total[..., 0] / total[..., 1],
-            [correct_dropped, dropped, correct_kept, kept], int((dropped + kept).sum()), documents,
-        ),
-    }  # fmt: skip
+    }
 
 
 def hazard_ratio(hazards: Floats, documents: Codes) -> Estimate:
     """Hazard of a first divergence on dropped tokens over that on kept ones.
+
+    hazards: (windows, 4): first divergences on dropped tokens, dropped tokens reached (up to the first divergence, it
+    included), the same for kept tokens.
 
     With few events of a kind the interval is the exact one given how many tokens of each kind were reached: of all
     events, those on dropped tokens are binomial with odds ratio * reached dropped / reached kept.

@@ -5,7 +5,7 @@ over documents, since the windows of one document are not independent.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-SCHEMA = "goldfish.audit/3"  # of run.json, the records and summary.json; docs/audit-files.md
+SCHEMA = "goldfish.audit/4"  # of run.json, the records and summary.json; docs/audit-files.md
 RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
 CHUNK = 2**21  # weights of documents held at once
@@ -216,7 +216,8 @@ def statistic(function: Callable[[Floats], Floats], sums: Sequence[ArrayLike], n
         if len(columns) < FEWEST_DOCUMENTS:
             reason = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
             return Estimate(value, None, n, len(columns), reason=reason)
-        draws = function(resampled(columns))
+        drawn = [times @ columns for (times,) in resamples([len(columns)], len(columns))]
+        draws = function(np.concatenate(drawn))
     if not np.isfinite(draws).all():
         return Estimate(value, None, n, len(columns), reason="too few events for an interval")
     if np.ptp(draws) <= 1e-12 * abs(point):
@@ -232,14 +233,18 @@ def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
     return np.stack([np.bincount(place, np.asarray(each, dtype=np.float64), len(here)) for each in sums], -1)
 
 
-def resampled(columns: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """(documents, M) -> (resamples, M): sums over documents drawn with replacement; fixed seed."""
-    generator, count = np.random.default_rng(seed), len(columns)
-    rows = max(1, CHUNK // count)
-    sums = []
-    for first in range(0, resamples, rows):
-        shape = (min(rows, resamples - first), count)
-        drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
-        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape)  # how often each was drawn
-        sums.append(times.astype(np.float64) @ columns)
-    return np.concatenate(sums)
+def resamples(counts: Sequence[int], size: int, times: int = RESAMPLES) -> Iterator[list[Floats]]:
+    """How often each document is drawn, with replacement, from each of several groups; `times` times, fixed seed.
+
+    counts: documents of each group. size: numbers that a resample takes in memory.
+
+    Yields some resamples at a time: for each group (resamples, documents).
+    """
+    generator, rows = np.random.default_rng(0), max(1, CHUNK // size)
+    for first in range(0, times, rows):
+        weights = []
+        for count in counts:
+            shape = (min(rows, times - first), count)
+            drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
+            weights.append(np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float64))
+        yield weights

@@ -28,7 +28,7 @@ from goldfish.audit.model import (
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
-from goldfish.audit.windows import Cutter, Survey, clusters_of, lowercase_ids, overlap_of, prefix_grid
+from goldfish.audit.windows import Cutter, Survey, clusters_of, overlap_of, prefix_grid
 from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
@@ -57,7 +57,6 @@ def audit(
     offsets: Sequence[int] = (0,),
     sampling: Sequence[Sampling] = (Sampling(), Sampling(top_k=40)),
     beams: Sequence[int] = (),
-    lowercase: bool = False,
     control: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -95,7 +94,6 @@ def audit(
         offsets: where in a text windows begin, in tokens.
         sampling: settings of an adversary who samples, for the probability of drawing the suffix.
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
-        lowercase: also score the texts in lower case (one more pass).
         control: a checkpoint with the same tokenizer that never saw the members (one more pass).
         name: what tables and reports call this checkpoint; by default its folder's name.
         revision: of a checkpoint on the hub.
@@ -126,7 +124,6 @@ def audit(
         "decoding": "greedy",
         "sampling": [asdict(each) for each in sampling],
         "beams": sorted(set(beams)) or None,
-        "lowercase": lowercase,
         "control": None if control is None else str(control),
         "text_column": text_column or None,
         "max_rows": max_rows,
@@ -213,11 +210,8 @@ def audit(
             folder.open(run)
         wait()
         if not finished:
-            lowered = None
-            if lowercase:
-                lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
             control_model = models[1] if control is not None else None
-            scorer = Scorer(models[0], sampling, protocol["beams"] or (), lowered, control_model, batch_tokens)
+            scorer = Scorer(models[0], sampling, protocol["beams"] or (), control_model, batch_tokens)
             of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
             number = 0
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:

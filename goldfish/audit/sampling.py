@@ -3,13 +3,12 @@
 p_z, the probability that one sample is the suffix, may be e^-10000, so everything is computed from its logarithm.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
+from goldfish.audit.estimate import Codes, Estimate, Floats, mean, rate
 
 PROBABILITIES = (0.5, 0.9, 0.999)
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -44,29 +43,10 @@ def setting_name(setting: dict[str, Any]) -> str:
     return ",".join([f"T={setting['temperature']:g}", *cuts])
 
 
-def sampling_figures(log_p: Floats, documents: Codes, setting: dict[str, Any]) -> dict[str, Any]:
-    """One entry of a split's `sampling`; see docs/audit-files.md."""
-    possible = np.isfinite(log_p)
-    needed = {p: log10_samples_needed(log_p, p) for p in PROBABILITIES}
-    return {
-        "name": setting_name(setting),
-        **setting,
-        "impossible": token_rate(~possible, np.ones(len(log_p)), documents),
-        "log_p": dict(zip(("least", "median", "greatest"), _finite(np.percentile(log_p, [0, 50, 100], method="lower")),
-                          strict=True)),
-        "extractable": [
-            {"n": n, "p": p, "windows": rate(needed[p] <= np.log10(n) + 1e-12, documents)}
-            for p in PROBABILITIES
-            for n in SAMPLES
-        ],
-        "n_needed": [
-            dict(zip(("p", "log10_least", "log10_median"),
-                     [p, *_finite(np.percentile(needed[p], [0, 50], method="higher"))], strict=True))
-            for p in PROBABILITIES
-        ],
-        "expected": [{"n": n, "share": mean(probability_within(log_p, n), documents)} for n in SAMPLES],
-    }  # fmt: skip
-
-
-def _finite(values: Sequence[float] | Floats) -> list[float | None]:
-    return [float(each) if np.isfinite(each) else None for each in values]
+def sampling_figures(log_p: Floats, documents: Codes) -> dict[str, Estimate]:
+    """The (n,p) curves and the expected shares under one setting, by name; see docs/audit-files.md."""
+    figures: dict[str, Estimate] = {}
+    for p in PROBABILITIES:
+        needed = log10_samples_needed(log_p, p)
+        figures |= {f"extractable@{n},{p:g}": rate(needed <= np.log10(n) + 1e-12, documents) for n in SAMPLES}
+    return figures | {f"expected@{n}": mean(probability_within(log_p, n), documents) for n in SAMPLES}

@@ -32,6 +32,8 @@ class Window:
     offset: how many tokens of the document come before the window (a BOS at its start not counted).
     completion: the suffix is what the assistant says in a chat, however long, and membership is about it alone.
     secrets: marked ones that are in the suffix, and not in the prefix, where the model could read them.
+    document_ids: of the document, from its start to the window's end, where that is more than `ids`: they decide what
+    its training dropped. The last len(ids) - 1 of them are ids[1:].
     """
 
     split: str
@@ -44,6 +46,7 @@ class Window:
     offset: int = 0
     completion: bool = False
     secrets: tuple[str, ...] = ()
+    document_ids: Sequence[int] = ()
 
     @property
     def suffix(self) -> list[int]:
@@ -101,7 +104,8 @@ class Cutter:
                     for part in (ids[: self.prefix_length], ids)
                 )
                 secrets = self._secrets(row, whole, len(prefix))
-            yield Window(**about, ids=ids, prefix_length=self.prefix_length, offset=offset, secrets=secrets)
+            before: dict[str, Any] = {"offset": offset, "document_ids": all_ids[: offset + length]} if offset else {}
+            yield Window(**about, ids=ids, prefix_length=self.prefix_length, secrets=secrets, **before)
 
     def _completion(self, row: Row, each: Completion, about: dict[str, Any]) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
@@ -245,13 +249,3 @@ def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
 def prefix_grid(prefix_length: int) -> list[int]:
     """Tenths of the prefix: the lengths that the prefix sweep reports."""
     return sorted({round(prefix_length * tenth / 10) for tenth in range(1, 11)} - {0})
-
-
-def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:
-    """The ids of the window's text in lower case, for lowercase_nll; a BOS stays, and the prompt of a completion."""
-    ids = window.ids
-    opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    if window.completion:
-        opening = ids[: window.prefix_length]
-    text = tokenizer.decode(ids[len(opening) :], clean_up_tokenization_spaces=False).lower()
-    return [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,8 +13,8 @@ from goldfish.audit.columns import records
 from goldfish.audit.results import Audit, read
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page
-COLUMNS = ("split", "index", "offset", "document", "prefix_text", "suffix_tokens", "output_tokens", "dropped", "nll",
-           "rank", "exact_match", "first_divergence", "rouge_l_ids", "log_p", "common_runs")  # fmt: skip
+COLUMNS = ("split", "index", "offset", "document", "prefix_text", "suffix_tokens", "output_tokens", "dropped",
+           "exact_match", "first_divergence", "rouge_l_ids", "log_p", "common_runs")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class View:
     name: str
     audit: Audit
     windows: pa.Table
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the audit asked."""
+        return dict(self.audit.summary["protocol"])
 
     @property
     def splits(self) -> list[str]:
