@@ -20,6 +20,7 @@ from goldfish import Goldfish
 from goldfish.audit import audit, records, run
 from goldfish.audit.estimate import loads
 from goldfish.audit.folder import Folder
+from goldfish.audit.model import Checkpoint
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import Tally, write_receipt
 
@@ -117,7 +118,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
 def test_a_finished_audit_is_summarized_again_without_a_model(tmp_path, checkpoint, inputs, monkeypatch):
     summary = audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(Checkpoint, "model", None)
     monkeypatch.setattr(run, "Survey", None)
     assert audit(checkpoint, tmp_path / "out", **inputs, command="later") == summary
     with pytest.raises(FileExistsError, match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)"):
@@ -247,7 +248,7 @@ def test_other_weights_do_not_continue_a_run(tmp_path, checkpoint, inputs, small
         audit(folder, tmp_path / "out", **inputs)
 
 
-def test_repeated_and_shared_texts(tmp_path, checkpoint, caplog):
+def test_repeated_and_shared_texts(tmp_path, checkpoint):
     """One text in many rows is one document, whatever its case and spaces; one in both files is refused."""
     text = PROSE[0]
     members = [text, text.upper(), "  ".join(text.split()), PROSE[1], text + " And more.", PROSE[2]]
@@ -259,7 +260,7 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint, caplog):
     assert {key: summary["inputs"]["members"][key] for key in ("windows", "clusters", "repeated")} == {
         "windows": 6, "clusters": 3, "repeated": 3
     }  # fmt: skip
-    assert "3 of 6 documents repeat the text of another one; intervals count 3 documents" in caplog.text
+    assert summary["verdict"]["skipped"] == ["members: 3 windows repeat others and count as one text with them"]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
     message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"
     with pytest.raises(ValueError, match=message):
@@ -333,7 +334,7 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
         ValueError, "windows of 129 tokens do not fit the model's context, 128 tokens", members=long, prefix_length=124
     )
     other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
-    refused(ValueError, "other.jsonl, row 1: token id 320, but .* knows 320 ids; .*`text`", members=other)
+    refused(ValueError, "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`", members=other)
     refused(FileNotFoundError, "no checkpoint folder .*elsewhere", control=tmp_path / "elsewhere")
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)

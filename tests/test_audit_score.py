@@ -245,7 +245,7 @@ def test_log_q_of_ties_at_the_cut():
     targets = torch.arange(6)
 
     def log_q(sampling):
-        return score_module._reduce(logits, targets, torch.ones(6, dtype=torch.bool), [sampling])["log_q"][0]
+        return score_module._reduce(logits, targets, [sampling])["log_q"][:, 0]
 
     for sampling in (Sampling(top_k=2), Sampling(top_k=3), Sampling(top_p=0.6), Sampling(0.5, 2, 0.7)):
         assert np.allclose(sorted(log_q(sampling)), sorted(drawn_from(logits[0], sampling)), atol=1e-6)
@@ -272,9 +272,8 @@ def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
 def test_logits_that_a_model_forbids():
     """Minus infinity has probability 0, and 0 * log 0 is 0: no NaN anywhere, and the moments of the rest."""
     logits = torch.tensor([[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
-    both = torch.ones(2, dtype=torch.bool)
     settings = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.8)]
-    found = score_module._reduce(logits, torch.tensor([2, 1]), both, settings)
+    found = score_module._reduce(logits, torch.tensor([2, 1]), settings)
     log_p = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).log_softmax(-1)
     mean = (log_p.exp() * log_p).sum().item()
     assert found["entropy_mean"].tolist() == pytest.approx([mean, 0.0], abs=1e-6)

@@ -16,15 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.folder import SUMMARY, Folder
-from goldfish.audit.model import (
-    context_of,
-    file_hashes,
-    load_config,
-    load_model,
-    load_receipt,
-    load_tokenizer,
-    vocabulary_of,
-)  # fmt: skip
+from goldfish.audit.model import Checkpoint, context_of, vocabulary_of
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
@@ -138,14 +130,16 @@ def audit(
     require_known(fail_on, limits, protocol, list(sources))
     folder = Folder(Path(output_dir))
     folder.require_usable()
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(checkpoint, revision=revision, **trust)
-    if control is not None and load_tokenizer(control, **trust).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
-            "it; take a control of the same family"
-        )
-    receipt = load_receipt(checkpoint, revision)
+    checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
+    tokenizer = checkpoints[0].tokenizer()
+    if control is not None:
+        checkpoints.append(Checkpoint(control, None, trust_remote_code))
+        if checkpoints[1].tokenizer().get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
+                "it; take a control of the same family"
+            )
+    receipt = checkpoints[0].receipt()
     rules = _rules(checkpoint, receipt, tokenizer)
     if device is None:
         device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,15 +148,13 @@ def audit(
     inputs: dict[str, dict[str, Any]] = {
         split: {"path": source, "sha256": digest(source)} for split, source in sources.items()
     }
-    checkpoints: list[tuple[str | Path, str | None]] = [(checkpoint, revision)]
-    checkpoints += [] if control is None else [(control, None)]
     surveys: dict[str, Survey] = {}
     models: list[Any] = []
     overlap: dict[str, Any] | None = None
     finished = (folder.path / SUMMARY).is_file()
     if not finished:
-        contexts = [context_of(load_config(path, revision=at, **trust)) for path, at in checkpoints]
-        context = min((each for each in contexts if each), default=None)
+        contexts = [context_of(each.config()) for each in checkpoints]
+        context = min(filter(None, contexts), default=None)
         marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
         cutter = Cutter(tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks)
         for split, source in sources.items():
@@ -173,20 +165,15 @@ def audit(
         _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
         for split, each in surveys.items():
             inputs[split] |= each.counts(clusters[split])
-            if repeated := inputs[split]["repeated"]:
-                _log.warning("%s: %d of %d documents repeat the text of another one; intervals count %d documents",
-                             sources[split], repeated, each.names, inputs[split]["clusters"])  # fmt: skip
-        for path, at in checkpoints:
-            model = load_model(path, device, dtype=protocol["dtype"], allow_pickle=allow_pickle, revision=at,
-                               device_map=device_map, **trust)  # fmt: skip
-            known = model.get_input_embeddings().num_embeddings
-            for split, each in surveys.items():
-                if each.largest_id >= known:
-                    raise ValueError(
-                        f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but {path} knows "
-                        f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
-                    )
-            models.append(model)
+        options: dict[str, Any] = {"dtype": protocol["dtype"], "allow_pickle": allow_pickle, "device_map": device_map}
+        models = [each.model(device, **options) for each in checkpoints]
+        known = min(model.get_input_embeddings().num_embeddings for model in models)
+        for split, each in surveys.items():
+            if each.largest_id >= known:
+                raise ValueError(
+                    f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but the model knows {known} "
+                    "ids; were these input_ids made with another tokenizer? Give `text` instead"
+                )
         protocol["vocabulary"] = vocabulary_of(models[0])
 
     run = {
@@ -199,7 +186,7 @@ def audit(
         "protocol": protocol,
         "inputs": inputs,
         "overlap": overlap,
-        "weights": [file_hashes(path, at) for path, at in checkpoints],
+        "weights": [each.hashes() for each in checkpoints],
         "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
         "receipt": receipt,
         "versions": versions(),
@@ -210,8 +197,8 @@ def audit(
             folder.open(run)
         wait()
         if not finished:
-            control_model = models[1] if control is not None else None
-            scorer = Scorer(models[0], sampling, protocol["beams"] or (), control_model, batch_tokens)
+            reference = models[1] if control is not None else None
+            scorer = Scorer(models[0], sampling, protocol["beams"] or (), reference, batch_tokens)
             of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
             number = 0
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,10 +139,15 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
-        rows: list[dict[str, Any]] = [{}] * len(windows)
-        for batch in self._batches(windows):
-            for place, row in zip(batch, self._teacher_forced([windows[i] for i in batch]), strict=True):
-                rows[place] = row
+        rows = self._teacher_forced(self.model, windows, partial(_reduce, samplings=self.samplings))
+        for window, row in zip(windows, rows, strict=True):
+            start = window.prefix_length - 1
+            row["log_q"] = row["log_q"][start:].T
+            row["output"] = row["greedy"][start:].tolist()
+            margin, gap = row.pop("relative_margin"), row.pop("relative_gap")
+            close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[self.model.dtype]
+            end = start + first_divergence(row["output"], window.suffix) + 1
+            row["ambiguous"] = bool(close[start:end].any())
         self._continue(windows, rows)
         for window, row in zip(windows, rows, strict=True):
             if row.pop("ambiguous"):
@@ -151,9 +157,33 @@ class Scorer:
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
         if self._control is not None:
-            for row, nll in zip(rows, self._control_nll(windows), strict=True):
-                row["control_nll"] = nll
+            controls = self._teacher_forced(self._control, windows, lambda *each: {"nll": _nll(*each)})
+            for window, row, of_control in zip(windows, rows, controls, strict=True):
+                row["control_nll"] = of_control["nll"][window.first_scored - 1 :].astype(np.float64)
         return [Score(**row) for row in rows]
+
+    def _teacher_forced(
+        self, model: Any, windows: Sequence[Window], reduce: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    ) -> list[dict[str, Any]]:
+        """For each window the columns that `reduce` makes of logits (rows, V) and the ids that follow: (T-1, ...)."""
+        results: list[dict[str, Any]] = [{}] * len(windows)
+        for batch in self._batches(windows):
+            longest = len(windows[batch[0]].ids)
+            # Padded on the right, which no token before sees; without padding there is no attention mask.
+            ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.int64)
+            for place, i in enumerate(batch):
+                ids[place, : len(windows[i].ids)] = torch.tensor(windows[i].ids)
+                mask[place, : len(windows[i].ids)] = 1
+            ids = ids.to(self.device)
+            attention_mask = None if mask.all() else mask.to(self.device)
+            targets = ids[:, 1:].flatten()
+            parts = [reduce(logits, targets[rows]) for rows, logits in logits_of(model, ids, attention_mask)]
+            columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+            for place, i in enumerate(batch):
+                first, length = place * (longest - 1), len(windows[i].ids) - 1
+                results[i] = {name: column[first : first + length] for name, column in columns.items()}
+                self._require_finite(windows[i], bool(np.isnan(results[i]["nll"]).any()))
+        return results
 
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
         """Places of windows, those of like length together, longest first: a batch that is too large fails at once."""
@@ -165,33 +195,6 @@ class Scorer:
             batch.append(place)
         if batch:
             yield batch
-
-    def _teacher_forced(self, windows: Sequence[Window]) -> list[dict[str, Any]]:
-        """The arrays of Score for a batch, sorted by falling length, and `ambiguous`."""
-        ids, attention_mask = self._padded(windows)
-        targets = ids[:, 1:].flatten()
-        place = torch.arange(1, ids.shape[1], device=ids.device)
-        ends = torch.tensor([[len(w.ids)] for w in windows], device=ids.device)
-        starts = torch.tensor([[w.prefix_length] for w in windows], device=ids.device)
-        of_suffix = ((starts <= place) & (place < ends)).flatten()
-        parts = []
-        for rows, logits in logits_of(self.model, ids, attention_mask):
-            parts.append(_reduce(logits, targets[rows], of_suffix[rows], self.samplings))
-        columns = {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
-        log_q, margin, gap = (columns.pop(name) for name in ("log_q", "relative_margin", "relative_gap"))
-        close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[self.model.dtype]
-        results, taken = [], 0
-        for i, window in enumerate(windows):
-            first, length, start = i * (ids.shape[1] - 1), len(window.ids) - 1, window.prefix_length - 1
-            row: dict[str, Any] = {name: column[first : first + length] for name, column in columns.items()}
-            row["log_q"] = log_q[:, taken : taken + length - start]
-            taken += length - start
-            row["output"] = row["greedy"][start:].tolist()
-            end = start + first_divergence(row["output"], window.suffix) + 1
-            row["ambiguous"] = bool(close[first + start : first + end].any())
-            self._require_finite(window, bool(np.isnan(row["nll"]).any()))
-            results.append(row)
-        return results
 
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
         """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known.
@@ -230,19 +233,6 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _control_nll(self, windows: Sequence[Window]) -> list[np.ndarray]:
-        """float64, nats: the nll of ids[first_scored:] of each window under the control."""
-        results = [np.empty(0)] * len(windows)
-        for batch in self._batches(windows):
-            ids, attention_mask = self._padded([windows[i] for i in batch])
-            targets = ids[:, 1:].flatten()
-            parts = [_nll(logits, targets[rows]) for rows, logits in logits_of(self._control, ids, attention_mask)]
-            for i, nll in zip(batch, torch.cat(parts).view(len(batch), -1).double().cpu(), strict=True):
-                window = windows[i]
-                results[i] = nll[window.first_scored - 1 : len(window.ids) - 1].numpy()
-                self._require_finite(window, bool(np.isnan(results[i]).any()))
-        return results
-
     def _require_finite(self, window: Window, is_nan: bool) -> None:
         if is_nan:
             dtype = str(self.model.dtype).removeprefix("torch.")
@@ -250,16 +240,6 @@ class Scorer:
                 f"the logits of {window.split} row {window.index} ({window.document!r:.80}) are not finite: the "
                 f"weights are damaged, or too large for {dtype}. Try bfloat16 or float32 (--dtype)"
             )
-
-    def _padded(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor | None]:
-        """(B, T), padded on the right, which no token before sees; without padding there is no attention mask."""
-        lengths = [len(window.ids) for window in windows]
-        longest = max(lengths)
-        ids = torch.tensor([window.ids + [0] * (longest - len(window.ids)) for window in windows], device=self.device)
-        if min(lengths) == longest:
-            return ids, None
-        ends = torch.tensor(lengths, device=ids.device)[:, None]
-        return ids, (torch.arange(longest, device=ids.device) < ends).long()
 
 
 def cache_tokens(model: Any, most: int) -> int:
@@ -280,8 +260,8 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
-def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
-    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix)."""
+def _reduce(logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings)."""
     target = logits.gather(-1, targets[:, None])
     top, places = logits.topk(2)
     greedy, tied = places[:, 0], top[:, 0] == top[:, 1]
@@ -296,10 +276,7 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = [
-        -nll[of_suffix] if sampling == Sampling() else _log_q(logits[of_suffix], targets[of_suffix], sampling)
-        for sampling in samplings
-    ]
+    log_q = [-nll if each == Sampling() else -_nll(each.processors()(None, logits), targets) for each in samplings]
     return {
         "greedy": greedy,
         "nll": nll,
@@ -308,10 +285,5 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
         "relative_gap": relative_margin(top[:, 0], torch.where(rank == 0, top[:, 1], target[:, 0])),
         "entropy_mean": mean - total.log(),
         "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
-        "log_q": torch.stack(log_q) if log_q else nll.new_empty(0, int(of_suffix.sum())),
+        "log_q": torch.stack(log_q, -1) if log_q else nll.new_empty(len(nll), 0),
     }
-
-
-def _log_q(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
-    """log-probability of the targets, (rows,)."""
-    return -_nll(sampling.processors()(None, logits), targets)  # they read no ids
