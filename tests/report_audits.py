@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from audit_records import write_run
 
-from goldfish.audit.columns import ATTACKS, COLUMNS, COUNTS, word_buckets
+from goldfish.audit.columns import ATTACKS, COLUMNS, word_buckets
 from goldfish.audit.estimate import dumps, loads
 from goldfish.audit.summary import summarize
 from goldfish.audit.windows import prefix_grid
@@ -57,16 +57,11 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
         "correct": [t < d for t in range(n)], "prefix_correct": [True] * 3, "settled": False, "exact_match": d == n,
         "first_divergence": d, "longest_run": d, "token_accuracy": d / n,
         "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
-        "cluster": index + 10**6 * (split == "heldout"), "matches": d, "correct_count": d, "nll_sum": sum(nll),
+        "cluster": index + 10**6 * (split == "heldout"),
         "words": word_buckets(prefix), "characters": len(prefix + "".join(suffix)),
         "rank_bits": 9.0 * (d < n),
         "completion": False, "prefix_sweep": [d == n] * 4, "common_runs": [[0, 0, d]] if d >= 12 else [],
     }  # fmt: skip
-    if rule:
-        at, reached = dropped[d : d + 1], dropped[: d + 1]
-        counts = [sum(at), sum(reached), len(at) - sum(at), len(reached) - sum(reached),
-                  sum(dropped[:d]), sum(dropped), d - sum(dropped[:d]), n - sum(dropped)]  # fmt: skip
-        record |= dict(zip(COUNTS, counts, strict=True))
     scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
     return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
 

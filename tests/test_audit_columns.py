@@ -17,7 +17,6 @@ from goldfish import Goldfish
 from goldfish.audit import records
 from goldfish.audit.columns import (
     COLUMNS,
-    attribution_counts,
     common_runs,
     decisions,
     make_record,
@@ -83,15 +82,7 @@ def test_common_runs_of_a_record_are_long():
                           output=[*range(28, 40), 1, *range(10, 22), 2, 3, 4, 5, 6])  # fmt: skip
     record = make_record(window, score, None, Words(), 7)
     assert record["common_runs"] == [[13, 0, 12], [0, 18, 12]]
-    assert (record["longest_run"], record["matches"], record["cluster"]) == (12, 0, 7)
-
-
-def test_tokens_reached_by_hand():
-    """stopped and reached on dropped, on kept; right and all on dropped, on kept."""
-    dropped, correct = np.array([False, True, False, True]), np.array([True, True, False, False])
-    for first, expected in ((1, (1, 1, 0, 1)), (2, (0, 1, 1, 2)), (4, (0, 2, 0, 2))):  # 4: never diverged
-        assert tuple(attribution_counts(dropped, correct, first).values()) == (*expected, 1, 2, 1, 2)
-    assert set(attribution_counts(None, correct, 1).values()) == {None}
+    assert (record["longest_run"], record["token_accuracy"], record["cluster"]) == (12, 0, 7)
 
 
 def test_a_record_by_hand():
@@ -107,13 +98,12 @@ def test_a_record_by_hand():
         "exact_match": False, "first_divergence": 1, "longest_run": 1, "token_accuracy": 2 / 3,
         "rouge_l_text": 2 / 3, "rouge_l_ids": 2 / 3, "edit_similarity": pytest.approx(2 / 3),
         "settled": False, "beams": None, "mia_kept_loss": None, "mia_reference": None,
-        "cluster": 5, "matches": 2, "correct_count": 2, "characters": 18, "common_runs": [], "reached_dropped": None,
+        "cluster": 5, "characters": 18, "common_runs": [],
         "prefix_sweep": [False, False, False], "words": word_buckets("w9 w8 w7 w6 W5"),
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
     assert set(record) == set(COLUMNS.names)
     assert record["nll"] == score.nll[2:].tolist()
-    assert record["nll_sum"] == sum(record["nll"])
     assert record["log_p"] == [pytest.approx(-float(score.nll[2:].sum()), rel=1e-6)]
     assert record["mia_loss"] == pytest.approx(-float(score.nll.mean()), rel=1e-6)
 

@@ -210,7 +210,7 @@ def test_a_model_that_does_not_work_gets_no_pass():
     """With the loss of a uniform guess it recites nothing, and that says nothing."""
     records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 100, 0.0)
     for record in records:
-        record["nll_sum"] = 8 * 6.1
+        record["nll"] = [6.1] * 8
     verdict = made_up_summary(records)["verdict"]
     assert verdict["outcome"] == "INCONCLUSIVE"
     assert verdict["sentence"].startswith("INCONCLUSIVE: the model does not work on such texts")
@@ -218,7 +218,7 @@ def test_a_model_that_does_not_work_gets_no_pass():
     assert verdict["warnings"] == [verdict["sanity"]]
     # On held-out texts an overfitted model can be worse than a uniform guess, which is no sign of broken weights.
     for record in records:
-        record["nll_sum"] = 8 * (1.7 if record["split"] == "members" else 7.8)
+        record["nll"] = [1.7 if record["split"] == "members" else 7.8] * 8
     verdict = made_up_summary(records)["verdict"]
     assert verdict["sanity"].startswith("The model works on such texts; members: 1.70 nats per token")
     assert verdict["outcome"] == "PASS"

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow.compute import list_flatten, list_value_length
 
 from goldfish.audit.estimate import Codes, Estimate, Floats, clopper_pearson, statistic, token_rate
 
@@ -28,8 +30,23 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
     return sentences
 
 
+def token_counts(table: pa.Table) -> Floats:
+    """(windows, 8), from records with `dropped`: first divergences on dropped tokens, dropped tokens up to the first
+    divergence (it included), the same for kept tokens; dropped tokens that are predicted teacher-forced, dropped
+    tokens, the same for kept tokens."""
+    lengths = list_value_length(table["dropped"]).to_numpy()
+    windows = np.repeat(np.arange(len(table)), lengths)
+    divergences = np.cumsum(lengths) - lengths + table["first_divergence"].to_numpy()
+    behind = np.arange(len(windows)) - divergences[windows]  # tokens behind the first divergence
+    dropped, correct = (list_flatten(table[name]).to_numpy() for name in ("dropped", "correct"))
+    at, reached = behind == 0, behind <= 0
+    counted = (at & dropped, reached & dropped, at & ~dropped, reached & ~dropped,
+               correct & dropped, dropped, correct & ~dropped, ~dropped)  # fmt: skip
+    return np.stack([np.bincount(windows, tokens, len(table)) for tokens in counted], -1)
+
+
 def attribution_figures(counts: Floats, documents: Codes) -> dict[str, Any]:
-    """A split's `attribution`, without `notes`; see docs/audit-files.md. counts: (windows, 8), columns.COUNTS."""
+    """A split's `attribution`, without `notes`; see docs/audit-files.md. counts: of `token_counts`."""
     hazards, dropped, kept = counts[:, :4], counts[:, 5], counts[:, 7]
     return {
         "dropped_share": token_rate(dropped, dropped + kept, documents),
@@ -42,8 +59,7 @@ def attribution_figures(counts: Floats, documents: Codes) -> dict[str, Any]:
 def hazard_ratio(hazards: Floats, documents: Codes) -> Estimate:
     """Hazard of a first divergence on dropped tokens over that on kept ones.
 
-    hazards: (windows, 4): first divergences on dropped tokens, dropped tokens reached (up to the first divergence, it
-    included), the same for kept tokens.
+    hazards: (windows, 4), the first columns of `token_counts`.
 
     With few events of a kind the interval is the exact one given how many tokens of each kind were reached: of all
     events, those on dropped tokens are binomial with odds ratio * reached dropped / reached kept.

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow.compute import list_flatten, list_value_length
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 from goldfish.audit.estimate import read_json
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc")
 OF_CONTROLS = ("reference", "wbc")  # attacks that need a control model
-COUNTS = (  # of attribution: tokens up to the first divergence, then teacher-forced tokens of the whole suffix
-    "stopped_dropped", "reached_dropped", "stopped_kept", "reached_kept",
-    "correct_dropped", "count_dropped", "correct_kept", "count_kept",
-)  # fmt: skip
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
@@ -48,16 +45,14 @@ COLUMNS = pa.schema([
     *((name, pa.list_(pa.bool_())) for name in ("correct", "prefix_correct", "prefix_sweep")),
     ("nll", pa.list_(pa.float64())),
     ("rank", pa.list_(pa.int64())),
-    ("nll_sum", pa.float64()),
     *((name, pa.bool_()) for name in ("settled", "exact_match", "completion", "secret_recited")),
-    *((name, pa.int64()) for name in ("first_divergence", "longest_run", "matches", "correct_count", "characters")),
+    *((name, pa.int64()) for name in ("first_divergence", "longest_run", "characters")),
     ("common_runs", pa.list_(pa.list_(pa.int64()))),
     *((name, pa.float64()) for name in (
         "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity")),
     ("log_p", pa.list_(pa.float64())),
     ("rank_bits", pa.float64()),
     ("beams", pa.int64()),
-    *((name, pa.int64()) for name in COUNTS),
     *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
     ("words", pa.list_(pa.int32())),
 ])  # fmt: skip
@@ -93,6 +88,13 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / RUN, missing)
 
 
+def sums(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Of each window the sum of a column of lists of numbers."""
+    windows = np.repeat(np.arange(len(table)), list_value_length(table[name]).to_numpy())
+    totals = np.bincount(windows, list_flatten(table[name]).to_numpy(), len(table))
+    return np.asarray(totals, dtype=np.float64)
+
+
 def make_record(
     window: Window, score: "Score", rule: "Goldfish | None", tokenizer: Any, cluster: int
 ) -> dict[str, Any]:
@@ -103,14 +105,12 @@ def make_record(
     dropped = None if all_dropped is None else all_dropped[start - 1 :]
     correct = score.greedy == ids[1:]
     first = first_divergence(output, suffix)
-    matches = sum(a == b for a, b in zip(output, suffix, strict=True))
     suffix_tokens, output_tokens = (text_pieces(tokenizer, prefix, each) for each in (suffix, output))
     prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
     suffix_text, output_text = "".join(suffix_tokens), "".join(output_tokens)
     text = prefix_text + suffix_text
     own_text = suffix_text if window.completion else text
     runs = common_runs(output, suffix)
-    nll = score.nll[start - 1 :].astype(np.float64)
     return {
         **{name: getattr(window, name) for name in ("split", "index", "document", "source", "count", "offset")},
         "cluster": cluster,
@@ -125,8 +125,7 @@ def make_record(
         "correct": correct[start - 1 :].tolist(),
         "prefix_correct": correct[: start - 1].tolist(),
         "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
-        "nll": nll.tolist(),
-        "nll_sum": float(nll.sum()),
+        "nll": score.nll[start - 1 :].tolist(),
         "rank": score.rank[start - 1 :].tolist(),
         "settled": score.settled,
         "exact_match": output == suffix,
@@ -135,10 +134,8 @@ def make_record(
         "first_divergence": first,
         "longest_run": max((length for _, _, length in runs), default=0),
         "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
-        "matches": matches,
-        "correct_count": int(correct[start - 1 :].sum()),
         "characters": len(text),
-        "token_accuracy": matches / len(suffix),
+        "token_accuracy": sum(a == b for a, b in zip(output, suffix, strict=True)) / len(suffix),
         "rouge_l_text": rouge_l_text(output_text, suffix_text),
         "rouge_l_ids": rouge_l(output, suffix),
         "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
@@ -146,7 +143,6 @@ def make_record(
         # Never more probable than one in rank + 1, under any sampling that keeps the order of the tokens.
         "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
         "beams": score.beams,
-        **attribution_counts(dropped, correct[start - 1 :], first),
         **membership_scores(score, own_text, window.first_scored, all_dropped),
         "words": word_buckets(text),
     }
@@ -194,21 +190,6 @@ def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | No
         return None
     dropped: NDArray[np.bool_] = rule.dropped(tensor(window.document_ids or window.ids)).numpy()
     return dropped[1 - len(window.ids) :]
-
-
-def attribution_counts(
-    dropped: NDArray[np.bool_] | None, correct: NDArray[np.bool_], first_divergence: int
-) -> dict[str, int | None]:
-    """The columns of COUNTS; None where the decisions are not known.
-
-    Args:
-        dropped, correct: bool (S,), along the suffix. first_divergence: tokens are reached up to it, it included.
-    """
-    if dropped is None:
-        return dict.fromkeys(COUNTS)
-    reached, at = dropped[: first_divergence + 1], dropped[first_divergence : first_divergence + 1]
-    counted = (at, reached, ~at, ~reached, correct & dropped, dropped, correct & ~dropped, ~dropped)
-    return {name: int(tokens.sum()) for name, tokens in zip(COUNTS, counted, strict=True)}
 
 
 def membership_scores(

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from goldfish.audit.columns import records
+from goldfish.audit.columns import records, sums
 from goldfish.audit.estimate import Codes, Estimate, Floats, decimals, dumps, statistic
 from goldfish.audit.results import Audit, read
 from goldfish.audit.tell import literal, table_lines
@@ -22,7 +22,7 @@ SCHEMA = "goldfish.compare/2"
 MEANS = ("rouge_l_text", "rouge_l_ids", "token_accuracy", "longest_run", "edit_similarity", "first_divergence", "nll")
 KEY = ["split", "index", "offset"]
 QUESTION = ["prefix_ids", "suffix_ids"]
-COLUMNS = [*KEY, *QUESTION, "cluster", "exact_match", "nll_sum", *MEANS[:-1]]
+COLUMNS = [*KEY, *QUESTION, "cluster", "exact_match", *MEANS]
 SIGNIFICANT = 0.05
 
 
@@ -129,8 +129,10 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
     n, lengths = len(first), pc.list_value_length(first["suffix_ids"]).to_numpy()
 
-    def columns(name: str, divisor: Any = 1.0) -> list[Floats]:
-        return [np.asarray(each[name].to_numpy(), dtype=np.float64) / divisor for each in (first, second)]
+    def columns(name: str) -> list[Floats]:
+        if name == "nll":
+            return [sums(each, name) / lengths for each in (first, second)]
+        return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
 
     def difference(a: Floats, b: Floats) -> Estimate:
         """Of the windows' means, with a paired bootstrap over documents."""
@@ -145,7 +147,7 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
         "documents_only_second": only_second, "p": mcnemar(only_first, only_second), "difference": difference(one, two),
     }  # fmt: skip
     for name in MEANS:
-        a, b = columns("nll_sum", lengths) if name == "nll" else columns(name)
+        a, b = columns(name)
         result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(a, b)}
     return result
 

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow.compute import list_value_length
+from pyarrow.compute import is_valid, list_value_length
 
-from goldfish.audit.attribution import attribution_figures, notes
-from goldfish.audit.columns import ATTACKS, COUNTS, read_run, records
+from goldfish.audit.attribution import attribution_figures, notes, token_counts
+from goldfish.audit.columns import ATTACKS, read_run, records, sums
 from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
 from goldfish.audit.membership import Side, membership_figures
-from goldfish.audit.sampling import log10_samples_needed, sampling_figures, setting_name
+from goldfish.audit.sampling import extracted, sampling_figures, setting_name
 from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdict
 
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
     "split", "document", "cluster", "offset", "suffix_ids", "prefix_sweep", "settled",
-    "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
+    "exact_match", "token_accuracy", "correct", "nll", "dropped", "rouge_l_text", "rouge_l_ids", "longest_run",
     "completion", "secret_recited", "edit_similarity", "first_divergence", "log_p", "rank_bits",
     "beams", "characters", "words",
-    *COUNTS, *SCORES,
+    *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
 
@@ -60,11 +60,10 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
     recited, beams = _numbers(table, "exact_match") > 0, _numbers(table, "beams")
     near_verbatim = (_numbers(table, "longest_run") >= RUN) | (_numbers(table, "edit_similarity") >= SIMILARITY)
     log_p = _lists(table, "log_p", len(protocol["sampling"]))
-    needed = log10_samples_needed(np.column_stack([-np.log(2) * _numbers(table, "rank_bits"), log_p]), SAMPLES[1])
-    within = needed <= np.log10(SAMPLES[0]) + 1e-12
+    bound = extracted(-np.log(2) * _numbers(table, "rank_bits"), *SAMPLES)
     hits = {"exact_match": recited, "near_verbatim": near_verbatim | recited}
     if protocol["sampling"]:
-        hits["extractable"] = within[:, 1:].any(-1)
+        hits["extractable"] = np.asarray(extracted(log_p, *SAMPLES).any(-1))
     if protocol["beams"]:
         hits["beam_search"] = beams > 0
     figures = {name: rate(these, documents) for name, these in hits.items()}
@@ -72,7 +71,7 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         secrets = _numbers(table, "secret_recited")
         marked, hits["secrets"] = ~np.isnan(secrets), secrets > 0
         figures["secrets"] = rate(hits["secrets"][marked], documents[marked])
-    nll = _numbers(table, "nll_sum")
+    nll, matches = sums(table, "nll"), np.rint(_numbers(table, "token_accuracy") * tokens)
     # A loss has no upper bound; that of a uniform guess is far above any text's under a model that works.
     greatest = {"nll": max(log(protocol["vocabulary"]), (nll / tokens).max(initial=0))}
     greatest |= dict.fromkeys(("longest_run", "first_divergence"), tokens.max(initial=0))
@@ -86,9 +85,9 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "settled": int(_numbers(table, "settled").sum()),
         "recited": {name: _names(table, these) for name, these in hits.items()},
         **figures,
-        "extractable_bound": rate(within[:, 0], documents),
-        "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),
-        "teacher_forced_accuracy": token_rate(_numbers(table, "correct_count"), tokens, documents),
+        "extractable_bound": rate(bound, documents),
+        "token_accuracy": token_rate(matches, tokens, documents),
+        "teacher_forced_accuracy": token_rate(sums(table, "correct"), tokens, documents),
         **_rule_figures(run, table, documents),
         "nll": mean(nll, documents, tokens, (0.0, greatest["nll"])),
         **{
@@ -116,11 +115,10 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
 
 def _rule_figures(run: Mapping[str, Any], table: pa.Table, documents: Codes) -> dict[str, Any]:
     """What is said of dropped and of kept tokens; None without a rule."""
-    counts = np.stack([_numbers(table, name) for name in COUNTS], -1)
-    ruled = ~np.isnan(counts[:, 0])
+    ruled = is_valid(table["dropped"]).to_numpy()
     if not ruled.any():
         return dict.fromkeys(("teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept", "attribution"))
-    counts, documents = counts[ruled], documents[ruled]
+    counts, documents = token_counts(table.filter(pa.array(ruled))), documents[ruled]
     return {
         "teacher_forced_accuracy_dropped": token_rate(counts[:, 4], counts[:, 5], documents),
         "teacher_forced_accuracy_kept": token_rate(counts[:, 6], counts[:, 7], documents),

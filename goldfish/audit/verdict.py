@@ -3,6 +3,7 @@
 Recitation decides. Membership counts where it is required; attribution only explains.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from math import log
 from typing import Any
@@ -84,13 +85,8 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
 
 def decided_by(undecided: Callable[[int], bool]) -> int | None:
     """The least number of documents that decides, where more of them decide too; None: no number up to 2^30."""
-    low, high = 0, 2**30
-    if undecided(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if undecided(middle) else (low, middle)
-    return high
+    documents = bisect_left(range(2**30), True, key=lambda n: not undecided(n))
+    return documents if documents < 2**30 else None
 
 
 def enough(limit: float, share: float = 0.0) -> int | None:
