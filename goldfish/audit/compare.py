@@ -84,10 +84,8 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
         for name in MEANS:
             of, difference = values[name], values[name]["difference"]
-            bounds = f" ({difference.interval()})" if difference.lower95 is not None else ""
             sign = "+" if difference.value > 0 else ""
-            lines.append((split, name, decimals(of["first"]), decimals(of["second"]),
-                          f"{sign}{difference.point()}{bounds}"))  # fmt: skip
+            lines.append((split, name, decimals(of["first"]), decimals(of["second"]), f"{sign}{difference}"))
     return lines
 
 

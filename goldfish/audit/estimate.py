@@ -62,12 +62,6 @@ class Estimate:
             return f"at least {write(low)}" if low is not None else f"at most {write(high or 0.0)}"
         return f"{write(low).removesuffix('%')}{' to ' if low < 0 else '–'}{write(high)}"
 
-    def bound(self) -> str:
-        """The interval for decision-makers: a rate that may be 0 is described by its upper bound alone."""
-        if self.k is not None and self.lower95 == 0 and self.upper95 is not None:
-            return f"at most {percent(self.upper95)}"
-        return self.interval()
-
     def __str__(self) -> str:
         """ "3 of 40 (1.6–20.4%)", or the point alone where there is no interval."""
         bounded = self.lower95 is not None or self.upper95 is not None

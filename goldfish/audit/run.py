@@ -20,7 +20,7 @@ from goldfish.audit.model import Checkpoint, context_of, vocabulary_of
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
-from goldfish.audit.windows import Cutter, Survey, clusters_of, overlap_of, prefix_grid
+from goldfish.audit.windows import Cutter, Survey, join, overlap_of, prefix_grid
 from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
@@ -160,11 +160,11 @@ def audit(
         for split, source in sources.items():
             rows = draw(read_rows(source, text_column), max_rows, seed)
             surveys[split] = Survey(rows, split, cutter)
-        clusters = clusters_of(surveys)
-        overlap = overlap_of(surveys, clusters)
+        join(surveys)
+        overlap = overlap_of(surveys)
         _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
         for split, each in surveys.items():
-            inputs[split] |= each.counts(clusters[split])
+            inputs[split] |= each.counts()
         options: dict[str, Any] = {"dtype": protocol["dtype"], "allow_pickle": allow_pickle, "device_map": device_map}
         models = [each.model(device, **options) for each in checkpoints]
         known = min(model.get_input_embeddings().num_embeddings for model in models)
@@ -204,13 +204,12 @@ def audit(
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
                 for split, each in surveys.items():
                     task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.indices))
-                    of_windows = iter(clusters[split])
                     for block in each.blocks(BLOCK):
-                        of_block = [next(of_windows) for _ in block]
                         if number % processes == rank and not folder.has(number, len(block)):
+                            scores = scorer.score([window for window, _ in block])
                             records = [
                                 make_record(window, score, of_source(window.source), tokenizer, cluster)
-                                for window, score, cluster in zip(block, scorer.score(block), of_block, strict=True)
+                                for (window, cluster), score in zip(block, scores, strict=True)
                             ]
                             folder.write(number, records)
                         number += 1
@@ -252,7 +251,6 @@ def _check_surveys(
     surveys: Mapping[str, Survey], sources: Mapping[str, str], cutter: Cutter, overlap: Any, allow_overlap: bool
 ) -> None:
     """ValueError for inputs that no model could be audited with."""
-    length = cutter.prefix_length + cutter.suffix_length
     for split, each in surveys.items():
         if not each.indices:
             reasons = "; ".join(f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items())
@@ -260,11 +258,6 @@ def _check_surveys(
                 f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
                 f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
                 "or suffix, or join short texts"
-            )
-        if cutter.context is not None and length > cutter.context and each.completions < len(each.indices):
-            raise ValueError(
-                f"windows of {length} tokens do not fit the model's context, {cutter.context} tokens; "
-                "ask for a shorter prefix or suffix"
             )
     if cutter.secrets is not None and not any(each.secrets for each in surveys.values()):
         raise ValueError(

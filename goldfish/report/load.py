@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,11 +23,6 @@ class View:
     name: str
     audit: Audit
     windows: pa.Table
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What the audit asked."""
-        return dict(self.audit.summary["protocol"])
 
     @property
     def splits(self) -> list[str]:

@@ -18,7 +18,7 @@ from goldfish.audit.tell import ROWS, describe
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
-from goldfish.report.svg import COLOURS
+from goldfish.report.svg import COLOURS, power_of_ten
 
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
@@ -122,15 +122,6 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
 def signed(value: float) -> str:
     """A difference, with its sign."""
     return f"{'−' if value < 0 else '+'}{decimals(abs(value))}" if value else "0"
-
-
-def power_of_ten(log10: float) -> str:
-    """10^log10 for people: 0.98, 0.0031, 12,000, 10⁻⁵³."""
-    if log10 == float("-inf"):
-        return "0"
-    if -4 < log10 < 6:
-        return f"{10**log10:,.0f}" if log10 >= 1 else f"{10**log10:.2g}"
-    return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _finalize(value: Any) -> Any:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from goldfish.audit.sampling import SAMPLES, setting_name
 from goldfish.report.load import View
-from goldfish.report.svg import DROPPED, HELDOUT, INK, LINE, MISS, colour, count, percent, svg
+from goldfish.report.svg import DROPPED, HELDOUT, INK, LINE, MISS, colour, percent, power_of_ten, svg
 
 BINS = 25
 ROWS = 48  # windows in the plot of divergences
@@ -41,18 +41,18 @@ def rouge_histograms(views: Sequence[View]) -> list[Markup]:
 
 
 def by_prefix(views: Sequence[View]) -> Markup | None:
-    figures = [{n: f"prefix_sweep@{n}" for n in view.protocol["prefix_grid"]} for view in views]
+    figures = [{n: f"prefix_sweep@{n}" for n in view.audit.summary["protocol"]["prefix_grid"]} for view in views]
     return _sweep(views, "prefix", "tokens of prefix given", figures)
 
 
 def by_offset(views: Sequence[View]) -> Markup | None:
-    figures = [{n: f"offset_sweep@{n}" for n in view.protocol["offsets"]} for view in views]
+    figures = [{n: f"offset_sweep@{n}" for n in view.audit.summary["protocol"]["offsets"]} for view in views]
     return _sweep(views, "offset", "tokens from the start of the document", figures)
 
 
 def by_samples(views: Sequence[View]) -> dict[str, Markup | None]:
     """For each sampling setting: the share of texts that n samples hold with a probability of one half."""
-    settings = [list(map(setting_name, view.protocol["sampling"])) for view in views]
+    settings = [list(map(setting_name, view.audit.summary["protocol"]["sampling"])) for view in views]
     drawn = {}
     for number, name in enumerate(dict.fromkeys(name for each in settings for name in each)):
         # The figures of an audit's first setting do not name it.
@@ -86,7 +86,7 @@ def _sweep(views: Sequence[View], name: str, label: str, figures: Sequence[Mappi
         axes.set(ylim=(0, 1), xlabel=label, ylabel="verbatim")
         if label.startswith("samples"):
             axes.set(xscale="log")
-            axes.xaxis.set_major_formatter(count)
+            axes.xaxis.set_major_formatter(lambda n, _: power_of_ten(np.log10(n)))
 
     return svg(name, f"Share of texts recited against {label}", draw)
 
@@ -97,22 +97,20 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
     longest = max(pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0 for table in tables)
 
     def draw(i: int, windows: Sequence[Any], axes: Any) -> None:
-        runs, reached, stops = [], [], {True: [], False: []}  # type: ignore[var-annotated]
+        reached, stops = [], {True: [], False: []}  # type: ignore[var-annotated]
         for y, window in enumerate(windows):
             first, dropped = window["first_divergence"], window["dropped"] or ()
-            runs.append([(0, y), (first, y)])
-            reached += [[(t + 0.5, y - 0.42), (t + 0.5, y + 0.42)] for t in np.flatnonzero(dropped[:first])]
+            reached += [(t + 0.5, y) for t in np.flatnonzero(dropped[:first])]
             if not window["exact_match"]:
-                stops[bool(dropped) and dropped[first]].append([(first + 0.5, y - 0.48), (first + 0.5, y + 0.48)])
+                stops[bool(dropped) and dropped[first]].append((first + 0.5, y))
         thick = min(7.0, 190 / max(len(windows), 8))
-        for strokes, paint, width, alpha in (
-            (runs, colour(i), thick * 0.75, 0.4), (reached, DROPPED, 1.2, 1), (stops[False], INK, 2.5, 1),
-            (stops[True], MISS, 2.5, 1),
+        runs = [window["first_divergence"] for window in windows]
+        axes.hlines(np.arange(len(windows)), 0, runs, color=colour(i), linewidth=thick * 0.75, alpha=0.4)
+        for places, half, paint, width in (
+            (reached, 0.42, DROPPED, 1.2), (stops[False], 0.48, INK, 2.5), (stops[True], 0.48, MISS, 2.5),
         ):  # fmt: skip
-            # One line with gaps, which is one element of the SVG.
-            ends = np.pad(np.array(strokes, dtype=float).reshape(-1, 2, 2), ((0, 0), (0, 1), (0, 0)),
-                          constant_values=np.nan)  # fmt: skip
-            axes.plot(*ends.reshape(-1, 2).T, color=paint, linewidth=width, alpha=alpha, solid_capstyle="butt")
+            x, y = np.reshape(places, (-1, 2)).T
+            axes.vlines(x, y - half, y + half, color=paint, linewidth=width)
         axes.set(xlim=(0, longest + 1), ylim=(len(windows) - 0.4, -0.6), yticks=[], ylabel="windows",
                  xlabel="tokens of the suffix")  # fmt: skip
         axes.grid(visible=False)

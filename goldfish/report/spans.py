@@ -1,7 +1,6 @@
 """The drill-down: the windows of one text in all audits, and their tokens as coloured spans of HTML."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -20,14 +19,6 @@ PREFIX_REDACTED = 100  # a block is three bytes
 AT_ONCE = 64  # texts that are Python objects at the same time
 
 Window = dict[str, Any]  # a row of the records, with the columns of load.COLUMNS
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The true suffix as HTML, and the audits whose rule dropped the tokens marked in it."""
-
-    audits: list[int]
-    html: Markup
 
 
 def order(views: Sequence[View]) -> NDArray[np.int64]:
@@ -67,8 +58,9 @@ def prefix(window: Window, redact: bool) -> Markup:
     return note + show(blocks(shown) if redact else shown, limit)
 
 
-def truths(group: Sequence[Window | None], redact: bool) -> list[Truth]:
-    """The true suffix, once for each set of dropped tokens; audits without a rule join the first set."""
+def truths(group: Sequence[Window | None], redact: bool) -> list[tuple[list[int], Markup]]:
+    """The true suffix, once for each set of dropped tokens, which are marked, with the audits whose rule dropped them;
+    audits without a rule join the first set."""
     present = [(i, window) for i, window in enumerate(group) if window is not None]
     tokens = present[0][1]["suffix_tokens"]
     rules: dict[Sequence[bool], list[int]] = {}
@@ -78,7 +70,7 @@ def truths(group: Sequence[Window | None], redact: bool) -> list[Truth]:
     rules = rules or {(False,) * len(tokens): []}
     next(iter(rules.values())).extend(i for i, window in present if window["dropped"] is None)
     return [
-        Truth(sorted(audits), _spans(zip(tokens, [""] * len(tokens), dropped, strict=True), redact))
+        (sorted(audits), _spans(zip(tokens, [""] * len(tokens), dropped, strict=True), redact))
         for dropped, audits in rules.items()
     ]
 
