@@ -7,9 +7,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.compute import list_flatten, list_value_length
 
-from goldfish.audit.estimate import Codes, Estimate, Floats, clopper_pearson, statistic, token_rate
-
-FEWEST_EVENTS = 10  # divergences on either kind of token below which the bootstrap gives way to the exact interval
+from goldfish.audit.estimate import Codes, Estimate, Floats, clopper_pearson, token_rate
 
 
 def notes(receipt: Mapping[str, Any] | None) -> list[str]:
@@ -57,29 +55,24 @@ def attribution_figures(counts: Floats, documents: Codes) -> dict[str, Any]:
 
 
 def hazard_ratio(hazards: Floats, documents: Codes) -> Estimate:
-    """Hazard of a first divergence on dropped tokens over that on kept ones.
+    """Hazard of a first divergence on dropped tokens over that on kept ones; hazards: (windows, 4), the first columns
+    of `token_counts`.
 
-    hazards: (windows, 4), the first columns of `token_counts`.
-
-    With few events of a kind the interval is the exact one given how many tokens of each kind were reached: of all
-    events, those on dropped tokens are binomial with odds ratio * reached dropped / reached kept.
+    The interval is the exact one given how many tokens of each kind were reached: of all events, those on dropped
+    tokens are binomial with odds ratio * reached dropped / reached kept. The windows of a document count as one, as
+    if they agreed, the worst case.
     """
     on_dropped, dropped, on_kept, kept = hazards.sum(0)
     events = on_dropped + on_kept
-    n, count = int(events), len(np.unique(documents))
+    about: dict[str, Any] = {"n": int(events), "documents": len(np.unique(documents))}
     if not (events and dropped and kept):
         missing = "no window diverges" if not events else "only one kind of token was reached"
-        return Estimate(None, None, n, count, reason=missing)
-    if min(on_dropped, on_kept) >= FEWEST_EVENTS:
-        return statistic(
-            lambda total: (total[..., 0] / total[..., 1]) / (total[..., 2] / total[..., 3]),
-            list(hazards.T), n, documents,
-        )  # fmt: skip
-    share = count / len(documents)  # as if the windows of a document agreed, the worst case
+        return Estimate(None, reason=missing, **about)
+    share = about["documents"] / len(documents)
     low, high = clopper_pearson(on_dropped * share, events * share)
     lower = float(low / (1 - low) * kept / dropped)
     if on_kept == 0:
         reason = "no first divergence on a kept token: the ratio has no upper bound"
-        return Estimate(None, None, n, count, lower, reason=reason)
-    value = float((on_dropped / dropped) / (on_kept / kept))
-    return Estimate(value, None, n, count, lower, float(high / (1 - high) * kept / dropped))
+        return Estimate(None, lower95=lower, reason=reason, **about)
+    value, upper = (on_dropped / dropped) / (on_kept / kept), high / (1 - high) * kept / dropped
+    return Estimate(float(value), lower95=lower, upper95=float(upper), **about)

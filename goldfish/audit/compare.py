@@ -13,7 +13,7 @@ from rich.text import Text
 from scipy.stats import binomtest
 
 from goldfish.audit.columns import records, sums
-from goldfish.audit.estimate import Codes, Estimate, Floats, decimals, dumps, statistic
+from goldfish.audit.estimate import Codes, Floats, decimals, difference, dumps
 from goldfish.audit.results import Audit, read
 from goldfish.audit.tell import literal, table_lines
 from goldfish.pieces import plain
@@ -83,9 +83,9 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         counts = [f"{match[which]:,} of {match['n']:,}" for which in ("first", "second")]
         lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
         for name in MEANS:
-            of, difference = values[name], values[name]["difference"]
-            sign = "+" if difference.value > 0 else ""
-            lines.append((split, name, decimals(of["first"]), decimals(of["second"]), f"{sign}{difference}"))
+            of = values[name]
+            sign = "+" if of["difference"].value > 0 else ""
+            lines.append((split, name, decimals(of["first"]), decimals(of["second"]), f"{sign}{of['difference']}"))
     return lines
 
 
@@ -132,21 +132,18 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
             return [sums(each, name) / lengths for each in (first, second)]
         return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
 
-    def difference(a: Floats, b: Floats) -> Estimate:
-        """Of the windows' means, with a paired bootstrap over documents."""
-        return statistic(lambda total: total[..., 0] / total[..., 1], [b - a, np.ones(n)], n, documents)
-
     one, two = columns("exact_match")
     recited = [np.bincount(documents, each) > 0 for each in (one, two)]  # of documents: any of their windows
     only_first, only_second = int((recited[0] & ~recited[1]).sum()), int((recited[1] & ~recited[0]).sum())
     result: dict[str, Any] = {"n": n, "documents": len(recited[0])}
     result["exact_match"] = {
         "n": n, "first": int(one.sum()), "second": int(two.sum()), "documents_only_first": only_first,
-        "documents_only_second": only_second, "p": mcnemar(only_first, only_second), "difference": difference(one, two),
+        "documents_only_second": only_second, "p": mcnemar(only_first, only_second),
+        "difference": difference(two - one, documents),
     }  # fmt: skip
     for name in MEANS:
         a, b = columns(name)
-        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(a, b)}
+        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(b - a, documents)}
     return result
 
 

@@ -61,10 +61,7 @@ def read(folder: str | Path) -> Audit:
     path = Path(folder) / "summary.json"
     missing = f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
     summary = read_json(path, missing)
-    try:
-        return Audit(Path(folder), summary, estimates(summary))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    return Audit(Path(folder), summary, estimates(summary))
 
 
 def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
