@@ -323,8 +323,8 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
     refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
-    text = r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens or .* \(1 fewer than 505 tokens\)"
-    refused(ValueError, text, prefix_length=500)
+    text = r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* \(1 fewer than 10 tokens\)"
+    refused(ValueError, text, members=write_jsonl(tmp_path / "short.jsonl", [{"text": "a"}]))
     refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
     late = tmp_path / "late.jsonl"
     late.write_bytes(good.read_bytes() * 5 + b"{\n" + good.read_bytes())

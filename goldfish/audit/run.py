@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -200,20 +201,19 @@ def audit(
             reference = models[1] if control is not None else None
             scorer = Scorer(models[0], sampling, protocol["beams"] or (), reference, batch_tokens)
             of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
-            number = 0
+            blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
-                for split, each in surveys.items():
-                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.indices))
-                    for block in each.blocks(BLOCK):
-                        if number % processes == rank and not folder.has(number, len(block)):
-                            scores = scorer.score([window for window, _ in block])
-                            records = [
-                                make_record(window, score, of_source(window.source), tokenizer, cluster)
-                                for (window, cluster), score in zip(block, scores, strict=True)
-                            ]
-                            folder.write(number, records)
-                        number += 1
-                        bar.advance(task, len(block))
+                windows = sum(len(each.indices) for each in surveys.values())
+                task = bar.add_task(escape(plain(f"audit {run['name']}")), total=windows)
+                for number, block in enumerate(blocks):
+                    if number % processes == rank and not folder.has(number, len(block)):
+                        scores = scorer.score([window for window, _ in block])
+                        records = [
+                            make_record(window, score, of_source(window.source), tokenizer, cluster)
+                            for (window, cluster), score in zip(block, scores, strict=True)
+                        ]
+                        folder.write(number, records)
+                    bar.advance(task, len(block))
             wait()
         if rank == 0:
             publish(folder.path, limits, require, fail_on)
