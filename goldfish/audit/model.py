@@ -82,10 +82,11 @@ class Checkpoint:
             FileNotFoundError: no such hub name. ValueError: there is no tokenizer, or one that does not load.
         """
         try:
-            # transformers makes an empty tokenizer where there is none, so look before asking.
-            if "gguf_file" in self._options or any(map(self.file, _TOKENIZERS)):
-                return AutoTokenizer.from_pretrained(self._place, **self._options)
             base = self.base
+            # In a folder transformers makes an empty tokenizer where there is none, so look before asking.
+            look = "gguf_file" not in self._options and (self._is_folder or base is not None)
+            if not look or any(map(self.file, _TOKENIZERS)):
+                return AutoTokenizer.from_pretrained(self._place, **self._options)
         except OSError as error:
             if self._is_folder:
                 raise
