@@ -71,7 +71,7 @@ def attack(folder: Path, control: Path | None) -> dict[str, Any]:
         half = window // 2
         audit(
             folder / "model", target / "main", **files, prefix_length=half, suffix_length=window - half,
-            beams=BEAMS, lowercase=True, control=control,
+            beams=BEAMS, control=control,
         )  # fmt: skip
         figures = read(target / "main")
         result["beams"] = {width: hits(figures[f"members.beam_search@{width}"]) for width in BEAMS}

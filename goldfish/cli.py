@@ -74,7 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--sampling", type=_sampling, nargs="*", metavar="SETTING",
                        help="how an adversary samples, such as temperature=0.8,top_k=40,top_p=0.9")  # fmt: skip
     audit.add_argument("--beams", type=int, nargs="+", default=[], metavar="B", help="beam searches with B beams: 4 16")
-    audit.add_argument("--lowercase", action="store_true", help="score the texts in lower case too (one more pass)")
     audit.add_argument("--control", metavar="DIR", help="a checkpoint of the same tokenizer that never saw the members")
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")
     audit.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 (bf16) or float16 (fp16)")

@@ -16,7 +16,7 @@ from goldfish.audit.windows import Window, prefix_grid
 PREFIX, SUFFIX = 10, 8
 PROTOCOL = {
     "prefix_length": PREFIX, "suffix_length": SUFFIX, "offsets": [0], "decoding": "greedy", "beams": None,
-    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
+    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "control": None,
     "secrets": None, "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX),
     "vocabulary": 500,
 }  # fmt: skip
@@ -39,11 +39,11 @@ def made_up_score(window, right, generator, **changes):
     if len(misses):
         output[misses[0] :] = (ids[window.prefix_length + misses[0] :] + 1).tolist()
     nll = np.where(right, generator.exponential(0.05, len(right)), 2 + generator.exponential(1.0, len(right)))
+    generator.exponential(1.0, len(right))  # for the numbers that the tests were written with
     fields = {
         "greedy": np.where(right, ids[1:], ids[1:] + 1),
         "nll": nll.astype(np.float32),
         "rank": (~right).astype(np.int64),
-        "margin": generator.exponential(1.0, len(right)).astype(np.float32),
         "entropy_mean": np.full(len(right), -2, dtype=np.float32),
         "entropy_std": np.ones(len(right), dtype=np.float32),
         "log_q": -nll[None, start:].astype(np.float32),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from audit_records import write_run
 
-from goldfish.audit.columns import ATTACKS, COLUMNS, COUNTS, word_buckets
+from goldfish.audit.columns import ATTACKS, COLUMNS, word_buckets
 from goldfish.audit.estimate import dumps, loads
 from goldfish.audit.summary import summarize
 from goldfish.audit.windows import prefix_grid
@@ -20,8 +20,9 @@ RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "
         "document_end": None}  # fmt: skip
 PROTOCOL = {
     "prefix_length": 4, "suffix_length": 6, "offsets": [0], "decoding": "greedy", "beams": None,
-    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "lowercase": False, "control": None,
-    "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(4), "vocabulary": 500,
+    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "control": None,
+    "secrets": None, "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(4),
+    "vocabulary": 500,
 }  # fmt: skip
 UNRULED = ("mia_kept_loss", "mia_dropped_gap")
 NASTY = [
@@ -52,20 +53,15 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
         "split": split, "index": index, "document": name or f"doc-{index}", "offset": 0, "prefix_text": prefix,
         "prefix_ids": [1, 2, 3, 4], "suffix_ids": list(range(n)), "output_ids": [t if t < d else -1 for t in range(n)],
         "suffix_tokens": suffix, "output_tokens": suffix[:d] + [" other"] * (n - d), "dropped": dropped, "nll": nll,
-        "rank": [0 if t < d else rng.randrange(40) for t in range(n)], "greedy": list(range(n)), "smallest_margin": 1.0,
+        "rank": [0 if t < d else rng.randrange(40) for t in range(n)], "greedy": list(range(n)),
         "correct": [t < d for t in range(n)], "prefix_correct": [True] * 3, "settled": False, "exact_match": d == n,
-        "first_divergence": d, "longest_run": d, "token_accuracy": d / n, "type_token_ratio": 1.0,
+        "first_divergence": d, "longest_run": d, "token_accuracy": d / n,
         "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
-        "cluster": index + 10**6 * (split == "heldout"), "matches": d, "correct_count": d, "nll_sum": sum(nll),
+        "cluster": index + 10**6 * (split == "heldout"),
         "words": word_buckets(prefix), "characters": len(prefix + "".join(suffix)),
         "rank_bits": 9.0 * (d < n),
         "completion": False, "prefix_sweep": [d == n] * 4, "common_runs": [[0, 0, d]] if d >= 12 else [],
     }  # fmt: skip
-    if rule:
-        at, reached = dropped[d : d + 1], dropped[: d + 1]
-        counts = [sum(at), sum(reached), len(at) - sum(at), len(reached) - sum(reached),
-                  sum(dropped[:d]), sum(dropped), d - sum(dropped[:d]), n - sum(dropped)]  # fmt: skip
-        record |= dict(zip(COUNTS, counts, strict=True))
     scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
     return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
 

@@ -1,13 +1,29 @@
 """Did the rule stop the recitation? Hand-made hazards, and intervals that hold the truth."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from audit_records import made_up_records, made_up_summary
 from scipy.stats import binomtest
 
 from goldfish import Goldfish
-from goldfish.audit.attribution import hazard_ratio, notes
-from goldfish.audit.columns import attribution_counts
+from goldfish.audit.attribution import hazard_ratio, notes, token_counts
+
+
+def counted(*windows):
+    """Of (dropped, correct, first divergence)."""
+    rows = [{"dropped": list(a), "correct": list(b), "first_divergence": first} for a, b, first in windows]
+    return token_counts(pa.Table.from_pylist(rows))
+
+
+def test_tokens_reached_by_hand():
+    """stopped and reached on dropped, on kept; right and all on dropped, on kept."""
+    dropped, correct = [False, True, False, True], [True, True, False, False]
+    windows = [(dropped, correct, first) for first in (1, 2, 4)]  # 4: never diverged
+    windows.insert(1, ([True], [False], 0))
+    assert counted(*windows).tolist() == [
+        [1, 1, 0, 1, 1, 2, 1, 2], [1, 1, 0, 0, 0, 1, 0, 0], [0, 1, 1, 2, 1, 2, 1, 2], [0, 2, 0, 2, 1, 2, 1, 2],
+    ]  # fmt: skip
 
 
 def test_hazard_ratio_by_hand():
@@ -40,9 +56,8 @@ def test_the_interval_holds_the_true_ratio():
         for _ in range(60):
             dropped = generator.random(30) < 0.25
             broken = np.flatnonzero(generator.random(30) < np.where(dropped, 0.3, 0.1))
-            counts = attribution_counts(dropped, dropped, int(broken[0]) if len(broken) else 30)
-            hazards.append(list(counts.values())[:4])
-        found = hazard_ratio(np.array(hazards, dtype=float), np.arange(60))
+            hazards.append((dropped, dropped, int(broken[0]) if len(broken) else 30))
+        found = hazard_ratio(counted(*hazards)[:, :4], np.arange(60))
         held += found.lower95 <= 3 <= found.upper95
     assert 0.88 <= held / 150 <= 0.99
 
@@ -53,8 +68,6 @@ def test_a_rule_that_works_and_one_that_does_not():
     idle = made_up_summary(made_up_records("members", 80, 0.8, rule=rule))["splits"]["members"]
     assert works["attribution"]["hazard_ratio"].lower95 > 5
     assert works["teacher_forced_accuracy_kept"].value == 1.0
-    assert works["attribution"]["accuracy_gap"].lower95 > 0.5
-    assert works["first_divergence_dropped"].value == 1.0
     ratio = idle["attribution"]["hazard_ratio"]
     assert ratio.lower95 < 1 < ratio.upper95
     assert works["attribution"]["dropped_share"].value == pytest.approx(1 / 3, abs=0.06)

@@ -1,5 +1,6 @@
 """The columns of the records, against other implementations and hand-made cases; and the records read back."""
 
+import copy
 import difflib
 import json
 import random
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary, write_run
+from conftest import PROSE
 from rouge_score.rouge_scorer import RougeScorer, _score_lcs
+from tokenizers.processors import TemplateProcessing
 
 from goldfish import Goldfish
 from goldfish.audit import records
 from goldfish.audit.columns import (
     COLUMNS,
-    attribution_counts,
     common_runs,
     decisions,
     make_record,
@@ -23,7 +25,7 @@ from goldfish.audit.columns import (
     rouge_l_text,
     word_buckets,
 )  # fmt: skip
-from goldfish.audit.windows import Window, first_divergence
+from goldfish.audit.windows import Cutter, Window, first_divergence
 
 pytestmark = pytest.mark.core
 
@@ -80,15 +82,7 @@ def test_common_runs_of_a_record_are_long():
                           output=[*range(28, 40), 1, *range(10, 22), 2, 3, 4, 5, 6])  # fmt: skip
     record = make_record(window, score, None, Words(), 7)
     assert record["common_runs"] == [[13, 0, 12], [0, 18, 12]]
-    assert (record["longest_run"], record["matches"], record["cluster"]) == (12, 0, 7)
-
-
-def test_tokens_reached_by_hand():
-    """stopped and reached on dropped, on kept; right and all on dropped, on kept."""
-    dropped, correct = np.array([False, True, False, True]), np.array([True, True, False, False])
-    for first, expected in ((1, (1, 1, 0, 1)), (2, (0, 1, 1, 2)), (4, (0, 2, 0, 2))):  # 4: never diverged
-        assert tuple(attribution_counts(dropped, correct, first).values()) == (*expected, 1, 2, 1, 2)
-    assert set(attribution_counts(None, correct, 1).values()) == {None}
+    assert (record["longest_run"], record["token_accuracy"], record["cluster"]) == (12, 0, 7)
 
 
 def test_a_record_by_hand():
@@ -103,16 +97,14 @@ def test_a_record_by_hand():
         "greedy": [8, 10, 9], "correct": [True, False, True], "prefix_correct": [True, False], "rank": [0, 1, 0],
         "exact_match": False, "first_divergence": 1, "longest_run": 1, "token_accuracy": 2 / 3,
         "rouge_l_text": 2 / 3, "rouge_l_ids": 2 / 3, "edit_similarity": pytest.approx(2 / 3),
-        "type_token_ratio": 2 / 3, "settled": False, "beams": None, "mia_kept_loss": None, "mia_reference": None,
-        "cluster": 5, "matches": 2, "correct_count": 2, "characters": 18, "common_runs": [], "reached_dropped": None,
+        "settled": False, "beams": None, "mia_kept_loss": None, "mia_reference": None,
+        "cluster": 5, "characters": 18, "common_runs": [],
         "prefix_sweep": [False, False, False], "words": word_buckets("w9 w8 w7 w6 W5"),
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
     assert set(record) == set(COLUMNS.names)
     assert record["nll"] == score.nll[2:].tolist()
-    assert record["nll_sum"] == sum(record["nll"])
     assert record["log_p"] == [pytest.approx(-float(score.nll[2:].sum()), rel=1e-6)]
-    assert record["smallest_margin"] == min(score.margin[2:4])
     assert record["mia_loss"] == pytest.approx(-float(score.nll.mean()), rel=1e-6)
 
 
@@ -122,31 +114,22 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
     records = [make_record(window, made_up_score(window, right, generator), None, Words(), i)
                for i, right in enumerate(rights)]  # fmt: skip
-    sweep = made_up_summary(records)["splits"]["members"]["prefix_sweep"]
-    assert [each["prefix_length"] for each in sweep] == list(range(1, PREFIX + 1))
-    for each in sweep:
-        start = each["prefix_length"] - 1
-        assert each["exact_match"].k == sum(all(right[start : start + SUFFIX]) for right in rights)
-    assert sweep[-1]["exact_match"].k == sum(record["exact_match"] for record in records) > 0
+    split = made_up_summary(records)["splits"]["members"]
+    assert [name for name in split if name.startswith("prefix")] == [f"prefix_sweep@{n}" for n in range(1, PREFIX + 1)]
+    for start in range(PREFIX):
+        recited = sum(all(right[start : start + SUFFIX]) for right in rights)
+        assert split[f"prefix_sweep@{start + 1}"].k == recited
+    assert split[f"prefix_sweep@{PREFIX}"].k == sum(record["exact_match"] for record in records) > 0
 
 
-def test_offsets_strata_and_trivial_suffixes():
-    missed = made_up_records("members", 4, 0.0, count=5, seed=1)
-    at_zero = made_up_records("members", 6, 1.0, count=1)
+def test_offsets_are_windows_of_the_same_documents():
+    missed = made_up_records("members", 4, 0.0, seed=1)
+    at_zero = made_up_records("members", 6, 1.0)
     at_zero += [{**record, "cluster": 6 + i} for i, record in enumerate(missed)]
-    at_five = made_up_records("members", 10, 0.0, offset=5, count=3)
-    for record in at_zero[:2]:
-        record["type_token_ratio"] = 0.1
+    at_five = made_up_records("members", 10, 0.0, offset=5)
     split = made_up_summary(at_zero + at_five, offsets=[0, 5])["splits"]["members"]
     assert (split["n"], split["documents"], split["skipped"], split["exact_match"].k) == (20, 10, 1, 6)
-    assert (split["exact_match_nontrivial"].k, split["exact_match_nontrivial"].n) == (4, 10)
-    assert (split["trivial"].k, split["trivial"].n) == (2, 20)
-    assert [(each["offset"], each["exact_match"].k, each["exact_match"].n) for each in split["offset_sweep"]] == [
-        (0, 6, 10), (5, 0, 10),
-    ]  # fmt: skip
-    strata = [(s["count_from"], s["count_to"], s["exact_match"].k, s["exact_match"].n) for s in split["strata"]]
-    assert strata == [(1, 1, 6, 6), (2, 3, 0, 10), (4, 7, 0, 4)]
-    assert made_up_summary(made_up_records("members", 3, 0.5))["splits"]["members"]["strata"] is None
+    assert (split["offset_sweep@0"].point(), split["offset_sweep@5"].point()) == ("6 of 10", "0 of 10")
 
 
 def test_no_sampling_beats_the_ranks():
@@ -180,46 +163,36 @@ def test_texts_that_sampling_may_extract_under_some_setting():
         record |= {"rank_bits": bits, "log_p": [-np.log(2) * (bits + 1)]}
     split = made_up_summary(records)["splits"]["members"]
     assert (split["extractable_bound"].k, split["extractable"].k) == (2, 1)
-    assert split["rank_bits"] == {"least": 0.0, "median": 10.25, "greatest": 99.0}
 
 
 def test_beams_count_up():
     records = made_up_records("members", 4, 0.5)
     for record, beams in zip(records, [1, 0, 5, 30], strict=True):
         record["beams"] = beams
-    found = made_up_summary(records, beams=[1, 5, 30])["splits"]["members"]["beam_search"]
-    assert [(each["beams"], each["exact_match"].k) for each in found] == [(1, 1), (5, 2), (30, 3)]
+    split = made_up_summary(records, beams=[1, 5, 30])["splits"]["members"]
+    found = [split[name].k for name in ("beam_search@1", "beam_search@5", "beam_search@30", "beam_search")]
+    assert found == [1, 2, 3, 3]
 
 
-def test_decisions_are_known_only_where_the_window_holds_their_context():
-    """A window cut out of a row: what is said to be known agrees with the whole row's decisions."""
-    row = torch.randint(500, (60,), generator=torch.Generator().manual_seed(0))
-    for rule in (
-        Goldfish(k=2, h=5), Goldfish(k=2, h=5, window="inclusive"), Goldfish(k=3, strategy="static"),
-        Goldfish(k=2, h=5, strategy="reference"), Goldfish(k=2, h=5, exempt=tuple(range(0, 500, 2))),
-        Goldfish(k=3, strategy="static", document_end=0),
-    ):  # fmt: skip
-        whole = rule.dropped(row).numpy()
-        dropped, known = decisions(rule, row[20:].tolist(), 20)
-        assert known[5:].all()
-        assert (dropped[known] == whole[20:][known]).all(), rule
-        dropped, known = decisions(rule, row.tolist(), 0)
-        assert known.all()
-        assert (dropped == whole).all()
-    assert not decisions(Goldfish(k=2, h=5), row[20:].tolist(), 20)[1][:5].any()
+def test_decisions_are_those_of_the_whole_document(tokenizer):
+    """A window cut out of a text, behind a BOS or not: what the rule drops in the whole text."""
+    twin = copy.deepcopy(tokenizer)
+    twin.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+    twin.bos_token = "<pad>"
+    for own in (tokenizer, twin):
+        ids = torch.tensor(own(PROSE[0])["input_ids"])
+        framed = int(own is twin)
+        for rule in (
+            Goldfish(k=2, h=5), Goldfish(k=3, strategy="static"), Goldfish(k=2, h=5, strategy="reference"),
+            Goldfish(k=2, h=5, max_kept=3),
+        ):  # fmt: skip
+            whole = rule.dropped(ids).tolist()
+            for offset, window in zip((0, 3, 11), Cutter(own, 6, 9, (0, 3, 11)).cut({"text": PROSE[0]}, 0, "members"),
+                                      strict=True):  # fmt: skip
+                assert window.ids[framed:] == ids[framed + offset : offset + 15].tolist()
+                assert decisions(rule, window).tolist() == whole[offset + 1 : offset + 15], (rule, offset)
     for rule in (None, Goldfish(strategy="random")):
-        assert not decisions(rule, row.tolist(), 0)[1].any()
-    for rule in (Goldfish(k=2, h=5, max_kept=9), Goldfish(k=4, h=5, max_kept=4)):  # known from a natural drop on
-        whole = rule.dropped(row).numpy()
-        for cut in range(1, 40):
-            dropped, known = decisions(rule, row[cut:].tolist(), cut)
-            assert (dropped[known] == whole[cut:][known]).all()
-            first = int(known.argmax())
-            assert known[first:].all()
-            assert 5 <= first < 40
-    with_rule = made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=13), offset=3)[0]
-    assert with_rule["dropped"] is None, "h reaches behind the window's start"
-    assert made_up_records("members", 1, 0.5, rule=Goldfish(k=2, h=4), offset=3)[0]["dropped"] is not None
+        assert decisions(rule, window) is None
     assert made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0]["dropped"] is None
 
 

@@ -64,7 +64,7 @@ def chats(tmp_path):
 def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     """Against generate from the template's own prompt, and the log-probabilities of one plain forward pass."""
     folder, rule = reciter
-    summary = audit(folder, tmp_path / "out", **chats, secret_column="code", lowercase=True, control=folder)
+    summary = audit(folder, tmp_path / "out", **chats, secret_column="code", control=folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     rows = records(tmp_path / "out").to_pylist()
     turns = [(chat[:i], chat[i]["content"]) for chat in CHATS for i in range(1, len(chat), 2)]
@@ -98,7 +98,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     assert (heldout["secrets"].k, heldout["secrets"].n) == (0, 1)
     assert members["recited"]["secrets"] == ["members 0", "members 1"]
     assert (members["n"], members["documents"]) == (5, 4), "two turns are of one chat"
-    assert members["prefix_sweep"] == []
+    assert members["prefix_sweep@5"].reason == "nothing to count"
     assert members["token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
     assert summary["inputs"]["heldout"]["skipped"] == [{"reason": "an empty completion", "count": 1, "rows": [2]}]
     assert summary["verdict"]["skipped"][0] == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
@@ -159,7 +159,7 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
 def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, tmp_path):
     """accelerate keeps the embeddings and a layer on disk: its first weights are nowhere in memory."""
     members = write_jsonl(tmp_path / "m.jsonl", [{"text": f"{i}: {text}"} for i, text in enumerate(PROSE)])
-    options = {"members": members, "prefix_length": 6, "suffix_length": 6, "beams": (2,), "lowercase": True}
+    options = {"members": members, "prefix_length": 6, "suffix_length": 6, "beams": (2,)}
     audit(checkpoint, tmp_path / "whole", **options)
     parts = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
              "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
@@ -167,6 +167,6 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, t
     assert records(tmp_path / "split").equals(records(tmp_path / "whole"))
     shutil.rmtree(tmp_path / "split")
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "split"), "--beams", "2"]
-    command += ["--prefix-length", "6", "--suffix-length", "6", "--lowercase", "--device-map", "auto"]
+    command += ["--prefix-length", "6", "--suffix-length", "6", "--device-map", "auto"]
     assert main(command) == 0
     assert records(tmp_path / "split").equals(records(tmp_path / "whole"))

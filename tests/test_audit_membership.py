@@ -73,17 +73,17 @@ def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
 def test_tpr_needs_ten_heldout_documents_past_the_threshold():
     members = side(drawn(300, 1, 0, False))
     enough, short = (membership_figures(members, side(drawn(n, 0, 1, False)))["attacks"]["loss"] for n in (1000, 999))
-    tpr = enough["tpr"][0]["tpr"]
+    tpr = enough["tpr@1%"]
     assert tpr.lower95 < tpr.value < tpr.upper95
     assert tpr.value == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
     for estimate, needed in (
-        (enough["tpr"][1]["tpr"], "0.1% needs 10000"),
-        (short["tpr"][0]["tpr"], "1.0% needs 1000"),
+        (enough["tpr@0.1%"], "0.1% needs 10000"),
+        (short["tpr@1%"], "1.0% needs 1000"),
     ):
         assert (estimate.value, estimate.lower95, estimate.upper95) == (None, None, None)
         assert needed in estimate.reason
     clustered = side(drawn(1000, 0, 1, False), documents=np.arange(1000) // 2)
-    assert membership_figures(members, clustered)["attacks"]["loss"]["tpr"][0]["tpr"].value is None
+    assert membership_figures(members, clustered)["attacks"]["loss"]["tpr@1%"].value is None
 
 
 def test_windows_of_a_document_do_not_narrow_the_interval():
@@ -164,7 +164,7 @@ def test_scores_by_their_published_formulas():
     mu, sigma = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5
     score = made_up_score(
         window, generator.random(17) < 0.5, generator, entropy_mean=mu.astype(np.float32),
-        entropy_std=sigma.astype(np.float32), lowercase_nll=5.0,
+        entropy_std=sigma.astype(np.float32),
     )  # fmt: skip
     difference = generator.normal(0, 1, 17)
     difference[1:] -= difference[1:].mean() + 0.1
@@ -186,7 +186,6 @@ def test_scores_by_their_published_formulas():
     expected = {
         "mia_loss": -sum(nll) / 17,
         "mia_zlib": -sum(nll) / len(zlib.compress(text.encode())),
-        "mia_lowercase": 5 - sum(nll) / 17,
         "mia_reference": sum(control) / 17 - sum(nll) / 17,
         "mia_min_k": -sum(sorted(nll)[-3:]) / 3,
         "mia_min_k_plus_plus": sum(sorted(z)[:3]) / 3,
@@ -211,10 +210,10 @@ def test_every_attack_points_the_same_way():
     records = made_up_records("members", 60, 0.95, rule=rule, recall_dropped=0.4)
     records += made_up_records("heldout", 60, 0.3, rule=rule, recall_dropped=0.3)
     for record in records:
-        record["mia_lowercase"] = record["mia_reference"] = record["mia_wbc"] = 3 + record["mia_loss"]
+        record["mia_reference"] = record["mia_wbc"] = 3 + record["mia_loss"]
     found = made_up_summary(records)["membership"]
     assert set(found["attacks"]) == {
-        "loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc",
+        "loss", "zlib", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc",
     }  # fmt: skip
     for name, attack in found["attacks"].items():
         assert attack["auc"].lower95 > 0.7, name

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, MptConfig
 
-from goldfish.audit.model import adapter_base, context_of, file_hashes, load_model, load_tokenizer, vocabulary_of
+from goldfish.audit.model import Checkpoint, context_of, load_tokenizer, vocabulary_of
 
 pytestmark = pytest.mark.core
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def twin(tmp_path, checkpoint):
 def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
     """torch.compile and DistributedDataParallel put them before every name."""
     folder = twin(lambda name: prefix + name, tied=tied)
-    assert torch.equal(logits(load_model(folder, CPU)), logits(tiny_llama(tie_word_embeddings=tied)))
+    assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=tied)))
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(twin, changes, text):
     with pytest.raises(ValueError, match=f"the weights of .*twin do not fit its configuration: .*{text}"):
-        load_model(twin(**changes), CPU)
+        Checkpoint(twin(**changes)).model(CPU)
 
 
 def test_tied_weights_are_not_missing(twin):
     folder = twin(tied=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    assert torch.equal(logits(load_model(folder, CPU)), logits(tiny_llama(tie_word_embeddings=True)))
+    assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=True)))
 
 
 def test_models_that_see_the_future_are_refused(tmp_path):
@@ -81,19 +81,19 @@ def test_models_that_see_the_future_are_refused(tmp_path):
              "num_attention_heads": 2}  # fmt: skip
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is not a causal language model: changing the last token moves the logits"):
-        load_model(tmp_path / "bert", CPU)
+        Checkpoint(tmp_path / "bert").model(CPU)
     BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "decoder")
-    load_model(tmp_path / "decoder", CPU)
+    Checkpoint(tmp_path / "decoder").model(CPU)
     bart = BartConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                       decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)  # fmt: skip
     BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")
     with pytest.raises(ValueError, match=r"bart is an encoder-decoder model \(bart\)"):
-        load_model(tmp_path / "bart", CPU)
+        Checkpoint(tmp_path / "bart").model(CPU)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_causal_model_is_causal_in_every_precision(checkpoint, dtype):
-    assert load_model(checkpoint, CPU, dtype=dtype).dtype == getattr(torch, dtype)
+    assert Checkpoint(checkpoint).model(CPU, dtype=dtype).dtype == getattr(torch, dtype)
 
 
 @pytest.fixture
@@ -112,13 +112,13 @@ def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
     folder, model = adapter
     if BEFORE_5:  # it does not say whether the weights fit
         with pytest.raises(ValueError, match="is an adapter, and this version of transformers does not say"):
-            load_model(folder, CPU)
+            Checkpoint(folder).model(CPU)
         return
-    loaded = load_model(folder, CPU)
+    loaded = Checkpoint(folder).model(CPU)
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), logits(tiny_llama()))
     assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
-    hashes = file_hashes(folder)
+    hashes = Checkpoint(folder).hashes()
     for name, path in (("adapter_model.safetensors", folder), ("base/model.safetensors", checkpoint)):
         data = (path / name.removeprefix("base/")).read_bytes()
         assert hashes[name] == hashlib.sha256(data).hexdigest()
@@ -131,17 +131,17 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
     save_file({name.replace("layers.1", "layers.7"): value for name, value in weights.items()},
               folder / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(ValueError, match=r"the weights of .*adapter do not fit its configuration: 2 weights"):
-        load_model(folder, CPU)
+        Checkpoint(folder).model(CPU)
     save_file({name: value[:1].clone() for name, value in weights.items()}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"the weights of .*adapter do not fit its configuration"):
-        load_model(folder, CPU)
+        Checkpoint(folder).model(CPU)
     (folder / "adapter_model.safetensors").unlink()
     torch.save(weights, folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"no safetensors weights but adapter_model.bin: pickles .* --allow-pickle"):
-        load_model(folder, CPU)
+        Checkpoint(folder).model(CPU)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="does not name its base model"):
-        adapter_base(folder)
+        Checkpoint(folder).hashes()
 
 
 @pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
@@ -155,14 +155,14 @@ def test_an_adapter_may_ask_the_hub_for_its_base(adapter, checkpoint, tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/tiny"}))
-    assert torch.equal(logits(load_model(folder, CPU)), logits(model))
-    assert "base/model.safetensors" in file_hashes(folder)
+    assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(model))
+    assert "base/model.safetensors" in Checkpoint(folder).hashes()
 
 
 def test_a_damaged_tokenizer_and_a_missing_package_are_named(twin):
     folder = twin(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(ValueError, match=r"needs a package that is not installed: .*bitsandbytes"):
-        load_model(folder, CPU)
+        Checkpoint(folder).model(CPU)
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match=r"the tokenizer of .*twin cannot be loaded"):
         load_tokenizer(folder)
@@ -190,14 +190,15 @@ def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_
         shutil.copytree(folder, repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / reference).write_text(commit)
-    main, first = load_model("someone/tiny", CPU), load_model("someone/tiny", CPU, revision="v1")
+    main, first = Checkpoint("someone/tiny").model(CPU), Checkpoint("someone/tiny", "v1").model(CPU)
     assert torch.equal(logits(first), logits(tiny_llama()))
     assert not torch.equal(logits(main), logits(first))
-    assert file_hashes("someone/tiny", "v1") != file_hashes("someone/tiny")
-    assert torch.equal(logits(load_model("someone/lora", CPU)), logits(adapter[1]))
+    assert Checkpoint("someone/tiny", "v1").hashes() != Checkpoint("someone/tiny").hashes()
+    for revision in (None, "main"):
+        assert torch.equal(logits(Checkpoint("someone/lora", revision).model(CPU)), logits(adapter[1]))
     assert load_tokenizer("someone/lora").get_vocab() == load_tokenizer(checkpoint).get_vocab(), "its base's"
     with pytest.raises(ValueError, match=r"is a folder, which has no revisions; a revision is of a hub name"):
-        load_model(checkpoint, CPU, revision="v1")
+        Checkpoint(checkpoint, "v1")
 
 
 @pytest.mark.skipif(BEFORE_5, reason="accelerate 1.4 itself moves a model to the one device of its map")
@@ -205,7 +206,7 @@ def test_no_model_is_moved(checkpoint, monkeypatch):
     """Quantised models refuse it."""
     monkeypatch.setattr("transformers.PreTrainedModel.to", None)
     monkeypatch.setattr("transformers.PreTrainedModel.cuda", None)
-    assert torch.equal(logits(load_model(checkpoint, CPU)), logits(tiny_llama()))
+    assert torch.equal(logits(Checkpoint(checkpoint).model(CPU)), logits(tiny_llama()))
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
@@ -224,8 +225,8 @@ def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, pl
     if place == "hub":
         monkeypatch.setattr("goldfish.audit.model.cached_file", lambda *_, **__: None)
     load_tokenizer(f"{name}/a.gguf")
-    monkeypatch.setattr("goldfish.audit.model.load_config", lambda *_, **__: None)
-    assert load_model(f"{name}/a.gguf", CPU).config.vocab_size == 320
+    monkeypatch.setattr(Checkpoint, "config", lambda _: None)
+    assert Checkpoint(f"{name}/a.gguf").model(CPU).config.vocab_size == 320
     assert set(calls) == {(name, "a.gguf")}
     if place == "folder":
-        assert list(file_hashes(f"{name}/a.gguf")) == ["a.gguf"]
+        assert list(Checkpoint(f"{name}/a.gguf").hashes()) == ["a.gguf"]

@@ -20,6 +20,7 @@ from goldfish import Goldfish
 from goldfish.audit import audit, records, run
 from goldfish.audit.estimate import loads
 from goldfish.audit.folder import Folder
+from goldfish.audit.model import Checkpoint
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import Tally, write_receipt
 
@@ -69,7 +70,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     write_receipt(folder, Tally(rule, torch.device("cpu")), tokenizer)
     sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
     summary = audit(
-        folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,), lowercase=True,
+        folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,),
         control=checkpoint, command="goldfish audit",
     )  # fmt: skip
     blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
@@ -89,6 +90,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert rows[2]["document"] == "n1"
     assert rows[2]["prefix_ids"] + rows[2]["suffix_ids"] == ids[1][:18]
     assert rows[3]["prefix_ids"] + rows[3]["suffix_ids"] == ids[1][3:21]
+    assert rows[3]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[13:21]
     assert rows[2]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[10:18]
     assert "".join(rows[8]["suffix_tokens"]) in PROSE[0]
     for row in rows:
@@ -116,7 +118,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
 def test_a_finished_audit_is_summarized_again_without_a_model(tmp_path, checkpoint, inputs, monkeypatch):
     summary = audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(Checkpoint, "model", None)
     monkeypatch.setattr(run, "Survey", None)
     assert audit(checkpoint, tmp_path / "out", **inputs, command="later") == summary
     with pytest.raises(FileExistsError, match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)"):
@@ -246,7 +248,7 @@ def test_other_weights_do_not_continue_a_run(tmp_path, checkpoint, inputs, small
         audit(folder, tmp_path / "out", **inputs)
 
 
-def test_repeated_and_shared_texts(tmp_path, checkpoint, caplog):
+def test_repeated_and_shared_texts(tmp_path, checkpoint):
     """One text in many rows is one document, whatever its case and spaces; one in both files is refused."""
     text = PROSE[0]
     members = [text, text.upper(), "  ".join(text.split()), PROSE[1], text + " And more.", PROSE[2]]
@@ -258,7 +260,7 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint, caplog):
     assert {key: summary["inputs"]["members"][key] for key in ("windows", "clusters", "repeated")} == {
         "windows": 6, "clusters": 3, "repeated": 3
     }  # fmt: skip
-    assert "3 of 6 documents repeat the text of another one; intervals count 3 documents" in caplog.text
+    assert summary["verdict"]["skipped"] == ["members: 3 windows repeat others and count as one text with them"]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
     message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"
     with pytest.raises(ValueError, match=message):
@@ -321,8 +323,8 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
     refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
-    text = r"good.jsonl has no usable window: 1 rows, none with 500 \+ 5 tokens or .* \(1 fewer than 505 tokens\)"
-    refused(ValueError, text, prefix_length=500)
+    text = r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* \(1 fewer than 10 tokens\)"
+    refused(ValueError, text, members=write_jsonl(tmp_path / "short.jsonl", [{"text": "a"}]))
     refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
     late = tmp_path / "late.jsonl"
     late.write_bytes(good.read_bytes() * 5 + b"{\n" + good.read_bytes())
@@ -332,7 +334,7 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
         ValueError, "windows of 129 tokens do not fit the model's context, 128 tokens", members=long, prefix_length=124
     )
     other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
-    refused(ValueError, "other.jsonl, row 1: token id 320, but .* knows 320 ids; .*`text`", members=other)
+    refused(ValueError, "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`", members=other)
     refused(FileNotFoundError, "no checkpoint folder .*elsewhere", control=tmp_path / "elsewhere")
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)

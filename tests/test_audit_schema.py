@@ -7,7 +7,7 @@ import pytest
 from audit_records import made_up_records, made_up_summary
 
 from goldfish import Goldfish
-from goldfish.audit.columns import ATTACKS, COLUMNS, TRIVIAL
+from goldfish.audit.columns import ATTACKS, COLUMNS
 from goldfish.audit.estimate import SCHEMA, Estimate, loads
 from goldfish.audit.verdict import LIMITS, RUN, SIMILARITY
 
@@ -19,10 +19,10 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 def full_summary():
     rule = Goldfish(k=3, h=4)
-    records = made_up_records("members", 20, 0.9, rule=rule, count=2) + made_up_records("heldout", 20, 0.3, rule=rule)
+    records = made_up_records("members", 20, 0.9, rule=rule) + made_up_records("heldout", 20, 0.3, rule=rule)
     for record in records:
         record["beams"] = 0
-        record["mia_lowercase"] = record["mia_reference"] = record["mia_wbc"] = record["mia_loss"]
+        record["mia_reference"] = record["mia_wbc"] = record["mia_loss"]
     return made_up_summary(records, beams=[5])
 
 
@@ -38,11 +38,10 @@ def test_every_column_and_key_is_documented():
     assert SCHEMA in TEXT
     names = {*COLUMNS.names, *keys(full_summary()), *(f"mia_{attack}" for attack in ATTACKS)}
     documented = set(re.findall(r"\w+", TEXT))
-    assert not {name for name in names if name not in documented}
+    assert not {name for name in names if name.partition("@")[0] not in documented}
 
 
 def test_thresholds_are_documented():
-    assert f"below {TRIVIAL}" in TEXT
     assert "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim}), `auc` ({auc})".format(
         **LIMITS
     ) in TEXT  # fmt: skip

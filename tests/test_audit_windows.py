@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import Cutter, Survey, Window, clusters_of, first_ids, lowercase_ids, overlap_of
+from goldfish.audit.windows import Cutter, Survey, Window, first_ids, join, overlap_of
 
 pytestmark = pytest.mark.core
 
@@ -43,7 +43,7 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     rows = [{"input_ids": list(range(12)), "name": "a", "source": "s", "count": 3}, {"input_ids": list(range(8))}]
     assert cut(rows, tokenizer, 5, 3, (0, 4, 5)) == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
-        Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4),
+        Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4, document_ids=list(range(12))),
         "fewer than 8 tokens from token 5 on",
         Window("members", 1, "members 1", list(range(8)), 5, None, None, 0),
         "fewer than 8 tokens from token 4 on",
@@ -75,8 +75,10 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
     expected = [each for each in cut(rows, tokenizer, 5, 3) if isinstance(each, Window)]
     monkeypatch.setattr(Cutter, "cut", None)
+    result.clusters = [7, 8, 9]
+    pairs = list(zip(expected, result.clusters, strict=True))
     for _ in range(2):
-        assert list(result.blocks(2)) == [expected[:2], expected[2:]]
+        assert list(result.blocks(2)) == [pairs[:2], pairs[2:]]
 
 
 def test_documents_are_joined_by_any_key_they_share():
@@ -91,11 +93,10 @@ def test_documents_are_joined_by_any_key_they_share():
                     expected[i] = expected[j] = min(expected[i], expected[j])
         order = list(dict.fromkeys(expected))
         keys = [hash(key) for each in windows for key in each]
-        result = clusters_of({
-            "members": SimpleNamespace(indices=range(7), keys=keys[:21]),
-            "heldout": SimpleNamespace(indices=range(5), keys=keys[21:]),
-        })  # fmt: skip
-        assert [*result["members"], *result["heldout"]] == [order.index(number) for number in expected]
+        members = SimpleNamespace(indices=range(7), keys=keys[:21])
+        heldout = SimpleNamespace(indices=range(5), keys=keys[21:])
+        join({"members": members, "heldout": heldout})
+        assert [*members.clusters, *heldout.clusters] == [order.index(number) for number in expected]
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
@@ -107,12 +108,13 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
         "members": surveyed(rows, "members", tokenizer, 5, 3),
         "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3),
     }
-    clusters = clusters_of(surveys)
-    assert clusters == {"members": [0, 0, 0, 1, 1], "heldout": [2, 0]}, "equal windows at offset 0"
+    join(surveys)
+    clusters = [each.clusters for each in surveys.values()]
+    assert clusters == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
+    assert overlap_of(surveys) == {"clusters": 1, "rows": [[0, 1]]}
     long = {"members": surveyed(rows[:3], "members", tokenizer, 30, 8)}
-    assert clusters_of(long) == {"members": [0, 1, 0]}
-    assert overlap_of(surveys, clusters) == {"clusters": 1, "rows": [[0, 1]]}
-    assert overlap_of(long, {"members": [0, 1, 0]}) is None
+    join(long)
+    assert (long["members"].clusters, overlap_of(long)) == ([0, 1, 0], None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,11 +139,3 @@ def test_little_of_a_long_text_is_tokenized(tokenizer, monkeypatch):
     read.clear()
     first_ids(tokenizer, "x" * 50_000, 64)
     assert max(read) == 50_000, "one word: what follows may decide about its first tokens"
-
-
-def test_lowercase_ids_keep_the_bos(framing, tokenizer):
-    ids = framing.encode("Naïve QUESTION", add_special_tokens=False)
-    lower = framing.encode("naïve question", add_special_tokens=False)
-    assert ids != lower
-    assert lowercase_ids(Window("members", 0, "", [1, *ids], 2), framing) == [1, *lower]
-    assert lowercase_ids(Window("members", 0, "", ids, 2), tokenizer) == lower

@@ -122,15 +122,15 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
     command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
-    command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2", "--lowercase"]
+    command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2"]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint)]
     command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu", "--allow-overlap", "--batch-tokens", "99"]
     assert main(command) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["name"] == "mine"
-    asked = {key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "lowercase", "dtype", "device")}
+    asked = {key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "dtype", "device")}
     assert asked == {
-        "offsets": [0, 2], "beams": [2], "lowercase": True, "dtype": "bfloat16", "device": "cpu",
+        "offsets": [0, 2], "beams": [2], "dtype": "bfloat16", "device": "cpu",
         "sampling": [
             {"temperature": 0.5, "top_k": None, "top_p": None}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9},
         ],

@@ -47,7 +47,7 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     ):
         assert part in first_screen
     greedy = text[text.index("Are more than 1% of such texts recited word for word, greedily?") :][:200]
-    assert f"PASS 0 of 400at most {bound:.1f}% 0 of 20at most 16.8%" in greedy
+    assert f"PASS 0 of 4000–{bound:.1f}% 0 of 200–16.8%" in greedy
 
 
 def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
@@ -97,11 +97,10 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
     html = report(tmp_path, write_audit(tmp_path / "a", rows, protocol=protocol))
     assert re.findall('role="img" aria-label="([^"]*)"', html) == [
         "Histogram of ROUGE-L, members in colour and held-out in grey",
-        "Share of windows recited against tokens of prefix given",
-        "Share of windows recited against tokens from the start of the document",
-        "Share of windows extracted by n samples, with probability 0.5 and 0.999",
+        "Share of texts recited against tokens of prefix given",
+        "Share of texts recited against tokens from the start of the document",
+        "Share of texts recited against samples of each text",
         "How far each member window is recited, the dropped tokens on the way, and where it diverges",
-        "Histogram of the loss of dropped and of kept tokens",
         "ROC of the membership attacks, both axes logarithmic",
     ]
     text = flat(html)
@@ -109,7 +108,6 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
     assert "other places were not tested" not in text
     for name in ("members.exact_match", "members.offset_sweep@5", "members.extractable@1000,0.5", "mia.loss.auc"):
         assert f'<th scope="row">{name}</th>' in html
-    assert "0.001</text>" in html  # shortened coordinates leave the labels whole
 
 
 def test_a_confounded_audit_has_no_headline(tmp_path):
@@ -132,16 +130,12 @@ def test_numbers_for_people():
 def test_colours_of_the_drill_down():
     row = window(0, diverge=4, suffix=list("abcdef")) | {
         "output_tokens": list("abcdXf"), "dropped": [False, True, False, False, True, True],
-        "nll": [0.25, 0, 3.6, float("inf"), 0.01, 40], "rank": [0, 0, 1, 50_000, 36, 7],
     }  # fmt: skip
     assert spans.output(row, redact=False) == "<i class=m>a</i><u class=m>b</u><i class=m>cd</i><u class=x>X</u>f"
-    (truth,) = spans.truths([row], redact=False, hover=True)
-    assert truth.html == "<i>a</i><u>b</u><i>c</i><i>d</i><u>e</u><u>f</u>"  # an element for each token's p and rank
-    assert truth.values == "p 0 a0.1 lfls.12kw 1.10 334.7"
     unruled = window(0, rule=False, suffix=list("abcdef"))
-    both = spans.truths([unruled, row, None], redact=False, hover=False)
-    assert [(each.audits, each.html) for each in both] == [((0, 1), "a<u>b</u>cd<u>ef</u>")]
-    assert [each.audits for each in spans.truths([row, row | {"dropped": [True] * 6}], False, False)] == [(0,), (1,)]
+    assert spans.truths([unruled, row, None], redact=False) == [([0, 1], "a<u>b</u>cd<u>ef</u>")]
+    assert [audits for audits, _ in spans.truths([row, row | {"dropped": [True] * 6}], False)] == [[0], [1]]
+    assert spans.truths([unruled], redact=False) == [([0], "abcdef")]
     stopped = window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
     assert spans.output(stopped, redact=False) == '<i class="x end">[stops here]</i>'
 
@@ -177,7 +171,6 @@ def test_texts_are_matched_and_ordered_by_recitation(tmp_path, pair):
     assert texts[13] == [("heldout", 0, 0), ("heldout", 0, 6)]  # members come first
     html = report(tmp_path, pair[1], third)
     assert html.count('class="w"') == 25
-    assert html.count('data-a="0 1"') == 4
 
 
 def poisoned(value, poison):
@@ -238,7 +231,6 @@ def test_redaction_leaves_lengths_and_colours(tmp_path):
     rows[0]["output_tokens"][2:] = [" kudu", "\toryx"]
     audit = write_audit(tmp_path / "a", rows, "gazelle", {"control": "/data/impala"})
     html = report(tmp_path, audit, audit, redact=True)
-    assert 'data-v="' not in html  # to a reader who has the model, a token's rank gives it away
     for word in ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥", "gazelle", "impala", "jsonl"):
         assert word not in html, word
     texts = ("okapi gnu", "zebra\n quagga", "zebra\n kudu\toryx", "zebra\n kudu\toryx")
@@ -261,7 +253,6 @@ def test_many_texts_stay_below_ten_megabytes(tmp_path):
     assert 3_000_000 < len(html.encode()) < 10_000_000
     shown = html.count('class="w"')
     assert f"holds the first {shown:,} of 10,000 texts" in html
-    assert re.search(rf"only the first [\d,]+ of these {shown:,} texts carry p and rank", html)
 
 
 def test_model_card(tmp_path, pair):
@@ -300,13 +291,9 @@ def test_damaged_audits_are_named(tmp_path, pair):
     audit = write_audit(tmp_path / "a", [window(i) for i in range(3)])
     path = audit / "summary.json"
     summary = path.read_text()
-    for text in ('{"schema": ', "", "[]", summary.replace("goldfish.audit/3", "goldfish.audit/1")):
+    for text in ('{"schema": ', "", "[]", summary.replace("goldfish.audit/4", "goldfish.audit/1")):
         path.write_text(text)
         refused(ValueError, r"summary\.json.*audit again", audit)
-    changed = json.loads(summary)
-    del changed["protocol"]["prefix_length"]
-    path.write_text(json.dumps(changed))
-    refused(ValueError, "one of the audits is damaged .*prefix_length.*; audit again", audit)
     path.write_text(summary)
     (audit / "records" / "000000.parquet").write_bytes(b"no parquet")
     refused(ValueError, r"the records in .* are damaged .*; audit again", audit)

@@ -50,10 +50,10 @@ def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp
     assert re.search("<title>(.*?)</title>", dom)[1] == "1280,0,true 390,0,true"
 
 
-def test_sorting_filtering_and_what_the_pointer_shows(tmp_path):
+def test_sorting_and_filtering(tmp_path):
     rows = [window(i, diverge=d) for i, d in enumerate([None, 1, 4])] + [window(0, "heldout", diverge=2, name="other")]
-    rows[0] |= {"nll": [0, 0.01, 0.69, 6.91, 0, 0], "rank": [0, 0, 1, 40, 0, 0], "log_p": [-7.61]}
-    rows[1]["log_p"], rows[2]["log_p"], rows[3]["log_p"] = [-1.0], [float("-inf")], [-3.0]
+    for row, log_p in zip(rows, (-7.61, -1.0, float("-inf"), -3.0), strict=True):
+        row["log_p"] = [log_p]
     path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
     act = """
     const say = [];
@@ -67,11 +67,6 @@ def test_sorting_filtering_and_what_the_pointer_shows(tmp_path):
     for (const order of ["d 0 1", "p 0 -1", "r 0 1"]) choose("sort", order);
     choose("split", "members"); choose("outcome", "0 0"); choose("outcome", "2 0"); choose("outcome", "");
     choose("find", "DOC-2", "input"); choose("find", "", "input");
-    const tokens = document.querySelectorAll("[data-v]")[3].children;  // doc-0, in the order of the last sort
-    for (const t of [0, 1, 3]) {
-      tokens[t].dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
-      say.push(document.getElementById("tip").textContent.replace("\\n", ": "));
-    }
     document.title = say.join("|");
     """
     html = path.read_text(encoding="utf-8")
@@ -81,8 +76,6 @@ def test_sorting_filtering_and_what_the_pointer_shows(tmp_path):
         "doc-1,other,doc-2,doc-0", "doc-1,other,doc-0,doc-2", "doc-1,other,doc-2,doc-0",
         "doc-1,doc-2,doc-0", "doc-1,doc-2", "doc-1", "doc-1,doc-2,doc-0",
         "doc-2", "doc-1,doc-2,doc-0",
-        "token 0: p >0.99, rank 0, loss 0.00", "token 1, dropped: p 0.99, rank 0, loss 0.01",
-        "token 3: p 0.0010, rank 40, loss 6.91",
     ]  # fmt: skip
 
 

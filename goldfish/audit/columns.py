@@ -6,7 +6,6 @@ docs/audit-files.md describes the columns. Reading them needs no torch.
 import re
 import zlib
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow.compute import list_flatten, list_value_length
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 from goldfish.audit.estimate import read_json
@@ -26,12 +26,8 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
-ATTACKS = ("loss", "zlib", "lowercase", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc")
-COUNTS = (  # of attribution: tokens up to the first divergence, then teacher-forced tokens of the whole suffix
-    "stopped_dropped", "reached_dropped", "stopped_kept", "reached_kept",
-    "correct_dropped", "count_dropped", "correct_kept", "count_kept",
-)  # fmt: skip
-TRIVIAL = 0.25  # a suffix with a smaller type-token ratio: tables, rulers, repeated lines
+ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc")
+OF_CONTROLS = ("reference", "wbc")  # attacks that need a control model
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
@@ -49,17 +45,14 @@ COLUMNS = pa.schema([
     *((name, pa.list_(pa.bool_())) for name in ("correct", "prefix_correct", "prefix_sweep")),
     ("nll", pa.list_(pa.float64())),
     ("rank", pa.list_(pa.int64())),
-    ("nll_sum", pa.float64()),
-    ("smallest_margin", pa.float64()),
     *((name, pa.bool_()) for name in ("settled", "exact_match", "completion", "secret_recited")),
-    *((name, pa.int64()) for name in ("first_divergence", "longest_run", "matches", "correct_count", "characters")),
+    *((name, pa.int64()) for name in ("first_divergence", "longest_run", "characters")),
     ("common_runs", pa.list_(pa.list_(pa.int64()))),
     *((name, pa.float64()) for name in (
-        "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity", "type_token_ratio")),
+        "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity")),
     ("log_p", pa.list_(pa.float64())),
     ("rank_bits", pa.float64()),
     ("beams", pa.int64()),
-    *((name, pa.int64()) for name in COUNTS),
     *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
     ("words", pa.list_(pa.int32())),
 ])  # fmt: skip
@@ -95,24 +88,29 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / RUN, missing)
 
 
+def sums(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Of each window the sum of a column of lists of numbers."""
+    windows = np.repeat(np.arange(len(table)), list_value_length(table[name]).to_numpy())
+    totals = np.bincount(windows, list_flatten(table[name]).to_numpy(), len(table))
+    return np.asarray(totals, dtype=np.float64)
+
+
 def make_record(
     window: Window, score: "Score", rule: "Goldfish | None", tokenizer: Any, cluster: int
 ) -> dict[str, Any]:
     """One row of the records. `cluster`: the number of the window's document, the unit of all intervals."""
-    start, first_scored, ids = window.prefix_length, window.first_scored, np.array(window.ids)
+    start, ids = window.prefix_length, np.array(window.ids)
     prefix, suffix, output = window.ids[:start], window.suffix, score.output
-    all_dropped, known = decisions(rule, window.ids, window.offset)
-    dropped = all_dropped[start:] if known[start:].all() else None
+    all_dropped = decisions(rule, window)
+    dropped = None if all_dropped is None else all_dropped[start - 1 :]
     correct = score.greedy == ids[1:]
     first = first_divergence(output, suffix)
-    matches = sum(a == b for a, b in zip(output, suffix, strict=True))
     suffix_tokens, output_tokens = (text_pieces(tokenizer, prefix, each) for each in (suffix, output))
     prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
     suffix_text, output_text = "".join(suffix_tokens), "".join(output_tokens)
     text = prefix_text + suffix_text
     own_text = suffix_text if window.completion else text
     runs = common_runs(output, suffix)
-    nll = score.nll[start - 1 :].astype(np.float64)
     return {
         **{name: getattr(window, name) for name in ("split", "index", "document", "source", "count", "offset")},
         "cluster": cluster,
@@ -127,10 +125,8 @@ def make_record(
         "correct": correct[start - 1 :].tolist(),
         "prefix_correct": correct[: start - 1].tolist(),
         "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
-        "nll": nll.tolist(),
-        "nll_sum": float(nll.sum()),
+        "nll": score.nll[start - 1 :].tolist(),
         "rank": score.rank[start - 1 :].tolist(),
-        "smallest_margin": float(score.margin[start - 1 : start + first].min()),
         "settled": score.settled,
         "exact_match": output == suffix,
         "completion": window.completion,
@@ -138,20 +134,16 @@ def make_record(
         "first_divergence": first,
         "longest_run": max((length for _, _, length in runs), default=0),
         "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
-        "matches": matches,
-        "correct_count": int(correct[start - 1 :].sum()),
         "characters": len(text),
-        "token_accuracy": matches / len(suffix),
+        "token_accuracy": sum(a == b for a, b in zip(output, suffix, strict=True)) / len(suffix),
         "rouge_l_text": rouge_l_text(output_text, suffix_text),
         "rouge_l_ids": rouge_l(output, suffix),
         "edit_similarity": float(Levenshtein.normalized_similarity(output, suffix)),
-        "type_token_ratio": len(set(suffix)) / len(suffix),
         "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
         # Never more probable than one in rank + 1, under any sampling that keeps the order of the tokens.
         "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
         "beams": score.beams,
-        **attribution_counts(dropped, correct[start - 1 :], first),
-        **membership_scores(score, own_text, all_dropped[first_scored:], known[first_scored:]),
+        **membership_scores(score, own_text, window.first_scored, all_dropped),
         "words": word_buckets(text),
     }
 
@@ -189,74 +181,43 @@ def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
     return [bool(misses[start - 1 + length] == misses[start - 1]) for start in prefix_grid(prefix_length)]
 
 
-def decisions(rule: "Goldfish | None", ids: Sequence[int], offset: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which tokens the training dropped, and where that can be known; bool (T,) both.
-
-    Known nowhere without a rule and under "random", which drew anew in every epoch. At an offset, a decision that
-    depends on tokens before the window is not known.
-    """
+def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | None:
+    """Which of ids[1:] the training dropped, (T-1,); None without a rule and under "random", which drew anew in every
+    epoch."""
     from torch import tensor
 
-    nothing = np.zeros(len(ids), dtype=bool)
     if rule is None or rule.strategy == "random":
-        return nothing, nothing
-    if offset and rule.strategy == "static":  # it counts positions, whatever stands there
-        filler = [0 if rule.document_end != 0 else 1] * offset
-        return rule.dropped(tensor([*filler, *ids])).numpy()[offset:], ~nothing
-    dropped = rule.dropped(tensor(ids)).numpy()
-    if offset == 0:
-        return dropped, ~nothing
-    if rule.strategy == "reference":
-        return dropped, np.arange(len(ids)) >= rule.h
-    # A rule that drops every token with a full context says which tokens have one.
-    everything = replace(rule, k=1 + 2**-40, opening="keep", exempt=(), max_kept=None)
-    known = everything.dropped(tensor(ids)).numpy()
-    if rule.max_kept is not None:  # from the first natural drop with a full context on
-        known &= np.logical_or.accumulate(rule.natural().dropped(tensor(ids)).numpy() & known)
-    return dropped, known
-
-
-def attribution_counts(
-    dropped: NDArray[np.bool_] | None, correct: NDArray[np.bool_], first_divergence: int
-) -> dict[str, int | None]:
-    """The columns of COUNTS; None where the decisions are not known.
-
-    Args:
-        dropped, correct: bool (S,), along the suffix. first_divergence: tokens are reached up to it, it included.
-    """
-    if dropped is None:
-        return dict.fromkeys(COUNTS)
-    reached, at = dropped[: first_divergence + 1], dropped[first_divergence : first_divergence + 1]
-    counted = (at, reached, ~at, ~reached, correct & dropped, dropped, correct & ~dropped, ~dropped)
-    return {name: int(tokens.sum()) for name, tokens in zip(COUNTS, counted, strict=True)}
+        return None
+    dropped: NDArray[np.bool_] = rule.dropped(tensor(window.document_ids or window.ids)).numpy()
+    return dropped[1 - len(window.ids) :]
 
 
 def membership_scores(
-    score: "Score", text: str, dropped: NDArray[np.bool_], known: NDArray[np.bool_]
+    score: "Score", text: str, first_scored: int, dropped: NDArray[np.bool_] | None
 ) -> dict[str, float | None]:
     """The membership scores of a window, higher = more likely a member; None for what was not asked for.
 
     docs/audit-files.md has their table and sources; Min-K%++ is (log P - mu) / sigma (Zhang et al. 2025, equation 3).
 
     Args:
-        text: the window's. dropped, known: bool (N,), of its last N ids, which the scores are about: what the rule
-            says, and where that is certain.
+        text: the window's. first_scored: scores are of the ids from there on. dropped: bool (T-1,), of ids[1:], what
+            the training dropped; None: not known.
     """
-    nll, mean, std = (each[-len(dropped) :] for each in (score.nll, score.entropy_mean, score.entropy_std))
+    nll, mean, std = (each[first_scored - 1 :] for each in (score.nll, score.entropy_mean, score.entropy_std))
     log_p = -np.asarray(nll, dtype=np.float64)
-    loss = float(-log_p.mean())
-    kept_log_p, dropped_log_p = log_p[known & ~dropped], log_p[known & dropped]
-    control = score.control_nll
-    has_both = len(kept_log_p) > 0 and len(dropped_log_p) > 0
+    loss, control = float(-log_p.mean()), score.control_nll
+    here = np.zeros(0, dtype=bool) if dropped is None else dropped[first_scored - 1 :]
+    kept_loss = dropped_loss = None
+    if here.any() and not here.all():
+        kept_loss, dropped_loss = float(-log_p[~here].mean()), float(-log_p[here].mean())
     return {
         "mia_loss": -loss,
         "mia_zlib": float(log_p.sum()) / len(zlib.compress(text.encode("utf-8", "replace"))),
-        "mia_lowercase": None if score.lowercase_nll is None else score.lowercase_nll - loss,
         "mia_reference": None if control is None else float(control.mean()) - loss,
         "mia_min_k": mean_of_lowest(log_p),
         "mia_min_k_plus_plus": mean_of_lowest((log_p - mean) / np.maximum(std, LEAST_STD)),
-        "mia_kept_loss": float(kept_log_p.mean()) if has_both else None,
-        "mia_dropped_gap": float(kept_log_p.mean() - dropped_log_p.mean()) if has_both else None,
+        "mia_kept_loss": None if kept_loss is None else -kept_loss,
+        "mia_dropped_gap": None if kept_loss is None or dropped_loss is None else dropped_loss - kept_loss,
         "mia_wbc": None if control is None else window_votes(control + log_p),
     }
 

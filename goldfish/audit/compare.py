@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from goldfish.audit.columns import records
-from goldfish.audit.estimate import Codes, Estimate, Floats, decimals, dumps, statistic
+from goldfish.audit.columns import records, sums
+from goldfish.audit.estimate import Codes, Floats, decimals, difference, dumps
 from goldfish.audit.results import Audit, read
 from goldfish.audit.tell import literal, table_lines
 from goldfish.pieces import plain
@@ -22,7 +22,7 @@ SCHEMA = "goldfish.compare/2"
 MEANS = ("rouge_l_text", "rouge_l_ids", "token_accuracy", "longest_run", "edit_similarity", "first_divergence", "nll")
 KEY = ["split", "index", "offset"]
 QUESTION = ["prefix_ids", "suffix_ids"]
-COLUMNS = [*KEY, *QUESTION, "cluster", "exact_match", "nll_sum", *MEANS[:-1]]
+COLUMNS = [*KEY, *QUESTION, "cluster", "exact_match", *MEANS]
 SIGNIFICANT = 0.05
 
 
@@ -83,11 +83,9 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         counts = [f"{match[which]:,} of {match['n']:,}" for which in ("first", "second")]
         lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
         for name in MEANS:
-            of, difference = values[name], values[name]["difference"]
-            bounds = f" ({difference.interval()})" if difference.lower95 is not None else ""
-            sign = "+" if difference.value > 0 else ""
-            lines.append((split, name, decimals(of["first"]), decimals(of["second"]),
-                          f"{sign}{difference.point()}{bounds}"))  # fmt: skip
+            of = values[name]
+            sign = "+" if of["difference"].value > 0 else ""
+            lines.append((split, name, decimals(of["first"]), decimals(of["second"]), f"{sign}{of['difference']}"))
     return lines
 
 
@@ -129,12 +127,10 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
     n, lengths = len(first), pc.list_value_length(first["suffix_ids"]).to_numpy()
 
-    def columns(name: str, divisor: Any = 1.0) -> list[Floats]:
-        return [np.asarray(each[name].to_numpy(), dtype=np.float64) / divisor for each in (first, second)]
-
-    def difference(a: Floats, b: Floats) -> Estimate:
-        """Of the windows' means, with a paired bootstrap over documents."""
-        return statistic(lambda total: total[..., 0] / total[..., 1], [b - a, np.ones(n)], n, documents)
+    def columns(name: str) -> list[Floats]:
+        if name == "nll":
+            return [sums(each, name) / lengths for each in (first, second)]
+        return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
 
     one, two = columns("exact_match")
     recited = [np.bincount(documents, each) > 0 for each in (one, two)]  # of documents: any of their windows
@@ -142,11 +138,12 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     result: dict[str, Any] = {"n": n, "documents": len(recited[0])}
     result["exact_match"] = {
         "n": n, "first": int(one.sum()), "second": int(two.sum()), "documents_only_first": only_first,
-        "documents_only_second": only_second, "p": mcnemar(only_first, only_second), "difference": difference(one, two),
+        "documents_only_second": only_second, "p": mcnemar(only_first, only_second),
+        "difference": difference(two - one, documents),
     }  # fmt: skip
     for name in MEANS:
-        a, b = columns("nll_sum", lengths) if name == "nll" else columns(name)
-        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(a, b)}
+        a, b = columns(name)
+        result[name] = {"first": float(a.mean()), "second": float(b.mean()), "difference": difference(b - a, documents)}
     return result
 
 

@@ -1,7 +1,6 @@
 """What a model says of its own: greedy and beam-search continuations by its own `generate`."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,17 +55,10 @@ def least_beams(
 def _generate(model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any) -> Tensor:
     settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams)
     attended = torch.ones_like(prefixes)
-    with _neutral(model):
-        output = model.generate(prefixes, attention_mask=attended, generation_config=settings, **options)
-    continuation: Tensor = output[:, prefixes.shape[1] :]
-    return continuation
-
-
-@contextmanager
-def _neutral(model: Any) -> Iterator[None]:
-    """generate() fills what its configuration leaves open from the model's own, so that one is put aside."""
+    # generate() fills what its configuration leaves open from the model's own, so that one is put aside.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        yield
+        output: Tensor = model.generate(prefixes, attention_mask=attended, generation_config=settings, **options)
     finally:
         model.generation_config = own
+    return output[:, prefixes.shape[1] :]

@@ -5,7 +5,7 @@ over documents, since the windows of one document are not independent.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-SCHEMA = "goldfish.audit/3"  # of run.json, the records and summary.json; docs/audit-files.md
+SCHEMA = "goldfish.audit/4"  # of run.json, the records and summary.json; docs/audit-files.md
 RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
 CHUNK = 2**21  # weights of documents held at once
@@ -61,12 +61,6 @@ class Estimate:
         if low is None or high is None:
             return f"at least {write(low)}" if low is not None else f"at most {write(high or 0.0)}"
         return f"{write(low).removesuffix('%')}{' to ' if low < 0 else '–'}{write(high)}"
-
-    def bound(self) -> str:
-        """The interval for decision-makers: a rate that may be 0 is described by its upper bound alone."""
-        if self.k is not None and self.lower95 == 0 and self.upper95 is not None:
-            return f"at most {percent(self.upper95)}"
-        return self.interval()
 
     def __str__(self) -> str:
         """ "3 of 40 (1.6–20.4%)", or the point alone where there is no interval."""
@@ -199,31 +193,26 @@ def _weights(count: int, first: int, rows: int) -> Floats:
     return generator.standard_exponential((min(rows, RESAMPLES - first), count))
 
 
-def statistic(function: Callable[[Floats], Floats], sums: Sequence[ArrayLike], n: int, documents: Codes) -> Estimate:
-    """Any function of sums over windows, such as a ratio of rates; percentile bootstrap over documents.
+def difference(values: Floats, documents: Codes) -> Estimate:
+    """The mean of paired differences; percentile bootstrap over documents.
 
     Approximate: with 10 to 20 documents its intervals hold the truth in about 91 of 100 cases.
 
     Args:
-        function: from (..., M) sums to (...) values; NaN or inf where there is none.
-        sums: M arrays (windows,).
-        n: what the estimate says it counted.
+        values: (windows,). documents: int64 (windows,), their documents' codes.
     """
-    columns = document_sums(sums, documents)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        point = float(function(columns.sum(0)))
-        value = point if np.isfinite(point) else None
-        if len(columns) < FEWEST_DOCUMENTS:
-            reason = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
-            return Estimate(value, None, n, len(columns), reason=reason)
-        draws = function(resampled(columns))
-    if not np.isfinite(draws).all():
-        return Estimate(value, None, n, len(columns), reason="too few events for an interval")
-    if np.ptp(draws) <= 1e-12 * abs(point):
+    columns = document_sums([values, np.ones(len(documents))], documents)
+    value = float(np.mean(values))
+    about: dict[str, Any] = {"n": len(documents), "documents": len(columns)}
+    if len(columns) < FEWEST_DOCUMENTS:
+        return Estimate(value, reason=f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}", **about)
+    total = np.concatenate([times @ columns for (times,) in resamples([len(columns)], len(columns))])
+    draws = total[:, 0] / total[:, 1]
+    if np.ptp(draws) <= 1e-12 * abs(value):
         reason = "every resample gives the same value, which says nothing about other documents"
-        return Estimate(value, None, n, len(columns), reason=reason)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(value, None, n, len(columns), float(low), float(high))
+        return Estimate(value, reason=reason, **about)
+    low, high = map(float, np.percentile(draws, [2.5, 97.5]))
+    return Estimate(value, lower95=low, upper95=high, **about)
 
 
 def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
@@ -232,14 +221,18 @@ def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
     return np.stack([np.bincount(place, np.asarray(each, dtype=np.float64), len(here)) for each in sums], -1)
 
 
-def resampled(columns: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """(documents, M) -> (resamples, M): sums over documents drawn with replacement; fixed seed."""
-    generator, count = np.random.default_rng(seed), len(columns)
-    rows = max(1, CHUNK // count)
-    sums = []
-    for first in range(0, resamples, rows):
-        shape = (min(rows, resamples - first), count)
-        drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
-        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape)  # how often each was drawn
-        sums.append(times.astype(np.float64) @ columns)
-    return np.concatenate(sums)
+def resamples(counts: Sequence[int], size: int, times: int = RESAMPLES) -> Iterator[list[Floats]]:
+    """How often each document is drawn, with replacement, from each of several groups; `times` times, fixed seed.
+
+    counts: documents of each group. size: numbers that a resample takes in memory.
+
+    Yields some resamples at a time: for each group (resamples, documents).
+    """
+    generator, rows = np.random.default_rng(0), max(1, CHUNK // size)
+    for first in range(0, times, rows):
+        weights = []
+        for count in counts:
+            shape = (min(rows, times - first), count)
+            drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
+            weights.append(np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float64))
+        yield weights

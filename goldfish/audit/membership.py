@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
 from goldfish.audit.columns import FEATURES
-from goldfish.audit.estimate import CHUNK, FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson
+from goldfish.audit.estimate import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson, resamples
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
+FIGURES = ("auc", *(f"tpr@{100 * fpr:g}%" for fpr in RATES))
+BLIND = ("words", "length")  # baselines that never saw the model
 RESAMPLES = 1_000
 ROC_POINTS = 200
 
@@ -63,16 +65,14 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     """A summary's `membership`; see docs/audit-files.md."""
     scored = {name: _attack(members, heldout, scores, heldout.scores[name]) for name, scores in members.scores.items()}
     attacks = {name: attack for name, attack in scored.items() if attack}
-    blind = {
-        "words": _attack(members, heldout, *word_scores(members, heldout)),
-        "length": _attack(members, heldout, members.lengths, heldout.lengths),
-    }
+    words, lengths = word_scores(members, heldout), (members.lengths, heldout.lengths)
+    blind = {name: _attack(members, heldout, *scores) for name, scores in zip(BLIND, (words, lengths), strict=True)}
     result: dict[str, Any] = {
         "members": {"n": len(members.documents), "documents": len(np.unique(members.documents))},
         "heldout": {"n": len(heldout.documents), "documents": len(np.unique(heldout.documents))},
         "attacks": {name: attack.figures(0.95) for name, attack in attacks.items()},
         "blind": {name: attack.figures(0.95) for name, attack in blind.items() if attack},
-        "confounded": _confounded(blind["words"], blind["length"]),
+        "confounded": _confounded(*blind.values()),
         "headline": None,
         "reason": None,
     }
@@ -85,7 +85,7 @@ def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     else:
         best = max(attacks, key=lambda name: attacks[name].auc)
         widened = attacks[best].figures(1 - 0.05 / len(attacks))
-        result["headline"] = {"attack": best, "auc": widened["auc"], "tpr": widened["tpr"]}
+        result["headline"] = {"attack": best, **{name: widened[name] for name in FIGURES}}
     return result
 
 
@@ -116,10 +116,9 @@ class _Attack:
         self._scores, self._ranking = scores, Ranking(*scores)
         self._sides = [np.unique(each, return_inverse=True)[1] for each in documents]
         self._documents = [int(side.max()) + 1 for side in self._sides]
-        self._rates = [fpr for fpr in RATES if self._documents[1] * fpr >= 10]
         self._ones = np.ones(sum(map(len, scores)))
         self._sizes: dict[str, Any] = {"n": len(self._ones), "documents": sum(self._documents)}
-        self._values = self._ranking.figures(self._ones, self._rates)
+        self._values = self._ranking.figures(self._ones, RATES)
         self.auc = float(self._values[0])
         self.draws = self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
 
@@ -130,31 +129,24 @@ class _Attack:
         ]
 
     def _resampled(self) -> Floats:
-        """(RESAMPLES, 1 + rates): the figures with the documents of both sides drawn anew."""
-        generator, draws = np.random.default_rng(0), []
-        rows = max(1, CHUNK // len(self._ones))
-        for first in range(0, RESAMPLES, rows):
-            weights = [
-                np.concatenate([
-                    np.bincount(generator.integers(count, size=count), minlength=count)[side]
-                    for side, count in zip(self._sides, self._documents, strict=True)
-                ])
-                for _ in range(min(rows, RESAMPLES - first))
-            ]  # fmt: skip
-            draws.append(self._ranking.figures(np.array(weights, dtype=np.float64), self._rates))
+        """(RESAMPLES, 1 + RATES): the figures with the documents of both sides drawn anew."""
+        draws = []
+        for times in resamples(self._documents, len(self._ones), RESAMPLES):
+            weights = [each[:, side] for each, side in zip(times, self._sides, strict=True)]
+            draws.append(self._ranking.figures(np.concatenate(weights, -1), RATES))
         return np.concatenate(draws)
 
     def figures(self, level: float) -> dict[str, Any]:
-        """`auc`, `tpr` and `roc` as in docs/audit-files.md, with intervals of that level."""
-        tpr = []
-        for fpr in RATES:
-            if fpr in self._rates:
-                result = self._estimate(1 + self._rates.index(fpr), self._documents[0], level)
+        """FIGURES and `roc` as in docs/audit-files.md, with intervals of that level."""
+        figures = {"auc": self._estimate(0, min(self._documents), level)}
+        for column, fpr in enumerate(RATES, 1):
+            if self._documents[1] * fpr >= 10:
+                figures[FIGURES[column]] = self._estimate(column, self._documents[0], level)
             else:
                 needed = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
-                result = Estimate(None, reason=f"{needed}, got {self._documents[1]}", **self._sizes)
-            tpr.append({"fpr": fpr, "tpr": result})
-        return {"auc": self._estimate(0, min(self._documents), level), "tpr": tpr, "roc": self._roc()}
+                reason = f"{needed}, got {self._documents[1]}"
+                figures[FIGURES[column]] = Estimate(None, reason=reason, **self._sizes)
+        return {**figures, "roc": self._roc()}
 
     def _estimate(self, column: int, trials: int, level: float) -> Estimate:
         """`trials`: where every resample agrees (AUC of 1), the interval is that of as many independent trials: for an

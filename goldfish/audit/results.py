@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from goldfish.audit.estimate import Estimate, clopper_pearson, read_json
+from goldfish.audit.membership import FIGURES
 
 ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
-LISTS = {  # the key that names a list's entries, as in prefix_sweep@25, and the key of their estimate
-    "prefix_sweep": ("prefix_length", "exact_match"),
-    "offset_sweep": ("offset", "exact_match"),
-    "strata": ("count_from", "exact_match"),
-    "beam_search": ("beams", "exact_match"),
-    "expected": ("n", "share"),
-}
 NO_RULE = "no rule is known for this checkpoint"
+OF_RULES = (
+    "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept",
+    *(f"attribution.{name}" for name in ("dropped_share", "hazard_ratio", "hazard_dropped", "hazard_kept")),
+)  # fmt: skip
 ONE_SPLIT = "membership needs members and held-out texts"
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 FIELDS = ("lower95", "upper95", "k", "n", "documents", "value")
@@ -63,18 +61,28 @@ def read(folder: str | Path) -> Audit:
     path = Path(folder) / "summary.json"
     missing = f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
     summary = read_json(path, missing)
-    try:
-        return Audit(Path(folder), summary, estimates(summary))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    return Audit(Path(folder), summary, estimates(summary))
 
 
 def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     """Every estimate of a summary by its name (docs/audit-files.md, "Names of figures")."""
-    named = dict(_membership(summary["membership"]))
+    membership: Mapping[str, Any] = summary["membership"] or {"headline": None, "reason": ONE_SPLIT}
+    headline = membership["headline"] or dict.fromkeys(FIGURES, Estimate(None, reason=membership["reason"]))
+    attacks = {**membership.get("attacks", {}), "blind": membership.get("blind", {})}
+    named = dict(_named({"mia": {**headline, **attacks}, **summary["splits"]}))
     for split, values in summary["splits"].items():
-        named |= {f"{split}.{name}": estimate for name, estimate in _split(values)}
+        if values["attribution"] is None:
+            named |= {f"{split}.{name}": Estimate(None, reason=NO_RULE) for name in OF_RULES}
     return named
+
+
+def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
+    """The estimates by their paths."""
+    for key, value in values.items():
+        if isinstance(value, Estimate):
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", estimate) for name, estimate in _named(value))
 
 
 def find(known: Mapping[str, Any], name: str) -> str:
@@ -88,46 +96,6 @@ def find(known: Mapping[str, Any], name: str) -> str:
             return candidate
     near = difflib.get_close_matches(name, [*known, *ALIASES], 5, 0.4)
     raise KeyError(f"this audit has no figure {name!r}; it has {', '.join(near or list(known)[:5])}, ...")
-
-
-def _split(values: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
-    for key, value in values.items():
-        if isinstance(value, Estimate):
-            yield key, value
-        elif key == "sampling":
-            for i, setting in enumerate(value):
-                suffix = f",{setting['name']}" if i else ""
-                for each in setting["extractable"]:
-                    yield f"extractable@{each['n']},{each['p']:g}{suffix}", each["windows"]
-                for each in setting["expected"]:
-                    yield f"expected@{each['n']}{suffix}", each["share"]
-                yield f"impossible{suffix and '@' + suffix[1:]}", setting["impossible"]
-        elif key in LISTS:
-            at, inner = LISTS[key]
-            yield from ((f"{key}@{each[at]}", each[inner]) for each in value or ())
-        elif key == "attribution" and value:
-            yield from ((f"{key}.{name}", each) for name, each in value.items() if isinstance(each, Estimate))
-    if values["attribution"] is None:
-        for name in ("attribution.hazard_ratio", "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept"):
-            yield name, Estimate(None, reason=NO_RULE)
-
-
-def _membership(membership: Mapping[str, Any] | None) -> Iterator[tuple[str, Estimate]]:
-    if membership is None or membership["headline"] is None:
-        reason = membership["reason"] if membership else ONE_SPLIT
-        yield from ((f"mia.{name}", Estimate(None, reason=reason)) for name in ("auc", "tpr@1%", "tpr@0.1%"))
-    else:
-        yield from _attack("mia", membership["headline"])
-    if membership:
-        for name, attack in membership["attacks"].items():
-            yield from _attack(f"mia.{name}", attack)
-        for name, attack in membership["blind"].items():
-            yield from _attack(f"mia.blind.{name}", attack)
-
-
-def _attack(name: str, attack: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
-    yield f"{name}.auc", attack["auc"]
-    yield from ((f"{name}.tpr@{100 * each['fpr']:g}%", each["tpr"]) for each in attack["tpr"])
 
 
 @dataclass(frozen=True)

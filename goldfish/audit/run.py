@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,11 @@ from rich.progress import MofNCompleteColumn, Progress
 from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.folder import SUMMARY, Folder
-from goldfish.audit.model import (
-    context_of,
-    file_hashes,
-    load_config,
-    load_model,
-    load_receipt,
-    load_tokenizer,
-    vocabulary_of,
-)  # fmt: skip
+from goldfish.audit.model import Checkpoint, context_of, vocabulary_of
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
-from goldfish.audit.windows import Cutter, Survey, clusters_of, lowercase_ids, overlap_of, prefix_grid
+from goldfish.audit.windows import Cutter, Survey, join, overlap_of, prefix_grid
 from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
@@ -57,7 +50,6 @@ def audit(
     offsets: Sequence[int] = (0,),
     sampling: Sequence[Sampling] = (Sampling(), Sampling(top_k=40)),
     beams: Sequence[int] = (),
-    lowercase: bool = False,
     control: str | Path | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -95,7 +87,6 @@ def audit(
         offsets: where in a text windows begin, in tokens.
         sampling: settings of an adversary who samples, for the probability of drawing the suffix.
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
-        lowercase: also score the texts in lower case (one more pass).
         control: a checkpoint with the same tokenizer that never saw the members (one more pass).
         name: what tables and reports call this checkpoint; by default its folder's name.
         revision: of a checkpoint on the hub.
@@ -126,7 +117,6 @@ def audit(
         "decoding": "greedy",
         "sampling": [asdict(each) for each in sampling],
         "beams": sorted(set(beams)) or None,
-        "lowercase": lowercase,
         "control": None if control is None else str(control),
         "text_column": text_column or None,
         "max_rows": max_rows,
@@ -141,14 +131,16 @@ def audit(
     require_known(fail_on, limits, protocol, list(sources))
     folder = Folder(Path(output_dir))
     folder.require_usable()
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(checkpoint, revision=revision, **trust)
-    if control is not None and load_tokenizer(control, **trust).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
-            "it; take a control of the same family"
-        )
-    receipt = load_receipt(checkpoint, revision)
+    checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
+    tokenizer = checkpoints[0].tokenizer()
+    if control is not None:
+        checkpoints.append(Checkpoint(control, None, trust_remote_code))
+        if checkpoints[1].tokenizer().get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
+                "it; take a control of the same family"
+            )
+    receipt = checkpoints[0].receipt()
     rules = _rules(checkpoint, receipt, tokenizer)
     if device is None:
         device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,39 +149,32 @@ def audit(
     inputs: dict[str, dict[str, Any]] = {
         split: {"path": source, "sha256": digest(source)} for split, source in sources.items()
     }
-    checkpoints: list[tuple[str | Path, str | None]] = [(checkpoint, revision)]
-    checkpoints += [] if control is None else [(control, None)]
     surveys: dict[str, Survey] = {}
     models: list[Any] = []
     overlap: dict[str, Any] | None = None
     finished = (folder.path / SUMMARY).is_file()
     if not finished:
-        contexts = [context_of(load_config(path, revision=at, **trust)) for path, at in checkpoints]
-        context = min((each for each in contexts if each), default=None)
+        contexts = [context_of(each.config()) for each in checkpoints]
+        context = min(filter(None, contexts), default=None)
         marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
         cutter = Cutter(tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks)
         for split, source in sources.items():
             rows = draw(read_rows(source, text_column), max_rows, seed)
             surveys[split] = Survey(rows, split, cutter)
-        clusters = clusters_of(surveys)
-        overlap = overlap_of(surveys, clusters)
+        join(surveys)
+        overlap = overlap_of(surveys)
         _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
         for split, each in surveys.items():
-            inputs[split] |= each.counts(clusters[split])
-            if repeated := inputs[split]["repeated"]:
-                _log.warning("%s: %d of %d documents repeat the text of another one; intervals count %d documents",
-                             sources[split], repeated, each.names, inputs[split]["clusters"])  # fmt: skip
-        for path, at in checkpoints:
-            model = load_model(path, device, dtype=protocol["dtype"], allow_pickle=allow_pickle, revision=at,
-                               device_map=device_map, **trust)  # fmt: skip
-            known = model.get_input_embeddings().num_embeddings
-            for split, each in surveys.items():
-                if each.largest_id >= known:
-                    raise ValueError(
-                        f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but {path} knows "
-                        f"{known} ids; were these input_ids made with another tokenizer? Give `text` instead"
-                    )
-            models.append(model)
+            inputs[split] |= each.counts()
+        options: dict[str, Any] = {"dtype": protocol["dtype"], "allow_pickle": allow_pickle, "device_map": device_map}
+        models = [each.model(device, **options) for each in checkpoints]
+        known = min(model.get_input_embeddings().num_embeddings for model in models)
+        for split, each in surveys.items():
+            if each.largest_id >= known:
+                raise ValueError(
+                    f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but the model knows {known} "
+                    "ids; were these input_ids made with another tokenizer? Give `text` instead"
+                )
         protocol["vocabulary"] = vocabulary_of(models[0])
 
     run = {
@@ -202,7 +187,7 @@ def audit(
         "protocol": protocol,
         "inputs": inputs,
         "overlap": overlap,
-        "weights": [file_hashes(path, at) for path, at in checkpoints],
+        "weights": [each.hashes() for each in checkpoints],
         "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
         "receipt": receipt,
         "versions": versions(),
@@ -213,27 +198,22 @@ def audit(
             folder.open(run)
         wait()
         if not finished:
-            lowered = None
-            if lowercase:
-                lowered = lambda window: lowercase_ids(window, tokenizer)[:context]  # noqa: E731
-            control_model = models[1] if control is not None else None
-            scorer = Scorer(models[0], sampling, protocol["beams"] or (), lowered, control_model, batch_tokens)
+            reference = models[1] if control is not None else None
+            scorer = Scorer(models[0], sampling, protocol["beams"] or (), reference, batch_tokens)
             of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
-            number = 0
+            blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
             with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
-                for split, each in surveys.items():
-                    task = bar.add_task(escape(plain(f"audit {run['name']}: {split}")), total=len(each.indices))
-                    of_windows = iter(clusters[split])
-                    for block in each.blocks(BLOCK):
-                        of_block = [next(of_windows) for _ in block]
-                        if number % processes == rank and not folder.has(number, len(block)):
-                            records = [
-                                make_record(window, score, of_source(window.source), tokenizer, cluster)
-                                for window, score, cluster in zip(block, scorer.score(block), of_block, strict=True)
-                            ]
-                            folder.write(number, records)
-                        number += 1
-                        bar.advance(task, len(block))
+                windows = sum(len(each.indices) for each in surveys.values())
+                task = bar.add_task(escape(plain(f"audit {run['name']}")), total=windows)
+                for number, block in enumerate(blocks):
+                    if number % processes == rank and not folder.has(number, len(block)):
+                        scores = scorer.score([window for window, _ in block])
+                        records = [
+                            make_record(window, score, of_source(window.source), tokenizer, cluster)
+                            for (window, cluster), score in zip(block, scores, strict=True)
+                        ]
+                        folder.write(number, records)
+                    bar.advance(task, len(block))
             wait()
         if rank == 0:
             publish(folder.path, limits, require, fail_on)
@@ -271,7 +251,6 @@ def _check_surveys(
     surveys: Mapping[str, Survey], sources: Mapping[str, str], cutter: Cutter, overlap: Any, allow_overlap: bool
 ) -> None:
     """ValueError for inputs that no model could be audited with."""
-    length = cutter.prefix_length + cutter.suffix_length
     for split, each in surveys.items():
         if not each.indices:
             reasons = "; ".join(f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items())
@@ -279,11 +258,6 @@ def _check_surveys(
                 f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
                 f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
                 "or suffix, or join short texts"
-            )
-        if cutter.context is not None and length > cutter.context and each.completions < len(each.indices):
-            raise ValueError(
-                f"windows of {length} tokens do not fit the model's context, {cutter.context} tokens; "
-                "ask for a shorter prefix or suffix"
             )
     if cutter.secrets is not None and not any(each.secrets for each in surveys.values()):
         raise ValueError(

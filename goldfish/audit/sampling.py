@@ -3,13 +3,12 @@
 p_z, the probability that one sample is the suffix, may be e^-10000, so everything is computed from its logarithm.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
+from goldfish.audit.estimate import Codes, Estimate, Floats, mean, rate
 
 PROBABILITIES = (0.5, 0.9, 0.999)
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -18,24 +17,15 @@ SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 def probability_within(log_p: ArrayLike, n: float) -> Floats:
     """1 - (1 - p_z)^n, the probability that the suffix is among n samples; exact to rounding for p_z from 0 to 1."""
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
-    return np.asarray(-np.expm1(n * _log_miss(log_p)))
-
-
-def log10_samples_needed(log_p: ArrayLike, p: float) -> Floats:
-    """log10 of the least whole n >= 1 with 1 - (1 - p_z)^n >= p; inf where p_z is 0."""
-    log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
     with np.errstate(divide="ignore"):
-        n = np.log1p(-p) / _log_miss(log_p)
-        # The factor forgives the division's rounding, so that p_z = p needs one sample and not two.
-        near = np.log10(np.maximum(1.0, np.ceil(n * (1 - 1e-12))))
-    far = (np.log(-np.log1p(-p)) - log_p) / np.log(10)  # ln(1 - p_z) = -p_z where floats cannot tell 1 - p_z from 1
-    return np.asarray(np.where(log_p > -36, near, far))
+        # ln(1 - p_z) without cancellation, for a small p_z and for one near 1.
+        log_miss = np.where(log_p < -0.6931, np.log1p(-np.exp(log_p)), np.log(-np.expm1(log_p)))
+    return np.asarray(-np.expm1(n * log_miss))
 
 
-def _log_miss(log_p: Floats) -> Floats:
-    """ln(1 - p_z) without cancellation: log1p(-p) for a small p, log(-expm1(log p)) for one near 1."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.where(log_p < -0.6931, np.log1p(-np.exp(log_p)), np.log(-np.expm1(log_p))))
+def extracted(log_p: ArrayLike, n: float, p: float) -> NDArray[np.bool_]:
+    """Whether the suffix is among n samples with a probability of at least p, but for rounding."""
+    return probability_within(log_p, n) >= p * (1 - 1e-12)
 
 
 def setting_name(setting: dict[str, Any]) -> str:
@@ -44,29 +34,7 @@ def setting_name(setting: dict[str, Any]) -> str:
     return ",".join([f"T={setting['temperature']:g}", *cuts])
 
 
-def sampling_figures(log_p: Floats, documents: Codes, setting: dict[str, Any]) -> dict[str, Any]:
-    """One entry of a split's `sampling`; see docs/audit-files.md."""
-    possible = np.isfinite(log_p)
-    needed = {p: log10_samples_needed(log_p, p) for p in PROBABILITIES}
-    return {
-        "name": setting_name(setting),
-        **setting,
-        "impossible": token_rate(~possible, np.ones(len(log_p)), documents),
-        "log_p": dict(zip(("least", "median", "greatest"), _finite(np.percentile(log_p, [0, 50, 100], method="lower")),
-                          strict=True)),
-        "extractable": [
-            {"n": n, "p": p, "windows": rate(needed[p] <= np.log10(n) + 1e-12, documents)}
-            for p in PROBABILITIES
-            for n in SAMPLES
-        ],
-        "n_needed": [
-            dict(zip(("p", "log10_least", "log10_median"),
-                     [p, *_finite(np.percentile(needed[p], [0, 50], method="higher"))], strict=True))
-            for p in PROBABILITIES
-        ],
-        "expected": [{"n": n, "share": mean(probability_within(log_p, n), documents)} for n in SAMPLES],
-    }  # fmt: skip
-
-
-def _finite(values: Sequence[float] | Floats) -> list[float | None]:
-    return [float(each) if np.isfinite(each) else None for each in values]
+def sampling_figures(log_p: Floats, documents: Codes) -> dict[str, Estimate]:
+    """The (n,p) curves and the expected shares under one setting, by name; see docs/audit-files.md."""
+    curves = {f"extractable@{n},{p:g}": rate(extracted(log_p, n, p), documents) for p in PROBABILITIES for n in SAMPLES}
+    return curves | {f"expected@{n}": mean(probability_within(log_p, n), documents) for n in SAMPLES}

@@ -4,12 +4,20 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
 from goldfish.audit.model import device_of, logits_of
@@ -34,12 +42,18 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        """ValueError for a setting that means nothing."""
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs none")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 (or None for no cut), got {self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1] (or None for no cut), got {self.top_p!r}")
+        self.processors()
+
+    def processors(self) -> LogitsProcessorList:
+        processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(self.temperature))]
+        if self.top_k is not None:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            processors.append(TopPLogitsWarper(self.top_p))
+        return LogitsProcessorList(processors)
 
 
 @dataclass(frozen=True)
@@ -47,27 +61,24 @@ class Score:
     """What a model does with a window of T ids. Arrays of length T - 1 speak of ids[1:], each given all ids before it.
 
     greedy: int64 (T-1,) teacher-forced argmax. nll: float32 (T-1,) -log P(token), nats. rank: int64 (T-1,) how many
-    entries of the vocabulary have a larger logit; 0 = most probable. margin: float32 (T-1,) largest logit minus the
-    second largest. entropy_mean, entropy_std: float32 (T-1,) mean and standard deviation of log P over the vocabulary
-    under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section 4).
+    entries of the vocabulary have a larger logit; 0 = most probable. entropy_mean, entropy_std: float32 (T-1,) mean and
+    standard deviation of log P over the vocabulary under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section
+    4).
     log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf where cut off.
     output: (S,) the free-running greedy continuation of the prefix; it goes on through an EOS.
     settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the first divergence.
-    lowercase_nll: mean nll (nats/token) of the window's text in lower case. control_nll: float64, nll of
-    ids[first_scored:] under another model. beams: the least number of beams among those tried that recites the
-    suffix; 0: none. The last three are None where they were not asked for.
+    control_nll: float64, nll of ids[first_scored:] under another model. beams: the least number of beams among those
+    tried that recites the suffix; 0: none. Both are None where they were not asked for.
     """
 
     greedy: np.ndarray
     nll: np.ndarray
     rank: np.ndarray
-    margin: np.ndarray
     entropy_mean: np.ndarray
     entropy_std: np.ndarray
     log_q: np.ndarray
     output: list[int]
     settled: bool = False
-    lowercase_nll: float | None = None
     control_nll: np.ndarray | None = None
     beams: int | None = None
 
@@ -79,7 +90,6 @@ class Scorer:
         model: a causal language model of transformers, on its device.
         samplings: the settings whose log_q is wanted.
         beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only where the ranks allow it.
-        lowercase: from a window, the ids of its text in lower case; None: not asked for.
         control: another model, for control_nll.
         batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and for a search what the memory allows.
     """
@@ -89,11 +99,10 @@ class Scorer:
         model: Any,
         samplings: Sequence[Sampling] = (Sampling(),),
         beams: Sequence[int] = (),
-        lowercase: Callable[[Window], list[int]] | None = None,
         control: Any = None,
         batch_tokens: int | None = None,
     ) -> None:
-        self.model, self.samplings, self.beams, self.lowercase = model, samplings, beams, lowercase
+        self.model, self.samplings, self.beams = model, samplings, beams
         self._control, self.device = control, device_of(model)
         kind = "cpu" if self.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
@@ -130,10 +139,15 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
-        rows: list[dict[str, Any]] = [{}] * len(windows)
-        for batch in self._batches([window.ids for window in windows]):
-            for place, row in zip(batch, self._teacher_forced([windows[i] for i in batch]), strict=True):
-                rows[place] = row
+        rows = self._teacher_forced(self.model, windows, partial(_reduce, samplings=self.samplings))
+        for window, row in zip(windows, rows, strict=True):
+            start = window.prefix_length - 1
+            row["log_q"] = row["log_q"][start:].T
+            row["output"] = row["greedy"][start:].tolist()
+            margin, gap = row.pop("relative_margin"), row.pop("relative_gap")
+            close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[self.model.dtype]
+            end = start + first_divergence(row["output"], window.suffix) + 1
+            row["ambiguous"] = bool(close[start:end].any())
         self._continue(windows, rows)
         for window, row in zip(windows, rows, strict=True):
             if row.pop("ambiguous"):
@@ -142,52 +156,45 @@ class Scorer:
                 start = window.prefix_length
                 ranks = row["rank"][start - 1 :].tolist()
                 row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
-        if self.lowercase is not None:
-            lowered = self._nll_of(self.model, windows, [self.lowercase(window) for window in windows])
-            means = [float(nll.mean()) if len(nll) else None for nll in lowered]
-            rows = [row | {"lowercase_nll": mean} for row, mean in zip(rows, means, strict=True)]
         if self._control is not None:
-            controls = self._nll_of(self._control, windows, [window.ids for window in windows])
-            rows = [row | {"control_nll": nll} for row, nll in zip(rows, controls, strict=True)]
+            controls = self._teacher_forced(self._control, windows, lambda *each: {"nll": _nll(*each)})
+            for window, row, of_control in zip(windows, rows, controls, strict=True):
+                row["control_nll"] = of_control["nll"][window.first_scored - 1 :].astype(np.float64)
         return [Score(**row) for row in rows]
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Places of rows, those of like length together, longest first: a batch that is too large fails at once."""
+    def _teacher_forced(
+        self, model: Any, windows: Sequence[Window], reduce: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    ) -> list[dict[str, Any]]:
+        """For each window the columns that `reduce` makes of logits (rows, V) and the ids that follow: (T-1, ...)."""
+        results: list[dict[str, Any]] = [{}] * len(windows)
+        for batch in self._batches(windows):
+            longest = len(windows[batch[0]].ids)
+            # Padded on the right, which no token before sees; without padding there is no attention mask.
+            ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.int64)
+            for place, i in enumerate(batch):
+                ids[place, : len(windows[i].ids)] = torch.tensor(windows[i].ids)
+                mask[place, : len(windows[i].ids)] = 1
+            ids = ids.to(self.device)
+            attention_mask = None if mask.all() else mask.to(self.device)
+            targets = ids[:, 1:].flatten()
+            parts = [reduce(logits, targets[rows]) for rows, logits in logits_of(model, ids, attention_mask)]
+            columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+            for place, i in enumerate(batch):
+                first, length = place * (longest - 1), len(windows[i].ids) - 1
+                results[i] = {name: column[first : first + length] for name, column in columns.items()}
+                self._require_finite(windows[i], bool(np.isnan(results[i]["nll"]).any()))
+        return results
+
+    def _batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
+        """Places of windows, those of like length together, longest first: a batch that is too large fails at once."""
         batch: list[int] = []
-        for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            if batch and (len(batch) + 1) * len(rows[batch[0]]) > self._pass_tokens:
+        for place in sorted(range(len(windows)), key=lambda i: -len(windows[i].ids)):
+            if batch and (len(batch) + 1) * len(windows[batch[0]].ids) > self._pass_tokens:
                 yield batch
                 batch = []
             batch.append(place)
         if batch:
             yield batch
-
-    def _teacher_forced(self, windows: Sequence[Window]) -> list[dict[str, Any]]:
-        """The arrays of Score for a batch, sorted by falling length, and `ambiguous`."""
-        ids, attention_mask = self._padded([window.ids for window in windows])
-        targets = ids[:, 1:].flatten()
-        place = torch.arange(1, ids.shape[1], device=ids.device)
-        ends = torch.tensor([[len(w.ids)] for w in windows], device=ids.device)
-        starts = torch.tensor([[w.prefix_length] for w in windows], device=ids.device)
-        of_suffix = ((starts <= place) & (place < ends)).flatten()
-        parts = []
-        for rows, logits in logits_of(self.model, ids, attention_mask):
-            parts.append(_reduce(logits, targets[rows], of_suffix[rows], self.samplings))
-        columns = {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
-        log_q, margin, gap = (columns.pop(name) for name in ("log_q", "relative_margin", "relative_gap"))
-        close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[self.model.dtype]
-        results, taken = [], 0
-        for i, window in enumerate(windows):
-            first, length, start = i * (ids.shape[1] - 1), len(window.ids) - 1, window.prefix_length - 1
-            row: dict[str, Any] = {name: column[first : first + length] for name, column in columns.items()}
-            row["log_q"] = log_q[:, taken : taken + length - start]
-            taken += length - start
-            row["output"] = row["greedy"][start:].tolist()
-            end = start + first_divergence(row["output"], window.suffix) + 1
-            row["ambiguous"] = bool(close[first + start : first + end].any())
-            self._require_finite(window, bool(np.isnan(row["nll"]).any()))
-            results.append(row)
-        return results
 
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
         """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known.
@@ -226,21 +233,6 @@ class Scorer:
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
 
-    def _nll_of(self, model: Any, windows: Sequence[Window], rows: Sequence[list[int]]) -> list[np.ndarray]:
-        """float64, nats: the nll of the ids of rows from first_scored on; one row for each window."""
-        results = [np.empty(0)] * len(rows)
-        usable = [i for i, row in enumerate(rows) if len(row) > windows[i].first_scored]
-        for batch in self._batches([rows[i] for i in usable]):
-            places = [usable[i] for i in batch]
-            ids, attention_mask = self._padded([rows[i] for i in places])
-            targets = ids[:, 1:].flatten()
-            nll = torch.cat([_nll(logits, targets[part]) for part, logits in logits_of(model, ids, attention_mask)])
-            for place, values in zip(places, nll.view(len(batch), -1).double().cpu(), strict=True):
-                window, length = windows[place], len(rows[place])
-                results[place] = values[window.first_scored - 1 : length - 1].numpy()
-                self._require_finite(window, bool(np.isnan(results[place]).any()))
-        return results
-
     def _require_finite(self, window: Window, is_nan: bool) -> None:
         if is_nan:
             dtype = str(self.model.dtype).removeprefix("torch.")
@@ -248,15 +240,6 @@ class Scorer:
                 f"the logits of {window.split} row {window.index} ({window.document!r:.80}) are not finite: the "
                 f"weights are damaged, or too large for {dtype}. Try bfloat16 or float32 (--dtype)"
             )
-
-    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """(B, T), padded on the right, which no token before sees; without padding there is no attention mask."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        if min(map(len, rows)) == longest:
-            return ids, None
-        lengths = torch.tensor([[len(row)] for row in rows], device=ids.device)
-        return ids, (torch.arange(longest, device=ids.device) < lengths).long()
 
 
 def cache_tokens(model: Any, most: int) -> int:
@@ -277,12 +260,11 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
-def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
-    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (settings, rows of the suffix)."""
+def _reduce(logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings)."""
     target = logits.gather(-1, targets[:, None])
     top, places = logits.topk(2)
-    greedy, margin = places[:, 0], top[:, 0] - top[:, 1]
-    tied = margin == 0
+    greedy, tied = places[:, 0], top[:, 0] == top[:, 1]
     if tied.any():
         greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
     rank = (logits > target).sum(-1)
@@ -294,31 +276,14 @@ def _reduce(logits: Tensor, targets: Tensor, of_suffix: Tensor, samplings: Seque
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = [
-        -nll[of_suffix] if sampling == Sampling() else _log_q(logits[of_suffix], targets[of_suffix], sampling)
-        for sampling in samplings
-    ]
+    log_q = [-nll if each == Sampling() else -_nll(each.processors()(None, logits), targets) for each in samplings]
     return {
         "greedy": greedy,
         "nll": nll,
         "rank": rank,
-        "margin": margin,
         "relative_margin": relative_margin(top[:, 0], top[:, 1]),
         "relative_gap": relative_margin(top[:, 0], torch.where(rank == 0, top[:, 1], target[:, 0])),
         "entropy_mean": mean - total.log(),
         "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
-        "log_q": torch.stack(log_q) if log_q else nll.new_empty(0, int(of_suffix.sum())),
+        "log_q": torch.stack(log_q, -1) if log_q else nll.new_empty(len(nll), 0),
     }
-
-
-def _log_q(logits: Tensor, targets: Tensor, sampling: Sampling) -> Tensor:
-    """log-probability of the targets, (rows,), after transformers' logits processors in the order of generate."""
-    scores = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        rising, order = scores.sort(-1)
-        cut = rising.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        cut[:, -1] = False
-        scores = scores.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
-    return -_nll(scores, targets)

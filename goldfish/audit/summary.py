@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow.compute import list_value_length
+from pyarrow.compute import is_valid, list_value_length
 
-from goldfish.audit.attribution import attribution_figures, notes
-from goldfish.audit.columns import ATTACKS, COUNTS, TRIVIAL, read_run, records
+from goldfish.audit.attribution import attribution_figures, notes, token_counts
+from goldfish.audit.columns import ATTACKS, read_run, records, sums
 from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
 from goldfish.audit.membership import Side, membership_figures
-from goldfish.audit.sampling import log10_samples_needed, sampling_figures
+from goldfish.audit.sampling import extracted, sampling_figures, setting_name
 from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdict
 
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
-    "split", "document", "cluster", "count", "offset", "suffix_ids", "prefix_sweep", "settled",
-    "exact_match", "matches", "correct_count", "nll_sum", "rouge_l_text", "rouge_l_ids", "longest_run",
-    "completion", "secret_recited", "edit_similarity", "first_divergence", "type_token_ratio", "log_p", "rank_bits",
+    "split", "document", "cluster", "offset", "suffix_ids", "prefix_sweep", "settled",
+    "exact_match", "token_accuracy", "correct", "nll", "dropped", "rouge_l_text", "rouge_l_ids", "longest_run",
+    "completion", "secret_recited", "edit_similarity", "first_divergence", "log_p", "rank_bits",
     "beams", "characters", "words",
-    *COUNTS, *SCORES,
+    *SCORES,
 ]  # fmt: skip
 ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
 
@@ -51,89 +51,79 @@ def summary_of(
 
 
 def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[str, Any]:
-    """One split of the summary: about all its windows; rates of recitation count documents."""
-    protocol, offsets = run["protocol"], _numbers(table, "offset")
-    documents, secrets = _documents(table), _numbers(table, "secret_recited")
+    """One split of the summary: about all its windows; rates of recitation count documents.
+
+    Of a table without rows it has the same names.
+    """
+    protocol, documents = run["protocol"], _documents(table)
     tokens = list_value_length(table["suffix_ids"]).to_numpy()
-    marked = ~np.isnan(secrets)
+    recited, beams = _numbers(table, "exact_match") > 0, _numbers(table, "beams")
+    near_verbatim = (_numbers(table, "longest_run") >= RUN) | (_numbers(table, "edit_similarity") >= SIMILARITY)
+    log_p = _lists(table, "log_p", len(protocol["sampling"]))
+    bound = extracted(-np.log(2) * _numbers(table, "rank_bits"), *SAMPLES)
+    hits = {"exact_match": recited, "near_verbatim": near_verbatim | recited}
+    if protocol["sampling"]:
+        hits["extractable"] = np.asarray(extracted(log_p, *SAMPLES).any(-1))
+    if protocol["beams"]:
+        hits["beam_search"] = beams > 0
+    figures = {name: rate(these, documents) for name, these in hits.items()}
+    if protocol["secrets"]:
+        secrets = _numbers(table, "secret_recited")
+        marked, hits["secrets"] = ~np.isnan(secrets), secrets > 0
+        figures["secrets"] = rate(hits["secrets"][marked], documents[marked])
+    nll, matches = sums(table, "nll"), np.rint(_numbers(table, "token_accuracy") * tokens)
+    # A loss has no upper bound; that of a uniform guess is far above any text's under a model that works.
+    greatest = {"nll": max(log(protocol["vocabulary"]), (nll / tokens).max(initial=0))}
+    greatest |= dict.fromkeys(("longest_run", "first_divergence"), tokens.max(initial=0))
     of_text = _numbers(table, "completion") == 0
-    sweeps = _lists(table.filter(pa.array(of_text)), "prefix_sweep").T if of_text.any() else []
-    recited, trivial = _numbers(table, "exact_match") > 0, _numbers(table, "type_token_ratio") < TRIVIAL
-    long_run = _numbers(table, "longest_run") >= RUN
-    similar = _numbers(table, "edit_similarity") >= SIMILARITY
-    log_p, beams = _lists(table, "log_p"), _numbers(table, "beams")
-    bits = _numbers(table, "rank_bits")
-    needed = log10_samples_needed(np.column_stack([-np.log(2) * bits, log_p]), SAMPLES[1])
-    within = needed <= np.log10(SAMPLES[0]) + 1e-12
-    extractable = within[:, 1:].any(-1)
-    ruled = ~np.isnan(_numbers(table, COUNTS[0]))
-    counts = np.stack([_numbers(table, name)[ruled] for name in COUNTS], -1)
-    nll = _numbers(table, "nll_sum")
-    diverged = counts[:, 0] + counts[:, 2] > 0
-    kinds = {
-        "exact_match": recited,
-        "extractable": extractable,
-        "beam_search": beams > 0,
-        "near_verbatim": long_run | similar | recited,
-        "secrets": secrets > 0,
-    }
-
-    def average(name: str, greatest: float = 1.0) -> Any:
-        return mean(_numbers(table, name), documents, bounds=(0.0, greatest))
-
+    sweep = _lists(table.filter(pa.array(of_text)), "prefix_sweep", len(protocol["prefix_grid"]))
+    offsets = _numbers(table, "offset")
     return {
         "n": len(table),
         "documents": len(np.unique(documents)),
         "skipped": sum(each["count"] for each in run["inputs"][split]["skipped"]),
         "settled": int(_numbers(table, "settled").sum()),
-        "recited": {name: _names(table, hits) for name, hits in kinds.items()},
-        "exact_match": rate(recited, documents),
-        "exact_match_nontrivial": rate(recited[~trivial], documents[~trivial]),
-        "near_verbatim": rate(kinds["near_verbatim"], documents),
-        "long_run": rate(long_run, documents),
-        "similar": rate(similar, documents),
-        "extractable": rate(extractable, documents) if protocol["sampling"] else None,
-        "extractable_bound": rate(within[:, 0], documents),
-        "rank_bits": {"least": float(bits.min()), "median": float(np.median(bits)), "greatest": float(bits.max())},
-        "secrets": rate(secrets[marked] > 0, documents[marked]) if marked.any() else None,
-        "trivial": token_rate(trivial, np.ones(len(table)), documents),
-        "token_accuracy": token_rate(_numbers(table, "matches"), tokens, documents),
-        "teacher_forced_accuracy": token_rate(_numbers(table, "correct_count"), tokens, documents),
-        "teacher_forced_accuracy_dropped":
-            token_rate(counts[:, 4], counts[:, 5], documents[ruled]) if ruled.any() else None,
-        "teacher_forced_accuracy_kept":
-            token_rate(counts[:, 6], counts[:, 7], documents[ruled]) if ruled.any() else None,
-        # A loss has no upper bound; that of a uniform guess is far above any text's under a model that works.
-        "nll": mean(nll, documents, tokens, (0.0, max(log(protocol["vocabulary"]), (nll / tokens).max(initial=0)))),
-        "rouge_l_text": average("rouge_l_text"),
-        "rouge_l_ids": average("rouge_l_ids"),
-        "longest_run": average("longest_run", tokens.max()),
-        "edit_similarity": average("edit_similarity"),
-        "first_divergence": average("first_divergence", tokens.max()),
-        "first_divergence_dropped":
-            token_rate(counts[diverged, 0], diverged[diverged], documents[ruled][diverged]) if ruled.any() else None,
-        "prefix_sweep": [
-            {"prefix_length": length, "exact_match": rate(matched, documents[of_text])}
-            for length, matched in zip(protocol["prefix_grid"] if of_text.any() else [], sweeps, strict=True)
-        ],
-        "offset_sweep": [
-            {"offset": offset, "exact_match": rate(recited[offsets == offset], documents[offsets == offset])}
+        "recited": {name: _names(table, these) for name, these in hits.items()},
+        **figures,
+        "extractable_bound": rate(bound, documents),
+        "token_accuracy": token_rate(matches, tokens, documents),
+        "teacher_forced_accuracy": token_rate(sums(table, "correct"), tokens, documents),
+        **_rule_figures(run, table, documents),
+        "nll": mean(nll, documents, tokens, (0.0, greatest["nll"])),
+        **{
+            name: mean(_numbers(table, name), documents, bounds=(0.0, greatest.get(name, 1.0)))
+            for name in ("rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity", "first_divergence")
+        },
+        **{
+            f"prefix_sweep@{length}": rate(matched, documents[of_text])
+            for length, matched in zip(protocol["prefix_grid"], sweep.T, strict=True)
+        },
+        **{
+            f"offset_sweep@{offset}": rate(recited[offsets == offset], documents[offsets == offset])
             for offset in protocol["offsets"]
-        ],
-        "strata": _strata(_numbers(table, "count"), recited, documents),
-        "sampling": [
-            sampling_figures(logarithms, documents, dict(setting))
-            for setting, logarithms in zip(protocol["sampling"], log_p.T, strict=True)
-        ],
-        "beam_search": [
-            {"beams": width, "exact_match": rate((beams > 0) & (beams <= width), documents)}
-            for width in protocol["beams"]
-        ] if protocol["beams"] else None,
-        "attribution": {
-            **attribution_figures(counts[:, :4], counts[:, 4:], documents[ruled]),
-            "notes": notes(run["receipt"]),
-        } if ruled.any() else None,
-    }  # fmt: skip
+        },
+        **{
+            f"beam_search@{width}": rate((beams > 0) & (beams <= width), documents) for width in protocol["beams"] or ()
+        },
+        **{
+            f"{name},{setting_name(setting)}" if i else name: figure
+            for i, setting in enumerate(protocol["sampling"])
+            for name, figure in sampling_figures(log_p[:, i], documents).items()
+        },
+    }
+
+
+def _rule_figures(run: Mapping[str, Any], table: pa.Table, documents: Codes) -> dict[str, Any]:
+    """What is said of dropped and of kept tokens; None without a rule."""
+    ruled = is_valid(table["dropped"]).to_numpy()
+    if not ruled.any():
+        return dict.fromkeys(("teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept", "attribution"))
+    counts, documents = token_counts(table.filter(pa.array(ruled))), documents[ruled]
+    return {
+        "teacher_forced_accuracy_dropped": token_rate(counts[:, 4], counts[:, 5], documents),
+        "teacher_forced_accuracy_kept": token_rate(counts[:, 6], counts[:, 7], documents),
+        "attribution": {**attribution_figures(counts, documents), "notes": notes(run["receipt"])},
+    }
 
 
 def _numbers(table: pa.Table, name: str) -> Floats:
@@ -141,9 +131,9 @@ def _numbers(table: pa.Table, name: str) -> Floats:
     return np.asarray(table[name].cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
-def _lists(table: pa.Table, name: str) -> Floats:
+def _lists(table: pa.Table, name: str, length: int) -> Floats:
     """A column of lists of one length, (windows, length)."""
-    return np.array(table[name].to_pylist(), dtype=np.float64).reshape(len(table), -1)
+    return np.array(table[name].to_pylist(), dtype=np.float64).reshape(len(table), length)
 
 
 def _documents(table: pa.Table) -> Codes:
@@ -162,18 +152,3 @@ def _names(table: pa.Table, hits: NDArray[np.bool_], most: int = 10) -> list[str
     """The names of the documents that have a hit, the first ten of them."""
     names = dict.fromkeys(table.filter(pa.array(hits))["document"].to_pylist())
     return list(names)[:most]
-
-
-def _strata(counts: Floats, recited: NDArray[np.bool_], documents: Codes) -> list[dict[str, Any]] | None:
-    """Exact match by how often a text was trained on, in powers of two; None where no input row says."""
-    if np.isnan(counts).all():
-        return None
-    power = np.array([-1 if np.isnan(count) else int(count).bit_length() for count in counts])
-    return [
-        {
-            "count_from": 2**bits >> 1,
-            "count_to": 2**bits - 1,
-            "exact_match": rate(recited[power == bits], documents[power == bits]),
-        }
-        for bits in sorted(set(power.tolist()) - {-1})
-    ]

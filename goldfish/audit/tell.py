@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import pyarrow as pa
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.estimate import dumps, percent
+from goldfish.audit.columns import ATTACKS, COLUMNS, OF_CONTROLS
+from goldfish.audit.estimate import Estimate, dumps, percent
 from goldfish.audit.folder import write_text
+from goldfish.audit.membership import BLIND, FIGURES
 from goldfish.audit.results import estimates, exit_code, judge, parse
-from goldfish.audit.summary import ABOUT, COLUMNS, summarize, summary_of
-from goldfish.audit.verdict import strongest_blind
+from goldfish.audit.summary import split_figures, summarize
+from goldfish.audit.verdict import parse_limits, strongest_blind
 from goldfish.pieces import plain
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
@@ -28,7 +29,6 @@ MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️", "passed": "✅"
 ELEMENTS = {"violated": "failure", "inconclusive": "error", "FAIL": "failure", "INCONCLUSIVE": "skipped"}  # of JUnit
 ROWS = (  # of the table: label, the estimate's name in a split
     ("texts recited word for word", "exact_match"),
-    ("  without trivial suffixes", "exact_match_nontrivial"),
     ("  in 1,000 samples, p=0.5", "extractable"),
     ("    under any setting, at most", "extractable_bound"),
     ("  by beam search", "beam_search"),
@@ -83,22 +83,20 @@ def publish(
 def require_known(
     fail_on: Sequence[str], limits: Sequence[str], protocol: Mapping[str, Any], splits: Sequence[str]
 ) -> None:
-    """ValueError for a limit or a condition that an audit of this protocol could not judge; known before the work.
-
-    The names are those of an audit of one made-up window a split.
-    """
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, 0)
-    row |= {"count": None, "words": [1], "suffix_ids": [0]}
-    row |= {"prefix_sweep": [False] * len(protocol["prefix_grid"]), "log_p": [-1.0] * len(protocol["sampling"])}
-    row |= {"offset": protocol["offsets"][0], "document": "", "mia_lowercase": 0 if protocol["lowercase"] else None}
-    row |= dict.fromkeys(("mia_reference", "mia_wbc"), 0 if protocol["control"] else None)
-    row |= {"secret_recited": 0 if protocol["secrets"] else None}
-    run = dict.fromkeys(ABOUT) | {"protocol": {**protocol, "vocabulary": 2}, "receipt": None}
-    run["inputs"] = {split: {"rows": 1, "skipped": []} for split in splits}
-    table = pa.Table.from_pylist([{**row, "split": split, "cluster": i} for i, split in enumerate(splits)])
-    conditions = [parse(text) for text in fail_on]
-    # The strata depend on the counts in the input.
-    judge(estimates(summary_of(run, table, limits)), [each for each in conditions if "strata@" not in each.figure])
+    """ValueError for a limit or a condition that an audit of this protocol could not judge; known before the work."""
+    parse_limits(limits)
+    run = {"protocol": {**protocol, "vocabulary": 2}, "inputs": {split: {"skipped": []} for split in splits}}
+    attacks = [name for name in ATTACKS if protocol["control"] or name not in OF_CONTROLS]
+    any_attack = dict.fromkeys(FIGURES, Estimate(None))
+    membership = {
+        "headline": None, "reason": None,
+        "attacks": dict.fromkeys(attacks, any_attack), "blind": dict.fromkeys(BLIND, any_attack),
+    }  # fmt: skip
+    summary = {
+        "splits": {split: split_figures(run, split, COLUMNS.empty_table()) for split in splits},
+        "membership": membership if len(splits) == 2 else None,
+    }
+    judge(estimates(summary), [parse(text) for text in fail_on])
 
 
 def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
@@ -151,10 +149,9 @@ def task(summary: Mapping[str, Any]) -> str:
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     known, splits = estimates(summary), list(summary["splits"])
-    widest = f"beam_search@{max(summary['protocol']['beams'] or [0])}"
     rows = []
     for label, name in ROWS:
-        cells = [_cell(known.get(f"{split}.{widest if name == 'beam_search' else name}")) for split in splits]
+        cells = [_cell(known.get(f"{split}.{name}")) for split in splits]
         if set(cells) != {"-"}:
             rows.append((label, cells))
     if summary["membership"]:

@@ -3,6 +3,7 @@
 Recitation decides. Membership counts where it is required; attribution only explains.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from math import log
 from typing import Any
@@ -52,7 +53,7 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
     explanations: list[Question] = []
     if members:
         questions += [_recited(name, members, heldout, limits) for name, (_, key, _) in QUESTIONS.items()
-                      if _estimate(members, key)]  # fmt: skip
+                      if members.get(key) and members[key].n]  # fmt: skip
         if summary["membership"]:
             outcome, membership = _membership(summary["membership"], limits["auc"], bool(members["attribution"]))
             if "membership" in require:
@@ -84,13 +85,8 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
 
 def decided_by(undecided: Callable[[int], bool]) -> int | None:
     """The least number of documents that decides, where more of them decide too; None: no number up to 2^30."""
-    low, high = 0, 2**30
-    if undecided(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if undecided(middle) else (low, middle)
-    return high
+    documents = bisect_left(range(2**30), True, key=lambda n: not undecided(n))
+    return documents if documents < 2**30 else None
 
 
 def enough(limit: float, share: float = 0.0) -> int | None:
@@ -103,16 +99,11 @@ def enough(limit: float, share: float = 0.0) -> int | None:
     return decided_by(undecided)
 
 
-def _estimate(split: Mapping[str, Any] | None, key: str) -> Estimate | None:
-    entry = split[key] if split else None
-    estimate: Estimate | None = entry[-1]["exact_match"] if key == "beam_search" and entry else entry
-    return estimate
-
-
 def _recited(name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] | None, limits: Any) -> Question:
-    what, key, limit = QUESTIONS[name][0], QUESTIONS[name][1], limits[QUESTIONS[name][2]]
-    result, control = _estimate(members, key), _estimate(heldout, key)
-    assert result is not None
+    what, key, limit_name = QUESTIONS[name]
+    limit: float = limits[limit_name]
+    result: Estimate = members[key]
+    control: Estimate | None = heldout[key] if heldout else None
     share, low, high = result.value or 0.0, result.lower95 or 0.0, 1.0 if result.upper95 is None else result.upper95
     count = f"{result.point()} {what}"
     outcome, needs = INCONCLUSIVE, None

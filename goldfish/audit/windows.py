@@ -32,6 +32,8 @@ class Window:
     offset: how many tokens of the document come before the window (a BOS at its start not counted).
     completion: the suffix is what the assistant says in a chat, however long, and membership is about it alone.
     secrets: marked ones that are in the suffix, and not in the prefix, where the model could read them.
+    document_ids: of the document, from its start to the window's end, where that is more than `ids`: they decide what
+    its training dropped. The last len(ids) - 1 of them are ids[1:].
     """
 
     split: str
@@ -44,6 +46,7 @@ class Window:
     offset: int = 0
     completion: bool = False
     secrets: tuple[str, ...] = ()
+    document_ids: Sequence[int] = ()
 
     @property
     def suffix(self) -> list[int]:
@@ -59,7 +62,8 @@ class Window:
 class Cutter:
     """Cuts rows into windows of prefix_length + suffix_length tokens from each offset; of a chat, into its completions.
 
-    context: how many tokens the model takes; longer chats are skipped. secrets: see `chats.secret_finder`.
+    context: how many tokens the model takes; longer chats are skipped, longer windows are a ValueError. secrets: see
+    `chats.secret_finder`.
     """
 
     tokenizer: Any
@@ -84,6 +88,11 @@ class Cutter:
                 yield each if isinstance(each, str) else self._completion(row, each, about)
             return
         length = self.prefix_length + self.suffix_length
+        if self.context is not None and length > self.context:
+            raise ValueError(
+                f"windows of {length} tokens do not fit the model's context, {self.context} tokens; ask for a shorter "
+                "prefix or suffix"
+            )
         all_ids, opening = row.get("input_ids"), []
         if all_ids is None:
             all_ids = first_ids(self.tokenizer, row["text"], max(self.offsets) + length)
@@ -101,7 +110,8 @@ class Cutter:
                     for part in (ids[: self.prefix_length], ids)
                 )
                 secrets = self._secrets(row, whole, len(prefix))
-            yield Window(**about, ids=ids, prefix_length=self.prefix_length, offset=offset, secrets=secrets)
+            before: dict[str, Any] = {"offset": offset, "document_ids": all_ids[: offset + length]} if offset else {}
+            yield Window(**about, ids=ids, prefix_length=self.prefix_length, secrets=secrets, **before)
 
     def _completion(self, row: Row, each: Completion, about: dict[str, Any]) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
@@ -182,25 +192,26 @@ class Survey:
                     self.largest_id, self.largest_at = largest, index
                 pickle.dump(window, self._file)
         self.names = len(names)  # of documents
+        self.clusters: list[int] = []  # of every window its document's number; see `join`
 
-    def counts(self, clusters: Sequence[int]) -> dict[str, Any]:
-        """What run.json says of the input. clusters: of every window, its document's number."""
-        distinct = len(set(clusters))
+    def counts(self) -> dict[str, Any]:
+        """What run.json says of the input."""
+        distinct = len(set(self.clusters))
         return {
             "rows": self.rows, "windows": len(self.indices), "completions": self.completions, "secrets": self.secrets,
             "clusters": distinct, "repeated": self.names - distinct, "skipped": list(self.skipped.values()),
         }  # fmt: skip
 
-    def blocks(self, size: int) -> Iterator[list[Window]]:
-        """The windows in order, `size` at a time."""
+    def blocks(self, size: int) -> Iterator[list[tuple[Window, int]]]:
+        """The windows in order, each with its document's number, `size` at a time."""
         self._file.seek(0)
-        windows = (pickle.load(self._file) for _ in self.indices)
+        windows = ((pickle.load(self._file), cluster) for cluster in self.clusters)
         while block := list(islice(windows, size)):
             yield block
 
 
-def clusters_of(surveys: Mapping[str, Survey]) -> dict[str, list[int]]:
-    """Of every window of each split its document's number, counted from 0 in order."""
+def join(surveys: Mapping[str, Survey]) -> None:
+    """Number the documents of all splits, from 0 in order: `clusters` of each survey."""
     keys = np.concatenate([np.reshape(each.keys, (-1, KEYS)) for each in surveys.values()])
     distinct, places = np.unique(keys, return_inverse=True)
     edges = np.repeat(np.arange(len(keys)), KEYS), len(keys) + places.ravel()  # between a window and its keys
@@ -208,16 +219,14 @@ def clusters_of(surveys: Mapping[str, Survey]) -> dict[str, list[int]]:
     graph = coo_array((np.ones(keys.size), edges), shape=(nodes, nodes))
     components = iter(connected_components(graph, directed=False)[1].tolist() if nodes else ())
     numbers: dict[int, int] = {}
-    return {
-        split: [numbers.setdefault(next(components), len(numbers)) for _ in each.indices]
-        for split, each in surveys.items()
-    }
+    for each in surveys.values():
+        each.clusters = [numbers.setdefault(next(components), len(numbers)) for _ in each.indices]
 
 
-def overlap_of(surveys: Mapping[str, Survey], clusters: Mapping[str, list[int]]) -> dict[str, Any] | None:
+def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
     """How many documents are in both splits, and the first rows of some; None for one split or no such document."""
     # Read backwards, the first row of a document is the one that stays.
-    rows = [dict(zip(clusters[split][::-1], each.indices[::-1], strict=True)) for split, each in surveys.items()]
+    rows = [dict(zip(each.clusters[::-1], each.indices[::-1], strict=True)) for each in surveys.values()]
     shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
     return {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]} if shared else None
 
@@ -245,13 +254,3 @@ def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
 def prefix_grid(prefix_length: int) -> list[int]:
     """Tenths of the prefix: the lengths that the prefix sweep reports."""
     return sorted({round(prefix_length * tenth / 10) for tenth in range(1, 11)} - {0})
-
-
-def lowercase_ids(window: Window, tokenizer: Any) -> list[int]:
-    """The ids of the window's text in lower case, for lowercase_nll; a BOS stays, and the prompt of a completion."""
-    ids = window.ids
-    opening = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    if window.completion:
-        opening = ids[: window.prefix_length]
-    text = tokenizer.decode(ids[len(opening) :], clean_up_tokenization_spaces=False).lower()
-    return [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]

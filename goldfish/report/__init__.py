@@ -59,17 +59,12 @@ def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwr
 
 
 def _write(output: str | Path, overwrite: bool, render: Callable[[], str]) -> Path:
-    from jinja2 import UndefinedError
-
     path = Path(output)
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file, such as {path / 'report.html'}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; give another name, or overwrite=True (--overwrite) to replace it")
-    try:
-        text = render()
-    except (KeyError, UndefinedError) as error:
-        raise ValueError(f"one of the audits is damaged ({error}); audit again") from error
+    text = render()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode("utf-8"))
     return path

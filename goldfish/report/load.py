@@ -12,8 +12,8 @@ from goldfish.audit.columns import records
 from goldfish.audit.results import Audit, read
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page
-COLUMNS = ("split", "index", "offset", "document", "prefix_text", "suffix_tokens", "output_tokens", "dropped", "nll",
-           "rank", "exact_match", "first_divergence", "rouge_l_ids", "log_p", "common_runs")  # fmt: skip
+COLUMNS = ("split", "index", "offset", "document", "prefix_text", "suffix_tokens", "output_tokens", "dropped",
+           "exact_match", "first_divergence", "rouge_l_ids", "log_p", "common_runs")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from goldfish.audit.tell import ROWS, describe
 from goldfish.pieces import plain
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
-from goldfish.report.svg import COLOURS
+from goldfish.report.svg import COLOURS, power_of_ten
 
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
-HOVER_BYTES = 1_500_000  # of these, texts that carry the loss and rank of each token
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
 RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
 HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
@@ -54,16 +53,13 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     figures = [(view.splits, dict(describe(view.audit.summary).rows)) for view in views]
     every = dict.fromkeys(name for view in views for name in view.audit.estimates)
     common = {"views": views, "names": names, "split_names": SPLITS, "series": COLOURS, "redact": redact}
-    texts, hover = _texts(environment, common, views, rows)
     return environment.get_template("report.html").render(
         **common,
-        texts=texts,
-        hover=hover,
+        texts=_texts(environment, common, views, rows),
         total=len(rows),
         labels=dict.fromkeys(label for _, rows in figures for label in rows),
         figures=figures,
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
-        strata=any(split["strata"] for view in views for split in view.audit.summary["splits"].values()),
         every=every,
         attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
         comparisons=list(comparisons(views, baseline)),
@@ -73,15 +69,12 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
     )
 
 
-def _texts(
-    environment: Environment, common: Mapping[str, Any], views: Sequence[View], rows: Any
-) -> tuple[list[Markup], int]:
-    """The texts that fit on the page, in the order of `rows`, and how many of them carry loss and rank."""
+def _texts(environment: Environment, common: Mapping[str, Any], views: Sequence[View], rows: Any) -> list[Markup]:
+    """The texts that fit on the page, in the order of `rows`."""
     template, redact = environment.get_template("window.html"), common["redact"]
     texts: list[Markup] = []
-    size = hover = 0
+    size = 0
     for group in spans.windows(views, rows):
-        values = not redact and size < HOVER_BYTES  # a rank would give a text away to whoever has the model
         example = next(window for window in group if window is not None)
         html = template.render(
             **common,
@@ -89,7 +82,7 @@ def _texts(
             example=example,
             name=spans.name_of(example, redact),
             prefix=spans.prefix(example, redact),
-            truths=spans.truths(group, redact, values),
+            truths=spans.truths(group, redact),
             outputs=[(i, w, spans.output(w, redact)) for i, w in enumerate(group) if w is not None],
             first=not texts,
         )
@@ -97,8 +90,7 @@ def _texts(
         if size > PAGE_BYTES:
             break
         texts.append(Markup(html))
-        hover += values
-    return texts, hover
+    return texts
 
 
 def by_text(views: Sequence[View], *keys: str) -> dict[str, list[tuple[int, Any]]]:
@@ -130,15 +122,6 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
 def signed(value: float) -> str:
     """A difference, with its sign."""
     return f"{'−' if value < 0 else '+'}{decimals(abs(value))}" if value else "0"
-
-
-def power_of_ten(log10: float) -> str:
-    """10^log10 for people: 0.98, 0.0031, 12,000, 10⁻⁵³."""
-    if log10 == float("-inf"):
-        return "0"
-    if -4 < log10 < 6:
-        return f"{10**log10:,.0f}" if log10 >= 1 else f"{10**log10:.2g}"
-    return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _finalize(value: Any) -> Any:

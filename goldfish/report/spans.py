@@ -1,7 +1,6 @@
 """The drill-down: the windows of one text in all audits, and their tokens as coloured spans of HTML."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -20,15 +19,6 @@ PREFIX_REDACTED = 100  # a block is three bytes
 AT_ONCE = 64  # texts that are Python objects at the same time
 
 Window = dict[str, Any]  # a row of the records, with the columns of load.COLUMNS
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The true suffix as HTML, and the audits whose rule dropped the tokens marked in it."""
-
-    audits: tuple[int, ...]
-    html: Markup
-    values: str = ""  # for report.js: loss and rank of every token in each of these audits
 
 
 def order(views: Sequence[View]) -> NDArray[np.int64]:
@@ -68,25 +58,21 @@ def prefix(window: Window, redact: bool) -> Markup:
     return note + show(blocks(shown) if redact else shown, limit)
 
 
-def truths(group: Sequence[Window | None], redact: bool, hover: bool) -> list[Truth]:
-    """The true suffix, once for each set of dropped tokens; audits without a rule join the first set.
-
-    With `hover`, every token is an element of its own and carries the values that report.js shows beside it.
-    """
+def truths(group: Sequence[Window | None], redact: bool) -> list[tuple[list[int], Markup]]:
+    """The true suffix, once for each set of dropped tokens, which are marked, with the audits whose rule dropped them;
+    audits without a rule join the first set."""
     present = [(i, window) for i, window in enumerate(group) if window is not None]
     tokens = present[0][1]["suffix_tokens"]
-    rules = list(dict.fromkeys(tuple(window["dropped"]) for _, window in present if window["dropped"] is not None))
-    texts = []
-    for dropped in rules or [(False,) * len(tokens)]:
-        same = [
-            (i, window)
-            for i, window in present
-            if (dropped in rules[:1] or not rules if window["dropped"] is None else tuple(window["dropped"]) == dropped)
-        ]
-        html = _spans(zip(tokens, [""] * len(tokens), dropped, strict=True), redact, apart=hover)
-        values = ";".join(_values(window) for _, window in same) if hover else ""
-        texts.append(Truth(tuple(i for i, _ in same), html, values))
-    return texts
+    rules: dict[Sequence[bool], list[int]] = {}
+    for i, window in present:
+        if window["dropped"] is not None:
+            rules.setdefault(tuple(window["dropped"]), []).append(i)
+    rules = rules or {(False,) * len(tokens): []}
+    next(iter(rules.values())).extend(i for i, window in present if window["dropped"] is None)
+    return [
+        (sorted(audits), _spans(zip(tokens, [""] * len(tokens), dropped, strict=True), redact))
+        for dropped, audits in rules.items()
+    ]
 
 
 def output(window: Window, redact: bool) -> Markup:
@@ -114,25 +100,14 @@ def name_of(window: Window, redact: bool) -> str:
     return blocks(window["document"][:60]) if redact else plain(window["document"], 80)
 
 
-def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool, apart: bool = False) -> Markup:
-    """HTML of (text, class, dropped) tokens: <u> where dropped, else <i>; equal neighbours share one unless `apart`."""
+def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:
+    """HTML of (text, class, dropped) tokens: <u> where dropped, else <i>; equal neighbours share one."""
     parts = []
-    for (_, css, dropped), run in groupby(enumerate(tokens), key=lambda token: (token[0] * apart, *token[1][1:])):
-        inner = "".join(show(blocks(token[0]) if redact else token[0]) for _, token in run)
+    for (css, dropped), run in groupby(tokens, key=lambda token: token[1:]):
+        inner = "".join(show(blocks(text) if redact else text) for text, _, _ in run)
         tag = "u" if dropped else "i"
-        marked = css or dropped or apart
-        parts.append(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if marked else inner)
+        parts.append(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if css or dropped else inner)
     return Markup("".join(parts))
-
-
-def _values(window: Window) -> str:
-    """Of each token its loss in hundredths of a nat and, after a dot, its rank where that is not 0, in base 36."""
-
-    def base36(number: float) -> str:
-        return np.base_repr(round(max(number, 0)), 36).lower()
-
-    pairs = zip(window["nll"], window["rank"], strict=True)
-    return " ".join(base36(min(nll, 1e4) * 100) + (f".{base36(rank)}" if rank else "") for nll, rank in pairs)
 
 
 def show(text: str, limit: int = 200) -> Markup:

@@ -32,11 +32,13 @@ def percent(value: float, _: int) -> str:
     return f"{100 * value:g}%" if value == 0 or value >= 0.001 else f"{100 * value:.0e}%"
 
 
-def count(value: float, _: int) -> str:
-    """For an axis: 1, 1,000, 10^6 as superscripts, which need no markup."""
-    if value < 10_000:
-        return f"{value:,.0f}"
-    return "10" + str(round(len(str(round(value))) - 1)).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def power_of_ten(log10: float) -> str:
+    """10^log10 for people: 0.98, 0.0031, 12,000, 10⁻⁵³."""
+    if log10 == float("-inf"):
+        return "0"
+    if -4 < log10 < 6:
+        return f"{10**log10:,.0f}" if log10 >= 1 else f"{10**log10:.2g}"
+    return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def svg(name: str, label: str, draw: Callable[[Any], None], height: int = 230) -> Markup:

@@ -1,4 +1,4 @@
-// Sorts and filters the documents, and shows p and rank beside the pointer. The page reads the same without it.
+// Sorts and filters the documents. The page reads the same without it.
 (() => {
   const list = document.getElementById("windows");
   const tools = document.getElementById("tools");
@@ -41,28 +41,6 @@
     const seen = items.filter((item) => !item.node.hidden);
     const open = seen.some((item) => !item.node.open);
     for (const item of seen) item.node.open = open;
-  });
-
-  const tip = document.getElementById("tip");
-  const names = [...document.querySelectorAll(".head b")].map((span) => span.textContent);
-  list.addEventListener("mouseover", (event) => {
-    const token = event.target.closest("[data-v] > i, [data-v] > u");
-    tip.hidden = !token;
-    if (!token) return;
-    const text = token.parentNode;
-    const t = [...text.children].indexOf(token);
-    const audits = text.dataset.a.split(" ");
-    const lines = text.dataset.v.split(";").map((values, i) => {
-      const [nll, rank] = values.split(" ")[t].split(".").map((digits) => parseInt(digits, 36));
-      const p = nll ? Math.exp(-nll / 100).toPrecision(2) : ">0.99";
-      const name = audits.length > 1 ? `${names[audits[i]]}: ` : "";
-      return `${name}p ${p}, rank ${rank || 0}, loss ${(nll / 100).toFixed(2)}`;
-    });
-    tip.textContent = [`token ${t}${token.tagName === "U" ? ", dropped" : ""}`, ...lines].join("\n");
-    const box = token.getBoundingClientRect();
-    const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
-    tip.style.left = `${Math.max(left, 8)}px`;
-    tip.style.top = `${box.top > tip.offsetHeight + 8 ? box.top - tip.offsetHeight - 4 : box.bottom + 4}px`;
   });
   tools.hidden = false;
   apply();
