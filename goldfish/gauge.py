@@ -30,13 +30,13 @@ def is_text(batch: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: Mapping[str, Any], masked_labels: Tensor, rows: int) -> Tensor:
+def measure(model: nn.Module, batch: Mapping[str, Any], dropped: Tensor, rows: int) -> Tensor:
     """Sums over the first `rows` rows of a batch: nll (nats) and number of kept targets, the same of dropped ones.
 
     Args:
         model: a Hugging Face causal language model; it is in evaluation mode meanwhile.
         batch: its inputs, only text (`is_text`), with labels (B, T) as they were before masking.
-        masked_labels: the labels (B, T) after masking.
+        dropped: bool (B, T), which tokens the rule drops.
         rows: how many rows to run.
 
     Returns:
@@ -63,9 +63,8 @@ def measure(model: nn.Module, batch: Mapping[str, Any], masked_labels: Tensor, r
         logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).double()
     target = labels != IGNORE_INDEX
-    kept = target & (masked_labels[:rows, 1:length] != IGNORE_INDEX)
-    dropped = target & ~kept
-    return torch.stack([(nll * kept).sum(), kept.sum(), (nll * dropped).sum(), dropped.sum()])
+    groups = target & ~dropped[:rows, 1:length], target & dropped[:rows, 1:length]
+    return torch.stack([number for group in groups for number in ((nll * group).sum(), group.sum())])
 
 
 def readings(sums: Tensor) -> dict[str, float]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from goldfish.fused import FusedHead, bare_model, fuse_head
@@ -43,7 +43,7 @@ class GoldfishMixin(Trainer):
     Evaluation and prediction are not masked. Every checkpoint gets a goldfish.json. Logs get `goldfish/drop_rate`,
     the share of targets dropped since the last log, and a gauge of memorization: `goldfish/kept_loss` and
     `goldfish/dropped_loss`, nats per token on rows of the last batch, without gradient, and their difference
-    `goldfish/gap`; measured when a log is due, on as many rows as take 1% of the time, at least one.
+    `goldfish/gap`; measured after the step that is logged, on as many rows as take 1% of the time, at least one.
 
     Args:
         goldfish: the rule, or a mapping to rules from the names in the training dataset's column `source` (None: such
@@ -104,8 +104,7 @@ class GoldfishMixin(Trainer):
         self.goldfish = bind(rules, self.processing_class)
         self._tally = Tally(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
-        self._gauge = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this process, since `_sync`
-        self._measured = torch.zeros_like(self._gauge)  # of all processes, since the last log
+        self._measured = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # by the gauge since the last log
         self._gauge_is_off = False
         self._before: dict[str, Any] | None = None  # the receipt of earlier training under other rules
 
@@ -128,8 +127,6 @@ class GoldfishMixin(Trainer):
             num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
-        if batches and self._log_is_due():
-            self._read_gauge()
         if num_items is not None:  # no kept token in the whole step: the loss is a zero, not 0 / 0
             num_items = num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1)
         return batches, num_items
@@ -169,7 +166,7 @@ class GoldfishMixin(Trainer):
         dropped, keys = decide(self.goldfish, labelled)
         self._tally.add(labelled, dropped, keys)
         masked = mask_batch(labelled, dropped)
-        self._last_batch = (labelled, masked["labels"].clone())
+        self._last_batch = (labelled, dropped)
         if not self._apply:
             masked = {name: value for name, value in labelled.items() if name != SOURCE}
         elif masked["labels"].shape[-1]:
@@ -177,40 +174,36 @@ class GoldfishMixin(Trainer):
             masked["labels"][..., 0] = IGNORE_INDEX
         return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
 
-    def _log_is_due(self) -> bool:
-        """Whether Trainer will log after the next step."""
-        strategy, step = str(self.args.logging_strategy.value), int(self.state.global_step) + 1
-        if strategy == "epoch":
-            dataloader = self.callback_handler.train_dataloader
-            batches = len(dataloader) if has_length(dataloader) else self.state.max_steps
-            steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
-            return step % steps == 0 or step == int(self.state.max_steps)
-        first = bool(self.args.logging_first_step) and step == 1
-        return strategy == "steps" and (first or step % max(1, int(self.state.logging_steps)) == 0)
+    def _end_step(self, control: TrainerControl) -> None:
+        """After a step or an epoch, when it is known what Trainer will do next, on all processes."""
+        if control.should_log:
+            self._read_gauge()
+        if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
+            self._sync()
 
     def _read_gauge(self) -> None:
-        batch, labels = self._last_batch
+        batch, dropped = self._last_batch
         if not is_text(batch):
             logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
         skip = torch.tensor(float(self._gauge_is_off or not is_text(batch)), device=self.args.device)
         if self.accelerator.reduce(skip, "sum") > 0:  # all processes measure, or none
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        rows = rows_to_measure(len(labels), step_rows, self.state.logging_steps)
+        rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
+        sums = torch.zeros_like(self._measured)
         try:
             inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SOURCE})
             with self.compute_loss_context_manager():
-                self._gauge += measure(self.model_wrapped, inputs, labels.to(self.args.device), rows)
+                sums += measure(self.model_wrapped, inputs, dropped.to(self.args.device), rows)
         except Exception as error:
             logger.warning("The gauge of memorization is off, training goes on. %s: %s", type(error).__name__, error)
             self._gauge_is_off = True
+        self._measured += self.accelerator.reduce(sums, "sum")
 
     def _sync(self) -> None:
-        """Add up what all processes counted and measured. Only where all of them arrive: log and save_model, which a
-        process may call alone, use the sums of the last time."""
+        """Add up what all processes counted. Only where all of them arrive: log and save_model, which a process may
+        call alone, use the sums of the last time."""
         self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
-        self._measured += self.accelerator.reduce(self._gauge, "sum")
-        self._gauge.zero_()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         now = self._tally.sum()
@@ -327,13 +320,12 @@ class _Events(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer._begin()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         self.trainer._tally.end_step()
-        self.on_epoch_end(args, state, control)
+        self.trainer._end_step(control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
-            self.trainer._sync()
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.trainer._end_step(control)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer._sync()

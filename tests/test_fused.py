@@ -676,7 +676,7 @@ def test_inside_deepspeeds_engine():
     assert handle.reason == ""
     assert "logits" not in engine(**inputs)
     handle.remove()
-    sums = measure(engine, inputs, inputs["labels"], rows=2)
+    sums = measure(engine, inputs, torch.zeros_like(inputs["labels"], dtype=torch.bool), rows=2)
     targets = (inputs["labels"][:2, 1:] != -100).sum()
     assert sums[1:].tolist() == [targets, 0, 0]
 
