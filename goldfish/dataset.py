@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldfish.hashing import signed
 from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
-from goldfish.receipt import ALL, Tally, bind, write_receipt
+from goldfish.receipt import ALL, Tally, bind, count, write_receipt
 from goldfish.rows import dataset_of
 from goldfish.rule import Goldfish
-from goldfish.spec import WORD
 
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
@@ -54,37 +52,30 @@ def premask(
         raise ValueError("a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset")
     rule = bind(rule, tokenizer)
     options = {} if num_proc is None else {"num_proc": num_proc}
-    masked = dataset.map(_mask_row, fn_kwargs={"rules": rule, "count": receipt is not None}, **options)
+    masked = dataset.map(_mask_row, fn_kwargs={"rules": rule, "counts": receipt is not None}, **options)
     if receipt is None:
         return masked
     tally = Tally(rule, torch.device("cpu"))
     columns = [COUNTS] if isinstance(rule, Goldfish) else [COUNTS, SOURCE]
     for batch in masked.select_columns(columns).with_format("numpy").iter(CHUNK):
-        for name, total in tally.totals.items():
-            rows = slice(None) if isinstance(rule, Goldfish) else batch[SOURCE] == name
-            targets, dropped, decisions = (int(number) for number in batch[COUNTS][rows].sum(0))
-            tally.totals[name] = (total[0] + targets, total[1] + dropped, (total[2] + decisions) & WORD)
+        sources = [list(tally.rules).index(name) for name in batch.get(SOURCE, ())]
+        tally.add(torch.tensor(batch[COUNTS]), torch.tensor(sources) if sources else None)
+    tally.end_step()
+    tally.sync()
     write_receipt(receipt, tally, tokenizer)
     return masked.remove_columns(COUNTS)
 
 
-def _mask_row(row: dict[str, Any], rules: Rules, count: bool) -> dict[str, list[Any]]:
+def _mask_row(row: dict[str, Any], rules: Rules, counts: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
         raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
-    source: Any = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
-    own: Rules = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
+    rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
     names = ("input_ids", "labels", "position_ids", "attention_mask")
     given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
-    batch = with_labels(given) | {SOURCE: torch.tensor([0])}
-    dropped, keys = decide(own, batch)
-    added = {"labels": batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()}
-    if count:
-        tally = Tally(own, torch.device("cpu"))
-        tally.add(batch, dropped, keys)
-        tally.sync()
-        *counts, decisions = tally.totals[source]
-        added[COUNTS] = [*counts, signed(decisions)]
-    return added
+    batch = with_labels(given)
+    dropped, keys = decide({ALL: rule}, batch | {SOURCE: torch.tensor([0])})
+    labels = batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()
+    return {"labels": labels} | ({COUNTS: count(batch, dropped, keys)[0].tolist()} if counts else {})
 
 
 def premask_files(

@@ -25,7 +25,16 @@ from goldfish.labels import (
     with_labels,
 )
 from goldfish.loss import GoldfishLoss, smoothed_loss
-from goldfish.receipt import Tally, bind, card_section, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
+from goldfish.receipt import (
+    Tally,
+    bind,
+    card_section,
+    count,
+    read_receipt,
+    rules_of,
+    tokenizer_fingerprint,
+    write_receipt,
+)
 from goldfish.refusals import SHARDED, why_not_this_model, why_not_this_trainer
 from goldfish.rule import Goldfish
 
@@ -164,7 +173,9 @@ class GoldfishMixin(Trainer):
             raise ValueError(SHARDED)
         labelled = with_labels(batch)
         dropped, keys = decide(self.goldfish, labelled)
-        self._tally.add(labelled, dropped, keys)
+        self._tally.add(
+            count(labelled, dropped, keys), None if isinstance(self.goldfish, Goldfish) else labelled[SOURCE]
+        )
         masked = mask_batch(labelled, dropped)
         self._last_batch = (labelled, dropped)
         if not self._apply:
