@@ -56,9 +56,9 @@ class Tally:
         self._taken = self.totals.to(device, copy=True)  # by this process since then, in steps of the optimizer
         self._step = self._taken.clone()  # in the step that comes
 
-    def add(self, counts: Tensor, sources: Tensor | None) -> None:
-        """Add the counts of rows to the step that comes; sources: int64 (B,), their places in `rules`, if several."""
-        places = torch.zeros(len(counts), dtype=torch.int64) if sources is None else sources
+    def add(self, counts: Tensor, sources: Tensor | None = None) -> None:
+        """Add the counts of rows to the step that comes; sources: int64 (B,), their places in `rules` of several."""
+        places = torch.zeros(len(counts), dtype=torch.int64) if sources is None or len(self.rules) == 1 else sources
         self._step.index_add_(0, places.to(self._step.device), counts.to(self._step.device))
 
     def end_step(self) -> None:

@@ -173,24 +173,15 @@ class GoldfishMixin(Trainer):
             raise ValueError(SHARDED)
         labelled = with_labels(batch)
         dropped, keys = decide(self.goldfish, labelled)
-        self._tally.add(
-            count(labelled, dropped, keys), None if isinstance(self.goldfish, Goldfish) else labelled[SOURCE]
-        )
-        masked = mask_batch(labelled, dropped)
+        self._tally.add(count(labelled, dropped, keys), labelled.get(SOURCE))
         self._last_batch = (labelled, dropped)
-        if not self._apply:
-            masked = {name: value for name, value in labelled.items() if name != SOURCE}
-        elif masked["labels"].shape[-1]:
+        if self._apply:
             # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
-            masked["labels"][..., 0] = IGNORE_INDEX
+            dropped[..., :1] = True
+            masked = mask_batch(labelled, dropped)
+        else:
+            masked = {name: value for name, value in labelled.items() if name != SOURCE}
         return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
-
-    def _end_step(self, control: TrainerControl) -> None:
-        """After a step or an epoch, when it is known what Trainer will do next, on all processes."""
-        if control.should_log:
-            self._read_gauge()
-        if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
-            self._sync()
 
     def _read_gauge(self) -> None:
         batch, dropped = self._last_batch
@@ -263,9 +254,8 @@ class GoldfishMixin(Trainer):
         other_rule = bind(self.goldfish, self.processing_class) != self._tally.given
         if other_rule or self.model_init is not None:  # someone set another rule; Trainer makes a new model
             self._start_counting(self.goldfish)
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+        last = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
         self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint and self._apply else None
         self.remove_callback(self._events)  # after other callbacks, which may ask for a log or a checkpoint
         self.add_callback(self._events)
@@ -302,15 +292,15 @@ class GoldfishMixin(Trainer):
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
         receipt, tokenizer = read_receipt(checkpoint), tokenizer_fingerprint(self.processing_class)
-        rules = rules_of(receipt) if receipt else None
-        if receipt and (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
-            self._before = receipt.get("before")
-            self._tally.restore(receipt)
-            self._logged = self._tally.sum()
-            return
-        was, here = (f"under {rules}" if receipt else "without a rule"), str(self.goldfish)
-        if receipt and rules == self.goldfish:
-            was, here = f"with the tokenizer {receipt['tokenizer']}", str(tokenizer)
+        was, here = "without a rule", f"{self.goldfish} and the tokenizer {tokenizer}"
+        if receipt:
+            rules = rules_of(receipt)
+            was = f"under {rules} with the tokenizer {receipt['tokenizer']}"
+            if (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
+                self._before = receipt.get("before")
+                self._tally.restore(receipt)
+                self._logged = self._tally.sum()
+                return
         if not allow_other_rule:
             raise ValueError(
                 f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches tokens that the other "
@@ -333,10 +323,13 @@ class _Events(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         self.trainer._tally.end_step()
-        self.trainer._end_step(control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        self.trainer._end_step(control)
+        if control.should_log:
+            self.trainer._read_gauge()
+        if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
+            self.trainer._sync()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer._sync()

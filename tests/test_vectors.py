@@ -224,7 +224,7 @@ def test_the_receipt_agrees(case):
     if "position_ids" in row:
         batch["position_ids"] = torch.tensor([row["position_ids"]])
     tally = Tally(rule, torch.device("cpu"))
-    tally.add(count(with_labels(batch), *decide_batch(rule, batch)), None)
+    tally.add(count(with_labels(batch), *decide_batch(rule, batch)))
     tally.end_step()
     tally.sync()
     entry = tally.entries()
