@@ -1,6 +1,5 @@
 """The goldfish loss in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
-import math
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -100,11 +99,6 @@ class GoldfishMixin(Trainer):
             logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
         if apply and hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(TAG)
-        if self._averages() and self._replicas() > 1:
-            logger.warning_once(
-                f"the forward of {type(self.model).__name__} takes no num_items_in_batch: under nn.DataParallel, "
-                "tensor or sequence parallelism Trainer takes the mean of batches' means, whatever tokens they keep"
-            )
         self._start_counting(rules)
         self._events = _Events(self)
         self.add_callback(self._events)
@@ -132,7 +126,7 @@ class GoldfishMixin(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
-        if batches and self._averages() and self._replicas() == 1:
+        if batches and self._averages():
             num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
@@ -145,15 +139,10 @@ class GoldfishMixin(Trainer):
         scaled = self.model_accepts_loss_kwargs or getattr(self, "loss_is_scaled_for_ga", None)
         return self._apply and not scaled and self.compute_loss_func is None
 
-    def _replicas(self) -> int:
-        """Devices that share a batch: its targets are then not counted where its loss is computed."""
-        sizes = [getattr(self, name, lambda: 1)() for name in ("get_tp_size", "get_cp_size", "get_sp_size")]
-        return math.prod([max(1, self.args.n_gpu), *sizes])
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if num_items_in_batch is None or not self._averages() or self._replicas() > 1:
+        if num_items_in_batch is None or not self._averages():
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **given)
         kept = _targets(inputs)
