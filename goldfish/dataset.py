@@ -82,17 +82,14 @@ def premask_files(
     source: str | Path, output: str | Path, rule: Goldfish, tokenizer: Any, *, format: str = "labels",
     num_proc: int | None = None,
 ) -> None:  # fmt: skip
-    """Mask a tokenized dataset on disk and write it to a new folder, with its receipt, goldfish.json.
+    """Mask a tokenized dataset on disk (`rows.dataset_of`; of several splits "train") and write it to a new folder,
+    which appears when all is written, with its receipt. Formats:
 
-    Args:
-        source: see `rows.dataset_of`; of several splits "train".
-        output: a new folder; it appears when all is written.
-        format: "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
-            "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy
-            (bool), all rows one after the other, without a header (np.memmap). True: the token is a target; False: it
-            is dropped or its label was -100.
-            "loss-mask", for Megatron and NeMo: token_ids.npy as before and loss_mask.npy, float32 in the same layout,
-            shifted: 1 where the next token of the row is a target, 0 where it is not and for the last token of a row.
+    - "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
+    - "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy (bool,
+      True: the token is a target), all rows one after the other, without a header (np.memmap).
+    - "loss-mask", for Megatron and NeMo: token_ids.npy and loss_mask.npy, float32 in the same layout, shifted: 1 where
+      the next token of the row is a target, 0 where it is not and for the last token of a row.
 
     Raises:
         ValueError: an output that exists, an unknown source or format, no tokens, ids beyond uint32; as `premask`.

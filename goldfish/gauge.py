@@ -31,16 +31,8 @@ def is_text(batch: Mapping[str, Any]) -> bool:
 
 @torch.no_grad()
 def measure(model: nn.Module, batch: Mapping[str, Any], dropped: Tensor, rows: int) -> Tensor:
-    """Sums over the first `rows` rows of a batch: nll (nats) and number of kept targets, the same of dropped ones.
-
-    Args:
-        model: a Hugging Face causal language model; it is in evaluation mode meanwhile.
-        batch: its inputs, only text (`is_text`), with labels (B, T) as they were before masking.
-        dropped: bool (B, T), which tokens the rule drops.
-        rows: how many rows to run.
-
-    Returns:
-        float64 (4,): kept nll, kept targets, dropped nll, dropped targets.
+    """Sums over the first `rows` rows of a batch of text (`is_text`), float64 (4,): nll (nats) and number of the kept
+    targets, the same of the dropped ones. Its labels (B, T) are those before masking; dropped: bool (B, T).
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     shape = batch["input_ids"].shape

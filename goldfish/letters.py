@@ -80,13 +80,8 @@ def encode(entries: list[bytes]) -> Codes:
 def contexts(
     codes: Codes, ids: Tensor, document_start: Tensor, letters: int, whole_words: bool
 ) -> tuple[Tensor, Tensor]:
-    """The context of every token: the last `letters` letters before it (or before its word) in its document.
-
-    Args:
-        ids: int64 (B, T). document_start: for every token the column at which its document starts, int64 (B, T).
-
-    Returns:
-        The polynomial hash of the context, and its length; int64 (B, T).
+    """Of the context of every token, the last `letters` letters before it (or before its word) in its document, the
+    polynomial hash and the length. All int64 (B, T); document_start: the column at which a token's document starts.
     """
     last = codes.of_id.shape[0] - 1
     ids = torch.where((ids < 0) | (ids > last), last, ids)

@@ -33,12 +33,8 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
 
 
 def read_text(argument: str) -> str:
-    """The content of the file of this name, or the argument itself.
-
-    Raises:
-        ValueError: the argument looks like the name of a file (no white space, and a slash or a suffix), but there is
-            no such file.
-    """
+    """The content of the file of this name, or the argument itself; ValueError if it looks like the name of a file (no
+    white space, and a slash or a suffix), but there is none."""
     if len(argument) < 256 and Path(argument).is_file():
         return Path(argument).read_text(encoding="utf-8")
     if re.fullmatch(r"\S*/\S*|\S+\.[A-Za-z]\w{0,9}", argument):
