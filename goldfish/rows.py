@@ -106,11 +106,9 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         if kind is None:
             raise ValueError(f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder")
         return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-    if (path / "state.json").is_file():  # of save_to_disk
-        return load_from_disk(source)
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return load_from_disk(str(path / _one_of(splits, split, source)))
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        saved = load_from_disk(source)
+        return saved[_one_of(list(saved), split, source)] if isinstance(saved, dict) else saved
     builder, name = _builder(source, split)
     if streaming:
         return builder.as_streaming_dataset(name)
