@@ -111,21 +111,17 @@ def premask_files(
 
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
-    rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
-    total = sum(len(row) for batch in rows.iter(CHUNK) for row in batch["input_ids"])
-    if total == 0:
-        raise ValueError("the dataset has no tokens")
     name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
-    ids = np.memmap(folder / "token_ids.npy", np.uint32, "w+", shape=(total,))
-    mask: Any = np.memmap(folder / name, dtype, "w+", shape=(total,))
-    begin = 0
-    for batch in rows.iter(CHUNK):
-        for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            if len(row) and not 0 <= row.min() <= row.max() < 2**32:
-                raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
-            target, end = labels != IGNORE_INDEX, begin + len(row)
-            ids[begin:end] = row
-            mask[begin:end] = np.append(target[1:], False)[: len(row)] if shifted else target
-            begin = end
-    ids.flush()
-    mask.flush()
+    rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
+    with (folder / "token_ids.npy").open("wb") as ids, (folder / name).open("wb") as mask:
+        for batch in rows.iter(CHUNK):
+            for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                if len(row) and not 0 <= row.min() <= row.max() < 2**32:
+                    raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
+                targets = labels != IGNORE_INDEX
+                if shifted:
+                    targets = np.append(targets[1:], False)[: len(row)]
+                ids.write(row.astype(np.uint32).tobytes())
+                mask.write(targets.astype(dtype).tobytes())
+        if ids.tell() == 0:
+            raise ValueError("the dataset has no tokens")

@@ -54,30 +54,6 @@ def linear_cross_entropy(
         IndexError: for a label outside 0 ... V - 1 (on CUDA as a device-side assertion, as torch's own loss does).
         RuntimeError: for second derivatives, which the gradients computed in the forward do not have.
     """
-    _check(hidden, weight, labels, bias, softcap, num_items)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    labels = labels.reshape(-1)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    arguments = (rows, weight, labels, bias, softcap, float(scale), ignore_index, dtype)
-    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
-    return loss_sum / divisor((labels != ignore_index).sum(), num_items)
-
-
-def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """What a sum over `count` (0-dim) kept rows is divided by: num_items, or the count; 1 if there are none.
-
-    A Python number is not made a tensor first: its copy to the GPU would wait.
-    """
-    if num_items is None:
-        return count.clamp(min=1)
-    return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, num_items: Any
-) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden (..., D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -97,6 +73,24 @@ def _check(
         raise ValueError(f"softcap must be above 0 (or None for no cap), got {softcap!r}")
     if isinstance(num_items, (int, float)) and not num_items > 0:
         raise ValueError(f"num_items, the divisor of the loss, must be above 0, got {num_items!r}")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    labels = labels.reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    arguments = (rows, weight, labels, bias, softcap, float(scale), ignore_index, dtype)
+    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
+    return loss_sum / divisor((labels != ignore_index).sum(), num_items)
+
+
+def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """What a sum over `count` (0-dim) kept rows is divided by: num_items, or the count; 1 if there are none.
+
+    A Python number is not made a tensor first: its copy to the GPU would wait.
+    """
+    if num_items is None:
+        return count.clamp(min=1)
+    return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
 
 
 @torch.library.custom_op("goldfish::linear_cross_entropy", mutates_args=())
