@@ -59,7 +59,6 @@ class GoldfishMixin(Trainer):
         fused: compute the training loss inside the model's head, for kept tokens only and without logits
             (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right, the
             model's own loss is used, and the log says why.
-        apply: False trains with the standard loss and only logs the gauge of the rule, for comparison.
 
     Raises:
         TypeError: not a rule. ValueError: as `attach`.
@@ -71,11 +70,11 @@ class GoldfishMixin(Trainer):
     compute_loss_func: Any
     _signature_columns: Any
 
-    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, apply: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._set_up(goldfish, fused, apply)
+        self._set_up(goldfish, fused)
 
-    def _set_up(self, rules: Rules, fused: bool, apply: bool) -> None:
+    def _set_up(self, rules: Rules, fused: bool) -> None:
         check_rules(rules)
         reason = why_not_this_trainer(self) or (why_not_this_model(self.model) if not self.compute_loss_func else "")
         if reason:
@@ -85,19 +84,19 @@ class GoldfishMixin(Trainer):
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
             )
-        self._fused, self._apply = fused, apply
+        self._fused = fused
         self._head: FusedHead | None = None
         self._bound_train = self.__dict__.pop("train", None)  # Unsloth sets one on the instance
         self._resume_from: tuple[str, bool] | None = None  # a checkpoint, and whether its rule may differ
         smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
-        if apply and smooth and self.compute_loss_func is None:
+        if smooth and self.compute_loss_func is None:
             self.compute_loss_func = partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
         patched = "forward" in vars(bare_model(self.model))  # older versions of Trainer apply Liger's kernels at once
         if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
             config = self.args.liger_kernel_config or {}
             self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
             logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
-        if apply and hasattr(self.model, "add_model_tags"):
+        if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(TAG)
         self._start_counting(rules)
         self._events = _Events(self)
@@ -137,7 +136,7 @@ class GoldfishMixin(Trainer):
     def _averages(self) -> bool:
         """Whether the model divides its loss by its own targets, as if every batch had equally many."""
         scaled = self.model_accepts_loss_kwargs or getattr(self, "loss_is_scaled_for_ga", None)
-        return self._apply and not scaled and self.compute_loss_func is None
+        return not scaled and self.compute_loss_func is None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -164,12 +163,9 @@ class GoldfishMixin(Trainer):
         dropped, keys = decide(self.goldfish, labelled)
         self._tally.add(count(labelled, dropped, keys), labelled.get(SOURCE))
         self._last_batch = (labelled, dropped)
-        if self._apply:
-            # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
-            dropped[..., :1] = True
-            masked = mask_batch(labelled, dropped)
-        else:
-            masked = {name: value for name, value in labelled.items() if name != SOURCE}
+        # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
+        dropped[..., :1] = True
+        masked = mask_batch(labelled, dropped)
         return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
 
     def _read_gauge(self) -> None:
@@ -200,18 +196,16 @@ class GoldfishMixin(Trainer):
         now = self._tally.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
         if "loss" in logs and targets > 0:
-            rate = {"goldfish/drop_rate": dropped / targets} if self._apply else {}
-            logs |= rate | readings(self._measured)
+            logs |= {"goldfish/drop_rate": dropped / targets} | readings(self._measured)
             self._logged = now
             self._measured.zero_()
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if self._apply:
-            tags = kwargs.get("tags") or []
-            kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), TAG]))
+        tags = kwargs.get("tags") or []
+        kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), TAG]))
         super().create_model_card(*args, **kwargs)
-        if self._apply and self.is_world_process_zero():
+        if self.is_world_process_zero():
             with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
                 card.write(card_section(self._tally))
 
@@ -221,7 +215,7 @@ class GoldfishMixin(Trainer):
 
     def save_receipt(self, folder: str | None = None) -> None:
         """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
-        if self.args.should_save and self._apply:
+        if self.args.should_save:
             write_receipt(folder or self.args.output_dir, self._tally, self.processing_class, self._before)
 
     def train(
@@ -245,7 +239,7 @@ class GoldfishMixin(Trainer):
             self._start_counting(self.goldfish)
         last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
-        self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint and self._apply else None
+        self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
         self.remove_callback(self._events)  # after other callbacks, which may ask for a log or a checkpoint
         self.add_callback(self._events)
         try:
@@ -337,13 +331,13 @@ class GoldfishTrainer(GoldfishMixin):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool = True) -> AnyTrainer:
+def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrainer:
     """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
 
         trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))
 
     The instance gets a subclass of its class with `GoldfishMixin` in front; see there for what changes. The trainer
-    still computes its loss as before, unless `fused=True`; `apply=False` only logs the gauge.
+    still computes its loss as before, unless `fused=True`.
 
     Raises:
         TypeError: not a Trainer, not a rule.
@@ -356,7 +350,7 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool
     plain, state = trainer.__class__, dict(trainer.__dict__)
     try:
         trainer.__class__ = _with_goldfish(plain)
-        trainer._set_up(rule, fused, apply)
+        trainer._set_up(rule, fused)
     except BaseException:
         trainer.__class__, trainer.__dict__ = plain, state
         raise
