@@ -121,7 +121,7 @@ def checkpoint(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def fresh_accelerate():
-    """accelerate keeps the first precision of a process and the loaders of interrupted runs; other tests left theirs."""
+    """accelerate keeps the precision and the loaders of earlier Trainers in the same process."""
     from accelerate.state import AcceleratorState, GradientState
 
     GradientState._reset_state()

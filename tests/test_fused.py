@@ -177,15 +177,6 @@ def test_no_kept_token_and_one(kept):
         assert "lm_head.weight" in result  # the graph is alive: DDP waits for every parameter
 
 
-@pytest.mark.parametrize("vocabulary", [7, 262_144])
-def test_small_and_large_vocabularies(vocabulary):
-    model, inputs = build("gemma2", vocab_size=vocabulary), batch(1, 9, vocabulary=7)
-    baseline = step(model, inputs)
-    handle = fuse_head(model)
-    assert_equal_enough(step(model, inputs), baseline)
-    assert handle.reason == ""
-
-
 def test_labels_outside_the_vocabulary():
     model, inputs = build(), batch()
     inputs["labels"][0, 3] = V
