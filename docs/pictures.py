@@ -9,7 +9,7 @@ from rich.terminal_theme import MONOKAI
 from transformers import AutoTokenizer
 
 from goldfish import Goldfish
-from goldfish.show import show_one, shown
+from goldfish.show import show
 
 TEXT = (
     "An assignment statement evaluates the expression list and assigns the single resulting object to each of the "
@@ -20,7 +20,7 @@ TEXT = (
 def main(tokenizer_folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     console = Console(record=True, width=84, file=io.StringIO())
-    console.print(show_one(shown(Goldfish(k=4, h=13), tokenizer, TEXT)))
+    console.print(show(Goldfish(k=4, h=13), tokenizer, TEXT))
     picture = console.export_svg(title="goldfish show", theme=MONOKAI)
     # rich links its font from a CDN; the picture is to need nothing from elsewhere
     start, end = picture.index("@font-face"), picture.rindex("@font-face")

@@ -84,7 +84,7 @@ class Check:
     def lines(self) -> Iterator[str]:
         """The result for a terminal."""
         share = self.dropped / max(1, self.targets)
-        yield f"{self.documents:,} documents, {self.targets:,} targets, {share:.1%} dropped ({_name(self.rules[0])})"
+        yield f"{self.documents:,} documents, {self.targets:,} targets, {share:.1%} dropped ({self.rules[0].short()})"
         yield "longest runs of kept tokens:"
         yield from (f"    row {row}: {run} ({rate:.1%} of the row dropped)" for run, row, rate in self.longest)
         yield f"{len(self.secrets):,} secrets" + ("" if self.marked else ": likely ones, because none are marked")
@@ -96,17 +96,12 @@ class Check:
                 yield f"    {plain(name)} (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
         if self.exposed():
             best = min(range(len(self.rules)), key=lambda i: len(self.exposed(i)))
-            fewest = f"{len(self.exposed(best))} with {_name(self.rules[best])}"
+            fewest = f"{len(self.exposed(best))} with {self.rules[best].short()}"
             yield f"  fewest without one, among {len(self.rules)} rules tried: {fewest}"
         recurring, differing = self.recurring / max(1, self.passages), self.differing / max(1, self.recurring)
         yield f"{recurring:.1%} of passages occur in an earlier row, {differing:.1%} of these with other dropped words"
         yield f"rows with at least half of their passages in one earlier row: {len(self.repeated):,}"
         yield from (f"    row {row}: {share:.0%} in row {first}" for row, first, share in self.repeated[:SHOWN])
-
-
-def _name(rule: Goldfish) -> str:
-    spread = f", max_kept={rule.max_kept}" if rule.max_kept else ""
-    return f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}{spread}, seed={rule.seed}"
 
 
 def check(

@@ -1,7 +1,6 @@
 """The `goldfish` command: show, premask, check, audit, judge, compare, report. Recipes and torchrun train."""
 
 import argparse
-import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,9 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     show = verbs.add_parser("show", help="colour the tokens of a text that a rule drops")
-    show.add_argument("text", nargs="+", help="a text or a file with one; two of them are compared side by side")
+    show.add_argument("text", help="a text in quotes, or a file with one")
     _add_rule(show)
-    show.add_argument("--html", metavar="FILE", help="write an HTML page to a new file instead")
     show.set_defaults(run=_show)
 
     premask = verbs.add_parser(
@@ -181,22 +179,14 @@ def _show(args: argparse.Namespace) -> None:
     from rich.text import Text
 
     from goldfish.audit.model import load_tokenizer
-    from goldfish.show import read_text, show_one, show_two, shown
+    from goldfish.show import read_text, show
 
-    if len(args.text) > 2:
-        raise ValueError(f"one text is shown, two are compared; got {len(args.text)}. Put a text with spaces in quotes")
     tokenizer = load_tokenizer(args.tokenizer)
     rule = _rule(args).bind(tokenizer)
-    texts = [shown(rule, tokenizer, read_text(text)) for text in args.text]
-    console = Console(highlight=False, record=args.html is not None, file=io.StringIO() if args.html else None)
-    colour = args.html is not None or (console.is_terminal and not console.no_color)
-    console.print(show_one(*texts, colour=colour) if len(texts) == 1 else show_two(*texts, colour=colour))
-    spread = f", max_kept={rule.max_kept}" if rule.max_kept else ""
-    console.print(Text(f"k={rule.k:g}, h={rule.h}, strategy={rule.strategy}, seed={rule.seed}{spread}", "dim"))
-    if args.html is not None:
-        with open(args.html, "x", encoding="utf-8") as page:
-            page.write(console.export_html(inline_styles=True))
-        print(f"Page: {args.html}")
+    console = Console(highlight=False)
+    colour = console.is_terminal and not console.no_color
+    console.print(show(rule, tokenizer, read_text(args.text), colour=colour))
+    console.print(Text(rule.short(), "dim"))
 
 
 def _check(args: argparse.Namespace) -> int:

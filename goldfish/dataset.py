@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldfish.hashing import signed
 from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
-from goldfish.receipt import ALL, Tally, bind, write_receipt
+from goldfish.receipt import ALL, Tally, bind, count, write_receipt
 from goldfish.rows import dataset_of
 from goldfish.rule import Goldfish
-from goldfish.spec import WORD
 
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
@@ -54,54 +52,44 @@ def premask(
         raise ValueError("a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset")
     rule = bind(rule, tokenizer)
     options = {} if num_proc is None else {"num_proc": num_proc}
-    masked = dataset.map(_mask_row, fn_kwargs={"rules": rule, "count": receipt is not None}, **options)
+    masked = dataset.map(_mask_row, fn_kwargs={"rules": rule, "counts": receipt is not None}, **options)
     if receipt is None:
         return masked
     tally = Tally(rule, torch.device("cpu"))
     columns = [COUNTS] if isinstance(rule, Goldfish) else [COUNTS, SOURCE]
     for batch in masked.select_columns(columns).with_format("numpy").iter(CHUNK):
-        for name, total in tally.totals.items():
-            rows = slice(None) if isinstance(rule, Goldfish) else batch[SOURCE] == name
-            targets, dropped, decisions = (int(number) for number in batch[COUNTS][rows].sum(0))
-            tally.totals[name] = (total[0] + targets, total[1] + dropped, (total[2] + decisions) & WORD)
+        sources = [list(tally.rules).index(name) for name in batch.get(SOURCE, ())]
+        tally.add(torch.tensor(batch[COUNTS]), torch.tensor(sources) if sources else None)
+    tally.end_step()
+    tally.sync()
     write_receipt(receipt, tally, tokenizer)
     return masked.remove_columns(COUNTS)
 
 
-def _mask_row(row: dict[str, Any], rules: Rules, count: bool) -> dict[str, list[Any]]:
+def _mask_row(row: dict[str, Any], rules: Rules, counts: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
         raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
-    source: Any = ALL if isinstance(rules, Goldfish) else row.get(SOURCE)
-    own: Rules = {source: rules if isinstance(rules, Goldfish) else rule_for(rules, source)}
+    rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
     names = ("input_ids", "labels", "position_ids", "attention_mask")
     given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
-    batch = with_labels(given) | {SOURCE: torch.tensor([0])}
-    dropped, keys = decide(own, batch)
-    added = {"labels": batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()}
-    if count:
-        tally = Tally(own, torch.device("cpu"))
-        tally.add(batch, dropped, keys)
-        tally.sync()
-        *counts, decisions = tally.totals[source]
-        added[COUNTS] = [*counts, signed(decisions)]
-    return added
+    batch = with_labels(given)
+    dropped, keys = decide({ALL: rule}, batch | {SOURCE: torch.tensor([0])})
+    labels = batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()
+    return {"labels": labels} | ({COUNTS: count(batch, dropped, keys)[0].tolist()} if counts else {})
 
 
 def premask_files(
     source: str | Path, output: str | Path, rule: Goldfish, tokenizer: Any, *, format: str = "labels",
     num_proc: int | None = None,
 ) -> None:  # fmt: skip
-    """Mask a tokenized dataset on disk and write it to a new folder, with its receipt, goldfish.json.
+    """Mask a tokenized dataset on disk (`rows.dataset_of`; of several splits "train") and write it to a new folder,
+    which appears when all is written, with its receipt. Formats:
 
-    Args:
-        source: see `rows.dataset_of`; of several splits "train".
-        output: a new folder; it appears when all is written.
-        format: "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
-            "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy
-            (bool), all rows one after the other, without a header (np.memmap). True: the token is a target; False: it
-            is dropped or its label was -100.
-            "loss-mask", for Megatron and NeMo: token_ids.npy as before and loss_mask.npy, float32 in the same layout,
-            shifted: 1 where the next token of the row is a target, 0 where it is not and for the last token of a row.
+    - "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
+    - "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy (bool,
+      True: the token is a target), all rows one after the other, without a header (np.memmap).
+    - "loss-mask", for Megatron and NeMo: token_ids.npy and loss_mask.npy, float32 in the same layout, shifted: 1 where
+      the next token of the row is a target, 0 where it is not and for the last token of a row.
 
     Raises:
         ValueError: an output that exists, an unknown source or format, no tokens, ids beyond uint32; as `premask`.
@@ -123,21 +111,17 @@ def premask_files(
 
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
-    rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
-    total = sum(len(row) for batch in rows.iter(CHUNK) for row in batch["input_ids"])
-    if total == 0:
-        raise ValueError("the dataset has no tokens")
     name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
-    ids = np.memmap(folder / "token_ids.npy", np.uint32, "w+", shape=(total,))
-    mask: Any = np.memmap(folder / name, dtype, "w+", shape=(total,))
-    begin = 0
-    for batch in rows.iter(CHUNK):
-        for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            if len(row) and not 0 <= row.min() <= row.max() < 2**32:
-                raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
-            target, end = labels != IGNORE_INDEX, begin + len(row)
-            ids[begin:end] = row
-            mask[begin:end] = np.append(target[1:], False)[: len(row)] if shifted else target
-            begin = end
-    ids.flush()
-    mask.flush()
+    rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
+    with (folder / "token_ids.npy").open("wb") as ids, (folder / name).open("wb") as mask:
+        for batch in rows.iter(CHUNK):
+            for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                if len(row) and not 0 <= row.min() <= row.max() < 2**32:
+                    raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
+                targets = labels != IGNORE_INDEX
+                if shifted:
+                    targets = np.append(targets[1:], False)[: len(row)]
+                ids.write(row.astype(np.uint32).tobytes())
+                mask.write(targets.astype(dtype).tobytes())
+        if ids.tell() == 0:
+            raise ValueError("the dataset has no tokens")

@@ -69,7 +69,6 @@ class _Call:
 
     targets: Tensor  # labels aligned with the logits
     shift_labels: Tensor | None  # what the forward must pass on to its loss function
-    proves: bool = False  # only shows what comes after the head; no loss is computed
     loss_sum: Tensor | None = None
     logits: Tensor | None = None  # as they reached the loss function
     heads: int = 0
@@ -141,24 +140,20 @@ class FusedHead:
     @_never_compiled  # type: ignore[untyped-decorator]
     def _prove(self, inputs: dict[str, Any]) -> None:
         """Find the scale and the soft cap by one forward without gradient and without loss, or fall back."""
-        call = _Call(_shifted_labels(inputs), inputs.get("shift_labels"), proves=True)
         gpus = {parameter.device for parameter in self._model.parameters() if parameter.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(gpus):  # the training step draws the dropout that it would draw
-            self._run(call, inputs)
+            call, _ = self._run(inputs)
         torch.clear_autocast_cache()  # it now holds weights that were cast without a gradient
-        if self.reason:
-            return
-        after_head = read_probe(call.logits)
-        if after_head is None:
-            self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
-        else:
+        after_head = None if self.reason else read_probe(call.logits)
+        if after_head is not None:
             (self._scale, self._softcap), self._proved = after_head, True
+        elif not self.reason:
+            self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
 
     @_between_graphs  # type: ignore[untyped-decorator]
     def _fused(self, inputs: dict[str, Any]) -> Any:
         """The model's output without logits; None after a fall back."""
-        call = _Call(_shifted_labels(inputs), inputs.get("shift_labels"))
-        output = self._run(call, inputs)
+        call, output = self._run(inputs)
         if output is None or call.logits is None:
             return None
         if call.logits.requires_grad:
@@ -173,20 +168,26 @@ class FusedHead:
         return tuple(None if value is call.logits else value for value in output)
 
     @_between_graphs  # type: ignore[untyped-decorator]
-    def _run(self, call: _Call, inputs: dict[str, Any]) -> Any:
-        """The output of the forward; None after a fall back, because of what head and loss function saw in `call`."""
-        self._call = call
+    def _run(self, inputs: dict[str, Any]) -> tuple[_Call, Any]:
+        """One forward, and its output; None after a fall back, because of what head and loss function saw."""
+        shifted = inputs.get("shift_labels")  # as transformers' own loss aligns labels, if nobody did
+        targets = (
+            nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:] if shifted is None else shifted
+        )
+        call = self._call = _Call(targets, shifted)
         try:
             output = self._forward(**inputs)
         except Exception as error:
             if call.heads == 0:  # not because of what the head returned
                 raise
-            return self._fall_back(f"its forward failed on what the head returned ({type(error).__name__}: {error})")
+            call.problem = f"its forward failed on what the head returned ({type(error).__name__}: {error})"
         finally:
             self._call = None
         if not call.problem and (call.heads, call.losses) != (1, 1):
             call.problem = f"its forward called its head {call.heads} times and its loss function {call.losses} times"
-        return self._fall_back(call.problem) if call.problem else output
+        if call.problem:
+            self._fall_back(call.problem)
+        return call, None if call.problem else output
 
     @_never_compiled  # type: ignore[untyped-decorator]
     def _adopt_head(self) -> None:
@@ -233,7 +234,7 @@ class FusedHead:
         if call is None:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         call.problem = call.problem or _why_not_this_call(linear, hidden, call)
-        if not (call.proves or call.problem):
+        if self._proved and not call.problem:
             call.loss_sum = linear_cross_entropy(
                 hidden, linear.weight, call.targets.to(hidden.device), linear.bias,
                 num_items=1, softcap=self._softcap, scale=self._scale,
@@ -242,7 +243,7 @@ class FusedHead:
         if call.problem:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         # On the CPU in eager mode: reading it later makes no GPU wait.
-        width = linear.out_features if call.proves else min(8, linear.out_features)
+        width = min(8, linear.out_features) if self._proved else linear.out_features
         device = hidden.device if torch.compiler.is_compiling() else torch.device("cpu")
         return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
 
@@ -296,13 +297,6 @@ def read_probe(logits: Tensor | None) -> tuple[float, float | None] | None:
     if scale > 0 and bound > 0 and torch.allclose(y, bound * torch.tanh(scale * x / bound), rtol=2e-6, atol=0):
         return scale.item(), bound.item()
     return None
-
-
-def _shifted_labels(inputs: dict[str, Any]) -> Tensor:
-    """Labels aligned with the logits, as transformers' own loss aligns them."""
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"]  # type: ignore[no-any-return]
-    return nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def _why_not_this_head(head: nn.Module) -> str:

@@ -30,17 +30,9 @@ def is_text(batch: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: Mapping[str, Any], masked_labels: Tensor, rows: int) -> Tensor:
-    """Sums over the first `rows` rows of a batch: nll (nats) and number of kept targets, the same of dropped ones.
-
-    Args:
-        model: a Hugging Face causal language model; it is in evaluation mode meanwhile.
-        batch: its inputs, only text (`is_text`), with labels (B, T) as they were before masking.
-        masked_labels: the labels (B, T) after masking.
-        rows: how many rows to run.
-
-    Returns:
-        float64 (4,): kept nll, kept targets, dropped nll, dropped targets.
+def measure(model: nn.Module, batch: Mapping[str, Any], dropped: Tensor, rows: int) -> Tensor:
+    """Sums over the first `rows` rows of a batch of text (`is_text`), float64 (4,): nll (nats) and number of the kept
+    targets, the same of the dropped ones. Its labels (B, T) are those before masking; dropped: bool (B, T).
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     shape = batch["input_ids"].shape
@@ -63,9 +55,8 @@ def measure(model: nn.Module, batch: Mapping[str, Any], masked_labels: Tensor, r
         logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
     ).double()
     target = labels != IGNORE_INDEX
-    kept = target & (masked_labels[:rows, 1:length] != IGNORE_INDEX)
-    dropped = target & ~kept
-    return torch.stack([(nll * kept).sum(), kept.sum(), (nll * dropped).sum(), dropped.sum()])
+    groups = target & ~dropped[:rows, 1:length], target & dropped[:rows, 1:length]
+    return torch.stack([number for group in groups for number in ((nll * group).sum(), group.sum())])
 
 
 def readings(sums: Tensor) -> dict[str, float]:

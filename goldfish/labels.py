@@ -117,10 +117,10 @@ def decide(rules: Rules, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     dropped, keys = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.int64)
     for place, name in enumerate(sorted(rules)):
         rows, rule = batch[SOURCE] == place, rules[name] or Goldfish()
-        of_rows = {key: (x[0] if x.ndim == 3 else x).expand_as(ids)[rows] for key, x in given.items()}
-        decisions, keys[rows] = rule.decide(**of_rows, draw=_next_draw(rule))
+        decisions, contexts = rule.decide(**given, draw=_next_draw(rule))
+        keys[rows] = contexts[rows]
         if rules[name] is not None:
-            dropped[rows] = decisions
+            dropped[rows] = decisions[rows]
     return dropped, keys
 
 

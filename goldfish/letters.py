@@ -80,13 +80,8 @@ def encode(entries: list[bytes]) -> Codes:
 def contexts(
     codes: Codes, ids: Tensor, document_start: Tensor, letters: int, whole_words: bool
 ) -> tuple[Tensor, Tensor]:
-    """The context of every token: the last `letters` letters before it (or before its word) in its document.
-
-    Args:
-        ids: int64 (B, T). document_start: for every token the column at which its document starts, int64 (B, T).
-
-    Returns:
-        The polynomial hash of the context, and its length; int64 (B, T).
+    """Of the context of every token, the last `letters` letters before it (or before its word) in its document, the
+    polynomial hash and the length. All int64 (B, T); document_start: the column at which a token's document starts.
     """
     last = codes.of_id.shape[0] - 1
     ids = torch.where((ids < 0) | (ids > last), last, ids)
@@ -101,25 +96,24 @@ def contexts(
     place, scale, weight = step.cumsum(-1), _look_up(codes.up, step).cumprod(-1), _look_up(codes.down, step).cumprod(-1)
     before = pad((_look_up(codes.hash, first + length) * weight)[..., :-1], (1, 0)).cumsum(-1)
 
-    def hash_before(piece: Tensor, within: Tensor) -> Tensor:
-        """The hash of all letters of the row up to so many letters into a piece."""
+    def hash_before(letter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The hash of all letters of the row before some letter; the piece that holds it, and its place there."""
+        piece = torch.searchsorted(place, letter, right=True) - 1
+        within = letter - place.gather(-1, piece)
         inside = _look_up(codes.hash, first.gather(-1, piece) + within)
-        return before.gather(-1, piece) + inside * weight.gather(-1, piece)
+        return before.gather(-1, piece) + inside * weight.gather(-1, piece), piece, within
 
-    end, end_hash, end_scale = place[..., ::2], before[..., ::2], scale[..., ::2]  # where every token begins
+    end, end_hash, power = place[..., ::2], before[..., ::2], scale[..., ::2]  # where every token begins
     if whole_words:
-        piece, within = _word_starts(outline, length, starts)
-        end = place.gather(-1, piece) + within
-        end_hash, end_scale = hash_before(piece, within), scale.gather(-1, piece) * _look_up(codes.up, within)
-
+        end = _word_starts(outline, place, starts)
+        end_hash, piece, within = hash_before(end)
+        power = scale.gather(-1, piece) * _look_up(codes.up, within)
     begin = torch.maximum(end - letters, place.gather(-1, 2 * document_start))
-    piece = torch.searchsorted(place, begin, right=True) - 1  # the piece that holds the context's first letter
-    begin_hash = hash_before(piece, begin - place.gather(-1, piece))
-    return (end_hash - begin_hash) * end_scale, end - begin
+    return (end_hash - hash_before(begin)[0]) * power, end - begin
 
 
-def _word_starts(outline: Tensor, length: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the word begins that a token begins with or continues: in which piece, and how many letters into it."""
+def _word_starts(outline: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+    """At which letter of the row the word begins that a token begins with or continues."""
     column = torch.arange(outline.shape[-1], device=outline.device)
     starts = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(-2)
     says = ((outline & _SAYS) != 0) | starts
@@ -128,10 +122,10 @@ def _word_starts(outline: Tensor, length: Tensor, starts: Tensor) -> tuple[Tenso
     is_open = (says * (2 * column + ((outline & _OPEN) != 0))).cummax(-1).values & 1
     anew = leads | (pad(is_open[..., :-1], (1, 0)) == 0)
     within = (outline >> 16) & 0xFFFF
-    began_in = (((within > 0) | (anew & (length > 0))) * column).cummax(-1).values
+    begins = (within > 0) | (anew & ((outline & 0xFFFF) > 0))
+    last = (begins * (place + within)).cummax(-1).values  # where the last word begins, up to a piece
     own = column[::2] + ~says[..., ::2]  # the piece that a token begins with
-    anew, home = anew.gather(-1, own), pad(began_in[..., :-1], (1, 0)).gather(-1, own)
-    return torch.where(anew, own, home), within.gather(-1, home) * ~anew
+    return torch.where(anew, place, pad(last[..., :-1], (1, 0))).gather(-1, own)
 
 
 def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
-    chunk_rows: int | None = None,
 ) -> Tensor:
     """The loss and the gradients of these three lines, without the logits:
 
@@ -45,7 +44,6 @@ def linear_cross_entropy(
         num_items: what the sum is divided by; a number or a 0-dim tensor. Default: the number of kept rows.
         softcap: bound of the logits, as in Gemma 2.
         scale: factor of the logits, as in Cohere and Granite.
-        chunk_rows: rows whose logits are alive at a time. Default: by a budget of memory.
 
     Returns:
         0-dim, nats per item; fp32 (fp64 for fp64 inputs), with fp32 statistics and sums. 0, and differentiable, if
@@ -56,32 +54,6 @@ def linear_cross_entropy(
         IndexError: for a label outside 0 ... V - 1 (on CUDA as a device-side assertion, as torch's own loss does).
         RuntimeError: for second derivatives, which the gradients computed in the forward do not have.
     """
-    _check(hidden, weight, labels, bias, softcap, num_items)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    labels = labels.reshape(-1)
-    arguments = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels, bias, softcap, float(scale), ignore_index, dtype,
-        chunk_rows,
-    )  # fmt: skip
-    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
-    return loss_sum / divisor((labels != ignore_index).sum(), num_items)
-
-
-def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """What a sum over `count` (0-dim) kept rows is divided by: num_items, or the count; 1 if there are none.
-
-    A Python number is not made a tensor first: its copy to the GPU would wait.
-    """
-    if num_items is None:
-        return count.clamp(min=1)
-    return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
-
-
-def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, num_items: Any
-) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden (..., D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -101,6 +73,24 @@ def _check(
         raise ValueError(f"softcap must be above 0 (or None for no cap), got {softcap!r}")
     if isinstance(num_items, (int, float)) and not num_items > 0:
         raise ValueError(f"num_items, the divisor of the loss, must be above 0, got {num_items!r}")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    labels = labels.reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    arguments = (rows, weight, labels, bias, softcap, float(scale), ignore_index, dtype)
+    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
+    return loss_sum / divisor((labels != ignore_index).sum(), num_items)
+
+
+def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """What a sum over `count` (0-dim) kept rows is divided by: num_items, or the count; 1 if there are none.
+
+    A Python number is not made a tensor first: its copy to the GPU would wait.
+    """
+    if num_items is None:
+        return count.clamp(min=1)
+    return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
 
 
 @torch.library.custom_op("goldfish::linear_cross_entropy", mutates_args=())
@@ -113,14 +103,13 @@ def _forward(
     scale: float,
     ignore_index: int,
     dtype: torch.dtype,
-    chunk_rows: int | None,
     grads: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum of the nll and its gradients for hidden (N, D), weight and bias; empty where a gradient is not asked for.
 
     One operator to torch.compile, which so need not know how many rows are kept.
     """
-    (total, (vocabulary, width)) = (_statistics_dtype(dtype), weight.shape)
+    total, (vocabulary, width) = _statistics_dtype(dtype), weight.shape
     rows = (labels != ignore_index).nonzero().squeeze(-1)  # makes CUDA wait once, as Trainer's check for NaN does
     labels = labels[rows].long()
     _check_range(labels, vocabulary)
@@ -130,7 +119,7 @@ def _forward(
     nll = hidden.new_empty(rows.numel(), dtype=total)
     if rows.numel() == 0:
         return nll.sum(), grad_hidden, grad_weight.zero_(), grad_bias
-    chunk = chunk_rows or _chunk_rows(weight, dtype, grads[1])
+    chunk = _chunk_rows(weight, dtype, grads[1])
     # Rows of 16 bytes let cuBLAS use its fast kernels whatever the vocabulary.
     pitch = -(-vocabulary // 8) * 8 if hidden.is_cuda else vocabulary
     buffer = torch.empty(min(chunk, rows.numel()) * pitch, dtype=dtype, device=hidden.device)
@@ -158,7 +147,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, bias, softcap, scale, ignore_index, dtype, chunk_rows, grads):  # type: ignore[no-untyped-def]
+def _(hidden, weight, labels, bias, softcap, scale, ignore_index, dtype, grads):  # type: ignore[no-untyped-def]
     total = _statistics_dtype(dtype)
     return (
         hidden.new_empty((), dtype=total),
@@ -202,7 +191,7 @@ class _Gradients(torch.autograd.Function):
                 results.append(gradient.mul_(grad).to(dtype))
             else:  # CUDA would round a 0-dim factor to the gradient's own dtype: 1/3001 in bf16, 70,000 in fp16
                 results.append((gradient.to(grad.dtype) * grad).to(dtype))
-        return results[0], results[1], None, results[2], *[None] * 6
+        return results[0], results[1], None, results[2], *[None] * 5
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from goldfish.labels import IGNORE_INDEX, mask_labels
+from goldfish.linear import divisor
 from goldfish.rule import Goldfish
 
 
@@ -21,15 +22,10 @@ class GoldfishLoss(nn.Module):
     except that the logits of dropped tokens are not read and that a batch without a kept token gives a zero with a
     gradient of zero instead of NaN.
 
-    In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`. GoldfishTrainer is better, because:
-
-    * Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions (-100) were not there.
-      Exact where only padding is ignored; with masked-out prompts the decisions depend on the answer alone, and packed
-      rows need document_end.
-    * Trainer counts the targets before any is dropped, so batches are weighted by their targets instead of their kept
-      tokens. Exact with one batch per optimiser step; otherwise a difference in the third digit.
-
-    Evaluation there (without gradients) is the plain loss.
+    In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`; evaluation is then the plain loss. GoldfishTrainer
+    is better: Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions were not there
+    (with masked-out prompts from the answer alone; packed rows need document_end). And it counts targets before any is
+    dropped, so batches of a step are weighted by their targets: a difference in the third digit.
 
     Args:
         rule: says which tokens are dropped.
@@ -105,8 +101,7 @@ def smoothed_loss(
     shifts the labels of a model whose class is not in transformers' list.
     """
     total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, epsilon)
-    count = kept if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
-    return total / count.clamp(min=1)
+    return total / divisor(kept, num_items_in_batch)
 
 
 def _logits_of(outputs: Any) -> Any:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from goldfish import __version__, spec
-from goldfish.hashing import mix
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules
+from goldfish.hashing import mix, signed
+from goldfish.labels import IGNORE_INDEX, Rules
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -29,68 +29,72 @@ def bind(rules: Rules, tokenizer: Any) -> Rules:
     return rules if tokenizer is None or rules.vocabulary is not None else rules.bind(tokenizer)
 
 
-class Tally:
-    """Counts for each source: targets, dropped targets, and a fingerprint of all decisions.
+def count(batch: Mapping[str, Any], dropped: Tensor, keys: Tensor) -> Tensor:
+    """Of every row of a batch its targets, dropped targets, and the sum of its decisions; int64 (B, 3).
 
-    The fingerprint is the sum, modulo 2**64, of mix(key of the token's context + (1 if dropped else 0)) over all
-    targets, where the key is that of the last h tokens (`spec.key` with seed 0, whatever the strategy). It does
-    not depend on the order of batches, their padding or the number of processes; runs with equal fingerprints
-    dropped the same tokens. Counting makes no device wait.
+    The batch has labels that are not masked yet; `labels.decide` says the rest. A target's decision is the number
+    mix(key of its context + (1 if dropped else 0)), where the key is that of the last h tokens (`spec.key` with seed 0,
+    whatever the strategy).
+    """
+    targets = batch["labels"][..., 1:] != IGNORE_INDEX
+    dropped = dropped[..., 1:] & targets
+    decisions = mix(keys[..., 1:] + dropped) * targets
+    return torch.stack([number.sum(-1) for number in (targets, dropped, decisions)], -1)
+
+
+class Tally:
+    """The sums of `count` for each source.
+
+    The sum of all decisions, modulo 2**64, does not depend on the order of batches, their padding or the number of
+    processes; runs with equal sums dropped the same tokens. Counting makes no device wait.
     """
 
     def __init__(self, rules: Rules, device: torch.device) -> None:
         self.given = rules
         self.rules = {ALL: rules} if isinstance(rules, Goldfish) else {name: rules[name] for name in sorted(rules)}
-        self.totals = dict.fromkeys(self.rules, (0, 0, 0))  # of all processes, as of the last `sync`
-        self._pending = torch.zeros((len(self.rules), 3), dtype=torch.int64, device=device)  # of this one, since then
-        self._completed = self._pending.clone()  # of these, the ones whose optimizer step was taken
+        self.totals = torch.zeros((len(self.rules), 3), dtype=torch.int64)  # of all processes, as of the last `sync`
+        self._taken = self.totals.to(device, copy=True)  # by this process since then, in steps of the optimizer
+        self._step = self._taken.clone()  # in the step that comes
 
-    def add(self, batch: Mapping[str, Any], dropped: Tensor, keys: Tensor) -> None:
-        """Count a batch with labels that are not masked yet, and what `labels.decide` says about it."""
-        targets = batch["labels"][..., 1:] != IGNORE_INDEX
-        dropped = dropped[..., 1:] & targets
-        decisions = mix(keys[..., 1:] + dropped)
-        for place in range(len(self.rules)):
-            rows = targets if len(self.rules) == 1 else targets & (batch[SOURCE] == place)[:, None]
-            counts = torch.stack([number.sum() for number in (rows, rows & dropped, decisions * rows)])
-            self._pending[place] += counts.to(self._pending.device)
+    def add(self, counts: Tensor, sources: Tensor | None = None) -> None:
+        """Add the counts of rows to the step that comes; sources: int64 (B,), their places in `rules` of several."""
+        places = torch.zeros(len(counts), dtype=torch.int64) if sources is None or len(self.rules) == 1 else sources
+        self._step.index_add_(0, places.to(self._step.device), counts.to(self._step.device))
 
     def end_step(self) -> None:
-        """The optimizer has taken the step of all batches that were counted."""
-        self._completed.copy_(self._pending)
+        """The optimizer has taken the step."""
+        self._taken += self._step
+        self.forget_step()
 
     def forget_step(self) -> None:
-        """Do not count batches whose optimizer step was never taken, because training was interrupted."""
-        self._pending.copy_(self._completed)
+        """The step is not taken: training begins, perhaps after an interruption."""
+        self._step.zero_()
 
     def sync(self, reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
         """Bring `totals` up to date; `reduce` adds a tensor up over all processes, so all of them must call this."""
-        counted = reduce(self._pending).tolist()
-        self._pending.zero_()
-        self._completed.zero_()
-        for name, (targets, dropped, decisions) in zip(self.totals, counted, strict=True):
-            total = self.totals[name]
-            self.totals[name] = (total[0] + targets, total[1] + dropped, (total[2] + decisions) & spec.WORD)
+        self.totals += reduce(self._taken).cpu()
+        self._taken.zero_()
 
     def sum(self) -> tuple[int, int]:
         """Targets and dropped targets of all sources."""
-        return sum(t[0] for t in self.totals.values()), sum(t[1] for t in self.totals.values())
+        targets, dropped, _ = self.totals.sum(0).tolist()
+        return targets, dropped
 
     def entries(self) -> dict[str, Any]:
         """The receipt's main part: the one rule and its counts, or the same for each source."""
         entries = {}
-        for (name, rule), (targets, dropped, decisions) in zip(self.rules.items(), self.totals.values(), strict=True):
-            counts = {"targets": targets, "dropped": dropped, "decisions": f"{decisions:016x}"}
+        for (name, rule), (targets, dropped, decisions) in zip(self.rules.items(), self.totals.tolist(), strict=True):
+            counts = {"targets": targets, "dropped": dropped, "decisions": f"{decisions & spec.WORD:016x}"}
             entries[name] = {"rule": rule and rule.to_dict(), **counts}
         return entries.get(ALL, {"sources": entries})
 
     def restore(self, receipt: Mapping[str, Any]) -> None:
         """Continue the counts of a receipt of the same rules."""
         entries = receipt.get("sources", {ALL: receipt})
-        for name, entry in entries.items():
-            self.totals[name] = (entry["targets"], entry["dropped"], int(entry["decisions"], 16))
-        self._pending.zero_()
-        self._completed.zero_()
+        for name, total in zip(self.rules, self.totals, strict=True):
+            entry = entries[name]
+            total[:] = torch.tensor([entry["targets"], entry["dropped"], signed(int(entry["decisions"], 16))])
+        self._taken.zero_()
 
 
 def versions() -> dict[str, str]:
@@ -127,7 +131,7 @@ def card_section(tally: Tally) -> str:
     """The section of a model card: the rules and what they dropped."""
     lines = ["\n## Goldfish loss\n", "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209)."]
     lines += [f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n"]
-    for (name, rule), (targets, dropped, _) in zip(tally.rules.items(), tally.totals.values(), strict=True):
+    for (name, rule), (targets, dropped, _) in zip(tally.rules.items(), tally.totals.tolist(), strict=True):
         lines.append(f"- {name}{': ' if name else ''}`{rule}` dropped {dropped:,} of {targets:,} targets.")
     return "\n".join(lines) + "\n"
 

@@ -93,9 +93,7 @@ def sha256(path: Path) -> str:
 
 
 def dataset_of(source: str, *, streaming: bool = True, split: str | None = None) -> Any:
-    """A `datasets` dataset: of a .jsonl, .json, .parquet or .csv file, a folder, or a hub name.
-
-    split: taken where the source has several and names none.
+    """A `datasets` dataset of a file with rows, a folder or a hub name; split: where it has several and names none.
 
     Raises:
         FileNotFoundError: no such dataset. ValueError: it cannot be read, or has several splits.
@@ -108,11 +106,9 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         if kind is None:
             raise ValueError(f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder")
         return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-    if (path / "state.json").is_file():  # of save_to_disk
-        return load_from_disk(source)
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return load_from_disk(str(path / _one_of(splits, split, source)))
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        saved = load_from_disk(source)
+        return saved[_one_of(list(saved), split, source)] if isinstance(saved, dict) else saved
     builder, name = _builder(source, split)
     if streaming:
         return builder.as_streaming_dataset(name)
@@ -177,7 +173,7 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _parsed(line: str, where: str) -> Row:
     try:
-        row = json.loads(line, parse_constant=_refuse)
+        row = json.loads(line)
         if "\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -187,10 +183,6 @@ def _parsed(line: str, where: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}')
     return row
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
 
 
 def _checked(row: Row, where: str, text_column: str) -> Row:

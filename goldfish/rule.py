@@ -126,6 +126,11 @@ class Goldfish:
         """
         return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy in READS_TEXT else self
 
+    def short(self) -> str:
+        """The settings of the command line, for people."""
+        spread = f", max_kept={self.max_kept}" if self.max_kept else ""
+        return f"k={self.k:g}, h={self.h}, strategy={self.strategy}{spread}, seed={self.seed}"
+
     def natural(self) -> "Goldfish":
         """The rule of the natural drops of a rule with `max_kept`."""
         return replace(self, max_kept=None, k=math.nextafter(2**32 / self._limit, math.inf))

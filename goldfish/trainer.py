@@ -1,14 +1,13 @@
 """The goldfish loss in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
-import math
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from goldfish.fused import FusedHead, bare_model, fuse_head
@@ -25,7 +24,16 @@ from goldfish.labels import (
     with_labels,
 )
 from goldfish.loss import GoldfishLoss, smoothed_loss
-from goldfish.receipt import Tally, bind, card_section, read_receipt, rules_of, tokenizer_fingerprint, write_receipt
+from goldfish.receipt import (
+    Tally,
+    bind,
+    card_section,
+    count,
+    read_receipt,
+    rules_of,
+    tokenizer_fingerprint,
+    write_receipt,
+)
 from goldfish.refusals import SHARDED, why_not_this_model, why_not_this_trainer
 from goldfish.rule import Goldfish
 
@@ -43,7 +51,7 @@ class GoldfishMixin(Trainer):
     Evaluation and prediction are not masked. Every checkpoint gets a goldfish.json. Logs get `goldfish/drop_rate`,
     the share of targets dropped since the last log, and a gauge of memorization: `goldfish/kept_loss` and
     `goldfish/dropped_loss`, nats per token on rows of the last batch, without gradient, and their difference
-    `goldfish/gap`; measured when a log is due, on as many rows as take 1% of the time, at least one.
+    `goldfish/gap`; measured after the step that is logged, on as many rows as take 1% of the time, at least one.
 
     Args:
         goldfish: the rule, or a mapping to rules from the names in the training dataset's column `source` (None: such
@@ -51,7 +59,6 @@ class GoldfishMixin(Trainer):
         fused: compute the training loss inside the model's head, for kept tokens only and without logits
             (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right, the
             model's own loss is used, and the log says why.
-        apply: False trains with the standard loss and only logs the gauge of the rule, for comparison.
 
     Raises:
         TypeError: not a rule. ValueError: as `attach`.
@@ -63,11 +70,11 @@ class GoldfishMixin(Trainer):
     compute_loss_func: Any
     _signature_columns: Any
 
-    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, apply: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._set_up(goldfish, fused, apply)
+        self._set_up(goldfish, fused)
 
-    def _set_up(self, rules: Rules, fused: bool, apply: bool) -> None:
+    def _set_up(self, rules: Rules, fused: bool) -> None:
         check_rules(rules)
         reason = why_not_this_trainer(self) or (why_not_this_model(self.model) if not self.compute_loss_func else "")
         if reason:
@@ -77,25 +84,20 @@ class GoldfishMixin(Trainer):
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
             )
-        self._fused, self._apply = fused, apply
+        self._fused = fused
         self._head: FusedHead | None = None
         self._bound_train = self.__dict__.pop("train", None)  # Unsloth sets one on the instance
         self._resume_from: tuple[str, bool] | None = None  # a checkpoint, and whether its rule may differ
         smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
-        if apply and smooth and self.compute_loss_func is None:
+        if smooth and self.compute_loss_func is None:
             self.compute_loss_func = partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
         patched = "forward" in vars(bare_model(self.model))  # older versions of Trainer apply Liger's kernels at once
         if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
             config = self.args.liger_kernel_config or {}
             self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
             logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
-        if apply and hasattr(self.model, "add_model_tags"):
+        if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(TAG)
-        if self._averages() and self._replicas() > 1:
-            logger.warning_once(
-                f"the forward of {type(self.model).__name__} takes no num_items_in_batch: under nn.DataParallel, "
-                "tensor or sequence parallelism Trainer takes the mean of batches' means, whatever tokens they keep"
-            )
         self._start_counting(rules)
         self._events = _Events(self)
         self.add_callback(self._events)
@@ -104,8 +106,7 @@ class GoldfishMixin(Trainer):
         self.goldfish = bind(rules, self.processing_class)
         self._tally = Tally(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
-        self._gauge = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # of this process, since `_sync`
-        self._measured = torch.zeros_like(self._gauge)  # of all processes, since the last log
+        self._measured = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # by the gauge since the last log
         self._gauge_is_off = False
         self._before: dict[str, Any] | None = None  # the receipt of earlier training under other rules
 
@@ -124,12 +125,10 @@ class GoldfishMixin(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
-        if batches and self._averages() and self._replicas() == 1:
+        if batches and self._averages():
             num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
-        if batches and self._log_is_due():
-            self._read_gauge()
         if num_items is not None:  # no kept token in the whole step: the loss is a zero, not 0 / 0
             num_items = num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1)
         return batches, num_items
@@ -137,17 +136,12 @@ class GoldfishMixin(Trainer):
     def _averages(self) -> bool:
         """Whether the model divides its loss by its own targets, as if every batch had equally many."""
         scaled = self.model_accepts_loss_kwargs or getattr(self, "loss_is_scaled_for_ga", None)
-        return self._apply and not scaled and self.compute_loss_func is None
-
-    def _replicas(self) -> int:
-        """Devices that share a batch: its targets are then not counted where its loss is computed."""
-        sizes = [getattr(self, name, lambda: 1)() for name in ("get_tp_size", "get_cp_size", "get_sp_size")]
-        return math.prod([max(1, self.args.n_gpu), *sizes])
+        return not scaled and self.compute_loss_func is None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if num_items_in_batch is None or not self._averages() or self._replicas() > 1:
+        if num_items_in_batch is None or not self._averages():
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **given)
         kept = _targets(inputs)
@@ -167,67 +161,51 @@ class GoldfishMixin(Trainer):
             raise ValueError(SHARDED)
         labelled = with_labels(batch)
         dropped, keys = decide(self.goldfish, labelled)
-        self._tally.add(labelled, dropped, keys)
+        self._tally.add(count(labelled, dropped, keys), labelled.get(SOURCE))
+        self._last_batch = (labelled, dropped)
+        # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
+        dropped[..., :1] = True
         masked = mask_batch(labelled, dropped)
-        self._last_batch = (labelled, masked["labels"].clone())
-        if not self._apply:
-            masked = {name: value for name, value in labelled.items() if name != SOURCE}
-        elif masked["labels"].shape[-1]:
-            # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
-            masked["labels"][..., 0] = IGNORE_INDEX
         return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
 
-    def _log_is_due(self) -> bool:
-        """Whether Trainer will log after the next step."""
-        strategy, step = str(self.args.logging_strategy.value), int(self.state.global_step) + 1
-        if strategy == "epoch":
-            dataloader = self.callback_handler.train_dataloader
-            batches = len(dataloader) if has_length(dataloader) else self.state.max_steps
-            steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
-            return step % steps == 0 or step == int(self.state.max_steps)
-        first = bool(self.args.logging_first_step) and step == 1
-        return strategy == "steps" and (first or step % max(1, int(self.state.logging_steps)) == 0)
-
     def _read_gauge(self) -> None:
-        batch, labels = self._last_batch
+        batch, dropped = self._last_batch
         if not is_text(batch):
             logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
         skip = torch.tensor(float(self._gauge_is_off or not is_text(batch)), device=self.args.device)
         if self.accelerator.reduce(skip, "sum") > 0:  # all processes measure, or none
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        rows = rows_to_measure(len(labels), step_rows, self.state.logging_steps)
+        rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
+        sums = torch.zeros_like(self._measured)
         try:
             inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SOURCE})
             with self.compute_loss_context_manager():
-                self._gauge += measure(self.model_wrapped, inputs, labels.to(self.args.device), rows)
+                sums += measure(self.model_wrapped, inputs, dropped.to(self.args.device), rows)
         except Exception as error:
             logger.warning("The gauge of memorization is off, training goes on. %s: %s", type(error).__name__, error)
             self._gauge_is_off = True
+        self._measured += self.accelerator.reduce(sums, "sum")
 
     def _sync(self) -> None:
-        """Add up what all processes counted and measured. Only where all of them arrive: log and save_model, which a
-        process may call alone, use the sums of the last time."""
+        """Add up what all processes counted. Only where all of them arrive: log and save_model, which a process may
+        call alone, use the sums of the last time."""
         self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
-        self._measured += self.accelerator.reduce(self._gauge, "sum")
-        self._gauge.zero_()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         now = self._tally.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
         if "loss" in logs and targets > 0:
-            rate = {"goldfish/drop_rate": dropped / targets} if self._apply else {}
-            logs |= rate | readings(self._measured)
+            logs |= {"goldfish/drop_rate": dropped / targets} | readings(self._measured)
             self._logged = now
             self._measured.zero_()
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if self._apply:
-            tags = kwargs.get("tags") or []
-            kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), TAG]))
+        tags = kwargs.get("tags") or []
+        kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), TAG]))
         super().create_model_card(*args, **kwargs)
-        if self._apply and self.is_world_process_zero():
+        if self.is_world_process_zero():
             with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
                 card.write(card_section(self._tally))
 
@@ -237,7 +215,7 @@ class GoldfishMixin(Trainer):
 
     def save_receipt(self, folder: str | None = None) -> None:
         """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
-        if self.args.should_save and self._apply:
+        if self.args.should_save:
             write_receipt(folder or self.args.output_dir, self._tally, self.processing_class, self._before)
 
     def train(
@@ -259,10 +237,9 @@ class GoldfishMixin(Trainer):
         other_rule = bind(self.goldfish, self.processing_class) != self._tally.given
         if other_rule or self.model_init is not None:  # someone set another rule; Trainer makes a new model
             self._start_counting(self.goldfish)
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint and self._apply else None
+        last = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
         self.remove_callback(self._events)  # after other callbacks, which may ask for a log or a checkpoint
         self.add_callback(self._events)
         try:
@@ -298,15 +275,15 @@ class GoldfishMixin(Trainer):
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
         receipt, tokenizer = read_receipt(checkpoint), tokenizer_fingerprint(self.processing_class)
-        rules = rules_of(receipt) if receipt else None
-        if receipt and (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
-            self._before = receipt.get("before")
-            self._tally.restore(receipt)
-            self._logged = self._tally.sum()
-            return
-        was, here = (f"under {rules}" if receipt else "without a rule"), str(self.goldfish)
-        if receipt and rules == self.goldfish:
-            was, here = f"with the tokenizer {receipt['tokenizer']}", str(tokenizer)
+        was, here = "without a rule", f"{self.goldfish} and the tokenizer {tokenizer}"
+        if receipt:
+            rules = rules_of(receipt)
+            was = f"under {rules} with the tokenizer {receipt['tokenizer']}"
+            if (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
+                self._before = receipt.get("before")
+                self._tally.restore(receipt)
+                self._logged = self._tally.sum()
+                return
         if not allow_other_rule:
             raise ValueError(
                 f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches tokens that the other "
@@ -327,11 +304,13 @@ class _Events(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer._begin()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         self.trainer._tally.end_step()
         self.on_epoch_end(args, state, control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        if control.should_log:
+            self.trainer._read_gauge()
         if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
             self.trainer._sync()
 
@@ -352,13 +331,13 @@ class GoldfishTrainer(GoldfishMixin):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool = True) -> AnyTrainer:
+def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrainer:
     """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
 
         trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))
 
     The instance gets a subclass of its class with `GoldfishMixin` in front; see there for what changes. The trainer
-    still computes its loss as before, unless `fused=True`; `apply=False` only logs the gauge.
+    still computes its loss as before, unless `fused=True`.
 
     Raises:
         TypeError: not a Trainer, not a rule.
@@ -371,7 +350,7 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False, apply: bool
     plain, state = trainer.__class__, dict(trainer.__dict__)
     try:
         trainer.__class__ = _with_goldfish(plain)
-        trainer._set_up(rule, fused, apply)
+        trainer._set_up(rule, fused)
     except BaseException:
         trainer.__class__, trainer.__dict__ = plain, state
         raise

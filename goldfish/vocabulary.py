@@ -81,7 +81,9 @@ def _reader(description: dict[str, Any]) -> Any:
     kinds = {part["type"] for part in parts}
     prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     if "ByteLevel" in kinds:
-        table = _byte_level()
+        from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
+        table = {character: byte for byte, character in bytes_to_unicode().items()}
         return lambda token: bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
     if prefix or model["type"] == "WordPiece":
         return lambda token: token.removeprefix(prefix).encode() if token.startswith(prefix) else b" " + token.encode()
@@ -111,12 +113,3 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
         return [node]
     inner = node.get("normalizers") or node.get("pretokenizers") or node.get("decoders") or []
     return [part for child in inner for part in _parts(child)]
-
-
-@cache
-def _byte_level() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary: printable Latin-1 stands for itself, the rest of
-    the 256 bytes, in order, for the characters from U+0100 on (Radford et al. 2019)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

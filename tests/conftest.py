@@ -141,9 +141,10 @@ def checkpoint(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def fresh_accelerate():
-    """accelerate keeps the first precision of a process; Trainers of other tests have chosen one."""
-    from accelerate.state import AcceleratorState
+    """accelerate keeps the precision and the loaders of earlier Trainers in the same process."""
+    from accelerate.state import AcceleratorState, GradientState
 
+    GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

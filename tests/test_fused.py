@@ -177,15 +177,6 @@ def test_no_kept_token_and_one(kept):
         assert "lm_head.weight" in result  # the graph is alive: DDP waits for every parameter
 
 
-@pytest.mark.parametrize("vocabulary", [7, 262_144])
-def test_small_and_large_vocabularies(vocabulary):
-    model, inputs = build("gemma2", vocab_size=vocabulary), batch(1, 9, vocabulary=7)
-    baseline = step(model, inputs)
-    handle = fuse_head(model)
-    assert_equal_enough(step(model, inputs), baseline)
-    assert handle.reason == ""
-
-
 def test_labels_outside_the_vocabulary():
     model, inputs = build(), batch()
     inputs["labels"][0, 3] = V
@@ -676,7 +667,7 @@ def test_inside_deepspeeds_engine():
     assert handle.reason == ""
     assert "logits" not in engine(**inputs)
     handle.remove()
-    sums = measure(engine, inputs, inputs["labels"], rows=2)
+    sums = measure(engine, inputs, torch.zeros_like(inputs["labels"], dtype=torch.bool), rows=2)
     targets = (inputs["labels"][:2, 1:] != -100).sum()
     assert sums[1:].tolist() == [targets, 0, 0]
 

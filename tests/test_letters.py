@@ -1,10 +1,8 @@
 """Strategies "letters" and "text": equal to the specification, and the same for every formatting of a text."""
 
-import codecs
 import pickle
 import random
 import unicodedata
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from toy_tokenizers import ALPHABETIC, KINDS, SCRIPTS, TEXTS, words
 
 from goldfish import Goldfish, spec
 from goldfish.letters import Vocabulary
-from goldfish.vocabulary import characters, fold, token_bytes
+from goldfish.vocabulary import characters, fold
 
 FOLD = characters()
 
@@ -159,9 +157,7 @@ REFORMATTINGS = {
 
 @pytest.mark.parametrize("reformat", REFORMATTINGS.values(), ids=REFORMATTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strategy", BOTH)
-def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat, strategy):
-    rules = {kind: replace(rules[kind], strategy=strategy)}
+def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
     rng, tested = random.Random(0), 0
     for text in [t[:1500] for t in TEXTS[:8]] + [ALPHABETIC * 3]:
         changed = reformat(text, rng)
@@ -189,22 +185,6 @@ def test_another_tokenizer_takes_the_same_decisions(tokenizers, rules, kind):
     assert compared > 5000
 
 
-def test_whole_words_are_dropped(tokenizers, rules):
-    """Every letter of a word has the decision of its first; letters are located otherwise than in word_decisions."""
-    rule, entries = replace(rules["byte_level"], strategy="text"), token_bytes(tokenizers["byte_level"])
-    ids = tokenizers["byte_level"].encode(TEXTS[1].replace(" ", "\u00a0")).ids
-    decisions: dict[int, set[bool]] = {}
-    text, number, decoder = "", 0, codecs.getincrementaldecoder("utf-8")()
-    for token, drop in zip(ids, rule.dropped(torch.tensor(ids)).tolist(), strict=True):
-        for c in decoder.decode(entries[token]):
-            number += text[-1:].isalnum() and not c.isalnum()
-            text += c
-            if c.isalnum():
-                decisions.setdefault(number, set()).add(drop)
-    assert len(decisions) > 100
-    assert all(len(drops) == 1 for drops in decisions.values())
-
-
 def test_letters_decides_every_token_for_itself(tokenizers):
     """Of a word cut in three the tokens share a decision under "text" and have their own under "letters"."""
     vocabulary = Vocabulary([b"before", b" one", b"two", b"three"])
@@ -227,9 +207,8 @@ def test_letters_decides_every_token_for_itself(tokenizers):
         "我们在北京大学学习自然语言处理，今天天气很好。",
     ],
 )
-@pytest.mark.parametrize("strategy", BOTH)
-def test_scripts_without_spaces_decide_by_character(vocabularies, text, strategy):
-    rule = Goldfish(k=2, h=4, strategy=strategy, vocabulary=vocabularies[2])  # every byte is a token
+def test_scripts_without_spaces_decide_by_character(vocabularies, text):
+    rule = Goldfish(k=2, h=4, strategy="letters", vocabulary=vocabularies[2])  # every byte is a token
     by_character = lambda t: [  # noqa: E731
         rule.dropped(torch.tensor(list(t.encode())))[len(t[:i].encode()) + 2].item()
         for i, c in enumerate(t) if c.isalnum()

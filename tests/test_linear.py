@@ -31,6 +31,12 @@ def case(
     return {name: t.to(device) for name, t in inputs.items()}
 
 
+@pytest.fixture
+def in_chunks_of(monkeypatch):
+    """Sets how many rows of logits are alive at a time, which is else found by a budget of memory."""
+    return lambda rows: monkeypatch.setattr("goldfish.linear._chunk_rows", lambda *_: rows)
+
+
 def training(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.requires_grad_() if t.is_floating_point() else t for name, t in inputs.items()}
 
@@ -62,7 +68,7 @@ def error(result: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias, monkeypatch):
+def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias, monkeypatch, in_chunks_of):
     monkeypatch.setitem(sys.modules["goldfish.linear"]._ROW_BLOCK, "cpu", 3 * 500 * 4)  # three rows of logits at a time
     inputs = case()
     if not with_bias:
@@ -70,7 +76,8 @@ def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias
     inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
     truth = loss_and_gradients(plain, inputs, torch.float64, **options)
     baseline = loss_and_gradients(plain, inputs, dtype, **options)
-    ours = loss_and_gradients(linear_cross_entropy, inputs, dtype, chunk_rows=64, **options)
+    in_chunks_of(64)
+    ours = loss_and_gradients(linear_cross_entropy, inputs, dtype, **options)
     assert ours["loss"].dtype == torch.float32
     # One more rounding than the baseline where backward scales a 16-bit gradient, of a quarter of the spacing at most.
     rounding = torch.finfo(dtype).eps / 2
@@ -81,12 +88,13 @@ def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias
             assert ours[name].dtype == dtype
 
 
-def test_fp64_gradients_by_finite_differences():
+def test_fp64_gradients_by_finite_differences(in_chunks_of):
+    in_chunks_of(2)
     inputs = training({k: t.double() if t.is_floating_point() else t for k, t in case(6, 4, 7, seed=2).items()})
     labels = inputs.pop("labels")
 
     def function(hidden, weight, bias):
-        return linear_cross_entropy(hidden, weight, labels, bias, softcap=2.0, scale=0.7, chunk_rows=2)
+        return linear_cross_entropy(hidden, weight, labels, bias, softcap=2.0, scale=0.7)
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
 
@@ -101,11 +109,12 @@ def test_two_rows_by_hand():
     assert hidden.grad[1].eq(0).all()
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 10_000, None])
-def test_the_chunk_changes_nothing(chunk_rows):
+@pytest.mark.parametrize("rows", [1, 7, 64, 10_000])
+def test_the_chunk_changes_nothing(rows, in_chunks_of):
+    in_chunks_of(rows)
     inputs = case()
     whole = loss_and_gradients(plain, inputs, torch.float64)
-    ours = loss_and_gradients(linear_cross_entropy, inputs, torch.float64, chunk_rows=chunk_rows)
+    ours = loss_and_gradients(linear_cross_entropy, inputs, torch.float64)
     for name, exact in whole.items():
         torch.testing.assert_close(ours[name], exact, rtol=1e-12, atol=1e-13)
 
@@ -185,7 +194,7 @@ def test_nothing_but_the_loss_without_grad(monkeypatch):
     assert asked == [False, True]
 
 
-def test_memory_is_that_of_one_chunk(monkeypatch):
+def test_memory_is_that_of_one_chunk(in_chunks_of):
     """The largest tensor made is a chunk of logits or a gradient, never N x V."""
     made = []
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -199,8 +208,9 @@ def test_memory_is_that_of_one_chunk(monkeypatch):
             return result
 
     inputs = training(case(2048, 16, 1000))
+    in_chunks_of(64)
     with Watch():
-        linear_cross_entropy(**inputs, chunk_rows=64).backward()
+        linear_cross_entropy(**inputs).backward()
     assert max(made) <= 2048 * 16 * 4  # hidden and its gradient; logits of 64 rows are 64 * 1000 * 4 < twice that
     assert made
 

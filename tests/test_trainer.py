@@ -185,7 +185,9 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings)
     path = tmp_path / "checkpoint-2" / "goldfish.json"
     path.write_text(path.read_text().replace(read_receipt(path.parent)["tokenizer"], "0" * 64))
-    with pytest.raises(ValueError, match=r"was trained with the tokenizer 0000.*new run from its weights"):
+    with pytest.raises(
+        ValueError, match=r"was trained under Goldfish.* with the tokenizer 0000.*new run from its weights"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

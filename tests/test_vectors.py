@@ -22,7 +22,7 @@ from goldfish import Goldfish
 from goldfish.labels import decide as decide_batch
 from goldfish.labels import with_labels
 from goldfish.letters import Vocabulary
-from goldfish.receipt import Tally
+from goldfish.receipt import Tally, count
 
 GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
@@ -224,7 +224,8 @@ def test_the_receipt_agrees(case):
     if "position_ids" in row:
         batch["position_ids"] = torch.tensor([row["position_ids"]])
     tally = Tally(rule, torch.device("cpu"))
-    tally.add(with_labels(batch), *decide_batch(rule, batch))
+    tally.add(count(with_labels(batch), *decide_batch(rule, batch)))
+    tally.end_step()
     tally.sync()
     entry = tally.entries()
     assert [entry["targets"], entry["dropped"]] == [case["targets"], case["dropped"]]

@@ -14,12 +14,12 @@ from goldfish.labels import Rules, check_rules
 from goldfish.trainer import attach
 
 
-def register(rule: Rules, *, fused: bool = False, apply: bool = True) -> None:
+def register(rule: Rules, *, fused: bool = False) -> None:
     """Make ms-swift's callback "goldfish" attach a rule to its trainer; arguments as for `goldfish.attach`."""
     check_rules(rule)
 
     class Attach(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_init_end(self, *_: Any, **__: Any) -> None:
-            attach(self.trainer, rule, fused=fused, apply=apply)
+            attach(self.trainer, rule, fused=fused)
 
     callbacks_map["goldfish"] = Attach
