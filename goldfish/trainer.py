@@ -98,6 +98,8 @@ class GoldfishMixin(Trainer):
             logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(TAG)
+        if self._averages() and self.args.n_gpu > 1:
+            logger.warning_once("nn.DataParallel averages its replicas, whatever tokens they keep: use torchrun")
         self._start_counting(rules)
         self._events = _Events(self)
         self.add_callback(self._events)
