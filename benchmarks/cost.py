@@ -10,7 +10,10 @@ with a decaying rate the points of one run could not be compared with the ends o
 
 The standard run ends after --targets targets. A goldfish run is evaluated twice: when it has read as many targets
 (equal input), and when it has kept as many (equal supervised; it has then read k / (k - 1) times the rows). So at equal
-supervised tokens goldfish has read more text, as in the paper: the claim is about what the dropped tokens cost.
+supervised tokens goldfish has read more text, as in the paper: the claim is about what the dropped tokens cost. It has
+then also taken more optimiser steps, which early in training is worth more than the targets. So there is a third
+comparison, with `--wide RULES`: each optimiser step takes as many rows as hold the kept targets of a standard step, so
+supervised tokens and steps are equal.
 
 What would have been seen, said before the runs. The held-out set is 56 documents of 7,500 tokens. With a standard
 deviation of 0.05 nats between the documents' paired differences, the interval of one pair of runs is +-0.013 nats, as
@@ -18,7 +21,7 @@ far as the choice of documents goes. Runs also differ by chance: with a standard
 seeds' differences, the t interval of three seeds is +-0.025 nats, and of two seeds +-0.09. The prediction that can
 fail: a dropped token costs its own gradient and nothing else, so goldfish at equal input equals the standard run after
 (1 - drop rate) of the targets (the column "predicted", from the same seed's standard run), and goldfish at equal
-supervised tokens differs by 0.
+supervised tokens, with as many steps or more, differs by 0.
 """
 
 import argparse
@@ -50,6 +53,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from goldfish import Goldfish, mask_labels
 
 RULES = ("standard", "hash-4-13", "hash-3-13", "hash-8-13", "letters-4-8")  # strategy-k-h
+WIDE = " wide"  # behind the name of a rule
 HEAD = ("rule", "at equal", "drop rate", "goldfish - standard: each seed [95% over documents]", "predicted",
         "mean [95% over seeds]", "on tokens that the rule would drop")  # fmt: skip
 ROW, BATCH = 256, 8  # tokens, rows an optimiser step
@@ -65,6 +69,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--heldout", type=int, default=420_000, help="held-out tokens, at least")
     parser.add_argument("--rules", nargs="+", default=list(RULES))
+    parser.add_argument("--wide", nargs="*", default=[], help="rules to train with as many kept targets a step, too")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS / "cost.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/cost"), help="checkpoints of the run in progress")
@@ -75,7 +80,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if args.text is None:
             parser.error("--text is needed to train: a .jsonl file with a `text` field")
         data = load(args)
-        rules = {name: bound_rule(name, data.tokenizer) for name in args.rules}
+        names = [*args.rules, *(name + WIDE for name in args.wide)]
+        rules = {name: bound_rule(name, data.tokenizer) for name in names}
         masks = {name: rule.dropped(data.heldout) for name, rule in rules.items() if rule}
         print(f"{len(data.rows) * (ROW - 1):,} targets to train on; held out: {data.owners.max() + 1} documents, "
               f"{data.heldout.numel():,} tokens", flush=True)  # fmt: skip
@@ -120,8 +126,13 @@ def load(args: argparse.Namespace) -> Data:
     return Data(PreTrainedTokenizerFast(tokenizer_object=bpe), rows, heldout, torch.tensor(owners))
 
 
+def share_of(name: str) -> float:
+    """The share of tokens that a rule drops: 1 / k."""
+    return 1 / float(name.removesuffix(WIDE).split("-")[1])
+
+
 def bound_rule(name: str, tokenizer: Any) -> Goldfish | None:
-    rule = rule_of(name)
+    rule = rule_of(name.removesuffix(WIDE))
     return rule.bind(tokenizer) if rule else None
 
 
@@ -139,12 +150,13 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     order = torch.randperm(len(data.rows), generator=torch.Generator().manual_seed(seed))
     # Points: what is counted, and how many. The standard run is also evaluated at the goldfish runs' kept shares.
-    points = [("read", args.targets), ("kept", args.targets)]
+    wide = name.endswith(WIDE)
+    points = [("kept", args.targets)] if wide else [("read", args.targets), ("kept", args.targets)]
     if rule is None:
-        shares = [1 - 1 / float(other.split("-")[1]) for other in masks]
+        shares = [1 - share_of(other) for other in masks]
         points = [("read", round(share * args.targets)) for share in sorted({*shares, 1.0})]
-    state: dict[str, Any] = {"step": 0, "read": 0, "kept": 0, "cpu": 0.0, "points": []}
-    path = args.folder / f"{name}-seed{seed}-{args.hidden}.pt"
+    state: dict[str, Any] = {"step": 0, "row": 0, "read": 0, "kept": 0, "cpu": 0.0, "points": []}
+    path = args.folder / f"{name.replace(' ', '-')}-seed{seed}-{args.hidden}.pt"
     if path.is_file():
         saved = torch.load(path)
         for part in (model, average, optimizer):
@@ -152,10 +164,14 @@ def train(
         state = saved["state"]
     began = time.process_time() - state["cpu"]
     while len(state["points"]) < len(points):
-        batch = data.rows[order[state["step"] * BATCH : (state["step"] + 1) * BATCH]]
-        if len(batch) < BATCH:
-            raise ValueError(f"{args.text} has {len(data.rows) * (ROW - 1):,} targets: too few; lower --targets")
+        batch = data.rows[order[state["row"] : state["row"] + (2 if wide else 1) * BATCH]]
         labels = mask_labels(rule, batch)
+        if wide:  # up to the row after which the kept targets of all steps are nearest to those of a standard run
+            missing = (state["step"] + 1) * BATCH * (ROW - 1) - state["kept"]
+            rows = int(((labels[:, 1:] != -100).sum(1).cumsum(0) - missing).abs().argmin()) + 1
+            batch, labels = batch[:rows], labels[:rows]
+        if state["row"] + BATCH > len(order):
+            raise ValueError(f"{args.text} has {len(data.rows) * (ROW - 1):,} targets: too few; lower --targets")
         kept = int((labels[:, 1:] != -100).sum())
         model(input_ids=batch, labels=labels, num_items_in_batch=kept).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,6 +180,7 @@ def train(
         optimizer.zero_grad()
         average.update_parameters(model)
         state["step"] += 1
+        state["row"] += len(batch)
         state["read"] += labels[:, 1:].numel()
         state["kept"] += kept
         state["cpu"] = time.process_time() - began
@@ -191,8 +208,9 @@ def table(results: list[dict[str, Any]]) -> str:
     runs = {(run["rule"], run["seed"]): run["points"] for run in results}
     rows = []
     for name in sorted({rule for rule, seed in runs if rule != "standard" and ("standard", seed) in runs}):
-        share = 1 - 1 / float(name.split("-")[1])
-        for number, label in enumerate(("input", "supervised")):
+        share = 1 - share_of(name)
+        labels = ("supervised, steps",) if name.endswith(WIDE) else ("input", "supervised")
+        for number, label in enumerate(labels):
             cells, means, predicted, dropped, rates = [], [], [], [], []
             for seed in (seed for rule, seed in runs if rule == name and ("standard", seed) in runs):
                 point, standard = runs[name, seed][number], runs["standard", seed]
