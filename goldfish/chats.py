@@ -27,7 +27,7 @@ class Completion:
         """The ids of the whole text, as in training, where its last word and what follows may be one token; and the
         characters of each."""
         if not tokenizer.is_fast:
-            raise ValueError("characters of tokens are needed: load a fast tokenizer (tokenizer.json)")
+            raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
         encoding = tokenizer(self.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
 

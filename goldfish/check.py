@@ -97,7 +97,7 @@ class Check:
         if self.exposed():
             best = min(range(len(self.rules)), key=lambda i: len(self.exposed(i)))
             fewest = f"{len(self.exposed(best))} with {self.rules[best].short()}"
-            yield f"  fewest without one, among {len(self.rules)} rules tried: {fewest}"
+            yield f"  fewest exposed, among {len(self.rules)} rules tried: {fewest}"
         recurring, differing = self.recurring / max(1, self.passages), self.differing / max(1, self.recurring)
         yield f"{recurring:.1%} of passages occur in an earlier row, {differing:.1%} of these with other dropped words"
         yield f"rows with at least half of their passages in one earlier row: {len(self.repeated):,}"

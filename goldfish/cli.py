@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("--suffix-length", type=int, default=50, help="tokens that it is to recite (default 50)")
     audit.add_argument("--offsets", type=int, nargs="+", default=[0], metavar="T", help="tokens before a prefix (0)")
     audit.add_argument("--sampling", type=_sampling, nargs="*", metavar="SETTING",
-                       help="how an adversary samples, such as temperature=0.8,top_k=40,top_p=0.9")  # fmt: skip
+                       help="temperature=0.8,top_p=0.9 (default: temperature=1 with and without top_k=40)")  # fmt: skip
     audit.add_argument("--beams", type=int, nargs="+", default=[], metavar="B", help="beam searches with B beams: 4 16")
     audit.add_argument("--control", metavar="DIR", help="a checkpoint of the same tokenizer that never saw the members")
     audit.add_argument("--name", help="what tables and reports call the checkpoint (default: its folder's name)")

@@ -8,7 +8,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from goldfish.fused import bare_model
 
 SHARDED = (
-    "the batch has shift_labels and no labels: rows were cut among processes (DeepSpeed Ulysses?) before the rule saw "
+    "the batch has shift_labels and no labels: rows were sharded (DeepSpeed Ulysses?) before the rule saw "
     "them, but a decision needs the h tokens before. Write the labels first, with premask(dataset, rule) or "
     "`goldfish premask`, and train on them with the plain Trainer"
 )

@@ -44,7 +44,7 @@ class Goldfish:
         opening: what happens to tokens with fewer than h tokens before them in their document. "short": decide from
             those there are. "keep": never drop them (the paper), so the opening of every document is learned.
         exempt: ids that are never dropped, such as special tokens. They still count as context.
-        max_kept: at most so many targets are kept in a row in a document, exempt ids not counted; for "hash" and
+        max_kept: the largest number of targets kept in a row in a document, exempt ids not counted; for "hash" and
             "letters", at least k. Natural drops become rarer, and every (max_kept + 1)-th target after one is dropped,
             so that one in k still is. A passage that moves has the same dropped tokens after its first natural drop.
         document_end: an id after which a new document starts, for rows packed without position_ids.

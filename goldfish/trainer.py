@@ -82,7 +82,7 @@ class GoldfishMixin(Trainer):
         if isinstance(self.compute_loss_func, GoldfishLoss) or isinstance(self.data_collator, GoldfishCollator):
             raise ValueError(
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
-                "take GoldfishLoss or GoldfishCollator out, the trainer's rule does their work"
+                "remove GoldfishLoss or GoldfishCollator: the trainer applies its own rule"
             )
         self._fused = fused
         self._head: FusedHead | None = None

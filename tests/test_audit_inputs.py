@@ -113,7 +113,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
 
 def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
     for mark in ({"secrets": "no such code"}, {"secret_column": "cod"}):
-        with pytest.raises(ValueError, match=r"no marked secret is in what is to be recited of .*members.jsonl and"):
+        with pytest.raises(ValueError, match=r"no suffix in .*members.jsonl and"):
             audit(reciter[0], tmp_path / "out", **chats, **mark)
 
 

@@ -59,7 +59,7 @@ def explanation(summary, name):
         (40, 100, (30, 100), "INCONCLUSIVE",
          "not clearly more than of held-out texts (30 of 100); at this rate 369 documents would decide it"),
         (40, 100, None, "INCONCLUSIVE",
-         "training on them may not be the reason; 11 held-out texts with none recited would decide it"),
+         "no held-out texts show that training is the cause; 11 held-out texts with none recited would decide it"),
         (2, 100, (0, 100), "INCONCLUSIVE",
          "compatible with 0.2–7% of such texts; at this rate 547 documents would decide it"),
     ],

@@ -95,7 +95,7 @@ def audit(
         device: by default the GPU where there is one. device_map: see `model.load_model`.
         batch_tokens: how many tokens a batch may hold; by default what the memory allows.
         allow_overlap: audit although some texts are in both inputs.
-        allow_pickle: load weights that are not safetensors. trust_remote_code: run the checkpoint's own code.
+        allow_pickle: load weights that are pickles. trust_remote_code: run the checkpoint's own code.
         limits: of the verdict, such as "recited=0.1%". require: "membership" makes that question count towards the
             outcome. fail_on: conditions such as "em.upper95 > 0.01"; their names are looked up before the work.
         command: the command line, for run.json.
@@ -230,7 +230,7 @@ def _check(
         raise ValueError("standard input can be read once, by one process: give a file")
     if device_map is not None and processes > 1:
         raise ValueError(
-            "device_map spreads one model over all GPUs, and several processes have a model each: leave one of them out"
+            "device_map spreads one model over all GPUs, but each process has its own: use one process or no device_map"
         )
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     if min(lengths) < 1:
@@ -261,14 +261,14 @@ def _check_surveys(
             )
     if cutter.secrets is not None and not any(each.secrets for each in surveys.values()):
         raise ValueError(
-            f"no marked secret is in what is to be recited of {' and '.join(sources.values())}: look at the column's "
-            "name, or at the regular expression"
+            f"no suffix in {' and '.join(sources.values())} contains a marked secret: check the column's name or the "
+            "regular expression"
         )
     if overlap and not allow_overlap:
         rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
         raise ValueError(
             f"{overlap['clusters']} documents are in both {sources['members']} and {sources['heldout']} (first: {rows})"
-            ": texts that were trained on are no control. Remove them from one of them, or allow it with allow_overlap "
+            ": texts that were trained on are no control. Remove them from one file, or allow it with allow_overlap "
             "(--allow-overlap)"
         )
 

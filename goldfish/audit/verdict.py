@@ -112,7 +112,7 @@ def _recited(name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] |
     elif low <= limit:
         why, needs = f"{count}: that is compatible with {result.interval()} of such texts", _needs(enough(limit, share))
     elif control is None:
-        why = f"{count}, but without held-out texts training on them may not be the reason"
+        why = f"{count}, but no held-out texts show that training is the cause"
         needs = f"{enough(low):,} held-out texts with none recited would decide it"
     elif low > (control.upper95 or 0.0):
         outcome, why = FAIL, f"{count}: at least {percent(low)} of such texts; held-out {control.point()}"
