@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         data = load(args)
         names = [*args.rules, *(name + WIDE for name in args.wide)]
         rules = {name: bound_rule(name, data.tokenizer) for name in names}
-        masks = {name: rule.dropped(data.heldout) for name, rule in rules.items() if rule}
+        masks = {name.removesuffix(WIDE): rule.dropped(data.heldout) for name, rule in rules.items() if rule}
         print(f"{len(data.rows) * (ROW - 1):,} targets to train on; held out: {data.owners.max() + 1} documents, "
               f"{data.heldout.numel():,} tokens", flush=True)  # fmt: skip
         for seed in args.seeds:
@@ -189,7 +189,7 @@ def train(
             point = {"counted": counted, "share": round(targets / args.targets, 4)}
             point |= {key: state[key] for key in ("read", "kept", "step")}
             nll, losses = heldout(average.module, data.heldout, data.owners)
-            used = masks if rule is None else {name: masks[name]}
+            used = masks if rule is None else {(own := name.removesuffix(WIDE)): masks[own]}
             point |= losses | {"dropped_loss": {other: nll[m[:, 1:]].mean().item() for other, m in used.items()}}
             state["points"].append(point)
             print(f"seed {seed} {name} {counted} {state[counted]:,}: {point['loss']:.4f} nats per token, "
@@ -218,7 +218,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 cells.append(paired([point], [last]))
                 means.append(point["loss"] - last["loss"])
                 predicted.append(earlier["loss"] - last["loss"] if label == "input" else 0.0)
-                dropped.append(point["dropped_loss"][name] - last["dropped_loss"][name])
+                own = name.removesuffix(WIDE)
+                dropped.append(point["dropped_loss"][own] - last["dropped_loss"][own])
                 rates.append(1 - point["kept"] / point["read"])
             rows.append((name, label, f"{np.mean(rates):.3f}", ", ".join(cells), f"{np.mean(predicted):+.4f}",
                          mean_of(means, 4), f"{np.mean(dropped):+.4f}"))  # fmt: skip
