@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from jinja2 import TemplateError
-
 from goldfish.rows import Row, first_line
 
 
@@ -30,6 +28,10 @@ class Completion:
             raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
         encoding = tokenizer(self.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
+
+
+class RefusedChat(ValueError):
+    """A chat that the tokenizer's chat template does not take."""
 
 
 def is_chat(row: Row) -> bool:
@@ -60,13 +62,13 @@ def completions(row: Row, tokenizer: Any) -> Iterator[Completion | str]:
     for i in turns:
         content = messages[i].get("content")
         if not isinstance(content, str) or not content.strip():
-            yield "an empty completion"
+            yield "a completion that is no text" if content and not isinstance(content, str) else "an empty completion"
             continue
         try:
             text = _render(tokenizer, messages[: i + 1])
             opening = _opening(tokenizer, text, messages[:i])
-        except TemplateError as error:
-            yield f"the chat template refuses it: {first_line(error)}"
+        except RefusedChat:  # whose message may hold its text
+            yield "the chat template refuses it"
             continue
         start = -1 if opening is None else text.find(content.strip(), opening)
         if start < 0:
@@ -81,7 +83,10 @@ def _render(tokenizer: Any, messages: list[Any], **options: Any) -> str:
             "the rows are chats, but the tokenizer has no chat template: save it with the tokenizer.chat_template of "
             "the training, or give the rows as `text`, or as strings `prompt` and `completion`"
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # templates are code of others
+        raise RefusedChat(f"the chat template refuses it: {first_line(error)}") from error
 
 
 def _opening(tokenizer: Any, text: str, messages: list[Any]) -> int | None:
@@ -116,9 +121,9 @@ def secret_finder(pattern: str, column: str) -> Callable[[Row, str, int], Iterat
             values = row.get(column) or []
             values = values if isinstance(values, list) else [values]
             expressions = [re.compile(re.escape(str(value))) for value in values]
-        for match in chain.from_iterable(each.finditer(text, start) for each in expressions):
+        for match in chain.from_iterable(each.finditer(text) for each in expressions):
             a, b = match.span(min(1, match.re.groups))
-            if a < b:
+            if start <= a < b:  # what comes before a group may stand before the start
                 yield a, b
 
     return find

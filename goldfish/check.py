@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldfish.chats import secret_finder, training_text
+from goldfish.chats import RefusedChat, secret_finder, training_text
 from goldfish.pieces import plain
 from goldfish.rows import read_rows
 from goldfish.rule import MOST_KEPT, Goldfish
@@ -129,7 +129,10 @@ def check(
     for number, row in enumerate(read_rows(source, text_column)):
         if "input_ids" in row:
             raise ValueError(f"{source}, row {number} has input_ids; the check looks for secrets in texts: give `text`")
-        whole = training_text(row, tokenizer)
+        try:
+            whole = training_text(row, tokenizer)
+        except RefusedChat as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
         text, start = whole.text, whole.start
         all_ids, spans = whole.encode(tokenizer)
         ids = torch.tensor(all_ids, dtype=torch.int64)

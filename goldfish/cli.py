@@ -28,19 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
     premask = verbs.add_parser(
         "premask",
         help="write the labels of a tokenized dataset, for trainers that know nothing of the rule",
-        description="Write masked labels for a tokenized dataset, and a receipt (goldfish.json) with the rule and the "
-        "counts of one pass; copy the receipt beside the weights. Of several splits only train is written. After an "
-        "interruption the same command continues with what `datasets` has cached.",
+        description="Write masked labels for a tokenized dataset (its split train), and a receipt, goldfish.json, with "
+        "the rule and the counts of one pass; copy it beside the weights.",
     )
     premask.add_argument("input", help="a folder of datasets.save_to_disk, or .parquet, .json, .jsonl; has input_ids")
     premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
     _add_rule(premask)
-    premask.add_argument(
-        "--format", default="labels",
-        help="labels (default): a datasets folder with labels, -100 where dropped; mask: token_ids.npy (uint32) and "
-        "labels_mask.npy (bool, True = target) without headers, for OLMo; loss-mask: token_ids.npy and loss_mask.npy "
-        "(float32, 1 = the next token of the row is a target), for Megatron and NeMo",
-    )  # fmt: skip
+    premask.add_argument("--format", default="labels",
+                         help="labels (default): a datasets folder; mask: arrays for OLMo; loss-mask: arrays for "
+                         "Megatron and NeMo")  # fmt: skip
     premask.add_argument("--num-proc", type=int, metavar="N", help="processes (default 1)")
     premask.set_defaults(run=_premask)
 
@@ -57,8 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     audit = verbs.add_parser(
         "audit",
         help="test whether a checkpoint recites texts",
-        description="Test whether a checkpoint recites texts. After an interruption the same command continues the "
-        "audit. `accelerate launch -m goldfish audit ...` shares the work between processes.",
+        description="Test whether a checkpoint recites texts. After an interruption the same command continues it.",
     )
     audit.add_argument("checkpoint", help="a folder, hub name or .gguf file with model and tokenizer")
     audit.add_argument("--members", metavar="DATA", help=f"what was trained on: {EXPECTED}")
@@ -119,11 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 with one line on stderr for a usage or data error.
-
-    With `audit --fail-on`: 1 where a condition holds, 3 where one cannot be decided; for `check` see its help. Options
-    may be written with underscores, as they were in 0.1.
-    """
+    """Run the command line and return its exit code. Options may have underscores, as in 0.1."""
     args = build_parser().parse_args([_dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
         code: int | None = args.run(args)
@@ -151,9 +142,7 @@ def _dashed(word: str) -> str:
 def _add_rule(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
     verb.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    verb.add_argument(
-        "--h", type=int, default=13, help="how many preceding tokens, or words of 5 letters, decide (default 13)"
-    )
+    verb.add_argument("--h", type=int, default=13, help="preceding tokens, or words of 5 letters, that decide (13)")
     verb.add_argument("--strategy", default="hash", help='"hash" (default), "letters", or one of those for comparison')
     verb.add_argument("--max-kept", type=int, metavar="N", help="never keep more than N tokens in a row; at least k")
     verb.add_argument("--seed", type=int, default=0)

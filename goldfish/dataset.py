@@ -9,8 +9,8 @@ import torch
 
 from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
 from goldfish.receipt import ALL, Tally, bind, count, write_receipt
-from goldfish.rows import dataset_of
-from goldfish.rule import Goldfish
+from goldfish.rows import dataset_of, first_line
+from goldfish.rule import Goldfish, check_beside
 
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
@@ -45,6 +45,8 @@ def premask(
             which draws anew in every epoch; a receipt of a streaming dataset.
     """
     check_rules(rule)
+    if isinstance(dataset, dict):
+        raise ValueError(f"premask takes one split, got {', '.join(dataset)}: premask(dataset['train'], ...)")
     for one in [rule] if isinstance(rule, Goldfish) else rule.values():
         if one is not None and one.strategy == "random":
             raise ValueError('premask writes labels once, strategy "random" draws anew in every epoch: use a collator')
@@ -52,7 +54,8 @@ def premask(
         raise ValueError("a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset")
     rule = bind(rule, tokenizer)
     options = {} if num_proc is None else {"num_proc": num_proc}
-    masked = dataset.map(_mask_row, fn_kwargs={"rules": rule, "counts": receipt is not None}, **options)
+    settings = {"rules": rule, "counts": receipt is not None}
+    masked = dataset.map(_mask_row, with_indices=True, fn_kwargs=settings, **options)
     if receipt is None:
         return masked
     tally = Tally(rule, torch.device("cpu"))
@@ -66,15 +69,20 @@ def premask(
     return masked.remove_columns(COUNTS)
 
 
-def _mask_row(row: dict[str, Any], rules: Rules, counts: bool) -> dict[str, list[Any]]:
+def _mask_row(row: dict[str, Any], number: int, rules: Rules, counts: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
         raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
     rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
     names = ("input_ids", "labels", "position_ids", "attention_mask")
-    given = {name: torch.tensor([row[name]], dtype=torch.int64) for name in names if row.get(name) is not None}
-    batch = with_labels(given)
-    dropped, keys = decide({ALL: rule}, batch | {SOURCE: torch.tensor([0])})
-    labels = batch["labels"].masked_fill(dropped, IGNORE_INDEX)[0].tolist()
+    try:
+        given = {name: torch.as_tensor(row[name])[None] for name in names if row.get(name) is not None}
+        given = {name: value if value.numel() else value.long() for name, value in given.items()}  # of [] float32
+        batch = with_labels(given)
+        check_beside("labels", batch["labels"], batch["input_ids"])
+        dropped, keys = decide({ALL: rule}, batch | {SOURCE: torch.tensor([0])})
+    except (ValueError, TypeError, RuntimeError) as error:  # of torch too
+        raise ValueError(f"row {number}: {first_line(error)}") from error
+    labels = batch["labels"].long().masked_fill(dropped, IGNORE_INDEX)[0].tolist()
     return {"labels": labels} | ({COUNTS: count(batch, dropped, keys)[0].tolist()} if counts else {})
 
 

@@ -134,6 +134,7 @@ class FusedHead:
             inputs.get("labels") is not None
             and self._model.training
             and torch.is_grad_enabled()
+            and inputs.get("past_key_values") is None  # the first forward, which proves, would add to the cache
             and (to_keep is None or (isinstance(to_keep, int) and to_keep == 0))
         )
 

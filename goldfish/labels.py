@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from goldfish.rule import Goldfish, check_beside
 
@@ -52,26 +53,34 @@ def mask_labels(
     if labels is None and shifted:
         raise ValueError("shifted=True needs labels: the last of them is a token that input_ids do not have")
     if labels is None:
-        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, ignore_index)
+        labels = input_ids.to(torch.int64)  # bytes cannot hold -100
+        labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, ignore_index)
     check_beside("labels", labels, input_ids)
+    if not labels.dtype.is_signed:
+        raise TypeError(f"labels must be signed to hold {ignore_index}, got {labels.dtype}: labels.long()")
     if rule is None:
         return labels.clone()
     batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     if shifted:
-        batch = _through_last_label({**batch, "labels": labels}, ignore_index)
+        batch, places = _unshifted({**batch, "labels": labels}, ignore_index)
     dropped = rule.dropped(**batch, draw=_next_draw(rule))
-    return labels.masked_fill(dropped[..., 1:] if shifted else dropped, ignore_index)
+    return labels.masked_fill(dropped.gather(-1, places) if shifted else dropped, ignore_index)
 
 
-def _through_last_label(batch: Mapping[str, Any], ignore_index: int) -> dict[str, Any]:
-    """input_ids, position_ids and attention_mask of a batch with shifted labels, and the token of the last label."""
-    last = batch["labels"][..., -1:]
-    added = {"input_ids": last.masked_fill(last == ignore_index, 0).to(batch["input_ids"].dtype)}
+def _unshifted(batch: Mapping[str, Any], ignore_index: int) -> tuple[dict[str, Any], Tensor]:
+    """input_ids, position_ids and attention_mask that hold the token of every label of a batch with shifted labels; and
+    where, int64 of the labels' shape. Most are the next of the ids. That of a row's last label, and of a document that
+    was shifted before it was padded or packed, is not: it gets a place of its own behind its position."""
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    following, attended = (pad(each[..., 1:], (0, 1)) for each in (ids, mask != 0))
+    own = (labels != following) | ~attended
+    there = own & (labels != ignore_index)
+    pairs = {"input_ids": (ids, labels.to(ids.dtype)), "attention_mask": (mask, there.to(mask))}
     if batch.get("position_ids") is not None:
-        added["position_ids"] = batch["position_ids"][..., -1:] + 1
-    if batch.get("attention_mask") is not None:
-        added["attention_mask"] = torch.ones_like(batch["attention_mask"][..., -1:])
-    return {name: torch.cat((batch[name], tensor), -1) for name, tensor in added.items()}
+        pairs["position_ids"] = (batch["position_ids"], batch["position_ids"] + 1)
+    column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    return {name: torch.stack(pair, -1).flatten(-2) for name, pair in pairs.items()}, 2 * column + 2 - own.long()
 
 
 def _next_draw(rule: Goldfish) -> int:
@@ -130,7 +139,7 @@ def mask_batch(batch: Mapping[str, Any], dropped: Tensor, ignore_index: int = IG
     masked = {name: value for name, value in batch.items() if name != SOURCE}
     masked["labels"] = batch["labels"].masked_fill(dropped, ignore_index)
     if "shift_labels" in batch:
-        ignored = torch.nn.functional.pad(masked["labels"][..., 1:] == ignore_index, (0, 1), value=True)
+        ignored = pad(masked["labels"][..., 1:] == ignore_index, (0, 1), value=True)
         masked["shift_labels"] = batch["shift_labels"].masked_fill(ignored, ignore_index)
     return masked
 
@@ -206,6 +215,7 @@ class GoldfishCollator:
             batch = with_labels(batch)
         elif batch.get("labels") is None:
             raise ValueError(f"ignore_index={self.ignore_index}, shifted={self.shifted} needs a collator with labels")
-        through = {**batch, **_through_last_label(batch, self.ignore_index)} if self.shifted else batch
-        dropped = decide(self.rule, through)[0]
-        return mask_batch(batch, dropped[:, 1:] if self.shifted else dropped, self.ignore_index)
+        if not self.shifted:
+            return mask_batch(batch, decide(self.rule, batch)[0], self.ignore_index)
+        whole, places = _unshifted(batch, self.ignore_index)
+        return mask_batch(batch, decide(self.rule, {**batch, **whole})[0].gather(-1, places), self.ignore_index)

@@ -72,8 +72,8 @@ def encode(entries: list[bytes]) -> Codes:
                 inverse_powers.append((inverse_powers[-1] * INVERSE) & spec.WORD)
             state = (state + spec.mix(ord(letter)) * inverse_powers[position]) & spec.WORD
             hashes.append(state)
-    columns = (of_id, of_character, map(_parts, entries), outlines, hashes)
-    tables = (torch.tensor([signed(number) for number in column], dtype=torch.int64) for column in columns)
+    columns = (of_id, of_character, list(map(_parts, entries)), outlines, list(map(signed, hashes)))
+    tables = (torch.tensor(column, dtype=torch.int64) for column in columns)
     return Codes(*tables, *(powers(base, len(inverse_powers), torch.device("cpu")) for base in (MULTIPLIER, INVERSE)))
 
 

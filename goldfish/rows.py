@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,15 @@ def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
                 if text.strip():
                     yield _checked(_parsed(text, where), where, text_column)
     else:
-        dataset = dataset_of(source)
-        try:
-            for number, row in enumerate(dataset):
-                yield _checked(row, f"{source}, row {number}", text_column)
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # of the many packages below `datasets`
-            raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+        rows = iter(dataset_of(source))
+        for number in count():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of the many packages below `datasets`
+                raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+            yield _checked(row, f"{source}, row {number}", text_column)
 
 
 def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int, Row]]:
@@ -105,6 +107,8 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         kind = KINDS.get(path.suffix.lower())
         if kind is None:
             raise ValueError(f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty")
         return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
         saved = load_from_disk(source)
@@ -201,10 +205,9 @@ def _checked(row: Row, where: str, text_column: str) -> Row:
     elif text is None and ("messages" in row or {"prompt", "completion"} <= row.keys()):
         _require_chat(row, where)
     elif not isinstance(text, str):
-        raise ValueError(
-            f"{where}: expected text, input_ids, messages, or prompt and completion; got {', '.join(names)}. Is the "
-            "text in another column? Name it with --text-column"
-        )
+        got = f"got {', '.join(names)}. Is the text in another column? Name it with --text-column"
+        got = f"text is {text!r:.80}" if "text" in names else got
+        raise ValueError(f"{where}: expected text, input_ids, messages, or prompt and completion; {got}")
     source, count = row.get("source"), row.get("count")
     if not isinstance(source, str | None):
         raise ValueError(f"{where}: source must be a string, or be left out, got {source!r:.80}")

@@ -35,7 +35,7 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
 def read_text(argument: str) -> str:
     """The content of the file of this name, or the argument itself; ValueError if it looks like the name of a file (no
     white space, and a slash or a suffix), but there is none."""
-    if len(argument) < 256 and Path(argument).is_file():
+    if len(argument.encode("utf-8", "replace")) < 256 and Path(argument).is_file():
         return Path(argument).read_text(encoding="utf-8")
     if re.fullmatch(r"\S*/\S*|\S+\.[A-Za-z]\w{0,9}", argument):
         raise ValueError(f"there is no file {argument}; to show these characters as a text, add a space")

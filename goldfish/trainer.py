@@ -110,6 +110,7 @@ class GoldfishMixin(Trainer):
         self._logged = (0, 0)  # targets and dropped ones at the last log
         self._measured = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # by the gauge since the last log
         self._gauge_is_off = False
+        self._last_batch: tuple[dict[str, Any], torch.Tensor] | None = None  # with its decisions
         self._before: dict[str, Any] | None = None  # the receipt of earlier training under other rules
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,11 +172,11 @@ class GoldfishMixin(Trainer):
         return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
 
     def _read_gauge(self) -> None:
-        batch, dropped = self._last_batch
-        if not is_text(batch):
+        batch, dropped = self._last_batch or ({}, None)
+        if batch and not is_text(batch):
             logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
-        skip = torch.tensor(float(self._gauge_is_off or not is_text(batch)), device=self.args.device)
-        if self.accelerator.reduce(skip, "sum") > 0:  # all processes measure, or none
+        skip = torch.tensor(float(self._gauge_is_off or not batch or not is_text(batch)), device=self.args.device)
+        if self.accelerator.reduce(skip, "sum") > 0 or dropped is None:  # all processes measure, or none
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
@@ -189,12 +190,14 @@ class GoldfishMixin(Trainer):
             self._gauge_is_off = True
         self._measured += self.accelerator.reduce(sums, "sum")
 
-    def _sync(self) -> None:
-        """Add up what all processes counted. Only where all of them arrive: log and save_model, which a process may
-        call alone, use the sums of the last time."""
-        self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
+    def _sync(self, *, may_wait: bool = True) -> None:
+        """Add up what all processes counted. Only where all of them arrive: log and save_model, which one of several
+        processes may call alone, use the sums of the last time."""
+        if may_wait or self.accelerator.num_processes == 1:
+            self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._sync(may_wait=False)
         now = self._tally.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
         if "loss" in logs and targets > 0:
@@ -217,6 +220,7 @@ class GoldfishMixin(Trainer):
 
     def save_receipt(self, folder: str | None = None) -> None:
         """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
+        self._sync(may_wait=False)
         if self.args.should_save:
             write_receipt(folder or self.args.output_dir, self._tally, self.processing_class, self._before)
 
@@ -306,15 +310,21 @@ class _Events(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer._begin()
 
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self.trainer._last_batch is None:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__} took a step, but no batch was masked: its get_batch_samples must "
+                "call super().get_batch_samples, where labels are masked and counted"
+            )
         self.trainer._tally.end_step()
-        self.on_epoch_end(args, state, control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         if control.should_log:
             self.trainer._read_gauge()
         if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
             self.trainer._sync()
+
+    on_epoch_end = on_step_end
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer._sync()

@@ -27,8 +27,8 @@ def test_paired_by_hand(tmp_path):
     first, second = same_windows()
     found = compare(*pair(tmp_path, first, second[::-1]))  # the order of the rows does not matter
     match = found["splits"]["members"]["exact_match"]
-    assert {key: match[key] for key in ("n", "first", "second", "documents_only_first", "documents_only_second")} == {
-        "n": 40, "first": 30, "second": 10, "documents_only_first": 20, "documents_only_second": 0,
+    assert {key: match[key] for key in ("n", "first", "second", "only_first", "only_second")} == {
+        "n": 40, "first": 30, "second": 10, "only_first": 20, "only_second": 0,
     }  # fmt: skip
     assert match["p"] == mcnemar(20, 0)
     assert match["difference"].value == -0.5
@@ -37,7 +37,7 @@ def test_paired_by_hand(tmp_path):
     assert (rouge["first"], rouge["second"]) == (0.875, 0.625)
     assert rouge["difference"].value == -0.25
     assert found["sentence"] == (
-        "standard recites 30, goldfish 10 of 40 member windows: goldfish recites fewer (McNemar p = 1.9e-06)"
+        "standard recites 30, goldfish 10 of 40 member texts: goldfish recites fewer (McNemar p = 1.9e-06)"
     )
 
 
@@ -63,7 +63,17 @@ def test_windows_of_one_document_are_one_event(tmp_path):
     base = made_up_records("members", 40, 1.0, per_document=20)
     missed = [{**record, "exact_match": False} for record in base]
     match = compare(*pair(tmp_path, base, missed))["splits"]["members"]["exact_match"]
-    assert (match["first"], match["documents_only_first"], match["p"]) == (40, 2, 0.5)
+    assert (match["n"], match["first"], match["only_first"], match["p"]) == (2, 2, 2, 0.5)
+
+
+def test_the_sentence_counts_what_it_compares(tmp_path):
+    """One window of each of 12 documents against all windows of four: fewer documents, more windows."""
+    base = made_up_records("members", 84, 0.0, per_document=7)
+    one = [{**record, "exact_match": i % 7 == 0} for i, record in enumerate(base)]
+    four = [{**record, "exact_match": i < 28} for i, record in enumerate(base)]
+    assert compare(*pair(tmp_path, one, four))["sentence"] == (
+        "standard recites 12, goldfish 4 of 12 member texts: goldfish recites fewer (McNemar p = 0.0078)"
+    )
 
 
 def test_equal_models_do_not_differ(tmp_path):

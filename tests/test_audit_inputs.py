@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldfish import Goldfish
 from goldfish import rows as reader
 from goldfish.audit import audit, read, records
+from goldfish.audit.windows import Cutter
+from goldfish.chats import secret_finder
 from goldfish.cli import main
 from goldfish.receipt import Tally, write_receipt
 from goldfish.report import write_report
@@ -113,8 +115,30 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
 
 def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
     for mark in ({"secrets": "no such code"}, {"secret_column": "cod"}):
-        with pytest.raises(ValueError, match=r"no suffix in .*members.jsonl and"):
+        with pytest.raises(ValueError, match=r"no suffix in .*members.jsonl contains a marked secret"):
             audit(reciter[0], tmp_path / "out", **chats, **mark)
+    with pytest.raises(ValueError, match=r"no suffix in .*heldout.jsonl contains a marked secret"):
+        audit(reciter[0], tmp_path / "out", members=chats["heldout"], heldout=chats["members"], secrets=CODES[0])
+
+
+def test_a_secret_may_be_announced_in_the_prompt(tokenizer):
+    """Where the pattern has a group, only the group must stand in the suffix."""
+    marks = secret_finder(r"code is (\S+)", "")
+    length, all_ids = len(tokenizer("Her code is")["input_ids"]), tokenizer("Her code is 8841Z.")["input_ids"]
+    for row in ({"prompt": "Her code is", "completion": " 8841Z."}, {"text": "Her code is 8841Z."}):
+        (window,) = Cutter(tokenizer, length, len(all_ids) - length, secrets=marks).cut(row, 0, "members")
+        assert window.secrets == ("8841Z.",)
+
+
+def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
+    """Whatever the template raises; its message may hold the text of the chat."""
+    concatenates = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", concatenates)
+    for question in ([{"type": "text", "text": "hi"}], None):
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+        assert list(Cutter(tokenizer, 5, 5).cut({"messages": chat}, 0, "members")) == ["the chat template refuses it"]
+    parts = say("hi", [{"type": "text", "text": "yes"}])
+    assert list(Cutter(tokenizer, 5, 5).cut({"messages": parts}, 0, "members")) == ["a completion that is no text"]
 
 
 def test_a_condition_on_secrets_is_known_before_the_work(reciter, chats, tmp_path):

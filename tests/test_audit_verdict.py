@@ -12,12 +12,13 @@ from rich.console import Console
 import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import membership as membership_module
+from goldfish.audit import verdict as verdict_module
 from goldfish.audit.columns import COLUMNS
-from goldfish.audit.estimate import Estimate, clopper_pearson, dumps
+from goldfish.audit.estimate import Estimate, clopper_pearson, dumps, rate
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
-from goldfish.audit.verdict import enough, parse_limits
+from goldfish.audit.verdict import LIMITS, enough, parse_limits
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,14 @@ def test_greedy_question(k, n, heldout, outcome, why):
     assert found["outcome"] == outcome
     assert why in found["why"]
     assert (found["needs"] is not None) == (outcome == "INCONCLUSIVE")
+
+
+def test_a_control_with_nothing_to_count_is_none():
+    """Held-out texts without a marked secret say nothing about secrets."""
+    members = {"secrets": rate([True] * 15), "recited": {"secrets": []}}
+    found = verdict_module._recited("secrets", members, {"secrets": rate([])}, LIMITS)
+    assert found["outcome"] == "INCONCLUSIVE"
+    assert "no held-out texts show that training is the cause" in found["why"]
 
 
 @pytest.mark.parametrize(("limit", "share"), [(0.01, 0.0), (0.01, 0.02), (0.05, 0.03), (0.001, 0.0)])

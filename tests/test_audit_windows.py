@@ -51,6 +51,20 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     ]
 
 
+def clusters(rows, *how):
+    result = surveyed(rows, "members", *how)
+    join({"members": result})
+    return result.clusters
+
+
+def test_one_equal_window_does_not_make_two_rows_one(tokenizer):
+    """A licence before different texts; the same texts again are one document."""
+    licence, texts = list(range(8)), [list(range(20 * i, 20 * i + 8)) for i in range(1, 4)]
+    rows = [{"input_ids": licence + text} for text in (*texts, texts[0])]
+    assert clusters(rows, tokenizer, 5, 3, (0, 8)) == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert clusters(rows, tokenizer, 5, 3) == [0, 0, 0, 0], "what is asked of them is the same"
+
+
 def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
     """Where the tokenizer puts them; ids that are given stay as they are."""
     ids = framing(PROSE[0], add_special_tokens=False)["input_ids"]

@@ -43,6 +43,18 @@ def dropped_in(rule, text, secret):
     return {i for i in range(len(secret)) if drops[start + i]}
 
 
+def test_a_pattern_may_begin_in_the_prompt(letters, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "her code is", "completion": f" {CODE}"}])
+    result = check(path, letters[0], Goldfish(k=3, h=12), r"code is (\S+)")
+    assert list(result.secrets) == [CODE]
+
+
+def test_a_chat_that_breaks_the_template_is_named(letters, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"messages": [{"role": "user", "content": ["hi"]}]}])
+    with pytest.raises(ValueError, match=r"a.jsonl, row 1: the chat template refuses it: can only concatenate"):
+        check(path, letters[0], Goldfish(k=3, h=12))
+
+
 def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path):
     """Under every rule that is tried, against the decisions of each place."""
     every = [f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")]

@@ -29,6 +29,18 @@ def test_show_marks_exactly_the_dropped_tokens(tokenizer):
     assert f"{sum(dropped)} of {len(ids)} tokens dropped" in text.plain
 
 
+def test_show_takes_a_long_text_without_spaces(checkpoint, capsys):
+    assert main(["show", "吾輩は猫である" * 20, "--tokenizer", str(checkpoint)]) == 0
+    assert "tokens dropped" in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_there(checkpoint, tmp_path, capsys):
+    (tmp_path / "m.txt").write_text(PROSE[0])
+    command = ["audit", str(checkpoint), "--members", str(tmp_path / "m.txt"), "-o", str(tmp_path / "o"), "--device"]
+    assert main([*command, "foo"]) == 2
+    assert "goldfish audit: the device foo is not there" in capsys.readouterr().err
+
+
 def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     file = tmp_path / "text.txt"
     file.write_text(PROSE[1], encoding="utf-8")

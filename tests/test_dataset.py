@@ -11,6 +11,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer, mask_labels, premask
 from goldfish.cli import main
+from goldfish.dataset import premask_files
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
@@ -44,6 +45,29 @@ def test_premask_respects_labels_padding_and_documents():
     (masked,) = premask(Dataset.from_list([row]), RULE)
     given = {name: torch.tensor(row[name]) for name in ("labels", "position_ids", "attention_mask")}
     assert masked["labels"] == mask_labels(RULE, ids, **given).tolist()
+
+
+def test_premask_takes_rows_as_tensors():
+    rows = Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (30, 1)])
+    expected = premask(rows, RULE)["labels"]
+    for kind in ("torch", "numpy"):
+        assert [list(row) for row in premask(rows.with_format(kind), RULE).with_format(None)["labels"]] == expected
+
+
+def test_premask_refuses_rows_that_it_cannot_read(tmp_path):
+    with pytest.raises(ValueError, match=r"premask takes one split, got train, test: premask\(dataset\['train'\]"):
+        premask(DatasetDict({"train": Dataset.from_list([]), "test": Dataset.from_list([])}), RULE)
+    for wrong, message in (
+        ({"input_ids": [1.5]}, "row 0: input_ids must be integer token ids, got torch.float32"),
+        ({"input_ids": ["a"]}, "row 0: too many dimensions 'str'"),
+        ({"input_ids": [1, 2], "labels": [1]}, "row 0: labels must have the shape of input_ids"),
+        ({"input_ids": None}, "row 0: the rule decides from input_ids, but the batch has only nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(premask(Dataset.from_list([wrong]).to_iterable_dataset(), RULE))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty.jsonl is empty"):
+        premask_files(tmp_path / "empty.jsonl", tmp_path / "out", RULE, None)
 
 
 def test_premask_is_cached_by_the_rule(tmp_path):

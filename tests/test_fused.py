@@ -187,6 +187,22 @@ def test_labels_outside_the_vocabulary():
     assert model(**batch()).loss.isfinite()
 
 
+def test_a_cache_that_is_given_is_read_once():
+    """The proof would run a second forward, which adds to it."""
+    model, inputs = build(), batch()
+    prefix = torch.randint(3, V, (3, 4))
+
+    def loss():
+        with torch.no_grad():
+            cache = model(prefix, use_cache=True).past_key_values
+        result = model(inputs["input_ids"], labels=inputs["labels"], past_key_values=cache)
+        return result.loss.item(), cache.get_seq_length()
+
+    expected = loss()
+    fuse_head(model)
+    assert loss() == expected
+
+
 def test_ways_to_call():
     model, inputs = build(), batch()
     expected = model(**inputs).loss

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn.functional import pad
 from transformers import (
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
@@ -154,6 +155,30 @@ def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
     if ignore_index != -100:
         unshifted = GoldfishCollator(lambda _: batch | {"labels": tokens[:, :-1]}, rule, ignore_index=-1)([])["labels"]
         assert torch.equal(unshifted == -1, rule.dropped(tokens[:, :-1], **given))
+
+
+@pytest.mark.parametrize("rule", [RULE, Goldfish(k=2, h=3, max_kept=2)], ids=str)
+def test_labels_that_were_shifted_before_padding_and_packing(rule):
+    """Each document's last label is a token that no row of input_ids has; the whole document decides about it."""
+    documents = [random_ids(n) for n in (12, 30, 7)]
+    expected = torch.cat([ids[1:].masked_fill(rule.dropped(ids)[1:], -100) for ids in documents])
+    ids, labels = (torch.cat([each[part] for each in documents]) for part in (slice(-1), slice(1, None)))
+    positions = torch.cat([torch.arange(len(each) - 1) for each in documents])
+    assert torch.equal(mask_labels(rule, ids, labels, position_ids=positions, shifted=True), expected)
+    length = 32
+    for ids in documents:
+        given = (pad(ids[:-1], (0, length - len(ids) + 1)), pad(ids[1:], (0, length - len(ids) + 1), value=-100))
+        expected = pad(ids[1:].masked_fill(rule.dropped(ids)[1:], -100), (0, length - len(ids) + 1), value=-100)
+        attended = (torch.arange(length) < len(ids) - 1).long()
+        for mask in (attended, None):
+            assert torch.equal(mask_labels(rule, *given, attention_mask=mask, shifted=True), expected)
+
+
+def test_bytes_can_be_ids_and_no_labels():
+    ids = torch.randint(0, 256, (4, 40), dtype=torch.uint8)
+    assert torch.equal(mask_labels(RULE, ids), mask_labels(RULE, ids.long()))
+    with pytest.raises(TypeError, match=r"labels must be signed to hold -100, got torch.uint8: labels.long"):
+        mask_labels(RULE, ids, ids)
 
 
 def test_shifted_labels_must_be_there():

@@ -71,7 +71,7 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
 def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair, capsys):
     other = write_audit(tmp_path / "c", [window(i, rule=False) for i in range(3)], "third")
     text = flat(report(tmp_path, *pair, other))
-    assert "standard recites 12, goldfish 0 of 12 member windows McNemar p = 5e-04" in text
+    assert "standard recites 12, goldfish 0 of 12 member texts McNemar p = 5e-04" in text
     assert "1212 texts only here 00 texts only here −100 pointsMcNemar p = 5e-04" in text
     assert "standard and third are not compared:" in text
     assert "goldfish and third are not compared:" in text
@@ -101,7 +101,6 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
         "Share of texts recited against tokens from the start of the document",
         "Share of texts recited against samples of each text",
         "How far each member window is recited, the dropped tokens on the way, and where it diverges",
-        "ROC of the membership attacks, both axes logarithmic",
     ]
     text = flat(html)
     assert "doc-3members, row 3, token 5" in text
@@ -117,8 +116,8 @@ def test_a_confounded_audit_has_no_headline(tmp_path):
         for i in range(40)
     ]
     text = flat(report(tmp_path, write_audit(tmp_path / "a", rows)))
-    assert "No headline: " in text
-    assert "Thick line" not in text
+    assert "goldfish : no headline: " in text
+    assert "the strongest attack" not in text
 
 
 def test_numbers_for_people():
@@ -229,14 +228,15 @@ def test_same_bytes_and_no_script_or_address_but_its_own(tmp_path, pair):
 def test_redaction_leaves_lengths_and_colours(tmp_path):
     rows = [window(0, suffix=["zeb", "ra\n", " quag", "ga"], prefix="okapi gnu", name="eland", diverge=2)]
     rows[0]["output_tokens"][2:] = [" kudu", "\toryx"]
-    audit = write_audit(tmp_path / "a", rows, "gazelle", {"control": "/data/impala"})
+    audit = write_audit(tmp_path / "a", rows, "gazelle", {"control": "/data/impala", "secrets": "gerenuk"})
     html = report(tmp_path, audit, audit, redact=True)
-    for word in ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥", "gazelle", "impala", "jsonl"):
+    texts = ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥")
+    for word in (*texts, "gazelle", "impala", "gerenuk", "jsonl"):
         assert word not in html, word
     texts = ("okapi gnu", "zebra\n quagga", "zebra\n kudu\toryx", "zebra\n kudu\toryx")
     assert Page(html).texts == ["█" * len(text) for text in texts]
     assert "<i class=m>███</i><u class=m>███</u><i class=x>█████</i>█████</p>" in html
-    assert "model 1 recites 0, model 2 0 of 1 member windows" in flat(html)
+    assert "model 1 recites 0, model 2 0 of 1 member texts" in flat(html)
 
 
 def test_lines_of_a_megabyte(tmp_path):

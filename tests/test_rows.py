@@ -243,7 +243,7 @@ def test_strings_are_prompt_and_completion(tokenizer):
         ({"messages": say("a", None)}, "an empty completion"),
         ({"prompt": "a", "completion": " "}, "an empty completion"),
         ({"prompt": "", "completion": "words"}, "nothing before the completion"),
-        ({"messages": [{"role": "system", "content": "s"}, *say("a", "b")]}, "the chat template refuses it: no system"),
+        ({"messages": [{"role": "system", "content": "s"}, *say("a", "b")]}, "the chat template refuses it"),
         ({"messages": say("a", PROSE[0] * 9)}, "longer than the model's context of 64 tokens"),
     ],
 )

@@ -313,3 +313,32 @@ def test_a_broken_receipt_is_named(tmp_path):
         (tmp_path / "goldfish.json").write_text(broken)
         with pytest.raises(ValueError, match=r"goldfish.json is not a goldfish receipt: "):
             read_receipt(tmp_path)
+
+
+def test_a_callback_saves_what_was_counted(tmp_path, tokenizer):
+    """Between two logs, on a single process, which has nobody to wait for; at the end of a step that is its own."""
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            self.trainer.save_model(str(tmp_path / str(state.global_step)))
+
+    def watched(trainer):
+        trainer.add_callback(save := Save())
+        save.trainer = trainer
+        return trainer
+
+    trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, then=watched,
+            settings={"logging_steps": 500})  # fmt: skip
+    for steps in (1, 3, 4):
+        trained(tmp_path / "alone", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, steps=steps,
+                settings={"save_strategy": "steps", "save_steps": steps})  # fmt: skip
+        assert read_receipt(tmp_path / str(steps)) == read_receipt(tmp_path / "alone" / f"checkpoint-{steps}")
+
+
+def test_batches_that_bypass_the_rule_are_an_error(tmp_path, tokenizer):
+    class Own(GoldfishTrainer):
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            return [next(epoch_iterator) for _ in range(num_batches)], None
+
+    with pytest.raises(RuntimeError, match="Own took a step, but no batch was masked: its get_batch_samples"):
+        trained(tmp_path, tokenizer, trainer_class=Own, goldfish=RULE)

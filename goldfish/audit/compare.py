@@ -18,7 +18,7 @@ from goldfish.audit.results import Audit, read
 from goldfish.audit.tell import literal, table_lines
 from goldfish.pieces import plain
 
-SCHEMA = "goldfish.compare/2"
+SCHEMA = "goldfish.compare/3"
 MEANS = ("rouge_l_text", "rouge_l_ids", "token_accuracy", "longest_run", "edit_similarity", "first_divergence", "nll")
 KEY = ["split", "index", "offset"]
 QUESTION = ["prefix_ids", "suffix_ids"]
@@ -125,21 +125,20 @@ def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
 
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
-    n, lengths = len(first), pc.list_value_length(first["suffix_ids"]).to_numpy()
+    lengths = pc.list_value_length(first["suffix_ids"]).to_numpy()
 
     def columns(name: str) -> list[Floats]:
         if name == "nll":
             return [sums(each, name) / lengths for each in (first, second)]
         return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
 
-    one, two = columns("exact_match")
-    recited = [np.bincount(documents, each) > 0 for each in (one, two)]  # of documents: any of their windows
-    only_first, only_second = int((recited[0] & ~recited[1]).sum()), int((recited[1] & ~recited[0]).sum())
-    result: dict[str, Any] = {"n": n, "documents": len(recited[0])}
+    one, two = (np.bincount(documents, each) > 0 for each in columns("exact_match"))  # documents: any of their windows
+    only_first, only_second = int((one & ~two).sum()), int((two & ~one).sum())
+    result: dict[str, Any] = {"n": len(first), "documents": len(one)}
     result["exact_match"] = {
-        "n": n, "first": int(one.sum()), "second": int(two.sum()), "documents_only_first": only_first,
-        "documents_only_second": only_second, "p": mcnemar(only_first, only_second),
-        "difference": difference(two - one, documents),
+        "n": len(one), "first": int(one.sum()), "second": int(two.sum()), "only_first": only_first,
+        "only_second": only_second, "p": mcnemar(only_first, only_second),
+        "difference": difference(two.astype(np.float64) - one, np.arange(len(one))),
     }  # fmt: skip
     for name in MEANS:
         a, b = columns(name)
@@ -151,9 +150,9 @@ def _sentence(result: Mapping[str, Any]) -> str:
     split = "members" if "members" in result["splits"] else "heldout"
     match = result["splits"][split]["exact_match"]
     names = result["first"]["name"], result["second"]["name"]
-    windows = f"{'member' if split == 'members' else 'held-out'} windows"
-    counts = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {windows}"
+    texts = f"{'member' if split == 'members' else 'held-out'} texts"
+    counts = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {texts}"
     if match["p"] >= SIGNIFICANT:
         return f"{counts}: the difference may be chance (McNemar p = {match['p']:.2g})"
-    fewer = names[1] if match["documents_only_first"] > match["documents_only_second"] else names[0]
+    fewer = names[1] if match["only_first"] > match["only_second"] else names[0]
     return f"{counts}: {fewer} recites fewer (McNemar p = {match['p']:.2g})"

@@ -18,7 +18,6 @@ RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is
 FIGURES = ("auc", *(f"tpr@{100 * fpr:g}%" for fpr in RATES))
 BLIND = ("words", "length")  # baselines that never saw the model
 RESAMPLES = 1_000
-ROC_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Side:
 
 
 class Ranking:
-    """The windows of both sides by falling score: the ROC curve under any weights; sorts once, for all resamples."""
+    """The windows of both sides by falling score: the ROC curve's figures under any weights, from one sort."""
 
     def __init__(self, members: Floats, heldout: Floats) -> None:
         scores = np.concatenate([members, heldout])
@@ -137,7 +136,7 @@ class _Attack:
         return np.concatenate(draws)
 
     def figures(self, level: float) -> dict[str, Any]:
-        """FIGURES and `roc` as in docs/audit-files.md, with intervals of that level."""
+        """FIGURES as in docs/audit-files.md, with intervals of that level."""
         figures = {"auc": self._estimate(0, min(self._documents), level)}
         for column, fpr in enumerate(RATES, 1):
             if self._documents[1] * fpr >= 10:
@@ -146,7 +145,7 @@ class _Attack:
                 needed = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
                 reason = f"{needed}, got {self._documents[1]}"
                 figures[FIGURES[column]] = Estimate(None, reason=reason, **self._sizes)
-        return {**figures, "roc": self._roc()}
+        return figures
 
     def _estimate(self, column: int, trials: int, level: float) -> Estimate:
         """`trials`: where every resample agrees (AUC of 1), the interval is that of as many independent trials: for an
@@ -161,15 +160,6 @@ class _Attack:
         else:
             low, high = map(float, np.percentile(draws, [50 * (1 - level), 50 * (1 + level)]))
         return Estimate(value, lower95=low, upper95=high, **self._sizes)
-
-    def _roc(self) -> list[list[float]]:
-        """At most ROC_POINTS points of the curve, denser at small false positive rates."""
-        false, true = self._ranking.curve(self._ones)
-        if len(false) > ROC_POINTS:
-            grid = np.append(0.0, np.geomspace(1 / len(self._scores[1]), 1, ROC_POINTS - 1))
-            keep = np.unique([0, *(np.searchsorted(false, grid + 1e-12, side="right") - 1)])
-            false, true = false[keep], true[keep]
-        return np.stack([false, true], -1).tolist()  # type: ignore[no-any-return]
 
 
 def word_scores(members: Side, heldout: Side) -> list[Floats]:

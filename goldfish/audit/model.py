@@ -29,6 +29,7 @@ _WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")  # put before na
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "max_seq_length", "n_positions", "n_ctx")
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ADAPTER = "adapter_config.json"
+_WEIGHTS = tuple(name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
 
 
 class Checkpoint:
@@ -67,7 +68,7 @@ class Checkpoint:
     def base(self) -> "Checkpoint | None":
         """The model that an adapter names; None for a whole model."""
         path = self.file(_ADAPTER)
-        if path is None or self.file("config.json") is not None:
+        if path is None or any(map(self.file, _WEIGHTS)):  # Axolotl saves the base's config.json beside an adapter
             return None
         adapter = json.loads(path.read_text(encoding="utf-8"))
         base = adapter.get("base_model_name_or_path")
@@ -172,7 +173,11 @@ class Checkpoint:
             raise ValueError(f"{self._only_pickles()} ({first_line(error)})") from error
         if device_map is not None:
             model.offloaded = offloaded  # or it would be deleted now
-        self._require_all_loaded(info)
+        if problems := _misfits(info):
+            raise ValueError(
+                f"the weights of {self.name} do not fit its configuration: {problems}. An audit of such a model would "
+                "say nothing about the trained one; save it again with model.save_pretrained(...)"
+            )
         require_causal(model, self.name)
         return model.eval()
 
@@ -180,13 +185,17 @@ class Checkpoint:
         if not allow_pickle and self._is_folder and not any(Path(self._place).glob("*.safetensors")):
             raise ValueError(self._only_pickles())
         revision = {"revision": self._options.get("revision")}
-        info = self._loaded(lambda: model.load_adapter(self._place, adapter_kwargs=revision))
-        if info is None:
+        try:
+            info = model.load_adapter(self._place, adapter_kwargs=revision)
+            if info is None:
+                raise ValueError("this version does not say whether its weights fit: update to transformers 5")
+            if problems := _misfits(vars(info)):
+                raise ValueError(problems)
+        except (ValueError, RuntimeError, ImportError) as error:  # such as DoRA's, and resized embeddings
             raise ValueError(
-                f"{self.name} is an adapter, and this version of transformers does not say whether its weights fit; "
-                "update to transformers 5, or save the merged model: model.merge_and_unload().save_pretrained(...)"
-            )
-        self._require_all_loaded(vars(info))
+                f"{self.name} is an adapter that transformers cannot load over its base ({first_line(error)}); save "
+                "the merged model and audit that: model.merge_and_unload().save_pretrained(...)"
+            ) from error
         return model.eval()
 
     def receipt(self) -> dict[str, Any] | None:
@@ -230,23 +239,19 @@ class Checkpoint:
         except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
             raise ValueError(f"the weights of {self.name} do not fit its configuration: {error}") from error
 
-    def _require_all_loaded(self, info: Mapping[str, Any]) -> None:
-        """ValueError unless every weight of the model was in the files, and the other way round."""
-        kinds = {
-            "the model has no place for": info["unexpected_keys"],
-            "are not in the files": info["missing_keys"],
-            "have another shape": [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]],
-        }
-        problems = [
-            f"{len(names)} weights {text} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            for text, names in kinds.items()
-            if names
-        ]
-        if problems:
-            raise ValueError(
-                f"the weights of {self.name} do not fit its configuration: {'; '.join(problems)}. An audit of such a "
-                "model would say nothing about the trained one; save it again with model.save_pretrained(...)"
-            )
+
+def _misfits(info: Mapping[str, Any]) -> str:
+    """The weights that only the model or only the files have, in words; empty if there are none."""
+    kinds = {
+        "the model has no place for": info["unexpected_keys"],
+        "are not in the files": info["missing_keys"],
+        "have another shape": [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]],
+    }
+    return "; ".join(
+        f"{len(names)} weights {text} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for text, names in kinds.items()
+        if names
+    )
 
 
 def load_tokenizer(checkpoint: str | Path) -> Any:

@@ -1,8 +1,5 @@
 """A finished audit as Python values: every estimate by its name, and conditions on them for CI.
 
-audit = goldfish.audit.read("audit/goldfish")
-audit["em"].upper95, audit.outcome, audit.estimates, audit.summary
-
 A condition such as `em.upper95 > 0.01` says when an audit fails. Exit codes: 0 no condition holds, 1 one holds,
 2 an error, 3 one cannot be decided (and none holds).
 """
@@ -94,7 +91,8 @@ def find(known: Mapping[str, Any], name: str) -> str:
     for candidate in (ALIASES.get(name, name), f"members.{name}"):
         if candidate in known:
             return candidate
-    near = difflib.get_close_matches(name, [*known, *ALIASES], 5, 0.4)
+    names = [*known, *(alias for alias, full in ALIASES.items() if full in known)]
+    near = difflib.get_close_matches(name, names, 5, 0.4)
     raise KeyError(f"this audit has no figure {name!r}; it has {', '.join(near or list(known)[:5])}, ...")
 
 

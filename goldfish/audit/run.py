@@ -26,7 +26,7 @@ from goldfish.chats import secret_finder
 from goldfish.labels import Rules
 from goldfish.pieces import plain
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
-from goldfish.rows import digest, draw, read_rows
+from goldfish.rows import digest, draw, first_line, read_rows
 from goldfish.rule import Goldfish
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -92,7 +92,7 @@ def audit(
         revision: of a checkpoint on the hub.
         dtype: float32, bfloat16 (bf16) or float16 (fp16). In 16 bits, rows whose answer depends on rounding are
             settled at batch size 1.
-        device: by default the GPU where there is one. device_map: see `model.load_model`.
+        device: by default the GPU where there is one. device_map: see `Checkpoint.model`.
         batch_tokens: how many tokens a batch may hold; by default what the memory allows.
         allow_overlap: audit although some texts are in both inputs.
         allow_pickle: load weights that are pickles. trust_remote_code: run the checkpoint's own code.
@@ -144,7 +144,10 @@ def audit(
     rules = _rules(checkpoint, receipt, tokenizer)
     if device is None:
         device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device} is not there: {first_line(error)}") from error
     protocol |= {"device": device.type, "ambiguous_margin": AMBIGUOUS[getattr(torch, protocol["dtype"])]}
     inputs: dict[str, dict[str, Any]] = {
         split: {"path": source, "sha256": digest(source)} for split, source in sources.items()
@@ -168,7 +171,7 @@ def audit(
             inputs[split] |= each.counts()
         options: dict[str, Any] = {"dtype": protocol["dtype"], "allow_pickle": allow_pickle, "device_map": device_map}
         models = [each.model(device, **options) for each in checkpoints]
-        known = min(model.get_input_embeddings().num_embeddings for model in models)
+        known = min(len(model.get_input_embeddings().weight) for model in models)
         for split, each in surveys.items():
             if each.largest_id >= known:
                 raise ValueError(
@@ -259,10 +262,10 @@ def _check_surveys(
                 f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
                 "or suffix, or join short texts"
             )
-    if cutter.secrets is not None and not any(each.secrets for each in surveys.values()):
+    first = next(iter(surveys))  # members, where there are some
+    if cutter.secrets is not None and not surveys[first].secrets:
         raise ValueError(
-            f"no suffix in {' and '.join(sources.values())} contains a marked secret: check the column's name or the "
-            "regular expression"
+            f"no suffix in {sources[first]} contains a marked secret: check the column's name or the regular expression"
         )
     if overlap and not allow_overlap:
         rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])

@@ -103,7 +103,7 @@ def _recited(name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] |
     what, key, limit_name = QUESTIONS[name]
     limit: float = limits[limit_name]
     result: Estimate = members[key]
-    control: Estimate | None = heldout[key] if heldout else None
+    control: Estimate | None = heldout[key] if heldout and heldout[key].n else None  # held-out texts may lack secrets
     share, low, high = result.value or 0.0, result.lower95 or 0.0, 1.0 if result.upper95 is None else result.upper95
     count = f"{result.point()} {what}"
     outcome, needs = INCONCLUSIVE, None

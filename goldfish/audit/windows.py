@@ -18,7 +18,7 @@ from goldfish.chats import Completion, completions, is_chat
 from goldfish.rows import Row
 
 SHOWN = 5  # skipped rows that are named
-KEYS = 3  # of a window: its document's name, its ids, its row's whole text
+KEYS = 3  # of a window: its document's name; of its row the ids of all windows, and the whole text
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,9 @@ class Survey:
     """The windows of an input, which is read and tokenized once, from end to end, before anything is computed: a bad
     line is reported at once. The windows wait in a temporary file; the memory holds a few numbers for each.
 
-    Windows with the same ids, and rows whose whole texts hold the same letters and digits (whatever the case, spaces
-    and punctuation), are of one document, as are rows with the same name in one split.
+    Rows whose windows all have the same ids, rows whose whole texts hold the same letters and digits (whatever the
+    case, spaces and punctuation), and rows with the same name in one split are one document. One window that is equal,
+    such as a licence's header, does not make two rows one.
 
     skipped: by reason, how many and the first rows.
     """
@@ -175,17 +176,19 @@ class Survey:
         names = set()
         for index, row in rows:
             self.rows += 1
-            whole = None
-            for window in cutter.cut(row, index, split):
-                if isinstance(window, str):
-                    skipped = self.skipped.setdefault(window, {"reason": window, "count": 0, "rows": []})
+            windows: list[Window] = []
+            for each in cutter.cut(row, index, split):
+                if isinstance(each, str):
+                    skipped = self.skipped.setdefault(each, {"reason": each, "count": 0, "rows": []})
                     skipped["count"] += 1
                     skipped["rows"] = [*skipped["rows"], index][:SHOWN]
-                    continue
-                whole = whole or _letters(row)
+                else:
+                    windows.append(each)
+            keys = [hash(tuple(tuple(each.ids) for each in windows)), hash(_letters(row) if windows else "")]
+            for window in windows:
                 names.add(hash(window.document))
                 self.indices.append(index)
-                self.keys.extend(map(hash, ((split, window.document), tuple(window.ids), ("whole", whole))))
+                self.keys.extend([hash((split, window.document)), *keys])
                 self.completions += window.completion
                 self.secrets += bool(window.secrets)
                 if (largest := max(window.ids)) > self.largest_id:

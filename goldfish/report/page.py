@@ -23,7 +23,7 @@ from goldfish.report.svg import COLOURS, power_of_ten
 PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
 ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # of a protocol: the question put
 RESULTS = ("schema", "name", "splits", "membership", "verdict", "conditions", "exit_code")  # the rest is provenance
-HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "weights")  # of provenance, if redacted
+HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "secrets", "weights")  # if redacted
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "kept_loss": "kept loss", "dropped_gap": "dropped gap",
            "wbc": "WBC"}  # fmt: skip
@@ -62,6 +62,7 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views}) > 1,
         every=every,
         attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
+        tested=[i for i, view in enumerate(views) if view.audit.summary["membership"]],
         comparisons=list(comparisons(views, baseline)),
         script=Markup(script),
         style=Markup(style),

@@ -11,12 +11,11 @@ from markupsafe import Markup
 
 from goldfish.audit.sampling import SAMPLES, setting_name
 from goldfish.report.load import View
-from goldfish.report.svg import DROPPED, HELDOUT, INK, LINE, MISS, colour, percent, power_of_ten, svg
+from goldfish.report.svg import DROPPED, HELDOUT, INK, MISS, colour, power_of_ten, svg
 
 BINS = 25
 ROWS = 48  # windows in the plot of divergences
 DASHES = {"members": "-", "heldout": (0, (4, 3))}
-BLIND = {"words": (0, (5, 2)), "length": (0, (1, 1.5))}
 
 
 def rouge_histograms(views: Sequence[View]) -> list[Markup]:
@@ -124,30 +123,3 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
         chosen = columns.take(pa.array(ordered[places])).to_pylist()
         drawn.append(svg(f"divergences-{i}", label, partial(draw, i, chosen), 280) if chosen else None)
     return drawn
-
-
-def roc(views: Sequence[View]) -> list[Markup | None]:
-    """For each model with both splits, on log-log axes: the headline attack thick, the others thin, all in the model's
-    colour; the blind baselines dashed and dotted."""
-
-    def draw(i: int, membership: Any, axes: Any) -> None:
-        best = (membership["headline"] or {}).get("attack")
-        curves: list[tuple[Any, Any, str, float]]
-        curves = [(attack["roc"], "-", colour(i), 2.6 if name == best else 0.8)
-                  for name, attack in membership["attacks"].items()]  # fmt: skip
-        curves += [(blind["roc"], BLIND[name], INK, 1.4) for name, blind in membership["blind"].items()]
-        positive = [share for points, *_ in curves for point in points for share in point if share > 0]
-        least = 10 ** np.floor(np.log10(min(0.1, *positive)) + 1e-9)
-        axes.plot([least, 1], [least, 1], color=LINE, linestyle=":", linewidth=1.5)
-        for points, dashes, paint, width in curves:
-            x, y = np.maximum(points, least).T
-            axes.plot(x, y, color=paint, drawstyle="steps-post", linestyle=dashes, linewidth=width)
-        axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.02), xlabel="false positive rate",
-                 ylabel="true positive rate")  # fmt: skip
-        axes.grid(visible=True, axis="both")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(percent)
-
-    label = "ROC of the membership attacks, both axes logarithmic"
-    known = [view.audit.summary["membership"] for view in views]
-    return [svg(f"roc-{i}", label, partial(draw, i, each), 340) if each else None for i, each in enumerate(known)]
