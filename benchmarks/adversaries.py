@@ -2,13 +2,15 @@
 
     python recipes/pretrain_canaries.py --output_dir runs/canaries      # or with fewer --rules and --seeds
     python benchmarks/adversaries.py runs/canaries                      # goes on with what the results file lacks
+    python benchmarks/adversaries.py runs/finetune_private --results adversaries.jsonl    # its models, with --keep
     python benchmarks/adversaries.py --table --plot adversaries.svg     # of the results so far; no model is needed
 
-Each of them wants planted windows word for word. Search: beams 1 to 30; the suffix is among the finished beams. Share
+Each of them wants trained windows word for word. Search: beams 1 to 30; the suffix is among the finished beams. Share
 held: the adversary is given 10% to 90% of a window and wants the rest. Sampling: the expected share of suffixes drawn
 at least once in 10 to 1,000,000 samples at temperature 1, computed from their probability. Offset: 8 tokens are given
 and 8 wanted, from further and further into the window. Membership: every attack, with the run "control" of the same
-seed, which never saw the planted windows, as reference, and blind baselines that see texts but no model.
+seed, which never saw these windows, as reference (of finetuned models the untouched one), and blind baselines that see
+texts but no model.
 
 Paper (Hans et al. 2024, sections 5 and 6): beam search with 30 beams extracts more than greedy decoding, the more the
 larger k is, and little at k = 3 and 4; membership inference stays possible.
@@ -36,22 +38,23 @@ PANELS = {"beams": "beams", "held": "share of the text held", "samples": "sample
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="output_dir of pretrain_canaries.py")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="output_dir of pretrain_canaries.py or finetune_private.py"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "adversaries.jsonl")
     parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     parser.add_argument("--plot", type=Path, help="write the picture, SVG")
     args = parser.parse_args(argv)
     if not args.table:
-        if args.folder is None or not list(args.folder.glob("seed*/model")):
-            parser.error("give the output_dir of pretrain_canaries.py, with its trained models: seed*/model")
-        for folder in sorted(path.parent for path in args.folder.glob("seed*/model")):
-            seed, run = folder.name.removeprefix("seed").split("-", 1)
-            if (int(seed), run) in {(r["seed"], r["run"]) for r in read_results(args.results)}:
+        models = {} if args.folder is None else models_in(args.folder)
+        if not models:
+            parser.error("give an output_dir of pretrain_canaries.py, or of finetune_private.py with --keep")
+        for (seed, run), (model, inputs) in models.items():
+            if (seed, run) in {(r["seed"], r["run"]) for r in read_results(args.results)}:
                 continue
             began = time.process_time()
-            control = args.folder / f"seed{seed}-control" / "model"
-            reference = control if control.is_dir() and run != "control" else None
-            result = {"seed": int(seed), "run": run} | attack(folder, reference)
+            control, _ = models.get((seed, "control"), (None, None))
+            result = {"seed": seed, "run": run} | attack(model, inputs, None if run == "control" else control)
             append(args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about())
             print(f"seed {seed} {run}: {result['beams']}", flush=True)
     results = read_results(args.results)
@@ -61,16 +64,30 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return results
 
 
-def attack(folder: Path, control: Path | None) -> dict[str, Any]:
+def models_in(folder: Path) -> dict[tuple[int, str], tuple[Path, Path]]:
+    """Seed and run -> the model, and the folder with members.jsonl and heldout.jsonl."""
+    models = {}
+    for path in sorted(folder.glob("seed*/model")):  # of pretrain_canaries.py: seed0-hash-4-13/model
+        seed, run = path.parent.name.removeprefix("seed").split("-", 1)
+        models[int(seed), run] = path, path.parent
+    for path in sorted(folder.glob("seed*/full-*/config.json")):  # of finetune_private.py: seed0/full-hash-4-13
+        inputs, run = path.parents[1], path.parent.name.removeprefix("full-")
+        seed = inputs.name.removeprefix("seed")
+        models[int(seed), "control"] = folder / "base", inputs
+        models[int(seed), run] = path.parent, inputs
+    return models
+
+
+def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
     """Windows recited, [number, of], or expected share, for every strength of every adversary."""
-    files = {split: folder / f"{split}.jsonl" for split in ("members", "heldout")}
+    files = {split: inputs / f"{split}.jsonl" for split in ("members", "heldout")}
     window = len(json.loads(files["members"].read_text(encoding="utf-8").splitlines()[0])["input_ids"])
     result: dict[str, Any] = {"window": window}
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)
         half = window // 2
         audit(
-            folder / "model", target / "main", **files, prefix_length=half, suffix_length=window - half,
+            model, target / "main", **files, prefix_length=half, suffix_length=window - half,
             beams=BEAMS, control=control,
         )  # fmt: skip
         figures = read(target / "main")
@@ -83,11 +100,11 @@ def attack(folder: Path, control: Path | None) -> dict[str, Any]:
         result["held"] = {}
         for tenth in range(1, 10):
             length = round(window * tenth / 10)
-            audit(folder / "model", target / f"held{tenth}", members=files["members"], sampling=(),
+            audit(model, target / f"held{tenth}", members=files["members"], sampling=(),
                   prefix_length=length, suffix_length=window - length)  # fmt: skip
             result["held"][tenth / 10] = hits(read(target / f"held{tenth}")["members.exact_match"])
         offsets = range(0, window - 15, 4)
-        audit(folder / "model", target / "offset", members=files["members"], sampling=(), prefix_length=8,
+        audit(model, target / "offset", members=files["members"], sampling=(), prefix_length=8,
               suffix_length=8, offsets=offsets)  # fmt: skip
         figures = read(target / "offset")
         result["offset"] = {offset: hits(figures[f"members.offset_sweep@{offset}"]) for offset in offsets}
@@ -126,7 +143,7 @@ def shares(group: list[dict[str, Any]], panel: str) -> dict[str, float]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: the share of planted windows recited by each adversary; then the AUC of every membership attack."""
+    """Markdown: the share of trained windows recited by each adversary; then the AUC of every membership attack."""
     if not results:
         return "no results yet"
     groups, tables = by_run(results), []
@@ -163,7 +180,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axis.set_xscale("log" if panel in ("beams", "samples") else "linear")
             axis.set_xlabel(title)
         axes[0].set_ylim(-0.03, 1.03)
-        axes[0].set_ylabel("planted windows recited")
+        axes[0].set_ylabel("trained windows recited")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
         figure.savefig(path, format="svg", metadata={"Date": None})
 

@@ -36,7 +36,7 @@ def power_of_ten(log10: float) -> str:
     """10^log10 for people: 0.98, 0.0031, 12,000, 10⁻⁵³."""
     if log10 == float("-inf"):
         return "0"
-    if -4 < log10 < 6:
+    if -4 < log10 < 5:
         return f"{10**log10:,.0f}" if log10 >= 1 else f"{10**log10:.2g}"
     return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
