@@ -214,15 +214,21 @@ def table(results: list[dict[str, Any]]) -> str:
             cells, means, predicted, dropped, rates = [], [], [], [], []
             for seed in (seed for rule, seed in runs if rule == name and ("standard", seed) in runs):
                 point, standard = runs[name, seed][number], runs["standard", seed]
-                last, earlier = standard[-1], min(standard, key=lambda other: abs(other["share"] - share))
+                last, earlier = standard[-1], [other for other in standard if abs(other["share"] - share) < 0.001]
                 cells.append(paired([point], [last]))
                 means.append(point["loss"] - last["loss"])
-                predicted.append(earlier["loss"] - last["loss"] if label == "input" else 0.0)
+                # A standard run made beside other rules was evaluated at their shares and tokens.
+                if label != "input":
+                    predicted.append(0.0)
+                predicted += [other["loss"] - last["loss"] for other in earlier if label == "input"]
                 own = name.removesuffix(WIDE)
-                dropped.append(point["dropped_loss"][own] - last["dropped_loss"][own])
+                if own in last["dropped_loss"]:
+                    dropped.append(point["dropped_loss"][own] - last["dropped_loss"][own])
                 rates.append(1 - point["kept"] / point["read"])
-            rows.append((name, label, f"{np.mean(rates):.3f}", ", ".join(cells), f"{np.mean(predicted):+.4f}",
-                         mean_of(means, 4), f"{np.mean(dropped):+.4f}"))  # fmt: skip
+            averages = [f"{np.mean(each):+.4f}" if each else "" for each in (predicted, dropped)]
+            rows.append(
+                (name, label, f"{np.mean(rates):.3f}", ", ".join(cells), averages[0], mean_of(means, 4), averages[1])
+            )
     return markdown(HEAD, rows)
 
 
