@@ -123,7 +123,9 @@ class FusedHead:
             return self._forward(*args, **kwargs)
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
-        if not (self.reason or self._proved):
+        if not self.reason and inputs.get("past_key_values") is not None:  # the proof would add to the cache
+            self._fall_back("it is called with past_key_values (prefix tuning?)")
+        elif not (self.reason or self._proved):
             self._prove(inputs)
         output = None if self.reason else self._fused(inputs)
         return self._forward(**inputs) if output is None else output
@@ -134,7 +136,6 @@ class FusedHead:
             inputs.get("labels") is not None
             and self._model.training
             and torch.is_grad_enabled()
-            and inputs.get("past_key_values") is None  # the first forward, which proves, would add to the cache
             and (to_keep is None or (isinstance(to_keep, int) and to_keep == 0))
         )
 

@@ -199,8 +199,9 @@ def test_a_cache_that_is_given_is_read_once():
         return result.loss.item(), cache.get_seq_length()
 
     expected = loss()
-    fuse_head(model)
+    handle = fuse_head(model)
     assert loss() == expected
+    assert handle.reason == "it is called with past_key_values (prefix tuning?)"
 
 
 def test_ways_to_call():

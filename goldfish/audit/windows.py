@@ -158,9 +158,8 @@ class Survey:
     """The windows of an input, which is read and tokenized once, from end to end, before anything is computed: a bad
     line is reported at once. The windows wait in a temporary file; the memory holds a few numbers for each.
 
-    Rows whose windows all have the same ids, rows whose whole texts hold the same letters and digits (whatever the
-    case, spaces and punctuation), and rows with the same name in one split are one document. One window that is equal,
-    such as a licence's header, does not make two rows one.
+    Rows are one document if all their windows have the same ids, if their whole texts hold the same letters and digits
+    (whatever the case, spaces and punctuation), or if they have the same name in one split.
 
     skipped: by reason, how many and the first rows.
     """
