@@ -1,7 +1,4 @@
-"""Rows that are chats, or prompt and completion: what the model reads, and what the assistant says.
-
-And where the secrets of a text are, which a column or a regular expression marks.
-"""
+"""Chats, or prompt and completion: what the model reads, what the assistant says, and where marked secrets are."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -107,9 +107,10 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         kind = KINDS.get(path.suffix.lower())
         if kind is None:
             raise ValueError(f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty")
-        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        try:
+            return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        except Exception as error:  # of the packages below; StopIteration, without words, where it is empty
+            raise ValueError(f"{path} cannot be read: {first_line(error) or 'it is empty'}") from error
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
         saved = load_from_disk(source)
         return saved[_one_of(list(saved), split, source)] if isinstance(saved, dict) else saved
