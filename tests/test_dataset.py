@@ -66,7 +66,7 @@ def test_premask_refuses_rows_that_it_cannot_read(tmp_path):
         with pytest.raises(ValueError, match=message):
             list(premask(Dataset.from_list([wrong]).to_iterable_dataset(), RULE))
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"empty.jsonl cannot be read: it is empty"):
+    with pytest.raises(ValueError, match=r"empty.jsonl cannot be read: "):
         premask_files(tmp_path / "empty.jsonl", tmp_path / "out", RULE, None)
 
 
