@@ -208,7 +208,7 @@ def table(results: list[dict[str, Any]]) -> str:
     runs = {(run["rule"], run["seed"]): run["points"] for run in results}
     rows = []
     for name in sorted({rule for rule, seed in runs if rule != "standard" and ("standard", seed) in runs}):
-        share = 1 - share_of(name)
+        own, share = name.removesuffix(WIDE), 1 - share_of(name)
         labels = ("supervised, steps",) if name.endswith(WIDE) else ("input", "supervised")
         for number, label in enumerate(labels):
             cells, means, predicted, dropped, rates = [], [], [], [], []
@@ -218,10 +218,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 cells.append(paired([point], [last]))
                 means.append(point["loss"] - last["loss"])
                 # A standard run made beside other rules was evaluated at their shares and tokens.
-                if label != "input":
-                    predicted.append(0.0)
-                predicted += [other["loss"] - last["loss"] for other in earlier if label == "input"]
-                own = name.removesuffix(WIDE)
+                predicted += [other["loss"] - last["loss"] for other in earlier] if label == "input" else [0.0]
                 if own in last["dropped_loss"]:
                     dropped.append(point["dropped_loss"][own] - last["dropped_loss"][own])
                 rates.append(1 - point["kept"] / point["read"])

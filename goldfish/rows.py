@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,7 @@ def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
                 if text.strip():
                     yield _checked(_parsed(text, where), where, text_column)
     else:
-        rows = iter(dataset_of(source))
-        for number in count():
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # of the many packages below `datasets`
-                raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+        for number, row in enumerate(_named(dataset_of(source), source)):
             yield _checked(row, f"{source}, row {number}", text_column)
 
 
@@ -119,6 +111,13 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         return builder.as_streaming_dataset(name)
     builder.download_and_prepare()
     return builder.as_dataset(name)
+
+
+def _named(rows: Iterable[Row], source: str) -> Iterator[Row]:
+    try:
+        yield from rows
+    except Exception as error:  # of the many packages below `datasets`
+        raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
 
 
 def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
@@ -206,8 +205,8 @@ def _checked(row: Row, where: str, text_column: str) -> Row:
     elif text is None and ("messages" in row or {"prompt", "completion"} <= row.keys()):
         _require_chat(row, where)
     elif not isinstance(text, str):
-        got = f"got {', '.join(names)}. Is the text in another column? Name it with --text-column"
-        got = f"text is {text!r:.80}" if "text" in names else got
+        other = f"got {', '.join(names)}. Is the text in another column? Name it with --text-column"
+        got = f"text is {text!r:.80}" if "text" in names else other
         raise ValueError(f"{where}: expected text, input_ids, messages, or prompt and completion; {got}")
     source, count = row.get("source"), row.get("count")
     if not isinstance(source, str | None):

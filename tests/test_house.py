@@ -12,7 +12,7 @@ import pytest
 import goldfish
 
 PACKAGE = Path(goldfish.__file__).parent
-TOTAL = 7_345  # lines of the whole package. The aim is 6,400: this number falls, it does not rise
+TOTAL = 7_344  # lines of the whole package. The aim is 6,400: this number falls, it does not rise
 # A file imports only from files before it.
 ORDER = [
     "goldfish", "pieces", "rows", "chats", "spec", "hashing", "vocabulary", "letters", "rule", "labels", "show",
