@@ -1,7 +1,7 @@
 r"""The goldfish experiment in small: train one model with the standard loss and one with the goldfish loss on the same
 texts, until the standard model knows them by heart; then ask both to recite.
 
-    python recipes/memorize.py                      # 2 CPU cores, 2 minutes: standard 32 of 32, goldfish 0 of 32
+    python recipes/memorize.py                      # 2 CPU cores, 2 to 3 minutes: standard 32 of 32, goldfish 0 of 32
     python recipes/memorize.py --dry-run            # prints what would run; a stopped run goes on with its command
     accelerate launch recipes/memorize.py           # one or several GPUs, bf16
     python recipes/memorize.py --text mine.jsonl    # your own texts: .txt, or .jsonl with a `text` field
