@@ -116,7 +116,7 @@ def test_a_confounded_audit_has_no_headline(tmp_path):
         for i in range(40)
     ]
     text = flat(report(tmp_path, write_audit(tmp_path / "a", rows)))
-    assert "goldfish : no headline: " in text
+    assert "goldfish: no headline: " in text
     assert "the strongest attack" not in text
 
 
