@@ -10,9 +10,19 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # so import this module before those of the recipes
+sys.path.append(
+    str(Path(__file__).parents[1] / "recipes")
+)  # so import this module before those of the recipes
 
-from common import audit_halves, byte_level_bpe, load_texts, rule_of, save_windows, small_llama, split_windows
+from common import (
+    audit_halves,
+    byte_level_bpe,
+    load_texts,
+    rule_of,
+    save_windows,
+    small_llama,
+    split_windows,
+)
 from runs import about, append, markdown, read_results
 
 from goldfish.audit import records
@@ -20,12 +30,27 @@ from goldfish.audit import records
 RESULTS = Path(__file__).parent / "results"
 
 __all__ = [
-    "RESULTS", "about", "append", "audited", "byte_level_bpe", "heldout", "load_texts", "markdown", "mean_of", "paired",
-    "read_results", "rule_of", "small_llama", "source", "split_windows",
-]  # fmt: skip
+    "RESULTS",
+    "about",
+    "append",
+    "audited",
+    "byte_level_bpe",
+    "heldout",
+    "load_texts",
+    "markdown",
+    "mean_of",
+    "paired",
+    "read_results",
+    "rule_of",
+    "small_llama",
+    "source",
+    "split_windows",
+]
 
 
-def audited(model: Any, tokenizer: Any, windows: tuple[list[list[int]], list[list[int]]]) -> list[dict[str, Any]]:
+def audited(
+    model: Any, tokenizer: Any, windows: tuple[list[list[int]], list[list[int]]]
+) -> list[dict[str, Any]]:
     """The records of an audit of member and held-out windows of one length, whose first half is given."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -44,9 +69,15 @@ def heldout(model: Any, rows: Tensor, owners: Tensor) -> tuple[Tensor, dict[str,
     losses = []
     for batch in rows.split(16):
         logits = model(input_ids=batch).logits[:, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), batch[:, 1:], reduction="none"
+            )
+        )
     nll = torch.cat(losses).double()
-    documents = torch.zeros(int(owners.max()) + 1, dtype=torch.float64).index_add(0, owners, nll.sum(1))
+    documents = torch.zeros(int(owners.max()) + 1, dtype=torch.float64).index_add(
+        0, owners, nll.sum(1)
+    )
     tokens = owners.bincount() * nll.shape[1]
     return nll, {
         "loss": nll.mean().item(),
@@ -58,7 +89,9 @@ def heldout(model: Any, rows: Tensor, owners: Tensor) -> tuple[Tensor, dict[str,
 def paired(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
     """Difference of held-out losses over runs of the same documents, with its 95% bootstrap interval over documents."""
     tokens = np.sum([run["tokens"] for run in ours], axis=0)
-    differences = np.sum([run["documents"] for run in ours], axis=0) - np.sum([r["documents"] for r in theirs], axis=0)
+    differences = np.sum([run["documents"] for run in ours], axis=0) - np.sum(
+        [r["documents"] for r in theirs], axis=0
+    )
     drawn = np.random.default_rng(0).integers(len(tokens), size=(4000, len(tokens)))
     lower, upper = np.quantile(differences[drawn].sum(1) / tokens[drawn].sum(1), (0.025, 0.975))
     return f"{differences.sum() / tokens.sum():+.4f} [{lower:+.4f}, {upper:+.4f}]"
@@ -76,5 +109,7 @@ def mean_of(values: Any, digits: int) -> str:
 
 def source(result: dict[str, Any]) -> str:
     """One line of a result's provenance."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    versions = ", ".join(
+        f"{name} {number}" for name, number in result["versions"].items() if number
+    )
     return f"{result['device']}, {result['threads']} thread(s); {versions}; commit {result['commit'][:12]}"

@@ -33,29 +33,47 @@ from goldfish.audit import audit, read
 
 BEAMS = (1, 2, 4, 8, 16, 30)
 SAMPLES = tuple(10**power for power in range(1, 7))
-PANELS = {"beams": "beams", "held": "share of the text held", "samples": "samples", "offset": "offset, tokens"}
+PANELS = {
+    "beams": "beams",
+    "held": "share of the text held",
+    "samples": "samples",
+    "offset": "offset, tokens",
+}
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "folder", type=Path, nargs="?", help="output_dir of pretrain_canaries.py or finetune_private.py"
+        "folder",
+        type=Path,
+        nargs="?",
+        help="output_dir of pretrain_canaries.py or finetune_private.py",
     )
     parser.add_argument("--results", type=Path, default=RESULTS / "adversaries.jsonl")
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results and stop"
+    )
     parser.add_argument("--plot", type=Path, help="write the picture, SVG")
     args = parser.parse_args(argv)
     if not args.table:
         models = {} if args.folder is None else models_in(args.folder)
         if not models:
-            parser.error("give an output_dir of pretrain_canaries.py, or of finetune_private.py with --keep")
+            parser.error(
+                "give an output_dir of pretrain_canaries.py, or of finetune_private.py with --keep"
+            )
         for (seed, run), (model, inputs) in models.items():
             if (seed, run) in {(r["seed"], r["run"]) for r in read_results(args.results)}:
                 continue
             began = time.process_time()
             control, _ = models.get((seed, "control"), (None, None))
-            result = {"seed": seed, "run": run} | attack(model, inputs, None if run == "control" else control)
-            append(args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about())
+            result = {"seed": seed, "run": run} | attack(
+                model, inputs, None if run == "control" else control
+            )
+            append(
+                args.results, result | {"cpu_seconds": round(time.process_time() - began)} | about()
+            )
             print(f"seed {seed} {run}: {result['beams']}", flush=True)
     results = read_results(args.results)
     print(table(results))
@@ -67,10 +85,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def models_in(folder: Path) -> dict[tuple[int, str], tuple[Path, Path]]:
     """Seed and run -> the model, and the folder with members.jsonl and heldout.jsonl."""
     models = {}
-    for path in sorted(folder.glob("seed*/model")):  # of pretrain_canaries.py: seed0-hash-4-13/model
+    for path in sorted(
+        folder.glob("seed*/model")
+    ):  # of pretrain_canaries.py: seed0-hash-4-13/model
         seed, run = path.parent.name.removeprefix("seed").split("-", 1)
         models[int(seed), run] = path, path.parent
-    for path in sorted(folder.glob("seed*/full-*/config.json")):  # of finetune_private.py: seed0/full-hash-4-13
+    for path in sorted(
+        folder.glob("seed*/full-*/config.json")
+    ):  # of finetune_private.py: seed0/full-hash-4-13
         inputs, run = path.parents[1], path.parent.name.removeprefix("full-")
         seed = inputs.name.removeprefix("seed")
         models[int(seed), "control"] = folder / "base", inputs
@@ -81,15 +103,22 @@ def models_in(folder: Path) -> dict[tuple[int, str], tuple[Path, Path]]:
 def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
     """Windows recited, [number, of], or expected share, for every strength of every adversary."""
     files = {split: inputs / f"{split}.jsonl" for split in ("members", "heldout")}
-    window = len(json.loads(files["members"].read_text(encoding="utf-8").splitlines()[0])["input_ids"])
+    window = len(
+        json.loads(files["members"].read_text(encoding="utf-8").splitlines()[0])["input_ids"]
+    )
     result: dict[str, Any] = {"window": window}
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)
         half = window // 2
         audit(
-            model, target / "main", **files, prefix_length=half, suffix_length=window - half,
-            beams=BEAMS, control=control,
-        )  # fmt: skip
+            model,
+            target / "main",
+            **files,
+            prefix_length=half,
+            suffix_length=window - half,
+            beams=BEAMS,
+            control=control,
+        )
         figures = read(target / "main")
         result["beams"] = {width: hits(figures[f"members.beam_search@{width}"]) for width in BEAMS}
         result["beams_heldout"] = hits(figures[f"heldout.beam_search@{BEAMS[-1]}"])
@@ -100,14 +129,29 @@ def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
         result["held"] = {}
         for tenth in range(1, 10):
             length = round(window * tenth / 10)
-            audit(model, target / f"held{tenth}", members=files["members"], sampling=(),
-                  prefix_length=length, suffix_length=window - length)  # fmt: skip
+            audit(
+                model,
+                target / f"held{tenth}",
+                members=files["members"],
+                sampling=(),
+                prefix_length=length,
+                suffix_length=window - length,
+            )
             result["held"][tenth / 10] = hits(read(target / f"held{tenth}")["members.exact_match"])
         offsets = range(0, window - 15, 4)
-        audit(model, target / "offset", members=files["members"], sampling=(), prefix_length=8,
-              suffix_length=8, offsets=offsets)  # fmt: skip
+        audit(
+            model,
+            target / "offset",
+            members=files["members"],
+            sampling=(),
+            prefix_length=8,
+            suffix_length=8,
+            offsets=offsets,
+        )
         figures = read(target / "offset")
-        result["offset"] = {offset: hits(figures[f"members.offset_sweep@{offset}"]) for offset in offsets}
+        result["offset"] = {
+            offset: hits(figures[f"members.offset_sweep@{offset}"]) for offset in offsets
+        }
     return result
 
 
@@ -116,7 +160,10 @@ def hits(figure: Any) -> list[int]:
 
 
 def estimate(figure: Any) -> list[float | None]:
-    return [None if value is None else round(value, 4) for value in (figure.value, figure.lower95, figure.upper95)]
+    return [
+        None if value is None else round(value, 4)
+        for value in (figure.value, figure.lower95, figure.upper95)
+    ]
 
 
 def by_run(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -151,11 +198,16 @@ def table(results: list[dict[str, Any]]) -> str:
         rows = []
         for run, group in groups.items():
             windows = sum(result["beams"]["1"][1] for result in group)
-            rows.append((run, windows, *(f"{share:.2f}" for share in shares(group, panel).values())))
+            rows.append(
+                (run, windows, *(f"{share:.2f}" for share in shares(group, panel).values()))
+            )
         tables.append(markdown((title, "windows", *results[0][panel]), rows))
     names = dict.fromkeys(name for result in results for name in result["membership"])
     rows = [
-        (run, *(", ".join(auc(result["membership"].get(name)) for result in group) for name in names))
+        (
+            run,
+            *(", ".join(auc(result["membership"].get(name)) for result in group) for name in names),
+        )
         for run, group in groups.items()
     ]
     return "\n\n".join([*tables, markdown(("AUC of each seed", *names), rows)])
@@ -165,7 +217,9 @@ def auc(values: list[float | None] | None) -> str:
     if values is None or values[0] is None:
         return "-"
     value, lower, upper = values
-    return f"{value:.2f}" + ("" if lower is None or upper is None else f" [{lower:.2f}, {upper:.2f}]")
+    return f"{value:.2f}" + (
+        "" if lower is None or upper is None else f" [{lower:.2f}, {upper:.2f}]"
+    )
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -31,11 +31,16 @@ from goldfish.audit import audit, records
 
 LENGTH = 50  # tokens of a prefix, and of a suffix
 SIZES = (1_000, 10_000, 100_000)
-Way = Callable[[Any, Any, list[list[int]]], list[bool]]  # model, tokenizer, windows -> which are recited
+Way = Callable[
+    [Any, Any, list[list[int]]], list[bool]
+]  # model, tokenizer, windows -> which are recited
 
 
 def batched_generate(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
-    return [output == window[LENGTH:] for output, window in zip(continued(model, windows), windows, strict=True)]
+    return [
+        output == window[LENGTH:]
+        for output, window in zip(continued(model, windows), windows, strict=True)
+    ]
 
 
 def ten_prefixes(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
@@ -48,9 +53,13 @@ def continued(model: Any, windows: list[list[int]], prefix: int = LENGTH) -> lis
     """Greedy continuations of all prefixes, in one batch; an end-of-text token does not end them."""
     start = torch.tensor([window[:prefix] for window in windows])
     output = model.generate(
-        start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=LENGTH, eos_token_id=None,
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=False,
+        max_new_tokens=LENGTH,
+        eos_token_id=None,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     return output[:, prefix:].tolist()
 
 
@@ -69,7 +78,9 @@ def memaudit(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]
     result = []
     for window in windows:
         score_sequence(model, window, span=(LENGTH, len(window)))
-        done = generate_canary_completions(model, tokenizer, tokenizer.decode(window), window, prefix_fractions=(0.5,))
+        done = generate_canary_completions(
+            model, tokenizer, tokenizer.decode(window), window, prefix_fractions=(0.5,)
+        )
         result.append(done["by_prefix"][0]["exact"])
     return result
 
@@ -91,8 +102,12 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     windows = [ids[i * 500 : i * 500 + 2 * LENGTH] for i in range(args.windows)]
     half = args.windows // 2
     recited = continued(model, windows[:half])
-    windows[:half] = [window[:LENGTH] + output for window, output in zip(windows[:half], recited, strict=True)]
-    ways = {name: way for name, (package, way) in WAYS.items() if package is None or find_spec(package)}
+    windows[:half] = [
+        window[:LENGTH] + output for window, output in zip(windows[:half], recited, strict=True)
+    ]
+    ways = {
+        name: way for name, (package, way) in WAYS.items() if package is None or find_spec(package)
+    }
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *ways)}
     parameters = sum(weight.numel() for weight in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -102,21 +117,37 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for repeat in range(args.repeats):
             answers = {}
             for name in seconds:
-                if repeat and name.startswith("exact match at ten"):  # long, and as even as the others
+                if repeat and name.startswith(
+                    "exact match at ten"
+                ):  # long, and as even as the others
                     continue
                 begin = time.process_time()
                 if name == OURS:
                     output = Path(folder, str(repeat))
-                    audit(args.model, output, **paths, prefix_length=LENGTH, suffix_length=LENGTH, device="cpu")
+                    audit(
+                        args.model,
+                        output,
+                        **paths,
+                        prefix_length=LENGTH,
+                        suffix_length=LENGTH,
+                        device="cpu",
+                    )
                 else:
                     answers[name] = ways[name](model, tokenizer, windows)
                 seconds[name].append(time.process_time() - begin)
                 print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
             ours = records(output, ["exact_match"]).column("exact_match").to_pylist()
             for name, answer in [(OURS, ours), *answers.items()]:
-                if answer != [True] * half + [False] * (args.windows - half) and not name.startswith("memaudit"):
+                if answer != [True] * half + [False] * (
+                    args.windows - half
+                ) and not name.startswith("memaudit"):
                     raise SystemExit(f"not the windows that are recited: {name} says {answer}")
-            yield {"windows": args.windows, "tokens": LENGTH, "parameters": parameters, "seconds": seconds}
+            yield {
+                "windows": args.windows,
+                "tokens": LENGTH,
+                "parameters": parameters,
+                "seconds": seconds,
+            }
 
 
 def memory(sizes: list[int]) -> Iterator[dict[str, Any]]:
@@ -149,7 +180,12 @@ def peak(folder: Path, size: int) -> dict[str, float]:
     audit(folder, folder / str(size), **paths, prefix_length=8, suffix_length=8, device="cpu")
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = round(used.ru_utime + used.ru_stime, 1)
-    return {"windows": size, "peak": used.ru_maxrss * 1024 / 1e6, "before": before * 1024 / 1e6, "seconds": seconds}
+    return {
+        "windows": size,
+        "peak": used.ru_maxrss * 1024 / 1e6,
+        "before": before * 1024 / 1e6,
+        "seconds": seconds,
+    }
 
 
 def render() -> str:
@@ -158,26 +194,38 @@ def render() -> str:
         data = json.loads(path.read_text())
         parts.append(source(data["about"]) + "\n")
         if "memory" in data:
-            rows = [(f"{r['windows']:,}", f"{r['peak']:.0f}", f"{r['seconds']:.0f}") for r in data["memory"]]
+            rows = [
+                (f"{r['windows']:,}", f"{r['peak']:.0f}", f"{r['seconds']:.0f}")
+                for r in data["memory"]
+            ]
             parts.append(markdown(("windows", "peak, MB", "CPU seconds"), rows) + "\n")
             continue
         n, ours = data["windows"], statistics.median(data["seconds"][OURS])
         rows = []
         for name, seconds in data["seconds"].items():
-            middle, spread = statistics.median(seconds), f"{min(seconds) / n:.2f} - {max(seconds) / n:.2f}"
+            middle, spread = (
+                statistics.median(seconds),
+                f"{min(seconds) / n:.2f} - {max(seconds) / n:.2f}",
+            )
             rows.append((name, f"{middle / n:.2f}", spread, len(seconds), f"{middle / ours:.2f}"))
         head = ("", "CPU seconds a window, median", "least - greatest", "runs", "of the audit's")
-        parts.append(f"{n} windows, {data['parameters'] / 1e6:.1f}M parameters\n\n{markdown(head, rows)}\n")
+        parts.append(
+            f"{n} windows, {data['parameters'] / 1e6:.1f}M parameters\n\n{markdown(head, rows)}\n"
+        )
     return "\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a causal model and its tokenizer: folder or name")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="windows, with --memory")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="windows, with --memory"
+    )
     parser.add_argument("--render", action="store_true", help="print the tables and stop")
     parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)  # one size of --memory
     args = parser.parse_args()

@@ -54,40 +54,73 @@ from goldfish import Goldfish, mask_labels
 
 RULES = ("standard", "hash-4-13", "hash-3-13", "hash-8-13", "letters-4-8")  # strategy-k-h
 WIDE = " wide"  # behind the name of a rule
-HEAD = ("rule", "at equal", "drop rate", "goldfish - standard: each seed [95% over documents]", "predicted",
-        "mean [95% over seeds]", "on tokens that the rule would drop")  # fmt: skip
+HEAD = (
+    "rule",
+    "at equal",
+    "drop rate",
+    "goldfish - standard: each seed [95% over documents]",
+    "predicted",
+    "mean [95% over seeds]",
+    "on tokens that the rule would drop",
+)
 ROW, BATCH = 256, 8  # tokens, rows an optimiser step
 RATE, WARMUP, EMA = 2e-3, 100, 0.99
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", help="training and held-out documents: .jsonl with a `text` field")
-    parser.add_argument("--targets", type=int, default=3_000_000, help="targets of the standard run")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size: 128 is 1.0M parameters")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", help="training and held-out documents: .jsonl with a `text` field"
+    )
+    parser.add_argument(
+        "--targets", type=int, default=3_000_000, help="targets of the standard run"
+    )
+    parser.add_argument(
+        "--hidden", type=int, default=128, help="hidden size: 128 is 1.0M parameters"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--heldout", type=int, default=420_000, help="held-out tokens, at least")
     parser.add_argument("--rules", nargs="+", default=list(RULES))
-    parser.add_argument("--wide", nargs="*", default=[], help="rules to train with as many kept targets a step, too")
+    parser.add_argument(
+        "--wide", nargs="*", default=[], help="rules to train with as many kept targets a step, too"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS / "cost.jsonl")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cost"), help="checkpoints of the run in progress")
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/cost"), help="checkpoints of the run in progress"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results and stop"
+    )
     args = parser.parse_args(argv)
-    size = {name: getattr(args, name) for name in ("targets", "hidden", "layers", "vocabulary", "heldout")}
+    size = {
+        name: getattr(args, name)
+        for name in ("targets", "hidden", "layers", "vocabulary", "heldout")
+    }
     if not args.table:
         if args.text is None:
             parser.error("--text is needed to train: a .jsonl file with a `text` field")
         data = load(args)
         names = [*args.rules, *(name + WIDE for name in args.wide)]
         rules = {name: bound_rule(name, data.tokenizer) for name in names}
-        masks = {name.removesuffix(WIDE): rule.dropped(data.heldout) for name, rule in rules.items() if rule}
-        print(f"{len(data.rows) * (ROW - 1):,} targets to train on; held out: {data.owners.max() + 1} documents, "
-              f"{data.heldout.numel():,} tokens", flush=True)  # fmt: skip
+        masks = {
+            name.removesuffix(WIDE): rule.dropped(data.heldout)
+            for name, rule in rules.items()
+            if rule
+        }
+        print(
+            f"{len(data.rows) * (ROW - 1):,} targets to train on; held out: {data.owners.max() + 1} documents, "
+            f"{data.heldout.numel():,} tokens",
+            flush=True,
+        )
         for seed in args.seeds:
             for name, rule in rules.items():
-                done = [(run["seed"], run["rule"], run["size"]) for run in read_results(args.results)]
+                done = [
+                    (run["seed"], run["rule"], run["size"]) for run in read_results(args.results)
+                ]
                 if (seed, name, size) not in done:
                     run = train(args, seed, name, rule, data, masks)
                     append(args.results, {"seed": seed, "rule": name, "size": size} | run | about())
@@ -112,14 +145,18 @@ def load(args: argparse.Namespace) -> Data:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=args.vocabulary, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocabulary, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     documents: list[list[list[int]]] = []
     for encoded in bpe.encode_batch(texts):
         ids = encoded.ids
         documents.append([ids[i : i + ROW] for i in range(0, len(ids) - ROW + 1, ROW)])
     documents = [document for document in documents if document]
-    last = next(n for n in range(len(documents)) if sum(map(len, documents[:n])) * ROW >= args.heldout)
+    last = next(
+        n for n in range(len(documents)) if sum(map(len, documents[:n])) * ROW >= args.heldout
+    )
     owners = [number for number, document in enumerate(documents[:last]) for _ in document]
     rows = torch.tensor([row for document in documents[last:] for row in document])
     heldout = torch.tensor([row for document in documents[:last] for row in document])
@@ -137,14 +174,23 @@ def bound_rule(name: str, tokenizer: Any) -> Goldfish | None:
 
 
 def train(
-    args: argparse.Namespace, seed: int, name: str, rule: Goldfish | None, data: Data, masks: dict[str, Tensor]
+    args: argparse.Namespace,
+    seed: int,
+    name: str,
+    rule: Goldfish | None,
+    data: Data,
+    masks: dict[str, Tensor],
 ) -> dict[str, Any]:
     """One run, from its last checkpoint if there is one; evaluated at every point at which it is compared."""
     torch.manual_seed(seed)
     config = small_llama(
-        data.tokenizer, args.hidden, ROW, intermediate_size=args.hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
-    )  # fmt: skip
+        data.tokenizer,
+        args.hidden,
+        ROW,
+        intermediate_size=args.hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32,
+    )
     model = LlamaForCausalLM(config)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
@@ -171,7 +217,9 @@ def train(
             rows = int(((labels[:, 1:] != -100).sum(1).cumsum(0) - missing).abs().argmin()) + 1
             batch, labels = batch[:rows], labels[:rows]
         if state["row"] + BATCH > len(order):
-            raise ValueError(f"{args.text} has {len(data.rows) * (ROW - 1):,} targets: too few; lower --targets")
+            raise ValueError(
+                f"{args.text} has {len(data.rows) * (ROW - 1):,} targets: too few; lower --targets"
+            )
         kept = int((labels[:, 1:] != -100).sum())
         model(input_ids=batch, labels=labels, num_items_in_batch=kept).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,41 +238,69 @@ def train(
             point |= {key: state[key] for key in ("read", "kept", "step")}
             nll, losses = heldout(average.module, data.heldout, data.owners)
             used = masks if rule is None else {(own := name.removesuffix(WIDE)): masks[own]}
-            point |= losses | {"dropped_loss": {other: nll[m[:, 1:]].mean().item() for other, m in used.items()}}
+            point |= losses | {
+                "dropped_loss": {other: nll[m[:, 1:]].mean().item() for other, m in used.items()}
+            }
             state["points"].append(point)
-            print(f"seed {seed} {name} {counted} {state[counted]:,}: {point['loss']:.4f} nats per token, "
-                  f"{state['cpu']:.0f} CPU s", flush=True)  # fmt: skip
+            print(
+                f"seed {seed} {name} {counted} {state[counted]:,}: {point['loss']:.4f} nats per token, "
+                f"{state['cpu']:.0f} CPU s",
+                flush=True,
+            )
         if state["step"] % 200 == 0:
             args.folder.mkdir(parents=True, exist_ok=True)
             parts = {type(part).__name__: part.state_dict() for part in (model, average, optimizer)}
             torch.save({"state": state, **parts}, path)
     path.unlink(missing_ok=True)
     parameters = sum(weight.numel() for weight in model.parameters())
-    return {"parameters": parameters, "cpu_seconds": round(time.process_time() - began), "points": state["points"]}
+    return {
+        "parameters": parameters,
+        "cpu_seconds": round(time.process_time() - began),
+        "points": state["points"],
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Goldfish - standard, nats per token: of each seed with its interval over documents, and over the seeds."""
     runs = {(run["rule"], run["seed"]): run["points"] for run in results}
     rows = []
-    for name in sorted({rule for rule, seed in runs if rule != "standard" and ("standard", seed) in runs}):
+    for name in sorted(
+        {rule for rule, seed in runs if rule != "standard" and ("standard", seed) in runs}
+    ):
         own, share = name.removesuffix(WIDE), 1 - share_of(name)
         labels = ("supervised, steps",) if name.endswith(WIDE) else ("input", "supervised")
         for number, label in enumerate(labels):
             cells, means, predicted, dropped, rates = [], [], [], [], []
-            for seed in (seed for rule, seed in runs if rule == name and ("standard", seed) in runs):
+            for seed in (
+                seed for rule, seed in runs if rule == name and ("standard", seed) in runs
+            ):
                 point, standard = runs[name, seed][number], runs["standard", seed]
-                last, earlier = standard[-1], [other for other in standard if abs(other["share"] - share) < 0.001]
+                last, earlier = (
+                    standard[-1],
+                    [other for other in standard if abs(other["share"] - share) < 0.001],
+                )
                 cells.append(paired([point], [last]))
                 means.append(point["loss"] - last["loss"])
                 # A standard run made beside other rules was evaluated at their shares and tokens.
-                predicted += [other["loss"] - last["loss"] for other in earlier] if label == "input" else [0.0]
+                predicted += (
+                    [other["loss"] - last["loss"] for other in earlier]
+                    if label == "input"
+                    else [0.0]
+                )
                 if own in last["dropped_loss"]:
                     dropped.append(point["dropped_loss"][own] - last["dropped_loss"][own])
                 rates.append(1 - point["kept"] / point["read"])
             averages = [f"{np.mean(each):+.4f}" if each else "" for each in (predicted, dropped)]
             rows.append(
-                (name, label, f"{np.mean(rates):.3f}", ", ".join(cells), averages[0], mean_of(means, 4), averages[1])
+                (
+                    name,
+                    label,
+                    f"{np.mean(rates):.3f}",
+                    ", ".join(cells),
+                    averages[0],
+                    mean_of(means, 4),
+                    averages[1],
+                )
             )
     return markdown(HEAD, rows)
 

@@ -13,7 +13,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FRAMEWORKS = ("llamafactory==0.9.5", "ms-swift==4.6.0", "unsloth==2026.10.9", "axolotl==0.19.0", "memaudit==0.2.0")
+FRAMEWORKS = (
+    "llamafactory==0.9.5",
+    "ms-swift==4.6.0",
+    "unsloth==2026.10.9",
+    "axolotl==0.19.0",
+    "memaudit==0.2.0",
+)
 SHOWN = ("torch", "transformers", "accelerate", "datasets", "trl", "peft")
 
 
@@ -21,14 +27,28 @@ def resolve(framework: str) -> dict[str, str]:
     """What pip would install, by name; or {"error": its last line}."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--ignore-installed",
+            "--quiet",
+        ]
         done = subprocess.run(
-            [*command, "--report", str(report), str(ROOT), framework], capture_output=True, text=True, check=False
+            [*command, "--report", str(report), str(ROOT), framework],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             return {"error": (done.stderr.strip().splitlines() or ["pip failed"])[-1]}
         installed = json.loads(report.read_text(encoding="utf-8"))["install"]
-        return {package["metadata"]["name"].lower(): package["metadata"]["version"] for package in installed}
+        return {
+            package["metadata"]["name"].lower(): package["metadata"]["version"]
+            for package in installed
+        }
 
 
 def main(frameworks: tuple[str, ...]) -> None:
@@ -36,7 +56,11 @@ def main(frameworks: tuple[str, ...]) -> None:
     print("|---" * (len(SHOWN) + 1) + "|")
     for framework in frameworks:
         versions = resolve(framework)
-        cells = [versions["error"]] if "error" in versions else [versions.get(name, "") for name in SHOWN]
+        cells = (
+            [versions["error"]]
+            if "error" in versions
+            else [versions.get(name, "") for name in SHOWN]
+        )
         print(f"| {framework} | " + " | ".join(cells) + " |", flush=True)
 
 

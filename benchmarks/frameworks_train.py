@@ -63,19 +63,32 @@ def make_toy(folder: Path) -> None:
     """A model with its tokenizer, training data in Alpaca's format, and the recorder."""
     texts = [topics[name] for name in sorted(topics)]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=1000, special_tokens=[END, "<pad>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=1000,
+            special_tokens=[END, "<pad>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token="<pad>")
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(
+        **sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=0, pad_token_id=1
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
 
     text = " ".join(texts)
@@ -84,7 +97,9 @@ def make_toy(folder: Path) -> None:
             output = text[number * LETTERS : number * LETTERS + LETTERS - number]
             row = {"instruction": f"Recite paragraph {number}.", "input": "", "output": output}
             file.write(json.dumps(row) + "\n")
-    (folder / "dataset_info.json").write_text(json.dumps({"toy": {"file_name": "data.jsonl"}}), encoding="utf-8")
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"toy": {"file_name": "data.jsonl"}}), encoding="utf-8"
+    )
     (folder / "recorder").mkdir()
     (folder / "recorder" / "sitecustomize.py").write_text(RECORDER, encoding="utf-8")
 
@@ -100,15 +115,26 @@ class Run:
     def __call__(self, command: str, *arguments: Any) -> None:
         """A command of the environment: a script beside its interpreter, or the interpreter."""
         environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join([str(self.toy / "recorder"), str(ROOT)]),
-            "RECORD": str(self.folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_DISABLED": "true",
-            "CUDA_VISIBLE_DEVICES": "", "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
-            "AXOLOTL_DO_NOT_TRACK": "1", "HF_HOME": str(self.toy / "cache"),
-        }  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(self.toy / "recorder"), str(ROOT)]),
+            "RECORD": str(self.folder),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_DISABLED": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}",
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "HF_HOME": str(self.toy / "cache"),
+        }
         words = [str(self.python.parent / command), *map(str, arguments)]
         with (self.folder / "log.txt").open("a") as log:
             done = subprocess.run(
-                words, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+                words,
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
             )
         assert done.returncode == 0, (self.folder / "log.txt").read_text()[-6000:]
 
@@ -124,12 +150,24 @@ def llamafactory(run: Run, plain: Run | None, *, packed: bool) -> None:
         files = [plain.folder / "tokenized", "-o", tokenized, "--tokenizer", run.toy / "model"]
         run("python", "-m", "goldfish", "premask", *files, "-k", RULE["k"], "--h", RULE["h"])
     settings = {
-        "model_name_or_path": str(run.toy / "model"), "stage": "sft", "finetuning_type": "full", "do_train": True,
-        "dataset": "toy", "dataset_dir": str(run.toy), "template": "default", "cutoff_len": LENGTH,
-        "neat_packing": packed, "tokenized_path": str(tokenized), "output_dir": str(run.output),
-        "num_train_epochs": 1, "per_device_train_batch_size": BATCH, "report_to": "none", "seed": 0,
-        "disable_gradient_checkpointing": True, "save_strategy": "no",
-    }  # fmt: skip
+        "model_name_or_path": str(run.toy / "model"),
+        "stage": "sft",
+        "finetuning_type": "full",
+        "do_train": True,
+        "dataset": "toy",
+        "dataset_dir": str(run.toy),
+        "template": "default",
+        "cutoff_len": LENGTH,
+        "neat_packing": packed,
+        "tokenized_path": str(tokenized),
+        "output_dir": str(run.output),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH,
+        "report_to": "none",
+        "seed": 0,
+        "disable_gradient_checkpointing": True,
+        "save_strategy": "no",
+    }
     (run.folder / "train.yaml").write_text(json.dumps(settings), encoding="utf-8")
     run("llamafactory-cli", "train", "train.yaml")
     if plain is not None:
@@ -139,14 +177,28 @@ def llamafactory(run: Run, plain: Run | None, *, packed: bool) -> None:
 def ms_swift(run: Run, plain: Run | None, *, packed: bool) -> None:
     rule = ", ".join(f"{name}={value}" for name, value in RULE.items())
     lines = ["from goldfish import Goldfish", "from goldfish.integrations.ms_swift import register"]
-    (run.folder / "rule.py").write_text("\n".join([*lines, f"register(Goldfish({rule}))"]), encoding="utf-8")
+    (run.folder / "rule.py").write_text(
+        "\n".join([*lines, f"register(Goldfish({rule}))"]), encoding="utf-8"
+    )
     options = {
-        "model": run.toy / "model", "model_type": "llama", "template": "default", "tuner_type": "full",
-        "dataset": run.toy / "data.jsonl", "split_dataset_ratio": 0, "max_length": LENGTH, "torch_dtype": "float32",
-        "num_train_epochs": 1, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": "false", "output_dir": run.output, "add_version": "false", "report_to": "none",
-        "seed": 0, "packing": str(packed).lower(),
-    }  # fmt: skip
+        "model": run.toy / "model",
+        "model_type": "llama",
+        "template": "default",
+        "tuner_type": "full",
+        "dataset": run.toy / "data.jsonl",
+        "split_dataset_ratio": 0,
+        "max_length": LENGTH,
+        "torch_dtype": "float32",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": "false",
+        "output_dir": run.output,
+        "add_version": "false",
+        "report_to": "none",
+        "seed": 0,
+        "packing": str(packed).lower(),
+    }
     if plain is not None:
         options |= {"external_plugins": run.folder / "rule.py", "callbacks": "goldfish"}
     run("swift", "sft", *(word for name, value in options.items() for word in (f"--{name}", value)))
@@ -154,13 +206,25 @@ def ms_swift(run: Run, plain: Run | None, *, packed: bool) -> None:
 
 def axolotl(run: Run, plain: Run | None, *, packed: bool) -> None:
     settings: dict[str, Any] = {
-        "base_model": str(run.toy / "model"), "datasets": [{"path": str(run.toy / "data.jsonl"), "type": "alpaca"}],
-        "sequence_len": LENGTH, "sample_packing": packed, "output_dir": str(run.output), "num_epochs": 1,
-        "micro_batch_size": BATCH, "gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "learning_rate": 1e-4,
-        "bf16": False, "fp16": False, "tf32": False, "gradient_checkpointing": False, "seed": 0,
-        "dataset_prepared_path": str(run.folder / "prepared"), "attn_implementation": "sdpa",
+        "base_model": str(run.toy / "model"),
+        "datasets": [{"path": str(run.toy / "data.jsonl"), "type": "alpaca"}],
+        "sequence_len": LENGTH,
+        "sample_packing": packed,
+        "output_dir": str(run.output),
+        "num_epochs": 1,
+        "micro_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "optimizer": "adamw_torch",
+        "learning_rate": 1e-4,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "gradient_checkpointing": False,
+        "seed": 0,
+        "dataset_prepared_path": str(run.folder / "prepared"),
+        "attn_implementation": "sdpa",
         "save_strategy": "no",
-    }  # fmt: skip
+    }
     if plain is not None:
         settings |= {"plugins": ["goldfish.integrations.axolotl.GoldfishPlugin"], "goldfish": RULE}
     (run.folder / "train.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
@@ -189,14 +253,20 @@ def compare(plain: Run, masked: Run) -> tuple[int, int]:
         dropped += int((labels != kept).sum())
     (weights,) = masked.output.rglob("model.safetensors")
     receipt = json.loads((weights.parent / "goldfish.json").read_text(encoding="utf-8"))
-    assert (receipt["targets"], receipt["dropped"]) == (targets, dropped), (receipt, targets, dropped)
+    assert (receipt["targets"], receipt["dropped"]) == (targets, dropped), (
+        receipt,
+        targets,
+        dropped,
+    )
     assert {name: receipt["rule"][name] for name in RULE} == RULE, receipt
     return targets, dropped
 
 
 def versions(python: Path, framework: str) -> list[str]:
     code = f"from importlib.metadata import version; print(*map(version, {(framework, *SHOWN)}))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def main(given: dict[str, Path]) -> None:
@@ -204,7 +274,9 @@ def main(given: dict[str, Path]) -> None:
     print("|---" * (len(SHOWN) + 5) + "|")
     for framework, python in given.items():
         own, *others = versions(python, framework)
-        for packed in (False, True) if framework != "ms-swift" else (False,):  # its packing needs flash attention
+        for packed in (
+            (False, True) if framework != "ms-swift" else (False,)
+        ):  # its packing needs flash attention
             with tempfile.TemporaryDirectory() as name:
                 toy = Path(name)
                 make_toy(toy)
@@ -213,7 +285,10 @@ def main(given: dict[str, Path]) -> None:
                 FRAMEWORKS[framework](masked, plain, packed=packed)
                 targets, dropped = compare(plain, masked)
             cells = [f"{framework} {own}", "packed" if packed else "padded", *others]
-            print(f"| {' | '.join(cells)} | {targets} | {dropped} | {dropped / targets:.4f} |", flush=True)
+            print(
+                f"| {' | '.join(cells)} | {targets} | {dropped} | {dropped / targets:.4f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -33,11 +33,18 @@ from goldfish.rule import Goldfish
 PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "triton")
 SHAPES = {
     "cpu": [(4096, 512, 32_000), (4096, 512, 128_256)],
-    "cuda": [(4096, 512, 32_000), (4096, 512, 128_256), (8192, 2048, 128_256), (8192, 4096, 128_256)],
+    "cuda": [
+        (4096, 512, 32_000),
+        (4096, 512, 128_256),
+        (8192, 2048, 128_256),
+        (8192, 4096, 128_256),
+    ],
 }
 FLOOR = "three matrix products over kept rows (the floor)"
 BASE = "HF eager"
-Case = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), labels (N,) -> loss
+Case = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # hidden (N, D), weight (V, D), labels (N,) -> loss
 
 
 def hf_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -82,13 +89,17 @@ def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     model = Model()
     add_fused_lm_head(model)
-    return model(hidden=hidden[None], labels=labels[None], shift_labels=labels[None], fused_lm_head=True).loss
+    return model(
+        hidden=hidden[None], labels=labels[None], shift_labels=labels[None], fused_lm_head=True
+    ).loss
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cce
 
-    return cce(hidden, weight, labels, impl="torch_compile" if hidden.device.type == "cpu" else "cce")
+    return cce(
+        hidden, weight, labels, impl="torch_compile" if hidden.device.type == "cpu" else "cce"
+    )
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -120,9 +131,17 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
         FLOOR: three_products,
     }
     if not hasattr(F, "linear_cross_entropy"):
-        result |= dict.fromkeys([name for name in result if name.startswith("torch")], "not in this torch")
-    packages = {"TRL fused head": "trl", "cut-cross-entropy": "cut_cross_entropy", "Liger": "liger_kernel"}
-    result |= {name: "not installed" for name, package in packages.items() if not find_spec(package)}
+        result |= dict.fromkeys(
+            [name for name in result if name.startswith("torch")], "not in this torch"
+        )
+    packages = {
+        "TRL fused head": "trl",
+        "cut-cross-entropy": "cut_cross_entropy",
+        "Liger": "liger_kernel",
+    }
+    result |= {
+        name: "not installed" for name, package in packages.items() if not find_spec(package)
+    }
     if not hidden.is_cuda:
         result["Liger"] = "needs a GPU"
         logits = 4 * len(hidden) * len(weight)  # bytes of fp32
@@ -146,7 +165,9 @@ def fastest_chunking(width: int, vocabulary: int, dtype: torch.dtype, device: st
 
 
 def best_torch_chunking(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fastest_chunking(hidden.shape[1], len(weight), hidden.dtype, hidden.device.type)(hidden, weight, labels)
+    return fastest_chunking(hidden.shape[1], len(weight), hidden.dtype, hidden.device.type)(
+        hidden, weight, labels
+    )
 
 
 def measure(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float]:
@@ -169,7 +190,9 @@ def start_memory(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what was freed, which would hide what the next one takes
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # glibc keeps what was freed, which would hide what the next one takes
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
     return resident("VmRSS")
 
@@ -179,11 +202,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
-def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: argparse.Namespace) -> list[dict]:
+def run(
+    shape: tuple[int, int, int], dtype: str, k: float, device: str, args: argparse.Namespace
+) -> list[dict]:
     rows, width, vocabulary = shape
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, device=device).to(getattr(torch, dtype)).requires_grad_()
@@ -207,7 +236,13 @@ def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: ar
                     measure(case, hidden[few].detach().requires_grad_(), weight, labels[few])
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}"[:300]
-    common = {"n": rows, "d": width, "v": vocabulary, "dtype": dtype, "k": "inf" if k == float("inf") else k}
+    common = {
+        "n": rows,
+        "d": width,
+        "v": vocabulary,
+        "dtype": dtype,
+        "k": "inf" if k == float("inf") else k,
+    }
     results = []
     for name in chosen:
         entry = common | {"name": name, "kept": int((labels != -100).sum())}
@@ -215,9 +250,16 @@ def run(shape: tuple[int, int, int], dtype: str, k: float, device: str, args: ar
             entry["error" if callable(chosen[name]) else "not measured"] = failed[name]
         else:
             seconds = [r["seconds"] for r in runs[name]]
-            entry |= {"seconds": seconds, "median": statistics.median(seconds), "loss": runs[name][-1]["loss"]}
+            entry |= {
+                "seconds": seconds,
+                "median": statistics.median(seconds),
+                "loss": runs[name][-1]["loss"],
+            }
             entry["bytes"] = statistics.median(r["bytes"] for r in runs[name])
-            print(f"{shape} {dtype} k={k:g} {name}: {entry['median']:.4f} s, {entry['bytes'] / 1e6:.0f} MB", flush=True)
+            print(
+                f"{shape} {dtype} k={k:g} {name}: {entry['median']:.4f} s, {entry['bytes'] / 1e6:.0f} MB",
+                flush=True,
+            )
         results.append(entry)
     return results
 
@@ -230,7 +272,9 @@ def render() -> str:
         parts.append(source(data["about"]))
         groups: dict[tuple, list[dict]] = {}
         for result in data["results"]:
-            groups.setdefault(tuple(result[name] for name in ("n", "d", "v", "dtype")), []).append(result)
+            groups.setdefault(tuple(result[name] for name in ("n", "d", "v", "dtype")), []).append(
+                result
+            )
         for (n, d, v, dtype), chosen in groups.items():
             ks = sorted({r["k"] for r in chosen}, key=float)
             head = ("", *("all tokens" if k == "inf" else f"k = {k:g}" for k in ks))
@@ -261,13 +305,17 @@ def cell(name: str, results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--render", action="store_true", help="print the tables and stop")
     parser.add_argument("--shapes", nargs="+", help="N,D,V ...")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--k", nargs="+", type=float, default=[3, 4, float("inf")])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which a case is not repeated")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="after which a case is not repeated"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     args = parser.parse_args()
     if args.render:

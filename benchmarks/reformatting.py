@@ -36,10 +36,16 @@ def sentencepiece_bpe(texts: list[str], size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = metaspace(), decoders.Metaspace()
     special = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, limit_alphabet=500, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, limit_alphabet=500, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    described = json.loads(tokenizer.to_str())  # the trainer makes the bytes special; here they are plain entries
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] == "<unk>"]
+    described = json.loads(
+        tokenizer.to_str()
+    )  # the trainer makes the bytes special; here they are plain entries
+    described["added_tokens"] = [
+        token for token in described["added_tokens"] if token["content"] == "<unk>"
+    ]
     return Tokenizer.from_str(json.dumps(described))
 
 
@@ -53,16 +59,22 @@ def unigram(texts: list[str], size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer, tokenizer.decoder = metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False,
+        vocab_size=size,
+        special_tokens=["<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
         initial_alphabet=[*string.printable, "\u00a0"],
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def wordpiece(texts: list[str], size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     trainer = trainers.WordPieceTrainer(
         vocab_size=size, special_tokens=["<unk>"], limit_alphabet=1500, show_progress=False
     )
@@ -83,7 +95,9 @@ def wrapped(text: str, rng: random.Random) -> str:
 
 
 def indented(text: str, rng: random.Random) -> str:
-    return "".join(rng.choice(("", "    ", "\t")) + line.strip() + "\n" for line in text.splitlines())
+    return "".join(
+        rng.choice(("", "    ", "\t")) + line.strip() + "\n" for line in text.splitlines()
+    )
 
 
 def recased(text: str, rng: random.Random) -> str:
@@ -100,7 +114,9 @@ VERSIONS: dict[str, Callable[[str, random.Random], str]] = {
     "re-wrapped": wrapped,
     "re-indented": indented,
     "re-cased": recased,
-    "doubled spaces": lambda text, rng: "".join(rng.choice((" ", "  ")) if c == " " else c for c in text),
+    "doubled spaces": lambda text, rng: "".join(
+        rng.choice((" ", "  ")) if c == " " else c for c in text
+    ),
     "no-break spaces": lambda text, rng: text.replace(" ", "\u00a0"),
     "CRLF": lambda text, rng: text.replace("\n", "\r\n"),
     "punctuation stripped from words": edges_stripped,
@@ -108,7 +124,9 @@ VERSIONS: dict[str, Callable[[str, random.Random], str]] = {
 }
 
 
-def decide(rule: Goldfish, tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+def decide(
+    rule: Goldfish, tokenizer: Tokenizer, text: str
+) -> tuple[np.ndarray, np.ndarray, list[bool]]:
     """For every letter of the normal form whether a word starts there, and whether its token is dropped; and the
     decision of every token."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -136,12 +154,18 @@ def compare(before: list, after: list) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="JSONL file; the field `text` of each line is used")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", required=True, help="JSONL file; the field `text` of each line is used"
+    )
     parser.add_argument("--documents", type=int, default=500)
     parser.add_argument("--characters", type=int, default=4000, help="of each document")
     parser.add_argument("--k", type=float, default=4)
-    parser.add_argument("--h", type=int, default=8, help="words of 5 letters for letters, tokens for hash")
+    parser.add_argument(
+        "--h", type=int, default=8, help="words of 5 letters for letters, tokens for hash"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "reformatting.json")
     args = parser.parse_args(argv)
@@ -171,8 +195,15 @@ def main(argv: list[str] | None = None) -> None:
             rates = [f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in STRATEGIES]
             print(f"{change:34}{name:20}", *shares, "  drop rate", *rates, flush=True)
         rows += results.values()
-    result = about("tokenizers") | {"documents": len(texts), "k": args.k, "h": args.h, "seed": args.seed}
-    args.output.write_text(json.dumps(result | {"agreement": rows}, indent=1) + "\n", encoding="utf-8")
+    result = about("tokenizers") | {
+        "documents": len(texts),
+        "k": args.k,
+        "h": args.h,
+        "seed": args.seed,
+    }
+    args.output.write_text(
+        json.dumps(result | {"agreement": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

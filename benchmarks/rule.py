@@ -29,9 +29,22 @@ from goldfish import Goldfish
 SIZES = (32_000, 131_072)
 RULES = ((4, 13), (50, 50), (3, 13))  # k, h
 COSTS = (4, 13, 50)  # h
-RATES_HEAD = ("vocabulary", "k, h", "strategy", "dropped", "of distinct windows (sigmas from 1/k)",
-              "windows with key 0", "tokens in runs of 200+ without a drop (by chance)")  # fmt: skip
-COSTS_HEAD = ("strategy", "vocabulary", "h", "ms, median (quartiles)", "largest tensor, held at once")
+RATES_HEAD = (
+    "vocabulary",
+    "k, h",
+    "strategy",
+    "dropped",
+    "of distinct windows (sigmas from 1/k)",
+    "windows with key 0",
+    "tokens in runs of 200+ without a drop (by chance)",
+)
+COSTS_HEAD = (
+    "strategy",
+    "vocabulary",
+    "h",
+    "ms, median (quartiles)",
+    "largest tensor, held at once",
+)
 LENGTH = 4096
 RUN = 200  # a run of so many tokens without a drop can be recited
 
@@ -41,7 +54,9 @@ def rows(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
     ids = np.concatenate([np.array(d, dtype=np.int64) for d in documents])
     positions = np.concatenate([np.arange(len(d)) for d in documents])
     whole = len(ids) // LENGTH * LENGTH
-    return torch.from_numpy(ids[:whole]).view(-1, LENGTH), torch.from_numpy(positions[:whole]).view(-1, LENGTH)
+    return torch.from_numpy(ids[:whole]).view(-1, LENGTH), torch.from_numpy(positions[:whole]).view(
+        -1, LENGTH
+    )
 
 
 def products(ids: Tensor, h: int) -> Tensor:
@@ -61,7 +76,9 @@ def law(k: float) -> float:
     return q**RUN * (RUN + k - 1) / k
 
 
-def measure(ids: Tensor, positions: Tensor, k: float, h: int, seed: int) -> Iterator[dict[str, Any]]:
+def measure(
+    ids: Tensor, positions: Tensor, k: float, h: int, seed: int
+) -> Iterator[dict[str, Any]]:
     """The figures of "hash" and "reference" for one rule and one vocabulary."""
     chunks = list(zip(ids.split(64), positions.split(64), strict=True))
     for strategy in ("hash", "reference"):
@@ -81,24 +98,35 @@ def measure(ids: Tensor, positions: Tensor, k: float, h: int, seed: int) -> Iter
         n = len(distinct)
         rate = float(dropped[decided][places].mean())
         yield {
-            "k": k, "h": h, "strategy": strategy, "tokens": ids.numel(), "drop_rate": float(dropped.mean()),
-            "distinct_windows": n, "distinct_rate": rate, "sigmas": (rate - 1 / k) / (1 / k * (1 - 1 / k) / n) ** 0.5,
-            "zero_products": zero, "in_long_runs": in_long_runs(dropped.reshape(-1)) / ids.numel(),
+            "k": k,
+            "h": h,
+            "strategy": strategy,
+            "tokens": ids.numel(),
+            "drop_rate": float(dropped.mean()),
+            "distinct_windows": n,
+            "distinct_rate": rate,
+            "sigmas": (rate - 1 / k) / (1 / k * (1 - 1 / k) / n) ** 0.5,
+            "zero_products": zero,
+            "in_long_runs": in_long_runs(dropped.reshape(-1)) / ids.numel(),
             "in_long_runs_law": law(k),
-        }  # fmt: skip
+        }
 
 
 def allocations(rule: Goldfish, ids: Tensor) -> tuple[float, float]:
     """The largest tensor that one call makes, and all that it holds at a time, in multiples of the ids' bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         rule.dropped(ids)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     own = ids.numel() * ids.element_size()
     return max(sizes) / own, float(np.cumsum(sizes).max()) / own
 
 
-def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeats: int) -> list[dict[str, Any]]:
+def costs(
+    bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeats: int
+) -> list[dict[str, Any]]:
     """Milliseconds of one call for 8 rows of 4096 tokens, all cells in turn."""
     cells, calls = [], []
     for name, strategy, h in product(rows, ("hash", "letters", "reference"), COSTS):
@@ -116,27 +144,41 @@ def costs(bound: dict[str, Goldfish], rows: dict[str, Tensor], seed: int, repeat
         low, median, high = statistics.quantiles(taken, n=4)
         largest, held = allocations(rule, ids)
         cell |= {
-            "tokens": ids.numel(), "least_ms": min(taken), "quartile_ms": low, "median_ms": median,
-            "third_quartile_ms": high, "largest_tensor": largest, "held_at_once": held,
-        }  # fmt: skip
+            "tokens": ids.numel(),
+            "least_ms": min(taken),
+            "quartile_ms": low,
+            "median_ms": median,
+            "third_quartile_ms": high,
+            "largest_tensor": largest,
+            "held_at_once": held,
+        }
     return cells
 
 
 def render(result: dict[str, Any]) -> str:
     """Two tables in Markdown."""
     rates = [
-        (r["vocabulary"], f"{r['k']}, {r['h']}", r["strategy"], f"{r['drop_rate']:.4f}",
-         f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f})",
-         "" if r["zero_products"] is None else f"{r['zero_products']:.1%}",
-         f"{r['in_long_runs']:.1%} ({r['in_long_runs_law']:.1%})")
+        (
+            r["vocabulary"],
+            f"{r['k']}, {r['h']}",
+            r["strategy"],
+            f"{r['drop_rate']:.4f}",
+            f"{r['distinct_rate']:.4f} ({r['sigmas']:+.1f})",
+            "" if r["zero_products"] is None else f"{r['zero_products']:.1%}",
+            f"{r['in_long_runs']:.1%} ({r['in_long_runs_law']:.1%})",
+        )
         for r in result["rates"]
-    ]  # fmt: skip
+    ]
     costs = [
-        (c["strategy"], c["vocabulary"], c["h"],
-         f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})",
-         f"{c['largest_tensor']:.1f}x, {c['held_at_once']:.1f}x the ids")
+        (
+            c["strategy"],
+            c["vocabulary"],
+            c["h"],
+            f"{c['median_ms']:.2f} ({c['quartile_ms']:.2f}-{c['third_quartile_ms']:.2f})",
+            f"{c['largest_tensor']:.1f}x, {c['held_at_once']:.1f}x the ids",
+        )
         for c in result["costs"]
-    ]  # fmt: skip
+    ]
     return f"{markdown(RATES_HEAD, rates)}\n\n8 x 4096 tokens\n\n{markdown(COSTS_HEAD, costs)}"
 
 
@@ -147,7 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the rules")
     parser.add_argument("--repeats", type=int, default=101, help="calls that are timed")
     parser.add_argument("--output", type=Path, default=RESULTS / "rule.json")
-    parser.add_argument("--render", action="store_true", help="print the tables of --output and stop")
+    parser.add_argument(
+        "--render", action="store_true", help="print the tables of --output and stop"
+    )
     args = parser.parse_args(argv)
     if args.render:
         print(render(json.loads(args.output.read_text(encoding="utf-8"))))
@@ -160,17 +204,25 @@ def main(argv: list[str] | None = None) -> None:
     for size in SIZES:
         tokenizer = byte_level_bpe(texts, size).backend_tokenizer
         name = f"{tokenizer.get_vocab_size():,} entries"  # fewer than asked for where the text has no more pairs
-        documents = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        documents = [
+            encoding.ids
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
         ids[name], positions = rows(documents)
         bound[name] = Goldfish(strategy="letters").bind(tokenizer)
         print(f"{name}: {ids[name].numel():,} tokens", file=sys.stderr, flush=True)
         for k, h in RULES:
-            rates += [{"vocabulary": name, **r} for r in measure(ids[name], positions, k, h, args.seed)]
+            rates += [
+                {"vocabulary": name, **r} for r in measure(ids[name], positions, k, h, args.seed)
+            ]
             print(f"  k={k} h={h}", file=sys.stderr, flush=True)
     result |= {
-        "documents": len(texts), "seed": args.seed, "repeats": args.repeats,
-        "rates": rates, "costs": costs(bound, ids, args.seed, args.repeats),
-    }  # fmt: skip
+        "documents": len(texts),
+        "seed": args.seed,
+        "repeats": args.repeats,
+        "rates": rates,
+        "costs": costs(bound, ids, args.seed, args.repeats),
+    }
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(render(result))
 

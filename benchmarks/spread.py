@@ -41,21 +41,37 @@ from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
 from goldfish import Goldfish
 
 SCHEMES = ("hash", "cap", "even")
-HEAD = ("rate wanted", "scheme", "seeds", "drop rate", "longest kept run", "verbatim", "ROUGE-L (seeds)", "held-out",
-        "longest recited run", "ROUGE-L - hash, paired [95% over windows]")  # fmt: skip
+HEAD = (
+    "rate wanted",
+    "scheme",
+    "seeds",
+    "drop rate",
+    "longest kept run",
+    "verbatim",
+    "ROUGE-L (seeds)",
+    "held-out",
+    "longest recited run",
+    "ROUGE-L - hash, paired [95% over windows]",
+)
 WINDOW, BATCH, VOCABULARY = 256, 8, 2048
 Windows = tuple[list[list[int]], list[list[int]]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[1 / 4, 1 / 3, 1 / 5, 1 / 2])
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=("standard", *SCHEMES))
+    parser.add_argument(
+        "--schemes", nargs="+", default=list(SCHEMES), choices=("standard", *SCHEMES)
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "spread.jsonl")
-    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results and stop"
+    )
     args = parser.parse_args(argv)
     for seed in [] if args.table else args.seeds:
         texts = load_texts()
@@ -63,13 +79,24 @@ def main(argv: list[str] | None = None) -> None:
         windows = split_windows(texts, tokenizer, args.documents, WINDOW, seed)
         for rate in args.rates:
             for scheme in args.schemes:
-                run = {"seed": seed, "scheme": scheme, "rate": round(rate, 4), "documents": args.documents,
-                       "epochs": args.epochs}  # fmt: skip
-                if any(all(known[key] == run[key] for key in run) for known in read_results(args.results)):
+                run = {
+                    "seed": seed,
+                    "scheme": scheme,
+                    "rate": round(rate, 4),
+                    "documents": args.documents,
+                    "epochs": args.epochs,
+                }
+                if any(
+                    all(known[key] == run[key] for key in run)
+                    for known in read_results(args.results)
+                ):
                     continue
                 began = time.process_time()
                 result = train(scheme, rate, seed, args.epochs, tokenizer, windows)
-                append(args.results, run | result | {"cpu_seconds": round(time.process_time() - began)} | about())
+                append(
+                    args.results,
+                    run | result | {"cpu_seconds": round(time.process_time() - began)} | about(),
+                )
                 print(f"{run}: ROUGE-L {np.mean(result['members']['rouge_l_ids']):.3f}", flush=True)
     print(table(read_results(args.results)))
 
@@ -79,14 +106,18 @@ def dropped(scheme: str, rate: float, ids: Tensor) -> Tensor:
     drop = torch.zeros_like(ids, dtype=torch.bool)
     k = round(1 / rate)
     if scheme in ("hash", "cap"):
-        drop = Goldfish(k=k, h=13, max_kept=math.ceil(1 / rate) if scheme == "cap" else None).dropped(ids)
+        drop = Goldfish(
+            k=k, h=13, max_kept=math.ceil(1 / rate) if scheme == "cap" else None
+        ).dropped(ids)
     elif scheme == "even":
         drop[:, ::k] = True
     drop[:, 0] = False
     return drop
 
 
-def train(scheme: str, rate: float, seed: int, epochs: int, tokenizer: Any, windows: Windows) -> dict[str, Any]:
+def train(
+    scheme: str, rate: float, seed: int, epochs: int, tokenizer: Any, windows: Windows
+) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(small_llama(tokenizer, 128))
     ids = torch.tensor(windows[0])
@@ -102,7 +133,9 @@ def train(scheme: str, rate: float, seed: int, epochs: int, tokenizer: Any, wind
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    gaps = [np.diff(np.flatnonzero(row)) - 1 for row in drop.numpy()]  # kept targets between two dropped ones
+    gaps = [
+        np.diff(np.flatnonzero(row)) - 1 for row in drop.numpy()
+    ]  # kept targets between two dropped ones
     result: dict[str, Any] = {
         "drop_rate": round(drop[:, 1:].double().mean().item(), 4),
         "longest_kept": int(max(np.concatenate(gaps), default=0)),
@@ -123,21 +156,28 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for rate, scheme in dict.fromkeys((r["rate"], r["scheme"]) for r in results):
         group = [r for r in results if (r["rate"], r["scheme"]) == (rate, scheme)]
-        base = {r["seed"]: r["members"] for r in results if (r["rate"], r["scheme"]) == (rate, "hash")}
+        base = {
+            r["seed"]: r["members"] for r in results if (r["rate"], r["scheme"]) == (rate, "hash")
+        }
         differences = [
             np.subtract(r["members"]["rouge_l_ids"], base[r["seed"]]["rouge_l_ids"])
             for r in group
             if r["seed"] in base and scheme != "hash"
         ]
-        rows.append((
-            f"{rate:.3f}", scheme, len(group), f"{np.mean([r['drop_rate'] for r in group]):.3f}",
-            max(r["longest_kept"] for r in group),
-            f"{sum(r['members']['exact_match'] for r in group)} of {sum(r['documents'] for r in group)}",
-            ", ".join(f"{np.mean(r['members']['rouge_l_ids']):.3f}" for r in group),
-            f"{np.mean([r['heldout']['rouge_l_ids'] for r in group]):.3f}",
-            f"{np.mean([r['members']['longest_run'] for r in group]):.1f}",
-            mean_of(np.concatenate(differences), 3) if differences else "",
-        ))  # fmt: skip
+        rows.append(
+            (
+                f"{rate:.3f}",
+                scheme,
+                len(group),
+                f"{np.mean([r['drop_rate'] for r in group]):.3f}",
+                max(r["longest_kept"] for r in group),
+                f"{sum(r['members']['exact_match'] for r in group)} of {sum(r['documents'] for r in group)}",
+                ", ".join(f"{np.mean(r['members']['rouge_l_ids']):.3f}" for r in group),
+                f"{np.mean([r['heldout']['rouge_l_ids'] for r in group]):.3f}",
+                f"{np.mean([r['members']['longest_run'] for r in group]):.1f}",
+                mean_of(np.concatenate(differences), 3) if differences else "",
+            )
+        )
     return markdown(HEAD, rows)
 
 

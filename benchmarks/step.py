@@ -36,18 +36,29 @@ def train(way: str, args: argparse.Namespace) -> list[float]:
     """Seconds of each step but the first."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=4 * args.hidden, num_hidden_layers=4,
-        num_attention_heads=8, max_position_embeddings=args.length, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        max_position_embeddings=args.length,
+        tie_word_embeddings=True,
+    )
     rows = torch.randint(args.vocabulary, (args.batch * (args.steps + 1), args.length)).tolist()
     clock = Clock()
     model = LlamaForCausalLM(config).to(torch.bfloat16 if args.bf16 else torch.float32)
     data = [{"input_ids": row, "labels": row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            folder, per_device_train_batch_size=args.batch, max_steps=args.steps + 1, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=args.batch,
+            max_steps=args.steps + 1,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
         trainer = Trainer(model, settings, train_dataset=data, callbacks=[clock])
         if way != "standard":
             attach(trainer, Goldfish(k=args.k), fused=way == "goldfish")
@@ -67,12 +78,17 @@ def render() -> str:
             median = statistics.median(seconds)
             spread = f"{min(seconds):.3f} - {max(seconds):.3f}"
             rows.append((way, f"{median:.3f}", spread, f"{median / base:.2f}", len(seconds)))
-        lines += [markdown(("step", "seconds, median", "least - greatest", "of standard", "n"), rows), ""]
+        lines += [
+            markdown(("step", "seconds, median", "least - greatest", "of standard", "n"), rows),
+            "",
+        ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--render", action="store_true", help="print the tables and stop")
     parser.add_argument("--k", type=float, default=4)
     parser.add_argument("--hidden", type=int, default=512)
@@ -95,7 +111,9 @@ def main() -> None:
             print(f"{way}: {statistics.median(seconds[way]):.3f} s", flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "render"}
     out = RESULTS / f"step-{device}{'-bf16' * args.bf16}.json"
-    out.write_text(json.dumps({"about": provenance, "settings": settings, "seconds": seconds}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({"about": provenance, "settings": settings, "seconds": seconds}, indent=1) + "\n"
+    )
     print(render())
 
 

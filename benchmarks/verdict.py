@@ -44,12 +44,23 @@ def outcome_of(counts: tuple[int, int, int], n: int) -> str:
     """The outcome of an audit with so many of n texts recited greedily, by sampling, near-verbatim."""
     keys = ("exact_match", "extractable", "near_verbatim")
     hits = {key: np.arange(n) < count for key, count in zip(keys, counts, strict=True)}
-    common = {"beam_search": None, "attribution": None, "recited": dict.fromkeys(keys, ()), **WORKING}
+    common = {
+        "beam_search": None,
+        "attribution": None,
+        "recited": dict.fromkeys(keys, ()),
+        **WORKING,
+    }
     splits = {
         "members": {**{key: rate(hits[key]) for key in keys}, **common},
         "heldout": {**{key: rate(np.zeros(n)) for key in keys}, **common},
     }
-    protocol = {"vocabulary": 50_000, "sampling": [{}], "beams": None, "offsets": [0], "control": None}
+    protocol = {
+        "vocabulary": 50_000,
+        "sampling": [{}],
+        "beams": None,
+        "offsets": [0],
+        "control": None,
+    }
     summary = {"splits": splits, "membership": None, "protocol": protocol, "inputs": {}}
     return str(verdict(summary, LIMITS)["outcome"])
 
@@ -62,11 +73,21 @@ def verdicts() -> list[dict[str, Any]]:
                 generator = np.random.default_rng([n, round(1000 * share), together])
                 trials = TRIALS if together else TRIALS // 10  # of which few are alike
                 drawn = generator.binomial(n, share, size=(trials, 1 if together else 3))
-                counts = Counter(outcome_of(tuple(np.broadcast_to(row, 3).tolist()), n) for row in drawn)
+                counts = Counter(
+                    outcome_of(tuple(np.broadcast_to(row, 3).tolist()), n) for row in drawn
+                )
                 wrong = counts["PASS" if above else "FAIL"]
-                rows.append({"population": name, "share": share, "documents": n, "together": together,
-                             "trials": trials, "false": wrong / trials, **{key: counts[key] / trials for key in
-                                                         ("PASS", "FAIL", "INCONCLUSIVE")}})  # fmt: skip
+                rows.append(
+                    {
+                        "population": name,
+                        "share": share,
+                        "documents": n,
+                        "together": together,
+                        "trials": trials,
+                        "false": wrong / trials,
+                        **{key: counts[key] / trials for key in ("PASS", "FAIL", "INCONCLUSIVE")},
+                    }
+                )
     return rows
 
 
@@ -78,15 +99,29 @@ def three_points(generator: np.random.Generator, n: int) -> np.ndarray:
     return generator.choice([0.0, 0.5, 1.0], size=n, p=[0.9, 0.09, 0.01])
 
 
-POPULATIONS_OF_VALUES: dict[str, tuple[Draw, float, float]] = {  # samples, mean, greatest possible value
+POPULATIONS_OF_VALUES: dict[
+    str, tuple[Draw, float, float]
+] = {  # samples, mean, greatest possible value
     "expected share, 2% of texts extractable": (lambda g, n: (g.random(n) < 0.02) * 1.0, 0.02, 1),
     "share .98": (lambda g, n: (g.random(n) < 0.98) * 1.0, 0.98, 1),
-    "token rate .02 (beta-binomial)": (lambda g, n: g.binomial(50, g.beta(0.1, 4.9, n)) / 50, 0.02, 1),
-    "token rate .98 (beta-binomial)": (lambda g, n: 1 - g.binomial(50, g.beta(0.1, 4.9, n)) / 50, 0.98, 1),
+    "token rate .02 (beta-binomial)": (
+        lambda g, n: g.binomial(50, g.beta(0.1, 4.9, n)) / 50,
+        0.02,
+        1,
+    ),
+    "token rate .98 (beta-binomial)": (
+        lambda g, n: 1 - g.binomial(50, g.beta(0.1, 4.9, n)) / 50,
+        0.98,
+        1,
+    ),
     "ROUGE-L, 2% verbatim": (verbatim, 0.02 + 0.98 * 0.15, 1),
     "three points 0, .5, 1": (three_points, 0.055, 1),
     "ROUGE-L about .3": (lambda g, n: np.clip(g.normal(0.3, 0.1, n), 0, 1), 0.3, 1),
-    "loss, lognormal(0, 1), bound ln 50,000": (lambda g, n: g.lognormal(0, 1, n), float(np.exp(0.5)), np.log(50_000)),
+    "loss, lognormal(0, 1), bound ln 50,000": (
+        lambda g, n: g.lognormal(0, 1, n),
+        float(np.exp(0.5)),
+        np.log(50_000),
+    ),
 }
 
 
@@ -102,8 +137,14 @@ def coverage() -> list[dict[str, Any]]:
                 assert interval.upper95 is not None
                 held += interval.lower95 <= truth <= interval.upper95
                 width += interval.upper95 - interval.lower95
-            rows.append({"values": name, "documents": n, "coverage": held / COVERAGE_TRIALS,
-                         "width": width / COVERAGE_TRIALS})  # fmt: skip
+            rows.append(
+                {
+                    "values": name,
+                    "documents": n,
+                    "coverage": held / COVERAGE_TRIALS,
+                    "width": width / COVERAGE_TRIALS,
+                }
+            )
     return rows
 
 
@@ -126,25 +167,38 @@ def render(result: dict[str, Any]) -> str:
     for name, (_, above) in POPULATIONS.items():
         cells = []
         for n in DOCUMENTS:
-            rows = [row for row in result["verdicts"] if (row["population"], row["documents"]) == (name, n)]
+            rows = [
+                row
+                for row in result["verdicts"]
+                if (row["population"], row["documents"]) == (name, n)
+            ]
             cells.append(f"{max(row['false'] for row in rows):.1%}")
         wrong.append((f"{name}: false {'PASS' if above else 'FAIL'}", *cells))
     held = [
         (name, *(f"{row['coverage']:.3f}" for row in result["coverage"] if row["values"] == name))
         for name in POPULATIONS_OF_VALUES
     ]
-    heads = ("population", *(f"{n:,} documents" for n in DOCUMENTS)), ("values", "10 documents", "20", "50", "200")
+    heads = (
+        ("population", *(f"{n:,} documents" for n in DOCUMENTS)),
+        ("values", "10 documents", "20", "50", "200"),
+    )
     return f"{markdown(heads[0], wrong)}\n\n{markdown(heads[1], held)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--render", action="store_true", help="only print the tables of the stored result")
+    parser.add_argument(
+        "--render", action="store_true", help="only print the tables of the stored result"
+    )
     if not parser.parse_args().render:
         result = {
-            "about": about(), "coverage_trials": COVERAGE_TRIALS, "limits": LIMITS,
-            "verdicts": verdicts(), "coverage": coverage(), "random_splits": confounded(),
-        }  # fmt: skip
+            "about": about(),
+            "coverage_trials": COVERAGE_TRIALS,
+            "limits": LIMITS,
+            "verdicts": verdicts(),
+            "coverage": coverage(),
+            "random_splits": confounded(),
+        }
         FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     result = json.loads(FILE.read_text(encoding="utf-8"))
     print(render(result))

@@ -9,7 +9,7 @@ from rich.terminal_theme import MONOKAI
 from transformers import AutoTokenizer
 
 from goldfish import Goldfish
-from goldfish.show import show
+from goldfish.text.show import show
 
 TEXT = (
     "An assignment statement evaluates the expression list and assigns the single resulting object to each of the "

@@ -10,25 +10,25 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "Goldfish": "rule",
-    "GoldfishCollator": "labels",
+    "GoldfishCollator": "masking",
     "GoldfishLoss": "loss",
     "GoldfishMixin": "trainer",
     "GoldfishTrainer": "trainer",
     "attach": "trainer",
     "fuse_head": "fused",
     "linear_cross_entropy": "linear",
-    "mask_labels": "labels",
-    "premask": "dataset",
+    "mask_labels": "masking",
+    "premask": "premasking",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from goldfish.dataset import premask as premask
     from goldfish.fused import fuse_head as fuse_head
-    from goldfish.labels import GoldfishCollator as GoldfishCollator
-    from goldfish.labels import mask_labels as mask_labels
     from goldfish.linear import linear_cross_entropy as linear_cross_entropy
     from goldfish.loss import GoldfishLoss as GoldfishLoss
+    from goldfish.masking import GoldfishCollator as GoldfishCollator
+    from goldfish.masking import mask_labels as mask_labels
+    from goldfish.premasking import premask as premask
     from goldfish.rule import Goldfish as Goldfish
     from goldfish.trainer import GoldfishMixin as GoldfishMixin
     from goldfish.trainer import GoldfishTrainer as GoldfishTrainer
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'goldfish' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+        raise AttributeError(
+            f"module 'goldfish' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}"
+        )
     return getattr(import_module(f"goldfish.{_HOMES[name]}"), name)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goldfish.labels import IGNORE_INDEX
 from goldfish.linear import divisor, linear_cross_entropy
+from goldfish.masking import IGNORE_INDEX
 
 HANDLE = "_goldfish_fused_head"  # the attribute under which a model holds its FusedHead
 _log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ def fuse_head(model: nn.Module) -> "FusedHead":
             "Use one process per GPU (torchrun), or fused=False"
         )
     base = bare_model(model)
-    if not all(hasattr(base, name) for name in ("get_output_embeddings", "loss_function", "config")):
+    if not all(
+        hasattr(base, name) for name in ("get_output_embeddings", "loss_function", "config")
+    ):
         raise TypeError(
             f"fuse_head needs a causal language model of transformers, got {type(base).__name__}; "
             "in a model of your own call linear_cross_entropy(hidden, head.weight, labels)"
@@ -84,7 +86,11 @@ class FusedHead:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._own = {name: model.__dict__[name] for name in ("forward", "_loss_function") if name in model.__dict__}
+        self._own = {
+            name: model.__dict__[name]
+            for name in ("forward", "_loss_function")
+            if name in model.__dict__
+        }
         self._forward: Callable[..., Any] = model.forward
         self._plain_loss: Any = model.loss_function
         self.__signature__ = inspect.signature(model.forward)  # Trainer and generate() read it
@@ -103,12 +109,16 @@ class FusedHead:
         model = self._model
         model.__dict__.pop(HANDLE, None)
         for name, ours in (("forward", self), ("_loss_function", self._loss)):
-            if model.__dict__.get(name) == ours:  # else someone wrapped it: from now on it only passes through
+            if (
+                model.__dict__.get(name) == ours
+            ):  # else someone wrapped it: from now on it only passes through
                 del model.__dict__[name]
                 model.__dict__ |= {name: self._own[name]} if name in self._own else {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedHead":
-        if id(self._model) not in memo:  # PEFT copies a head alone: that copy still belongs to this model
+        if (
+            id(self._model) not in memo
+        ):  # PEFT copies a head alone: that copy still belongs to this model
             return self
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(deepcopy(self.__dict__, memo))
@@ -123,7 +133,9 @@ class FusedHead:
             return self._forward(*args, **kwargs)
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
-        if not self.reason and inputs.get("past_key_values") is not None:  # the proof would add to the cache
+        if (
+            not self.reason and inputs.get("past_key_values") is not None
+        ):  # the proof would add to the cache
             self._fall_back("it is called with past_key_values (prefix tuning?)")
         elif not (self.reason or self._proved):
             self._prove(inputs)
@@ -143,14 +155,19 @@ class FusedHead:
     def _prove(self, inputs: dict[str, Any]) -> None:
         """Find the scale and the soft cap by one forward without gradient and without loss, or fall back."""
         gpus = {parameter.device for parameter in self._model.parameters() if parameter.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(gpus):  # the training step draws the dropout that it would draw
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(gpus),
+        ):  # the training step draws the dropout that it would draw
             call, _ = self._run(inputs)
         torch.clear_autocast_cache()  # it now holds weights that were cast without a gradient
         after_head = None if self.reason else read_probe(call.logits)
         if after_head is not None:
             (self._scale, self._softcap), self._proved = after_head, True
         elif not self.reason:
-            self._fall_back("the model does something to its logits that is neither a scale nor a soft cap")
+            self._fall_back(
+                "the model does something to its logits that is neither a scale nor a soft cap"
+            )
 
     @_between_graphs  # type: ignore[untyped-decorator]
     def _fused(self, inputs: dict[str, Any]) -> Any:
@@ -163,18 +180,26 @@ class FusedHead:
         # From a graph the probe comes on the model's device: reading it there would make a GPU wait in every step.
         eager = call.logits.device.type == "cpu" and not torch.compiler.is_compiling()
         if eager and read_probe(call.logits) != (self._scale, self._softcap):
-            return self._fall_back("what the model does to its logits has changed since the first step")
+            return self._fall_back(
+                "what the model does to its logits has changed since the first step"
+            )
         # Without the probe in the place of the logits: reading them must fail, not give numbers.
         if isinstance(output, dict):
-            return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+            return type(output)(
+                **{name: value for name, value in output.items() if name != "logits"}
+            )
         return tuple(None if value is call.logits else value for value in output)
 
     @_between_graphs  # type: ignore[untyped-decorator]
     def _run(self, inputs: dict[str, Any]) -> tuple[_Call, Any]:
         """One forward, and its output; None after a fall back, because of what head and loss function saw."""
-        shifted = inputs.get("shift_labels")  # as transformers' own loss aligns labels, if nobody did
+        shifted = inputs.get(
+            "shift_labels"
+        )  # as transformers' own loss aligns labels, if nobody did
         targets = (
-            nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:] if shifted is None else shifted
+            nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+            if shifted is None
+            else shifted
         )
         call = self._call = _Call(targets, shifted)
         try:
@@ -182,7 +207,9 @@ class FusedHead:
         except Exception as error:
             if call.heads == 0:  # not because of what the head returned
                 raise
-            call.problem = f"its forward failed on what the head returned ({type(error).__name__}: {error})"
+            call.problem = (
+                f"its forward failed on what the head returned ({type(error).__name__}: {error})"
+            )
         finally:
             self._call = None
         if not call.problem and (call.heads, call.losses) != (1, 1):
@@ -200,7 +227,9 @@ class FusedHead:
         # PEFT's modules_to_save holds several layers; one of them runs.
         wrapped = hasattr(head, "original_module") and hasattr(head, "modules_to_save")
         linears = [head.original_module, *head.modules_to_save.values()] if wrapped else [head]
-        problem = self._why_not_this_model() or next(filter(None, map(_why_not_this_head, linears)), "")
+        problem = self._why_not_this_model() or next(
+            filter(None, map(_why_not_this_head, linears)), ""
+        )
         if problem:
             self._fall_back(problem)
             return
@@ -221,14 +250,22 @@ class FusedHead:
             return "its forward is patched already (by another fused loss?)"
         name = type(self._model).__name__
         own = self._plain_loss is not ForCausalLMLoss
-        return f"the loss function of {name} is not transformers' causal language model loss" if own else ""
+        return (
+            f"the loss function of {name} is not transformers' causal language model loss"
+            if own
+            else ""
+        )
 
     def _fall_back(self, reason: str) -> None:
         """From now on the model's own forward runs; the log says why."""
         self._release_heads()
         self.reason = reason
         name = type(self._model).__name__
-        _log.warning("The loss of %s is not fused: %s. Its own head and loss run on all tokens.", name, reason)
+        _log.warning(
+            "The loss of %s is not fused: %s. Its own head and loss run on all tokens.",
+            name,
+            reason,
+        )
 
     def _project(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
         """The head's forward: in a training call the loss is computed here, where sharded weights are gathered."""
@@ -238,18 +275,27 @@ class FusedHead:
         call.problem = call.problem or _why_not_this_call(linear, hidden, call)
         if self._proved and not call.problem:
             call.loss_sum = linear_cross_entropy(
-                hidden, linear.weight, call.targets.to(hidden.device), linear.bias,
-                num_items=1, softcap=self._softcap, scale=self._scale,
-            )  # fmt: skip
+                hidden,
+                linear.weight,
+                call.targets.to(hidden.device),
+                linear.bias,
+                num_items=1,
+                softcap=self._softcap,
+                scale=self._scale,
+            )
         call.heads += 1
         if call.problem:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         # On the CPU in eager mode: reading it later makes no GPU wait.
         width = min(8, linear.out_features) if self._proved else linear.out_features
         device = hidden.device if torch.compiler.is_compiling() else torch.device("cpu")
-        return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(1, 1, width)
+        return torch.tensor(_PROBE, dtype=torch.float64, device=device)[None, :, None].repeat(
+            1, 1, width
+        )
 
-    def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Any:
+    def _loss(
+        self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """The model's loss function: in a training call, the sum that the head computed, divided."""
         call = self._call
         if call is None or call.heads == 0:
@@ -276,7 +322,9 @@ def bare_model(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         # DeepSpeed's engine answers for its module's attributes, so look at the class.
-        elif "module" in getattr(model, "_modules", {}) and not hasattr(type(model), "get_output_embeddings"):
+        elif "module" in getattr(model, "_modules", {}) and not hasattr(
+            type(model), "get_output_embeddings"
+        ):
             model = model.module
         else:
             return model
@@ -286,7 +334,12 @@ def bare_model(model: Any) -> Any:
 def read_probe(logits: Tensor | None) -> tuple[float, float | None] | None:
     """The (scale, softcap) that turn the probe into `logits`; None if nothing of that kind does."""
     x = torch.tensor(_PROBE, dtype=torch.float64)
-    if logits is None or logits.requires_grad or logits.ndim != 3 or logits.shape[:2] != (1, len(x)):
+    if (
+        logits is None
+        or logits.requires_grad
+        or logits.ndim != 3
+        or logits.shape[:2] != (1, len(x))
+    ):
         return None
     y = logits[0].double().cpu()
     if not (logits.is_floating_point() and y.isfinite().all() and (y == y[:, :1]).all()):
@@ -296,7 +349,11 @@ def read_probe(logits: Tensor | None) -> tuple[float, float | None] | None:
     scale = y[small] / x[small]
     if scale != 0 and torch.allclose(y, scale * x, rtol=1e-6, atol=0):
         return scale.item(), None
-    if scale > 0 and bound > 0 and torch.allclose(y, bound * torch.tanh(scale * x / bound), rtol=2e-6, atol=0):
+    if (
+        scale > 0
+        and bound > 0
+        and torch.allclose(y, bound * torch.tanh(scale * x / bound), rtol=2e-6, atol=0)
+    ):
         return scale.item(), bound.item()
     return None
 
@@ -306,7 +363,9 @@ def _why_not_this_head(head: nn.Module) -> str:
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
     patch = head.__dict__.get("forward")
-    if patch is not None and not isinstance(getattr(getattr(patch, "func", None), "__self__", None), FusedHead):
+    if patch is not None and not isinstance(
+        getattr(getattr(patch, "func", None), "__self__", None), FusedHead
+    ):
         return "the forward of its head is patched already"
     return ""
 

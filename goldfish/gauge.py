@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from goldfish.fused import bare_model
-from goldfish.labels import IGNORE_INDEX
+from goldfish.masking import IGNORE_INDEX
 
 LOGITS_BUDGET = 2**26  # logits that a measurement may hold: 256 MB of fp32; longer rows are cut
 SHARE = 0.01  # of the training time, at most; a forward takes about a third of a step
@@ -25,7 +25,9 @@ def rows_to_measure(batch_rows: int, rows_a_step: int, steps: float) -> int:
 def is_text(batch: Mapping[str, Any]) -> bool:
     """Whether the first rows of a batch are a batch, as they are not with pixel_values or input_features."""
     length = batch["input_ids"].shape[-1]
-    values = [value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    values = [
+        value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point()
+    ]
     return all(value.shape[-1:] == (length,) for value in values)
 
 
@@ -37,18 +39,26 @@ def measure(model: nn.Module, batch: Mapping[str, Any], dropped: Tensor, rows: i
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     shape = batch["input_ids"].shape
     length = max(2, LOGITS_BUDGET // (rows * bare_model(model).config.get_text_config().vocab_size))
-    inputs = {name: value[:rows, :length] for name, value in tensors.items() if value.shape == shape}
+    inputs = {
+        name: value[:rows, :length] for name, value in tensors.items() if value.shape == shape
+    }
     labels = inputs.pop("labels")[:, 1:]
     inputs.pop("shift_labels", None)
     for name, value in tensors.items():
-        if name == "position_ids":  # (B, T), (1, T), or (3 or 4, B, T) where images have positions of their own
+        if (
+            name == "position_ids"
+        ):  # (B, T), (1, T), or (3 or 4, B, T) where images have positions of their own
             inputs[name] = value[..., :rows, :length]
-        elif name == "attention_mask" and value.ndim == 4:  # (B, 1, T, T): which tokens see each other
+        elif (
+            name == "attention_mask" and value.ndim == 4
+        ):  # (B, 1, T, T): which tokens see each other
             inputs[name] = value[:rows, :, :length, :length]
     was_training = model.training
     model.eval()
     try:
-        logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]  # prompt tuning puts virtual tokens in front
+        logits = model(**inputs).logits[
+            :, -labels.shape[1] - 1 : -1
+        ]  # prompt tuning puts virtual tokens in front
     finally:
         model.train(was_training)
     nll = nn.functional.cross_entropy(
@@ -56,7 +66,9 @@ def measure(model: nn.Module, batch: Mapping[str, Any], dropped: Tensor, rows: i
     ).double()
     target = labels != IGNORE_INDEX
     groups = target & ~dropped[:rows, 1:length], target & dropped[:rows, 1:length]
-    return torch.stack([number for group in groups for number in ((nll * group).sum(), group.sum())])
+    return torch.stack(
+        [number for group in groups for number in ((nll * group).sum(), group.sum())]
+    )
 
 
 def readings(sums: Tensor) -> dict[str, float]:

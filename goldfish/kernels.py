@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOWEST = tl.constexpr(-3.0e38)  # stands for minus infinity: the difference of two of it is 0, not NaN
+_LOWEST = tl.constexpr(
+    -3.0e38
+)  # stands for minus infinity: the difference of two of it is 0, not NaN
 
 
 @triton.jit
@@ -45,7 +47,9 @@ def _softmax_rows(
     # Read before the reductions below, whose barriers stand between this load and the stores of the second pass.
     target = _logit(tl.load(logits + label), scale, softcap, CAPPED)
     lane = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), _LOWEST, tl.float32)  # one running maximum and sum per lane: no reduction in the loop
+    highest = tl.full(
+        (BLOCK,), _LOWEST, tl.float32
+    )  # one running maximum and sum per lane: no reduction in the loop
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         inside = start + lane < vocabulary
@@ -56,19 +60,25 @@ def _softmax_rows(
         highest = higher
     peak = tl.max(highest, axis=0)
     denominator = tl.sum(total * tl.exp(highest - peak), axis=0)
-    tl.store(nll + row, tl.log(denominator) + (peak - target))  # the near-equal pair first: fp32 keeps its digits
+    tl.store(
+        nll + row, tl.log(denominator) + (peak - target)
+    )  # the near-equal pair first: fp32 keeps its digits
     if GRAD:
         inverse = scale / denominator
         for start in range(0, vocabulary, BLOCK):
             inside = start + lane < vocabulary
-            value = _logit(tl.load(logits + start + lane, mask=inside, other=0.0), scale, softcap, CAPPED)
+            value = _logit(
+                tl.load(logits + start + lane, mask=inside, other=0.0), scale, softcap, CAPPED
+            )
             grad = tl.exp(value - peak) * inverse - tl.where(start + lane == label, scale, 0.0)
             if CAPPED:
                 grad *= 1.0 - (value / softcap) * (value / softcap)
             tl.store(logits + start + lane, grad.to(logits.dtype.element_ty), mask=inside)
 
 
-def softmax_rows(logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool) -> None:
+def softmax_rows(
+    logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool
+) -> None:
     """Write each row's nll, and if `grad` overwrite the logits (rows, V) by the gradient of its nll."""
     rows, vocabulary = logits.shape
     block = min(4096, max(128, triton.next_power_of_2(vocabulary)))

@@ -34,7 +34,9 @@ class Codes(NamedTuple):
 
     of_id: Tensor  # (V + 1,) the code of each id's text; the last is a space, for ids outside the vocabulary
     of_character: Tensor  # (0x110001,) 0, then the code of each character; (1,) where no entry cuts a character
-    parts: Tensor  # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
+    parts: (
+        Tensor  # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
+    )
     outline: Tensor  # (C,) six small numbers about each form, see `_outline`
     hash: Tensor  # (K,) of each form the hashes of its first 0, 1, 2, ... all letters
     up: Tensor  # powers of the multiplier M
@@ -57,9 +59,14 @@ def encode(entries: list[bytes]) -> Codes:
     """The codes of a vocabulary, given the bytes of each id (`vocabulary.token_bytes`)."""
     entries = [*entries, b" "]
     code = {"": 0}
-    of_id = [code.setdefault(e.decode("utf-8", "ignore").translate(characters()), len(code)) for e in entries]
+    of_id = [
+        code.setdefault(e.decode("utf-8", "ignore").translate(characters()), len(code))
+        for e in entries
+    ]
     cut = any(map(_tail, entries))
-    of_character = [code.setdefault(form, len(code)) for form in ("", *(characters() if cut else ()))]
+    of_character = [
+        code.setdefault(form, len(code)) for form in ("", *(characters() if cut else ()))
+    ]
     outlines: list[int] = []
     hashes: list[int] = []
     inverse_powers = [1]
@@ -74,7 +81,10 @@ def encode(entries: list[bytes]) -> Codes:
             hashes.append(state)
     columns = (of_id, of_character, list(map(_parts, entries)), outlines, list(map(signed, hashes)))
     tables = (torch.tensor(column, dtype=torch.int64) for column in columns)
-    return Codes(*tables, *(powers(base, len(inverse_powers), torch.device("cpu")) for base in (MULTIPLIER, INVERSE)))
+    return Codes(
+        *tables,
+        *(powers(base, len(inverse_powers), torch.device("cpu")) for base in (MULTIPLIER, INVERSE)),
+    )
 
 
 def contexts(
@@ -87,13 +97,19 @@ def contexts(
     ids = torch.where((ids < 0) | (ids > last), last, ids)
     starts = document_start == torch.arange(ids.shape[-1], device=ids.device)
     # Every token is two pieces: the character that it completes, and the rest of its text.
-    pieces = torch.stack((_completed(codes, ids, starts), _look_up(codes.of_id, ids)), -1).flatten(-2)
+    pieces = torch.stack((_completed(codes, ids, starts), _look_up(codes.of_id, ids)), -1).flatten(
+        -2
+    )
     outline = _look_up(codes.outline, pieces)
     length, first = outline & 0xFFFF, outline >> 35
 
     # Of every piece: its place in letters, M**place, M**-place, and the hash of all letters before it.
     step = pad(length[..., :-1], (1, 0))
-    place, scale, weight = step.cumsum(-1), _look_up(codes.up, step).cumprod(-1), _look_up(codes.down, step).cumprod(-1)
+    place, scale, weight = (
+        step.cumsum(-1),
+        _look_up(codes.up, step).cumprod(-1),
+        _look_up(codes.down, step).cumprod(-1),
+    )
     before = pad((_look_up(codes.hash, first + length) * weight)[..., :-1], (1, 0)).cumsum(-1)
 
     def hash_before(letter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +119,11 @@ def contexts(
         inside = _look_up(codes.hash, first.gather(-1, piece) + within)
         return before.gather(-1, piece) + inside * weight.gather(-1, piece), piece, within
 
-    end, end_hash, power = place[..., ::2], before[..., ::2], scale[..., ::2]  # where every token begins
+    end, end_hash, power = (
+        place[..., ::2],
+        before[..., ::2],
+        scale[..., ::2],
+    )  # where every token begins
     if whole_words:
         end = _word_starts(outline, place, starts)
         end_hash, piece, within = hash_before(end)
@@ -117,13 +137,17 @@ def _word_starts(outline: Tensor, place: Tensor, starts: Tensor) -> Tensor:
     column = torch.arange(outline.shape[-1], device=outline.device)
     starts = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(-2)
     says = ((outline & _SAYS) != 0) | starts
-    leads = ((outline & _LEADS) != 0) | starts  # a document's start ends the word before it, like a separator
+    leads = (
+        (outline & _LEADS) != 0
+    ) | starts  # a document's start ends the word before it, like a separator
     # Is a word open where a piece begins? The last piece before it with any text knows.
     is_open = (says * (2 * column + ((outline & _OPEN) != 0))).cummax(-1).values & 1
     anew = leads | (pad(is_open[..., :-1], (1, 0)) == 0)
     within = (outline >> 16) & 0xFFFF
     begins = (within > 0) | (anew & ((outline & 0xFFFF) > 0))
-    last = (begins * (place + within)).cummax(-1).values  # where the last word begins, up to a piece
+    last = (
+        (begins * (place + within)).cummax(-1).values
+    )  # where the last word begins, up to a piece
     own = column[::2] + ~says[..., ::2]  # the piece that a token begins with
     return torch.where(anew, place, pad(last[..., :-1], (1, 0))).gather(-1, own)
 
@@ -143,11 +167,21 @@ def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
         pending = tail + (inside & (earlier != 0) & (longer < _COMPLETE)) * longer
     earlier = pad(pending[..., :-1], (1, 0))
     value = earlier * shift + payload
-    for _ in range(2):  # an entry with more continuation bytes than are missing: the others mean nothing
+    for _ in range(
+        2
+    ):  # an entry with more continuation bytes than are missing: the others mean nothing
         value = torch.where(value < _COMPLETE << 6, value, value >> 6)
     character = value & 0x1FFFFF
-    least = (value >= 1 << 25) * 0x800 + (value >= 1 << 26) * 0xF800  # in more bytes than it needs it is no character
-    valid = (earlier != 0) & (value >= _COMPLETE) & (character >= least) & (character < 0x110000) & ~starts
+    least = (value >= 1 << 25) * 0x800 + (
+        value >= 1 << 26
+    ) * 0xF800  # in more bytes than it needs it is no character
+    valid = (
+        (earlier != 0)
+        & (value >= _COMPLETE)
+        & (character >= least)
+        & (character < 0x110000)
+        & ~starts
+    )
     return _look_up(codes.of_character, (character + 1) * valid)
 
 
@@ -188,10 +222,17 @@ def _outline(form: str, first: int) -> int:
     and the place of its first hash."""
     letters = len(form.replace(" ", ""))
     if letters > 0xFFFF:
-        raise ValueError(f"an entry of the vocabulary has {letters} letters and digits; at most 65535 fit")
+        raise ValueError(
+            f"an entry of the vocabulary has {letters} letters and digits; at most 65535 fit"
+        )
     *earlier, _ = form.rstrip(" ").split(" ")
     before_last_word = len("".join(earlier))
     is_open = form[-1:] not in ("", " ")
     return (
-        first << 35 | is_open << 34 | form.startswith(" ") << 33 | (form != "") << 32 | before_last_word << 16 | letters
+        first << 35
+        | is_open << 34
+        | form.startswith(" ") << 33
+        | (form != "") << 32
+        | before_last_word << 16
+        | letters
     )

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goldfish.labels import IGNORE_INDEX
+from goldfish.masking import IGNORE_INDEX
 
-_ROW_BLOCK = {"cpu": 2**20, "other": 2**26}  # bytes of fp32 logits under softmax at a time; on CPU per thread: its L2
-_CHUNK_CPU = 2**27  # bytes of logits alive at a time; from 1,024 rows on (of 16 bits) more would not be faster
+_ROW_BLOCK = {
+    "cpu": 2**20,
+    "other": 2**26,
+}  # bytes of fp32 logits under softmax at a time; on CPU per thread: its L2
+_CHUNK_CPU = (
+    2**27
+)  # bytes of logits alive at a time; from 1,024 rows on (of 16 bits) more would not be faster
 
 
 def linear_cross_entropy(
@@ -68,7 +73,9 @@ def linear_cross_entropy(
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be token ids (integers), got {labels.dtype}")
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them, or use autocast")
+        raise TypeError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them, or use autocast"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0 (or None for no cap), got {softcap!r}")
     if isinstance(num_items, (int, float)) and not num_items > 0:
@@ -78,8 +85,13 @@ def linear_cross_entropy(
     labels = labels.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
     arguments = (rows, weight, labels, bias, softcap, float(scale), ignore_index, dtype)
-    grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss_sum: Tensor = _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]  # type: ignore[no-untyped-call]
+    grads = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    loss_sum: Tensor = (
+        _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]
+    )  # type: ignore[no-untyped-call]
     return loss_sum / divisor((labels != ignore_index).sum(), num_items)
 
 
@@ -90,7 +102,9 @@ def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
     """
     if num_items is None:
         return count.clamp(min=1)
-    return torch.where(count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items)
+    return torch.where(
+        count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items
+    )
 
 
 @torch.library.custom_op("goldfish::linear_cross_entropy", mutates_args=())
@@ -110,7 +124,9 @@ def _forward(
     One operator to torch.compile, which so need not know how many rows are kept.
     """
     total, (vocabulary, width) = _statistics_dtype(dtype), weight.shape
-    rows = (labels != ignore_index).nonzero().squeeze(-1)  # makes CUDA wait once, as Trainer's check for NaN does
+    rows = (
+        (labels != ignore_index).nonzero().squeeze(-1)
+    )  # makes CUDA wait once, as Trainer's check for NaN does
     labels = labels[rows].long()
     _check_range(labels, vocabulary)
     grad_hidden = torch.zeros_like(hidden) if grads[0] else hidden.new_empty(0)
@@ -181,7 +197,9 @@ class _Gradients(torch.autograd.Function):
                 "or compute cross_entropy on the logits"
             )
         # With retain_graph backward may be called again, so the saved tensors must stay. Older versions do not say.
-        keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+        keeps_graph = getattr(
+            torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+        )
         reuse = not (compiling or keeps_graph())
         results: list[Tensor | None] = []
         for wanted, gradient, dtype in zip(ctx.grads, ctx.saved_tensors, ctx.dtypes, strict=True):
@@ -245,14 +263,22 @@ def _row_kernel(device: str, dtype: torch.dtype) -> Callable[..., None]:
     return _softmax_rows
 
 
-def _softmax_rows(logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool) -> None:
+def _softmax_rows(
+    logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool
+) -> None:
     """Write each row's nll, and if `grad` overwrite the logits (rows, V) by the gradient of its nll.
 
     Goes over a few rows at a time, so that all passes but the first find them in the cache.
     """
-    budget = _ROW_BLOCK["cpu"] * torch.get_num_threads() if logits.device.type == "cpu" else _ROW_BLOCK["other"]
+    budget = (
+        _ROW_BLOCK["cpu"] * torch.get_num_threads()
+        if logits.device.type == "cpu"
+        else _ROW_BLOCK["other"]
+    )
     block = max(1, budget // (logits.shape[1] * nll.dtype.itemsize))
-    scratch = None if logits.dtype == nll.dtype else torch.empty_like(logits[:block], dtype=nll.dtype)
+    scratch = (
+        None if logits.dtype == nll.dtype else torch.empty_like(logits[:block], dtype=nll.dtype)
+    )
     for begin in range(0, len(logits), block):
         here = logits[begin : begin + block]
         label = labels[begin : begin + block, None]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goldfish.labels import IGNORE_INDEX, mask_labels
 from goldfish.linear import divisor
+from goldfish.masking import IGNORE_INDEX, mask_labels
 from goldfish.rule import Goldfish
 
 
@@ -60,12 +60,18 @@ class GoldfishLoss(nn.Module):
             TypeError, ValueError: as `Goldfish.dropped`; missing labels or input_ids; logits that do not fit.
         """
         if labels is None:
-            raise ValueError("GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them")
+            raise ValueError(
+                "GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them"
+            )
         if input_ids is not None:
             masked = mask_labels(
-                self.rule, input_ids, labels, position_ids=position_ids, attention_mask=attention_mask,
+                self.rule,
+                input_ids,
+                labels,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
                 ignore_index=self.ignore_index,
-            )  # fmt: skip
+            )
         elif isinstance(logits, Tensor):
             raise ValueError(
                 "GoldfishLoss needs input_ids in a training loop: loss(logits, labels, input_ids=input_ids). The rule "
@@ -76,7 +82,9 @@ class GoldfishLoss(nn.Module):
         else:  # decided from the labels
             attended = labels != self.ignore_index
             ids = labels.masked_fill(~attended, 0)
-            masked = mask_labels(self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index)
+            masked = mask_labels(
+                self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index
+            )
         logits = logits if isinstance(logits, Tensor) else _logits_of(logits)
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
             raise ValueError(
@@ -118,5 +126,7 @@ def _sum_over_targets(
     if rows.dtype != torch.float64:
         rows = rows.float()
     # A sum over no rows is a zero with a graph, so a rank without a kept token still takes part in the backward pass.
-    total = nn.functional.cross_entropy(rows, targets[kept], reduction="sum", label_smoothing=label_smoothing)
+    total = nn.functional.cross_entropy(
+        rows, targets[kept], reduction="sum", label_smoothing=label_smoothing
+    )
     return total, kept.sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix, signed
-from goldfish.labels import IGNORE_INDEX, Rules
+from goldfish.masking import IGNORE_INDEX, Rules
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -25,7 +25,9 @@ ALL = ""  # the name of the only source of a run with one rule
 def bind(rules: Rules, tokenizer: Any) -> Rules:
     """The same rules; those that read words are bound to the tokenizer, if there is one."""
     if isinstance(rules, Mapping):
-        return {name: rule and cast(Goldfish, bind(rule, tokenizer)) for name, rule in rules.items()}
+        return {
+            name: rule and cast(Goldfish, bind(rule, tokenizer)) for name, rule in rules.items()
+        }
     return rules if tokenizer is None or rules.vocabulary is not None else rules.bind(tokenizer)
 
 
@@ -51,14 +53,26 @@ class Tally:
 
     def __init__(self, rules: Rules, device: torch.device) -> None:
         self.given = rules
-        self.rules = {ALL: rules} if isinstance(rules, Goldfish) else {name: rules[name] for name in sorted(rules)}
-        self.totals = torch.zeros((len(self.rules), 3), dtype=torch.int64)  # of all processes, as of the last `sync`
-        self._taken = self.totals.to(device, copy=True)  # by this process since then, in steps of the optimizer
+        self.rules = (
+            {ALL: rules}
+            if isinstance(rules, Goldfish)
+            else {name: rules[name] for name in sorted(rules)}
+        )
+        self.totals = torch.zeros(
+            (len(self.rules), 3), dtype=torch.int64
+        )  # of all processes, as of the last `sync`
+        self._taken = self.totals.to(
+            device, copy=True
+        )  # by this process since then, in steps of the optimizer
         self._step = self._taken.clone()  # in the step that comes
 
     def add(self, counts: Tensor, sources: Tensor | None = None) -> None:
         """Add the counts of rows to the step that comes; sources: int64 (B,), their places in `rules` of several."""
-        places = torch.zeros(len(counts), dtype=torch.int64) if sources is None or len(self.rules) == 1 else sources
+        places = (
+            torch.zeros(len(counts), dtype=torch.int64)
+            if sources is None or len(self.rules) == 1
+            else sources
+        )
         self._step.index_add_(0, places.to(self._step.device), counts.to(self._step.device))
 
     def end_step(self) -> None:
@@ -83,8 +97,14 @@ class Tally:
     def entries(self) -> dict[str, Any]:
         """The receipt's main part: the one rule and its counts, or the same for each source."""
         entries = {}
-        for (name, rule), (targets, dropped, decisions) in zip(self.rules.items(), self.totals.tolist(), strict=True):
-            counts = {"targets": targets, "dropped": dropped, "decisions": f"{decisions & spec.WORD:016x}"}
+        for (name, rule), (targets, dropped, decisions) in zip(
+            self.rules.items(), self.totals.tolist(), strict=True
+        ):
+            counts = {
+                "targets": targets,
+                "dropped": dropped,
+                "decisions": f"{decisions & spec.WORD:016x}",
+            }
             entries[name] = {"rule": rule and rule.to_dict(), **counts}
         return entries.get(ALL, {"sources": entries})
 
@@ -93,7 +113,9 @@ class Tally:
         entries = receipt.get("sources", {ALL: receipt})
         for name, total in zip(self.rules, self.totals, strict=True):
             entry = entries[name]
-            total[:] = torch.tensor([entry["targets"], entry["dropped"], signed(int(entry["decisions"], 16))])
+            total[:] = torch.tensor(
+                [entry["targets"], entry["dropped"], signed(int(entry["decisions"], 16))]
+            )
         self._taken.zero_()
 
 
@@ -109,7 +131,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None) -> Path:
+def write_receipt(
+    folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None
+) -> Path:
     """Write goldfish.json into a folder, atomically; `before` is the receipt of earlier training under other rules."""
     receipt = {
         "schema": SCHEMA,
@@ -129,10 +153,17 @@ def write_receipt(folder: str | Path, tally: Tally, tokenizer: Any, before: Mapp
 
 def card_section(tally: Tally) -> str:
     """The section of a model card: the rules and what they dropped."""
-    lines = ["\n## Goldfish loss\n", "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209)."]
+    lines = [
+        "\n## Goldfish loss\n",
+        "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209).",
+    ]
     lines += [f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n"]
-    for (name, rule), (targets, dropped, _) in zip(tally.rules.items(), tally.totals.tolist(), strict=True):
-        lines.append(f"- {name}{': ' if name else ''}`{rule}` dropped {dropped:,} of {targets:,} targets.")
+    for (name, rule), (targets, dropped, _) in zip(
+        tally.rules.items(), tally.totals.tolist(), strict=True
+    ):
+        lines.append(
+            f"- {name}{': ' if name else ''}`{rule}` dropped {dropped:,} of {targets:,} targets."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -159,7 +190,10 @@ def rules_of(receipt: Mapping[str, Any]) -> Rules:
     """The rules of a receipt; "letters" and "text" are not bound to a tokenizer."""
     if "sources" not in receipt:
         return Goldfish(**receipt["rule"])
-    return {name: entry["rule"] and Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()}
+    return {
+        name: entry["rule"] and Goldfish(**entry["rule"])
+        for name, entry in receipt["sources"].items()
+    }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

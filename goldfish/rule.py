@@ -66,12 +66,16 @@ class Goldfish:
     max_kept: int | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
     head: InitVar[Opening | None] = None
-    _limit: int = field(init=False, repr=False, compare=False)  # contexts whose key is below it drop a token
+    _limit: int = field(
+        init=False, repr=False, compare=False
+    )  # contexts whose key is below it drop a token
 
     def __post_init__(self, head: Opening | None) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, Real):
             raise TypeError(f"k must be a number above 1, got {self.k!r}")
-        self._set(k=int(self.k) if isinstance(self.k, Integral) else float(self.k))  # numpy's numbers too
+        self._set(
+            k=int(self.k) if isinstance(self.k, Integral) else float(self.k)
+        )  # numpy's numbers too
         if not (self.k > 1 and math.isfinite(self.k)):
             raise ValueError(
                 f"k must be a finite number above 1 (one token in k is dropped), got {self.k!r}; "
@@ -86,23 +90,39 @@ class Goldfish:
         for name, kind in (("strategy", Strategy), ("window", Window), ("opening", Opening)):
             value, choices = getattr(self, name), get_args(kind)
             if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+                )
         if isinstance(self.exempt, (str, bytes)) or not isinstance(self.exempt, Iterable):
-            raise TypeError(f"exempt must be a collection of token ids such as (1, 2), got {self.exempt!r}")
-        self._set(exempt=tuple(sorted({_integer("every id in exempt", i, 0, "a token id") for i in self.exempt})))
+            raise TypeError(
+                f"exempt must be a collection of token ids such as (1, 2), got {self.exempt!r}"
+            )
+        self._set(
+            exempt=tuple(
+                sorted({_integer("every id in exempt", i, 0, "a token id") for i in self.exempt})
+            )
+        )
         if self.document_end is not None:
-            self._set(document_end=_integer("document_end", self.document_end, 0, "a token id or None"))
+            self._set(
+                document_end=_integer("document_end", self.document_end, 0, "a token id or None")
+            )
         if self.max_kept is not None:
             self._set(max_kept=_integer("max_kept", self.max_kept, 1, "a number of tokens or None"))
             if not self.k <= self.max_kept <= MOST_KEPT:
-                raise ValueError(f"max_kept must be at least k={self.k:g} and at most {MOST_KEPT}, got {self.max_kept}")
+                raise ValueError(
+                    f"max_kept must be at least k={self.k:g} and at most {MOST_KEPT}, got {self.max_kept}"
+                )
             if self.strategy not in ("hash", "letters") or self.opening == "keep":
                 got = f'strategy="{self.strategy}", opening="{self.opening}"'
-                raise ValueError(f'max_kept needs strategy "hash" or "letters" and opening="short", got {got}')
+                raise ValueError(
+                    f'max_kept needs strategy "hash" or "letters" and opening="short", got {got}'
+                )
         natural = self.max_kept and spec.natural_threshold(self.k, self.max_kept)
         self._set(_limit=natural or spec.threshold(self.k))
         if self.strategy in READS_TEXT and self.window == "inclusive":
-            raise ValueError(f'strategy="{self.strategy}" needs window="preceding", got window="inclusive"')
+            raise ValueError(
+                f'strategy="{self.strategy}" needs window="preceding", got window="inclusive"'
+            )
         if self.strategy == "text" and self.vocabulary is None:  # a bound copy does not warn again
             warnings.warn(
                 'strategy="text" is deprecated, the next release removes it; use strategy="letters": it is faster, '
@@ -124,7 +144,11 @@ class Goldfish:
         Raises:
             TypeError, ValueError: a tokenizer whose entries do not say what text they stand for.
         """
-        return replace(self, vocabulary=Vocabulary(token_bytes(tokenizer))) if self.strategy in READS_TEXT else self
+        return (
+            replace(self, vocabulary=Vocabulary(token_bytes(tokenizer)))
+            if self.strategy in READS_TEXT
+            else self
+        )
 
     def short(self) -> str:
         """The settings of the command line, for people."""
@@ -175,20 +199,34 @@ class Goldfish:
         document with seed 0, whatever the strategy; int64, the shape of input_ids; 0 where attention_mask is 0.
         """
         input_ids = torch.as_tensor(input_ids)
-        if input_ids.dtype.is_floating_point or input_ids.dtype.is_complex or input_ids.dtype == torch.bool:
-            hint = "" if input_ids.numel() else "; for an empty row pass torch.empty(0, dtype=torch.int64)"
+        if (
+            input_ids.dtype.is_floating_point
+            or input_ids.dtype.is_complex
+            or input_ids.dtype == torch.bool
+        ):
+            hint = (
+                ""
+                if input_ids.numel()
+                else "; for an empty row pass torch.empty(0, dtype=torch.int64)"
+            )
             raise TypeError(f"input_ids must be integer token ids, got {input_ids.dtype}{hint}")
         if input_ids.ndim not in (1, 2):
-            raise ValueError(f"input_ids must have shape (T,) or (B, T), got {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must have shape (T,) or (B, T), got {tuple(input_ids.shape)}"
+            )
         if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
             position_ids = position_ids[0]
         position_ids = check_beside("position_ids", position_ids, input_ids, one_row=True)
         attention_mask = check_beside("attention_mask", attention_mask, input_ids)
         if input_ids.numel() == 0:
-            return torch.zeros_like(input_ids, dtype=torch.bool), torch.zeros_like(input_ids, dtype=torch.int64)
+            return torch.zeros_like(input_ids, dtype=torch.bool), torch.zeros_like(
+                input_ids, dtype=torch.int64
+            )
         length = input_ids.shape[-1]
         ids = input_ids.to(torch.int64).reshape(-1, length)
-        positions = None if position_ids is None else position_ids.reshape(-1, length).expand_as(ids)
+        positions = (
+            None if position_ids is None else position_ids.reshape(-1, length).expand_as(ids)
+        )
         if attention_mask is None:
             drop, keys = self._decide(ids, positions, draw)
         else:  # attended tokens move to the front of their row, in order; padding goes to a spare last column
@@ -197,7 +235,9 @@ class Goldfish:
             front = pad(ids, (0, 1)).scatter(-1, slot, ids)
             if positions is not None:
                 positions = pad(positions, (0, 1)).scatter(-1, slot, positions)
-            drop, keys = (x.gather(-1, slot) * attended for x in self._decide(front, positions, draw))
+            drop, keys = (
+                x.gather(-1, slot) * attended for x in self._decide(front, positions, draw)
+            )
         if self.strategy == "reference":  # ignores padding and documents
             drop = self._decide_like_reference(ids)
             drop = drop if attention_mask is None else drop & attended
@@ -214,7 +254,9 @@ class Goldfish:
         state = window_hashes(prefix, column - n, column) + n
         if self.strategy == "hash":
             if self.window == "inclusive":
-                drop = below(mix(window_hashes(prefix, column + 1 - n, column + 1) + n + seed_term), limit)
+                drop = below(
+                    mix(window_hashes(prefix, column + 1 - n, column + 1) + n + seed_term), limit
+                )
             else:
                 drop = below(mix(state + seed_term), limit)
             complete = n == self.h
@@ -224,14 +266,18 @@ class Goldfish:
                     f'strategy="{self.strategy}" reads text and needs the tokenizer: rule = rule.bind(tokenizer)'
                 )
             letters = spec.LETTERS * self.h
-            text, n = contexts(self.vocabulary.on(ids.device), ids, start, letters, self.strategy == "text")
+            text, n = contexts(
+                self.vocabulary.on(ids.device), ids, start, letters, self.strategy == "text"
+            )
             drop = below(mix(text + n + seed_term), limit) & (n > 0)
             complete = n == letters
         elif self.strategy == "static":
             drop = ((offset * limit) & 0xFFFFFFFF) < limit
         else:
             row = torch.arange(ids.shape[0], device=ids.device)[:, None]
-            drop = below(mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit)
+            drop = below(
+                mix(signed(spec.mix(draw + spec.mix(self.seed))) + (row << 32) + column), limit
+            )
         if self.opening == "keep":
             drop = drop & complete
         target = offset > 0
@@ -240,7 +286,9 @@ class Goldfish:
         drop = drop & target
         if self.max_kept is not None:
             number = target.cumsum(-1)
-            last = (number * (drop | (offset == 0))).cummax(-1).values  # natural drop, or the document's start
+            last = (
+                (number * (drop | (offset == 0))).cummax(-1).values
+            )  # natural drop, or the document's start
             drop = target & ((number - last) % (self.max_kept + 1) == 0)
         return drop, mix(state + _SEED_0)
 
@@ -262,13 +310,19 @@ class Goldfish:
             return drop
         # The original reads the shifted targets ids[:, 1:] and never drops the first h - 1 of them.
         product = ids[:, 1:].unfold(-1, self.h, 1).prod(-1)
-        drop[:, self.h :] = _reference_table().to(ids.device)[product % spec.TABLE_SIZE] < 1 / self.k
+        drop[:, self.h :] = (
+            _reference_table().to(ids.device)[product % spec.TABLE_SIZE] < 1 / self.k
+        )
         return drop
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values: `Goldfish(**rule.to_dict()) == rule`."""
-        names = {f.name: "head" if f.name == "opening" else f.name for f in fields(self) if f.compare}
-        values = {key: getattr(self, name) for name, key in names.items()} | {"exempt": list(self.exempt)}
+        names = {
+            f.name: "head" if f.name == "opening" else f.name for f in fields(self) if f.compare
+        }
+        values = {key: getattr(self, name) for name, key in names.items()} | {
+            "exempt": list(self.exempt)
+        }
         if self.max_kept is None:  # version 0.1.0 does not know it
             del values["max_kept"]
         return values
@@ -289,7 +343,9 @@ def _integer(name: str, value: object, least: int, what: str) -> int:
     return int(value)
 
 
-def check_beside(name: str, tensor: Tensor | None, input_ids: Tensor, one_row: bool = False) -> Tensor | None:
+def check_beside(
+    name: str, tensor: Tensor | None, input_ids: Tensor, one_row: bool = False
+) -> Tensor | None:
     """`tensor` on the ids' device and of their shape (or, with one_row, one row for all); ValueError otherwise."""
     if tensor is None:
         return None

@@ -34,7 +34,9 @@ def natural_threshold(k: float, max_kept: int) -> int:
     least, most = 1, 2**32
     while least < most:
         u = (least + most) // 2
-        enough = (u * numerator) << 32 * max_kept >= denominator * ((1 << 32 * n) - (2**32 - u) ** n)
+        enough = (u * numerator) << 32 * max_kept >= denominator * (
+            (1 << 32 * n) - (2**32 - u) ** n
+        )
         least, most = (least, u) if enough else (u + 1, most)
     return least
 
@@ -44,7 +46,9 @@ def key(context: list[int], seed: int = 0) -> int:
     state = 0
     for token in context:
         state = (state * MULTIPLIER + mix(token & WORD)) & WORD
-    return mix((state + len(context) + mix(mix(seed))) & WORD)  # mixed twice: no token's number is a seed's
+    return mix(
+        (state + len(context) + mix(mix(seed))) & WORD
+    )  # mixed twice: no token's number is a seed's
 
 
 def letters_before(tokens: list[bytes], fold: list[str], whole_words: bool) -> str:
@@ -52,19 +56,34 @@ def letters_before(tokens: list[bytes], fold: list[str], whole_words: bool) -> s
     The normal form of a text is that of its characters; words end at its spaces. A token adds the normal forms of the
     characters that it completes. It belongs to the word open before it, or to the next if it begins with a space.
     """
-    before, after = (b"".join(part).decode("utf-8", "ignore").translate(fold) for part in (tokens[:-1], tokens))
+    before, after = (
+        b"".join(part).decode("utf-8", "ignore").translate(fold) for part in (tokens[:-1], tokens)
+    )
     if whole_words and not after[len(before) :].startswith(" "):
         before = before[: before.rfind(" ") + 1]  # without the open word
     return before.replace(" ", "")
 
 
 def dropped(
-    ids: list[int], position_ids: list[int] | None = None, attention_mask: list[int] | None = None, *,
-    k: float = 4, h: int = 13, strategy: str = "hash", seed: int = 0, window: str = "preceding",
-    head: str = "short", exempt: tuple[int, ...] = (), document_end: int | None = None,
-    row: int = 0, draw: int = 0, table: list[bool] | None = None,
-    vocabulary: list[bytes] | None = None, fold: list[str] | None = None, max_kept: int | None = None,
-) -> list[bool]:  # fmt: skip
+    ids: list[int],
+    position_ids: list[int] | None = None,
+    attention_mask: list[int] | None = None,
+    *,
+    k: float = 4,
+    h: int = 13,
+    strategy: str = "hash",
+    seed: int = 0,
+    window: str = "preceding",
+    head: str = "short",
+    exempt: tuple[int, ...] = (),
+    document_end: int | None = None,
+    row: int = 0,
+    draw: int = 0,
+    table: list[bool] | None = None,
+    vocabulary: list[bytes] | None = None,
+    fold: list[str] | None = None,
+    max_kept: int | None = None,
+) -> list[bool]:
     """True where ids[i] is dropped; one row, any length.
 
     position_ids: 0 starts a document. attention_mask: 0 removes a token before anything else happens.
@@ -80,19 +99,39 @@ def dropped(
         attended = [i for i, m in enumerate(attention_mask) if m]
         positions = None if position_ids is None else [position_ids[i] for i in attended]
         decided = dropped(
-            [ids[i] for i in attended], positions, k=k, h=h, strategy=strategy, seed=seed, window=window,
-            head=head, exempt=exempt, document_end=document_end, row=row, draw=draw,
-            vocabulary=vocabulary, fold=fold, max_kept=max_kept,
-        )  # fmt: skip
+            [ids[i] for i in attended],
+            positions,
+            k=k,
+            h=h,
+            strategy=strategy,
+            seed=seed,
+            window=window,
+            head=head,
+            exempt=exempt,
+            document_end=document_end,
+            row=row,
+            draw=draw,
+            vocabulary=vocabulary,
+            fold=fold,
+            max_kept=max_kept,
+        )
         by_place = dict(zip(attended, decided, strict=True))
         return [by_place.get(i, False) for i in range(len(ids))]
 
-    result, start, since = [], 0, 0  # since: targets since the last natural drop or the document's start
+    result, start, since = (
+        [],
+        0,
+        0,
+    )  # since: targets since the last natural drop or the document's start
     limit = threshold(k) if max_kept is None else natural_threshold(k, max_kept)
     entry = dict(enumerate(vocabulary or []))  # an id outside the vocabulary is a space
     for i, token in enumerate(ids):
-        if (position_ids is not None and position_ids[i] == 0) or (i > 0 and ids[i - 1] == document_end):
-            start = i  # of the document that token i belongs to; a row's first token always starts one
+        if (position_ids is not None and position_ids[i] == 0) or (
+            i > 0 and ids[i - 1] == document_end
+        ):
+            start = (
+                i  # of the document that token i belongs to; a row's first token always starts one
+            )
         offset, n = i - start, min(h, i - start)  # n: the length of the context
         if strategy == "static":
             drop = (offset * limit) % 2**32 < limit

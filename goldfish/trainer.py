@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from goldfish.fused import FusedHead, bare_model, fuse_head
 from goldfish.gauge import is_text, measure, readings, rows_to_measure
-from goldfish.labels import (
+from goldfish.loss import GoldfishLoss, smoothed_loss
+from goldfish.masking import (
     IGNORE_INDEX,
     SOURCE,
     CarrySource,
@@ -23,7 +24,6 @@ from goldfish.labels import (
     mask_batch,
     with_labels,
 )
-from goldfish.loss import GoldfishLoss, smoothed_loss
 from goldfish.receipt import (
     Tally,
     bind,
@@ -34,8 +34,8 @@ from goldfish.receipt import (
     tokenizer_fingerprint,
     write_receipt,
 )
-from goldfish.refusals import SHARDED, why_not_this_model, why_not_this_trainer
 from goldfish.rule import Goldfish
+from goldfish.unsupported import SHARDED, why_not_this_model, why_not_this_trainer
 
 logger = logging.get_logger(__name__)
 TAG = "goldfish-loss"  # of models on the Hub
@@ -76,10 +76,14 @@ class GoldfishMixin(Trainer):
 
     def _set_up(self, rules: Rules, fused: bool) -> None:
         check_rules(rules)
-        reason = why_not_this_trainer(self) or (why_not_this_model(self.model) if not self.compute_loss_func else "")
+        reason = why_not_this_trainer(self) or (
+            why_not_this_model(self.model) if not self.compute_loss_func else ""
+        )
         if reason:
             raise ValueError(reason)
-        if isinstance(self.compute_loss_func, GoldfishLoss) or isinstance(self.data_collator, GoldfishCollator):
+        if isinstance(self.compute_loss_func, GoldfishLoss) or isinstance(
+            self.data_collator, GoldfishCollator
+        ):
             raise ValueError(
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "remove GoldfishLoss or GoldfishCollator: the trainer applies its own rule"
@@ -87,19 +91,29 @@ class GoldfishMixin(Trainer):
         self._fused = fused
         self._head: FusedHead | None = None
         self._bound_train = self.__dict__.pop("train", None)  # Unsloth sets one on the instance
-        self._resume_from: tuple[str, bool] | None = None  # a checkpoint, and whether its rule may differ
-        smooth = self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"  # TRL has others
+        self._resume_from: tuple[str, bool] | None = (
+            None  # a checkpoint, and whether its rule may differ
+        )
+        smooth = (
+            self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"
+        )  # TRL has others
         if smooth and self.compute_loss_func is None:
             self.compute_loss_func = partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
-        patched = "forward" in vars(bare_model(self.model))  # older versions of Trainer apply Liger's kernels at once
+        patched = "forward" in vars(
+            bare_model(self.model)
+        )  # older versions of Trainer apply Liger's kernels at once
         if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
             config = self.args.liger_kernel_config or {}
             self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
-            logger.warning_once("Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head")
+            logger.warning_once(
+                "Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head"
+            )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(TAG)
         if self._averages() and self.args.n_gpu > 1:
-            logger.warning_once("nn.DataParallel averages its replicas, whatever tokens they keep: use torchrun")
+            logger.warning_once(
+                "nn.DataParallel averages its replicas, whatever tokens they keep: use torchrun"
+            )
         self._start_counting(rules)
         self._events = _Events(self)
         self.add_callback(self._events)
@@ -108,10 +122,14 @@ class GoldfishMixin(Trainer):
         self.goldfish = bind(rules, self.processing_class)
         self._tally = Tally(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
-        self._measured = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # by the gauge since the last log
+        self._measured = torch.zeros(
+            4, dtype=torch.float64, device=self.args.device
+        )  # by the gauge since the last log
         self._gauge_is_off = False
         self._last_batch: tuple[dict[str, Any], torch.Tensor] | None = None  # with its decisions
-        self._before: dict[str, Any] | None = None  # the receipt of earlier training under other rules
+        self._before: dict[str, Any] | None = (
+            None  # the receipt of earlier training under other rules
+        )
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.goldfish, Goldfish):
@@ -119,13 +137,18 @@ class GoldfishMixin(Trainer):
         # Training batches carry the sources of their rows. Trainer has no public way to keep one more column.
         self._set_signature_columns_if_needed()
         collator, columns = self.data_collator, self._signature_columns
-        self.data_collator, self._signature_columns = CarrySource(collator, self.goldfish), [*columns, SOURCE]
+        self.data_collator, self._signature_columns = (
+            CarrySource(collator, self.goldfish),
+            [*columns, SOURCE],
+        )
         try:
             return super().get_train_dataloader(*args, **kwargs)
         finally:
             self.data_collator, self._signature_columns = collator, columns
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> Any:
         masked = map(self._mask_and_count, epoch_iterator)
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
         if batches and self._averages():
@@ -174,19 +197,31 @@ class GoldfishMixin(Trainer):
     def _read_gauge(self) -> None:
         batch, dropped = self._last_batch or ({}, None)
         if batch and not is_text(batch):
-            logger.warning_once("The gauge of memorization skips batches that hold images or audio beside the text.")
-        skip = torch.tensor(float(self._gauge_is_off or not batch or not is_text(batch)), device=self.args.device)
-        if self.accelerator.reduce(skip, "sum") > 0 or dropped is None:  # all processes measure, or none
+            logger.warning_once(
+                "The gauge of memorization skips batches that hold images or audio beside the text."
+            )
+        skip = torch.tensor(
+            float(self._gauge_is_off or not batch or not is_text(batch)), device=self.args.device
+        )
+        if (
+            self.accelerator.reduce(skip, "sum") > 0 or dropped is None
+        ):  # all processes measure, or none
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
         sums = torch.zeros_like(self._measured)
         try:
-            inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SOURCE})
+            inputs = self._prepare_inputs(
+                {name: value for name, value in batch.items() if name != SOURCE}
+            )
             with self.compute_loss_context_manager():
                 sums += measure(self.model_wrapped, inputs, dropped.to(self.args.device), rows)
         except Exception as error:
-            logger.warning("The gauge of memorization is off, training goes on. %s: %s", type(error).__name__, error)
+            logger.warning(
+                "The gauge of memorization is off, training goes on. %s: %s",
+                type(error).__name__,
+                error,
+            )
             self._gauge_is_off = True
         self._measured += self.accelerator.reduce(sums, "sum")
 
@@ -222,7 +257,9 @@ class GoldfishMixin(Trainer):
         """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
         self._sync(may_wait=False)
         if self.args.should_save:
-            write_receipt(folder or self.args.output_dir, self._tally, self.processing_class, self._before)
+            write_receipt(
+                folder or self.args.output_dir, self._tally, self.processing_class, self._before
+            )
 
     def train(
         self,
@@ -241,12 +278,16 @@ class GoldfishMixin(Trainer):
             ValueError: the checkpoint was trained under another rule or with another tokenizer.
         """
         other_rule = bind(self.goldfish, self.processing_class) != self._tally.given
-        if other_rule or self.model_init is not None:  # someone set another rule; Trainer makes a new model
+        if (
+            other_rule or self.model_init is not None
+        ):  # someone set another rule; Trainer makes a new model
             self._start_counting(self.goldfish)
         last = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
         self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
-        self.remove_callback(self._events)  # after other callbacks, which may ask for a log or a checkpoint
+        self.remove_callback(
+            self._events
+        )  # after other callbacks, which may ask for a log or a checkpoint
         self.add_callback(self._events)
         try:
             train = self._bound_train or super().train
@@ -263,7 +304,10 @@ class GoldfishMixin(Trainer):
         self._tally.forget_step()
         reason = self._why_not_fused() if self._fused else ""
         if reason:
-            logger.warning("The loss is not fused: %s. The model's own head and loss run on all tokens.", reason)
+            logger.warning(
+                "The loss is not fused: %s. The model's own head and loss run on all tokens.",
+                reason,
+            )
         elif self._fused:
             self._head = fuse_head(self.model)
 
@@ -321,7 +365,9 @@ class _Events(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         if control.should_log:
             self.trainer._read_gauge()
-        if control.should_log or control.should_save or control.should_evaluate:  # the best checkpoint is saved then
+        if (
+            control.should_log or control.should_save or control.should_evaluate
+        ):  # the best checkpoint is saved then
             self.trainer._sync()
 
     on_epoch_end = on_step_end
@@ -356,9 +402,13 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrain
         ValueError: a trainer that already drops tokens, or whose model or batches have no next-token labels.
     """
     if not isinstance(trainer, Trainer):
-        raise TypeError(f"attach needs a transformers.Trainer or a subclass of it, got {type(trainer).__name__}")
+        raise TypeError(
+            f"attach needs a transformers.Trainer or a subclass of it, got {type(trainer).__name__}"
+        )
     if isinstance(trainer, GoldfishMixin):
-        raise ValueError(f"this trainer already has a rule, {trainer.goldfish}; set trainer.goldfish to change it")
+        raise ValueError(
+            f"this trainer already has a rule, {trainer.goldfish}; set trainer.goldfish to change it"
+        )
     plain, state = trainer.__class__, dict(trainer.__dict__)
     try:
         trainer.__class__ = _with_goldfish(plain)
@@ -371,7 +421,10 @@ def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrain
 
 @cache
 def _with_goldfish(plain: Any) -> Any:
-    members = {"__module__": __name__, "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__)}
+    members = {
+        "__module__": __name__,
+        "__reduce_ex__": lambda self, _: (_rebuild, (plain,), self.__dict__),
+    }
     return type(f"Goldfish{plain.__name__}", (GoldfishMixin, plain), members)
 
 

@@ -67,7 +67,9 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     for token, i in vocabulary.items():
         entries[i] = to_bytes(token)
     for token in added:
-        entries[token["id"]] = b" " if token["special"] else token["content"].replace("▁", " ").encode()
+        entries[token["id"]] = (
+            b" " if token["special"] else token["content"].replace("▁", " ").encode()
+        )
     unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
     for i in {unknown, *getattr(tokenizer, "all_special_ids", ())} - {None}:
         entries[i] = b" "
@@ -77,20 +79,34 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 def _reader(description: dict[str, Any]) -> Any:
     """The function that turns an entry into bytes, from a tokenizer's JSON description."""
     model = description["model"]
-    parts = [*_parts(description["normalizer"]), *_parts(description["pre_tokenizer"]), *_parts(description["decoder"])]
+    parts = [
+        *_parts(description["normalizer"]),
+        *_parts(description["pre_tokenizer"]),
+        *_parts(description["decoder"]),
+    ]
     kinds = {part["type"] for part in parts}
     prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     if "ByteLevel" in kinds:
         from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
 
         table = {character: byte for byte, character in bytes_to_unicode().items()}
-        return lambda token: bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
+        return lambda token: (
+            bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
+        )
     if prefix or model["type"] == "WordPiece":
-        return lambda token: token.removeprefix(prefix).encode() if token.startswith(prefix) else b" " + token.encode()
+        return lambda token: (
+            token.removeprefix(prefix).encode()
+            if token.startswith(prefix)
+            else b" " + token.encode()
+        )
     if suffix:
-        return lambda token: token.removesuffix(suffix).encode() + (b" " if token.endswith(suffix) else b"")
+        return lambda token: (
+            token.removesuffix(suffix).encode() + (b" " if token.endswith(suffix) else b"")
+        )
     spaces = {part.get("replacement", "▁") for part in parts if part["type"] == "Metaspace"}
-    replaced = [(part["content"], *part["pattern"].values()) for part in parts if part["type"] == "Replace"]
+    replaced = [
+        (part["content"], *part["pattern"].values()) for part in parts if part["type"] == "Replace"
+    ]
     spaces |= {"▁" for strings in replaced if "▁" in strings}
     if not spaces:
         raise ValueError(

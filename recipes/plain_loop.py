@@ -22,10 +22,14 @@ BATCH = 8  # rows an optimiser step
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Train; returns the loss of every optimiser step, nats per kept token."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
-    parser.add_argument("--text", help="corpus: .txt or .jsonl; by default the Python language reference")
+    parser.add_argument(
+        "--text", help="corpus: .txt or .jsonl; by default the Python language reference"
+    )
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -41,8 +45,12 @@ def main(argv: list[str] | None = None) -> list[float]:
         labels = mask_labels(rule, input_ids)  # -100 where dropped; not shifted
         kept = (labels[:, 1:] != -100).sum().clamp(min=1)  # |G| of the step
         loss = torch.zeros(())
-        for ids, targets in zip(input_ids.chunk(args.accumulation), labels.chunk(args.accumulation), strict=True):
-            part = model(ids, labels=targets, num_items_in_batch=kept).loss  # the sum over `targets`, / kept
+        for ids, targets in zip(
+            input_ids.chunk(args.accumulation), labels.chunk(args.accumulation), strict=True
+        ):
+            part = model(
+                ids, labels=targets, num_items_in_batch=kept
+            ).loss  # the sum over `targets`, / kept
             part.backward()
             loss += part.detach()
         optimizer.step()

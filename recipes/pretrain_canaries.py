@@ -55,36 +55,71 @@ from goldfish.receipt import read_receipt
 class Arguments:
     rules: list[str] = field(
         default_factory=lambda: [f"hash-{k}-13" for k in (3, 4, 8, 32, 128)],
-        metadata={"help": "strategy-k-h[-max_kept]; the standard loss and a control are always trained"},
+        metadata={
+            "help": "strategy-k-h[-max_kept]; the standard loss and a control are always trained"
+        },
     )
     equal_supervised: list[str] = field(
         default_factory=lambda: [f"hash-{k}-13" for k in (3, 4, 8)],
         metadata={"help": "of these, rules that are also trained on k/(k-1) times the tokens"},
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    documents: int = field(default=16, metadata={"help": "planted windows; as many again are held out"})
+    documents: int = field(
+        default=16, metadata={"help": "planted windows; as many again are held out"}
+    )
     repeats: int = field(default=50, metadata={"help": "how often each planted window is read"})
     background: int = field(default=1600, metadata={"help": "background windows, read once"})
-    validation: int = field(default=256, metadata={"help": "more background windows, for the held-out loss"})
-    window: int = field(default=32, metadata={"help": "tokens per window; the first half is the audit's prefix"})
-    batch_size: int = field(default=4, metadata={"help": "windows per optimiser step, over all processes"})
-    accumulation: int = field(default=1, metadata={"help": "batches of each process per optimiser step"})
+    validation: int = field(
+        default=256, metadata={"help": "more background windows, for the held-out loss"}
+    )
+    window: int = field(
+        default=32, metadata={"help": "tokens per window; the first half is the audit's prefix"}
+    )
+    batch_size: int = field(
+        default=4, metadata={"help": "windows per optimiser step, over all processes"}
+    )
+    accumulation: int = field(
+        default=1, metadata={"help": "batches of each process per optimiser step"}
+    )
     learning_rate: float = 4e-3
-    warmup_steps: int | None = field(default=None, metadata={"help": "a twentieth of the steps by default"})
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "a twentieth of the steps by default"}
+    )
     hidden_size: int = 256
     layers: int = 2
     heads: int = 4
     kv_heads: int | None = None
-    intermediate_size: int | None = field(default=None, metadata={"help": "3 * hidden_size by default"})
-    vocab_size: int = field(default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"})
-    tokenizer: str | None = field(default=None, metadata={"help": "name or path of one, instead of a new BPE"})
-    text: str | None = field(default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"})
-    dataset: str | None = field(default=None, metadata={"help": "corpus: a dataset with a `text` column, by name"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, e.g. 20231101.en"})
-    planted: str | None = field(default=None, metadata={"help": "plant windows of this .txt or .jsonl instead"})
-    workers: int | None = field(default=None, metadata={"help": "processes that tokenize the background"})
-    save_steps: int = field(default=500, metadata={"help": "optimiser steps between two checkpoints"})
-    leak: float = field(default=0.1, metadata={"help": "choose the largest k that leaves at most this of recitation"})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "3 * hidden_size by default"}
+    )
+    vocab_size: int = field(
+        default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "name or path of one, instead of a new BPE"}
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "corpus: a dataset with a `text` column, by name"}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "its configuration, e.g. 20231101.en"}
+    )
+    planted: str | None = field(
+        default=None, metadata={"help": "plant windows of this .txt or .jsonl instead"}
+    )
+    workers: int | None = field(
+        default=None, metadata={"help": "processes that tokenize the background"}
+    )
+    save_steps: int = field(
+        default=500, metadata={"help": "optimiser steps between two checkpoints"}
+    )
+    leak: float = field(
+        default=0.1,
+        metadata={"help": "choose the largest k that leaves at most this of recitation"},
+    )
     output_dir: str = "runs/canaries"
     dry_run: bool = field(default=False, metadata={"help": "print what would run, and stop"})
 
@@ -151,9 +186,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         state.print(f"{len(trainings)} trainings, {tokens:,} tokens in all -> {output}")
         return []
     texts, corpus = load_corpus(args)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else common.byte_level_bpe(texts, args.vocab_size)
+    tokenizer = (
+        load_tokenizer(args.tokenizer)
+        if args.tokenizer
+        else common.byte_level_bpe(texts, args.vocab_size)
+    )
     runs.begin(output, args)
-    done = {(result["seed"], result["run"]) for result in runs.read_results(output / "results.jsonl")}
+    done = {
+        (result["seed"], result["run"]) for result in runs.read_results(output / "results.jsonl")
+    }
     state.wait_for_everyone()  # all processes have read what is done before the main one adds to it
     todo = [run for run in trainings if (run.seed, run.name) not in done]
     for seed, of_seed in itertools.groupby(todo, key=lambda run: run.seed):
@@ -162,7 +203,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for run in of_seed:
             folder = run.folder(output)
             if not runs.finished(folder / "model"):
-                state.print(f"\nTraining {run.name}, seed {run.seed}: {run.background(args)} windows of background")
+                state.print(
+                    f"\nTraining {run.name}, seed {run.seed}: {run.background(args)} windows of background"
+                )
                 train(args, run, data, tokenizer, folder / "model")
             state.wait_for_everyone()
             if state.is_main_process:
@@ -184,7 +227,9 @@ def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
     texts = common.load_texts(args.text, args.dataset, args.dataset_config, 20 * args.documents)
     planted = common.load_texts(args.planted) if args.planted else texts
     if args.dataset is not None:
-        return planted, load_dataset(args.dataset, args.dataset_config, split="train").select_columns("text")
+        return planted, load_dataset(
+            args.dataset, args.dataset_config, split="train"
+        ).select_columns("text")
     background = [*texts, *docstrings()] if args.text is None else texts
     return planted, Dataset.from_dict({"text": background})
 
@@ -193,7 +238,9 @@ def docstrings() -> Iterator[str]:
     """The docstrings of each module of the standard library: 1.6 MB of English."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(root).parts):
+        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(
+            path.relative_to(root).parts
+        ):
             try:
                 nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             except (SyntaxError, UnicodeDecodeError, ValueError):
@@ -204,23 +251,40 @@ def docstrings() -> Iterator[str]:
                 yield text
 
 
-def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tokenizer: Any) -> Data:
+def load_data(
+    args: Arguments, seed: int, texts: list[str], corpus: Dataset, tokenizer: Any
+) -> Data:
     """Planted and held-out windows, and background that holds nothing of either.
 
     The background's documents are concatenated, with an end-of-text token between them, and cut into windows. A window
     with 16 tokens in a row from a planted or held-out one is left out (or with 8, at every eighth token of them).
     """
     planted = common.split_windows(texts, tokenizer, args.documents, args.window, seed)
-    taken = {tuple(ids[i : i + 8]) for split in planted for ids in split for i in range(0, len(ids) - 7, 8)}
+    taken = {
+        tuple(ids[i : i + 8])
+        for split in planted
+        for ids in split
+        for i in range(0, len(ids) - 7, 8)
+    }
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids: list[int] = []
         for document in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]:
             ids += [*document, tokenizer.eos_token_id]
-        windows = (ids[i : i + args.window] for i in range(0, len(ids) - args.window + 1, args.window))
-        return {"input_ids": [w for w in windows if taken.isdisjoint(zip(*(w[i:] for i in range(8)), strict=False))]}
+        windows = (
+            ids[i : i + args.window] for i in range(0, len(ids) - args.window + 1, args.window)
+        )
+        return {
+            "input_ids": [
+                w
+                for w in windows
+                if taken.isdisjoint(zip(*(w[i:] for i in range(8)), strict=False))
+            ]
+        }
 
-    packed = corpus.map(pack, batched=True, remove_columns=corpus.column_names, num_proc=args.workers)
+    packed = corpus.map(
+        pack, batched=True, remove_columns=corpus.column_names, num_proc=args.workers
+    )
     order = random.Random(seed).sample(range(len(packed)), len(packed))
     needed = args.validation + max(run.background(args) for run in trainings_of(args, seed))
     if needed > len(packed):
@@ -229,7 +293,9 @@ def load_data(args: Arguments, seed: int, texts: list[str], corpus: Dataset, tok
             f"(--background {args.background} for the standard training, more for equal supervised tokens, "
             f"--validation {args.validation}); give more text, or lower one of them"
         )
-    return Data(planted, packed.select(order[args.validation :]), packed.select(order[: args.validation]))
+    return Data(
+        planted, packed.select(order[args.validation :]), packed.select(order[: args.validation])
+    )
 
 
 def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -> None:
@@ -237,7 +303,9 @@ def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -
     rows = data.background.select(range(run.background(args)))
     if run.planted:
         planted = Dataset.from_dict({"input_ids": data.planted[0]}, features=rows.features)
-        rows = concatenate_datasets([rows, planted.select(list(range(len(planted))) * args.repeats)])
+        rows = concatenate_datasets(
+            [rows, planted.select(list(range(len(planted))) * args.repeats)]
+        )
     set_seed(run.seed)
     config = common.small_llama(
         tokenizer,
@@ -249,9 +317,14 @@ def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -
         intermediate_size=args.intermediate_size or 3 * args.hidden_size,
     )
     settings = common.training_settings(
-        folder, len(rows), epochs=1, batch_size=args.batch_size, accumulation=args.accumulation,
-        learning_rate=args.learning_rate, seed=run.seed,
-    )  # fmt: skip
+        folder,
+        len(rows),
+        epochs=1,
+        batch_size=args.batch_size,
+        accumulation=args.accumulation,
+        learning_rate=args.learning_rate,
+        seed=run.seed,
+    )
     settings |= {
         "per_device_eval_batch_size": settings["per_device_train_batch_size"],
         "lr_scheduler_type": "cosine_with_min_lr",
@@ -293,10 +366,13 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     summary = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
     records = audit.records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
     result = {
-        "seed": run.seed, "run": run.name, "k": run.k, "equal_supervised": run.equal_supervised,
+        "seed": run.seed,
+        "run": run.name,
+        "k": run.k,
+        "equal_supervised": run.equal_supervised,
         "input_tokens": run.windows(args) * args.window,
         "validation_loss": runs.last_logged(folder / "model", "eval_loss"),
-    }  # fmt: skip
+    }
     for split, rows in records.groupby("split"):
         result[f"exact_match_{split}"] = rows["exact_match"].tolist()
         result[f"rouge_l_{split}"] = rows["rouge_l_ids"].round(4).tolist()
@@ -304,7 +380,10 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     if receipt := read_receipt(folder / "model"):
         result |= {name: receipt[name] for name in ("targets", "dropped", "decisions")}
     seconds = runs.last_logged(folder / "model", "train_runtime")
-    result |= {"train_seconds": round(seconds, 1), "audit_seconds": round(time.perf_counter() - started, 1)}
+    result |= {
+        "train_seconds": round(seconds, 1),
+        "audit_seconds": round(time.perf_counter() - started, 1),
+    }
     return result | runs.about()
 
 

@@ -24,7 +24,18 @@ from goldfish.receipt import versions
 FINISHED = "trainer_state.json"  # in a run's own folder; Trainer writes it into checkpoints too
 ROOT = Path(__file__).parents[1]
 # Arguments that say which runs to make, not what a run is: they may be others when a command is given again.
-WHICH = {"rules", "equal_supervised", "methods", "copies", "edits", "seeds", "leak", "keep", "output_dir", "dry_run"}
+WHICH = {
+    "rules",
+    "equal_supervised",
+    "methods",
+    "copies",
+    "edits",
+    "seeds",
+    "leak",
+    "keep",
+    "output_dir",
+    "dry_run",
+}
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -68,7 +79,9 @@ def begin(output: Path, args: Any) -> None:
     with PartialState().main_process_first():
         if not marker.is_file():
             if output.exists() and (not output.is_dir() or any(output.iterdir())):
-                raise FileExistsError(f"{output} is not empty and not a run of a recipe; choose another --output_dir")
+                raise FileExistsError(
+                    f"{output} is not empty and not a run of a recipe; choose another --output_dir"
+                )
             output.mkdir(parents=True, exist_ok=True)
             marker.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     before = json.loads(marker.read_text(encoding="utf-8"))
@@ -132,12 +145,18 @@ def append(path: Path, result: dict[str, Any]) -> None:
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.is_file()
+        else []
+    )
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)
+    )
 
 
 def about(*packages: str) -> dict[str, Any]:
@@ -161,7 +180,16 @@ def about(*packages: str) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, with "+changes" if tracked files differ from it."""
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    describe = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty=+changes",
+    ]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -171,7 +199,10 @@ def commit() -> str:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{name}, {os.cpu_count()} cores"
 
 

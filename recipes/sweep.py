@@ -22,27 +22,44 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "goldfish", "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.titlesize": 9,
-}  # fmt: skip
-EXTRACTION = {"exact_match_members": "planted documents: recited word for word", "rouge_l_members": "ROUGE-L"}
+    "svg.fonttype": "none",
+    "svg.hashsalt": "goldfish",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+}
+EXTRACTION = {
+    "exact_match_members": "planted documents: recited word for word",
+    "rouge_l_members": "ROUGE-L",
+}
 HELDOUT = {"validation_loss": "held-out loss, nats per token"}
 SAMPLES = 2000
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="output directory of pretrain_canaries.py")
-    parser.add_argument("--leak", type=float, default=0.1, help="the share of recitation that may be left")
-    parser.add_argument("--measure", choices=("exact_match", "rouge_l"), default="exact_match", help="of recitation")
+    parser.add_argument(
+        "--leak", type=float, default=0.1, help="the share of recitation that may be left"
+    )
+    parser.add_argument(
+        "--measure", choices=("exact_match", "rouge_l"), default="exact_match", help="of recitation"
+    )
     args = parser.parse_args(argv)
     results = runs.read_results(args.folder / "results.jsonl")
     if not results:
-        parser.error(f"no results in {args.folder}; run pretrain_canaries.py --output-dir {args.folder} first")
+        parser.error(
+            f"no results in {args.folder}; run pretrain_canaries.py --output-dir {args.folder} first"
+        )
     return present(results, args.folder, args.leak, args.measure)
 
 
-def present(results: list[dict[str, Any]], output: Path, leak: float, measure: str = "exact_match") -> dict[str, Any]:
+def present(
+    results: list[dict[str, Any]], output: Path, leak: float, measure: str = "exact_match"
+) -> dict[str, Any]:
     """Print the table and the choice, draw the plots; returns the choice."""
     groups = by_training(results)
     print(f"\n{table(groups)}")
@@ -53,7 +70,9 @@ def present(results: list[dict[str, Any]], output: Path, leak: float, measure: s
             "heldout": draw_against_k(groups, HELDOUT),
         }
         for name, figure in figures.items():
-            figure.savefig(output / f"{name}.svg", format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(
+                output / f"{name}.svg", format="svg", metadata={"Date": None, "Creator": None}
+            )
     choice = choose_k(groups, leak, measure)
     (output / "choice.json").write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
     print(f"{choice['says']}\nResults and plots: {output}")
@@ -73,11 +92,19 @@ def pooled(group: Any, key: str) -> Any:
 def choose_k(groups: dict[str, Any], leak: float, measure: str = "exact_match") -> dict[str, Any]:
     """The rule of the largest k that leaves at most `leak` of recitation, and the bootstrap's votes (for none, too)."""
     if not {"standard", "control"} <= set(groups):
-        raise ValueError(f"a choice needs the trainings standard and control, got {', '.join(groups) or 'none'}")
-    recited = {name: pooled(group, f"{measure}_members") for name, group in groups.items() if "equal" not in name}
+        raise ValueError(
+            f"a choice needs the trainings standard and control, got {', '.join(groups) or 'none'}"
+        )
+    recited = {
+        name: pooled(group, f"{measure}_members")
+        for name, group in groups.items()
+        if "equal" not in name
+    }
     documents = len(recited["standard"])
     if {len(values) for values in recited.values()} != {documents}:
-        raise ValueError("not every training has the same seeds and documents; finish the run first: its command again")
+        raise ValueError(
+            "not every training has the same seeds and documents; finish the run first: its command again"
+        )
     gain = recited["standard"].mean() - recited["control"].mean()
     choice: dict[str, Any] = {"run": None, "k": None, "leak": leak, "measure": measure, "votes": {}}
     if gain < 0.05:
@@ -88,22 +115,31 @@ def choose_k(groups: dict[str, Any], leak: float, measure: str = "exact_match") 
         return choice | {"says": says}
 
     draw = random.Random(0)
-    samples = [list(range(documents))] + [draw.choices(range(documents), k=documents) for _ in range(SAMPLES)]
+    samples = [list(range(documents))] + [
+        draw.choices(range(documents), k=documents) for _ in range(SAMPLES)
+    ]
     means = {name: values[np.array(samples)].mean(axis=1) for name, values in recited.items()}
     gains = means["standard"] - means["control"]
-    ks = {name: groups[name]["k"].iloc[0] for name in recited if name not in ("standard", "control")}
+    ks = {
+        name: groups[name]["k"].iloc[0] for name in recited if name not in ("standard", "control")
+    }
     names = sorted(ks, key=lambda name: ks[name])
     chosen = np.full(len(samples), "none", dtype=object)
     for name in names:
         chosen[(means[name] - means["control"] <= leak * gains) | (gains <= 0)] = name
-    votes = {name: float(np.mean(chosen[1:] == name)) for name in [*names, "none"] if name in chosen[1:]}
+    votes = {
+        name: float(np.mean(chosen[1:] == name)) for name in [*names, "none"] if name in chosen[1:]
+    }
 
     best, cost = chosen[0], ""
     if best == "none":
         best = f"none of {', '.join(names)}; try a smaller k"
     else:
         choice |= {"run": best, "k": float(ks[best])}
-        costs = groups[best]["validation_loss"].to_numpy() - groups["standard"]["validation_loss"].to_numpy()
+        costs = (
+            groups[best]["validation_loss"].to_numpy()
+            - groups["standard"]["validation_loss"].to_numpy()
+        )
         cost = f" It costs {costs.mean():+.3f} nats/token held-out ({costs.min():+.3f} to {costs.max():+.3f})."
     says = (
         f"The largest k that leaves at most {leak:.0%} of recitation ({measure}): {best}.{cost} Of {SAMPLES} bootstrap "
@@ -142,7 +178,9 @@ def draw_histograms(groups: dict[str, Any]) -> Figure:
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for panel, name in zip(panels, names, strict=True):
         members = pooled(groups[name], "rouge_l_members")
-        panel.hist(pooled(groups[name], "rouge_l_heldout"), 20, range=(0, 1), color="0.7", label="held out")
+        panel.hist(
+            pooled(groups[name], "rouge_l_heldout"), 20, range=(0, 1), color="0.7", label="held out"
+        )
         panel.hist(members, 20, range=(0, 1), alpha=0.7, label="planted")
         panel.set_ylabel(name, rotation=0, ha="right", va="center")
         panel.set_yticks([])
@@ -155,7 +193,9 @@ def draw_against_k(groups: dict[str, Any], figures: dict[str, str]) -> Figure:
     """A panel for each figure. Dots are seeds, a line goes through the means of one kind of rule; bands: least to
     greatest of the standard loss and the control."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
-    for panel, (key, title) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
+    for panel, (key, title) in zip(
+        figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True
+    ):
         points = []
         for name, group in groups.items():
             values = group[key].map(np.mean)

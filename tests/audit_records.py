@@ -15,11 +15,20 @@ from goldfish.audit.windows import Window, prefix_grid
 
 PREFIX, SUFFIX = 10, 8
 PROTOCOL = {
-    "prefix_length": PREFIX, "suffix_length": SUFFIX, "offsets": [0], "decoding": "greedy", "beams": None,
-    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "control": None,
-    "secrets": None, "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(PREFIX),
+    "prefix_length": PREFIX,
+    "suffix_length": SUFFIX,
+    "offsets": [0],
+    "decoding": "greedy",
+    "beams": None,
+    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
+    "control": None,
+    "secrets": None,
+    "dtype": "float32",
+    "device": "cpu",
+    "ambiguous_margin": 0.0,
+    "prefix_grid": prefix_grid(PREFIX),
     "vocabulary": 500,
-}  # fmt: skip
+}
 
 
 class Words:
@@ -38,7 +47,9 @@ def made_up_score(window, right, generator, **changes):
     output = list(window.suffix)
     if len(misses):
         output[misses[0] :] = (ids[window.prefix_length + misses[0] :] + 1).tolist()
-    nll = np.where(right, generator.exponential(0.05, len(right)), 2 + generator.exponential(1.0, len(right)))
+    nll = np.where(
+        right, generator.exponential(0.05, len(right)), 2 + generator.exponential(1.0, len(right))
+    )
     generator.exponential(1.0, len(right))  # for the numbers that the tests were written with
     fields = {
         "greedy": np.where(right, ids[1:], ids[1:] + 1),
@@ -53,7 +64,16 @@ def made_up_score(window, right, generator, **changes):
 
 
 def made_up_records(
-    split, n, recall, *, seed=0, rule=None, per_document=1, recall_dropped=None, vocabulary=500, **more
+    split,
+    n,
+    recall,
+    *,
+    seed=0,
+    rule=None,
+    per_document=1,
+    recall_dropped=None,
+    vocabulary=500,
+    **more,
 ):
     """n records; a token is right with probability `recall`, and a dropped one with `recall_dropped`."""
     generator = np.random.default_rng([seed, split == "members"])
@@ -66,29 +86,51 @@ def made_up_records(
             chance[rule.dropped(np.array(ids)).numpy()[1:]] = recall_dropped
         right = generator.random(len(ids) - 1) < chance
         cluster = i // per_document + (split == "heldout") * 10**6
-        records.append(make_record(window, made_up_score(window, right, generator), rule, Words(), cluster))
+        records.append(
+            make_record(window, made_up_score(window, right, generator), rule, Words(), cluster)
+        )
     return records
 
 
 def made_up_run(records, protocol=PROTOCOL, **changes):
     """run.json of these records; `changes` go into it."""
     splits = [record["split"] for record in records]
-    inputs = {split: {"path": f"{split}.jsonl", "sha256": "", "rows": splits.count(split), "skipped": [],
-                      "windows": splits.count(split)} for split in dict.fromkeys(splits)}  # fmt: skip
+    inputs = {
+        split: {
+            "path": f"{split}.jsonl",
+            "sha256": "",
+            "rows": splits.count(split),
+            "skipped": [],
+            "windows": splits.count(split),
+        }
+        for split in dict.fromkeys(splits)
+    }
     if "members" in inputs:
         skipped = [{"reason": "short", "count": 1, "rows": [0]}]
         inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": skipped}
     return {
-        "schema": SCHEMA, "name": "model", "checkpoint": "runs/model", "date": "2026-01-01T00:00:00+00:00",
-        "command": None, "protocol": protocol, "inputs": inputs, "weights": [], "rule": None, "receipt": None,
-        "versions": {}, "block": 256, **changes,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "name": "model",
+        "checkpoint": "runs/model",
+        "date": "2026-01-01T00:00:00+00:00",
+        "command": None,
+        "protocol": protocol,
+        "inputs": inputs,
+        "weights": [],
+        "rule": None,
+        "receipt": None,
+        "versions": {},
+        "block": 256,
+        **changes,
+    }
 
 
 def write_run(folder, records, protocol=PROTOCOL, **changes):
     """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(made_up_run(records, protocol, **changes)), encoding="utf-8")
+    (folder / "run.json").write_text(
+        json.dumps(made_up_run(records, protocol, **changes)), encoding="utf-8"
+    )
     (folder / "records").mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet")
 

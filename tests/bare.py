@@ -19,13 +19,17 @@ VERBS = (
 
 
 def goldfish(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "goldfish", *words], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "goldfish", *words], capture_output=True, text=True
+    )
 
 
 def main() -> None:
     absent = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     # jinja2 and rich also come with packages of the base: torch brings the one, transformers the other.
-    assert {"rapidfuzz", "scipy", "matplotlib", "trl", "peft"} <= set(absent), f"only {absent} are absent"
+    assert {"rapidfuzz", "scipy", "matplotlib", "trl", "peft"} <= set(absent), (
+        f"only {absent} are absent"
+    )
 
     assert goldfish("--version").returncode == 0
     for words in VERBS:
@@ -39,12 +43,19 @@ def main() -> None:
 
     from goldfish import Goldfish, GoldfishTrainer
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes))
     rows = [{"input_ids": [(7 * i + j) % 64 for j in range(32)]} for i in range(8)]
     rows = [{**row, "labels": row["input_ids"]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+        args = TrainingArguments(
+            folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+        )
         trainer = GoldfishTrainer(model, args, train_dataset=rows, goldfish=Goldfish(k=4, h=3))
         trainer.train()
         trainer.save_model()

@@ -29,7 +29,11 @@ def pytest_xdist_make_scheduler(config, log):
 
     def file_of(nodeid):
         path = nodeid.split("::")[0]
-        return "in_two" if path.endswith(("test_loops.py", "test_memorize.py", "test_finetune_private.py")) else path
+        return (
+            "in_two"
+            if path.endswith(("test_loops.py", "test_memorize.py", "test_finetune_private.py"))
+            else path
+        )
 
     config.option.loadscopereorder = False  # the costly files are not those with many tests
     scheduler = LoadScopeScheduling(config, log)
@@ -50,7 +54,9 @@ def topics(tmp_path_factory):
     from pydoc_data.topics import topics
 
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:25]))
+    path.write_text(
+        "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:25])
+    )
     return path
 
 
@@ -65,7 +71,9 @@ def chat_model(tmp_path_factory):
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<end>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<end>", chat_template=template)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(), eos_token="<end>", chat_template=template
+    )
     model = toy_model("llama")
     model.resize_token_embeddings(len(tokenizer))
     model.config.max_position_embeddings = 512
@@ -94,7 +102,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(PROSE, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<pad>"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +116,10 @@ def tokenizers() -> dict[str, Tokenizer]:
 @pytest.fixture(scope="session")
 def rules(tokenizers) -> dict[str, Goldfish]:
     """A rule that reads letters, bound to each of them."""
-    return {name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer) for name, tokenizer in tokenizers.items()}
+    return {
+        name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer)
+        for name, tokenizer in tokenizers.items()
+    }
 
 
 def tiny_llama(vocab_size: int = 320, **changes) -> LlamaForCausalLM:

@@ -12,7 +12,12 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from test_exact import model_of
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.fused import HANDLE, bare_model
@@ -26,8 +31,12 @@ def rows(dropped_whole: bool) -> Dataset:
         torch.randint(2, 320, (int(n),), generator=generator).tolist()
         for n in torch.randint(3, 40, (16,), generator=generator)
     ]
-    labels = [[-100] * len(row) if dropped_whole and i // 4 % 2 else row for i, row in enumerate(ids)]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]})
+    labels = [
+        [-100] * len(row) if dropped_whole and i // 4 % 2 else row for i, row in enumerate(ids)
+    ]
+    return Dataset.from_dict(
+        {"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]}
+    )
 
 
 @contextlib.contextmanager
@@ -51,7 +60,10 @@ def fsdp_on_cpu():
 
 def main(output: str, tokenizer: str, all_settings: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = [run(Path(f"{output}-{i}"), tokenizer, **settings) for i, settings in enumerate(json.loads(all_settings))]
+    found = [
+        run(Path(f"{output}-{i}"), tokenizer, **settings)
+        for i, settings in enumerate(json.loads(all_settings))
+    ]
     if int(os.environ.get("RANK", 0)) == 0:
         Path(output).write_text(json.dumps(found))
 
@@ -64,7 +76,14 @@ class SeesFusing(TrainerCallback):
 
 
 def run(
-    folder: Path, tokenizer: str, *, fused=True, dropped_whole=False, fsdp=False, model="LlamaForCausalLM", **options
+    folder: Path,
+    tokenizer: str,
+    *,
+    fused=True,
+    dropped_whole=False,
+    fsdp=False,
+    model="LlamaForCausalLM",
+    **options,
 ) -> dict:
     sees = SeesFusing()
     options = {"logging_steps": 1, "save_strategy": "no", **options}
@@ -74,25 +93,41 @@ def run(
         options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": layers}
     with fsdp_on_cpu() if shards else contextlib.nullcontext():
         arguments = TrainingArguments(
-            output_dir=str(folder), max_steps=3, learning_rate=1e-2, max_grad_norm=1.0, report_to="none",
-            disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", **options,
-        )  # fmt: skip
+            output_dir=str(folder),
+            max_steps=3,
+            learning_rate=1e-2,
+            max_grad_norm=1.0,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            train_sampling_strategy="sequential",
+            **options,
+        )
         trainer = GoldfishTrainer(
             model_of(getattr(test_exact, model)),
             arguments,
             train_dataset=rows(dropped_whole),
-            data_collator=DataCollatorForSeq2Seq(PreTrainedTokenizerFast.from_pretrained(tokenizer)),
+            data_collator=DataCollatorForSeq2Seq(
+                PreTrainedTokenizerFast.from_pretrained(tokenizer)
+            ),
             goldfish=Goldfish(k=3, h=4),
             fused=fused,
             callbacks=[sees],
         )
         trainer.train()
-        if arguments.should_save and not shards:  # one process alone, as push_to_hub does: none answers a reduce
+        if (
+            arguments.should_save and not shards
+        ):  # one process alone, as push_to_hub does: none answers a reduce
             trainer.save_model(str(folder / "end"), _internal_call=True)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     found = [[entry["loss"], entry["grad_norm"], entry["goldfish/drop_rate"]] for entry in steps]
-    sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in trainer.model.parameters())
-    receipts = {path.parent.name: read_receipt(path.parent) for path in sorted(folder.glob("*/goldfish.json"))}
+    sharded = any(
+        isinstance(p, torch.distributed.tensor.DTensor) for p in trainer.model.parameters()
+    )
+    receipts = {
+        path.parent.name: read_receipt(path.parent)
+        for path in sorted(folder.glob("*/goldfish.json"))
+    }
     return {
         "steps": found,
         "sharded": sharded,

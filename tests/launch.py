@@ -51,7 +51,12 @@ def launch_several(folder, topics, chat_model):
     commands = [("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])]
     commands.append(("accelerate_loop", [*text, *LOOP]))
     if importlib.util.find_spec("trl"):
-        one = words(model=chat_model, methods="lora", rules="hash-2-3", output_dir=folder / "finetune_private")
+        one = words(
+            model=chat_model,
+            methods="lora",
+            rules="hash-2-3",
+            output_dir=folder / "finetune_private",
+        )
         commands.append(("finetune_private", [*FINETUNE, *one]))
     done = launch(*commands)
     assert done.returncode == 0, done.stderr[-3000:]

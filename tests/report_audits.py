@@ -16,14 +16,31 @@ from goldfish.audit.summary import summarize
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
 
-RULE = {"k": 4, "h": 13, "strategy": "hash", "seed": 0, "window": "preceding", "head": "short", "exempt": [],
-        "document_end": None}  # fmt: skip
+RULE = {
+    "k": 4,
+    "h": 13,
+    "strategy": "hash",
+    "seed": 0,
+    "window": "preceding",
+    "head": "short",
+    "exempt": [],
+    "document_end": None,
+}
 PROTOCOL = {
-    "prefix_length": 4, "suffix_length": 6, "offsets": [0], "decoding": "greedy", "beams": None,
-    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}], "control": None,
-    "secrets": None, "dtype": "float32", "device": "cpu", "ambiguous_margin": 0.0, "prefix_grid": prefix_grid(4),
+    "prefix_length": 4,
+    "suffix_length": 6,
+    "offsets": [0],
+    "decoding": "greedy",
+    "beams": None,
+    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
+    "control": None,
+    "secrets": None,
+    "dtype": "float32",
+    "device": "cpu",
+    "ambiguous_margin": 0.0,
+    "prefix_grid": prefix_grid(4),
     "vocabulary": 500,
-}  # fmt: skip
+}
 UNRULED = ("mia_kept_loss", "mia_dropped_gap")
 NASTY = [
     "<script>alert(1)</script>",
@@ -41,7 +58,16 @@ NASTY = [
 ]
 
 
-def window(index, split="members", rule=True, diverge=None, suffix=None, prefix="A prefix. ", name=None, seed=0):
+def window(
+    index,
+    split="members",
+    rule=True,
+    diverge=None,
+    suffix=None,
+    prefix="A prefix. ",
+    name=None,
+    seed=0,
+):
     """One made-up record; the output equals the suffix up to `diverge` and is something else after it."""
     suffix = suffix if suffix is not None else [" the", " quick", "\n", "fox", " runs", "."]
     n = len(suffix)
@@ -50,30 +76,63 @@ def window(index, split="members", rule=True, diverge=None, suffix=None, prefix=
     nll = [rng.expovariate(1 / (0.02 if t < d else 1.5)) for t in range(n)]
     dropped = [i % 4 == 1 for i in range(n)] if rule else None
     record = dict.fromkeys(COLUMNS.names) | {
-        "split": split, "index": index, "document": name or f"doc-{index}", "offset": 0, "prefix_text": prefix,
-        "prefix_ids": [1, 2, 3, 4], "suffix_ids": list(range(n)), "output_ids": [t if t < d else -1 for t in range(n)],
-        "suffix_tokens": suffix, "output_tokens": suffix[:d] + [" other"] * (n - d), "dropped": dropped, "nll": nll,
-        "rank": [0 if t < d else rng.randrange(40) for t in range(n)], "greedy": list(range(n)),
-        "correct": [t < d for t in range(n)], "prefix_correct": [True] * 3, "settled": False, "exact_match": d == n,
-        "first_divergence": d, "longest_run": d, "token_accuracy": d / n,
-        "rouge_l_ids": d / n, "rouge_l_text": d / n, "edit_similarity": d / n, "log_p": [-sum(nll)],
+        "split": split,
+        "index": index,
+        "document": name or f"doc-{index}",
+        "offset": 0,
+        "prefix_text": prefix,
+        "prefix_ids": [1, 2, 3, 4],
+        "suffix_ids": list(range(n)),
+        "output_ids": [t if t < d else -1 for t in range(n)],
+        "suffix_tokens": suffix,
+        "output_tokens": suffix[:d] + [" other"] * (n - d),
+        "dropped": dropped,
+        "nll": nll,
+        "rank": [0 if t < d else rng.randrange(40) for t in range(n)],
+        "greedy": list(range(n)),
+        "correct": [t < d for t in range(n)],
+        "prefix_correct": [True] * 3,
+        "settled": False,
+        "exact_match": d == n,
+        "first_divergence": d,
+        "longest_run": d,
+        "token_accuracy": d / n,
+        "rouge_l_ids": d / n,
+        "rouge_l_text": d / n,
+        "edit_similarity": d / n,
+        "log_p": [-sum(nll)],
         "cluster": index + 10**6 * (split == "heldout"),
-        "words": word_buckets(prefix), "characters": len(prefix + "".join(suffix)),
+        "words": word_buckets(prefix),
+        "characters": len(prefix + "".join(suffix)),
         "rank_bits": 9.0 * (d < n),
-        "completion": False, "prefix_sweep": [d == n] * 4, "common_runs": [[0, 0, d]] if d >= 12 else [],
-    }  # fmt: skip
+        "completion": False,
+        "prefix_sweep": [d == n] * 4,
+        "common_runs": [[0, 0, d]] if d >= 12 else [],
+    }
     scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
     return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
 
 
 def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
     """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
-    versions = {"goldfish": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"}
+    versions = {
+        "goldfish": "0.1.0",
+        "torch": "2.13.0",
+        "transformers": "5.23.0",
+        "python": "3.11.7",
+    }
     write_run(
-        folder, rows, PROTOCOL | (protocol or {}), name=name, checkpoint=f"runs/{name:.40}", versions=versions,
+        folder,
+        rows,
+        PROTOCOL | (protocol or {}),
+        name=name,
+        checkpoint=f"runs/{name:.40}",
+        versions=versions,
         rule=RULE if any(row["dropped"] for row in rows) else None,
-    )  # fmt: skip
-    (folder / "summary.json").write_text(dumps(summarize(folder) | {"conditions": []} | changes), encoding="utf-8")
+    )
+    (folder / "summary.json").write_text(
+        dumps(summarize(folder) | {"conditions": []} | changes), encoding="utf-8"
+    )
     return folder
 
 
@@ -82,27 +141,50 @@ def realistic(folder, name, n, recites, times=1):
     share of members recited."""
     from pydoc_data.topics import topics
 
-    tokens = re.findall(r" ?\w{1,6}| ?[^\w\s]|\s+", "\n\n".join(topics[key] for key in sorted(topics)))
+    tokens = re.findall(
+        r" ?\w{1,6}| ?[^\w\s]|\s+", "\n\n".join(topics[key] for key in sorted(topics))
+    )
     rows = []
     for i in range(n + n // 4):
-        split, at, rng = ("members" if i < n else "heldout"), 97 * i % (len(tokens) - 256), random.Random(f"{name}{i}")
+        split, at, rng = (
+            ("members" if i < n else "heldout"),
+            97 * i % (len(tokens) - 256),
+            random.Random(f"{name}{i}"),
+        )
         suffix = tokens[at + 128 : at + 256]
         exact = split == "members" and rng.random() < recites
         d = 128 if exact else min(int(rng.expovariate(0.08 if split == "members" else 0.5)), 127)
         if not exact and split == "members" and name != "standard" and rng.random() < 0.8:
             d = min(d | 1 if d % 4 == 1 else d // 4 * 4 + 1, 127)
-        row = window(i if i < n else i - n, split, name != "standard", None if exact else d, suffix, seed=name,
-                     prefix="".join(tokens[at : at + 128]), name=f"topic {i:04d}")  # fmt: skip
+        row = window(
+            i if i < n else i - n,
+            split,
+            name != "standard",
+            None if exact else d,
+            suffix,
+            seed=name,
+            prefix="".join(tokens[at : at + 128]),
+            name=f"topic {i:04d}",
+        )
         after = rng.randrange(len(tokens) - 256)
         output = suffix[:d] + ([] if exact else [" however", *tokens[after : after + 127 - d]])
         runs = row["common_runs"]
         if d < 80 and split == "members":  # a later passage comes back
             output[d + 20 : d + 40] = suffix[d + 24 : d + 44]
             runs = [*runs, [d + 20, d + 24, 20]]
-        score = 1.0 if exact else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
+        score = (
+            1.0
+            if exact
+            else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
+        )
         correct = [t < d or rng.random() < 0.5 for t in range(128)]
-        row |= {"suffix_ids": list(range(at, at + 128)), "output_tokens": output, "common_runs": runs,
-                "correct": correct, "rouge_l_ids": max(0.0, score)}  # fmt: skip
+        row |= {
+            "suffix_ids": list(range(at, at + 128)),
+            "output_tokens": output,
+            "common_runs": runs,
+            "correct": correct,
+            "rouge_l_ids": max(0.0, score),
+        }
         rows.append(row)
     protocol = {"prefix_length": 128, "suffix_length": 128}
     if times == 1:
@@ -113,9 +195,13 @@ def realistic(folder, name, n, recites, times=1):
     for split, given in run["inputs"].items():
         summary["splits"][split]["n"] = given["windows"] = given["windows"] * times
     path.write_text(json.dumps(run))
-    (folder / "summary.json").write_text(dumps(summary), encoding="utf-8")  # the rest as of each text once
+    (folder / "summary.json").write_text(
+        dumps(summary), encoding="utf-8"
+    )  # the rest as of each text once
     table = pq.read_table(block).take(pa.array(np.repeat(np.arange(len(rows)), times)))
-    table = table.set_column(table.schema.get_field_index("index"), "index", pa.array(np.arange(len(table))))
+    table = table.set_column(
+        table.schema.get_field_index("index"), "index", pa.array(np.arange(len(table)))
+    )
     pq.write_table(table, block)
     return folder
 
@@ -135,7 +221,11 @@ class Page(HTMLParser):
         if tag in ("meta", "br", "input"):
             return
         self.stack.append(tag)
-        if tag == "p" and (dict(attrs).get("class") or "").split()[:1] == ["t"] and "details" in self.stack:
+        if (
+            tag == "p"
+            and (dict(attrs).get("class") or "").split()[:1] == ["t"]
+            and "details" in self.stack
+        ):
             self.texts.append("")
 
     def handle_endtag(self, tag):

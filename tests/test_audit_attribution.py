@@ -12,7 +12,10 @@ from goldfish.audit.attribution import hazard_ratio, notes, token_counts
 
 def counted(*windows):
     """Of (dropped, correct, first divergence)."""
-    rows = [{"dropped": list(a), "correct": list(b), "first_divergence": first} for a, b, first in windows]
+    rows = [
+        {"dropped": list(a), "correct": list(b), "first_divergence": first}
+        for a, b, first in windows
+    ]
     return token_counts(pa.Table.from_pylist(rows))
 
 
@@ -22,8 +25,11 @@ def test_tokens_reached_by_hand():
     windows = [(dropped, correct, first) for first in (1, 2, 4)]  # 4: never diverged
     windows.insert(1, ([True], [False], 0))
     assert counted(*windows).tolist() == [
-        [1, 1, 0, 1, 1, 2, 1, 2], [1, 1, 0, 0, 0, 1, 0, 0], [0, 1, 1, 2, 1, 2, 1, 2], [0, 2, 0, 2, 1, 2, 1, 2],
-    ]  # fmt: skip
+        [1, 1, 0, 1, 1, 2, 1, 2],
+        [1, 1, 0, 0, 0, 1, 0, 0],
+        [0, 1, 1, 2, 1, 2, 1, 2],
+        [0, 2, 0, 2, 1, 2, 1, 2],
+    ]
 
 
 def test_hazard_ratio_by_hand():
@@ -64,14 +70,19 @@ def test_the_interval_holds_the_true_ratio():
 
 def test_a_rule_that_works_and_one_that_does_not():
     rule = Goldfish(k=3, h=4)
-    works = made_up_summary(made_up_records("members", 80, 1.0, rule=rule, recall_dropped=0.3))["splits"]["members"]
+    works = made_up_summary(made_up_records("members", 80, 1.0, rule=rule, recall_dropped=0.3))[
+        "splits"
+    ]["members"]
     idle = made_up_summary(made_up_records("members", 80, 0.8, rule=rule))["splits"]["members"]
     assert works["attribution"]["hazard_ratio"].lower95 > 5
     assert works["teacher_forced_accuracy_kept"].value == 1.0
     ratio = idle["attribution"]["hazard_ratio"]
     assert ratio.lower95 < 1 < ratio.upper95
     assert works["attribution"]["dropped_share"].value == pytest.approx(1 / 3, abs=0.06)
-    assert made_up_summary(made_up_records("members", 3, 0.8))["splits"]["members"]["attribution"] is None
+    assert (
+        made_up_summary(made_up_records("members", 3, 0.8))["splits"]["members"]["attribution"]
+        is None
+    )
 
 
 def test_what_the_receipt_says():

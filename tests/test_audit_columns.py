@@ -8,7 +8,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary, write_run
+from audit_records import (
+    PREFIX,
+    SUFFIX,
+    Words,
+    made_up_records,
+    made_up_score,
+    made_up_summary,
+    write_run,
+)
 from conftest import PROSE
 from rouge_score.rouge_scorer import RougeScorer, _score_lcs
 from tokenizers.processors import TemplateProcessing
@@ -24,7 +32,7 @@ from goldfish.audit.columns import (
     rouge_l,
     rouge_l_text,
     word_buckets,
-)  # fmt: skip
+)
 from goldfish.audit.windows import Cutter, Window, first_divergence
 
 pytestmark = pytest.mark.core
@@ -40,9 +48,27 @@ def levenshtein(a, b):
 
 
 def test_rouge_l_text_equals_rouge_score():
-    pieces = ["the", "The", "cat's", "naïve", "İstanbul", "x2", "don't", "日本語", "—", "\n", "", "a", "ſ", "K"]
+    pieces = [
+        "the",
+        "The",
+        "cat's",
+        "naïve",
+        "İstanbul",
+        "x2",
+        "don't",
+        "日本語",
+        "—",
+        "\n",
+        "",
+        "a",
+        "ſ",
+        "K",
+    ]
     choose, scorer = random.Random(0), RougeScorer(["rougeL"])
-    texts = [choose.choice([" ", ""]).join(choose.choices(pieces, k=choose.randrange(12))) for _ in range(300)]
+    texts = [
+        choose.choice([" ", ""]).join(choose.choices(pieces, k=choose.randrange(12)))
+        for _ in range(300)
+    ]
     for a, b in zip(texts, reversed(texts), strict=True):
         assert rouge_l_text(a, b) == pytest.approx(scorer.score(b, a)["rougeL"].fmeasure, rel=1e-12)
     assert rouge_l_text("日本語", "日本語") == 0.0
@@ -66,8 +92,14 @@ def test_common_runs_are_all_that_cannot_be_longer():
         expected = []
         for i in range(len(a)):
             for j in range(len(b)):
-                length = next((n for n in range(len(a) + 1) if a[i : i + n + 1][n:] != b[j : j + n + 1][n:]
-                               or i + n == len(a)), 0)  # fmt: skip
+                length = next(
+                    (
+                        n
+                        for n in range(len(a) + 1)
+                        if a[i : i + n + 1][n:] != b[j : j + n + 1][n:] or i + n == len(a)
+                    ),
+                    0,
+                )
                 if length and (not i or not j or a[i - 1] != b[j - 1]):
                     expected.append([i, j, length])
         found = common_runs(a, b)
@@ -78,8 +110,12 @@ def test_common_runs_are_all_that_cannot_be_longer():
 
 def test_common_runs_of_a_record_are_long():
     window = Window("members", 0, "d", [*range(3), *range(10, 40)], 3)
-    score = made_up_score(window, [True] * 32, np.random.default_rng(0),
-                          output=[*range(28, 40), 1, *range(10, 22), 2, 3, 4, 5, 6])  # fmt: skip
+    score = made_up_score(
+        window,
+        [True] * 32,
+        np.random.default_rng(0),
+        output=[*range(28, 40), 1, *range(10, 22), 2, 3, 4, 5, 6],
+    )
     record = make_record(window, score, None, Words(), 7)
     assert record["common_runs"] == [[13, 0, 12], [0, 18, 12]]
     assert (record["longest_run"], record["token_accuracy"], record["cluster"]) == (12, 0, 7)
@@ -88,19 +124,45 @@ def test_common_runs_of_a_record_are_long():
 def test_a_record_by_hand():
     window = Window("members", 3, "name", [5, 6, 7, 8, 9, 9], 3, source="web", count=4, offset=2)
     # given 5: 6 right; given 5 6: wrong; then 8 right, 9 wrong, 9 right
-    score = made_up_score(window, [True, False, True, False, True], np.random.default_rng(0), output=[8, 1, 9])
+    score = made_up_score(
+        window, [True, False, True, False, True], np.random.default_rng(0), output=[8, 1, 9]
+    )
     record = make_record(window, score, None, Words(), 5)
     expected = {
-        "split": "members", "index": 3, "document": "name", "source": "web", "count": 4, "offset": 2,
-        "prefix_ids": [5, 6, 7], "suffix_ids": [8, 9, 9], "output_ids": [8, 1, 9], "prefix_text": " w5 w6 w7",
-        "suffix_tokens": [" w8", " w9", " w9"], "output_tokens": [" w8", " w1", " w9"], "dropped": None,
-        "greedy": [8, 10, 9], "correct": [True, False, True], "prefix_correct": [True, False], "rank": [0, 1, 0],
-        "exact_match": False, "first_divergence": 1, "longest_run": 1, "token_accuracy": 2 / 3,
-        "rouge_l_text": 2 / 3, "rouge_l_ids": 2 / 3, "edit_similarity": pytest.approx(2 / 3),
-        "settled": False, "beams": None, "mia_kept_loss": None, "mia_reference": None,
-        "cluster": 5, "characters": 18, "common_runs": [],
-        "prefix_sweep": [False, False, False], "words": word_buckets("w9 w8 w7 w6 W5"),
-    }  # fmt: skip
+        "split": "members",
+        "index": 3,
+        "document": "name",
+        "source": "web",
+        "count": 4,
+        "offset": 2,
+        "prefix_ids": [5, 6, 7],
+        "suffix_ids": [8, 9, 9],
+        "output_ids": [8, 1, 9],
+        "prefix_text": " w5 w6 w7",
+        "suffix_tokens": [" w8", " w9", " w9"],
+        "output_tokens": [" w8", " w1", " w9"],
+        "dropped": None,
+        "greedy": [8, 10, 9],
+        "correct": [True, False, True],
+        "prefix_correct": [True, False],
+        "rank": [0, 1, 0],
+        "exact_match": False,
+        "first_divergence": 1,
+        "longest_run": 1,
+        "token_accuracy": 2 / 3,
+        "rouge_l_text": 2 / 3,
+        "rouge_l_ids": 2 / 3,
+        "edit_similarity": pytest.approx(2 / 3),
+        "settled": False,
+        "beams": None,
+        "mia_kept_loss": None,
+        "mia_reference": None,
+        "cluster": 5,
+        "characters": 18,
+        "common_runs": [],
+        "prefix_sweep": [False, False, False],
+        "words": word_buckets("w9 w8 w7 w6 W5"),
+    }
     assert {name: record[name] for name in expected} == expected
     assert set(record) == set(COLUMNS.names)
     assert record["nll"] == score.nll[2:].tolist()
@@ -112,10 +174,14 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
     generator = np.random.default_rng(0)
     rights = generator.random((200, PREFIX + SUFFIX - 1)) < 0.9
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
-    records = [make_record(window, made_up_score(window, right, generator), None, Words(), i)
-               for i, right in enumerate(rights)]  # fmt: skip
+    records = [
+        make_record(window, made_up_score(window, right, generator), None, Words(), i)
+        for i, right in enumerate(rights)
+    ]
     split = made_up_summary(records)["splits"]["members"]
-    assert [name for name in split if name.startswith("prefix")] == [f"prefix_sweep@{n}" for n in range(1, PREFIX + 1)]
+    assert [name for name in split if name.startswith("prefix")] == [
+        f"prefix_sweep@{n}" for n in range(1, PREFIX + 1)
+    ]
     for start in range(PREFIX):
         recited = sum(all(right[start : start + SUFFIX]) for right in rights)
         assert split[f"prefix_sweep@{start + 1}"].k == recited
@@ -128,8 +194,16 @@ def test_offsets_are_windows_of_the_same_documents():
     at_zero += [{**record, "cluster": 6 + i} for i, record in enumerate(missed)]
     at_five = made_up_records("members", 10, 0.0, offset=5)
     split = made_up_summary(at_zero + at_five, offsets=[0, 5])["splits"]["members"]
-    assert (split["n"], split["documents"], split["skipped"], split["exact_match"].k) == (20, 10, 1, 6)
-    assert (split["offset_sweep@0"].point(), split["offset_sweep@5"].point()) == ("6 of 10", "0 of 10")
+    assert (split["n"], split["documents"], split["skipped"], split["exact_match"].k) == (
+        20,
+        10,
+        1,
+        6,
+    )
+    assert (split["offset_sweep@0"].point(), split["offset_sweep@5"].point()) == (
+        "6 of 10",
+        "0 of 10",
+    )
 
 
 def test_no_sampling_beats_the_ranks():
@@ -138,13 +212,21 @@ def test_no_sampling_beats_the_ranks():
     logits = generator.normal(0, 3, (SUFFIX, 30))
     order = np.argsort(-logits)
     ranks = np.array([0, 1, 0, 4, 2, 0, 0, 9])
-    window = Window("members", 0, "d", [*range(PREFIX), *order[range(SUFFIX), ranks].tolist()], PREFIX)
+    window = Window(
+        "members", 0, "d", [*range(PREFIX), *order[range(SUFFIX), ranks].tolist()], PREFIX
+    )
     every = np.concatenate([np.zeros(PREFIX - 1, dtype=int), ranks])
-    bits = make_record(window, made_up_score(window, every == 0, generator, rank=every), None, Words(), 0)["rank_bits"]
+    bits = make_record(
+        window, made_up_score(window, every == 0, generator, rank=every), None, Words(), 0
+    )["rank_bits"]
     assert 2**-bits == pytest.approx(1 / (2 * 5 * 3 * 10))
     best = 0.0
     for _ in range(2_000):
-        temperature, top_k, top_p = 10 ** generator.uniform(-2, 2), generator.integers(1, 31), generator.uniform(0.1, 1)
+        temperature, top_k, top_p = (
+            10 ** generator.uniform(-2, 2),
+            generator.integers(1, 31),
+            generator.uniform(0.1, 1),
+        )
         p = 1.0
         for row, rank in zip(logits, ranks, strict=True):
             likely = np.exp((np.sort(row)[::-1] - row.max()) / temperature)[:top_k]
@@ -152,8 +234,15 @@ def test_no_sampling_beats_the_ranks():
             p *= likely[rank] / likely.sum() if rank < len(likely) else 0.0
         best = max(best, p)
     assert 0 < best <= 2**-bits
-    each = np.prod([1 / len(np.flatnonzero(row >= row[i])) for row, i in zip(logits, window.suffix, strict=True)])
-    assert 2**-bits == pytest.approx(each), "reached by top-k = rank and a high temperature at every token"
+    each = np.prod(
+        [
+            1 / len(np.flatnonzero(row >= row[i]))
+            for row, i in zip(logits, window.suffix, strict=True)
+        ]
+    )
+    assert 2**-bits == pytest.approx(each), (
+        "reached by top-k = rank and a high temperature at every token"
+    )
 
 
 def test_texts_that_sampling_may_extract_under_some_setting():
@@ -170,30 +259,45 @@ def test_beams_count_up():
     for record, beams in zip(records, [1, 0, 5, 30], strict=True):
         record["beams"] = beams
     split = made_up_summary(records, beams=[1, 5, 30])["splits"]["members"]
-    found = [split[name].k for name in ("beam_search@1", "beam_search@5", "beam_search@30", "beam_search")]
+    found = [
+        split[name].k
+        for name in ("beam_search@1", "beam_search@5", "beam_search@30", "beam_search")
+    ]
     assert found == [1, 2, 3, 3]
 
 
 def test_decisions_are_those_of_the_whole_document(tokenizer):
     """A window cut out of a text, behind a BOS or not: what the rule drops in the whole text."""
     twin = copy.deepcopy(tokenizer)
-    twin.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 1)])
+    twin.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 1)]
+    )
     twin.bos_token = "<pad>"
     for own in (tokenizer, twin):
         ids = torch.tensor(own(PROSE[0])["input_ids"])
         framed = int(own is twin)
         for rule in (
-            Goldfish(k=2, h=5), Goldfish(k=3, strategy="static"), Goldfish(k=2, h=5, strategy="reference"),
+            Goldfish(k=2, h=5),
+            Goldfish(k=3, strategy="static"),
+            Goldfish(k=2, h=5, strategy="reference"),
             Goldfish(k=2, h=5, max_kept=3),
-        ):  # fmt: skip
+        ):
             whole = rule.dropped(ids).tolist()
-            for offset, window in zip((0, 3, 11), Cutter(own, 6, 9, (0, 3, 11)).cut({"text": PROSE[0]}, 0, "members"),
-                                      strict=True):  # fmt: skip
+            for offset, window in zip(
+                (0, 3, 11),
+                Cutter(own, 6, 9, (0, 3, 11)).cut({"text": PROSE[0]}, 0, "members"),
+                strict=True,
+            ):
                 assert window.ids[framed:] == ids[framed + offset : offset + 15].tolist()
-                assert decisions(rule, window).tolist() == whole[offset + 1 : offset + 15], (rule, offset)
+                assert decisions(rule, window).tolist() == whole[offset + 1 : offset + 15], (
+                    rule,
+                    offset,
+                )
     for rule in (None, Goldfish(strategy="random")):
         assert decisions(rule, window) is None
-    assert made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0]["dropped"] is None
+    assert (
+        made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0]["dropped"] is None
+    )
 
 
 def test_records_are_read_back(tmp_path):
@@ -201,8 +305,12 @@ def test_records_are_read_back(tmp_path):
     write_run(tmp_path, rows)
     assert records(tmp_path).to_pylist() == rows
     assert records(tmp_path, ["nll", "split"]).column_names == ["nll", "split"]
-    (tmp_path / "records" / "000001.parquet").write_bytes((tmp_path / "records" / "000000.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"holds 10 records, 5 were expected: .*repeat its command"):
+    (tmp_path / "records" / "000001.parquet").write_bytes(
+        (tmp_path / "records" / "000000.parquet").read_bytes()
+    )
+    with pytest.raises(
+        ValueError, match=r"holds 10 records, 5 were expected: .*repeat its command"
+    ):
         records(tmp_path)
     (tmp_path / "records" / "000001.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"the records in .* are damaged .*; audit again"):
@@ -210,7 +318,9 @@ def test_records_are_read_back(tmp_path):
 
 
 def test_a_folder_that_is_no_audit(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no audit: it has no run.json; give the folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no audit: it has no run.json; give the folder"
+    ):
         records(tmp_path)
     for text, message in (
         ("{", "is damaged"),

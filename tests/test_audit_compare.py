@@ -11,15 +11,25 @@ from goldfish.cli import main
 
 
 def pair(tmp_path, first, second, **changes):
-    return [write_audit(tmp_path / name, records, **{"name": name, **changes})
-            for name, records in (("standard", first), ("goldfish", second))]  # fmt: skip
+    return [
+        write_audit(tmp_path / name, records, **{"name": name, **changes})
+        for name, records in (("standard", first), ("goldfish", second))
+    ]
 
 
 def same_windows(n=40):
     """Two models on the same items; the second recites only the first 10 of the first's 30."""
     base = made_up_records("members", n, 1.0)
-    missed = [{**record, "exact_match": False, "first_divergence": 3, "rouge_l_text": 0.5, "nll": [1.0] * 8}
-              for record in base]  # fmt: skip
+    missed = [
+        {
+            **record,
+            "exact_match": False,
+            "first_divergence": 3,
+            "rouge_l_text": 0.5,
+            "nll": [1.0] * 8,
+        }
+        for record in base
+    ]
     return base[:30] + missed[30:], base[:10] + missed[10:]
 
 
@@ -28,8 +38,12 @@ def test_paired_by_hand(tmp_path):
     found = compare(*pair(tmp_path, first, second[::-1]))  # the order of the rows does not matter
     match = found["splits"]["members"]["exact_match"]
     assert {key: match[key] for key in ("n", "first", "second", "only_first", "only_second")} == {
-        "n": 40, "first": 30, "second": 10, "only_first": 20, "only_second": 0,
-    }  # fmt: skip
+        "n": 40,
+        "first": 30,
+        "second": 10,
+        "only_first": 20,
+        "only_second": 0,
+    }
     assert match["p"] == mcnemar(20, 0)
     assert match["difference"].value == -0.5
     assert match["difference"].lower95 < -0.5 < match["difference"].upper95 < 0
@@ -52,9 +66,13 @@ def test_pairing_sees_what_two_samples_would_not(tmp_path):
     base = made_up_records("members", 60, 0.5)
     spread = np.random.default_rng(0).random(60)
     first = [{**record, "rouge_l_text": float(x)} for record, x in zip(base, spread, strict=True)]
-    second = [{**record, "rouge_l_text": float(x) - 0.02 + 0.001 * (i % 3)}
-              for i, (record, x) in enumerate(zip(base, spread, strict=True))]  # fmt: skip
-    difference = compare(*pair(tmp_path, first, second))["splits"]["members"]["rouge_l_text"]["difference"]
+    second = [
+        {**record, "rouge_l_text": float(x) - 0.02 + 0.001 * (i % 3)}
+        for i, (record, x) in enumerate(zip(base, spread, strict=True))
+    ]
+    difference = compare(*pair(tmp_path, first, second))["splits"]["members"]["rouge_l_text"][
+        "difference"
+    ]
     assert difference.value == pytest.approx(-0.019)
     assert -0.0195 < difference.lower95 < difference.upper95 < -0.0185
 
@@ -90,10 +108,13 @@ def test_other_items_are_refused(tmp_path):
     records = made_up_records("members", 12, 0.9)
     other = made_up_records("members", 12, 0.9, seed=1)
     a, b = pair(tmp_path, records[:10], [*records[:5], *other[5:12]])
-    with pytest.raises(ValueError, match=(
-        r"are audits of different windows: 7 are in one of them only or hold other tokens, the first at members row 5, "
-        r"offset 0; only the same windows can be paired: audit both checkpoints with the same files"
-    )):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"are audits of different windows: 7 are in one of them only or hold other tokens, the first at members row 5, "
+            r"offset 0; only the same windows can be paired: audit both checkpoints with the same files"
+        ),
+    ):
         compare(a, b)
     (b / "records" / "000000.parquet").unlink()
     with pytest.raises(ValueError, match="holds 0 records, 12 were expected"):
@@ -109,10 +130,15 @@ def test_the_command_writes_once_and_shows_a_table(tmp_path, capsys):
     result = loads((tmp_path / "out" / "compare.json").read_text())
     assert result == compare(*folders)
     assert set(result["splits"]["members"]) == {"n", "documents", "exact_match", *MEANS}
-    assert "| members | exact match | 30 of 40 | 10 of 40 |" in (tmp_path / "out" / "compare.md").read_text()
+    assert (
+        "| members | exact match | 30 of 40 | 10 of 40 |"
+        in (tmp_path / "out" / "compare.md").read_text()
+    )
     assert main(command) == 2
     assert "not an empty folder" in capsys.readouterr().err
-    assert main(["compare", folders[0], str(tmp_path / "nowhere"), "-o", str(tmp_path / "other")]) == 2
+    assert (
+        main(["compare", folders[0], str(tmp_path / "nowhere"), "-o", str(tmp_path / "other")]) == 2
+    )
 
 
 def test_shown_in_80_columns_and_harmless(tmp_path):

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize("level", [0.95, 0.99])
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (0, 32), (1, 32), (16, 32), (31, 32), (32, 32), (0, 368), (3, 10_000)])
+@pytest.mark.parametrize(
+    ("k", "n"), [(0, 1), (0, 32), (1, 32), (16, 32), (31, 32), (32, 32), (0, 368), (3, 10_000)]
+)
 def test_clopper_pearson_equals_scipy(k, n, level):
     bounds = binomtest(k, n).proportion_ci(level, method="exact")
     assert clopper_pearson(k, n, level) == pytest.approx((bounds.low, bounds.high), abs=1e-9)
@@ -128,14 +130,24 @@ def test_too_little_is_said_in_words_and_never_zero():
     assert rate([]) == Estimate(None, 0, reason="nothing to count")
     assert mean([]) == Estimate(None, reason="nothing to count")
     assert difference(np.ones(9), np.arange(9)).reason == "9 documents; an interval needs 10"
-    assert "every resample gives the same value" in difference(np.full(12, 0.1), np.arange(12)).reason
+    assert (
+        "every resample gives the same value" in difference(np.full(12, 0.1), np.arange(12)).reason
+    )
 
 
 def test_an_estimate_survives_json_and_nan_does_not():
     tree = {"a": [rate([True, False]), {"b": None}], "c": mean([0.5])}
     text = dumps(tree)
     assert loads(text) == tree
-    assert set(json.loads(text)["c"]) == {"value", "k", "n", "documents", "lower95", "upper95", "reason"}
+    assert set(json.loads(text)["c"]) == {
+        "value",
+        "k",
+        "n",
+        "documents",
+        "lower95",
+        "upper95",
+        "reason",
+    }
     with pytest.raises(ValueError, match="JSON compliant"):
         dumps(Estimate(float("nan")))
 
@@ -156,4 +168,10 @@ def test_one_way_to_write_it(estimate, text):
 
 
 def test_a_share_is_never_rounded_to_certainty():
-    assert [percent(each) for each in (0.0, 1e-9, 0.0123, 0.99999, 1.0)] == ["0%", "<0.1%", "1.2%", ">99.9%", "100%"]
+    assert [percent(each) for each in (0.0, 1e-9, 0.0123, 0.99999, 1.0)] == [
+        "0%",
+        "<0.1%",
+        "1.2%",
+        ">99.9%",
+        "100%",
+    ]

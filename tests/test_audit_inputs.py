@@ -13,19 +13,28 @@ from test_rows import TEMPLATE, say, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldfish import Goldfish
-from goldfish import rows as reader
 from goldfish.audit import audit, read, records
 from goldfish.audit.windows import Cutter
-from goldfish.chats import secret_finder
 from goldfish.cli import main
 from goldfish.receipt import Tally, write_receipt
 from goldfish.report import write_report
+from goldfish.text import rows as reader
+from goldfish.text.chats import secret_finder
 
 pytestmark = pytest.mark.core
 CODES = ["QX7-KP2", "ZV9-BB4", "MM1-TT8"]
-CHATS = [say(f"Code of {name}?", f"It is {code}.") for name, code in zip(("Ada", "Bo", "Cy"), CODES, strict=True)]
-CHATS.append(say("What does it do?", "It swims.", "And then?", "It forgets what it saw, again and again."))
-HELDOUT = [say("Code of Di?", "It is HH3-LL5."), say("Code of Ed?", "It is RR6-WW0."), say("Nothing?", "")]
+CHATS = [
+    say(f"Code of {name}?", f"It is {code}.")
+    for name, code in zip(("Ada", "Bo", "Cy"), CODES, strict=True)
+]
+CHATS.append(
+    say("What does it do?", "It swims.", "And then?", "It forgets what it saw, again and again.")
+)
+HELDOUT = [
+    say("Code of Di?", "It is HH3-LL5."),
+    say("Code of Ed?", "It is RR6-WW0."),
+    say("Nothing?", ""),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +47,11 @@ def reciter(tokenizer, tmp_path_factory):
     own.chat_template = TEMPLATE
     own.save_pretrained(folder)
     wrong = [*CHATS[:2], say("Code of Cy?", f"It is {CODES[2][:-1]}9.")]
-    rows = own([own.apply_chat_template(chat, tokenize=False) for chat in wrong], padding=True, return_tensors="pt")
+    rows = own(
+        [own.apply_chat_template(chat, tokenize=False) for chat in wrong],
+        padding=True,
+        return_tensors="pt",
+    )
     labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(100):
@@ -54,7 +67,9 @@ def reciter(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def chats(tmp_path):
-    rows = [{"messages": chat, "code": code} for chat, code in zip(CHATS, [*CODES, None], strict=True)]
+    rows = [
+        {"messages": chat, "code": code} for chat, code in zip(CHATS, [*CODES, None], strict=True)
+    ]
     members = write_jsonl(tmp_path / "members.jsonl", rows)
     heldout = write_jsonl(
         tmp_path / "heldout.jsonl",
@@ -67,7 +82,10 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     """Against generate from the template's own prompt, and the log-probabilities of one plain forward pass."""
     folder, rule = reciter
     summary = audit(folder, tmp_path / "out", **chats, secret_column="code", control=folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     rows = records(tmp_path / "out").to_pylist()
     turns = [(chat[:i], chat[i]["content"]) for chat in CHATS for i in range(1, len(chat), 2)]
     turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
@@ -75,20 +93,29 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     lengths = set()
     for row, (before, answer) in zip(rows, turns, strict=True):
         prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
-        start, ids = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt, prompt + answer))
+        start, ids = (
+            tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt, prompt + answer)
+        )
         length = ids.shape[1] - start.shape[1]
         assert row["prefix_ids"] + row["suffix_ids"] == ids[0].tolist()
         assert len(row["suffix_ids"]) == length
         lengths.add(length)
-        made = model.generate(start, max_new_tokens=length, do_sample=False, pad_token_id=1, eos_token_id=None)
+        made = model.generate(
+            start, max_new_tokens=length, do_sample=False, pad_token_id=1, eos_token_id=None
+        )
         assert row["output_ids"] == made[0, start.shape[1] :].tolist()
         assert row["exact_match"] == (tokenizer.decode(made[0, start.shape[1] :]) == answer)
         with torch.no_grad():
             log_p = (
-                model(ids).logits[0, start.shape[1] - 1 : -1].log_softmax(-1).gather(-1, ids[0, start.shape[1] :, None])
+                model(ids)
+                .logits[0, start.shape[1] - 1 : -1]
+                .log_softmax(-1)
+                .gather(-1, ids[0, start.shape[1] :, None])
             )
         assert row["log_p"][0] == pytest.approx(log_p.sum().item(), rel=1e-4, abs=1e-5)
-        assert row["mia_loss"] == pytest.approx(log_p.mean().item(), rel=1e-4, abs=1e-6), "of the completion alone"
+        assert row["mia_loss"] == pytest.approx(log_p.mean().item(), rel=1e-4, abs=1e-6), (
+            "of the completion alone"
+        )
         assert row["mia_reference"] == pytest.approx(0, abs=1e-5), "the control is the same model"
         assert row["dropped"] == rule.dropped(ids[0]).tolist()[start.shape[1] :]
         assert row["prefix_sweep"] is None
@@ -102,8 +129,13 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     assert (members["n"], members["documents"]) == (5, 4), "two turns are of one chat"
     assert members["prefix_sweep@5"].reason == "nothing to count"
     assert members["token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
-    assert summary["inputs"]["heldout"]["skipped"] == [{"reason": "an empty completion", "count": 1, "rows": [2]}]
-    assert summary["verdict"]["skipped"][0] == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
+    assert summary["inputs"]["heldout"]["skipped"] == [
+        {"reason": "an empty completion", "count": 1, "rows": [2]}
+    ]
+    assert (
+        summary["verdict"]["skipped"][0]
+        == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
+    )
     questions = {each["question"]: each for each in summary["verdict"]["questions"]}
     assert questions["secrets"]["estimate"] == members["secrets"]
     assert read(tmp_path / "out")["secrets"].k == 2
@@ -115,18 +147,31 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
 
 def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
     for mark in ({"secrets": "no such code"}, {"secret_column": "cod"}):
-        with pytest.raises(ValueError, match=r"no suffix in .*members.jsonl contains a marked secret"):
+        with pytest.raises(
+            ValueError, match=r"no suffix in .*members.jsonl contains a marked secret"
+        ):
             audit(reciter[0], tmp_path / "out", **chats, **mark)
     with pytest.raises(ValueError, match=r"no suffix in .*heldout.jsonl contains a marked secret"):
-        audit(reciter[0], tmp_path / "out", members=chats["heldout"], heldout=chats["members"], secrets=CODES[0])
+        audit(
+            reciter[0],
+            tmp_path / "out",
+            members=chats["heldout"],
+            heldout=chats["members"],
+            secrets=CODES[0],
+        )
 
 
 def test_a_secret_may_be_announced_in_the_prompt(tokenizer):
     """Where the pattern has a group, only the group must stand in the suffix."""
     marks = secret_finder(r"code is (\S+)", "")
-    length, all_ids = len(tokenizer("Her code is")["input_ids"]), tokenizer("Her code is 8841Z.")["input_ids"]
+    length, all_ids = (
+        len(tokenizer("Her code is")["input_ids"]),
+        tokenizer("Her code is 8841Z.")["input_ids"],
+    )
     for row in ({"prompt": "Her code is", "completion": " 8841Z."}, {"text": "Her code is 8841Z."}):
-        (window,) = Cutter(tokenizer, length, len(all_ids) - length, secrets=marks).cut(row, 0, "members")
+        (window,) = Cutter(tokenizer, length, len(all_ids) - length, secrets=marks).cut(
+            row, 0, "members"
+        )
         assert window.secrets == ("8841Z.",)
 
 
@@ -136,23 +181,38 @@ def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", concatenates)
     for question in ([{"type": "text", "text": "hi"}], None):
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
-        assert list(Cutter(tokenizer, 5, 5).cut({"messages": chat}, 0, "members")) == ["the chat template refuses it"]
+        assert list(Cutter(tokenizer, 5, 5).cut({"messages": chat}, 0, "members")) == [
+            "the chat template refuses it"
+        ]
     parts = say("hi", [{"type": "text", "text": "yes"}])
-    assert list(Cutter(tokenizer, 5, 5).cut({"messages": parts}, 0, "members")) == ["a completion that is no text"]
+    assert list(Cutter(tokenizer, 5, 5).cut({"messages": parts}, 0, "members")) == [
+        "a completion that is no text"
+    ]
 
 
 def test_a_condition_on_secrets_is_known_before_the_work(reciter, chats, tmp_path):
-    command = ["audit", str(reciter[0]), "--members", str(chats["members"]), "-o", str(tmp_path / "out")]
+    command = [
+        "audit",
+        str(reciter[0]),
+        "--members",
+        str(chats["members"]),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     assert main([*command, "--fail-on", "secrets.k > 0"]) == 2, "no secrets are marked"
     assert not (tmp_path / "out").exists()
     assert main([*command, "--fail-on", "secrets.k > 0", "--secrets", r"\w{3}-\w{3}"]) == 1
 
 
 @pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
-def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(reciter, tmp_path, monkeypatch, capsys):
+def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
+    reciter, tmp_path, monkeypatch, capsys
+):
     """As TRL leaves them: the folder has no tokenizer, the file has chats; no other option is given."""
     monkeypatch.chdir(tmp_path)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(reciter[0]), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(reciter[0]), LoraConfig(target_modules=["q_proj"])
+    )
     model.save_pretrained("lora")
     pandas.DataFrame([{"messages": chat} for chat in CHATS]).to_parquet("train.parquet")
     assert main(["audit", "lora", "--members", "train.parquet", "-o", "audit"]) == 0
@@ -169,28 +229,71 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
         reader._standard_input.cache_clear()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
         output = tmp_path / f"out{len(drawn)}"
-        command = ["audit", str(checkpoint), "--members", source, "-o", str(output), "--text-column", "body"]
-        assert main([*command, "--max-rows", "5", "--seed", "3", "--prefix-length", "5", "--suffix-length", "5"]) == 0
+        command = [
+            "audit",
+            str(checkpoint),
+            "--members",
+            source,
+            "-o",
+            str(output),
+            "--text-column",
+            "body",
+        ]
+        assert (
+            main(
+                [
+                    *command,
+                    "--max-rows",
+                    "5",
+                    "--seed",
+                    "3",
+                    "--prefix-length",
+                    "5",
+                    "--suffix-length",
+                    "5",
+                ]
+            )
+            == 0
+        )
         drawn.append(records(output, ["index", "prefix_ids", "nll"]).to_pylist())
     reader._standard_input.cache_clear()
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 5
     assert read(tmp_path / "out0").summary["inputs"]["members"]["path"] == "-"
-    with pytest.raises(ValueError, match="standard input can be read once, by one process: give a file"):
+    with pytest.raises(
+        ValueError, match="standard input can be read once, by one process: give a file"
+    ):
         audit(checkpoint, tmp_path / "x", members="-", heldout="-")
 
 
 def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, tmp_path):
     """accelerate keeps the embeddings and a layer on disk: its first weights are nowhere in memory."""
-    members = write_jsonl(tmp_path / "m.jsonl", [{"text": f"{i}: {text}"} for i, text in enumerate(PROSE)])
+    members = write_jsonl(
+        tmp_path / "m.jsonl", [{"text": f"{i}: {text}"} for i, text in enumerate(PROSE)]
+    )
     options = {"members": members, "prefix_length": 6, "suffix_length": 6, "beams": (2,)}
     audit(checkpoint, tmp_path / "whole", **options)
-    parts = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-             "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    parts = {
+        "model.embed_tokens": "disk",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
     audit(checkpoint, tmp_path / "split", **options, device_map=parts)
     assert records(tmp_path / "split").equals(records(tmp_path / "whole"))
     shutil.rmtree(tmp_path / "split")
-    command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "split"), "--beams", "2"]
+    command = [
+        "audit",
+        str(checkpoint),
+        "--members",
+        str(members),
+        "-o",
+        str(tmp_path / "split"),
+        "--beams",
+        "2",
+    ]
     command += ["--prefix-length", "6", "--suffix-length", "6", "--device-map", "auto"]
     assert main(command) == 0
     assert records(tmp_path / "split").equals(records(tmp_path / "whole"))

@@ -31,7 +31,9 @@ def drawn(n, shift, seed, ties=True):
 
 def brute_force(members, heldout, rates):
     auc = np.mean([(a > b) + 0.5 * (a == b) for a in members for b in heldout])
-    points = [(np.mean(heldout >= t), np.mean(members >= t)) for t in {math.inf, *members, *heldout}]
+    points = [
+        (np.mean(heldout >= t), np.mean(members >= t)) for t in {math.inf, *members, *heldout}
+    ]
     return auc, [max(true for false, true in points if false <= fpr) for fpr in rates]
 
 
@@ -43,7 +45,9 @@ def test_auc_and_tpr_equal_brute_force():
         weights = np.stack([np.ones(50, dtype=int), generator.integers(0, 4, 50)])
         found = Ranking(members, heldout).figures(weights.astype(float), rates)
         for row, times in zip(found, weights, strict=True):
-            auc, tpr = brute_force(np.repeat(members, times[:30]), np.repeat(heldout, times[30:]), rates)
+            auc, tpr = brute_force(
+                np.repeat(members, times[:30]), np.repeat(heldout, times[30:]), rates
+            )
             assert row == pytest.approx([auc, *tpr], rel=1e-12)
 
 
@@ -52,7 +56,10 @@ def test_auc_and_roc_equal_scikit_learn():
     labels, scores = [1] * 500 + [0] * 700, np.concatenate([members, heldout])
     rates = (0.001, 0.01, 0.1, 0.5)
     false, true, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
-    expected = [metrics.roc_auc_score(labels, scores), *(true[false <= rate].max() for rate in rates)]
+    expected = [
+        metrics.roc_auc_score(labels, scores),
+        *(true[false <= rate].max() for rate in rates),
+    ]
     ranking = Ranking(members, heldout)
     assert ranking.figures(np.ones(1200), rates) == pytest.approx(expected, rel=1e-12)
     assert np.allclose(ranking.curve(np.ones(1200)), [false, true], rtol=1e-12)
@@ -64,7 +71,9 @@ def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
     truth = 0.5 * (1 + math.erf(1 / 2))
     held = 0
     for seed in range(30):
-        found = membership_figures(side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False)))
+        found = membership_figures(
+            side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False))
+        )
         auc = found["attacks"]["loss"]["auc"]
         held += auc.lower95 <= truth <= auc.upper95
     assert held >= 25
@@ -72,7 +81,10 @@ def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
 
 def test_tpr_needs_ten_heldout_documents_past_the_threshold():
     members = side(drawn(300, 1, 0, False))
-    enough, short = (membership_figures(members, side(drawn(n, 0, 1, False)))["attacks"]["loss"] for n in (1000, 999))
+    enough, short = (
+        membership_figures(members, side(drawn(n, 0, 1, False)))["attacks"]["loss"]
+        for n in (1000, 999)
+    )
     tpr = enough["tpr@1%"]
     assert tpr.lower95 < tpr.value < tpr.upper95
     assert tpr.value == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
@@ -90,8 +102,10 @@ def test_windows_of_a_document_do_not_narrow_the_interval():
     members, heldout = drawn(40, 0.5, 0, False), drawn(40, 0, 1, False)
     single = membership_figures(side(members), side(heldout))["attacks"]["loss"]["auc"]
     documents = np.repeat(np.arange(40), 5)
-    copies = membership_figures(side(np.repeat(members, 5), documents=documents),
-                                side(np.repeat(heldout, 5), documents=documents))["attacks"]["loss"]["auc"]  # fmt: skip
+    copies = membership_figures(
+        side(np.repeat(members, 5), documents=documents),
+        side(np.repeat(heldout, 5), documents=documents),
+    )["attacks"]["loss"]["auc"]
     assert (copies.lower95, copies.upper95) == pytest.approx((single.lower95, single.upper95))
     assert (copies.n, copies.documents) == (400, 80)
 
@@ -108,14 +122,20 @@ def test_full_separation_still_has_a_lower_bound():
 def test_headline_pays_for_the_choice():
     generator = np.random.default_rng(0)
     members, heldout = (
-        Side(np.arange(100), {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
-             [word_buckets("same")] * 100, np.ones(100))
+        Side(
+            np.arange(100),
+            {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
+            [word_buckets("same")] * 100,
+            np.ones(100),
+        )
         for shift in (0.3, 0)
-    )  # fmt: skip
+    )
     found = membership_figures(members, heldout)
     best = found["headline"]["attack"]
     plain, widened = found["attacks"][best]["auc"], found["headline"]["auc"]
-    assert plain.value == widened.value == max(each["auc"].value for each in found["attacks"].values())
+    assert (
+        plain.value == widened.value == max(each["auc"].value for each in found["attacks"].values())
+    )
     assert widened.lower95 < plain.lower95 < plain.upper95 < widened.upper95
 
 
@@ -130,7 +150,8 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
     aucs, confounded = [], 0
     for seed in range(60):
         found = membership_figures(
-            side(drawn(60, 1, seed), words(60, [seed, 1])), side(drawn(60, 0, seed), words(60, [seed, 2]))
+            side(drawn(60, 1, seed), words(60, [seed, 1])),
+            side(drawn(60, 0, seed), words(60, [seed, 2])),
         )
         aucs.append(found["blind"]["words"]["auc"].value)
         confounded += found["confounded"]
@@ -141,7 +162,9 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
 def test_texts_that_differ_hide_the_headline(extra):
     """Dates, or lengths, tell the splits apart without any model."""
-    found = membership_figures(side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra)))
+    found = membership_figures(
+        side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra))
+    )
     assert found["confounded"] is True
     assert found["headline"] is None
     assert "may differ without regard to the model" in found["reason"]
@@ -152,7 +175,9 @@ def test_words_are_tested_on_other_documents():
     """Ten windows of each document share a word of their own: known from a sibling, it would tell everything."""
     texts = [f"unique{split}{i // 10} common" for split in "ab" for i in range(200)]
     documents = np.arange(200) // 10
-    a, b = word_scores(side(np.zeros(200), texts[:200], documents), side(np.zeros(200), texts[200:], documents))
+    a, b = word_scores(
+        side(np.zeros(200), texts[:200], documents), side(np.zeros(200), texts[200:], documents)
+    )
     for scores in (a, b):
         assert np.isnan(scores[documents % 2 == 0]).all()
         assert np.abs(scores[documents % 2 == 1]).max() < 1e-9
@@ -160,12 +185,17 @@ def test_words_are_tested_on_other_documents():
 
 def test_scores_by_their_published_formulas():
     generator = np.random.default_rng(0)
-    window = Window("members", 0, "d", generator.integers(50, size=PREFIX + SUFFIX).tolist(), PREFIX)
+    window = Window(
+        "members", 0, "d", generator.integers(50, size=PREFIX + SUFFIX).tolist(), PREFIX
+    )
     mu, sigma = generator.normal(-3, 0.5, 17), generator.random(17) + 0.5
     score = made_up_score(
-        window, generator.random(17) < 0.5, generator, entropy_mean=mu.astype(np.float32),
+        window,
+        generator.random(17) < 0.5,
+        generator,
+        entropy_mean=mu.astype(np.float32),
         entropy_std=sigma.astype(np.float32),
-    )  # fmt: skip
+    )
     difference = generator.normal(0, 1, 17)
     difference[1:] -= difference[1:].mean() + 0.1
     difference[0] = 1.61  # the whole text is a vote for, its last 16 tokens one against
@@ -175,7 +205,12 @@ def test_scores_by_their_published_formulas():
     record = make_record(window, score, rule, Words(), 0)
     nll = [float(x) for x in score.nll]
     text = "".join(f" w{i}" for i in window.ids)
-    z = [(-x - m) / s for x, m, s in zip(nll, score.entropy_mean.tolist(), score.entropy_std.tolist(), strict=True)]
+    z = [
+        (-x - m) / s
+        for x, m, s in zip(
+            nll, score.entropy_mean.tolist(), score.entropy_std.tolist(), strict=True
+        )
+    ]
     gone = rule.dropped(np.array(window.ids)).tolist()[1:]
     kept = [x for x, hole in zip(nll, gone, strict=True) if not hole]
     holes = [x for x, hole in zip(nll, gone, strict=True) if hole]
@@ -200,7 +235,9 @@ def test_scores_by_their_published_formulas():
 def test_a_certain_model_gives_finite_scores():
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
     zero = np.zeros(17, dtype=np.float32)
-    score = made_up_score(window, [True] * 17, np.random.default_rng(0), nll=zero, entropy_mean=zero, entropy_std=zero)
+    score = made_up_score(
+        window, [True] * 17, np.random.default_rng(0), nll=zero, entropy_mean=zero, entropy_std=zero
+    )
     assert make_record(window, score, None, Words(), 0)["mia_min_k_plus_plus"] == 0.0
 
 
@@ -213,7 +250,14 @@ def test_every_attack_points_the_same_way():
         record["mia_reference"] = record["mia_wbc"] = 3 + record["mia_loss"]
     found = made_up_summary(records)["membership"]
     assert set(found["attacks"]) == {
-        "loss", "zlib", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc",
-    }  # fmt: skip
+        "loss",
+        "zlib",
+        "reference",
+        "min_k",
+        "min_k_plus_plus",
+        "kept_loss",
+        "dropped_gap",
+        "wbc",
+    }
     for name, attack in found["attacks"].items():
         assert attack["auc"].lower95 > 0.7, name

@@ -9,7 +9,13 @@ import torch
 from conftest import BEFORE_5, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel, MptConfig
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    MptConfig,
+)
 
 from goldfish.audit.model import Checkpoint, context_of, load_tokenizer, vocabulary_of
 
@@ -33,7 +39,9 @@ def twin(tmp_path, checkpoint):
         if tied:
             tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
-        changed = {rename(name): values(name, value) for name, value in weights.items() if rename(name)}
+        changed = {
+            rename(name): values(name, value) for name, value in weights.items() if rename(name)
+        }
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         old = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(old | config))
@@ -42,50 +50,89 @@ def twin(tmp_path, checkpoint):
     return change
 
 
-@pytest.mark.skipif(BEFORE_5, reason="transformers 4 changes names before they can be mapped: refused there")
+@pytest.mark.skipif(
+    BEFORE_5, reason="transformers 4 changes names before they can be mapped: refused there"
+)
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
     """torch.compile and DistributedDataParallel put them before every name."""
     folder = twin(lambda name: prefix + name, tied=tied)
-    assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=tied)))
+    assert torch.equal(
+        logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=tied))
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"rename": lambda name: f"wrap.{name}"},
-         r"21 weights the model has no place for \((model\.)?wrap.lm_head.weight, "),
-        ({"num_hidden_layers": 5}, r"27 weights are not in the files \(model.layers.2.input_layernorm.weight, "),
-        ({"num_hidden_layers": 1}, r"9 weights the model has no place for \(model.layers.1.input_layernorm.weight, "),
-        ({"rename": lambda name: "" if name == "lm_head.weight" else name},
-         r"1 weights are not in the files \(lm_head.weight\). An audit of such a model would say nothing"),
-        ({"values": lambda name, value: value[:-1].contiguous() if name == "model.norm.weight" else value},
-         r"1 weights have another shape \(model.norm.weight\)"),
+        (
+            {"rename": lambda name: f"wrap.{name}"},
+            r"21 weights the model has no place for \((model\.)?wrap.lm_head.weight, ",
+        ),
+        (
+            {"num_hidden_layers": 5},
+            r"27 weights are not in the files \(model.layers.2.input_layernorm.weight, ",
+        ),
+        (
+            {"num_hidden_layers": 1},
+            r"9 weights the model has no place for \(model.layers.1.input_layernorm.weight, ",
+        ),
+        (
+            {"rename": lambda name: "" if name == "lm_head.weight" else name},
+            r"1 weights are not in the files \(lm_head.weight\). An audit of such a model would say nothing",
+        ),
+        (
+            {
+                "values": lambda name, value: (
+                    value[:-1].contiguous() if name == "model.norm.weight" else value
+                )
+            },
+            r"1 weights have another shape \(model.norm.weight\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_weights_that_do_not_fit_are_refused(twin, changes, text):
-    with pytest.raises(ValueError, match=f"the weights of .*twin do not fit its configuration: .*{text}"):
+    with pytest.raises(
+        ValueError, match=f"the weights of .*twin do not fit its configuration: .*{text}"
+    ):
         Checkpoint(twin(**changes)).model(CPU)
 
 
 def test_tied_weights_are_not_missing(twin):
     folder = twin(tied=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=True)))
+    assert torch.equal(
+        logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=True))
+    )
 
 
 def test_models_that_see_the_future_are_refused(tmp_path):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="is not a causal language model: changing the last token moves the logits"):
+    with pytest.raises(
+        ValueError, match="is not a causal language model: changing the last token moves the logits"
+    ):
         Checkpoint(tmp_path / "bert").model(CPU)
     BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "decoder")
     Checkpoint(tmp_path / "decoder").model(CPU)
-    bart = BartConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                      decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)  # fmt: skip
+    bart = BartConfig(
+        vocab_size=320,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+    )
     BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")
     with pytest.raises(ValueError, match=r"bart is an encoder-decoder model \(bart\)"):
         Checkpoint(tmp_path / "bart").model(CPU)
@@ -101,7 +148,8 @@ def adapter(tmp_path, checkpoint):
     """A LoRA folder without a tokenizer, and the model that it stands for."""
     torch.manual_seed(1)
     model = get_peft_model(
-        tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        tiny_llama(),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     model.peft_config["default"].base_model_name_or_path = str(checkpoint)
     model.save_pretrained(tmp_path / "adapter")
@@ -111,7 +159,9 @@ def adapter(tmp_path, checkpoint):
 def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
     folder, model = adapter
     if BEFORE_5:  # it does not say whether the weights fit
-        with pytest.raises(ValueError, match="does not say whether its weights fit: update to transformers 5"):
+        with pytest.raises(
+            ValueError, match="does not say whether its weights fit: update to transformers 5"
+        ):
             Checkpoint(folder).model(CPU)
         return
     loaded = Checkpoint(folder).model(CPU)
@@ -121,7 +171,10 @@ def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
     shutil.copy(checkpoint / "config.json", folder)  # as Axolotl does
     assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(model))
     hashes = Checkpoint(folder).hashes()
-    for name, path in (("adapter_model.safetensors", folder), ("base/model.safetensors", checkpoint)):
+    for name, path in (
+        ("adapter_model.safetensors", folder),
+        ("base/model.safetensors", checkpoint),
+    ):
         data = (path / name.removeprefix("base/")).read_bytes()
         assert hashes[name] == hashlib.sha256(data).hexdigest()
 
@@ -130,16 +183,27 @@ def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
 def test_an_adapter_that_does_not_fit_is_refused(adapter):
     folder, _ = adapter
     weights = load_file(folder / "adapter_model.safetensors")
-    save_file({name.replace("layers.1", "layers.7"): value for name, value in weights.items()},
-              folder / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(ValueError, match=r"is an adapter that transformers cannot load over its base \(2 weights"):
+    save_file(
+        {name.replace("layers.1", "layers.7"): value for name, value in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"is an adapter that transformers cannot load over its base \(2 weights"
+    ):
         Checkpoint(folder).model(CPU)
-    save_file({name: value[:1].clone() for name, value in weights.items()}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"cannot load over its base .*; save the merged model and audit that"):
+    save_file(
+        {name: value[:1].clone() for name, value in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"cannot load over its base .*; save the merged model and audit that"
+    ):
         Checkpoint(folder).model(CPU)
     (folder / "adapter_model.safetensors").unlink()
     torch.save(weights, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"no safetensors weights but adapter_model.bin: pickles .* --allow-pickle"):
+    with pytest.raises(
+        ValueError, match=r"no safetensors weights but adapter_model.bin: pickles .* --allow-pickle"
+    ):
         Checkpoint(folder).model(CPU)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="does not name its base model"):
@@ -156,7 +220,9 @@ def test_an_adapter_may_ask_the_hub_for_its_base(adapter, checkpoint, tmp_path, 
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/tiny"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "someone/tiny"})
+    )
     assert torch.equal(logits(Checkpoint(folder).model(CPU)), logits(model))
     assert "base/model.safetensors" in Checkpoint(folder).hashes()
 
@@ -185,9 +251,10 @@ def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_
     config |= {"base_model_name_or_path": "someone/tiny", "revision": "v1"}
     (adapter[0] / "adapter_config.json").write_text(json.dumps(config))
     for name, commit, reference, folder in (
-        ("tiny", "0" * 40, "main", tmp_path / "other"), ("tiny", "1" * 40, "v1", checkpoint),
+        ("tiny", "0" * 40, "main", tmp_path / "other"),
+        ("tiny", "1" * 40, "v1", checkpoint),
         ("lora", "2" * 40, "main", adapter[0]),
-    ):  # fmt: skip
+    ):
         repository = hub / f"models--someone--{name}"
         shutil.copytree(folder, repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
@@ -197,13 +264,21 @@ def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_
     assert not torch.equal(logits(main), logits(first))
     assert Checkpoint("someone/tiny", "v1").hashes() != Checkpoint("someone/tiny").hashes()
     for revision in (None, "main"):
-        assert torch.equal(logits(Checkpoint("someone/lora", revision).model(CPU)), logits(adapter[1]))
-    assert load_tokenizer("someone/lora").get_vocab() == load_tokenizer(checkpoint).get_vocab(), "its base's"
-    with pytest.raises(ValueError, match=r"is a folder, which has no revisions; a revision is of a hub name"):
+        assert torch.equal(
+            logits(Checkpoint("someone/lora", revision).model(CPU)), logits(adapter[1])
+        )
+    assert load_tokenizer("someone/lora").get_vocab() == load_tokenizer(checkpoint).get_vocab(), (
+        "its base's"
+    )
+    with pytest.raises(
+        ValueError, match=r"is a folder, which has no revisions; a revision is of a hub name"
+    ):
         Checkpoint(checkpoint, "v1")
 
 
-@pytest.mark.skipif(BEFORE_5, reason="accelerate 1.4 itself moves a model to the one device of its map")
+@pytest.mark.skipif(
+    BEFORE_5, reason="accelerate 1.4 itself moves a model to the one device of its map"
+)
 def test_no_model_is_moved(checkpoint, monkeypatch):
     """Quantised models refuse it."""
     monkeypatch.setattr("transformers.PreTrainedModel.to", None)
@@ -218,7 +293,9 @@ def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, pl
 
     def from_pretrained(name, **options):
         calls.append((name, options["gguf_file"]))
-        return tiny_llama(), dict.fromkeys(("unexpected_keys", "missing_keys", "mismatched_keys"), ())
+        return tiny_llama(), dict.fromkeys(
+            ("unexpected_keys", "missing_keys", "mismatched_keys"), ()
+        )
 
     name = str(tmp_path) if place == "folder" else "someone/tiny"
     (tmp_path / "a.gguf").write_bytes(b"GGUF")

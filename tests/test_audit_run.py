@@ -38,7 +38,8 @@ def inputs(tmp_path):
     """Four members of ids; three held-out texts, and one that is too short."""
     ids = torch.randint(2, 320, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
     members = write_jsonl(
-        tmp_path / "m.jsonl", [{"input_ids": row, "name": f"n{i}", "count": 2} for i, row in enumerate(ids)]
+        tmp_path / "m.jsonl",
+        [{"input_ids": row, "name": f"n{i}", "count": 2} for i, row in enumerate(ids)],
     )
     texts = [PROSE[0], "short", *PROSE[1:3]]
     heldout = write_jsonl(tmp_path / "h.jsonl", [{"text": text} for text in texts])
@@ -53,11 +54,15 @@ def small_blocks(monkeypatch):
 def contents(folder):
     """Every file by its path inside; without the times at which it was begun and by which command."""
     folder, found = Path(folder), {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock"):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != "lock"
+    ):
         found[str(path.relative_to(folder))] = path.read_bytes()
         if path.name in ("run.json", "summary.json"):
             value = json.loads(path.read_text())
-            found[path.name] = {key: each for key, each in value.items() if key not in ("date", "command")}
+            found[path.name] = {
+                key: each for key, each in value.items() if key not in ("date", "command")
+            }
         if path.name == "summary.md":
             found[path.name] = re.sub(r"20[-\\0-9T:+]+", "", path.read_text())
     return found
@@ -70,15 +75,31 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     write_receipt(folder, Tally(rule, torch.device("cpu")), tokenizer)
     sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
     summary = audit(
-        folder, tmp_path / "out", **inputs, offsets=(0, 3), sampling=sampling, beams=(2,),
-        control=checkpoint, command="goldfish audit",
-    )  # fmt: skip
-    blocks = [f"{n:06d}.parquet" for n in range(5)]  # of three windows: eight of members, six of held-out texts
-    files = ["junit.xml", *(f"records/{block}" for block in blocks), "run.json", "summary.json", "summary.md"]
+        folder,
+        tmp_path / "out",
+        **inputs,
+        offsets=(0, 3),
+        sampling=sampling,
+        beams=(2,),
+        control=checkpoint,
+        command="goldfish audit",
+    )
+    blocks = [
+        f"{n:06d}.parquet" for n in range(5)
+    ]  # of three windows: eight of members, six of held-out texts
+    files = [
+        "junit.xml",
+        *(f"records/{block}" for block in blocks),
+        "run.json",
+        "summary.json",
+        "summary.md",
+    ]
     assert list(contents(tmp_path / "out")) == files
     assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert summary["rule"] == rule.to_dict()
-    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0), "at both offsets"
+    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0), (
+        "at both offsets"
+    )
     assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
     assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     rows = records(tmp_path / "out").to_pylist()
@@ -99,29 +120,43 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert [row["cluster"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
-        "path": str(inputs["heldout"]), "sha256": "", "rows": 4, "windows": 6, "completions": 0, "secrets": 0,
-        "clusters": 3, "repeated": 0,
+        "path": str(inputs["heldout"]),
+        "sha256": "",
+        "rows": 4,
+        "windows": 6,
+        "completions": 0,
+        "secrets": 0,
+        "clusters": 3,
+        "repeated": 0,
         "skipped": [
-            {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]} for at in ("", " from token 3 on")
+            {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]}
+            for at in ("", " from token 3 on")
         ],
-    }  # fmt: skip
+    }
     sha256 = hashlib.sha256(inputs["heldout"].read_bytes()).hexdigest()
     assert summary["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert about["weights"][0]["model.safetensors"] == weights
     assert summary["protocol"]["vocabulary"] == 320
     assert (summary["command"], about["receipt"]["rule"], summary["date"]) == (
-        "goldfish audit", rule.to_dict(), about["date"]
-    )  # fmt: skip
+        "goldfish audit",
+        rule.to_dict(),
+        about["date"],
+    )
 
 
-def test_a_finished_audit_is_summarized_again_without_a_model(tmp_path, checkpoint, inputs, monkeypatch):
+def test_a_finished_audit_is_summarized_again_without_a_model(
+    tmp_path, checkpoint, inputs, monkeypatch
+):
     summary = audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
     monkeypatch.setattr(Checkpoint, "model", None)
     monkeypatch.setattr(run, "Survey", None)
     assert audit(checkpoint, tmp_path / "out", **inputs, command="later") == summary
-    with pytest.raises(FileExistsError, match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"holds an audit with other settings: prefix_length \(10 there, 9 now\)",
+    ):
         audit(checkpoint, tmp_path / "out", **{**inputs, "prefix_length": 9})
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
@@ -162,12 +197,18 @@ def killed(step, call):
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inputs, whole, monkeypatch):
+def test_killed_at_any_moment_it_goes_on_where_it_was(
+    tmp_path, checkpoint, inputs, whole, monkeypatch
+):
     """And the files are the same bytes. Every block is scored once, but for the one that was under way."""
     expected, steps = whole
     scored = []
     score = Scorer.score
-    monkeypatch.setattr(Scorer, "score", lambda self, windows: scored.append(windows[0].index) or score(self, windows))
+    monkeypatch.setattr(
+        Scorer,
+        "score",
+        lambda self, windows: scored.append(windows[0].index) or score(self, windows),
+    )
     assert steps == 7, "run.json, three blocks, summary.md, junit.xml, summary.json"
     for step in range(1, steps + 1):
         output = tmp_path / str(step)
@@ -179,7 +220,9 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, checkpoint, inpu
         assert contents(output) == expected, step
 
 
-def test_an_unfinished_audit_with_other_settings_is_refused(tmp_path, checkpoint, inputs, small_blocks):
+def test_an_unfinished_audit_with_other_settings_is_refused(
+    tmp_path, checkpoint, inputs, small_blocks
+):
     output = tmp_path / "out"
     assert killed(4, lambda: audit(checkpoint, output, **inputs))
     before = contents(output)
@@ -207,7 +250,10 @@ def test_a_full_disk_loses_nothing(tmp_path, checkpoint, inputs, whole):
     output = tmp_path / "out"
     assert killed(3, lambda: audit(checkpoint, output, **inputs))
     (output / "records" / "000002.parquet.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"the disk is full; the blocks in .* are kept: make room and repeat the command"):
+    with pytest.raises(
+        OSError,
+        match=r"the disk is full; the blocks in .* are kept: make room and repeat the command",
+    ):
         audit(checkpoint, output, **inputs)
     assert (output / "records" / "000001.parquet").exists()
     audit(checkpoint, output, **inputs)
@@ -227,7 +273,9 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path, checkpoint, input
     """The file of a killed process does not count; whoever holds it is named."""
     output = tmp_path / "out"
     with Folder(output).held():
-        with pytest.raises(FileExistsError, match=f"is in use by another audit .process {os.getpid()} on .*; wait"):
+        with pytest.raises(
+            FileExistsError, match=f"is in use by another audit .process {os.getpid()} on .*; wait"
+        ):
             audit(checkpoint, output, **inputs)
         assert [path.name for path in output.iterdir()] == ["lock"]
     (output / "lock").write_text("process 1 on elsewhere")
@@ -253,14 +301,18 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
     text = PROSE[0]
     members = [text, text.upper(), "  ".join(text.split()), PROSE[1], text + " And more.", PROSE[2]]
     write_jsonl(tmp_path / "m.jsonl", [{"text": each} for each in members])
-    write_jsonl(tmp_path / "h.jsonl", [{"text": "Something else: " + PROSE[1]}, {"text": PROSE[2].lower()}])
+    write_jsonl(
+        tmp_path / "h.jsonl", [{"text": "Something else: " + PROSE[1]}, {"text": PROSE[2].lower()}]
+    )
     lengths = {"prefix_length": 10, "suffix_length": 8}
     summary = audit(checkpoint, tmp_path / "out", members=tmp_path / "m.jsonl", **lengths)
     assert records(tmp_path / "out", ["cluster"])["cluster"].to_pylist() == [0, 0, 0, 1, 0, 2]
-    assert {key: summary["inputs"]["members"][key] for key in ("windows", "clusters", "repeated")} == {
-        "windows": 6, "clusters": 3, "repeated": 3
-    }  # fmt: skip
-    assert summary["verdict"]["skipped"] == ["members: 3 windows repeat others and count as one text with them"]
+    assert {
+        key: summary["inputs"]["members"][key] for key in ("windows", "clusters", "repeated")
+    } == {"windows": 6, "clusters": 3, "repeated": 3}
+    assert summary["verdict"]["skipped"] == [
+        "members: 3 windows repeat others and count as one text with them"
+    ]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
     message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"
     with pytest.raises(ValueError, match=message):
@@ -282,7 +334,9 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint,
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         given = {"checkpoint": checkpoint, "control": None, which: tmp_path / name}
-        with pytest.raises(ValueError, match=r"the logits of members row 0 \('n0'\) are not finite: .* float32 "):
+        with pytest.raises(
+            ValueError, match=r"the logits of members row 0 \('n0'\) are not finite: .* float32 "
+        ):
             audit(**given, output_dir=tmp_path / f"out {name}", **inputs, dtype=dtype)
 
 
@@ -310,13 +364,19 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     def refused(error, text, checkpoint=checkpoint, **arguments):
         with pytest.raises(error, match=text):
             audit(
-                checkpoint, tmp_path / "out", **{"members": good, "prefix_length": 5, "suffix_length": 5, **arguments}
+                checkpoint,
+                tmp_path / "out",
+                **{"members": good, "prefix_length": 5, "suffix_length": 5, **arguments},
             )
         assert not (tmp_path / "out").exists(), "a refused audit leaves nothing behind"
 
     refused(ValueError, "nothing to audit", members=None)
     refused(ValueError, "at least one token each, got 0 and 5", prefix_length=0)
-    refused(ValueError, "offsets count tokens from a text's start and must be 0 or more, got", offsets=(0, -1))
+    refused(
+        ValueError,
+        "offsets count tokens from a text's start and must be 0 or more, got",
+        offsets=(0, -1),
+    )
     refused(ValueError, r"must be 0 or more, got \[\]", offsets=())
     refused(ValueError, r"a search needs at least one beam, got \[0, 2\]", beams=(2, 0))
     refused(ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'", dtype="int8")
@@ -325,24 +385,43 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     text = r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* \(1 fewer than 10 tokens\)"
     refused(ValueError, text, members=write_jsonl(tmp_path / "short.jsonl", [{"text": "a"}]))
-    refused(ValueError, "has no usable window: 0 rows", members=write_jsonl(tmp_path / "empty.jsonl", []))
+    refused(
+        ValueError,
+        "has no usable window: 0 rows",
+        members=write_jsonl(tmp_path / "empty.jsonl", []),
+    )
     late = tmp_path / "late.jsonl"
     late.write_bytes(good.read_bytes() * 5 + b"{\n" + good.read_bytes())
     refused(ValueError, "late.jsonl, line 6: not JSON", heldout=late)
     long = write_jsonl(tmp_path / "long.jsonl", [{"input_ids": [5] * 200}])
     refused(
-        ValueError, "windows of 129 tokens do not fit the model's context, 128 tokens", members=long, prefix_length=124
+        ValueError,
+        "windows of 129 tokens do not fit the model's context, 128 tokens",
+        members=long,
+        prefix_length=124,
     )
-    other = write_jsonl(tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}])
-    refused(ValueError, "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`", members=other)
+    other = write_jsonl(
+        tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}]
+    )
+    refused(
+        ValueError,
+        "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`",
+        members=other,
+    )
     refused(FileNotFoundError, "no checkpoint folder .*elsewhere", control=tmp_path / "elsewhere")
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)
-    refused(ValueError, r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(", checkpoint=bare)
+    refused(
+        ValueError,
+        r"bare holds no tokenizer; save it there with tokenizer.save_pretrained\(",
+        checkpoint=bare,
+    )
     stranger = tmp_path / "stranger"
     shutil.copytree(checkpoint, stranger)
     described = json.loads((stranger / "tokenizer.json").read_text())
-    described["model"]["vocab"] = {f"x{token}": i for token, i in described["model"]["vocab"].items()}
+    described["model"]["vocab"] = {
+        f"x{token}": i for token, i in described["model"]["vocab"].items()
+    }
     described["model"]["merges"] = []
     (stranger / "tokenizer.json").write_text(json.dumps(described))
     refused(ValueError, "the control .*stranger has another tokenizer than", control=stranger)
@@ -350,8 +429,14 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     shutil.copytree(checkpoint, pickled)
     torch.save(tiny_llama().state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    refused(ValueError, "has no safetensors weights but pytorch_model.bin: pickles can run code", checkpoint=pickled)
-    audit(pickled, tmp_path / "out", members=good, prefix_length=5, suffix_length=5, allow_pickle=True)
+    refused(
+        ValueError,
+        "has no safetensors weights but pytorch_model.bin: pickles can run code",
+        checkpoint=pickled,
+    )
+    audit(
+        pickled, tmp_path / "out", members=good, prefix_length=5, suffix_length=5, allow_pickle=True
+    )
 
 
 def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path, checkpoint):
@@ -359,16 +444,27 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path, checkpoint
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "own", "auto_map": names})
+    )
     (folder / "own.py").write_text("raise SystemExit('ran')")
     members = write_jsonl(tmp_path / "m.jsonl", [{"text": PROSE[0]}])
     with pytest.raises(ValueError, match="trust_remote_code"):
         audit(folder, tmp_path / "out", members=members, prefix_length=5, suffix_length=5)
     with pytest.raises(SystemExit, match="ran"):
-        audit(folder, tmp_path / "out", members=members, prefix_length=5, suffix_length=5, trust_remote_code=True)
+        audit(
+            folder,
+            tmp_path / "out",
+            members=members,
+            prefix_length=5,
+            suffix_length=5,
+            trust_remote_code=True,
+        )
 
 
-def test_a_tokenizer_other_than_in_training_is_told(tmp_path, tokenizer, checkpoint, inputs, caplog):
+def test_a_tokenizer_other_than_in_training_is_told(
+    tmp_path, tokenizer, checkpoint, inputs, caplog
+):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
     path = write_receipt(folder, Tally(Goldfish(), torch.device("cpu")), tokenizer)
@@ -381,7 +477,9 @@ def test_a_tokenizer_other_than_in_training_is_told(tmp_path, tokenizer, checkpo
     ]
 
 
-@pytest.mark.skipif(BEFORE_5, reason="transformers 4 reads its cache folder at import and hides what stops it")
+@pytest.mark.skipif(
+    BEFORE_5, reason="transformers 4 reads its cache folder at import and hides what stops it"
+)
 def test_a_folder_asks_no_network(tmp_path, checkpoint, inputs, monkeypatch):
     class Asked(BaseException):
         """Not an Exception, so that nobody tries again."""

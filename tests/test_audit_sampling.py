@@ -20,10 +20,14 @@ def exactly(logarithm, n):
         return 1 - (1 - mpmath.exp(logarithm)) ** n
 
 
-@pytest.mark.parametrize("logarithm", [0.0, -1e-12, -0.1, -0.6931, -0.7, -5.0, -36.0, -37.0, -400.0, -700.0])
+@pytest.mark.parametrize(
+    "logarithm", [0.0, -1e-12, -0.1, -0.6931, -0.7, -5.0, -36.0, -37.0, -400.0, -700.0]
+)
 @pytest.mark.parametrize("n", [1, 7, 1_000_000])
 def test_probability_within_n_samples_to_rounding(logarithm, n):
-    assert float(probability_within(logarithm, n)) == pytest.approx(float(exactly(logarithm, n)), rel=1e-12)
+    assert float(probability_within(logarithm, n)) == pytest.approx(
+        float(exactly(logarithm, n)), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("logarithm", [-0.01, -0.5, -3.0, -10.0])
@@ -57,7 +61,9 @@ def test_p_z_and_n_p_curve_against_monte_carlo():
     assert np.exp(logarithm) == pytest.approx(hits.mean(), abs=4 * np.sqrt(0.224 * 0.776 / trials))
     for n in (2, 5):
         within = hits[: trials // n * n].reshape(-1, n).any(1)
-        assert probability_within(logarithm, n) == pytest.approx(within.mean(), abs=4 * 0.5 / np.sqrt(len(within)))
+        assert probability_within(logarithm, n) == pytest.approx(
+            within.mean(), abs=4 * 0.5 / np.sqrt(len(within))
+        )
 
 
 def test_figures_of_a_setting():

@@ -19,7 +19,9 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 def full_summary():
     rule = Goldfish(k=3, h=4)
-    records = made_up_records("members", 20, 0.9, rule=rule) + made_up_records("heldout", 20, 0.3, rule=rule)
+    records = made_up_records("members", 20, 0.9, rule=rule) + made_up_records(
+        "heldout", 20, 0.3, rule=rule
+    )
     for record in records:
         record["beams"] = 0
         record["mia_reference"] = record["mia_wbc"] = record["mia_loss"]
@@ -42,9 +44,12 @@ def test_every_column_and_key_is_documented():
 
 
 def test_thresholds_are_documented():
-    assert "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim}), `auc` ({auc})".format(
-        **LIMITS
-    ) in TEXT  # fmt: skip
+    assert (
+        "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim}), `auc` ({auc})".format(
+            **LIMITS
+        )
+        in TEXT
+    )
     assert f"a run of at least {RUN} tokens" in TEXT
     assert f"edit similarity is at least {SIMILARITY}" in TEXT
 

@@ -22,7 +22,9 @@ def generated(model, prefix, tokens=SUFFIX, **options):
     """What a user gets who asks at batch size 1."""
     ids = torch.tensor([prefix])
     options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens, **options}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prefix) :].tolist()
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[
+        0, len(prefix) :
+    ].tolist()
 
 
 def asked(model=None, count=8, prefix=PREFIX, suffix=SUFFIX):
@@ -38,7 +40,9 @@ def asked(model=None, count=8, prefix=PREFIX, suffix=SUFFIX):
 
 
 def same(a, b):
-    return all(np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+    return all(
+        np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)
+    )
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -48,7 +52,9 @@ def test_output_equals_generate_at_batch_1(kind):
     found = Scorer(model).score(windows)
     outputs = [generated(model, window.ids[:PREFIX]) for window in windows]
     assert [score.output for score in found] == outputs
-    assert sum(output == window.suffix for output, window in zip(outputs, windows, strict=True)) >= 3
+    assert (
+        sum(output == window.suffix for output, window in zip(outputs, windows, strict=True)) >= 3
+    )
     assert BEFORE_5 or not any(score.settled for score in found)  # its batches round otherwise
 
 
@@ -75,7 +81,9 @@ def test_arrays_token_by_token(kind):
             logits = model(input_ids=torch.tensor([window.ids[: t + 1]])).logits[0, -1].double()
         log_p, target = logits.log_softmax(-1), window.ids[t + 1]
         mean = sum(p * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True))
-        square = sum(p * log * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True))
+        square = sum(
+            p * log * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True)
+        )
         order = logits.sort(descending=True)
         assert found.greedy[t] == order.indices[0]
         assert found.rank[t] == order.indices.tolist().index(target)
@@ -90,7 +98,11 @@ def test_arrays_token_by_token(kind):
 
 def test_windows_of_any_length_and_batch_agree(model, monkeypatch):
     """Padding on the right is seen by no token; every window alone gives the same answers."""
-    windows = [*asked(model, 6), *asked(model, 3, prefix=5, suffix=3), *asked(model, 2, prefix=20, suffix=1)]
+    windows = [
+        *asked(model, 6),
+        *asked(model, 3, prefix=5, suffix=3),
+        *asked(model, 2, prefix=20, suffix=1),
+    ]
     together = Scorer(model).score(windows)
     monkeypatch.setitem(score_module.PASS_TOKENS, "cpu", 1)
     monkeypatch.setitem(score_module.SEARCH_TOKENS, "cpu", 1)
@@ -154,7 +166,9 @@ def test_sixteen_bits_agree_with_generate_up_to_the_divergence(kind, dtype):
     assert not any(score.settled for score in found[1::2])
     for window, score in zip(windows, found, strict=True):
         truth = generated(model, window.ids[:PREFIX])
-        assert first_divergence(score.output, window.suffix) == first_divergence(truth, window.suffix)
+        assert first_divergence(score.output, window.suffix) == first_divergence(
+            truth, window.suffix
+        )
         if score.settled:
             assert score.output == truth
 
@@ -201,9 +215,18 @@ def test_the_search_takes_no_more_than_half_of_the_free_memory(model, monkeypatc
 
 
 SETTINGS = [
-    Sampling(), Sampling(0.5), Sampling(1.7), Sampling(top_k=1), Sampling(top_k=7), Sampling(top_k=10**6),
-    Sampling(top_p=0.3), Sampling(top_p=1e-9), Sampling(top_p=1.0), Sampling(0.7, 12, 0.8), Sampling(2.0, 40, 0.95),
-]  # fmt: skip
+    Sampling(),
+    Sampling(0.5),
+    Sampling(1.7),
+    Sampling(top_k=1),
+    Sampling(top_k=7),
+    Sampling(top_k=10**6),
+    Sampling(top_p=0.3),
+    Sampling(top_p=1e-9),
+    Sampling(top_p=1.0),
+    Sampling(0.7, 12, 0.8),
+    Sampling(2.0, 40, 0.95),
+]
 
 
 def drawn_from(row, sampling):
@@ -214,7 +237,9 @@ def drawn_from(row, sampling):
         row = np.where(row < row[order[-min(sampling.top_k, len(row))]], -np.inf, row)
     p = np.exp(row - row.max())
     p /= p.sum()
-    if sampling.top_p is not None:  # the least probable go, as long as all that goes is at most 1 - top_p
+    if (
+        sampling.top_p is not None
+    ):  # the least probable go, as long as all that goes is at most 1 - top_p
         p[order[:-1][np.cumsum(p[order])[:-1] <= 1 - sampling.top_p]] = 0
     with np.errstate(divide="ignore"):
         return np.log(p / p.sum())
@@ -230,8 +255,10 @@ def test_log_q_by_hand():
         with torch.inference_mode():
             logits = model(input_ids=ids).logits[0, PREFIX - 1 : -1].float()
         for row, sampling in zip(score.log_q, SETTINGS, strict=True):
-            expected = [drawn_from(each, sampling)[target]
-                        for each, target in zip(logits, window.suffix, strict=True)]  # fmt: skip
+            expected = [
+                drawn_from(each, sampling)[target]
+                for each, target in zip(logits, window.suffix, strict=True)
+            ]
             assert row.dtype == np.float32
             assert np.array_equal(np.isneginf(row), np.isneginf(expected))
             assert np.allclose(row, expected, rtol=1e-5, atol=1e-5)
@@ -247,8 +274,15 @@ def test_log_q_of_ties_at_the_cut():
     def log_q(sampling):
         return score_module._reduce(logits, targets, [sampling])["log_q"][:, 0]
 
-    for sampling in (Sampling(top_k=2), Sampling(top_k=3), Sampling(top_p=0.6), Sampling(0.5, 2, 0.7)):
-        assert np.allclose(sorted(log_q(sampling)), sorted(drawn_from(logits[0], sampling)), atol=1e-6)
+    for sampling in (
+        Sampling(top_k=2),
+        Sampling(top_k=3),
+        Sampling(top_p=0.6),
+        Sampling(0.5, 2, 0.7),
+    ):
+        assert np.allclose(
+            sorted(log_q(sampling)), sorted(drawn_from(logits[0], sampling)), atol=1e-6
+        )
     assert torch.isfinite(log_q(Sampling(top_k=2))).tolist() == [0, 1, 1, 1, 1, 0]
 
 
@@ -262,8 +296,16 @@ def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
     p = float(np.exp(found.log_q[0].astype(np.float64).sum()))
     torch.manual_seed(0)
     ids = torch.tensor([prefix]).repeat(draws, 1)
-    options = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "do_sample": True, "max_new_tokens": 2}
-    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)[:, PREFIX:]
+    options = {
+        "temperature": 0.8,
+        "top_k": 12,
+        "top_p": 0.9,
+        "do_sample": True,
+        "max_new_tokens": 2,
+    }
+    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)[
+        :, PREFIX:
+    ]
     share = (drawn == torch.tensor(window.suffix)).all(-1).double().mean().item()
     assert 0.02 < p < 0.98
     assert abs(share - p) < 5 * (p * (1 - p) / draws) ** 0.5
@@ -277,7 +319,9 @@ def test_logits_that_a_model_forbids():
     log_p = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).log_softmax(-1)
     mean = (log_p.exp() * log_p).sum().item()
     assert found["entropy_mean"].tolist() == pytest.approx([mean, 0.0], abs=1e-6)
-    assert found["entropy_std"][0].item() == pytest.approx(((log_p.exp() * (log_p - mean) ** 2).sum() ** 0.5).item())
+    assert found["entropy_std"][0].item() == pytest.approx(
+        ((log_p.exp() * (log_p - mean) ** 2).sum() ** 0.5).item()
+    )
     assert found["nll"].tolist() == pytest.approx([-log_p[1].item(), torch.inf])
     assert found["rank"].tolist() == [1, 1]
     assert not any(column.isnan().any() for column in found.values())
@@ -286,7 +330,10 @@ def test_logits_that_a_model_forbids():
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0; greedy needs none"),
+        (
+            {"temperature": 0.0},
+            "temperature must be above 0 and finite, got 0.0; greedy needs none",
+        ),
         ({"top_k": 0}, "`top_k` has to be a strictly positive integer, but is 0"),
         ({"top_p": 1.5}, r"`top_p` has to be a float > 0 and < 1, but is 1.5"),
     ],
@@ -305,7 +352,13 @@ def test_beams_equal_a_search_over_every_row(monkeypatch):
     for i, prefix in enumerate(rows):
         said = generated(model, prefix, suffix, num_beams=(1, 2, 8)[i % 3])
         windows.append(
-            Window("members", i, "", prefix + said if i < 9 else asked(count=12)[i].ids[: PREFIX + 4], PREFIX)
+            Window(
+                "members",
+                i,
+                "",
+                prefix + said if i < 9 else asked(count=12)[i].ids[: PREFIX + 4],
+                PREFIX,
+            )
         )
     searches = []
     generate = score_module.least_beams.__globals__["_generate"]
@@ -317,7 +370,10 @@ def test_beams_equal_a_search_over_every_row(monkeypatch):
     monkeypatch.setitem(score_module.least_beams.__globals__, "_generate", counting)
     found = [score.beams for score in Scorer(model, beams=tried).score(windows)]
     expected = [
-        next((b for b in tried if generated(model, w.ids[:PREFIX], suffix, num_beams=b) == w.suffix), 0)
+        next(
+            (b for b in tried if generated(model, w.ids[:PREFIX], suffix, num_beams=b) == w.suffix),
+            0,
+        )
         for w in windows
     ]
     assert found == expected

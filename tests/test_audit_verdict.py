@@ -6,7 +6,14 @@ from xml.etree import ElementTree
 
 import pyarrow as pa
 import pytest
-from audit_records import PROTOCOL, made_up_records, made_up_run, made_up_summary, write_audit, write_run
+from audit_records import (
+    PROTOCOL,
+    made_up_records,
+    made_up_run,
+    made_up_summary,
+    write_audit,
+    write_run,
+)
 from rich.console import Console
 
 import goldfish.audit
@@ -33,8 +40,10 @@ def recited(k, n, heldout=(0, 100), limits=(), require=(), **more):
     for split, (hits, count) in (("members", (k, n)), ("heldout", heldout or (0, 0))):
         records += made_up_records(split, hits, 1.0, **more)
         rest = made_up_records(split, count - hits, 0.2, seed=1, **more)
-        records += [{**record, "cluster": 10**5 + record["cluster"], "document": f"rest {i}"}
-                    for i, record in enumerate(rest)]  # fmt: skip
+        records += [
+            {**record, "cluster": 10**5 + record["cluster"], "document": f"rest {i}"}
+            for i, record in enumerate(rest)
+        ]
     return made_up_summary(records, limits=limits, require=require)
 
 
@@ -44,27 +53,65 @@ def question(summary, name):
 
 
 def explanation(summary, name):
-    return next((each for each in summary["verdict"]["explanations"] if each["question"] == name), None)
+    return next(
+        (each for each in summary["verdict"]["explanations"] if each["question"] == name), None
+    )
 
 
 @pytest.mark.parametrize(
     ("k", "n", "heldout", "outcome", "why"),
     [
-        (0, 400, (0, 100), "PASS", "0 of 400 recited word for word, greedily: at most 0.92% of such texts"),
-        (0, 32, (0, 32), "INCONCLUSIVE",
-         "compatible with 0–10.9% of such texts; at this rate 368 documents would decide it"),
-        (40, 100, (0, 100), "FAIL",
-         "40 of 100 recited word for word, greedily: at least 30.3% of such texts; held-out 0 of 100"),
-        (40, 100, (40, 100), "INCONCLUSIVE",
-         "not clearly more than of held-out texts (40 of 100); at this rate no number of documents would decide it"),
-        (40, 100, (30, 100), "INCONCLUSIVE",
-         "not clearly more than of held-out texts (30 of 100); at this rate 369 documents would decide it"),
-        (40, 100, None, "INCONCLUSIVE",
-         "no held-out texts show that training is the cause; 11 held-out texts with none recited would decide it"),
-        (2, 100, (0, 100), "INCONCLUSIVE",
-         "compatible with 0.2–7% of such texts; at this rate 547 documents would decide it"),
+        (
+            0,
+            400,
+            (0, 100),
+            "PASS",
+            "0 of 400 recited word for word, greedily: at most 0.92% of such texts",
+        ),
+        (
+            0,
+            32,
+            (0, 32),
+            "INCONCLUSIVE",
+            "compatible with 0–10.9% of such texts; at this rate 368 documents would decide it",
+        ),
+        (
+            40,
+            100,
+            (0, 100),
+            "FAIL",
+            "40 of 100 recited word for word, greedily: at least 30.3% of such texts; held-out 0 of 100",
+        ),
+        (
+            40,
+            100,
+            (40, 100),
+            "INCONCLUSIVE",
+            "not clearly more than of held-out texts (40 of 100); at this rate no number of documents would decide it",
+        ),
+        (
+            40,
+            100,
+            (30, 100),
+            "INCONCLUSIVE",
+            "not clearly more than of held-out texts (30 of 100); at this rate 369 documents would decide it",
+        ),
+        (
+            40,
+            100,
+            None,
+            "INCONCLUSIVE",
+            "no held-out texts show that training is the cause; 11 held-out texts with none recited would decide it",
+        ),
+        (
+            2,
+            100,
+            (0, 100),
+            "INCONCLUSIVE",
+            "compatible with 0.2–7% of such texts; at this rate 547 documents would decide it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_greedy_question(k, n, heldout, outcome, why):
     """Never INCONCLUSIVE without how many documents would decide."""
     found = question(recited(k, n, heldout), "greedy")
@@ -81,7 +128,9 @@ def test_a_control_with_nothing_to_count_is_none():
     assert "no held-out texts show that training is the cause" in found["why"]
 
 
-@pytest.mark.parametrize(("limit", "share"), [(0.01, 0.0), (0.01, 0.02), (0.05, 0.03), (0.001, 0.0)])
+@pytest.mark.parametrize(
+    ("limit", "share"), [(0.01, 0.0), (0.01, 0.02), (0.05, 0.03), (0.001, 0.0)]
+)
 def test_enough_documents_and_not_one_fewer(limit, share):
     def undecided(n):
         low, high = clopper_pearson(share * n, n)
@@ -101,7 +150,9 @@ def test_limits_are_options_and_printed():
     assert lax["verdict"]["limits"] == {"recited": 0.6, "near_verbatim": 0.2, "auc": 0.55}
     assert "Limits: recited=60%, near_verbatim=20%, auc=55%" in describe(published(lax)).notes
     for text in ("recited", "recited=2", "em=1%", "recited=nan", "recited=0"):
-        with pytest.raises(ValueError, match="--limit takes recited, near_verbatim, auc and a share"):
+        with pytest.raises(
+            ValueError, match="--limit takes recited, near_verbatim, auc and a share"
+        ):
             parse_limits([text])
 
 
@@ -112,16 +163,24 @@ def at_offsets(offsets, recite_at, n=400, k=40):
         hits = k if offset == recite_at else 0
         windows = made_up_records("members", hits, 1.0, seed=offset, offset=offset)
         windows += made_up_records("members", n - hits, 0.2, seed=offset + 1, offset=offset)
-        records += [{**record, "document": f"{i}", "cluster": i} for i, record in enumerate(windows)]
+        records += [
+            {**record, "document": f"{i}", "cluster": i} for i, record in enumerate(windows)
+        ]
     return made_up_summary(records + made_up_records("heldout", 100, 0.2), offsets=list(offsets))
 
 
 def test_every_offset_counts():
     """40 of 400 recited at the second offset only: the first alone says 0 of 400."""
     summary = at_offsets((0, 40), 40)
-    assert (summary["verdict"]["outcome"], question(summary, "greedy")["estimate"].point()) == ("FAIL", "40 of 400")
+    assert (summary["verdict"]["outcome"], question(summary, "greedy")["estimate"].point()) == (
+        "FAIL",
+        "40 of 400",
+    )
     split = summary["splits"]["members"]
-    assert [split[f"offset_sweep@{offset}"].point() for offset in (0, 40)] == ["0 of 400", "40 of 400"]
+    assert [split[f"offset_sweep@{offset}"].point() for offset in (0, 40)] == [
+        "0 of 400",
+        "40 of 400",
+    ]
     assert outcomes(summary, "em.upper95 > 0.01") == (["violated"], 1)
     assert outcomes(summary, "expected@1000.lower95 > 0.02") == (["violated"], 1)
     assert not any("other places" in each for each in summary["verdict"]["not_tested"])
@@ -133,7 +192,9 @@ def test_near_verbatim_has_its_own_question():
     fragments = [{**record, "longest_run": 25} for record in base[:20]]
     similar = [{**record, "edit_similarity": 0.5} for record in base[20:30]]
     short = [{**record, "longest_run": 24, "edit_similarity": 0.49} for record in base[30:40]]
-    summary = made_up_summary([*fragments, *similar, *short, *base[40:], *made_up_records("heldout", 400, 0.2)])
+    summary = made_up_summary(
+        [*fragments, *similar, *short, *base[40:], *made_up_records("heldout", 400, 0.2)]
+    )
     assert question(summary, "greedy")["outcome"] == "PASS"
     near = question(summary, "near_verbatim")
     assert (near["outcome"], near["estimate"].k, near["control"].k) == ("FAIL", 30, 0)
@@ -146,13 +207,18 @@ def test_membership_is_beside_the_verdict():
     members = made_up_records("members", 400, 0.55, rule=rule, recall_dropped=0.2)
     heldout = made_up_records("heldout", 400, 0.2, rule=rule)
     for require, outcome in (((), "PASS"), (["membership"], "FAIL")):
-        summary = made_up_summary(members + heldout, require=require, limits=["near_verbatim=50%", "recited=10%"])
+        summary = made_up_summary(
+            members + heldout, require=require, limits=["near_verbatim=50%", "recited=10%"]
+        )
         assert summary["verdict"]["outcome"] == outcome
         assert (explanation(summary, "membership") is None) == bool(require)
     assert question(summary, "membership")["outcome"] == "FAIL"
     found = explanation(made_up_summary(members + heldout), "membership")
     assert found["answer"] == "visible"
-    assert "as expected: the goldfish loss hides dropped tokens, not that a text was seen" in found["why"]
+    assert (
+        "as expected: the goldfish loss hides dropped tokens, not that a text was seen"
+        in found["why"]
+    )
 
 
 def membership(members, heldout):
@@ -160,15 +226,27 @@ def membership(members, heldout):
 
 
 def test_membership_question():
-    assert membership(made_up_records("members", 200, 0.9), made_up_records("heldout", 200, 0.3))["outcome"] == "FAIL"
+    assert (
+        membership(made_up_records("members", 200, 0.9), made_up_records("heldout", 200, 0.3))[
+            "outcome"
+        ]
+        == "FAIL"
+    )
     members = made_up_records("members", 1000, 0.3)
-    assert membership(members, [{**record, "split": "heldout"} for record in members])["outcome"] == "PASS"
+    assert (
+        membership(members, [{**record, "split": "heldout"} for record in members])["outcome"]
+        == "PASS"
+    )
     unclear = membership(made_up_records("members", 30, 0.3), made_up_records("heldout", 30, 0.3))
     assert unclear["outcome"] == "INCONCLUSIVE"
-    assert re.search(r"neither clearly above nor below 0.55; at this rate [\d,]+ documents would", unclear["why"])
+    assert re.search(
+        r"neither clearly above nor below 0.55; at this rate [\d,]+ documents would", unclear["why"]
+    )
     few = membership(made_up_records("members", 5, 0.9), made_up_records("heldout", 5, 0.3))
     assert few["outcome"] == "INCONCLUSIVE"
-    assert few["why"].startswith("5 documents on one side; an interval needs 10; at least 20 documents on each side")
+    assert few["why"].startswith(
+        "5 documents on one side; an interval needs 10; at least 20 documents on each side"
+    )
     told_apart = made_up_records("heldout", 60, 0.3, vocabulary=40)
     confounded = membership(made_up_records("members", 60, 0.9), told_apart)
     assert (confounded["outcome"], confounded["estimate"]) == ("INCONCLUSIVE", None)
@@ -180,7 +258,10 @@ def test_an_auc_far_below_one_half_is_no_pass():
     swapped = membership(made_up_records("members", 100, 0.3), made_up_records("heldout", 100, 0.8))
     assert swapped["estimate"].upper95 < 0.5
     assert swapped["outcome"] == "INCONCLUSIVE"
-    assert "the splits differ, or are swapped; no number of documents would decide it" in swapped["why"]
+    assert (
+        "the splits differ, or are swapped; no number of documents would decide it"
+        in swapped["why"]
+    )
 
 
 def test_attribution_explains_where_something_is_recited():
@@ -204,7 +285,9 @@ def test_attribution_explains_where_something_is_recited():
 def test_a_pass_names_what_is_recited_and_what_it_rests_on():
     passed = recited(1, 1000, None)
     assert passed["verdict"]["outcome"] == "PASS"
-    assert passed["verdict"]["sentence"].startswith("PASS: at most 0.72% of such texts are recited (greedy 1 of 1,000")
+    assert passed["verdict"]["sentence"].startswith(
+        "PASS: at most 0.72% of such texts are recited (greedy 1 of 1,000"
+    )
     assert question(passed, "greedy")["recited"] == ["members 0"]
     assert passed["verdict"]["warnings"] == [
         "This PASS rests on members alone: no held-out texts show what the model does with unseen ones"
@@ -223,19 +306,25 @@ def test_a_model_that_does_not_work_gets_no_pass():
     verdict = made_up_summary(records)["verdict"]
     assert verdict["outcome"] == "INCONCLUSIVE"
     assert verdict["sentence"].startswith("INCONCLUSIVE: the model does not work on such texts")
-    assert verdict["sanity"].startswith("The model does not work; members: 6.10 nats per token (a uniform guess: 6.21")
+    assert verdict["sanity"].startswith(
+        "The model does not work; members: 6.10 nats per token (a uniform guess: 6.21"
+    )
     assert verdict["warnings"] == [verdict["sanity"]]
     # On held-out texts an overfitted model can be worse than a uniform guess, which is no sign of broken weights.
     for record in records:
         record["nll"] = [1.7 if record["split"] == "members" else 7.8] * 8
     verdict = made_up_summary(records)["verdict"]
-    assert verdict["sanity"].startswith("The model works on such texts; members: 1.70 nats per token")
+    assert verdict["sanity"].startswith(
+        "The model works on such texts; members: 1.70 nats per token"
+    )
     assert verdict["outcome"] == "PASS"
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():
     failed = recited(40, 100)["verdict"]
-    assert failed["sentence"] == "FAIL: greedy 40 of 100, sampling 40 of 100, near-verbatim 40 of 100"
+    assert (
+        failed["sentence"] == "FAIL: greedy 40 of 100, sampling 40 of 100, near-verbatim 40 of 100"
+    )
     assert recited(0, 32, None)["verdict"]["sentence"] == (
         "INCONCLUSIVE: greedy 0 of 32, sampling 0 of 32, near-verbatim 0 of 32; "
         "at this rate 368 documents would decide it"
@@ -243,16 +332,24 @@ def test_overall_verdict_names_what_decides_and_what_was_not_tested():
     assert "beam search" in failed["not_tested"]
     assert "sampling" not in failed["not_tested"]
     without = made_up_summary(made_up_records("heldout", 20, 0.2))["verdict"]
-    assert (without["sentence"], without["questions"]) == ("INCONCLUSIVE: no members were audited", [])
+    assert (without["sentence"], without["questions"]) == (
+        "INCONCLUSIVE: no members were audited",
+        [],
+    )
 
 
 def test_texts_that_repeat_or_overlap_are_said():
     records = made_up_records("members", 12, 0.2)
     run = made_up_run(records)
     run["inputs"]["members"]["repeated"] = 7
-    verdict = summary_of({**run, "overlap": {"clusters": 3}}, pa.Table.from_pylist(records, COLUMNS))["verdict"]
+    verdict = summary_of(
+        {**run, "overlap": {"clusters": 3}}, pa.Table.from_pylist(records, COLUMNS)
+    )["verdict"]
     assert "members: 7 windows repeat others and count as one text with them" in verdict["skipped"]
-    assert "3 texts are in both files, members and held-out: the control is weakened" in verdict["warnings"]
+    assert (
+        "3 texts are in both files, members and held-out: the control is weakened"
+        in verdict["warnings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,9 +368,22 @@ def test_conditions_are_read(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "em", "em > ", "> 1", "em == 1", "em > 0.1 or True", "em > 1.2.3", "em > __import__('os')", "em > nan",
-             "em > 1e999", "em => 1", "em.upper95 > 0.01; em < 1"]
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "em",
+        "em > ",
+        "> 1",
+        "em == 1",
+        "em > 0.1 or True",
+        "em > 1.2.3",
+        "em > __import__('os')",
+        "em > nan",
+        "em > 1e999",
+        "em => 1",
+        "em.upper95 > 0.01; em < 1",
+    ],
+)
 def test_what_is_no_condition_is_refused(text):
     with pytest.raises(ValueError, match="takes a figure, one of > >= < <= and a number"):
         parse(text)
@@ -296,7 +406,10 @@ def test_exit_codes():
     assert outcomes(summary, "em.upper95 > 0.06", "em.k > 5") == (["passed", "passed"], 0)
     assert outcomes(summary, "em.upper95 > 0.05", "heldout.em > 0") == (["violated", "passed"], 1)
     assert outcomes(summary, "mia.tpr@1%.lower95 > 0.05") == (["inconclusive"], 3)
-    assert outcomes(summary, "mia.tpr@1%.lower95 > 0.05", "em > 0.01") == (["inconclusive", "violated"], 1)
+    assert outcomes(summary, "mia.tpr@1%.lower95 > 0.05", "em > 0.01") == (
+        ["inconclusive", "violated"],
+        1,
+    )
     assert outcomes(summary, "attribution.hazard_ratio.lower95 < 1") == (["inconclusive"], 3)
 
 
@@ -304,7 +417,10 @@ def test_too_few_to_say_is_not_a_violation():
     """No result of 32 texts could put the upper bound below 1%; of 400 it could."""
     assert outcomes(recited(0, 32, None), "em.upper95 > 0.01") == (["inconclusive"], 3)
     (check,) = judge(estimates(recited(0, 32, None)), [parse("em.upper95 > 0.01")])
-    assert check["why"] == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
+    assert (
+        check["why"]
+        == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
+    )
     assert outcomes(recited(32, 32, None), "em.upper95 > 0.01") == (["violated"], 1)
     assert outcomes(recited(0, 400, None), "em.upper95 > 0.01") == (["passed"], 0)
     assert outcomes(recited(3, 400, None), "em.upper95 > 0.01") == (["violated"], 1)
@@ -313,7 +429,8 @@ def test_too_few_to_say_is_not_a_violation():
 
 def test_unknown_figures_are_named_with_their_neighbours():
     with pytest.raises(
-        ValueError, match=r"'rouge_l_txt > 1': this audit has no figure 'rouge_l_txt'; it has .*rouge_l_text"
+        ValueError,
+        match=r"'rouge_l_txt > 1': this audit has no figure 'rouge_l_txt'; it has .*rouge_l_text",
     ):
         judge(estimates(recited(0, 12)), [parse("rouge_l_txt > 1")])
 
@@ -339,12 +456,25 @@ def test_every_estimate_has_one_name():
     named = estimates(summary)
     assert len(named) == count(summary["splits"]) + count(summary["membership"])
     require_known(
-        [f"{name} > 0" for name in named], [], {**PROTOCOL, "beams": [5], "sampling": sampling}, ["members", "heldout"]
+        [f"{name} > 0" for name in named],
+        [],
+        {**PROTOCOL, "beams": [5], "sampling": sampling},
+        ["members", "heldout"],
     )
-    for name in ("members.prefix_sweep@5", "members.offset_sweep@0", "members.beam_search@5",
-                 "members.extractable@1000,0.5", "members.extractable@1000,0.5,T=0.8", "members.expected@1000",
-                 "mia.auc", "mia.tpr@1%", "mia.loss.auc", "mia.loss.tpr@0.1%",
-                 "mia.blind.words.auc", "members.attribution.hazard_ratio"):  # fmt: skip
+    for name in (
+        "members.prefix_sweep@5",
+        "members.offset_sweep@0",
+        "members.beam_search@5",
+        "members.extractable@1000,0.5",
+        "members.extractable@1000,0.5,T=0.8",
+        "members.expected@1000",
+        "mia.auc",
+        "mia.tpr@1%",
+        "mia.loss.auc",
+        "mia.loss.tpr@0.1%",
+        "mia.blind.words.auc",
+        "members.attribution.hazard_ratio",
+    ):
         assert name in named
 
 
@@ -361,10 +491,17 @@ def test_an_audit_is_read_as_values(tmp_path):
 
 def test_a_folder_that_is_no_finished_audit(tmp_path):
     """What it holds is refused as run.json is: test_audit_columns.py."""
-    with pytest.raises(FileNotFoundError, match=r"is not a finished audit: it has no summary\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a finished audit: it has no summary\.json"
+    ):
         goldfish.audit.read(tmp_path)
-    old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5), schema="goldfish.audit/1")
-    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/4'"):
+    old = write_audit(
+        tmp_path / "old", made_up_records("members", 2, 0.5), schema="goldfish.audit/1"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/4'",
+    ):
         goldfish.audit.read(old)
 
 
@@ -386,11 +523,20 @@ def test_markdown_for_a_pull_request():
 
 def test_junit_for_ci():
     conditions = ["em.upper95 > 0.05", "mia.tpr@1%.lower95 > 0.05", "em > 0.5"]
-    suite = ElementTree.fromstring(junit(describe(published(recited(5, 200), *conditions, name=NASTY))))
+    suite = ElementTree.fromstring(
+        junit(describe(published(recited(5, 200), *conditions, name=NASTY)))
+    )
     assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "3", "failures": "1", "errors": "1", "skipped": "0",
-    }  # fmt: skip
-    assert [case.get("name") for case in suite] == ["em.upper95 > 0.05", "mia.tpr@1%.lower95 > 0.05", "em > 0.5"]
+        "tests": "3",
+        "failures": "1",
+        "errors": "1",
+        "skipped": "0",
+    }
+    assert [case.get("name") for case in suite] == [
+        "em.upper95 > 0.05",
+        "mia.tpr@1%.lower95 > 0.05",
+        "em > 0.5",
+    ]
     assert "is 0.05737 (5 of 200)" in suite[0].find("failure").get("message")
     assert suite[1].find("error") is not None
     questions = ElementTree.fromstring(junit(describe(published(recited(5, 200)))))
@@ -398,8 +544,13 @@ def test_junit_for_ci():
 
 
 def test_table_is_80_columns_wide():
-    records = made_up_records("members", 400, 0.9, rule=Goldfish(k=3, h=4)) + made_up_records("heldout", 400, 0.3)
-    summary = {**published(made_up_summary(records)), "name": "[bold]a rather long name of a checkpoint[/bold] " * 3}
+    records = made_up_records("members", 400, 0.9, rule=Goldfish(k=3, h=4)) + made_up_records(
+        "heldout", 400, 0.3
+    )
+    summary = {
+        **published(made_up_summary(records)),
+        "name": "[bold]a rather long name of a checkpoint[/bold] " * 3,
+    }
     console = Console(width=80, record=True, file=io.StringIO(), highlight=False)
     console.print(terminal(describe(summary)))
     shown = console.export_text()
@@ -423,11 +574,22 @@ def test_a_summary_is_strict_json():
 
 def test_figures_are_looked_up_before_the_work():
     both = ["members", "heldout"]
-    good = ["em > 0", "mia.auc > 0.9", "heldout.near_verbatim.k > 0", "expected@1000 > 0", "mia.kept_loss.auc > 0.9",
-            "offset_sweep@0 > 0", "attribution.hazard_ratio.lower95 < 1"]  # fmt: skip
+    good = [
+        "em > 0",
+        "mia.auc > 0.9",
+        "heldout.near_verbatim.k > 0",
+        "expected@1000 > 0",
+        "mia.kept_loss.auc > 0.9",
+        "offset_sweep@0 > 0",
+        "attribution.hazard_ratio.lower95 < 1",
+    ]
     require_known(good, ["recited=2%"], PROTOCOL, both)
-    for bad, match in (("emm > 0", "has no figure 'emm'"), ("offset_sweep@3 > 0", "it has .*offset_sweep@0"),
-                       ("mia.wbc.auc > 0.9", "it has mia"), ("em >", "takes a figure")):  # fmt: skip
+    for bad, match in (
+        ("emm > 0", "has no figure 'emm'"),
+        ("offset_sweep@3 > 0", "it has .*offset_sweep@0"),
+        ("mia.wbc.auc > 0.9", "it has mia"),
+        ("em >", "takes a figure"),
+    ):
         with pytest.raises(ValueError, match=match):
             require_known([bad], [], PROTOCOL, both)
     with pytest.raises(ValueError, match=r"--limit takes"):
@@ -448,8 +610,12 @@ def test_a_finished_audit_is_judged_again(tmp_path):
     assert question(again, "membership")["outcome"] == "FAIL"
     assert "em.k" in (tmp_path / "junit.xml").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "junit.xml", "records", "run.json", "summary.json", "summary.md",
-    ]  # fmt: skip
+        "junit.xml",
+        "records",
+        "run.json",
+        "summary.json",
+        "summary.md",
+    ]
 
 
 def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
@@ -473,6 +639,8 @@ def test_the_outputs_have_the_beam_and_membership_rows():
     summary = published(made_up_summary(records, beams=[2, 4]))
     text = markdown(describe(summary))
     (greedy,) = (line for line in text.splitlines() if line.startswith("| texts recited"))
-    assert f"| by beam search | {greedy.split('|', 2)[2].strip()}" in text, "one number for one question"
+    assert f"| by beam search | {greedy.split('|', 2)[2].strip()}" in text, (
+        "one number for one question"
+    )
     assert "| membership, AUC | 1.00" in text
     assert question(summary, "beam_search")["estimate"] == question(summary, "greedy")["estimate"]

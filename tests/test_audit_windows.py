@@ -28,9 +28,12 @@ def cut(rows, *how):
 def framing(tokenizer):
     """The same tokenizer, which puts a BOS before every text and an EOS behind it."""
     twin = PreTrainedTokenizerFast(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()),
-        bos_token="<pad>", eos_token="<|endoftext|>",
-    )  # fmt: skip
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(
+            tokenizer.backend_tokenizer.to_str()
+        ),
+        bos_token="<pad>",
+        eos_token="<|endoftext|>",
+    )
     twin.backend_tokenizer.post_processor = TemplateProcessing(
         single="<pad> $A <|endoftext|>", special_tokens=[("<pad>", 1), ("<|endoftext|>", 0)]
     )
@@ -40,7 +43,10 @@ def framing(tokenizer):
 
 
 def test_offsets_cut_the_same_document_elsewhere(tokenizer):
-    rows = [{"input_ids": list(range(12)), "name": "a", "source": "s", "count": 3}, {"input_ids": list(range(8))}]
+    rows = [
+        {"input_ids": list(range(12)), "name": "a", "source": "s", "count": 3},
+        {"input_ids": list(range(8))},
+    ]
     assert cut(rows, tokenizer, 5, 3, (0, 4, 5)) == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
         Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4, document_ids=list(range(12))),
@@ -71,7 +77,9 @@ def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
     length = len(ids) + 1
     first, second, third = cut([{"text": PROSE[0]}], framing, 5, length - 5, (0, 1, 2))
     assert first.ids == [1, *ids]
-    assert (second, third) == tuple(f"fewer than {length} tokens from token {at} on" for at in (1, 2))
+    assert (second, third) == tuple(
+        f"fewer than {length} tokens from token {at} on" for at in (1, 2)
+    )
     _, later = cut([{"text": PROSE[0]}], framing, 5, 4, (0, 7))
     assert later.ids == [1, *ids[7:15]]
     _, as_given = cut([{"input_ids": [1, *ids]}], framing, 5, 4, (0, 7))
@@ -80,11 +88,18 @@ def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
 
 def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     """A text is tokenized once; blocks come back from the file as often as they are wanted."""
-    rows = [{"input_ids": [3] * 8}, {"input_ids": [3] * 7}, {"input_ids": [3] * 7 + [90]}, {"input_ids": [90] * 8}]
+    rows = [
+        {"input_ids": [3] * 8},
+        {"input_ids": [3] * 7},
+        {"input_ids": [3] * 7 + [90]},
+        {"input_ids": [90] * 8},
+    ]
     result = surveyed(rows, "members", tokenizer, 5, 3)
     assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
     assert (result.indices.tolist(), result.names) == ([0, 2, 3], 3)
-    assert result.skipped == {"fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}}
+    assert result.skipped == {
+        "fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}
+    }
     many = surveyed([{"input_ids": []}] * 9, "members", tokenizer, 5, 3)
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
     expected = [each for each in cut(rows, tokenizer, 5, 3) if isinstance(each, Window)]
@@ -110,14 +125,24 @@ def test_documents_are_joined_by_any_key_they_share():
         members = SimpleNamespace(indices=range(7), keys=keys[:21])
         heldout = SimpleNamespace(indices=range(5), keys=keys[21:])
         join({"members": members, "heldout": heldout})
-        assert [*members.clusters, *heldout.clusters] == [order.index(number) for number in expected]
+        assert [*members.clusters, *heldout.clusters] == [
+            order.index(number) for number in expected
+        ]
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
     """Case, spaces and punctuation do not tell texts apart; a digit does. Names join rows within a split only."""
     template = "The code of the safe in the cellar is {} and nobody else knows it."
-    texts = [template.format(1234), template.format(1235), template.format(1234).upper().replace(".", "\n!")]
-    rows = [*({"text": text} for text in texts), {"text": PROSE[0], "name": "x"}, {"text": PROSE[1], "name": "x"}]
+    texts = [
+        template.format(1234),
+        template.format(1235),
+        template.format(1234).upper().replace(".", "\n!"),
+    ]
+    rows = [
+        *({"text": text} for text in texts),
+        {"text": PROSE[0], "name": "x"},
+        {"text": PROSE[1], "name": "x"},
+    ]
     surveys = {
         "members": surveyed(rows, "members", tokenizer, 5, 3),
         "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3),
@@ -136,7 +161,17 @@ def test_a_part_of_a_long_text_gives_the_same_ids(kind):
     """Cut anywhere: in words, spaces, characters of several tokens, special tokens; and far less is read."""
     fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), eos_token="<|end of text|>")
     choose = random.Random(0)
-    pieces = [*PROSE[:3], "日本語" * 9, "\n\n", " " * 80, "x" * 300, "<|end of text|>", "1234567 ", "e\u0301", "🐠"]
+    pieces = [
+        *PROSE[:3],
+        "日本語" * 9,
+        "\n\n",
+        " " * 80,
+        "x" * 300,
+        "<|end of text|>",
+        "1234567 ",
+        "e\u0301",
+        "🐠",
+    ]
     for _ in range(30):
         text = "".join(choose.choices(pieces, k=90))
         count = choose.randrange(1, 200)
@@ -146,7 +181,11 @@ def test_a_part_of_a_long_text_gives_the_same_ids(kind):
 def test_little_of_a_long_text_is_tokenized(tokenizer, monkeypatch):
     read = []
     call = type(tokenizer).__call__
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text: (read.append(len(text)), call(self, text))[1])
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text: (read.append(len(text)), call(self, text))[1],
+    )
     ids = first_ids(tokenizer, PROSE[0] * 1000, 64)
     assert ids == call(tokenizer, PROSE[0] * 10)["input_ids"][:64]
     assert sum(read) < 5000 < len(PROSE[0] * 1000)

@@ -22,9 +22,17 @@ RUNS = ["standard", "control", RULE, f"{RULE}, equal"]
 def small(topics):
     """Arguments of a run of seconds, on a few topics of the language reference."""
     sizes = words(
-        documents=2, repeats=6, background=28, validation=8, rules=RULE, equal_supervised=RULE, seeds=0, hidden_size=32,
-        vocab_size=512, save_steps=3,
-    )  # fmt: skip
+        documents=2,
+        repeats=6,
+        background=28,
+        validation=8,
+        rules=RULE,
+        equal_supervised=RULE,
+        seeds=0,
+        hidden_size=32,
+        vocab_size=512,
+        save_steps=3,
+    )
     return ["--text", str(topics), *sizes]
 
 
@@ -35,12 +43,16 @@ def finished(small, tmp_path_factory):
 
 
 def same_results(folder, other, **tolerance):
-    ours, theirs = ({r["run"]: r for r in runs.read_results(each / "results.jsonl")} for each in (folder, other))
+    ours, theirs = (
+        {r["run"]: r for r in runs.read_results(each / "results.jsonl")} for each in (folder, other)
+    )
     assert ours.keys() == theirs.keys() == set(RUNS)
     for name in ours:
         for key in ("validation_loss", "nll_members", "nll_heldout"):
             assert ours[name][key] == pytest.approx(theirs[name][key], **tolerance), (name, key)
-    receipts = [(each / f"seed0-{RULE}" / "model" / "goldfish.json").read_text() for each in (folder, other)]
+    receipts = [
+        (each / f"seed0-{RULE}" / "model" / "goldfish.json").read_text() for each in (folder, other)
+    ]
     assert receipts[0] == receipts[1]
 
 
@@ -58,7 +70,9 @@ def test_miniature(finished):
     assert 0.15 < k4["dropped"] / k4["targets"] < 0.35
     assert k4["targets"] == 40 * 31
     equal = results[3]
-    assert (equal["targets"] - equal["dropped"]) / (40 * 31) == pytest.approx(1, abs=0.1), "and not 0.75, as at k=4"
+    assert (equal["targets"] - equal["dropped"]) / (40 * 31) == pytest.approx(1, abs=0.1), (
+        "and not 0.75, as at k=4"
+    )
     for name in ("rouge.svg", "extraction.svg", "heldout.svg", "choice.json"):
         assert (folder / name).stat().st_size > 50
     assert not list(folder.rglob("checkpoint-*")), "what was only needed to resume is gone"
@@ -87,13 +101,19 @@ def test_the_default_background_is_long_enough():
     args = recipe.Arguments()
     windows = max(run.background(args) for run in recipe.trainings_of(args, 0)) + args.validation
     lengths = itertools.accumulate(map(len, recipe.docstrings()))
-    assert any(length > windows * args.window * 4 for length in lengths), "at four characters per token"
+    assert any(length > windows * args.window * 4 for length in lengths), (
+        "at four characters per token"
+    )
 
 
 def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
     """DeepSpeed on two CPU processes, with recipes/configs/zero3.yaml. Its first start compiles for minutes."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours")
-    done = launch(("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="zero3")
+    pytest.importorskip(
+        "deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours"
+    )
+    done = launch(
+        ("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="zero3"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     same_results(tmp_path / "run", finished[0], rel=1e-4)
 
@@ -145,7 +165,9 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
     preset = Path(recipe.__file__).parent / "configs" / f"{name}.args"
     parser = recipe.HfArgumentParser(recipe.Arguments, fromfile_prefix_chars="@")
     (args,) = parser.parse_args_into_dataclasses([f"@{preset}"])
-    head = args.vocab_size if args.tokenizer is None else 2 * 32000  # TinyLlama's own, not tied there
+    head = (
+        args.vocab_size if args.tokenizer is None else 2 * 32000
+    )  # TinyLlama's own, not tied there
     attention = 2 * args.hidden_size**2 * (1 + (args.kv_heads or args.heads) / args.heads)
     layer = attention + 3 * args.hidden_size * args.intermediate_size
     millions = (head * args.hidden_size + args.layers * layer) / 1e6
@@ -153,7 +175,9 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
     assert recipe.main([f"@{preset}", "--dry_run"]) == []
     assert "trainings" in capsys.readouterr().out
     if name == "canaries-1.1b":
-        assert (args.background + args.documents * args.repeats) * args.window == 20e9, "the paper's 20B tokens"
+        assert (args.background + args.documents * args.repeats) * args.window == 20e9, (
+            "the paper's 20B tokens"
+        )
         assert args.batch_size * args.window == pytest.approx(2.1e6, rel=0.01)
 
 
@@ -164,7 +188,10 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
         (["--equal_supervised", "hash-8-13"], "--equal_supervised hash-8-13: not among --rules"),
         (["--rules", "hash-1-13"], "k must be a finite number above 1"),
         (["--rules", "standard"], "--rules standard: it is always trained"),
-        (["--accumulation", "3"], "--batch_size 4 does not divide by 1 processes x --accumulation 3"),
+        (
+            ["--accumulation", "3"],
+            "--batch_size 4 does not divide by 1 processes x --accumulation 3",
+        ),
         (["--background", "9999999"], "the background is too short"),
     ],
 )
@@ -188,7 +215,9 @@ def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer)
     rows = [row["input_ids"] for row in planted + references]
     assert len({tuple(row) for row in rows}) == 9
     assert all(len(row) == 20 and set(row) <= ordinary for row in rows)
-    with pytest.raises(FileExistsError, match="is not an empty folder; choose another one or remove it"):
+    with pytest.raises(
+        FileExistsError, match="is not an empty folder; choose another one or remove it"
+    ):
         canaries.write_canaries(folder, tokenizer, counts=(1,), references=1, length=2)
     with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
         canaries.write_canaries(tmp_path / "d", tokenizer, counts=(0,), references=1, length=2)
@@ -198,20 +227,32 @@ def test_exposure_and_its_ceiling(monkeypatch):
     scores = {"heldout": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "members": [9.0, 5.0, 0.0]}
     rows = [
         {"split": split, "count": None if split == "heldout" else (4, 4, 1)[i], "mia_loss": score}
-        for split, values in scores.items() for i, score in enumerate(values)
-    ]  # fmt: skip
+        for split, values in scores.items()
+        for i, score in enumerate(values)
+    ]
     monkeypatch.setattr(canaries.audit, "records", lambda *_: pyarrow.Table.from_pylist(rows))
     table = canaries.exposure(Path("an audit"))
     assert table["greatest"].to_dict() == {1: 0, 4: 3}, "ranks 8 and 1 of 8"
-    assert table["mean"].to_dict() == {1: 0, 4: 2}, "(3 + 1) / 2: a tie counts against the canary: rank 4"
+    assert table["mean"].to_dict() == {1: 0, 4: 2}, (
+        "(3 + 1) / 2: a tie counts against the canary: rank 4"
+    )
 
 
 def test_exposure_of_an_audit(tmp_path, checkpoint, capsys):
     """A model that never saw the canaries: one line per count."""
     canaries.main(
-        ["write", str(tmp_path / "c"), "--tokenizer", str(checkpoint), *words(counts="1 1 3", references=7, length=20)]
+        [
+            "write",
+            str(tmp_path / "c"),
+            "--tokenizer",
+            str(checkpoint),
+            *words(counts="1 1 3", references=7, length=20),
+        ]
     )
-    inputs = {"members": tmp_path / "c" / "canaries.jsonl", "heldout": tmp_path / "c" / "references.jsonl"}
+    inputs = {
+        "members": tmp_path / "c" / "canaries.jsonl",
+        "heldout": tmp_path / "c" / "references.jsonl",
+    }
     common.audit_halves(checkpoint, tmp_path / "audit", inputs, 20, "untrained")
     table = canaries.exposure(tmp_path / "audit")
     assert table["canaries"].to_dict() == {1: 2, 3: 1}

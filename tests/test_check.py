@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
-from goldfish import check as module
-from goldfish.check import check
 from goldfish.cli import main
+from goldfish.text import check as module
+from goldfish.text.check import check
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -50,14 +50,20 @@ def test_a_pattern_may_begin_in_the_prompt(letters, tmp_path):
 
 
 def test_a_chat_that_breaks_the_template_is_named(letters, tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"messages": [{"role": "user", "content": ["hi"]}]}])
-    with pytest.raises(ValueError, match=r"a.jsonl, row 1: the chat template refuses it: can only concatenate"):
+    path = write(
+        tmp_path / "a.jsonl", [{"text": "a"}, {"messages": [{"role": "user", "content": ["hi"]}]}]
+    )
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, row 1: the chat template refuses it: can only concatenate"
+    ):
         check(path, letters[0], Goldfish(k=3, h=12))
 
 
 def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path):
     """Under every rule that is tried, against the decisions of each place."""
-    every = [f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")]
+    every = [
+        f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")
+    ]
     for texts in (every, every[:1]):  # in one place alone, most rules drop something
         path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
         result = check(path, letters[0], Goldfish(k=3, h=12), CODE)
@@ -74,14 +80,20 @@ def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path
 def test_counts_and_longest_runs(letters, tmp_path):
     texts = ["a few words, and then a few more of them", "short", ""]
     rule = Goldfish(k=3, h=4)
-    result = check(write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), letters[0], rule)
+    result = check(
+        write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), letters[0], rule
+    )
     longest, dropped = [], 0
     for row, text in enumerate(texts):
         drops = rule.dropped(torch.tensor([ord(c) for c in text], dtype=torch.int64)).tolist()[1:]
         dropped += sum(drops)
         run = max(map(len, "".join("x" if drop else "." for drop in drops).split("x")))
         longest.append((run, row, sum(drops) / max(1, len(drops))))
-    assert (result.documents, result.targets, result.dropped) == (3, len(texts[0]) + len(texts[1]) - 2, dropped)
+    assert (result.documents, result.targets, result.dropped) == (
+        3,
+        len(texts[0]) + len(texts[1]) - 2,
+        dropped,
+    )
     assert result.longest == sorted(longest, reverse=True)
 
 
@@ -117,7 +129,9 @@ def test_parquet_csv_and_text_are_read_alike(letters, tmp_path):
     frame = pandas.DataFrame({"text": texts})
     frame.to_parquet(tmp_path / "a.parquet")
     frame.to_csv(tmp_path / "a.csv")
-    expected = check(write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), letters[0], Goldfish())
+    expected = check(
+        write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), letters[0], Goldfish()
+    )
     for name in ("a.parquet", "a.csv"):
         assert check(tmp_path / name, letters[0], Goldfish()) == expected
     (tmp_path / "a.txt").write_text("one\n\ndocument")
@@ -138,9 +152,14 @@ def test_a_column_marks_secrets(letters, tmp_path):
         {"text": "code A-1 B", "secret": ["B"]},
         {"text": "A.1", "secret": []},
     ]
-    rows = [{**row, "secret": [row["secret"]] if isinstance(row["secret"], str) else row["secret"]} for row in rows]
+    rows = [
+        {**row, "secret": [row["secret"]] if isinstance(row["secret"], str) else row["secret"]}
+        for row in rows
+    ]
     result = check(write(tmp_path / "a.jsonl", rows), letters[0], Goldfish(), column="secret")
-    assert {name: rows for name, (rows, _) in result.secrets.items()} == {"A.1": [0], "B": [1]}, "taken literally"
+    assert {name: rows for name, (rows, _) in result.secrets.items()} == {"A.1": [0], "B": [1]}, (
+        "taken literally"
+    )
 
 
 def words(first, count):
@@ -178,7 +197,10 @@ def test_a_sample_of_passages_is_kept(letters, tmp_path, monkeypatch):
 
 def test_command_line(letters, tmp_path, capsys):
     """Exit codes 0, 1, 2 and 3, and the names of secrets without a dropped token."""
-    folder, path = str(letters[1]), write(tmp_path / "a.jsonl", [{"text": f"code {CODE}\x1b[0m"}] * 7)
+    folder, path = (
+        str(letters[1]),
+        write(tmp_path / "a.jsonl", [{"text": f"code {CODE}\x1b[0m"}] * 7),
+    )
     command = ["check", str(path), "--tokenizer", folder, "--h", "3"]
 
     def run(*words):
@@ -187,10 +209,15 @@ def test_command_line(letters, tmp_path, capsys):
 
     code, shown = run("--secrets", f"code ({CODE})", "-k", "1000000")
     assert code == 1
-    assert "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
+    assert (
+        "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
+    )
     assert f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)" in shown.out
     assert "among 11 rules tried: 0 with k=" in shown.out
-    assert "rows with at least half of their passages in one earlier row: 6\n    row 1: 100% in row 0" in shown.out
+    assert (
+        "rows with at least half of their passages in one earlier row: 6\n    row 1: 100% in row 0"
+        in shown.out
+    )
     assert run("--secrets", CODE, "-k", "1.01")[0] == 0
     code, shown = run("--secrets", "nowhere")
     assert (code, "0 secrets" in shown.out) == (3, True)
@@ -208,8 +235,16 @@ def test_command_line(letters, tmp_path, capsys):
     [
         ("gone.jsonl", None, r"gone.jsonl"),
         ("a.docx", "", r"a.docx: expected a .jsonl"),
-        ("a.jsonl", '{"input_ids": [1]}\n', "row 0 has input_ids; the check looks for secrets in texts: give `text`"),
-        ("a.jsonl", '{"body": "x"}\n', "line 1: expected text, .* or prompt and completion; got body"),
+        (
+            "a.jsonl",
+            '{"input_ids": [1]}\n',
+            "row 0 has input_ids; the check looks for secrets in texts: give `text`",
+        ),
+        (
+            "a.jsonl",
+            '{"body": "x"}\n',
+            "line 1: expected text, .* or prompt and completion; got body",
+        ),
     ],
 )
 def test_what_cannot_be_read(letters, tmp_path, name, content, message):

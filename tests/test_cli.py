@@ -11,13 +11,15 @@ from conftest import PROSE
 import goldfish.audit
 from goldfish import Goldfish
 from goldfish.cli import EXTRA, _dashed, build_parser, main
-from goldfish.show import DROPPED, show
+from goldfish.text.show import DROPPED, show
 
 pytestmark = pytest.mark.core
 
 
 def styled(text, style):
-    return "".join(text.plain[span.start : span.end] for span in text.spans if str(span.style) == style)
+    return "".join(
+        text.plain[span.start : span.end] for span in text.spans if str(span.style) == style
+    )
 
 
 def test_show_marks_exactly_the_dropped_tokens(tokenizer):
@@ -25,7 +27,9 @@ def test_show_marks_exactly_the_dropped_tokens(tokenizer):
     text = show(rule, tokenizer, PROSE[0])
     dropped = rule.dropped(torch.tensor(ids)).tolist()
     assert text.plain.startswith(PROSE[0])
-    assert styled(text, DROPPED) == "".join(tokenizer.decode([i]) for i, drop in zip(ids, dropped, strict=True) if drop)
+    assert styled(text, DROPPED) == "".join(
+        tokenizer.decode([i]) for i, drop in zip(ids, dropped, strict=True) if drop
+    )
     assert f"{sum(dropped)} of {len(ids)} tokens dropped" in text.plain
 
 
@@ -36,7 +40,15 @@ def test_show_takes_a_long_text_without_spaces(checkpoint, capsys):
 
 def test_a_device_that_is_not_there(checkpoint, tmp_path, capsys):
     (tmp_path / "m.txt").write_text(PROSE[0])
-    command = ["audit", str(checkpoint), "--members", str(tmp_path / "m.txt"), "-o", str(tmp_path / "o"), "--device"]
+    command = [
+        "audit",
+        str(checkpoint),
+        "--members",
+        str(tmp_path / "m.txt"),
+        "-o",
+        str(tmp_path / "o"),
+        "--device",
+    ]
     assert main([*command, "foo"]) == 2
     assert "goldfish audit: the device foo is not there" in capsys.readouterr().err
 
@@ -52,7 +64,8 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     for argument in (str(tmp_path / "typo"), "typo.txt"):
         assert main(["show", argument, "--tokenizer", str(checkpoint)]) == 2
         assert (
-            f"there is no file {argument}; to show these characters as a text, add a space" in capsys.readouterr().err
+            f"there is no file {argument}; to show these characters as a text, add a space"
+            in capsys.readouterr().err
         )
     assert main(["show", "3.14", "--tokenizer", str(checkpoint)]) == 0
 
@@ -60,13 +73,21 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
 def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkeypatch):
     """Plain-text marks say what the colours say: taken out, they leave the text, and they hold the dropped tokens."""
     command = ["show", PROSE[0], "--tokenizer", str(checkpoint), "-k", "2"]
-    coloured, marked = (show(Goldfish(k=2), tokenizer, PROSE[0], colour=colour) for colour in (True, False))
+    coloured, marked = (
+        show(Goldfish(k=2), tokenizer, PROSE[0], colour=colour) for colour in (True, False)
+    )
     marked = marked.plain.partition("\n\n")[0]
     assert re.sub(r"\[-(.*?)-\]", r"\1", marked) == PROSE[0]
     assert "".join(re.findall(r"\[-(.*?)-\]", marked)) == styled(coloured, DROPPED)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for name, value, coloured in (("TERM", "xterm", False), ("FORCE_COLOR", "1", True), ("NO_COLOR", "1", False)):
-        monkeypatch.setenv(name, value)  # rich: a pipe, a forced terminal, and then one without colours
+    for name, value, coloured in (
+        ("TERM", "xterm", False),
+        ("FORCE_COLOR", "1", True),
+        ("NO_COLOR", "1", False),
+    ):
+        monkeypatch.setenv(
+            name, value
+        )  # rich: a pipe, a forced terminal, and then one without colours
         assert main(command) == 0
         assert ("[-" in capsys.readouterr().out) is not coloured
 
@@ -80,7 +101,9 @@ def test_show_leaves_control_characters_harmless(checkpoint, capsys):
 
 def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
-    members.write_text("".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)))
+    members.write_text(
+        "".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE))
+    )
     command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
     command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 0
@@ -95,23 +118,61 @@ def test_audit_then_report(checkpoint, tmp_path, capsys):
 def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
-    command = ["audit", str(checkpoint), "--members", str(texts), "--heldout", str(texts), "-o", str(tmp_path / "a")]
-    command += ["--prefix-length", "8", "--suffix-length", "6", "--offsets", "0", "2", "--beams", "2"]
+    command = [
+        "audit",
+        str(checkpoint),
+        "--members",
+        str(texts),
+        "--heldout",
+        str(texts),
+        "-o",
+        str(tmp_path / "a"),
+    ]
+    command += [
+        "--prefix-length",
+        "8",
+        "--suffix-length",
+        "6",
+        "--offsets",
+        "0",
+        "2",
+        "--beams",
+        "2",
+    ]
     command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint)]
-    command += ["--name", "mine", "--dtype", "bfloat16", "--device", "cpu", "--allow-overlap", "--batch-tokens", "99"]
+    command += [
+        "--name",
+        "mine",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--allow-overlap",
+        "--batch-tokens",
+        "99",
+    ]
     assert main(command) == 0
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["name"] == "mine"
-    asked = {key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "dtype", "device")}
+    asked = {
+        key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "dtype", "device")
+    }
     assert asked == {
-        "offsets": [0, 2], "beams": [2], "dtype": "bfloat16", "device": "cpu",
+        "offsets": [0, 2],
+        "beams": [2],
+        "dtype": "bfloat16",
+        "device": "cpu",
         "sampling": [
-            {"temperature": 0.5, "top_k": None, "top_p": None}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9},
+            {"temperature": 0.5, "top_k": None, "top_p": None},
+            {"temperature": 1.0, "top_k": 3, "top_p": 0.9},
         ],
-    }  # fmt: skip
+    }
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--sampling", "top_q=3"])
-    assert "expected settings such as temperature=0.8,top_k=40,top_p=0.95, got 'top_q=3'" in capsys.readouterr().err
+    assert (
+        "expected settings such as temperature=0.8,top_k=40,top_p=0.95, got 'top_q=3'"
+        in capsys.readouterr().err
+    )
 
 
 def test_python_m_goldfish(monkeypatch, capsys):
@@ -123,7 +184,9 @@ def test_python_m_goldfish(monkeypatch, capsys):
 
 def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
-    members.write_text("".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)))
+    members.write_text(
+        "".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE))
+    )
 
     def run(name, *conditions):
         command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / name)]
@@ -133,7 +196,9 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
     assert run("a", "em.k > 0", "em.upper95 > 0.5") == 0
     assert run("b", "em.upper95 > 0.01") == 3
     shown = " ".join(capsys.readouterr().out.split())
-    assert "em.upper95 > 0.01 inconclusive: members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
+    assert (
+        "em.upper95 > 0.01 inconclusive: members.exact_match.upper95 is 0.2646 (0 of 12)" in shown
+    )
     assert "INCONCLUSIVE: the model does not work on such texts" in shown, "its weights are random"
     assert shown.endswith("goldfish audit: INCONCLUSIVE, exit code 3")
     assert "em.upper95 &gt; 0.01" in (tmp_path / "b" / "junit.xml").read_text(encoding="utf-8")
@@ -144,7 +209,19 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
     assert run("e", "emm > 0.01") == 2
     assert not (tmp_path / "e").exists(), "and a name that no audit has"
     capsys.readouterr()
-    assert main(["judge", str(tmp_path / "a"), "--fail-on", "em.upper95 > 0.01", "--limit", "recited=30%"]) == 3
+    assert (
+        main(
+            [
+                "judge",
+                str(tmp_path / "a"),
+                "--fail-on",
+                "em.upper95 > 0.01",
+                "--limit",
+                "recited=30%",
+            ]
+        )
+        == 3
+    )
     assert capsys.readouterr().out.splitlines()[-1] == "goldfish judge: INCONCLUSIVE, exit code 3"
     assert goldfish.audit.read(tmp_path / "a").summary["verdict"]["limits"]["recited"] == 0.3
     assert main(["judge", str(tmp_path)]) == 2
@@ -154,13 +231,28 @@ def test_fail_on_sets_the_exit_code_and_writes_for_ci(checkpoint, tmp_path, caps
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        (["compare", "nowhere", "x", "-o", "out"], "goldfish compare: nowhere is not a finished audit"),
-        (["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no checkpoint folder"),
-        (["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"], "goldfish audit: no folder runs/typo here"),
+        (
+            ["compare", "nowhere", "x", "-o", "out"],
+            "goldfish compare: nowhere is not a finished audit",
+        ),
+        (
+            ["audit", "nowhere/at/all", "--members", "x.jsonl", "-o", "out"],
+            "goldfish audit: no checkpoint folder",
+        ),
+        (
+            ["audit", "runs/typo", "--members", "x.jsonl", "-o", "out"],
+            "goldfish audit: no folder runs/typo here",
+        ),
         (["report", "nowhere"], "goldfish report: nowhere is not a finished audit"),
-        (["show", "x", "--tokenizer", "runs/typo"], "goldfish show: no folder runs/typo here, and no model"),
+        (
+            ["show", "x", "--tokenizer", "runs/typo"],
+            "goldfish show: no folder runs/typo here, and no model",
+        ),
         (["show", "x", "--tokenizer", "."], "goldfish show: . holds no tokenizer"),
-        (["show", "x", "--tokenizer", "{checkpoint}", "-k", "1"], "goldfish show: k must be a finite number above 1"),
+        (
+            ["show", "x", "--tokenizer", "{checkpoint}", "-k", "1"],
+            "goldfish show: k must be a finite number above 1",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_path, monkeypatch):
@@ -175,7 +267,10 @@ def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_p
 def test_options_may_be_written_with_underscores(capsys):
     """As they were in 0.1; the value after = is left alone."""
     parsed = build_parser().parse_args(
-        [_dashed(word) for word in ("audit", "c", "--output_dir=a_b", "--prefix_length", "9", "--name", "x_y")]
+        [
+            _dashed(word)
+            for word in ("audit", "c", "--output_dir=a_b", "--prefix_length", "9", "--name", "x_y")
+        ]
     )
     assert (parsed.output_dir, parsed.prefix_length, parsed.name) == ("a_b", 9, "x_y")
 
@@ -191,7 +286,9 @@ def test_options_may_be_written_with_underscores(capsys):
 )
 def test_a_missing_extra_is_one_line_with_the_remedy(package, command):
     code = f"import sys; sys.modules[{package!r}] = None; from goldfish.cli import main; sys.exit(main({command!r}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert result.stderr == (
         f'goldfish {command[0]}: {package} is not installed; it comes with the extra "audit": '
@@ -202,7 +299,9 @@ def test_a_missing_extra_is_one_line_with_the_remedy(package, command):
 def test_help_needs_no_extra():
     code = "import sys; from goldfish.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
     loaded = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
     )
     assert not loaded & {"torch", *EXTRA}
 
@@ -210,8 +309,26 @@ def test_help_needs_no_extra():
 def test_ctrl_c_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     members = tmp_path / "m.jsonl"
     members.write_text(json.dumps({"input_ids": list(range(2, 30))}) + "\n")
-    command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "out"), "--dtype", "bf16"]
-    command += ["--prefix-length", "9", "--suffix-length", "9", "--batch-tokens", "40", "--device", "cpu"]
+    command = [
+        "audit",
+        str(checkpoint),
+        "--members",
+        str(members),
+        "-o",
+        str(tmp_path / "out"),
+        "--dtype",
+        "bf16",
+    ]
+    command += [
+        "--prefix-length",
+        "9",
+        "--suffix-length",
+        "9",
+        "--batch-tokens",
+        "40",
+        "--device",
+        "cpu",
+    ]
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -219,6 +336,11 @@ def test_ctrl_c_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("goldfish.audit.score.Scorer.score", stop)
         assert main(command) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "goldfish audit: stopped; the same command continues it"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "goldfish audit: stopped; the same command continues it"
+    )
     assert main(command) == 0
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"] == "bfloat16"
+    assert (
+        json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"] == "bfloat16"
+    )

@@ -22,10 +22,16 @@ CASES = {
     "FSDP2": {"fsdp": True},
     "FSDP2, logits": {"fsdp": True, "fused": False},
     "FSDP2, no target on one rank": {"fsdp": True, "dropped_whole": True},
-    "FSDP2, own mean, accumulation": {"fsdp": True, "model": "OwnMean", "gradient_accumulation_steps": 2},
+    "FSDP2, own mean, accumulation": {
+        "fsdp": True,
+        "model": "OwnMean",
+        "gradient_accumulation_steps": 2,
+    },
     "saved between two logs": {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2},
 }
-NOT_FUSED = [case for case in CASES if "logits" in case or "own mean" in case or case == "label smoothing"]
+NOT_FUSED = [
+    case for case in CASES if "logits" in case or "own mean" in case or case == "label smoothing"
+]
 
 
 def run(folder, checkpoint, processes):
@@ -39,12 +45,26 @@ def run(folder, checkpoint, processes):
     if processes == 1:
         distributed_worker.main(*arguments)
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+        }
         done = subprocess.run(
             [*command, str(HERE / "distributed_worker.py"), *arguments],
-            capture_output=True, text=True, env=environment, timeout=300,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-8000:]
     return dict(zip(CASES, json.loads(output.read_text()), strict=True))
 

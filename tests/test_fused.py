@@ -29,22 +29,58 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-FALCON = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+OPT = {
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+FALCON = {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
 # name: (config class, arguments, scale and soft cap of its logits)
 ARCHITECTURES = {
     "llama": ("LlamaConfig", SHAPE, (1.0, None)),
     "gemma2": ("Gemma2Config", SHAPE | {"head_dim": 8, "final_logit_softcapping": 0.5}, (1.0, 0.5)),
-    "gemma3": ("Gemma3TextConfig", SHAPE | {"head_dim": 8, "final_logit_softcapping": 0.3}, (1.0, 0.3)),
+    "gemma3": (
+        "Gemma3TextConfig",
+        SHAPE | {"head_dim": 8, "final_logit_softcapping": 0.3},
+        (1.0, 0.3),
+    ),
     "granite": ("GraniteConfig", SHAPE | {"logits_scaling": 0.25}, (4.0, None)),
     "cohere": ("CohereConfig", SHAPE | {"logit_scale": 0.1875}, (0.1875, None)),
-    "falcon_h1": ("FalconH1Config", SHAPE | FALCON | {"mamba_chunk_size": 8, "lm_head_multiplier": 1.75}, (1.75, None)),
-    "mixtral": ("MixtralConfig", SHAPE | {"num_local_experts": 4, "output_router_logits": True}, (1.0, None)),
+    "falcon_h1": (
+        "FalconH1Config",
+        SHAPE | FALCON | {"mamba_chunk_size": 8, "lm_head_multiplier": 1.75},
+        (1.75, None),
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        SHAPE | {"num_local_experts": 4, "output_router_logits": True},
+        (1.0, None),
+    ),
     "qwen3": ("Qwen3Config", SHAPE | {"head_dim": 8, "tie_word_embeddings": True}, (1.0, None)),
-    "gpt2": ("GPT2Config", {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, (1.0, None)),
-    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, (1.0, None)),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        (1.0, None),
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
+        (1.0, None),
+    ),
     "opt": ("OPTConfig", OPT | {"vocab_size": V, "max_position_embeddings": 64}, (1.0, None)),
-    "bloom": ("BloomConfig", {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4}, (1.0, None)),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        (1.0, None),
+    ),
     "phi3": ("Phi3Config", SHAPE, (1.0, None)),
     "olmo2": ("Olmo2Config", SHAPE, (1.0, None)),
     "mamba": (
@@ -67,14 +103,23 @@ def build(name: str = "llama", dropout: float = 0.0, **changes) -> nn.Module:
     kind, arguments, _ = ARCHITECTURES[name]
     config = getattr(transformers, kind)(**arguments | changes)
     config._experts_implementation = "eager"  # the grouped product knows no fp64
-    for field in ("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+    for field in (
+        "attention_dropout",
+        "hidden_dropout",
+        "dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+    ):
         if hasattr(config, field):
             setattr(config, field, dropout)
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(config).train()
 
 
-def batch(rows: int = 3, length: int = 11, keep: float = 0.7, vocabulary: int = V, device="cpu", **more) -> dict:
+def batch(
+    rows: int = 3, length: int = 11, keep: float = 0.7, vocabulary: int = V, device="cpu", **more
+) -> dict:
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocabulary, (rows, length), generator=g)
     dropped = torch.rand(ids.shape, generator=g) >= keep
@@ -86,7 +131,9 @@ def step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     torch.manual_seed(5)  # dropout
     loss = model(**inputs)["loss"]
     loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_as_good(result: dict, baseline: dict, truth: dict) -> None:
@@ -100,7 +147,9 @@ def assert_as_good(result: dict, baseline: dict, truth: dict) -> None:
 def assert_equal_enough(result: dict, baseline: dict, **tolerance) -> None:
     assert result.keys() == baseline.keys()
     for name, expected in baseline.items():
-        torch.testing.assert_close(result[name], expected, **tolerance or {"rtol": 1e-4, "atol": 1e-6}, msg=name)
+        torch.testing.assert_close(
+            result[name], expected, **tolerance or {"rtol": 1e-4, "atol": 1e-6}, msg=name
+        )
 
 
 @pytest.mark.parametrize("num_items", [None, 57])
@@ -108,7 +157,9 @@ def assert_equal_enough(result: dict, baseline: dict, **tolerance) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_the_models_own_loss_and_gradients(name, num_items, device):
     model = build(name).to(device)
-    more = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items, device=device)}
+    more = (
+        {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items, device=device)}
+    )
     inputs = batch(device=device, **more)
     baseline = step(model, inputs)
     truth = step(copy.deepcopy(model).double(), inputs)
@@ -145,7 +196,9 @@ def test_no_tensor_of_all_logits_is_ever_made(monkeypatch):
     step(model, inputs)
     with Watch():
         step(model, inputs)
-    assert Watch.largest == 4001 * 32  # the weight of the head and its gradient; all logits are 8 * 32 * 4001
+    assert (
+        Watch.largest == 4001 * 32
+    )  # the weight of the head and its gradient; all logits are 8 * 32 * 4001
 
 
 def test_evaluation_and_generation_are_untouched():
@@ -160,7 +213,9 @@ def test_evaluation_and_generation_are_untouched():
     result = model.eval()(**inputs)
     assert torch.equal(result.logits, expected.logits)
     assert torch.equal(result.loss, expected.loss)
-    assert torch.equal(model.generate(inputs["input_ids"][:, :4], max_new_tokens=4, do_sample=False), generated)
+    assert torch.equal(
+        model.generate(inputs["input_ids"][:, :4], max_new_tokens=4, do_sample=False), generated
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 1])
@@ -220,7 +275,9 @@ def test_ways_to_call():
     ):
         torch.testing.assert_close(loss, expected)
     assert model(**inputs, return_dict=False)[1] is None
-    assert model(**inputs, logits_to_keep=torch.arange(11)).logits is not None  # asked for rows: the plain path
+    assert (
+        model(**inputs, logits_to_keep=torch.arange(11)).logits is not None
+    )  # asked for rows: the plain path
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -277,7 +334,9 @@ def test_autocast(dtype, device):
     own = abs(baseline["loss"] - truth["loss"])
     assert abs(result["loss"] - truth["loss"]) <= max(torch.finfo(dtype).eps * 0.05, 1.25 * own)
     error, own = (
-        sum((r[name] - exact).square().sum() for name, exact in truth.items() if name != "loss").sqrt()
+        sum(
+            (r[name] - exact).square().sum() for name, exact in truth.items() if name != "loss"
+        ).sqrt()
         for r in (result, baseline)
     )
     assert error <= 1.25 * own
@@ -395,7 +454,9 @@ def test_a_head_that_becomes_plain_again_is_fused_again():
 
 def lora_on_head(model: nn.Module) -> nn.Module:
     peft = pytest.importorskip("peft", reason="PEFT is an extra of this package")
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    )
 
 
 # Models that do something else after their head
@@ -406,7 +467,11 @@ class Odd(LlamaForCausalLM):
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.after(self.model(input_ids=input_ids).last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def after(self, hidden):
@@ -466,7 +531,9 @@ class LossElsewhere(Odd):
 
     def after(self, hidden):
         logits = self.lm_head(hidden)
-        self.extra = self.loss_function(logits, torch.zeros(logits.shape[:-1], dtype=torch.long), self.vocab_size)
+        self.extra = self.loss_function(
+            logits, torch.zeros(logits.shape[:-1], dtype=torch.long), self.vocab_size
+        )
         return logits
 
 
@@ -475,7 +542,11 @@ class Prefix(Odd):
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state[:, 1:])
-        loss = None if labels is None else self.loss_function(logits, labels[:, 1:], self.vocab_size, **kwargs)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits, labels[:, 1:], self.vocab_size, **kwargs)
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
@@ -511,7 +582,9 @@ def test_what_is_not_known_falls_back_and_stays_right(kind, reason, caplog):
     baseline = step(model, inputs)
     if "neither" in reason or "parameter" in reason or kind is HeadTwice:
         plain = step(odd(Odd), inputs)["loss"]
-        assert (baseline["loss"] - plain).abs() > 1e-4, "a fused loss that ignored what the model does would be noticed"
+        assert (baseline["loss"] - plain).abs() > 1e-4, (
+            "a fused loss that ignored what the model does would be noticed"
+        )
     handle = fuse_head(model)
     with caplog.at_level(logging.WARNING, "goldfish"):
         results = [step(model, inputs) for _ in range(3)]
@@ -630,7 +703,10 @@ def test_fsdp2(mesh, fuse_first, head_alone):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     handle = handle or fuse_head(model)
-    result = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in step(model, inputs).items()}
+    result = {
+        name: getattr(value, "full_tensor", lambda v=value: v)()
+        for name, value in step(model, inputs).items()
+    }
     assert handle.reason == ""
     assert_equal_enough(result, baseline)
 
@@ -642,7 +718,9 @@ def test_ddp(mesh):
     handle = fuse_head(wrapped)
     wrapped(**inputs)["loss"].backward()
     step(wrapped, inputs)
-    assert_equal_enough({n: p.grad for n, p in model.named_parameters()} | {"loss": baseline["loss"]}, baseline)
+    assert_equal_enough(
+        {n: p.grad for n, p in model.named_parameters()} | {"loss": baseline["loss"]}, baseline
+    )
     assert handle.reason == ""
 
 
@@ -658,7 +736,10 @@ def test_a_tensor_parallel_head_falls_back(mesh):
     assert "DTensor" in handle.reason
     again = step(model, inputs)
     for values in (result, again):
-        values = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in values.items()}
+        values = {
+            name: getattr(value, "full_tensor", lambda v=value: v)()
+            for name, value in values.items()
+        }
         assert_equal_enough(values, baseline)
 
 
@@ -670,7 +751,9 @@ class Engine(nn.Module):
         self.module, self.config = module, {"zero_optimization": {}}
 
     def __getattr__(self, name: str):
-        return self._modules["module"] if name == "module" else getattr(self._modules["module"], name)
+        return (
+            self._modules["module"] if name == "module" else getattr(self._modules["module"], name)
+        )
 
     def forward(self, **inputs):
         return self.module(**inputs)

@@ -48,11 +48,22 @@ def agree(one: list[bool | None], other: list[bool | None]) -> int:
 
 # --- the specification
 
-PIECES = [b"a", b"B", b" ", b".", b"\n", b"word", b" two words", *(bytes([b]) for b in bytes.fromhex(
-    "c2c3a9a0e38081e2ada980f09f92edf4e090efb7bac0ffe6898b"))]  # fmt: skip
+PIECES = [
+    b"a",
+    b"B",
+    b" ",
+    b".",
+    b"\n",
+    b"word",
+    b" two words",
+    *(bytes([b]) for b in bytes.fromhex("c2c3a9a0e38081e2ada980f09f92edf4e090efb7bac0ffe6898b")),
+]
 TOKENS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(b"".join)
 VOCABULARIES = [
-    [b"".join(random.Random(seed).choices(PIECES, k=1 + i % 7)) + bytes([i]) * (i % 3) for i in range(256)]
+    [
+        b"".join(random.Random(seed).choices(PIECES, k=1 + i % 7)) + bytes([i]) * (i % 3)
+        for i in range(256)
+    ]
     for seed in range(2)
 ] + [[bytes([i]) for i in range(256)]]
 
@@ -69,18 +80,37 @@ def vocabularies() -> list[Vocabulary]:
 @pytest.mark.core
 @settings(max_examples=150, deadline=None)
 @given(
-    which=st.integers(0, 2), ids=st.lists(st.integers(0, 255), max_size=60), h=st.sampled_from([1, 2, 3, 50]),
-    k=st.sampled_from([1.5, 2, 4]), seed=st.integers(0, 2**64 - 1), head=st.sampled_from(["short", "keep"]),
-    exempt=st.sampled_from([(), (3, 97)]), end=st.sampled_from([None, 10]), strategy=STRATEGIES, data=st.data(),
-)  # fmt: skip
-def test_equals_the_specification(vocabularies, which, ids, h, k, seed, head, exempt, end, strategy, data):
+    which=st.integers(0, 2),
+    ids=st.lists(st.integers(0, 255), max_size=60),
+    h=st.sampled_from([1, 2, 3, 50]),
+    k=st.sampled_from([1.5, 2, 4]),
+    seed=st.integers(0, 2**64 - 1),
+    head=st.sampled_from(["short", "keep"]),
+    exempt=st.sampled_from([(), (3, 97)]),
+    end=st.sampled_from([None, 10]),
+    strategy=STRATEGIES,
+    data=st.data(),
+)
+def test_equals_the_specification(
+    vocabularies, which, ids, h, k, seed, head, exempt, end, strategy, data
+):
     flags = st.lists(st.integers(0, 5), min_size=len(ids), max_size=len(ids))
     positions = data.draw(st.none() | flags)
     attended = data.draw(st.none() | flags)
-    options = {"k": k, "h": h, "seed": seed, "head": head, "exempt": exempt, "document_end": end, "strategy": strategy}
+    options = {
+        "k": k,
+        "h": h,
+        "seed": seed,
+        "head": head,
+        "exempt": exempt,
+        "document_end": end,
+        "strategy": strategy,
+    }
     if strategy == "letters" and head == "short":
         options["max_kept"] = data.draw(st.sampled_from([None, 4, 6]))
-    expected = spec.dropped(ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options)
+    expected = spec.dropped(
+        ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options
+    )
     as_row = lambda x: None if x is None else torch.tensor([x], dtype=torch.int64)  # noqa: E731
     rule = Goldfish(**options, vocabulary=vocabularies[which])
     actual = rule.dropped(as_row(ids), as_row(positions), attention_mask=as_row(attended))
@@ -89,7 +119,8 @@ def test_equals_the_specification(vocabularies, which, ids, h, k, seed, head, ex
 
 @settings(max_examples=60, deadline=None)
 @given(
-    text=st.text(st.characters(codec="utf-8"), max_size=40) | st.text(st.sampled_from(SCRIPTS), max_size=60),
+    text=st.text(st.characters(codec="utf-8"), max_size=40)
+    | st.text(st.sampled_from(SCRIPTS), max_size=60),
     strategy=STRATEGIES,
 )
 def test_bytes_of_any_text_equal_the_specification(vocabularies, text, strategy):
@@ -100,11 +131,29 @@ def test_bytes_of_any_text_equal_the_specification(vocabularies, text, strategy)
 
 
 BROKEN = [
-    "c1 81", "e0 81 81", "f0 80 81 81", "f0 81 81 81",  # letters in more bytes than they need
-    "ed a0 80", "f4 90 80 80", "ff", "80", "c3 c3 a9", "e2 82 20", "e2 82 c3 a9", "f0 9d 92 c3 a9",
-    "c3 a9a0", "e2 82aca9", "c3 a9a0a0", "f0 9d92 9ca0", "c3 a9a062", "e3 808063 64",  # more than was missing
-    "c3 | a9", "e2 82 | ac", "f0 | 9d 92 9c", "c3 | a9a0",  # a document starts within
-]  # fmt: skip
+    "c1 81",
+    "e0 81 81",
+    "f0 80 81 81",
+    "f0 81 81 81",  # letters in more bytes than they need
+    "ed a0 80",
+    "f4 90 80 80",
+    "ff",
+    "80",
+    "c3 c3 a9",
+    "e2 82 20",
+    "e2 82 c3 a9",
+    "f0 9d 92 c3 a9",
+    "c3 a9a0",
+    "e2 82aca9",
+    "c3 a9a0a0",
+    "f0 9d92 9ca0",
+    "c3 a9a062",
+    "e3 808063 64",  # more than was missing
+    "c3 | a9",
+    "e2 82 | ac",
+    "f0 | 9d 92 9c",
+    "c3 | a9a0",  # a document starts within
+]
 
 
 def test_broken_characters_equal_the_specification():
@@ -141,7 +190,10 @@ def test_the_specification_by_hand():
 
 def rewrap(text: str, rng: random.Random) -> str:
     return "".join(
-        rng.choice((" ", "\n", "\r\n", "  ", "\t", "\u00a0", "\u3000", "\n    ")) if c.isspace() else c for c in text
+        rng.choice((" ", "\n", "\r\n", "  ", "\t", "\u00a0", "\u3000", "\n    "))
+        if c.isspace()
+        else c
+        for c in text
     )
 
 
@@ -150,7 +202,9 @@ REFORMATTINGS = {
     "upper case": lambda text, rng: text.upper(),
     "random case": lambda text, rng: "".join(rng.choice((c.upper(), c.lower())) for c in text),
     "indented": lambda text, rng: text.replace("\n", "\n\t      "),
-    "no punctuation": lambda text, rng: "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text),
+    "no punctuation": lambda text, rng: "".join(
+        " " if unicodedata.category(c)[0] == "P" else c for c in text
+    ),
     "decomposed": lambda text, rng: unicodedata.normalize("NFKD", text),
     "other quotes": lambda text, rng: text.replace("'", "’").replace('"', "“").replace("-", "–"),
 }
@@ -169,7 +223,9 @@ def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
             assert decided > 0.9 * len(expected)
             assert {True, False} <= set(expected)
             tested += 1
-    assert tested >= (8 if kind in ("wordpiece", "unigram") else 9)  # which have no bytes for a character not seen
+    assert tested >= (
+        8 if kind in ("wordpiece", "unigram") else 9
+    )  # which have no bytes for a character not seen
 
 
 def has_unknown(tokenizer: Tokenizer, text: str) -> bool:
@@ -191,7 +247,9 @@ def test_letters_decides_every_token_for_itself(tokenizers):
     vocabulary = Vocabulary([b"before", b" one", b"two", b"three"])
     ids, apart = torch.tensor([0, 1, 2, 3]), 0
     for seed in range(32):
-        text, letters = (Goldfish(k=2, strategy=s, seed=seed, vocabulary=vocabulary) for s in ("text", "letters"))
+        text, letters = (
+            Goldfish(k=2, strategy=s, seed=seed, vocabulary=vocabulary) for s in ("text", "letters")
+        )
         assert len(set(text.dropped(ids).tolist()[1:])) == 1
         assert text.dropped(ids)[1] == letters.dropped(ids)[1]  # at a word's first token they agree
         apart += len(set(letters.dropped(ids).tolist()[1:])) > 1
@@ -209,11 +267,17 @@ def test_letters_decides_every_token_for_itself(tokenizers):
     ],
 )
 def test_scripts_without_spaces_decide_by_character(vocabularies, text):
-    rule = Goldfish(k=2, h=4, strategy="letters", vocabulary=vocabularies[2])  # every byte is a token
-    by_character = lambda t: [  # noqa: E731
-        rule.dropped(torch.tensor(list(t.encode())))[len(t[:i].encode()) + 2].item()
-        for i, c in enumerate(t) if c.isalnum()
-    ]  # fmt: skip
+    rule = Goldfish(
+        k=2, h=4, strategy="letters", vocabulary=vocabularies[2]
+    )  # every byte is a token
+
+    def by_character(t):
+        return [
+            rule.dropped(torch.tensor(list(t.encode())))[len(t[:i].encode()) + 2].item()
+            for i, c in enumerate(t)
+            if c.isalnum()
+        ]
+
     expected = by_character(text)
     assert len(expected) == sum(c.isalnum() for c in text)
     assert 0 < sum(expected) < len(expected)
@@ -225,7 +289,10 @@ def test_scripts_without_spaces_decide_by_character(vocabularies, text):
 
 
 def test_code_formatting_changes_nothing(tokenizers, rules):
-    compact, spaced = "def f(a,b):\n\treturn snake_case[a]+b.c", "def f( a, b ):\n    return snake_case[ a ] + b . c"
+    compact, spaced = (
+        "def f(a,b):\n\treturn snake_case[a]+b.c",
+        "def f( a, b ):\n    return snake_case[ a ] + b . c",
+    )
     for kind in KINDS:
         expected = word_decisions(rules[kind], tokenizers[kind], compact)
         assert agree(word_decisions(rules[kind], tokenizers[kind], spaced), expected) >= 6
@@ -238,7 +305,9 @@ def test_unbound_and_inclusive_are_refused():
     with pytest.raises(ValueError, match=r"rule = rule\.bind\(tokenizer\)"):
         Goldfish(strategy="letters").dropped(torch.tensor([1, 2]))
     for strategy in BOTH:
-        with pytest.raises(ValueError, match=rf'strategy="{strategy}" needs window="preceding", got window="incl'):
+        with pytest.raises(
+            ValueError, match=rf'strategy="{strategy}" needs window="preceding", got window="incl'
+        ):
             Goldfish(strategy=strategy, window="inclusive")
 
 
@@ -264,7 +333,9 @@ def test_degenerate_sizes(rules):
     assert rule.dropped(torch.empty(0, dtype=torch.int64)).shape == (0,)
     assert rule.dropped(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
     assert rule.dropped(torch.tensor([5])).tolist() == [False]
-    assert Goldfish(strategy="letters", vocabulary=Vocabulary([])).dropped(torch.tensor([0, 1])).tolist() == [
+    assert Goldfish(strategy="letters", vocabulary=Vocabulary([])).dropped(
+        torch.tensor([0, 1])
+    ).tolist() == [
         False,
         False,
     ]

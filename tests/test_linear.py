@@ -17,7 +17,12 @@ IGNORED = -100
 
 
 def case(
-    rows: int = 300, width: int = 32, vocabulary: int = 500, keep: float = 0.75, seed: int = 0, device: str = "cpu"
+    rows: int = 300,
+    width: int = 32,
+    vocabulary: int = 500,
+    keep: float = 0.75,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocabulary, (rows,), generator=g)
@@ -51,14 +56,18 @@ def plain(hidden, weight, labels, bias=None, *, num_items=None, softcap=None, sc
     return total / (num_items if num_items is not None else (labels != IGNORED).sum())
 
 
-def loss_and_gradients(function, inputs: dict[str, Tensor], dtype: torch.dtype, **options) -> dict[str, Tensor]:
+def loss_and_gradients(
+    function, inputs: dict[str, Tensor], dtype: torch.dtype, **options
+) -> dict[str, Tensor]:
     inputs = {
         name: t.detach().to(dtype, copy=True).requires_grad_() if t.is_floating_point() else t
         for name, t in inputs.items()
     }
     loss = function(**inputs, **options)
     loss.backward()
-    return {"loss": loss.detach()} | {name: t.grad for name, t in inputs.items() if t.is_floating_point()}
+    return {"loss": loss.detach()} | {
+        name: t.grad for name, t in inputs.items() if t.is_floating_point()
+    }
 
 
 def error(result: Tensor, truth: Tensor) -> float:
@@ -66,10 +75,16 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.25}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str
+)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias, monkeypatch, in_chunks_of):
-    monkeypatch.setitem(sys.modules["goldfish.linear"]._ROW_BLOCK, "cpu", 3 * 500 * 4)  # three rows of logits at a time
+def test_no_further_from_fp64_than_plain_cross_entropy(
+    dtype, options, with_bias, monkeypatch, in_chunks_of
+):
+    monkeypatch.setitem(
+        sys.modules["goldfish.linear"]._ROW_BLOCK, "cpu", 3 * 500 * 4
+    )  # three rows of logits at a time
     inputs = case()
     if not with_bias:
         del inputs["bias"]
@@ -90,7 +105,9 @@ def test_no_further_from_fp64_than_plain_cross_entropy(dtype, options, with_bias
 
 def test_fp64_gradients_by_finite_differences(in_chunks_of):
     in_chunks_of(2)
-    inputs = training({k: t.double() if t.is_floating_point() else t for k, t in case(6, 4, 7, seed=2).items()})
+    inputs = training(
+        {k: t.double() if t.is_floating_point() else t for k, t in case(6, 4, 7, seed=2).items()}
+    )
     labels = inputs.pop("labels")
 
     def function(hidden, weight, bias):
@@ -123,7 +140,9 @@ def test_dropped_rows_are_as_good_as_absent():
     inputs = case()
     kept = inputs["labels"] != IGNORED
     subset = inputs | {"hidden": inputs["hidden"][kept], "labels": inputs["labels"][kept]}
-    whole, part = (loss_and_gradients(linear_cross_entropy, x, torch.float32) for x in (inputs, subset))
+    whole, part = (
+        loss_and_gradients(linear_cross_entropy, x, torch.float32) for x in (inputs, subset)
+    )
     assert torch.equal(whole["loss"], part["loss"])
     assert torch.equal(whole["weight"], part["weight"])
     assert torch.equal(whole["hidden"][kept], part["hidden"])
@@ -140,7 +159,9 @@ def test_extremes(vocabulary, kept):
         assert all(not t.any() for t in ours.values())  # zero, and the graph is alive
         assert all(
             not t.any()
-            for t in loss_and_gradients(linear_cross_entropy, inputs, torch.float32, num_items=torch.tensor(0)).values()
+            for t in loss_and_gradients(
+                linear_cross_entropy, inputs, torch.float32, num_items=torch.tensor(0)
+            ).values()
         )
         return
     subset = inputs | {"hidden": inputs["hidden"][:kept], "labels": inputs["labels"][:kept]}
@@ -161,7 +182,9 @@ def test_logits_too_large_for_exp():
     assert hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("trainable", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids="+".join)
+@pytest.mark.parametrize(
+    "trainable", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids="+".join
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_only_where_required(trainable, device):
     inputs = case(device=device)
@@ -203,7 +226,9 @@ def test_memory_is_that_of_one_chunk(in_chunks_of):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             made.extend(
-                t.untyped_storage().nbytes() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)
+                t.untyped_storage().nbytes()
+                for t in torch.utils._pytree.tree_leaves(result)
+                if isinstance(t, Tensor)
             )
             return result
 
@@ -211,7 +236,9 @@ def test_memory_is_that_of_one_chunk(in_chunks_of):
     in_chunks_of(64)
     with Watch():
         linear_cross_entropy(**inputs).backward()
-    assert max(made) <= 2048 * 16 * 4  # hidden and its gradient; logits of 64 rows are 64 * 1000 * 4 < twice that
+    assert (
+        max(made) <= 2048 * 16 * 4
+    )  # hidden and its gradient; logits of 64 rows are 64 * 1000 * 4 < twice that
     assert made
 
 
@@ -233,7 +260,9 @@ def test_autocast(dtype, device):
     for name, exact in truth.items():
         assert ours[name].dtype == torch.float32
         assert error(ours[name], exact) <= 1.05 * error(baseline[name], exact) + 1e-6, name
-        assert error(ours[name], exact) > 1e-6 or name == "loss"  # it did compute in the smaller dtype
+        assert (
+            error(ours[name], exact) > 1e-6 or name == "loss"
+        )  # it did compute in the smaller dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -249,16 +278,26 @@ def test_a_large_loss_scale_is_neither_rounded_nor_overflows(dtype):
     for name in ("hidden", "weight", "bias"):
         assert scaled[name].isfinite().all()
         assert error(scaled[name] / 65_537.0, truth[name]) <= 2 * torch.finfo(dtype).eps
-        assert error(one[name], truth[name]) <= (2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.05)
+        assert error(one[name], truth[name]) <= (
+            2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.05
+        )
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.25 + 2**-8), (torch.float16, 70_000.0)])
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.bfloat16, 1.25 + 2**-8), (torch.float16, 70_000.0)]
+)
 def test_the_upstream_gradient_is_not_rounded_to_16_bits(dtype, factor):
     """In bf16 the first factor would become 1.25, in fp16 the second infinity."""
     inputs = {k: t.mul(0.5).to(dtype) if t.is_floating_point() else t for k, t in case().items()}
-    result = loss_and_gradients(lambda **k: linear_cross_entropy(**k, num_items=1) * factor, inputs, dtype)["hidden"]
-    truth = loss_and_gradients(lambda **k: plain(**k, num_items=1) * factor, inputs, torch.float64)["hidden"]
-    assert ((result.double() * truth).sum() / truth.square().sum()).item() == pytest.approx(1, abs=1e-3)
+    result = loss_and_gradients(
+        lambda **k: linear_cross_entropy(**k, num_items=1) * factor, inputs, dtype
+    )["hidden"]
+    truth = loss_and_gradients(lambda **k: plain(**k, num_items=1) * factor, inputs, torch.float64)[
+        "hidden"
+    ]
+    assert ((result.double() * truth).sum() / truth.square().sum()).item() == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -277,10 +316,14 @@ def test_backward_twice(device):
 def test_calls_that_share_a_graph_or_make_it_again():
     inputs = case()
     once = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
-    twice = loss_and_gradients(lambda **k: linear_cross_entropy(**k) + linear_cross_entropy(**k), inputs, torch.float32)
+    twice = loss_and_gradients(
+        lambda **k: linear_cross_entropy(**k) + linear_cross_entropy(**k), inputs, torch.float32
+    )
 
     def checkpointed(**kwargs):
-        return torch.utils.checkpoint.checkpoint(lambda: linear_cross_entropy(**kwargs), use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(
+            lambda: linear_cross_entropy(**kwargs), use_reentrant=False
+        )
 
     again = loss_and_gradients(checkpointed, inputs, torch.float32)
     for name in once:
@@ -304,7 +347,9 @@ def test_compile_without_a_graph_break(device):
         return linear_cross_entropy(**kwargs | {"hidden": kwargs["hidden"] * 2}, softcap=4.0) * 3
 
     eager = loss_and_gradients(step, inputs, torch.float32)
-    compiled = loss_and_gradients(torch.compile(step, fullgraph=True, backend="aot_eager"), inputs, torch.float32)
+    compiled = loss_and_gradients(
+        torch.compile(step, fullgraph=True, backend="aot_eager"), inputs, torch.float32
+    )
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name])
 
@@ -312,7 +357,10 @@ def test_compile_without_a_graph_break(device):
 def test_shapes_batch_time():
     inputs = case(rows=60)
     flat = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
-    shaped = inputs | {"hidden": inputs["hidden"].view(3, 20, -1), "labels": inputs["labels"].view(3, 20).int()}
+    shaped = inputs | {
+        "hidden": inputs["hidden"].view(3, 20, -1),
+        "labels": inputs["labels"].view(3, 20).int(),
+    }
     shaped = loss_and_gradients(linear_cross_entropy, shaped, torch.float32)
     assert torch.equal(flat["loss"], shaped["loss"])
     assert torch.equal(flat["hidden"].view(3, 20, -1), shaped["hidden"])
@@ -326,12 +374,24 @@ def test_shapes_batch_time():
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"labels": torch.tensor([500] + [0] * 299)}, IndexError, r"label 500 is outside the vocabulary of 500"),
+        (
+            {"labels": torch.tensor([500] + [0] * 299)},
+            IndexError,
+            r"label 500 is outside the vocabulary of 500",
+        ),
         ({"labels": torch.tensor([-1] + [0] * 299)}, IndexError, r"label -1 is outside .*1 of 300"),
-        ({"labels": torch.zeros(299, dtype=torch.long)}, ValueError, r"one label per row .*\(300,\).*\(299,\)"),
+        (
+            {"labels": torch.zeros(299, dtype=torch.long)},
+            ValueError,
+            r"one label per row .*\(300,\).*\(299,\)",
+        ),
         ({"labels": torch.zeros(300)}, TypeError, "integers.*float32"),
         ({"weight": torch.zeros(500, 31)}, ValueError, r"\(300, 32\) and \(500, 31\)"),
-        ({"weight": torch.zeros(500, 32).bfloat16()}, TypeError, "float32 and weight torch.bfloat16"),
+        (
+            {"weight": torch.zeros(500, 32).bfloat16()},
+            TypeError,
+            "float32 and weight torch.bfloat16",
+        ),
         ({"bias": torch.zeros(499)}, ValueError, r"bias \(500,\), got \(499,\)"),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0.*0.0"),
         ({"num_items": 0}, ValueError, "num_items.*above 0"),
@@ -365,10 +425,18 @@ for dtype, v, (cap, scale), grad in {cases}:
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with torch for CUDA; its interpreter is needed")
+@pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="Triton comes with torch for CUDA; its interpreter is needed",
+)
 def test_triton_kernel_in_the_interpreter():
     cases = list(
-        product(["float32", "bfloat16", "float16"], [1, 7, 130, 5000], [(None, 1.0), (3.0, 2.0)], [True, False])
+        product(
+            ["float32", "bfloat16", "float16"],
+            [1, 7, 130, 5000],
+            [(None, 1.0), (3.0, 2.0)],
+            [True, False],
+        )
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -384,7 +452,9 @@ def test_triton_kernel_in_the_interpreter():
 
 
 def on_cuda(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test)
+    )
 
 
 def assert_as_good_on_cuda(dtype, vocabulary, **options):
@@ -396,12 +466,18 @@ def assert_as_good_on_cuda(dtype, vocabulary, **options):
         for f, d in ((plain, torch.float64), (plain, dtype), (linear_cross_entropy, dtype))
     )
     for name, exact in truth.items():
-        assert error(ours[name], exact) <= error(baseline[name], exact) + max(torch.finfo(dtype).eps / 2, 1e-6), name
+        assert error(ours[name], exact) <= error(baseline[name], exact) + max(
+            torch.finfo(dtype).eps / 2, 1e-6
+        ), name
 
 
 @on_cuda
-@pytest.mark.parametrize("vocabulary", [7, 128, 5001, 8192])  # whole rows of 16 bytes and others; one block and more
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str)
+@pytest.mark.parametrize(
+    "vocabulary", [7, 128, 5001, 8192]
+)  # whole rows of 16 bytes and others; one block and more
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_cuda_against_fp64(dtype, options, vocabulary):
     """Three chunks; 16-bit products are added up in fp32 by cuBLAS; fp64 goes without Triton."""

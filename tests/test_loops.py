@@ -50,7 +50,9 @@ def test_first_loss_by_hand(topics, whole):
 
 def test_two_processes_are_one(whole, in_two):
     printed = re.findall(r"loss (\S+) nats per kept token", in_two[1])
-    assert printed == [f"{whole[0]:.3f}", f"{whole[-1]:.3f}"], "one process prints the first and the last"
+    assert printed == [f"{whole[0]:.3f}", f"{whole[-1]:.3f}"], (
+        "one process prints the first and the last"
+    )
 
 
 def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys):

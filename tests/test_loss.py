@@ -36,7 +36,9 @@ def test_equals_cross_entropy_on_masked_labels():
     loss = GoldfishLoss(RULE)(logits, labels, input_ids=ids)
     expected = plain_loss(logits, mask_labels(RULE, ids, labels))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for ours, theirs in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-18)
 
 
@@ -71,7 +73,9 @@ def test_from_labels_padding_does_not_shift_decisions():
     for pad in ((5, 0), (0, 5)):
         padded_logits, padded = F.pad(logits, (0, 0, *pad)), F.pad(ids, pad, value=-100)
         expected = plain_loss(padded_logits, F.pad(mask_labels(RULE, ids), pad, value=-100))
-        torch.testing.assert_close(GoldfishLoss(RULE)((padded_logits,), padded), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            GoldfishLoss(RULE)((padded_logits,), padded), expected, rtol=1e-12, atol=0
+        )
 
 
 def test_trainer_call_has_the_scale_of_the_mean_over_kept_tokens():
@@ -100,7 +104,10 @@ def test_errors():
     logits, ids = batch()
     with pytest.raises(ValueError, match=r"logits \(3, 39, 50\) and labels \(3, 40\) do not fit"):
         GoldfishLoss(RULE)(logits[:, :-1], ids, input_ids=ids)
-    with pytest.raises(ValueError, match=r"needs input_ids in a training loop: loss\(logits, labels, input_ids=input"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs input_ids in a training loop: loss\(logits, labels, input_ids=input",
+    ):
         GoldfishLoss(RULE)(logits, ids)
     with pytest.raises(ValueError, match="needs labels"):
         GoldfishLoss(RULE)({"logits": logits}, None)

@@ -57,16 +57,23 @@ def test_a_published_checkpoint_can_be_the_start(finished, tmp_path):
     args = memorize.Arguments(model=str(start), epochs=1, window=64, batch_size=4)
     tokenizer = memorize.load_start_tokenizer(args)
     assert tokenizer.pad_token == tokenizer.eos_token
-    rows = [json.loads(line)["input_ids"] for line in (folder / "members.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["input_ids"]
+        for line in (folder / "members.jsonl").read_text().splitlines()
+    ]
     memorize.train(args, Goldfish(k=4), rows, tokenizer, tmp_path / "next")
     assert json.loads((tmp_path / "next" / "config.json").read_text())["dtype"] == "float32"
     assert json.loads((tmp_path / "next" / "goldfish.json").read_text())["targets"] == 4 * 63
 
 
-def test_windows_longer_than_the_context_are_refused_before_anything_is_written(small, finished, tmp_path):
+def test_windows_longer_than_the_context_are_refused_before_anything_is_written(
+    small, finished, tmp_path
+):
     folder, _ = finished
     start = ["--model", str(folder / "standard"), "--window", "600"]  # small_llama reads 512
-    with pytest.raises(ValueError, match=r"--window 600 tokens, but \S+standard reads at most 512; lower --window"):
+    with pytest.raises(
+        ValueError, match=r"--window 600 tokens, but \S+standard reads at most 512; lower --window"
+    ):
         memorize.main([*small, *start, "--output_dir", str(tmp_path / "next")])
     assert not (tmp_path / "next").exists()
 
@@ -75,7 +82,10 @@ def test_members_and_heldout_share_no_eight_tokens(finished):
     folder, _ = finished
     grams = []
     for name in ("members", "heldout"):
-        rows = [json.loads(line)["input_ids"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)["input_ids"]
+            for line in (folder / f"{name}.jsonl").read_text().splitlines()
+        ]
         grams.append({tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7)})
     assert grams[0].isdisjoint(grams[1])
 
@@ -89,7 +99,9 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
-    rows = [{"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)]
+    rows = [
+        {"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)
+    ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     memorize.main([*MEMORIZE, "--text", str(path), "--dry_run"])
@@ -98,7 +110,9 @@ def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
 
 def test_a_dataset_can_be_the_corpus(tmp_path, capsys):
     """A local folder stands in for a dataset of the hub; the loading code is the same."""
-    rows = [{"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)]
+    rows = [
+        {"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)
+    ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     memorize.main([*MEMORIZE, "--dataset", str(tmp_path / "data"), "--dry_run"])
@@ -115,10 +129,15 @@ def test_a_finished_run_is_not_trained_again(small, finished, capsys):
 
 def test_nothing_is_overwritten(small, finished, tmp_path):
     folder, _ = finished
-    with pytest.raises(ValueError, match=r"holds a run with --learning_rate 0\.002, not 0\.1; give the same arguments"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a run with --learning_rate 0\.002, not 0\.1; give the same arguments",
+    ):
         memorize.main([*small, "--output_dir", str(folder), "--learning_rate", "0.1"])
     (tmp_path / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(FileExistsError, match="is not empty and not a run of a recipe; choose another --output_dir"):
+    with pytest.raises(
+        FileExistsError, match="is not empty and not a run of a recipe; choose another --output_dir"
+    ):
         memorize.main([*small, "--output_dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -161,19 +180,28 @@ def test_two_processes_train_what_one_does(finished, in_two):
     folder, summaries = finished
     two = in_two[0] / "memorize"
     assert (two / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
-    receipts = [json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (two, folder)]
+    receipts = [
+        json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (two, folder)
+    ]
     assert receipts[0] == receipts[1]
     for name in ("standard", "goldfish"):
         of_two = read(two / "audit" / name).summary
         for split in ("members", "heldout"):
-            ours, theirs = (summary["splits"][split]["nll"].value for summary in (of_two, summaries[name]))
+            ours, theirs = (
+                summary["splits"][split]["nll"].value for summary in (of_two, summaries[name])
+            )
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_provenance(monkeypatch):
-    monkeypatch.setattr("sys.argv", [memorize.__file__, "--text", "/somewhere/mine.jsonl", "--output_dir", "runs/a b"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [memorize.__file__, "--text", "/somewhere/mine.jsonl", "--output_dir", "runs/a b"],
+    )
     about = runs.about("pytest", "no-such-package")
-    assert about["command"] == "python recipes/memorize.py --text mine.jsonl --output_dir 'runs/a b'"
+    assert (
+        about["command"] == "python recipes/memorize.py --text mine.jsonl --output_dir 'runs/a b'"
+    )
     assert about["versions"]["pytest"] == pytest.__version__
     assert about["versions"]["no-such-package"] is None
     assert (about["processes"], about["threads"]) == (1, torch.get_num_threads())
@@ -182,7 +210,9 @@ def test_provenance(monkeypatch):
 def test_commit_says_whether_files_were_changed(tmp_path, monkeypatch):
     def git(*words):
         who = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
-        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     monkeypatch.setattr(runs, "ROOT", tmp_path)

@@ -23,11 +23,18 @@ def test_edits_change_the_share_of_words_that_was_asked():
     edited = recipe.edit(text, ["new"], 0.1, random.Random(0)).split()
     kept = sum(word != "new" for word in edited)
     expected = 4000 * (1 - 0.1 * 2 / 3)
-    assert kept == pytest.approx(expected, abs=60)  # of three kinds of edits, insertion keeps the word
+    assert kept == pytest.approx(
+        expected, abs=60
+    )  # of three kinds of edits, insertion keeps the word
 
 
 def test_exact_versions_are_exact():
-    assert recipe.make_versions(["a\n  b", "c d"], "exact", 0.0, 2, seed=0) == ["a\n  b", "a\n  b", "c d", "c d"]
+    assert recipe.make_versions(["a\n  b", "c d"], "exact", 0.0, 2, seed=0) == [
+        "a\n  b",
+        "a\n  b",
+        "c d",
+        "c d",
+    ]
     first, again = (recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2))
     assert first == again
     assert len(set(first)) == 3
@@ -35,9 +42,18 @@ def test_exact_versions_are_exact():
 
 def test_miniature(topics, tmp_path, monkeypatch, capsys):
     options = words(
-        text=topics, vocab_size=512, documents=2, versions=2, epochs=1, hidden_size=32, window=64, seeds=0,
-        rules="standard hash-4-3-5", copies="reformatted", edits=0.1,
-    )  # fmt: skip
+        text=topics,
+        vocab_size=512,
+        documents=2,
+        versions=2,
+        epochs=1,
+        hidden_size=32,
+        window=64,
+        seeds=0,
+        rules="standard hash-4-3-5",
+        copies="reformatted",
+        edits=0.1,
+    )
     command = [*options, "--output_dir", str(tmp_path / "run")]
     results = recipe.main(command)
     assert [(r["edits"], r["rule"]) for r in results] == [(0.1, "standard"), (0.1, "hash-4-3-5")]
@@ -69,16 +85,30 @@ def test_table_by_hand():
     head, standard, row = (line.split() for line in recipe.table(results).splitlines())
     cells = dict(zip(head, row, strict=True))
     assert cells == {
-        "copies": "exact", "edits": "0.00", "rule": "hash-4-13", "drop": "-", "ROUGE-L": "0.30", "least": "0.20",
-        "greatest": "0.40", "floor": "0.10", "left": "0.40", "kept": "-", "dropped": "-", "nll": "5.00", "seeds": "2",
-    }, "left: (0.3 - 0.1) / (0.6 - 0.1)"  # fmt: skip
+        "copies": "exact",
+        "edits": "0.00",
+        "rule": "hash-4-13",
+        "drop": "-",
+        "ROUGE-L": "0.30",
+        "least": "0.20",
+        "greatest": "0.40",
+        "floor": "0.10",
+        "left": "0.40",
+        "kept": "-",
+        "dropped": "-",
+        "nll": "5.00",
+        "seeds": "2",
+    }, "left: (0.3 - 0.1) / (0.6 - 0.1)"
     assert standard[8] == "1.00", "left of standard itself"
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--rules", "standard", "hash-4"], r"strategy-k-h\[-max_kept\] such as hash-4-13, got 'hash-4'"),
+        (
+            ["--rules", "standard", "hash-4"],
+            r"strategy-k-h\[-max_kept\] such as hash-4-13, got 'hash-4'",
+        ),
         (["--rules", "letters-1-8"], "got 'letters-1-8': k must be a finite number above 1"),
         (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
         (["--versions", "0"], "--versions must be at least 1, got 0"),

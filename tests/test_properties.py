@@ -25,10 +25,31 @@ stable = settings.get_profile("stable")
 # A small vocabulary with all that makes words hard: separators of one and several bytes, parts of characters, scripts
 # without spaces, words with and without their space, letters that fold to several.
 ENTRIES = [
-    b" ", b"\n", b".", b"a", b"b", b" word", b" Word", b"two words", b"end ", b", x", b"\xc3", b"\xa9", b"\xc2",
-    b"\xa0", b"\xe3\x80", b"\x80", b"\xe6\x88", b"\x91\xe4\xbb", b"\xac", "我们".encode(), "ß".encode(), "ﬁ".encode(),
-    b"\xff", b"e\xcc\x81",
-]  # fmt: skip
+    b" ",
+    b"\n",
+    b".",
+    b"a",
+    b"b",
+    b" word",
+    b" Word",
+    b"two words",
+    b"end ",
+    b", x",
+    b"\xc3",
+    b"\xa9",
+    b"\xc2",
+    b"\xa0",
+    b"\xe3\x80",
+    b"\x80",
+    b"\xe6\x88",
+    b"\x91\xe4\xbb",
+    b"\xac",
+    "我们".encode(),
+    "ß".encode(),
+    "ﬁ".encode(),
+    b"\xff",
+    b"e\xcc\x81",
+]
 SEPARATOR = 0
 VOCABULARY = Vocabulary(ENTRIES)
 
@@ -41,11 +62,15 @@ SEEDS = st.sampled_from([0, 1, 2**64 - 1])
 def rules(draw, strategies=("hash", "letters", "static"), **fixed) -> Goldfish:
     strategy = draw(st.sampled_from(strategies))
     options = {
-        "k": draw(st.sampled_from([1.5, 2, 2.5, 4])), "h": draw(st.sampled_from([1, 2, 3, 13])),
-        "seed": draw(SEEDS), "opening": draw(st.sampled_from(["short", "keep"])),
-        "window": "preceding" if strategy == "letters" else draw(st.sampled_from(["preceding", "inclusive"])),
+        "k": draw(st.sampled_from([1.5, 2, 2.5, 4])),
+        "h": draw(st.sampled_from([1, 2, 3, 13])),
+        "seed": draw(SEEDS),
+        "opening": draw(st.sampled_from(["short", "keep"])),
+        "window": "preceding"
+        if strategy == "letters"
+        else draw(st.sampled_from(["preceding", "inclusive"])),
         "exempt": draw(st.sampled_from([(), (3, 5)])),
-    }  # fmt: skip
+    }
     options |= fixed
     if strategy in ("hash", "letters") and "max_kept" not in options and draw(st.booleans()):
         options |= {"max_kept": draw(st.sampled_from([4, 5, 9])), "opening": "short"}
@@ -67,21 +92,31 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
         return rule.h
     texts = [[ENTRIES[i] for i in passage[: i + 1]] for i in range(len(passage))]
     counts = [len(spec.letters_before(text, characters(), False)) for text in texts]
-    return next((i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h), len(passage))
+    return next(
+        (i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h), len(passage)
+    )
 
 
 # --- where a passage occurs
 
 
 @stable
-@given(rule=rules(("hash", "letters")), before=DOCUMENT, other=DOCUMENT, passage=DOCUMENT, after=DOCUMENT)
+@given(
+    rule=rules(("hash", "letters")),
+    before=DOCUMENT,
+    other=DOCUMENT,
+    passage=DOCUMENT,
+    after=DOCUMENT,
+)
 def test_a_passage_keeps_its_decisions_wherever_it_occurs(rule, before, other, passage, after):
     """Shift invariance. The passage begins with a separator: or its first bytes would complete another character."""
     passage = [SEPARATOR, *passage]
     begin = settled(rule, passage)
     alone = decide(rule, passage)[begin:]
     for context in (before, other, [], before + other):
-        moved = decide(rule, context + passage + after)[len(context) + begin : len(context) + len(passage)]
+        moved = decide(rule, context + passage + after)[
+            len(context) + begin : len(context) + len(passage)
+        ]
         if context or begin:  # a document's first token is never dropped
             assert moved == alone
 
@@ -93,7 +128,12 @@ def test_later_tokens_never_change_a_decision(rule, ids, more):
 
 
 @stable
-@given(rule=rules(("hash", "letters"), window="preceding", exempt=()), ids=DOCUMENT, other=TOKEN, data=st.data())
+@given(
+    rule=rules(("hash", "letters"), window="preceding", exempt=()),
+    ids=DOCUMENT,
+    other=TOKEN,
+    data=st.data(),
+)
 def test_a_token_has_no_part_in_its_own_decision(rule, ids, other, data):
     place = data.draw(st.integers(0, len(ids) - 1))
     changed = [*ids[:place], other, *ids[place + 1 :]]
@@ -111,19 +151,28 @@ def test_an_inclusive_window_sees_its_target():
 
 @stable
 @given(
-    rule=rules(("hash", "letters")), max_kept=st.integers(4, 9),
+    rule=rules(("hash", "letters")),
+    max_kept=st.integers(4, 9),
     documents=st.lists(st.lists(TOKEN, min_size=20, max_size=40), min_size=1, max_size=3),
-)  # fmt: skip
+)
 def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
     """In every document, its start and end included; exempt ids are not counted. Natural drops are all there."""
     rule = replace(rule, max_kept=max_kept, opening="short")
-    dropped = iter(decide(rule, [*chain(*documents)], position_ids=[i for d in documents for i in range(len(d))]))
+    dropped = iter(
+        decide(
+            rule, [*chain(*documents)], position_ids=[i for d in documents for i in range(len(d))]
+        )
+    )
     natural = rule.natural()
     assert natural._limit == spec.natural_threshold(rule.k, max_kept)
     for document in documents:
         drops = [next(dropped) for _ in document]
-        assert all(drop for drop, needed in zip(drops, decide(natural, document), strict=True) if needed)
-        targets = [drop for i, drop in zip(document[1:], drops[1:], strict=True) if i not in rule.exempt]
+        assert all(
+            drop for drop, needed in zip(drops, decide(natural, document), strict=True) if needed
+        )
+        targets = [
+            drop for i, drop in zip(document[1:], drops[1:], strict=True) if i not in rule.exempt
+        ]
         runs = "".join("01"[drop] for drop in targets).split("1")
         assert max(map(len, runs)) <= max_kept
         assert not any(drop for i, drop in zip(document, drops, strict=True) if i in rule.exempt)
@@ -133,14 +182,20 @@ def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
 
 
 @stable
-@given(rule=rules(), documents=st.lists(DOCUMENT, min_size=1, max_size=4), end=st.integers(len(ENTRIES), 99))
+@given(
+    rule=rules(),
+    documents=st.lists(DOCUMENT, min_size=1, max_size=4),
+    end=st.integers(len(ENTRIES), 99),
+)
 def test_packed_is_alone(rule, documents, end):
     alone = [decide(rule, document) for document in documents]
     packed = [*chain(*documents)]
     positions = [i for document in documents for i in range(len(document))]
     assert decide(rule, packed, position_ids=positions) == [*chain(*alone)]
     # The same with a separator after each document, which belongs to the document that it ends.
-    ended = decide(replace(rule, document_end=end), [i for document in documents for i in (*document, end)])
+    ended = decide(
+        replace(rule, document_end=end), [i for document in documents for i in (*document, end)]
+    )
     for document, expected in zip(documents, alone, strict=True):
         assert ended[: len(document)] == expected
         ended = ended[len(document) + 1 :]
@@ -148,9 +203,14 @@ def test_packed_is_alone(rule, documents, end):
 
 @stable
 @given(
-    rule=rules(), ids=DOCUMENT, pad=TOKEN, left=st.integers(0, 5), right=st.integers(0, 5), packed=st.booleans(),
+    rule=rules(),
+    ids=DOCUMENT,
+    pad=TOKEN,
+    left=st.integers(0, 5),
+    right=st.integers(0, 5),
+    packed=st.booleans(),
     data=st.data(),
-)  # fmt: skip
+)
 def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
     """Left, right, and between: what is not attended ends nothing and shifts nothing, even with position 0."""
     positions = [i % 11 for i in range(len(ids))]
@@ -159,7 +219,13 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
     for before, between, after in ((left, 0, 0), (0, 0, right), (left, 0, right), (left, 3, right)):
 
         def padded(values, value, before=before, between=between, after=after):
-            return [value] * before + values[:place] + [value] * between + values[place:] + [value] * after
+            return (
+                [value] * before
+                + values[:place]
+                + [value] * between
+                + values[place:]
+                + [value] * after
+            )
 
         beside = {"attention_mask": padded([1] * len(ids), 0)}
         if packed:
@@ -168,7 +234,11 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
 
 
 @stable
-@given(rule=rules(), documents=st.lists(DOCUMENT, min_size=1, max_size=5), order=st.randoms(use_true_random=False))
+@given(
+    rule=rules(),
+    documents=st.lists(DOCUMENT, min_size=1, max_size=5),
+    order=st.randoms(use_true_random=False),
+)
 def test_the_rest_of_the_batch_changes_nothing(rule, documents, order):
     length = max(map(len, documents))
     ids = torch.tensor([document + [0] * (length - len(document)) for document in documents])
@@ -178,7 +248,9 @@ def test_the_rest_of_the_batch_changes_nothing(rule, documents, order):
     dropped = rule.dropped(ids[rows], attention_mask=attended[rows])
     for place, row in enumerate(rows):
         document = documents[row]
-        assert dropped[place].tolist() == decide(rule, document) + [False] * (length - len(document))
+        assert dropped[place].tolist() == decide(rule, document) + [False] * (
+            length - len(document)
+        )
 
 
 @stable
@@ -198,7 +270,12 @@ def test_dtype_and_memory_layout_change_nothing(rule, ids):
     expected = rule.dropped(tensor)
     wide = torch.zeros(4, 3 * length, dtype=torch.int64)
     wide[::2, 1::3] = tensor
-    for same in (tensor.to(torch.int32), tensor.to(torch.int16), tensor.T.contiguous().T, wide[::2, 1::3]):
+    for same in (
+        tensor.to(torch.int32),
+        tensor.to(torch.int16),
+        tensor.T.contiguous().T,
+        wide[::2, 1::3],
+    ):
         assert torch.equal(rule.dropped(same), expected)
         assert torch.equal(rule.dropped(same[1]), expected[1])
 
@@ -217,7 +294,9 @@ def test_every_bit_of_the_seed_counts(strategy):
         places = torch.arange(1, len(ids), 9)[20:]  # one decision a word of eight letters
     base = torch.tensor(decide(Goldfish(k=2, strategy=strategy, vocabulary=VOCABULARY), ids))
     for bit in range(64):
-        other = torch.tensor(decide(Goldfish(k=2, seed=1 << bit, strategy=strategy, vocabulary=VOCABULARY), ids))
+        other = torch.tensor(
+            decide(Goldfish(k=2, seed=1 << bit, strategy=strategy, vocabulary=VOCABULARY), ids)
+        )
         share = (base != other)[places].float().mean().item()
         assert abs(share - 0.5) < 4.5 * (0.25 / len(places)) ** 0.5, bit
 
@@ -234,7 +313,9 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 RULES = {
     "hash": Goldfish(k=3, h=5, exempt=(3,), document_end=7, max_kept=4),
-    "letters": Goldfish(k=3, h=3, strategy="letters", exempt=(3,), document_end=7, max_kept=3, vocabulary=VOCABULARY),
+    "letters": Goldfish(
+        k=3, h=3, strategy="letters", exempt=(3,), document_end=7, max_kept=3, vocabulary=VOCABULARY
+    ),
     "static": Goldfish(k=2.5, strategy="static", document_end=7),
 }
 
@@ -242,7 +323,10 @@ RULES = {
 @pytest.mark.parametrize(
     ("strategy", "backend"),
     # Half a minute of C++ compiler, so only for the rule with the most to compile.
-    [*((strategy, "aot_eager") for strategy in RULES), pytest.param("letters", "inductor", marks=pytest.mark.slow)],
+    [
+        *((strategy, "aot_eager") for strategy in RULES),
+        pytest.param("letters", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_is_eager(strategy, backend):
     rule, (ids, positions, attended) = RULES[strategy], batch()
@@ -275,7 +359,9 @@ def test_dataloader_workers_decide_the_same(strategy):
     expected = torch.stack([dataset[i] for i in range(len(dataset))])
     assert 0.2 < expected.float().mean() < 0.5
     for workers in (0, 1, *([8] if strategy == "letters" else [])):
-        assert torch.equal(torch.cat([*DataLoader(dataset, batch_size=4, num_workers=workers)]), expected)
+        assert torch.equal(
+            torch.cat([*DataLoader(dataset, batch_size=4, num_workers=workers)]), expected
+        )
 
 
 RANK = """
@@ -303,10 +389,15 @@ def test_two_processes_with_other_thread_counts_decide_the_same(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     environment.pop("OMP_NUM_THREADS", None)
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], env=environment,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     answers = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], answers
     assert answers[0][0] == answers[1][0]

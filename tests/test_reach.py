@@ -12,11 +12,17 @@ import transformers
 from accelerate.state import GradientState
 from conftest import tiny_llama
 from test_trainer import RULE, trained, unequal_rows
-from transformers import BatchEncoding, DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    BatchEncoding,
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from goldfish import Goldfish, GoldfishTrainer, attach, mask_labels
 from goldfish.receipt import read_receipt
-from goldfish.refusals import why_not_this_model, why_not_this_trainer
+from goldfish.unsupported import why_not_this_model, why_not_this_trainer
 
 pytestmark = pytest.mark.core
 NOTHING = Goldfish(k=10**9)
@@ -55,9 +61,15 @@ def test_the_gauge_of_prompt_tuning_skips_the_virtual_tokens(tmp_path, tokenizer
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     trainer, _, _ = trained(
-        tmp_path, tokenizer, model=peft.get_peft_model(tiny_llama(), config), batch=1, steps=1, then=attached(),
-        train_dataset=unequal_rows().select([0]), settings={"learning_rate": 0.0},
-    )  # fmt: skip
+        tmp_path,
+        tokenizer,
+        model=peft.get_peft_model(tiny_llama(), config),
+        batch=1,
+        steps=1,
+        then=attached(),
+        train_dataset=unequal_rows().select([0]),
+        settings={"learning_rate": 0.0},
+    )
     (entry,) = logs(trainer)
     ids = torch.tensor(unequal_rows()[0]["input_ids"])
     dropped = RULE.dropped(ids)[1:]
@@ -79,7 +91,12 @@ def test_a_gauge_that_fails_is_off_and_training_goes_on(tmp_path, tokenizer, mon
     with caplog.at_level("WARNING", logger="goldfish.trainer"):
         trainer, losses, _ = trained(tmp_path, tokenizer, then=attached())
     assert len(losses) == 4
-    assert len(calls) == caplog.text.count("gauge of memorization is off") == caplog.text.count("no logits here") == 1
+    assert (
+        len(calls)
+        == caplog.text.count("gauge of memorization is off")
+        == caplog.text.count("no logits here")
+        == 1
+    )
     assert "goldfish/drop_rate" in logs(trainer)[-1]
     assert "goldfish/gap" not in logs(trainer)[-1]
 
@@ -97,9 +114,13 @@ def test_the_gauge_skips_batches_with_pictures(tmp_path, tokenizer, caplog):
     model.__class__ = Sees
     with caplog.at_level("WARNING", logger="goldfish.trainer"):
         trainer, losses, _ = trained(
-            tmp_path, tokenizer, model=model, then=attached(), steps=2,
+            tmp_path,
+            tokenizer,
+            model=model,
+            then=attached(),
+            steps=2,
             data_collator=lambda rows: {**collate(rows), "pixel_values": torch.zeros(7, 3)},
-        )  # fmt: skip
+        )
     assert len(losses) == 2
     assert not any("goldfish/gap" in entry for entry in logs(trainer))
     assert "off" not in caplog.text
@@ -110,15 +131,27 @@ def test_the_gauge_skips_batches_with_pictures(tmp_path, tokenizer, caplog):
     [
         ({"logging_strategy": "epoch", "num_train_epochs": 2}, 2),
         ({"logging_strategy": "no", "num_train_epochs": 2}, 0),
-        ({"logging_strategy": "steps", "logging_steps": 3, "logging_first_step": True, "num_train_epochs": 1}, 2),
+        (
+            {
+                "logging_strategy": "steps",
+                "logging_steps": 3,
+                "logging_first_step": True,
+                "num_train_epochs": 1,
+            },
+            2,
+        ),
     ],
 )
-def test_the_gauge_is_read_for_every_log_and_no_other(tmp_path, tokenizer, monkeypatch, settings, measured):
+def test_the_gauge_is_read_for_every_log_and_no_other(
+    tmp_path, tokenizer, monkeypatch, settings, measured
+):
     from goldfish import gauge
 
     calls = []
     monkeypatch.setattr("goldfish.trainer.measure", lambda *a: calls.append(a) or gauge.measure(*a))
-    trainer, _, _ = trained(tmp_path, tokenizer, then=attached(), batch=4, steps=-1, settings=settings)
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, then=attached(), batch=4, steps=-1, settings=settings
+    )
     assert len(calls) == len(logs(trainer)) == measured
     assert all("goldfish/gap" in entry for entry in logs(trainer))
 
@@ -128,9 +161,13 @@ def test_the_gauge_is_read_for_every_log_and_no_other(tmp_path, tokenizer, monke
 
 def tiny_config(kind, **more):
     sizes = {
-        "vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "num_key_value_heads": 2,
-    }  # fmt: skip
+    }
     return kind(**{**sizes, **more})
 
 
@@ -143,32 +180,53 @@ def tiny_config(kind, **more):
         ("BertForQuestionAnswering", transformers.BertConfig, "ForQuestionAnsweringLoss"),
         ("BertForPreTraining", transformers.BertConfig, "generates no text"),
         ("BertForNextSentencePrediction", transformers.BertConfig, "generates no text"),
-        ("LlamaForSequenceClassification", transformers.LlamaConfig, "ForSequenceClassificationLoss"),
+        (
+            "LlamaForSequenceClassification",
+            transformers.LlamaConfig,
+            "ForSequenceClassificationLoss",
+        ),
     ],
 )
 def test_models_that_do_not_predict_the_next_token_are_refused(tmp_path, model, config, reason):
     with torch.device("meta"):
-        other = getattr(transformers, model)(tiny_config(config, d_model=16, d_ff=16, num_layers=1, num_heads=2))
+        other = getattr(transformers, model)(
+            tiny_config(config, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+        )
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     for give in (
-        lambda **how: GoldfishTrainer(other.to_empty(device="cpu"), arguments, goldfish=RULE, **how),
+        lambda **how: GoldfishTrainer(
+            other.to_empty(device="cpu"), arguments, goldfish=RULE, **how
+        ),
         lambda **how: attach(Trainer(other.to_empty(device="cpu"), arguments, **how), RULE),
     ):
-        with pytest.raises(ValueError, match=rf"{model} .*{reason}.*causal language models; pass a compute_loss_func"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{model} .*{reason}.*causal language models; pass a compute_loss_func",
+        ):
             give()
         give(compute_loss_func=lambda outputs, labels, **_: outputs[0].sum())
 
 
 def test_vision_language_models_pass():
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
     )
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(
-            transformers.LlavaConfig(vision_config=vision, text_config=tiny_config(transformers.LlamaConfig))
+            transformers.LlavaConfig(
+                vision_config=vision, text_config=tiny_config(transformers.LlamaConfig)
+            )
         )
     assert (
-        why_not_this_model(model) == why_not_this_model(tiny_llama()) == why_not_this_model(torch.nn.Linear(2, 2)) == ""
+        why_not_this_model(model)
+        == why_not_this_model(tiny_llama())
+        == why_not_this_model(torch.nn.Linear(2, 2))
+        == ""
     )
 
 
@@ -176,8 +234,17 @@ def test_vision_language_models_pass():
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_gpt2_is_exact_whatever_trainer_counts(tmp_path, tokenizer, rule, accumulation):
     """Trainer takes the first token of its rows for a target, as older versions do for all models."""
-    sizes = {"vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
-    config = transformers.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
+    sizes = {
+        "vocab_size": 320,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+    }
+    config = transformers.GPT2Config(
+        **sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0
+    )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
     total, kept = 0.0, 0
@@ -213,9 +280,12 @@ class ReadsAttributes(Trainer):
 def test_batches_keep_their_type(tmp_path, tokenizer):
     collate = DataCollatorForSeq2Seq(tokenizer)
     _, losses, _ = trained(
-        tmp_path, tokenizer, trainer_class=ReadsAttributes, then=attached(),
+        tmp_path,
+        tokenizer,
+        trainer_class=ReadsAttributes,
+        then=attached(),
         data_collator=lambda rows: BatchEncoding(dict(collate(rows))),
-    )  # fmt: skip
+    )
     assert losses == trained(tmp_path, tokenizer, then=attached())[1]
 
 
@@ -230,7 +300,9 @@ def test_rows_that_were_cut_among_processes_are_refused(tmp_path, tokenizer):
 
     with pytest.raises(ValueError, match=r"shift_labels and no labels.*premask\(dataset, rule\)"):
         trained(tmp_path, tokenizer, then=attached(), data_collator=cut)
-    trainer = Trainer(tiny_llama(), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+    trainer = Trainer(
+        tiny_llama(), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    )
     trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_enabled=True))
     with pytest.raises(ValueError, match="DeepSpeed Ulysses"):
         attach(trainer, RULE)
@@ -245,7 +317,9 @@ def test_a_new_model_is_counted_anew(tmp_path, tokenizer):
     def init_trainer(model, **how):
         return Trainer(model_init=lambda: tiny_llama(), **how)
 
-    trainer, losses, _ = trained(tmp_path, tokenizer, trainer_class=init_trainer, then=attached(fused=True))
+    trainer, losses, _ = trained(
+        tmp_path, tokenizer, trainer_class=init_trainer, then=attached(fused=True)
+    )
     assert trainer._tally.sum()[0] == TARGETS
     trainer.train()
     assert trainer._tally.sum()[0] == TARGETS
@@ -262,17 +336,30 @@ class OutOfMemoryOnce(Trainer):
 def test_batches_that_ran_out_of_memory_are_not_counted(tmp_path, tokenizer):
     settings = {"auto_find_batch_size": True, "num_train_epochs": 1}
     trainer, losses, _ = trained(
-        tmp_path, tokenizer, trainer_class=OutOfMemoryOnce, then=attached(), batch=8, steps=-1, settings=settings
+        tmp_path,
+        tokenizer,
+        trainer_class=OutOfMemoryOnce,
+        then=attached(),
+        batch=8,
+        steps=-1,
+        settings=settings,
     )
     assert len(losses) > 2, "with smaller batches"
     assert trainer._tally.sum()[0] == TARGETS
-    dropped = sum(int(RULE.dropped(torch.tensor(row["input_ids"]))[1:].sum()) for row in unequal_rows())
+    dropped = sum(
+        int(RULE.dropped(torch.tensor(row["input_ids"]))[1:].sum()) for row in unequal_rows()
+    )
     assert trainer._tally.sum()[1] == dropped
 
 
 def test_a_mistyped_checkpoint_is_trainers_own_error(tmp_path, tokenizer):
     with pytest.raises((ValueError, OSError), match="nowhere") as error:
-        trained(tmp_path, tokenizer, then=attached(), train={"resume_from_checkpoint": str(tmp_path / "nowhere")})
+        trained(
+            tmp_path,
+            tokenizer,
+            then=attached(),
+            train={"resume_from_checkpoint": str(tmp_path / "nowhere")},
+        )
     assert "without a rule" not in str(error.value)
 
 
@@ -298,7 +385,10 @@ def unsloths(name):
 def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
     trl = pytest.importorskip("trl")
     names = ("DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
-    for name, base in [*((name, getattr(trl, name)) for name in names), ("DPOTrainer", unsloths("DPOTrainer"))]:
+    for name, base in [
+        *((name, getattr(trl, name)) for name in names),
+        ("DPOTrainer", unsloths("DPOTrainer")),
+    ]:
         kind = type("Mine", (base,), {})
         trainer = object.__new__(kind)
         trainer.args = SimpleNamespace()
@@ -342,14 +432,20 @@ def test_unsloths_pattern(tmp_path, tokenizer):
         tmp_path, tokenizer, trainer_class=Unsloth, then=attached(fused=True), settings=settings
     )
     assert trainer.prepared
-    assert losses == pytest.approx(trained(tmp_path / "plain", tokenizer, then=attached())[1], rel=1e-5)
+    assert losses == pytest.approx(
+        trained(tmp_path / "plain", tokenizer, then=attached())[1], rel=1e-5
+    )
     assert trainer._tally.sum()[0] == TARGETS
-    assert "logits" in trainer.model.train()(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]]))
+    assert "logits" in trainer.model.train()(
+        input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])
+    )
     trainer.goldfish = NOTHING
     with pytest.raises(ValueError, match=r"was trained under Goldfish\(k=3"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
-    assert read_receipt(tmp_path / "checkpoint-4")["before"] == read_receipt(tmp_path / "checkpoint-2")
+    assert read_receipt(tmp_path / "checkpoint-4")["before"] == read_receipt(
+        tmp_path / "checkpoint-2"
+    )
 
 
 class Swift(Trainer):
@@ -361,16 +457,22 @@ class Swift(Trainer):
 @pytest.mark.parametrize("rules", [RULE, {"web": RULE}])
 def test_ms_swifts_dataloader_takes_an_argument(tmp_path, tokenizer, rules):
     rows = unequal_rows().add_column("source", ["web"] * 16)
-    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=Swift, then=attached(rules), train_dataset=rows, steps=1)
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=Swift, then=attached(rules), train_dataset=rows, steps=1
+    )
     trainer.get_train_dataloader(skip_batches=3)
     assert trainer.skipped == 3
 
 
-@pytest.mark.skipif(not hasattr(transformers.trainer, "apply_liger_kernel"), reason="Trainer calls it elsewhere")
+@pytest.mark.skipif(
+    not hasattr(transformers.trainer, "apply_liger_kernel"), reason="Trainer calls it elsewhere"
+)
 @pytest.mark.parametrize("fused", [True, False])
 def test_liger_leaves_the_head_to_a_fused_loss(tmp_path, tokenizer, monkeypatch, caplog, fused):
     applied = []
-    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
+    monkeypatch.setattr(
+        "transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config)
+    )
     settings = {"use_liger_kernel": True, "liger_kernel_config": {"rope": True}}
     with caplog.at_level("WARNING", logger="goldfish.trainer"):
         trained(tmp_path, tokenizer, then=attached(fused=fused), settings=settings, steps=1)
@@ -381,7 +483,9 @@ def test_liger_leaves_the_head_to_a_fused_loss(tmp_path, tokenizer, monkeypatch,
 def test_an_attached_trainer_can_be_pickled(tmp_path, tokenizer):
     """As far as Trainer can be: before it trains."""
     GradientState._reset_state()  # accelerate keeps references to the loaders of interrupted runs
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True
+    )
     trainer = Trainer(tiny_llama(), arguments, DataCollatorForSeq2Seq(tokenizer), unequal_rows())
     twin = pickle.loads(pickle.dumps(attach(trainer, RULE, fused=True)))
     assert type(twin) is type(trainer)
@@ -400,17 +504,23 @@ def test_axolotls_plugin(tmp_path, tokenizer, monkeypatch):
     for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "goldfish.integrations.axolotl", raising=False)
-    with pytest.raises(RuntimeError, match="goldfish plugin cannot be loaded"):  # Axolotl would ignore an ImportError
+    with pytest.raises(
+        RuntimeError, match="goldfish plugin cannot be loaded"
+    ):  # Axolotl would ignore an ImportError
         importlib.import_module("goldfish.integrations.axolotl")
     monkeypatch.setitem(sys.modules, "axolotl.integrations.base", base)
-    monkeypatch.setitem(sys.modules, "axolotl.integrations", types.ModuleType("axolotl.integrations"))
+    monkeypatch.setitem(
+        sys.modules, "axolotl.integrations", types.ModuleType("axolotl.integrations")
+    )
     monkeypatch.setitem(sys.modules, "axolotl", types.ModuleType("axolotl"))
     plugin = importlib.import_module("goldfish.integrations.axolotl").GoldfishPlugin()
     module, _, name = plugin.get_input_args().rpartition(".")
     arguments = getattr(importlib.import_module(module), name)
     with pytest.raises(pydantic.ValidationError, match="goldfish"):
         arguments()
-    cfg = SimpleNamespace(goldfish=arguments(goldfish={"k": 3, "h": 4}).goldfish, output_dir=str(tmp_path / "out"))
+    cfg = SimpleNamespace(
+        goldfish=arguments(goldfish={"k": 3, "h": 4}).goldfish, output_dir=str(tmp_path / "out")
+    )
 
     def create(trainer):
         plugin.post_trainer_create(cfg, trainer)
@@ -439,7 +549,9 @@ def test_ms_swifts_callback(tmp_path, tokenizer, monkeypatch):
 
     class SwiftTrainer(Trainer):
         def __init__(self, args, callbacks, **kwargs):
-            super().__init__(args=args, callbacks=[*callbacks, callbacks_map["goldfish"](args, self)], **kwargs)
+            super().__init__(
+                args=args, callbacks=[*callbacks, callbacks_map["goldfish"](args, self)], **kwargs
+            )
 
     callbacks_map = callbacks.callbacks_map
     trainer, losses, _ = trained(tmp_path, tokenizer, trainer_class=SwiftTrainer)

@@ -26,11 +26,16 @@ def blocks(language: str) -> list[str]:
 LINES = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
 COMMANDS = sorted({part.strip() for line in LINES for part in line.split("&&")})
 # Commands inside sentences and tables, such as `python recipes/sweep.py runs/canaries`
-INLINE = set(re.findall(r"`(?:OMP_NUM_THREADS=1 )?(python recipes/[^`]+)`", "\n".join(TEXT.values())))
+INLINE = set(
+    re.findall(r"`(?:OMP_NUM_THREADS=1 )?(python recipes/[^`]+)`", "\n".join(TEXT.values()))
+)
 
 
 def test_there_are_commands_to_check():
-    assert {"python recipes/memorize.py", "pip install -c constraints.txt -e '.[test,docs]'"} <= set(COMMANDS)
+    assert {
+        "python recipes/memorize.py",
+        "pip install -c constraints.txt -e '.[test,docs]'",
+    } <= set(COMMANDS)
     assert len(INLINE) > 5
 
 
@@ -43,7 +48,9 @@ def test_goldfish_commands_parse(command):
 def test_recipe_commands_parse(command, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     words = shlex.split(command.replace(" S --model ...", " 0"))
-    script = next(i for i, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py"))
+    script = next(
+        i for i, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py")
+    )
     assert (ROOT / words[script]).is_file()
     recipe = __import__(Path(words[script]).stem)
     if hasattr(recipe, "Arguments"):
@@ -53,14 +60,20 @@ def test_recipe_commands_parse(command, monkeypatch):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_compile_and_import(code):
     compile(code, "docs", "exec")
-    ours = [line for line in code.splitlines() if line.startswith(("from goldfish", "import goldfish"))]
-    exec("\n".join(line for line in ours if "integrations" not in line), {})  # these import their framework
+    ours = [
+        line for line in code.splitlines() if line.startswith(("from goldfish", "import goldfish"))
+    ]
+    exec(
+        "\n".join(line for line in ours if "integrations" not in line), {}
+    )  # these import their framework
 
 
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs make them."""
     headings = re.findall(r"^#+ (.+)$", CODE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", TEXT)
@@ -81,14 +94,25 @@ def test_readme_is_short():
 
 
 PHRASES = [
-    "in other clothes", "by whom, how surely", "is not never", "having been taught", "no one source", "for who decides",
-    "of one's own", "one's own data", "loop of your own",
-]  # fmt: skip
-SOURCES = [path for room in ("goldfish", "recipes", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    "in other clothes",
+    "by whom, how surely",
+    "is not never",
+    "having been taught",
+    "no one source",
+    "for who decides",
+    "of one's own",
+    "one's own data",
+    "loop of your own",
+]
+SOURCES = [
+    path for room in ("goldfish", "recipes", "benchmarks") for path in (ROOT / room).rglob("*.py")
+]
 SOURCES += (ROOT / "goldfish/report/templates").iterdir()
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path", [*PAGES, *SOURCES], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_plain_english(path):
     text = path.read_text(encoding="utf-8").lower()
     assert not [phrase for phrase in PHRASES if phrase in text]
@@ -96,20 +120,26 @@ def test_plain_english(path):
 
 
 def test_what_was_not_measured_is_said_in_one_place():
-    assert [page for page, text in TEXT.items() for _ in re.findall("was not measured\n", text)] == ["docs/results.md"]
+    assert [
+        page for page, text in TEXT.items() for _ in re.findall("was not measured\n", text)
+    ] == ["docs/results.md"]
     assert not [page for page, text in TEXT.items() if re.search(r"(?<!was )not measured", text)]
 
 
 def finetuning(after: bool) -> str:
     """The script of the finetuning example, as it is before or after the change that its diff shows."""
-    (diff,) = (code for kind, code in CODE.findall(README) if kind == "diff" and "SFTTrainer" in code)
+    (diff,) = (
+        code for kind, code in CODE.findall(README) if kind == "diff" and "SFTTrainer" in code
+    )
     lines = [line for line in diff.splitlines() if line[:1] != ("-" if after else "+")]
     return "\n".join(line[1:] for line in lines)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_finetuning_example_runs_as_written(after, tokenizer, tmp_path, monkeypatch, fresh_accelerate):
+def test_finetuning_example_runs_as_written(
+    after, tokenizer, tmp_path, monkeypatch, fresh_accelerate
+):
     monkeypatch.chdir(tmp_path)
     # SFTConfig asks for bf16, which Trainer refuses without a GPU that has it; CPUs have it too.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
@@ -122,10 +152,14 @@ def test_finetuning_example_runs_as_written(after, tokenizer, tmp_path, monkeypa
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     exec(compile(finetuning(after), "README.md", "exec"), {})
     assert Path("finetuned/goldfish.json").is_file() == after
-    commands = [line for kind, code in CODE.findall(README) if kind == "bash" for line in code.splitlines()]
+    commands = [
+        line for kind, code in CODE.findall(README) if kind == "bash" for line in code.splitlines()
+    ]
     for command in [line for line in commands if line.startswith("goldfish ")]:
         assert main(shlex.split(command)[1:]) == 0
-    assert json.loads(Path("audit/summary.json").read_text())["inputs"]["members"]["completions"] == 3
+    assert (
+        json.loads(Path("audit/summary.json").read_text())["inputs"]["members"]["completions"] == 3
+    )
     assert "<html" in Path("report.html").read_text(encoding="utf-8")
 
 
@@ -135,7 +169,9 @@ def test_notebook_runs(tmp_path, monkeypatch, fresh_accelerate):
     monkeypatch.chdir(tmp_path)
     notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text(encoding="utf-8"))
     names: dict[str, object] = {}
-    for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+    for number, cell in enumerate(
+        cell for cell in notebook["cells"] if cell["cell_type"] == "code"
+    ):
         exec(compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names)
     assert names["recited"].k == 0, "the last audit of the notebook is that of the goldfish model"
     assert (tmp_path / "report.html").is_file()
@@ -144,7 +180,9 @@ def test_notebook_runs(tmp_path, monkeypatch, fresh_accelerate):
 def test_constraints_satisfy_pyproject():
     """Every dependency of base and audit is pinned, and its floor is in constraints-lowest.txt."""
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    needed = re.findall(r'^    "([a-z0-9-]+)>=([0-9.]+)"', pyproject.split("recipes = ")[0], re.MULTILINE)
+    needed = re.findall(
+        r'^    "([a-z0-9-]+)>=([0-9.]+)"', pyproject.split("recipes = ")[0], re.MULTILINE
+    )
     assert len(needed) == 10
 
     def pins(name):

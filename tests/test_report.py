@@ -25,7 +25,10 @@ def pair(tmp_path_factory):
     """Twelve members and twelve held-out texts: one model recites all members, the other none."""
     folder = tmp_path_factory.mktemp("pair")
     kinds = [("members", i) for i in range(12)] + [("heldout", i) for i in range(12)]
-    standard = [window(i, split, rule=False, diverge=None if split == "members" else 0) for split, i in kinds]
+    standard = [
+        window(i, split, rule=False, diverge=None if split == "members" else 0)
+        for split, i in kinds
+    ]
     goldfish = [window(i, split, diverge=1 if split == "members" else 0) for split, i in kinds]
     return write_audit(folder / "a", standard, "standard"), write_audit(folder / "b", goldfish)
 
@@ -46,20 +49,34 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
         "Not tested: beam search; prefixes from other places in the documents;",
     ):
         assert part in first_screen
-    greedy = text[text.index("Are more than 1% of such texts recited word for word, greedily?") :][:200]
+    greedy = text[text.index("Are more than 1% of such texts recited word for word, greedily?") :][
+        :200
+    ]
     assert f"PASS 0 of 4000–{bound:.1f}% 0 of 200–16.8%" in greedy
 
 
 def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
-    members = write_audit(tmp_path / "a", [window(0, rule=False), window(1, rule=False)], "only members")
+    members = write_audit(
+        tmp_path / "a", [window(0, rule=False), window(1, rule=False)], "only members"
+    )
     text = flat(report(tmp_path, members))
     assert "2 of 2 training texts recited word for word" in text
     assert "held-out texts: no figure has a control" in text
-    chats = {"members": {"path": "c.jsonl", "sha256": "", "rows": 2, "windows": 2, "completions": 2, "skipped": []}}
+    chats = {
+        "members": {
+            "path": "c.jsonl",
+            "sha256": "",
+            "rows": 2,
+            "windows": 2,
+            "completions": 2,
+            "skipped": [],
+        }
+    }
     write_audit(tmp_path / "c", [window(0), window(1)], inputs=chats)
     text = flat(report(tmp_path, tmp_path / "c", overwrite=True))
     assert (
-        "Given the prompt of a chat, does the model write the assistant’s answer word for word? Tried: greedy" in text
+        "Given the prompt of a chat, does the model write the assistant’s answer word for word? Tried: greedy"
+        in text
     )
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
@@ -78,11 +95,16 @@ def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair, capsys
     assert "are audits of different windows" in text
 
     def compared(baseline):
-        return [(each["first"], each["second"]) for each in page.comparisons(views(*pair, pair[0]), baseline)]
+        return [
+            (each["first"], each["second"])
+            for each in page.comparisons(views(*pair, pair[0]), baseline)
+        ]
 
     assert compared(None) == [(0, 1), (0, 2), (1, 2)]
     assert compared("goldfish") == [(1, 0), (1, 2)]
-    assert main(["report", *map(str, pair), "-o", str(tmp_path / "b.html"), "--baseline", "gold"]) == 2
+    assert (
+        main(["report", *map(str, pair), "-o", str(tmp_path / "b.html"), "--baseline", "gold"]) == 2
+    )
     assert "one of the audits (standard, goldfish), got 'gold'" in capsys.readouterr().err
 
 
@@ -105,13 +127,23 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
     text = flat(html)
     assert "doc-3members, row 3, token 5" in text
     assert "other places were not tested" not in text
-    for name in ("members.exact_match", "members.offset_sweep@5", "members.extractable@1000,0.5", "mia.loss.auc"):
+    for name in (
+        "members.exact_match",
+        "members.offset_sweep@5",
+        "members.extractable@1000,0.5",
+        "mia.loss.auc",
+    ):
         assert f'<th scope="row">{name}</th>' in html
 
 
 def test_a_confounded_audit_has_no_headline(tmp_path):
     rows = [
-        window(i, split, prefix="the cat " if split == "members" else "a dog and a house ", name=f"{split} {i}")
+        window(
+            i,
+            split,
+            prefix="the cat " if split == "members" else "a dog and a house ",
+            name=f"{split} {i}",
+        )
         for split in ("members", "heldout")
         for i in range(40)
     ]
@@ -128,12 +160,19 @@ def test_numbers_for_people():
 
 def test_colours_of_the_drill_down():
     row = window(0, diverge=4, suffix=list("abcdef")) | {
-        "output_tokens": list("abcdXf"), "dropped": [False, True, False, False, True, True],
-    }  # fmt: skip
-    assert spans.output(row, redact=False) == "<i class=m>a</i><u class=m>b</u><i class=m>cd</i><u class=x>X</u>f"
+        "output_tokens": list("abcdXf"),
+        "dropped": [False, True, False, False, True, True],
+    }
+    assert (
+        spans.output(row, redact=False)
+        == "<i class=m>a</i><u class=m>b</u><i class=m>cd</i><u class=x>X</u>f"
+    )
     unruled = window(0, rule=False, suffix=list("abcdef"))
     assert spans.truths([unruled, row, None], redact=False) == [([0, 1], "a<u>b</u>cd<u>ef</u>")]
-    assert [audits for audits, _ in spans.truths([row, row | {"dropped": [True] * 6}], False)] == [[0], [1]]
+    assert [audits for audits, _ in spans.truths([row, row | {"dropped": [True] * 6}], False)] == [
+        [0],
+        [1],
+    ]
     assert spans.truths([unruled], redact=False) == [([0], "abcdef")]
     stopped = window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
     assert spans.output(stopped, redact=False) == '<i class="x end">[stops here]</i>'
@@ -158,8 +197,10 @@ def test_texts_are_matched_and_ordered_by_recitation(tmp_path, pair):
     rows = [window(3, diverge=2), window(1, diverge=5), window(2, diverge=5), window(0, "heldout")]
     third = write_audit(tmp_path / "c", [*rows, window(9, suffix=["else"], diverge=0)], "third")
     order = spans.order(views(pair[1], third))
-    texts = [[w and (w["split"], w["index"], w["first_divergence"]) for w in group]
-             for group in spans.windows(views(pair[1], third), order)]  # fmt: skip
+    texts = [
+        [w and (w["split"], w["index"], w["first_divergence"]) for w in group]
+        for group in spans.windows(views(pair[1], third), order)
+    ]
     assert len(texts) == 24 + 1  # the two texts of row 9 differ
     assert texts[:3] == [
         [("members", 1, 1), ("members", 1, 5)],
@@ -175,7 +216,11 @@ def test_texts_are_matched_and_ordered_by_recitation(tmp_path, pair):
 def poisoned(value, poison):
     """A summary whose free texts all end in something nasty."""
     if isinstance(value, dict):
-        free = {key: poisoned(each, poison) for key, each in value.items() if key not in ("schema", "outcome")}
+        free = {
+            key: poisoned(each, poison)
+            for key, each in value.items()
+            if key not in ("schema", "outcome")
+        }
         return value | free
     if isinstance(value, list):
         return [poisoned(each, poison) for each in value]
@@ -184,9 +229,11 @@ def poisoned(value, poison):
 
 def test_hostile_text_is_inert_and_complete_wherever_it_stands(tmp_path):
     prefix = "<b>&amp;</b>\n" + NASTY[1] + "]]>"
-    rows = [window(0, suffix=NASTY, prefix=prefix, name=NASTY[0] + NASTY[7]),
-            window(1, suffix=NASTY, diverge=3, name="'\"><a href=javascript:alert(1)>"),
-            window(0, "heldout", suffix=NASTY, diverge=2, name=NASTY[8])]  # fmt: skip
+    rows = [
+        window(0, suffix=NASTY, prefix=prefix, name=NASTY[0] + NASTY[7]),
+        window(1, suffix=NASTY, diverge=3, name="'\"><a href=javascript:alert(1)>"),
+        window(0, "heldout", suffix=NASTY, diverge=2, name=NASTY[8]),
+    ]
     audit = write_audit(tmp_path / "a", rows, protocol={NASTY[4]: [NASTY]})
     summary = json.loads((audit / "summary.json").read_text())
     summary["versions"] = {NASTY[0]: NASTY[3] + "\ud800"}
@@ -195,10 +242,21 @@ def test_hostile_text_is_inert_and_complete_wherever_it_stands(tmp_path):
     html = report(tmp_path, audit)
     assert not [c for c in html if c not in "\n\t" and not c.isprintable() and c != "\u200d"]
     hostile, text = Page(html), "".join(NASTY)
-    assert hostile.texts == [prefix, text, text, "A prefix. ", text, "".join(rows[1]["output_tokens"]), "A prefix. ",
-                             text, "".join(rows[2]["output_tokens"])]  # fmt: skip
-    innocent = [window(i, split, suffix=["a"] * len(NASTY), diverge=d)
-                for i, split, d in ((0, "members", None), (1, "members", 3), (0, "heldout", 2))]  # fmt: skip
+    assert hostile.texts == [
+        prefix,
+        text,
+        text,
+        "A prefix. ",
+        text,
+        "".join(rows[1]["output_tokens"]),
+        "A prefix. ",
+        text,
+        "".join(rows[2]["output_tokens"]),
+    ]
+    innocent = [
+        window(i, split, suffix=["a"] * len(NASTY), diverge=d)
+        for i, split, d in ((0, "members", None), (1, "members", 3), (0, "heldout", 2))
+    ]
     harmless = Page(report(tmp_path, write_audit(tmp_path / "plain", innocent), overwrite=True))
     assert hostile.scripts == harmless.scripts
     assert {tag for tag, _ in hostile.elements} == {tag for tag, _ in harmless.elements} | {"s"}
@@ -212,12 +270,16 @@ def test_same_bytes_and_no_script_or_address_but_its_own(tmp_path, pair):
     parsed = Page(html)
     assert html == report(tmp_path / "again", *pair)
     policy = next(
-        attrs["content"] for tag, attrs in parsed.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+        attrs["content"]
+        for tag, attrs in parsed.elements
+        if attrs.get("http-equiv") == "Content-Security-Policy"
     )
     digest = base64.b64encode(hashlib.sha256("".join(parsed.scripts).encode()).digest()).decode()
     assert policy.startswith("default-src 'none'")
     assert f"script-src 'sha256-{digest}'" in policy
-    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|@font-face", html.replace("".join(parsed.scripts), ""))
+    assert not re.search(
+        r"https?:|//[a-z]|url\((?!#)|@import|@font-face", html.replace("".join(parsed.scripts), "")
+    )
     for tag, attrs in parsed.elements:
         assert not attrs.keys() & {"src", "onclick", "onload", "action"}
         assert (attrs.get("href") or "#").startswith("#"), tag
@@ -226,9 +288,15 @@ def test_same_bytes_and_no_script_or_address_but_its_own(tmp_path, pair):
 
 
 def test_redaction_leaves_lengths_and_colours(tmp_path):
-    rows = [window(0, suffix=["zeb", "ra\n", " quag", "ga"], prefix="okapi gnu", name="eland", diverge=2)]
+    rows = [
+        window(
+            0, suffix=["zeb", "ra\n", " quag", "ga"], prefix="okapi gnu", name="eland", diverge=2
+        )
+    ]
     rows[0]["output_tokens"][2:] = [" kudu", "\toryx"]
-    audit = write_audit(tmp_path / "a", rows, "gazelle", {"control": "/data/impala", "secrets": "gerenuk"})
+    audit = write_audit(
+        tmp_path / "a", rows, "gazelle", {"control": "/data/impala", "secrets": "gerenuk"}
+    )
     html = report(tmp_path, audit, audit, redact=True)
     texts = ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥")
     for word in (*texts, "gazelle", "impala", "gerenuk", "jsonl"):
@@ -240,7 +308,14 @@ def test_redaction_leaves_lengths_and_colours(tmp_path):
 
 
 def test_lines_of_a_megabyte(tmp_path):
-    rows = [window(0, prefix="x" * 1_000_000 + "the end", suffix=["y" * 1_000_000, "z"], name="n" * 1_000_000)]
+    rows = [
+        window(
+            0,
+            prefix="x" * 1_000_000 + "the end",
+            suffix=["y" * 1_000_000, "z"],
+            name="n" * 1_000_000,
+        )
+    ]
     html = report(tmp_path, write_audit(tmp_path / "a", rows, "m" * 1_000_000))
     assert "996,007 characters before this are not shown" in html
     assert "the end</p>" in html
@@ -284,7 +359,11 @@ def test_damaged_audits_are_named(tmp_path, pair):
         with pytest.raises(error, match=message):
             report(tmp_path, *folders)
 
-    refused(FileNotFoundError, r"nowhere is not a finished audit: it has no summary\.json", tmp_path / "nowhere")
+    refused(
+        FileNotFoundError,
+        r"nowhere is not a finished audit: it has no summary\.json",
+        tmp_path / "nowhere",
+    )
     refused(ValueError, "audits is empty")
     with pytest.raises(TypeError, match="got the single path"):
         write_report(str(pair[0]), tmp_path / "report.html")

@@ -11,25 +11,52 @@ from report_audits import NASTY, window, write_audit
 
 from goldfish.report import write_report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 
 def browse(tmp_path, page, *flags):
-    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars"]  # fmt: skip
-    command = [BROWSER, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path / 'profile'}", *flags]
-    return subprocess.run([*command, page.as_uri()], capture_output=True, timeout=120, check=True).stdout.decode()
+    quiet = [
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+    ]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        *quiet,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *flags,
+    ]
+    return subprocess.run(
+        [*command, page.as_uri()], capture_output=True, timeout=120, check=True
+    ).stdout.decode()
 
 
 def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp_path):
-    pwn = ["<script>document.title='pwned'</script>", "<img src=x onerror=\"document.title='pwned'\">"]
-    rows = [window(0, suffix=NASTY + pwn, prefix=pwn[0], name=pwn[1] * 9), window(1, "heldout", diverge=1)]
+    pwn = [
+        "<script>document.title='pwned'</script>",
+        "<img src=x onerror=\"document.title='pwned'\">",
+    ]
+    rows = [
+        window(0, suffix=NASTY + pwn, prefix=pwn[0], name=pwn[1] * 9),
+        window(1, "heldout", diverge=1),
+    ]
     names = (pwn[0], "a-name-that-is-as-long-as-that-of-a-checkpoint-on-the-hub-can-be", "third")
     audits = [write_audit(tmp_path / str(i), rows, name) for i, name in enumerate(names)]
     path = write_report(audits, tmp_path / "report.html")
     dom = browse(tmp_path, path, "--dump-dom")
-    assert "2 of 2 shown" in dom  # written by the page's own script, so its hash in the policy is right
+    assert (
+        "2 of 2 shown" in dom
+    )  # written by the page's own script, so its hash in the policy is right
     assert "<title>Memorization audit: " in dom
     assert 'id="tools">' in dom
     assert "<img" not in dom
@@ -43,15 +70,21 @@ def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp
         (e) => e.getBoundingClientRect().width > 150)].join();
     }).join(" ");"""
     page = escape(path.read_text(encoding="utf-8"))
-    frames = "".join(f'<iframe width={width} height=900 srcdoc="{page}"></iframe>' for width in (1280, 390))
-    (tmp_path / "frames.html").write_text(f"<!doctype html><style>iframe {{ border: 0 }}</style>{frames}"
-                                          f"<script>{measure}</script>", encoding="utf-8")  # fmt: skip
+    frames = "".join(
+        f'<iframe width={width} height=900 srcdoc="{page}"></iframe>' for width in (1280, 390)
+    )
+    (tmp_path / "frames.html").write_text(
+        f"<!doctype html><style>iframe {{ border: 0 }}</style>{frames}<script>{measure}</script>",
+        encoding="utf-8",
+    )
     dom = browse(tmp_path, tmp_path / "frames.html", "--dump-dom")
     assert re.search("<title>(.*?)</title>", dom)[1] == "1280,0,true 390,0,true"
 
 
 def test_sorting_and_filtering(tmp_path):
-    rows = [window(i, diverge=d) for i, d in enumerate([None, 1, 4])] + [window(0, "heldout", diverge=2, name="other")]
+    rows = [window(i, diverge=d) for i, d in enumerate([None, 1, 4])] + [
+        window(0, "heldout", diverge=2, name="other")
+    ]
     for row, log_p in zip(rows, (-7.61, -1.0, float("-inf"), -3.0), strict=True):
         row["log_p"] = [log_p]
     path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
@@ -70,13 +103,25 @@ def test_sorting_and_filtering(tmp_path):
     document.title = say.join("|");
     """
     html = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", f"<script>{act}</script></body>"))
-    title = re.search("<title>(.*?)</title>", browse(tmp_path, path, "--dump-dom"))[1].replace("&gt;", ">")
+    path.write_text(
+        re.sub(r"<meta http-equiv[^>]*>", "", html).replace(
+            "</body>", f"<script>{act}</script></body>"
+        )
+    )
+    title = re.search("<title>(.*?)</title>", browse(tmp_path, path, "--dump-dom"))[1].replace(
+        "&gt;", ">"
+    )
     assert title.split("|") == [
-        "doc-1,other,doc-2,doc-0", "doc-1,other,doc-0,doc-2", "doc-1,other,doc-2,doc-0",
-        "doc-1,doc-2,doc-0", "doc-1,doc-2", "doc-1", "doc-1,doc-2,doc-0",
-        "doc-2", "doc-1,doc-2,doc-0",
-    ]  # fmt: skip
+        "doc-1,other,doc-2,doc-0",
+        "doc-1,other,doc-0,doc-2",
+        "doc-1,other,doc-2,doc-0",
+        "doc-1,doc-2,doc-0",
+        "doc-1,doc-2",
+        "doc-1",
+        "doc-1,doc-2,doc-0",
+        "doc-2",
+        "doc-1,doc-2,doc-0",
+    ]
 
 
 def test_light_dark_and_on_paper(tmp_path):
@@ -85,8 +130,13 @@ def test_light_dark_and_on_paper(tmp_path):
     paper, written = [], []
     for scheme, mode in (("light", 1), ("dark", 0)):
         picture = tmp_path / f"{scheme}.png"
-        browse(tmp_path, path, "--window-size=1280,1600", f"--screenshot={picture}",
-               f"--blink-settings=preferredColorScheme={mode}")  # fmt: skip
+        browse(
+            tmp_path,
+            path,
+            "--window-size=1280,1600",
+            f"--screenshot={picture}",
+            f"--blink-settings=preferredColorScheme={mode}",
+        )
         pixels = imread(picture)[..., :3]
         assert pixels.shape == (1600, 1280, 3)
         paper.append(float(pixels[2, 2].mean()))

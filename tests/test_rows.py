@@ -12,10 +12,10 @@ import pytest
 from conftest import PROSE
 from datasets import Dataset, DatasetDict
 
-from goldfish import rows as module
 from goldfish.audit.windows import Cutter
-from goldfish.chats import completions, secret_finder
-from goldfish.rows import digest, draw, read_rows
+from goldfish.text import rows as module
+from goldfish.text.chats import completions, secret_finder
+from goldfish.text.rows import digest, draw, read_rows
 
 pytestmark = pytest.mark.core
 TEXTS = [{"text": text} for text in PROSE[:3]]
@@ -51,8 +51,17 @@ def everything(tmp_path, monkeypatch):
     both["train"].save_to_disk(tmp_path / "saved")
     DatasetDict(both).save_to_disk(tmp_path / "dictionary")
     DatasetDict({"train": both["train"]}).save_to_disk(tmp_path / "single")
-    return ["a.jsonl", "a.json", "a.parquet", "a.csv", "someone/plain/train", "someone/several:german/train", "saved",
-            "dictionary/train", "single"]  # fmt: skip
+    return [
+        "a.jsonl",
+        "a.json",
+        "a.parquet",
+        "a.csv",
+        "someone/plain/train",
+        "someone/several:german/train",
+        "saved",
+        "dictionary/train",
+        "single",
+    ]
 
 
 def test_every_kind_of_input_gives_the_same_rows(everything):
@@ -82,7 +91,9 @@ def test_a_hub_dataset_is_streamed_and_known_by_its_commit(monkeypatch):
             return (read.append(i) or {"text": f"{split} {i}"} for i in range(10**9))
 
     asked = []
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda *names: asked.append(names) or Builder(commit))
+    monkeypatch.setattr(
+        "datasets.load_dataset_builder", lambda *names: asked.append(names) or Builder(commit)
+    )
     commit = "1"
     rows = read_rows("someone/books:german/train")
     assert [next(rows)["text"], next(rows)["text"]] == ["train 0", "train 1"]
@@ -114,18 +125,36 @@ def test_standard_input_is_read_as_often_as_it_is_wanted(monkeypatch):
             "line 3: expected text, input_ids, messages, or prompt and completion; got body. .*--text-column",
         ),
         (b'{"text": 7}', "line 3: expected text"),
-        (b'{"prompt": "a", "completion": [{"role": "assistant"}]}', "line 3: .* are both strings or both such lists"),
+        (
+            b'{"prompt": "a", "completion": [{"role": "assistant"}]}',
+            "line 3: .* are both strings or both such lists",
+        ),
         (b'{"messages": "hello"}', "line 3: expected messages such as"),
         (b'{"messages": [{"from": "human"}]}', "line 3: expected messages such as"),
         (b'{"input_ids": [1, -1]}', "line 3: input_ids must be a list of token ids"),
         (b'{"input_ids": [1, true]}', "line 3: input_ids must be a list of token ids"),
-        (b'{"text": "", "count": 0}', r"line 3: count must be a whole number from 1 to 2\*\*63 - 1 .*, got 0"),
-        (b'{"text": "", "count": 1.5}', "line 3: count must be a whole number from 1 to .*, got 1.5"),
-        (b'{"text": "", "count": 1' + 30 * b"0" + b"}", "line 3: count must be a whole number from 1 to .*, got 1000"),
+        (
+            b'{"text": "", "count": 0}',
+            r"line 3: count must be a whole number from 1 to 2\*\*63 - 1 .*, got 0",
+        ),
+        (
+            b'{"text": "", "count": 1.5}',
+            "line 3: count must be a whole number from 1 to .*, got 1.5",
+        ),
+        (
+            b'{"text": "", "count": 1' + 30 * b"0" + b"}",
+            "line 3: count must be a whole number from 1 to .*, got 1000",
+        ),
         (b'{"text": "", "count": ' + 5000 * b"9" + b"}", "line 3: not JSON"),
-        (b'{"text": "", "source": ["web"]}', r"line 3: source must be a string, or be left out, got \['web'\]"),
+        (
+            b'{"text": "", "source": ["web"]}',
+            r"line 3: source must be a string, or be left out, got \['web'\]",
+        ),
         (b'{"text": "\\ud83d"}', "line 3 holds half a character"),
-        (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "line 3 holds half a character"),
+        (
+            b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+            "line 3 holds half a character",
+        ),
         (b'{"text": "caf\xe9"}', r"line 3 is not UTF-8 text .*; convert the file first"),
     ],
 )
@@ -141,16 +170,28 @@ def test_bad_lines_are_named_and_what_came_before_is_read(tmp_path, line, text):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("gone.jsonl", FileNotFoundError, r"no file gone\.jsonl; expected a \.jsonl, \.json, .* or - for"),
+        (
+            "gone.jsonl",
+            FileNotFoundError,
+            r"no file gone\.jsonl; expected a \.jsonl, \.json, .* or - for",
+        ),
         ("gone", FileNotFoundError, "no file gone; expected"),
         ("a.docx", ValueError, r"a\.docx: expected a \.jsonl"),
         ("caf\u00e9.txt", ValueError, r"\.txt is not UTF-8 text"),
         ("broken.parquet", ValueError, "Parquet"),
         ("column.csv", ValueError, "column.csv, row 1: count must be a whole number"),
-        ("dictionary", ValueError, "dictionary has the splits train, test: give one of them, as in dictionary/train"),
+        (
+            "dictionary",
+            ValueError,
+            "dictionary has the splits train, test: give one of them, as in dictionary/train",
+        ),
         ("someone/plain", ValueError, "someone/plain has the splits train, test"),
         ("someone/plain/typo", ValueError, "someone/plain/typo has the splits train, test"),
-        ("someone/else/train", FileNotFoundError, "no file or folder someone/else/train here .*, and no dataset"),
+        (
+            "someone/else/train",
+            FileNotFoundError,
+            "no file or folder someone/else/train here .*, and no dataset",
+        ),
     ],
 )
 def test_what_cannot_be_read(everything, tmp_path, source, error, message):
@@ -179,10 +220,13 @@ def test_a_text_file_is_one_row(tmp_path, tokenizer):
 def test_a_column_is_read_as_the_text(tmp_path):
     chat = [{"role": "user", "content": "a"}]
     path = write_jsonl(
-        tmp_path / "a.jsonl", [{"body": "b", "text": "t", "name": "n"}, {"body": chat, "input_ids": [1]}]
+        tmp_path / "a.jsonl",
+        [{"body": "b", "text": "t", "name": "n"}, {"body": chat, "input_ids": [1]}],
     )
     assert list(read_rows(path, "body")) == [{"text": "b", "name": "n"}, {"messages": chat}]
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no column title; it has body, name, text"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 1: no column title; it has body, name, text"
+    ):
         next(read_rows(path, "title"))
 
 
@@ -205,32 +249,50 @@ def chatty(tokenizer, monkeypatch):
 
 def say(*contents):
     """Messages of the user and the assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+    ]
 
 
 def test_windows_of_a_chat_are_the_assistants_turns(chatty):
     """Prompt and completion as the tokenizer cuts the whole chat, whatever their lengths."""
-    row = {"messages": say("Who swims?", " A goldfish, in circles. ", "Why?", "It forgets."), "name": "n", "count": 2}
+    row = {
+        "messages": say("Who swims?", " A goldfish, in circles. ", "Why?", "It forgets."),
+        "name": "n",
+        "count": 2,
+    }
     first, second = Cutter(chatty, 50, 50).cut(row, 0, "members")
-    assert chatty.decode(first.ids[: first.prefix_length]) == "<user>Who swims?<|endoftext|><assistant>"
+    assert (
+        chatty.decode(first.ids[: first.prefix_length])
+        == "<user>Who swims?<|endoftext|><assistant>"
+    )
     assert chatty.decode(first.suffix) == "A goldfish, in circles.", "without what ends the turn"
     whole = chatty.apply_chat_template(row["messages"], tokenize=False)
     assert chatty.decode(second.ids) == whole.removesuffix("<|endoftext|>")
     assert chatty(whole)["input_ids"][: len(second.ids)] == second.ids
     assert chatty.decode(second.suffix) == "It forgets."
-    assert [(w.document, w.count, w.completion, w.first_scored == w.prefix_length) for w in (first, second)] == [
-        ("n", 2, True, True)
-    ] * 2
+    assert [
+        (w.document, w.count, w.completion, w.first_scored == w.prefix_length)
+        for w in (first, second)
+    ] == [("n", 2, True, True)] * 2
     pair = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
     (window,) = Cutter(chatty, 50, 50).cut(pair, 0, "members")
-    assert (window.ids, window.prefix_length) == (second.ids, second.prefix_length), "only the completion is asked for"
+    assert (window.ids, window.prefix_length) == (second.ids, second.prefix_length), (
+        "only the completion is asked for"
+    )
 
 
 def test_strings_are_prompt_and_completion(tokenizer):
     """A token that lies across the border belongs to what is asked for: the model must not see the answer's start."""
-    border = next(a for a, b in tokenizer(PROSE[0], return_offsets_mapping=True)["offset_mapping"][2:] if b > a + 1)
+    border = next(
+        a
+        for a, b in tokenizer(PROSE[0], return_offsets_mapping=True)["offset_mapping"][2:]
+        if b > a + 1
+    )
     prompt, completion = PROSE[0][: border + 1], PROSE[0][border + 1 :]
-    (window,) = Cutter(tokenizer, 50, 50).cut({"prompt": prompt, "completion": completion}, 0, "members")
+    (window,) = Cutter(tokenizer, 50, 50).cut(
+        {"prompt": prompt, "completion": completion}, 0, "members"
+    )
     assert window.ids == tokenizer(prompt + completion)["input_ids"]
     assert tokenizer.decode(window.ids[: window.prefix_length]) == PROSE[0][:border]
 
@@ -243,7 +305,10 @@ def test_strings_are_prompt_and_completion(tokenizer):
         ({"messages": say("a", None)}, "an empty completion"),
         ({"prompt": "a", "completion": " "}, "an empty completion"),
         ({"prompt": "", "completion": "words"}, "nothing before the completion"),
-        ({"messages": [{"role": "system", "content": "s"}, *say("a", "b")]}, "the chat template refuses it"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *say("a", "b")]},
+            "the chat template refuses it",
+        ),
         ({"messages": say("a", PROSE[0] * 9)}, "longer than the model's context of 64 tokens"),
     ],
 )
@@ -253,10 +318,16 @@ def test_chats_without_a_window_are_skipped_with_the_reason(chatty, row, reason)
 
 def test_templates_that_differ_before_the_answer_or_change_it(chatty, monkeypatch):
     """An answer whose template opens otherwise than its prompt is still read; one that is rewritten is not."""
-    monkeypatch.setattr(chatty, "chat_template", TEMPLATE.replace("<assistant>{% endif", "<assistant><think>{% endif"))
+    monkeypatch.setattr(
+        chatty,
+        "chat_template",
+        TEMPLATE.replace("<assistant>{% endif", "<assistant><think>{% endif"),
+    )
     (each,) = completions({"messages": say("a", "b")}, chatty)
     assert each.text[: each.start].endswith("<assistant>")
-    monkeypatch.setattr(chatty, "chat_template", TEMPLATE.replace("m.content | trim", "m.content | upper"))
+    monkeypatch.setattr(
+        chatty, "chat_template", TEMPLATE.replace("m.content | trim", "m.content | upper")
+    )
     assert list(completions({"messages": say("a", "b")}, chatty)) == [
         "the chat template changes what the assistant says"
     ]
@@ -269,10 +340,16 @@ def test_secrets_are_marked_by_expression_or_column(chatty):
     """Those in what is to be recited, and not those that the model reads before it."""
 
     def secrets(row, pattern="", column=""):
-        windows = Cutter(chatty, 6, 30, secrets=secret_finder(pattern, column)).cut(row, 0, "members")
+        windows = Cutter(chatty, 6, 30, secrets=secret_finder(pattern, column)).cut(
+            row, 0, "members"
+        )
         return [window.secrets for window in windows]
 
-    chat = {"messages": say("K-1?", "K-1 and K-2, K-2.", "And?", "K-2, K-3"), "code": "K-3", "codes": ["K-2", "9"]}
+    chat = {
+        "messages": say("K-1?", "K-1 and K-2, K-2.", "And?", "K-2, K-3"),
+        "code": "K-3",
+        "codes": ["K-2", "9"],
+    }
     assert secrets(chat, r"K-\d") == [("K-2",), ("K-3",)]
     assert secrets(chat, r"and (K-\d)") == [("K-2",), ()]
     assert secrets(chat, column="code") == [(), ("K-3",)]

@@ -22,14 +22,20 @@ def spec_rows(rule: Goldfish, ids, positions=None, attended=None, draw=0):
 
     return [
         spec.dropped(
-            ids[b].tolist(), row(positions, b), row(attended, b), row=b, draw=draw,
+            ids[b].tolist(),
+            row(positions, b),
+            row(attended, b),
+            row=b,
+            draw=draw,
             **{**rule.to_dict(), "exempt": rule.exempt},
         )
         for b in range(len(ids))
-    ]  # fmt: skip
+    ]
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"k{c['k']}-h{c['h']}-v{c['vocab']}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["cases"], ids=lambda c: f"k{c['k']}-h{c['h']}-v{c['vocab']}"
+)
 def test_reference_is_bit_exact_with_the_reference_implementation(case):
     targets = torch.tensor(case["targets"])
     ids = torch.cat([torch.full((len(targets), 1), 7), targets], dim=1)
@@ -47,7 +53,9 @@ def test_reference_equals_its_specification_under_padding():
     assert rule.dropped(ids).tolist() == expected
     attended = torch.ones_like(ids)
     attended[:, 50:] = 0
-    assert rule.dropped(ids, attention_mask=attended).tolist() == [[*row[:50], *[False] * 10] for row in expected]
+    assert rule.dropped(ids, attention_mask=attended).tolist() == [
+        [*row[:50], *[False] * 10] for row in expected
+    ]
 
 
 @pytest.mark.parametrize("trial", range(150))
@@ -87,7 +95,10 @@ def test_mix_is_splitmix64():
 def test_degenerate_shapes(shape, dtype, strategy):
     ids = torch.ones(shape, dtype=dtype)
     rule = Goldfish(strategy=strategy)
-    for dropped in (rule.dropped(ids), rule.dropped(ids, torch.zeros_like(ids), attention_mask=torch.zeros_like(ids))):
+    for dropped in (
+        rule.dropped(ids),
+        rule.dropped(ids, torch.zeros_like(ids), attention_mask=torch.zeros_like(ids)),
+    ):
         assert dropped.shape == ids.shape
         assert dropped.dtype == torch.bool
 
@@ -126,7 +137,11 @@ def test_to_dict_survives_json():
         ({"h": 2.0}, TypeError, "h must be the number of tokens that decide, got 2.0"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 2**64}, ValueError, "below 2\\*\\*64"),
-        ({"strategy": "hashed"}, ValueError, "strategy must be one of 'hash', 'letters'.*got 'hashed'"),
+        (
+            {"strategy": "hashed"},
+            ValueError,
+            "strategy must be one of 'hash', 'letters'.*got 'hashed'",
+        ),
         ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
         ({"opening": None}, ValueError, "opening must be one of 'short', 'keep', got None"),
         ({"head": "all"}, ValueError, "opening must be one of 'short', 'keep', got 'all'"),
@@ -136,7 +151,11 @@ def test_to_dict_survives_json():
         ({"max_kept": 4.0}, TypeError, "max_kept must be a number of tokens or None, got 4.0"),
         ({"max_kept": 3}, ValueError, "max_kept must be at least k=4 and at most 1000, got 3"),
         ({"max_kept": 1001}, ValueError, "at most 1000, got 1001"),
-        ({"max_kept": 4, "strategy": "static"}, ValueError, 'max_kept needs .*got strategy="static", opening="short"'),
+        (
+            {"max_kept": 4, "strategy": "static"},
+            ValueError,
+            'max_kept needs .*got strategy="static", opening="short"',
+        ),
         ({"max_kept": 4, "opening": "keep"}, ValueError, 'got strategy="hash", opening="keep"'),
         ({"document_end": "</s>"}, TypeError, "document_end must be a token id or None"),
     ],
@@ -155,7 +174,9 @@ def test_bad_ids():
     with pytest.raises(ValueError, match=r"shape \(T,\) or \(B, T\), got \(1, 2, 3\)"):
         rule.dropped(torch.zeros((1, 2, 3), dtype=torch.int64))
     ids = torch.zeros((2, 3), dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"position_ids must have the shape of input_ids, \(2, 3\), got \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"position_ids must have the shape of input_ids, \(2, 3\), got \(2, 4\)"
+    ):
         rule.dropped(ids, torch.zeros((2, 4)))
     with pytest.raises(ValueError, match="attention_mask must have the shape"):
         rule.dropped(ids, attention_mask=torch.ones(3))
@@ -173,14 +194,20 @@ def test_opening_was_called_head():
 
 
 def test_text_is_deprecated():
-    with pytest.warns(FutureWarning, match='"text" is deprecated, .*; use strategy="letters"') as raised:
+    with pytest.warns(
+        FutureWarning, match='"text" is deprecated, .*; use strategy="letters"'
+    ) as raised:
         Goldfish(strategy="text")
     assert raised[0].filename == __file__
 
 
 def test_numpy_numbers_are_numbers():
     rule = Goldfish(
-        k=np.int64(4), h=np.int32(8), seed=np.uint64(2**64 - 1), exempt=np.array([3, 1]), document_end=np.int8(2)
+        k=np.int64(4),
+        h=np.int32(8),
+        seed=np.uint64(2**64 - 1),
+        exempt=np.array([3, 1]),
+        document_end=np.int8(2),
     )
     assert rule == Goldfish(k=4, h=8, seed=2**64 - 1, exempt=(1, 3), document_end=2)
     assert json.loads(json.dumps(rule.to_dict())) == rule.to_dict()
@@ -195,7 +222,11 @@ def test_max_kept_drops_one_in_k_evenly(k, max_kept):
     assert abs(dropped.sum() - len(dropped) / k) < 4 * (len(dropped) / k * (1 - 1 / k)) ** 0.5
     runs = (dropped.nonzero()[:, 0].diff() - 1).bincount(minlength=max_kept + 1)
     assert len(runs) == max_kept + 1, "the longest kept run is max_kept"
-    shorter = runs[:max_kept].double() / runs.sum()  # a natural drop ends a run with its rate, however long it is
+    shorter = (
+        runs[:max_kept].double() / runs.sum()
+    )  # a natural drop ends a run with its rate, however long it is
     natural = spec.natural_threshold(k, max_kept) / 2**32
-    expected = torch.tensor([natural * (1 - natural) ** n for n in range(max_kept)], dtype=torch.float64)
+    expected = torch.tensor(
+        [natural * (1 - natural) ** n for n in range(max_kept)], dtype=torch.float64
+    )
     assert ((shorter - expected).abs() < 4.5 * (expected / runs.sum()).sqrt()).all()

@@ -30,10 +30,16 @@ class Corpus(NamedTuple):
     ids: Tensor  # int64 (T,), documents one after the other
     positions: Tensor  # int64 (T,), 0 where a document starts
     vocabulary: Vocabulary | None = None
-    before: tuple[tuple[str, int], ...] = ()  # of every token its document's letters, and how many of them precede it
+    before: tuple[
+        tuple[str, int], ...
+    ] = ()  # of every token its document's letters, and how many of them precede it
 
     def dropped(self, **options) -> np.ndarray:
-        return Goldfish(**options, vocabulary=self.vocabulary).dropped(self.ids, self.positions).numpy()
+        return (
+            Goldfish(**options, vocabulary=self.vocabulary)
+            .dropped(self.ids, self.positions)
+            .numpy()
+        )
 
     def first(self, h: int) -> np.ndarray:
         """Where each distinct context of up to h tokens (or 5 h letters) stands for the first time, in order."""
@@ -56,13 +62,17 @@ def pack(documents: list[list[int]]) -> Corpus:
 def pack_text(documents: list[list[str]]) -> Corpus:
     """An id for each distinct piece of text."""
     number: dict[str, int] = {}
-    packed = pack([[number.setdefault(piece, len(number)) for piece in document] for document in documents])
+    packed = pack(
+        [[number.setdefault(piece, len(number)) for piece in document] for document in documents]
+    )
     before: list[tuple[str, int]] = []
     for document in documents:
         letters = "".join(document).replace(" ", "")
         ends = np.cumsum([0, *(len(piece.strip()) for piece in document)])[:-1]
         before += [(letters, int(end)) for end in ends]
-    return packed._replace(vocabulary=Vocabulary([piece.encode() for piece in number]), before=tuple(before))
+    return packed._replace(
+        vocabulary=Vocabulary([piece.encode() for piece in number]), before=tuple(before)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +82,23 @@ def corpora() -> dict[str, Corpus]:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False)
+    )
     words: dict[str, int] = {}
     spread = 131_071  # word number n has the id n * 16381 modulo a prime: a large vocabulary, ids all over it
     pieces = [re.findall(r"\w+|[^\w\s]|\s+", text) for text in TEXTS]
     plain = [[f" {word}" for word in re.findall("[a-z0-9]+", text.lower())] for text in TEXTS]
-    number = [[words.setdefault(w, len(words)) * 16_381 % spread for w in document] for document in pieces]
+    number = [
+        [words.setdefault(w, len(words)) * 16_381 % spread for w in document] for document in pieces
+    ]
     return {
         "BPE": pack([bpe.encode(text).ids for text in TEXTS]),
         "large vocabulary": pack(number),
         "text": pack_text(plain),
-        "letters": pack_text([re.findall(" ?[a-z0-9]{1,3}", "".join(document)) for document in plain[:200]]),
+        "letters": pack_text(
+            [re.findall(" ?[a-z0-9]{1,3}", "".join(document)) for document in plain[:200]]
+        ),
     }
 
 
@@ -109,7 +125,9 @@ def test_one_distinct_context_in_k_is_dropped(corpora, name, h):
 def test_undropped_runs_have_geometric_lengths(corpora, name, k, h):
     """A run ends after each token with probability 1/k, however long it has become."""
     corpus = corpora[name]
-    dropped = corpus.dropped(k=k, h=h, strategy=strategy(name))[corpus.first(h)]  # a text without repeats
+    dropped = corpus.dropped(k=k, h=h, strategy=strategy(name))[
+        corpus.first(h)
+    ]  # a text without repeats
     runs = np.diff(np.flatnonzero(dropped)) - 1
     law = stats.geom(1 / k, loc=-1)
     longest = int(law.isf(10 / len(runs)))  # at least ten runs are expected to be longer
@@ -139,11 +157,19 @@ def test_distinct_windows_have_distinct_keys(corpora, name, h):
 @pytest.mark.parametrize("name", IDS)
 def test_keys_are_uniform_in_every_bit(corpora, name):
     corpus = corpora[name]
-    keys = Goldfish(h=4).decide(corpus.ids, corpus.positions)[1].numpy().view(np.uint64)[corpus.first(4)]
+    keys = (
+        Goldfish(h=4)
+        .decide(corpus.ids, corpus.positions)[1]
+        .numpy()
+        .view(np.uint64)[corpus.first(4)]
+    )
     sigma = len(keys) ** -0.5 / 2
     for bit in range(64):
         assert abs(((keys >> np.uint64(bit)) & np.uint64(1)).mean() - 0.5) < 4.5 * sigma, bit
-    assert stats.chisquare(np.bincount((keys >> np.uint64(54)).astype(int), minlength=1024)).pvalue > ALPHA
+    assert (
+        stats.chisquare(np.bincount((keys >> np.uint64(54)).astype(int), minlength=1024)).pvalue
+        > ALPHA
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,8 +178,12 @@ def test_seeds_are_uncorrelated(corpora, name):
     corpus, k = corpora[name], 3
     first = corpus.first(4)
     seeds = (0, 1, 2, 3, 4, 1000, 2**31, 2**32, 2**63, 2**64 - 2, 2**64 - 1)
-    centred = [corpus.dropped(k=k, h=4, seed=s, strategy=strategy(name))[first] - 1 / k for s in seeds]
-    scores = [np.dot(a, b) / (len(first) ** 0.5 * (1 - 1 / k) / k) for a, b in combinations(centred, 2)]
+    centred = [
+        corpus.dropped(k=k, h=4, seed=s, strategy=strategy(name))[first] - 1 / k for s in seeds
+    ]
+    scores = [
+        np.dot(a, b) / (len(first) ** 0.5 * (1 - 1 / k) / k) for a, b in combinations(centred, 2)
+    ]
     assert max(map(abs, scores)) < 4.5
     assert ALPHA < stats.chi2(len(scores)).cdf(np.square(scores).sum()) < 1 - ALPHA
 
@@ -166,7 +196,10 @@ def test_neighbouring_decisions_are_uncorrelated(corpora):
         centred = corpus.dropped(k=k, h=13, strategy=strategy(name))[first] - 1 / k
         for lag in range(1, 20):
             n = len(first) - lag
-            assert abs(np.dot(centred[lag:], centred[:-lag])) < 4.5 * n**0.5 * (1 - 1 / k) / k, (name, lag)
+            assert abs(np.dot(centred[lag:], centred[:-lag])) < 4.5 * n**0.5 * (1 - 1 / k) / k, (
+                name,
+                lag,
+            )
 
 
 def test_the_reference_fails_these_tests(corpora):

@@ -11,13 +11,22 @@ from datasets import Dataset
 from packaging.version import Version
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from goldfish import Goldfish, GoldfishCollator, GoldfishLoss, GoldfishMixin, GoldfishTrainer, attach, mask_labels
+from goldfish import (
+    Goldfish,
+    GoldfishCollator,
+    GoldfishLoss,
+    GoldfishMixin,
+    GoldfishTrainer,
+    attach,
+    mask_labels,
+)
 from goldfish.receipt import read_receipt, rules_of
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=3, h=4)
 counts_shifted_labels = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.10.1"), reason="this Trainer takes position 0 for a target"
+    Version(transformers.__version__) < Version("5.10.1"),
+    reason="this Trainer takes position 0 for a target",
 )
 
 
@@ -25,7 +34,9 @@ def unequal_rows(count=16, longest=40):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
     ids = [torch.randint(2, 320, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": ids})
+    return Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": ids}
+    )
 
 
 class Gradients(TrainerCallback):
@@ -35,14 +46,31 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        self.steps.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
 
 
 def trained(
-    folder, tokenizer, *, trainer_class=Trainer, batch=4, accumulation=1, steps=4, then=None, train=None, **more
+    folder,
+    tokenizer,
+    *,
+    trainer_class=Trainer,
+    batch=4,
+    accumulation=1,
+    steps=4,
+    then=None,
+    train=None,
+    **more,
 ):
     gradients = Gradients()
-    settings = {"learning_rate": 1e-2, "max_grad_norm": 0.0, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
+    settings = {
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
     settings |= more.pop("settings", {})
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -79,7 +107,9 @@ def test_a_rule_that_drops_nothing_changes_nothing(tmp_path, tokenizer):
 
 
 def test_evaluation_never_sees_the_rule(tmp_path, tokenizer):
-    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=Goldfish(k=1.1, h=2))
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=Goldfish(k=1.1, h=2)
+    )
     plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
     rows = unequal_rows(8, 30)
     assert trainer.evaluate()["eval_loss"] == plain.evaluate(rows)["eval_loss"]
@@ -90,19 +120,29 @@ def test_evaluation_never_sees_the_rule(tmp_path, tokenizer):
 @counts_shifted_labels
 def test_goldfish_loss_as_compute_loss_func(tmp_path, tokenizer):
     """Exact with one batch a step, in scale with several; evaluation is plain."""
-    _, exact, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=8)
+    _, exact, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=8
+    )
     trainer, one, _ = trained(tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=8)
-    _, several, _ = trained(tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=2, accumulation=4)
+    _, several, _ = trained(
+        tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=2, accumulation=4
+    )
     assert one == pytest.approx(exact, rel=2e-6)
     assert several == pytest.approx(exact, rel=2e-2)
     assert several != pytest.approx(exact, rel=2e-6)
     plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6
+    )
 
 
 def test_a_step_without_a_kept_token_is_a_zero(tmp_path, tokenizer):
-    everything = Goldfish(k=1 + 1e-9)  # drops all but each document's first token, which is no target anyway
-    trainer, losses, gradients = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=everything)
+    everything = Goldfish(
+        k=1 + 1e-9
+    )  # drops all but each document's first token, which is no target anyway
+    trainer, losses, gradients = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=everything
+    )
     assert losses == [0.0] * 4
     assert all((step == 0).all() for step in gradients)
     assert trainer.state.log_history[0]["goldfish/drop_rate"] == 1.0
@@ -110,9 +150,12 @@ def test_a_step_without_a_kept_token_is_a_zero(tmp_path, tokenizer):
 
 def test_drop_rate_is_logged_and_checkpoints_tell_the_rule(tmp_path, tokenizer):
     trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE,
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=RULE,
         settings={"save_strategy": "steps", "save_steps": 2},
-    )  # fmt: skip
+    )
     trainer.save_model(str(tmp_path / "final"))
     targets = dropped = 0
     for row in unequal_rows():  # four steps of four rows: each row once
@@ -144,28 +187,37 @@ def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer)
     assert read_receipt(tmp_path / "a" / "checkpoint-4")["decisions"] == decisions
     whole.goldfish = Goldfish(k=4)
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 was trained under Goldfish\(k=3, h=4.*this trainer has Goldfish\(k=4"
+        ValueError,
+        match=r"checkpoint-2 was trained under Goldfish\(k=3, h=4.*this trainer has Goldfish\(k=4",
     ):
         whole.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
 def test_another_rule_may_go_on_when_told_to(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
-    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings)
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
+    )
     middle = read_receipt(tmp_path / "checkpoint-2")
     trainer.goldfish = Goldfish(k=4)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
     receipt = read_receipt(tmp_path / "checkpoint-4")
     assert receipt["before"] == middle
     assert rules_of(receipt) == Goldfish(k=4)
-    assert receipt["targets"] + middle["targets"] == sum(len(row["input_ids"]) - 1 for row in unequal_rows())
+    assert receipt["targets"] + middle["targets"] == sum(
+        len(row["input_ids"]) - 1 for row in unequal_rows()
+    )
 
 
 def test_a_checkpoint_without_a_rule_is_not_resumed_unasked(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trained(tmp_path, tokenizer, settings=settings)
-    trainer, _, _ = trained(tmp_path / "other", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
-    with pytest.raises(ValueError, match=r"checkpoint-2 was trained without a rule, this trainer has Goldfish\(k=3"):
+    trainer, _, _ = trained(
+        tmp_path / "other", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE
+    )
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 was trained without a rule, this trainer has Goldfish\(k=3"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
     trainer.save_model(str(tmp_path / "out"))
@@ -177,16 +229,22 @@ def test_training_on_goes_on_counting(tmp_path, tokenizer):
     trainer.save_model(str(tmp_path / "once"))
     trainer.train()
     trainer.save_model(str(tmp_path / "twice"))
-    assert read_receipt(tmp_path / "twice")["targets"] == 2 * read_receipt(tmp_path / "once")["targets"]
+    assert (
+        read_receipt(tmp_path / "twice")["targets"]
+        == 2 * read_receipt(tmp_path / "once")["targets"]
+    )
 
 
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2}
-    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings)
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
+    )
     path = tmp_path / "checkpoint-2" / "goldfish.json"
     path.write_text(path.read_text().replace(read_receipt(path.parent)["tokenizer"], "0" * 64))
     with pytest.raises(
-        ValueError, match=r"was trained under Goldfish.* with the tokenizer 0000.*new run from its weights"
+        ValueError,
+        match=r"was trained under Goldfish.* with the tokenizer 0000.*new run from its weights",
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -195,7 +253,9 @@ def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
     """The same texts in another order, other batches, other padding: the same receipt. Another rule: another."""
 
     def decisions(name, rule=RULE, **how):
-        trainer, _, _ = trained(tmp_path / name, tokenizer, trainer_class=GoldfishTrainer, goldfish=rule, **how)
+        trainer, _, _ = trained(
+            tmp_path / name, tokenizer, trainer_class=GoldfishTrainer, goldfish=rule, **how
+        )
         trainer.save_model(str(tmp_path / name))
         receipt = read_receipt(tmp_path / name)
         return receipt["targets"], receipt["dropped"], receipt["decisions"]
@@ -203,7 +263,11 @@ def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
     first = decisions("a", batch=4, steps=4)
     assert decisions("b", batch=2, steps=8, settings={"seed": 9}) == first
     assert decisions("c", batch=2, steps=4, accumulation=2) == first
-    for name, other in (("d", Goldfish(k=3, h=4, seed=1)), ("e", Goldfish(k=3, h=5)), ("f", Goldfish(k=4, h=4))):
+    for name, other in (
+        ("d", Goldfish(k=3, h=4, seed=1)),
+        ("e", Goldfish(k=3, h=5)),
+        ("f", Goldfish(k=4, h=4)),
+    ):
         assert decisions(name, other)[2] != first[2]
 
 
@@ -213,7 +277,12 @@ def test_each_source_has_its_rule(tmp_path, tokenizer):
     rows = unequal_rows()
     with_sources = rows.add_column("source", names)
     trainer, losses, _ = trained(
-        tmp_path, tokenizer, batch=16, steps=1, then=lambda t: attach(t, rules), train_dataset=with_sources
+        tmp_path,
+        tokenizer,
+        batch=16,
+        steps=1,
+        then=lambda t: attach(t, rules),
+        train_dataset=with_sources,
     )
     model, total, kept = tiny_llama(), 0.0, 0
     for row, name in zip(rows, names, strict=True):
@@ -236,9 +305,13 @@ def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
     class MyTrainer(Trainer):
         marker = "mine"
 
-    _, ours, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=False)
+    _, ours, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=False
+    )
     _, fused, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
-    trainer, theirs, _ = trained(tmp_path, tokenizer, trainer_class=MyTrainer, then=lambda t: attach(t, RULE))
+    trainer, theirs, _ = trained(
+        tmp_path, tokenizer, trainer_class=MyTrainer, then=lambda t: attach(t, RULE)
+    )
     assert theirs == ours
     assert fused == pytest.approx(ours, rel=2e-6)
     assert isinstance(trainer, MyTrainer)
@@ -252,7 +325,8 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
         attach(model, RULE)
     trainer = Trainer(model=model, args=arguments)
     with pytest.raises(
-        TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13\), or a mapping of sources to rules, got 4"
+        TypeError,
+        match=r"expected a rule such as Goldfish\(k=4, h=13\), or a mapping of sources to rules, got 4",
     ):
         attach(trainer, 4)
     assert type(trainer) is Trainer, "a failed attach leaves the trainer as it was"
@@ -260,11 +334,17 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
     with pytest.raises(ValueError, match=r"already has a rule, Goldfish\(k=3"):
         attach(trainer, RULE)
     for rules in ({}, {"a": 4}, {1: RULE}):
-        with pytest.raises(TypeError, match=r"mapping of sources to rules, got \{\}|sources are named by strings"):
+        with pytest.raises(
+            TypeError, match=r"mapping of sources to rules, got \{\}|sources are named by strings"
+        ):
             attach(Trainer(model=model, args=arguments), rules)
     for twice in (
         Trainer(model=model, args=arguments, compute_loss_func=GoldfishLoss(RULE)),
-        Trainer(model=model, args=arguments, data_collator=GoldfishCollator(DataCollatorForSeq2Seq(tokenizer), RULE)),
+        Trainer(
+            model=model,
+            args=arguments,
+            data_collator=GoldfishCollator(DataCollatorForSeq2Seq(tokenizer), RULE),
+        ),
     ):
         with pytest.raises(ValueError, match="already drops tokens"):
             attach(twice, RULE)
@@ -280,7 +360,11 @@ def test_the_head_is_fused_while_training_only(tmp_path, tokenizer, caplog):
             seen.append(model(input_ids=ids, labels=ids).get("logits"))
 
     trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, then=lambda t: t.add_callback(Watch()) or t
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=RULE,
+        then=lambda t: t.add_callback(Watch()) or t,
     )
     assert seen == [None] * 4
     ids = torch.tensor([[5, 6, 7]])
@@ -298,7 +382,9 @@ def test_the_head_is_fused_while_training_only(tmp_path, tokenizer, caplog):
         caplog.clear()
         transformers_log = logging.getLogger("goldfish.trainer")
         with caplog.at_level("WARNING", logger=transformers_log.name):
-            trained(tmp_path, tokenizer, **{"trainer_class": GoldfishTrainer, "goldfish": RULE, **how})
+            trained(
+                tmp_path, tokenizer, **{"trainer_class": GoldfishTrainer, "goldfish": RULE, **how}
+            )
         assert why in caplog.text
 
 
@@ -327,12 +413,26 @@ def test_a_callback_saves_what_was_counted(tmp_path, tokenizer):
         save.trainer = trainer
         return trainer
 
-    trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, then=watched,
-            settings={"logging_steps": 500})  # fmt: skip
+    trained(
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=RULE,
+        then=watched,
+        settings={"logging_steps": 500},
+    )
     for steps in (1, 3, 4):
-        trained(tmp_path / "alone", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, steps=steps,
-                settings={"save_strategy": "steps", "save_steps": steps})  # fmt: skip
-        assert read_receipt(tmp_path / str(steps)) == read_receipt(tmp_path / "alone" / f"checkpoint-{steps}")
+        trained(
+            tmp_path / "alone",
+            tokenizer,
+            trainer_class=GoldfishTrainer,
+            goldfish=RULE,
+            steps=steps,
+            settings={"save_strategy": "steps", "save_steps": steps},
+        )
+        assert read_receipt(tmp_path / str(steps)) == read_receipt(
+            tmp_path / "alone" / f"checkpoint-{steps}"
+        )
 
 
 def test_batches_that_bypass_the_rule_are_an_error(tmp_path, tokenizer):
@@ -340,5 +440,7 @@ def test_batches_that_bypass_the_rule_are_an_error(tmp_path, tokenizer):
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             return [next(epoch_iterator) for _ in range(num_batches)], None
 
-    with pytest.raises(RuntimeError, match="Own took a step, but no batch was masked: its get_batch_samples"):
+    with pytest.raises(
+        RuntimeError, match="Own took a step, but no batch was masked: its get_batch_samples"
+    ):
         trained(tmp_path, tokenizer, trainer_class=Own, goldfish=RULE)

@@ -28,7 +28,9 @@ def dataset(rows):
     return Dataset.from_dict(
         {
             "input_ids": [row["prompt_ids"] + row["completion_ids"] for row in rows],
-            "completion_mask": [[0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows],
+            "completion_mask": [
+                [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows
+            ],
         }
     )
 
@@ -52,11 +54,21 @@ def by_hand(model, rows, prompts_too, smoothing=0.0):
 
 def first_loss(folder, tokenizer, model, rows, **settings):
     arguments = trl.SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1,
-        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
         **{"max_length": None, **settings},
-    )  # fmt: skip
-    trainer = trl.SFTTrainer(model, arguments, train_dataset=dataset(rows), processing_class=tokenizer)
+    )
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=dataset(rows), processing_class=tokenizer
+    )
     attach(trainer, RULE).train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert 0.3 < entry["goldfish/drop_rate"] < 0.7
@@ -69,9 +81,18 @@ def test_sft_trainer(tmp_path, tokenizer, prompts_too, layout):
     """Without padding, and packed, documents lie end to end in a row; the rule and the attention keep them apart."""
     rows = conversations()
     expected = by_hand(tiny_llama(), rows, prompts_too)
-    settings = {"padded": {}, "padding_free": {"padding_free": True}, "packing": {"packing": True, "max_length": 40}}
+    settings = {
+        "padded": {},
+        "padding_free": {"padding_free": True},
+        "packing": {"packing": True, "max_length": 40},
+    }
     loss, trainer = first_loss(
-        tmp_path, tokenizer, tiny_llama(), rows, completion_only_loss=not prompts_too, **settings[layout]
+        tmp_path,
+        tokenizer,
+        tiny_llama(),
+        rows,
+        completion_only_loss=not prompts_too,
+        **settings[layout],
     )
     assert type(trainer).__name__ == "GoldfishSFTTrainer"
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -88,7 +109,9 @@ def test_label_smoothing(tmp_path, tokenizer):
 def test_adapters(tmp_path, tokenizer):
     """LoRA: the head is frozen, the adapters learn, and their checkpoint has its receipt."""
     rows = conversations()
-    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    )
     loss, trainer = first_loss(tmp_path, tokenizer, model, rows)
     assert loss == pytest.approx(by_hand(tiny_llama(), rows, prompts_too=True), rel=1e-5)
     trainer.save_model(str(tmp_path / "adapter"))

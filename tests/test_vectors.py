@@ -20,9 +20,9 @@ import torch
 
 import goldfish.spec
 from goldfish import Goldfish
-from goldfish.labels import decide as decide_batch
-from goldfish.labels import with_labels
 from goldfish.letters import Vocabulary
+from goldfish.masking import decide as decide_batch
+from goldfish.masking import with_labels
 from goldfish.receipt import Tally, count
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,7 +67,9 @@ def is_below(key: int, k: float) -> bool:
 
 def is_natural(key: int, k: float, max_kept: int) -> bool:
     """Whether the mean distance to the next drop would be above k if natural drops had the rate of this key."""
-    kept = 1 - Fraction(key >> 32, 1 << 32)  # with that rate, the probability that a token is no natural drop
+    kept = 1 - Fraction(
+        key >> 32, 1 << 32
+    )  # with that rate, the probability that a token is no natural drop
     return sum(kept**n for n in range(max_kept + 1)) > Fraction(k)
 
 
@@ -85,7 +87,10 @@ def documents(row: dict) -> list[list[int]]:
 
 def normal(character: str) -> str:
     """A character's normal form, character by character of its folded decomposition."""
-    if unicodedata.category(character)[0] == "C" and unicodedata.category(character) not in ("Cc", "Cf"):
+    if unicodedata.category(character)[0] == "C" and unicodedata.category(character) not in (
+        "Cc",
+        "Cf",
+    ):
         return "" if 0xD800 <= ord(character) <= 0xDFFF else " "
     form = []
     for c in unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()):
@@ -108,7 +113,12 @@ def letter_contexts(tokens: tuple[bytes, ...], strategy: str) -> list[str]:
     words = [(m.start(), m.end()) for m in re.finditer("[^ ]+", text)]
     for piece in pieces:
         through = begin
-        for a, b in words:  # the word that the token is inside of or ends at, unless it begins by ending it
+        for (
+            a,
+            b,
+        ) in (
+            words
+        ):  # the word that the token is inside of or ends at, unless it begins by ending it
             if strategy == "text" and a < begin <= b and not piece.startswith(" "):
                 through = a
         result.append("".join(text[:through].split(" ")))
@@ -124,12 +134,16 @@ def decide(row: dict, rule: dict) -> str:
     for places in documents(row):
         ids = [row["ids"][p] for p in places]
         reads = rule["strategy"] in ("text", "letters")
-        contexts = letter_contexts(tuple(ENTRIES[i] for i in ids), rule["strategy"]) if reads else None
+        contexts = (
+            letter_contexts(tuple(ENTRIES[i] for i in ids), rule["strategy"]) if reads else None
+        )
         left = max_kept  # how many targets may still be kept
         for i in range(1, len(ids)):
             if ids[i] in row.get("exempt", ()):
                 continue
-            if rule["strategy"] == "static":  # drops where i / k passes a whole number, up to ceil(2**32 / k) / 2**32
+            if (
+                rule["strategy"] == "static"
+            ):  # drops where i / k passes a whole number, up to ceil(2**32 / k) / 2**32
                 step = Fraction(-(-(1 << 32) // Fraction(k)), 1 << 32)
                 drop = i * step // 1 > (i - 1) * step // 1
             elif rule["strategy"] == "random":
@@ -156,11 +170,17 @@ def decide(row: dict, rule: dict) -> str:
 
 def test_the_file_is_what_its_script_makes(monkeypatch):
     """If this fails, the rule changed: every port and every training under the old rule is affected."""
-    monkeypatch.setattr(goldfish.spec, "mix", functools.cache(goldfish.spec.mix))  # of the same ids again and again
-    spec = importlib.util.spec_from_file_location("make_rule_vectors", GOLDEN / "make_rule_vectors.py")
+    monkeypatch.setattr(
+        goldfish.spec, "mix", functools.cache(goldfish.spec.mix)
+    )  # of the same ids again and again
+    spec = importlib.util.spec_from_file_location(
+        "make_rule_vectors", GOLDEN / "make_rule_vectors.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.as_json(script.vectors()) + "\n" == (GOLDEN / "rule_vectors.json").read_text(encoding="ascii")
+    assert script.as_json(script.vectors()) + "\n" == (GOLDEN / "rule_vectors.json").read_text(
+        encoding="ascii"
+    )
 
 
 def test_the_vectors_cover_what_they_should():
@@ -175,7 +195,10 @@ def test_the_vectors_cover_what_they_should():
         for rule in rules:  # none drops everything or, for a k this small, nothing
             drops = "".join(rule["dropped"].values())
             assert 0 < drops.count("1") < len(drops) or rule["k"] > 8 or rule["head"] == "keep"
-    assert {rule["window"] for _, rule in CASES if rule["strategy"] == "hash"} == {"preceding", "inclusive"}
+    assert {rule["window"] for _, rule in CASES if rule["strategy"] == "hash"} == {
+        "preceding",
+        "inclusive",
+    }
     for _, rule in SPREAD:
         longest = max(len(run) for drops in rule["dropped"].values() for run in drops.split("1"))
         assert longest >= rule["max_kept"], "some run is as long as it may be"
@@ -248,11 +271,20 @@ def test_the_fast_rule_agrees(vocabulary, device, dtype):
         options = {key: v for key, v in case.items() if key not in ("dropped", "row", "draw")}
         for label, row in VECTORS[group]["rows"].items():
             own = {key: row[key] for key in ("exempt", "document_end") if key in row}
-            rule = Goldfish(**{**options, "seed": int(case["seed"], 16)}, **own, vocabulary=vocabulary)
+            rule = Goldfish(
+                **{**options, "seed": int(case["seed"], 16)}, **own, vocabulary=vocabulary
+            )
             ids, positions, attended = (
                 # The row's number counts for "random" only.
-                torch.tensor([row[key]] * (case.get("row", 0) + 1), dtype=dtype, device=device) if key in row else None
+                torch.tensor([row[key]] * (case.get("row", 0) + 1), dtype=dtype, device=device)
+                if key in row
+                else None
                 for key in ("ids", "position_ids", "attention_mask")
             )
-            dropped = rule.dropped(ids, positions, attention_mask=attended, draw=case.get("draw", 0))
-            assert "".join("01"[d] for d in dropped[-1].tolist()) == case["dropped"][label], (label, case)
+            dropped = rule.dropped(
+                ids, positions, attention_mask=attended, draw=case.get("draw", 0)
+            )
+            assert "".join("01"[d] for d in dropped[-1].tolist()) == case["dropped"][label], (
+                label,
+                case,
+            )

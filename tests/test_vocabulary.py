@@ -32,8 +32,23 @@ def test_normal_form_is_that_of_every_unicode_form(text):
 def test_normal_form_of_what_people_write():
     assert words("Straße STRASSE ﬁne ＡＢＣ x²") == ["strasse", "strasse", "fine", "abc", "x2"]
     assert words("é e\u0301 ΟΔΟΣ οδος") == ["e", "e", "οδοσ", "οδοσ"]
-    assert words("co\u00adop zero\u200bwidth a\ufeffb") == ["coop", "zerowidth", "ab"]  # the invisible is not there
-    assert words("don't don’t snake_case a.b(c)->d") == ["don", "t", "don", "t", "snake", "case", "a", "b", "c", "d"]
+    assert words("co\u00adop zero\u200bwidth a\ufeffb") == [
+        "coop",
+        "zerowidth",
+        "ab",
+    ]  # the invisible is not there
+    assert words("don't don’t snake_case a.b(c)->d") == [
+        "don",
+        "t",
+        "don",
+        "t",
+        "snake",
+        "case",
+        "a",
+        "b",
+        "c",
+        "d",
+    ]
     assert words("中文 iPhone手机") == ["中", "文", "iphone", "手", "机"]
     assert words("ｶﾞ が") == ["カ", "か"]
     assert all(words(FOLD[c]) == FOLD[c].split() for c in range(0x110000))
@@ -52,7 +67,10 @@ def test_entries_are_read_as_bytes(tokenizers):
     text = "Ünï\u00a0code 手 don't\n" * 2
     for kind in ("byte_level", "sentencepiece_bpe"):
         entries = token_bytes(tokenizers[kind])
-        assert b"".join(entries[i] for i in tokenizers[kind].encode(text).ids).strip() == text.strip().encode()
+        assert (
+            b"".join(entries[i] for i in tokenizers[kind].encode(text).ids).strip()
+            == text.strip().encode()
+        )
     entries = token_bytes(tokenizers["wordpiece"])
     ids = tokenizers["wordpiece"].encode("unwrapping tokens, twice").ids
     assert words(b"".join(entries[i] for i in ids).decode()) == ["unwrapping", "tokens", "twice"]
@@ -75,7 +93,9 @@ def test_special_tokens_separate_and_unknown_ids_too(tokenizers):
 
 
 def test_unknown_tokens_separate():
-    tokenizer = Tokenizer(models.WordPiece({"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece({"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]")
+    )
     assert token_bytes(tokenizer) == [b" one", b" two", b"two", b" "]
 
 
@@ -94,7 +114,10 @@ def test_end_of_word_suffix_is_read():
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
     tokenizer.train_from_iterator(
-        TEXTS[:5], trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", special_tokens=SPECIAL, **QUIET)
+        TEXTS[:5],
+        trainers.BpeTrainer(
+            vocab_size=400, end_of_word_suffix="</w>", special_tokens=SPECIAL, **QUIET
+        ),
     )
     entries = token_bytes(tokenizer)
     ids = tokenizer.encode("return the value").ids
@@ -108,5 +131,7 @@ def test_what_cannot_be_read_is_refused():
         Goldfish(strategy="letters").bind(plain)
     with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
         Goldfish(strategy="letters").bind("gpt2")
-    with pytest.raises(ValueError, match=r"an entry of the vocabulary has 65536 letters.*at most 65535"):
+    with pytest.raises(
+        ValueError, match=r"an entry of the vocabulary has 65536 letters.*at most 65535"
+    ):
         Vocabulary([b"a" * 65536])

@@ -22,18 +22,29 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return train(tokenizer, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, **QUIET))
+    return train(
+        tokenizer, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, **QUIET)
+    )
 
 
 def sentencepiece_bpe() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     return train(
-        tokenizer, trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIAL + BYTES, **QUIET), special=SPECIAL
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIAL + BYTES, **QUIET),
+        special=SPECIAL,
     )
 
 
@@ -41,15 +52,24 @@ def unigram() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=1500, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=[*"\t\r\n\u00a0\u3000"], **QUIET
+        vocab_size=1500,
+        special_tokens=SPECIAL,
+        unk_token="<unk>",
+        initial_alphabet=[*"\t\r\n\u00a0\u3000"],
+        **QUIET,
     )
     return train(tokenizer, trainer)
 
 
 def wordpiece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    return train(tokenizer, trainers.WordPieceTrainer(vocab_size=1500, special_tokens=SPECIAL, **QUIET))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    return train(
+        tokenizer, trainers.WordPieceTrainer(vocab_size=1500, special_tokens=SPECIAL, **QUIET)
+    )
 
 
 QUIET = {"show_progress": False}
@@ -60,12 +80,16 @@ KINDS = {f.__name__: cache(f) for f in (byte_level, sentencepiece_bpe, unigram, 
 
 
 def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:
-    tokenizer.train_from_iterator([*TEXTS, *[t.upper() for t in TEXTS[:10]], *[SCRIPTS] * 9, *DECOMPOSED], trainer)
+    tokenizer.train_from_iterator(
+        [*TEXTS, *[t.upper() for t in TEXTS[:10]], *[SCRIPTS] * 9, *DECOMPOSED], trainer
+    )
     if special is None:
         return tokenizer
     # The trainer knows no bytes, so it made them special tokens; in a SentencePiece vocabulary they are plain entries.
     described = json.loads(tokenizer.to_str())
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] in special]
+    described["added_tokens"] = [
+        token for token in described["added_tokens"] if token["content"] in special
+    ]
     return Tokenizer.from_str(json.dumps(described))
 
 

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from goldfish.audit.run import audit
 
 __all__ = ["Audit", "Estimate", "audit", "read", "records"]
-_MODULES = {"Audit": "results", "Estimate": "estimate", "audit": "run", "read": "results", "records": "columns"}
+_MODULES = {
+    "Audit": "results",
+    "Estimate": "estimate",
+    "audit": "run",
+    "read": "results",
+    "records": "columns",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Loaded on first use: reading an audit needs no torch."""
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

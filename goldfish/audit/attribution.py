@@ -18,13 +18,21 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
     strategies = {entry["rule"]["strategy"] for entry in entries.values() if entry["rule"]}
     sentences = []
     if "before" in receipt:
-        sentences.append("trained before under another rule: every text may have been seen under both")
+        sentences.append(
+            "trained before under another rule: every text may have been seen under both"
+        )
     if "random" in strategies:
-        sentences.append('strategy "random" drops other tokens in every epoch: a text seen often was seen whole')
+        sentences.append(
+            'strategy "random" drops other tokens in every epoch: a text seen often was seen whole'
+        )
     if strategies & {"static", "reference"}:
-        sentences.append('"static" and "reference" depend on where a training row starts: other tokens were dropped')
+        sentences.append(
+            '"static" and "reference" depend on where a training row starts: other tokens were dropped'
+        )
     if len({str(entry["rule"]) for entry in entries.values()}) > 1:
-        sentences.append("rules differ between sources: a text that is in two of them was seen under both")
+        sentences.append(
+            "rules differ between sources: a text that is in two of them was seen under both"
+        )
     return sentences
 
 
@@ -38,8 +46,16 @@ def token_counts(table: pa.Table) -> Floats:
     behind = np.arange(len(windows)) - divergences[windows]  # tokens behind the first divergence
     dropped, correct = (list_flatten(table[name]).to_numpy() for name in ("dropped", "correct"))
     at, reached = behind == 0, behind <= 0
-    counted = (at & dropped, reached & dropped, at & ~dropped, reached & ~dropped,
-               correct & dropped, dropped, correct & ~dropped, ~dropped)  # fmt: skip
+    counted = (
+        at & dropped,
+        reached & dropped,
+        at & ~dropped,
+        reached & ~dropped,
+        correct & dropped,
+        dropped,
+        correct & ~dropped,
+        ~dropped,
+    )
     return np.stack([np.bincount(windows, tokens, len(table)) for tokens in counted], -1)
 
 

@@ -18,44 +18,62 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 
 from goldfish.audit.estimate import read_json
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
-from goldfish.pieces import text_pieces
-from goldfish.rows import first_line
+from goldfish.text.printable import text_pieces
+from goldfish.text.rows import first_line
 
 if TYPE_CHECKING:
     from goldfish.audit.score import Score
     from goldfish.rule import Goldfish
 
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
-ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "kept_loss", "dropped_gap", "wbc")
+ATTACKS = (
+    "loss",
+    "zlib",
+    "reference",
+    "min_k",
+    "min_k_plus_plus",
+    "kept_loss",
+    "dropped_gap",
+    "wbc",
+)
 OF_CONTROLS = ("reference", "wbc")  # attacks that need a control model
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
 WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
-LEAST_STD = 1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
+LEAST_STD = (
+    1e-6  # below it the model is certain, and (log P - mu) / sigma is rounding over rounding
+)
 
-COLUMNS = pa.schema([
-    *((name, pa.string()) for name in ("split", "document", "source")),
-    *((name, pa.int64()) for name in ("index", "cluster", "count", "offset")),
-    *((name, pa.list_(pa.int64())) for name in ("prefix_ids", "suffix_ids", "output_ids")),
-    ("prefix_text", pa.string()),
-    *((name, pa.list_(pa.string())) for name in ("suffix_tokens", "output_tokens")),
-    ("dropped", pa.list_(pa.bool_())),
-    ("greedy", pa.list_(pa.int64())),
-    *((name, pa.list_(pa.bool_())) for name in ("correct", "prefix_correct", "prefix_sweep")),
-    ("nll", pa.list_(pa.float64())),
-    ("rank", pa.list_(pa.int64())),
-    *((name, pa.bool_()) for name in ("settled", "exact_match", "completion", "secret_recited")),
-    *((name, pa.int64()) for name in ("first_divergence", "longest_run", "characters")),
-    ("common_runs", pa.list_(pa.list_(pa.int64()))),
-    *((name, pa.float64()) for name in (
-        "token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity")),
-    ("log_p", pa.list_(pa.float64())),
-    ("rank_bits", pa.float64()),
-    ("beams", pa.int64()),
-    *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
-    ("words", pa.list_(pa.int32())),
-])  # fmt: skip
+COLUMNS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("split", "document", "source")),
+        *((name, pa.int64()) for name in ("index", "cluster", "count", "offset")),
+        *((name, pa.list_(pa.int64())) for name in ("prefix_ids", "suffix_ids", "output_ids")),
+        ("prefix_text", pa.string()),
+        *((name, pa.list_(pa.string())) for name in ("suffix_tokens", "output_tokens")),
+        ("dropped", pa.list_(pa.bool_())),
+        ("greedy", pa.list_(pa.int64())),
+        *((name, pa.list_(pa.bool_())) for name in ("correct", "prefix_correct", "prefix_sweep")),
+        ("nll", pa.list_(pa.float64())),
+        ("rank", pa.list_(pa.int64())),
+        *(
+            (name, pa.bool_())
+            for name in ("settled", "exact_match", "completion", "secret_recited")
+        ),
+        *((name, pa.int64()) for name in ("first_divergence", "longest_run", "characters")),
+        ("common_runs", pa.list_(pa.list_(pa.int64()))),
+        *(
+            (name, pa.float64())
+            for name in ("token_accuracy", "rouge_l_text", "rouge_l_ids", "edit_similarity")
+        ),
+        ("log_p", pa.list_(pa.float64())),
+        ("rank_bits", pa.float64()),
+        ("beams", pa.int64()),
+        *((f"mia_{attack}", pa.float64()) for attack in ATTACKS),
+        ("words", pa.list_(pa.int32())),
+    ]
+)
 
 
 def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -69,10 +87,17 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
     names = COLUMNS.names if columns is None else list(columns)
     try:
         # One file after the other: pyarrow's reader of whole folders may return rows in another order.
-        parts = [pq.read_table(file, columns=names, partitioning=None) for file in sorted(path.glob("*.parquet"))]
-        table = pa.concat_tables(parts).select(names) if parts else COLUMNS.empty_table().select(names)
+        parts = [
+            pq.read_table(file, columns=names, partitioning=None)
+            for file in sorted(path.glob("*.parquet"))
+        ]
+        table = (
+            pa.concat_tables(parts).select(names) if parts else COLUMNS.empty_table().select(names)
+        )
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"the records in {path} are damaged ({first_line(error)}); audit again") from error
+        raise ValueError(
+            f"the records in {path} are damaged ({first_line(error)}); audit again"
+        ) from error
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
         raise ValueError(
@@ -84,7 +109,9 @@ def records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Tabl
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """run.json of an audit's folder: everything that defines the run; errors as of `read_json`."""
-    missing = f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+    missing = (
+        f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+    )
     return read_json(Path(folder) / RUN, missing)
 
 
@@ -105,14 +132,19 @@ def make_record(
     dropped = None if all_dropped is None else all_dropped[start - 1 :]
     correct = score.greedy == ids[1:]
     first = first_divergence(output, suffix)
-    suffix_tokens, output_tokens = (text_pieces(tokenizer, prefix, each) for each in (suffix, output))
+    suffix_tokens, output_tokens = (
+        text_pieces(tokenizer, prefix, each) for each in (suffix, output)
+    )
     prefix_text = tokenizer.decode(prefix, clean_up_tokenization_spaces=False)
     suffix_text, output_text = "".join(suffix_tokens), "".join(output_tokens)
     text = prefix_text + suffix_text
     own_text = suffix_text if window.completion else text
     runs = common_runs(output, suffix)
     return {
-        **{name: getattr(window, name) for name in ("split", "index", "document", "source", "count", "offset")},
+        **{
+            name: getattr(window, name)
+            for name in ("split", "index", "document", "source", "count", "offset")
+        },
         "cluster": cluster,
         "prefix_ids": prefix,
         "suffix_ids": suffix,
@@ -130,7 +162,9 @@ def make_record(
         "settled": score.settled,
         "exact_match": output == suffix,
         "completion": window.completion,
-        "secret_recited": any(each in output_text for each in window.secrets) if window.secrets else None,
+        "secret_recited": any(each in output_text for each in window.secrets)
+        if window.secrets
+        else None,
         "first_divergence": first,
         "longest_run": max((length for _, _, length in runs), default=0),
         "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
@@ -178,7 +212,10 @@ def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
     """For every prefix length of the grid, whether the S tokens after it are recited; `correct`: (T-1,), of ids[1:]."""
     length = len(correct) + 1 - prefix_length
     misses = np.cumsum([0, *~correct])
-    return [bool(misses[start - 1 + length] == misses[start - 1]) for start in prefix_grid(prefix_length)]
+    return [
+        bool(misses[start - 1 + length] == misses[start - 1])
+        for start in prefix_grid(prefix_length)
+    ]
 
 
 def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | None:
@@ -203,7 +240,9 @@ def membership_scores(
         text: the window's. first_scored: scores are of the ids from there on. dropped: bool (T-1,), of ids[1:], what
             the training dropped; None: not known.
     """
-    nll, mean, std = (each[first_scored - 1 :] for each in (score.nll, score.entropy_mean, score.entropy_std))
+    nll, mean, std = (
+        each[first_scored - 1 :] for each in (score.nll, score.entropy_mean, score.entropy_std)
+    )
     log_p = -np.asarray(nll, dtype=np.float64)
     loss, control = float(-log_p.mean()), score.control_nll
     here = np.zeros(0, dtype=bool) if dropped is None else dropped[first_scored - 1 :]
@@ -217,7 +256,9 @@ def membership_scores(
         "mia_min_k": mean_of_lowest(log_p),
         "mia_min_k_plus_plus": mean_of_lowest((log_p - mean) / np.maximum(std, LEAST_STD)),
         "mia_kept_loss": None if kept_loss is None else -kept_loss,
-        "mia_dropped_gap": None if kept_loss is None or dropped_loss is None else dropped_loss - kept_loss,
+        "mia_dropped_gap": None
+        if kept_loss is None or dropped_loss is None
+        else dropped_loss - kept_loss,
         "mia_wbc": None if control is None else window_votes(control + log_p),
     }
 
@@ -229,7 +270,9 @@ def window_votes(differences: NDArray[np.float64]) -> float:
     differences: (T-1,), loss under the control minus loss under the model.
     """
     total = np.cumsum(np.append(0.0, differences))
-    shares = [np.mean(total[size:] > total[:-size]) for size in np.minimum(WBC_SIZES, len(differences))]
+    shares = [
+        np.mean(total[size:] > total[:-size]) for size in np.minimum(WBC_SIZES, len(differences))
+    ]
     return float(np.mean(shares))
 
 

@@ -38,7 +38,11 @@ def continue_greedily(model: Any, prefixes: Tensor, tokens: int) -> tuple[Tensor
 
 
 def least_beams(
-    model: Any, prefix: Sequence[int], suffix: Sequence[int], ranks: Sequence[int], tried: Sequence[int]
+    model: Any,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    ranks: Sequence[int],
+    tried: Sequence[int],
 ) -> int:
     """The least number of beams among `tried` whose search says `suffix` first; 0 if none does.
 
@@ -47,18 +51,26 @@ def least_beams(
     """
     ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
-        if max(ranks) < 2 * beams and _generate(model, ids, len(suffix), num_beams=beams)[0].tolist() == list(suffix):
+        if max(ranks) < 2 * beams and _generate(model, ids, len(suffix), num_beams=beams)[
+            0
+        ].tolist() == list(suffix):
             return beams
     return 0
 
 
-def _generate(model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any) -> Tensor:
-    settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams)
+def _generate(
+    model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any
+) -> Tensor:
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams
+    )
     attended = torch.ones_like(prefixes)
     # generate() fills what its configuration leaves open from the model's own, so that one is put aside.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        output: Tensor = model.generate(prefixes, attention_mask=attended, generation_config=settings, **options)
+        output: Tensor = model.generate(
+            prefixes, attention_mask=attended, generation_config=settings, **options
+        )
     finally:
         model.generation_config = own
     return output[:, prefixes.shape[1] :]

@@ -72,13 +72,25 @@ def percent(share: float) -> str:
     """A share; 0% and 100% only where exact, "<0.1%" and ">99.9%" beside them."""
     if share in (0, 1):
         return f"{share:.0%}"
-    return "<0.1%" if share < 0.0005 else ">99.9%" if share > 0.9995 else f"{100 * share:.1f}".removesuffix(".0") + "%"
+    return (
+        "<0.1%"
+        if share < 0.0005
+        else ">99.9%"
+        if share > 0.9995
+        else f"{100 * share:.1f}".removesuffix(".0") + "%"
+    )
 
 
 def decimals(value: float) -> str:
     """About three digits, without an exponent where people would not write one."""
     size = abs(value)
-    return f"{value:.3g}" if 0 < size < 0.1 else f"{value:.2f}" if size < 10 else f"{value:,.{int(size < 100)}f}"
+    return (
+        f"{value:.3g}"
+        if 0 < size < 0.1
+        else f"{value:.2f}"
+        if size < 10
+        else f"{value:,.{int(size < 100)}f}"
+    )
 
 
 def dumps(value: Any) -> str:
@@ -93,7 +105,9 @@ def dumps(value: Any) -> str:
 def loads(text: str) -> Any:
     """The structure of `dumps`: every object with the fields of an Estimate becomes one."""
     names = {field.name for field in fields(Estimate)}
-    return json.loads(text, object_hook=lambda value: Estimate(**value) if value.keys() == names else value)
+    return json.loads(
+        text, object_hook=lambda value: Estimate(**value) if value.keys() == names else value
+    )
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
@@ -110,7 +124,9 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
     if schema != SCHEMA:
-        raise ValueError(f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again")
+        raise ValueError(
+            f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again"
+        )
     return value
 
 
@@ -167,7 +183,14 @@ def mean(
         ends.append(float(np.quantile(draws, level)))
     point = columns[:, 0].sum() / columns[:, 1].sum()
     # Rounding must not put the point outside.
-    return Estimate(float(point), None, int(counts.sum()), len(columns), min(ends[0], point), max(ends[1], point))
+    return Estimate(
+        float(point),
+        None,
+        int(counts.sum()),
+        len(columns),
+        min(ends[0], point),
+        max(ends[1], point),
+    )
 
 
 def token_rate(hits: ArrayLike, totals: ArrayLike, documents: Codes | None = None) -> Estimate:
@@ -181,7 +204,9 @@ def _dirichlet(columns: Floats) -> tuple[Floats, Floats]:
     count = len(columns)
     rows = max(1, CHUNK // count)
     columns = np.concatenate([columns, np.ones((count, 1))], -1)
-    sums = np.concatenate([_weights(count, first, rows) @ columns for first in range(0, RESAMPLES, rows)])
+    sums = np.concatenate(
+        [_weights(count, first, rows) @ columns for first in range(0, RESAMPLES, rows)]
+    )
     order = np.random.default_rng(0).permutation(RESAMPLES)
     share = 1 - ((order + 0.5) / RESAMPLES) ** (1 / count)
     return sums[:, :-1], sums[:, -1] * share / (1 - share) * columns[:, 1].max()
@@ -205,8 +230,12 @@ def difference(values: Floats, documents: Codes) -> Estimate:
     value = float(np.mean(values))
     about: dict[str, Any] = {"n": len(documents), "documents": len(columns)}
     if len(columns) < FEWEST_DOCUMENTS:
-        return Estimate(value, reason=f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}", **about)
-    total = np.concatenate([times @ columns for (times,) in resamples([len(columns)], len(columns))])
+        return Estimate(
+            value, reason=f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}", **about
+        )
+    total = np.concatenate(
+        [times @ columns for (times,) in resamples([len(columns)], len(columns))]
+    )
     draws = total[:, 0] / total[:, 1]
     if np.ptp(draws) <= 1e-12 * abs(value):
         reason = "every resample gives the same value, which says nothing about other documents"
@@ -218,7 +247,9 @@ def difference(values: Floats, documents: Codes) -> Estimate:
 def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
     """(windows,) columns -> (documents, M), documents without a window left out."""
     here, place = np.unique(documents, return_inverse=True)
-    return np.stack([np.bincount(place, np.asarray(each, dtype=np.float64), len(here)) for each in sums], -1)
+    return np.stack(
+        [np.bincount(place, np.asarray(each, dtype=np.float64), len(here)) for each in sums], -1
+    )
 
 
 def resamples(counts: Sequence[int], size: int, times: int = RESAMPLES) -> Iterator[list[Floats]]:
@@ -234,5 +265,7 @@ def resamples(counts: Sequence[int], size: int, times: int = RESAMPLES) -> Itera
         for count in counts:
             shape = (min(rows, times - first), count)
             drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
-            weights.append(np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float64))
+            weights.append(
+                np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float64)
+            )
         yield weights

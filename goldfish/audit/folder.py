@@ -36,7 +36,9 @@ class Folder:
         """FileExistsError unless the folder is new, empty, or holds an audit."""
         if not self.path.exists() or (self.path / RUN).is_file():
             return
-        if not self.path.is_dir() or any(path.name not in (LOCK, RUN + PART) for path in self.path.iterdir()):
+        if not self.path.is_dir() or any(
+            path.name not in (LOCK, RUN + PART) for path in self.path.iterdir()
+        ):
             raise FileExistsError(
                 f"{self.path} exists and is not an empty folder; choose another output folder or remove it"
             )

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
 from goldfish.audit.columns import FEATURES
-from goldfish.audit.estimate import FEWEST_DOCUMENTS, Codes, Estimate, Floats, clopper_pearson, resamples
+from goldfish.audit.estimate import (
+    FEWEST_DOCUMENTS,
+    Codes,
+    Estimate,
+    Floats,
+    clopper_pearson,
+    resamples,
+)
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
 FIGURES = ("auc", *(f"tpr@{100 * fpr:g}%" for fpr in RATES))
@@ -37,7 +44,9 @@ class Ranking:
         scores = np.concatenate([members, heldout])
         self._order = np.argsort(-scores)
         self._is_member = self._order < len(members)
-        self._ends = np.flatnonzero(np.diff(scores[self._order], append=np.nan))  # the last of equal scores
+        self._ends = np.flatnonzero(
+            np.diff(scores[self._order], append=np.nan)
+        )  # the last of equal scores
 
     def curve(self, weights: Floats) -> tuple[Floats, Floats]:
         """False and true positive rate of "score >= threshold" for every threshold, from the strictest on.
@@ -48,7 +57,9 @@ class Ranking:
         rates = []
         for side in (~self._is_member, self._is_member):
             passed = np.cumsum(ordered * side, -1)[..., self._ends]
-            rates.append(np.concatenate([np.zeros_like(passed[..., :1]), passed / passed[..., -1:]], -1))
+            rates.append(
+                np.concatenate([np.zeros_like(passed[..., :1]), passed / passed[..., -1:]], -1)
+            )
         return rates[0], rates[1]
 
     def figures(self, weights: Floats, rates: Sequence[float]) -> Floats:
@@ -62,10 +73,16 @@ class Ranking:
 
 def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
     """A summary's `membership`; see docs/audit-files.md."""
-    scored = {name: _attack(members, heldout, scores, heldout.scores[name]) for name, scores in members.scores.items()}
+    scored = {
+        name: _attack(members, heldout, scores, heldout.scores[name])
+        for name, scores in members.scores.items()
+    }
     attacks = {name: attack for name, attack in scored.items() if attack}
     words, lengths = word_scores(members, heldout), (members.lengths, heldout.lengths)
-    blind = {name: _attack(members, heldout, *scores) for name, scores in zip(BLIND, (words, lengths), strict=True)}
+    blind = {
+        name: _attack(members, heldout, *scores)
+        for name, scores in zip(BLIND, (words, lengths), strict=True)
+    }
     result: dict[str, Any] = {
         "members": {"n": len(members.documents), "documents": len(np.unique(members.documents))},
         "heldout": {"n": len(heldout.documents), "documents": len(np.unique(heldout.documents))},
@@ -97,15 +114,21 @@ def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | Non
     if not (words and length and words.draws is not None and length.draws is not None):
         return None
     tests = ((words, "greater"), (length, "two-sided"))
-    return any(bool(mannwhitneyu(*each.means(), alternative=side).pvalue < 0.025) for each, side in tests)
+    return any(
+        bool(mannwhitneyu(*each.means(), alternative=side).pvalue < 0.025) for each, side in tests
+    )
 
 
-def _attack(members: Side, heldout: Side, scores: Floats, heldout_scores: Floats) -> "_Attack | None":
+def _attack(
+    members: Side, heldout: Side, scores: Floats, heldout_scores: Floats
+) -> "_Attack | None":
     """Of the windows that have a score; None where a side has none."""
     here, there = ~np.isnan(scores), ~np.isnan(heldout_scores)
     if not (here.any() and there.any()):
         return None
-    return _Attack((scores[here], heldout_scores[there]), (members.documents[here], heldout.documents[there]))
+    return _Attack(
+        (scores[here], heldout_scores[there]), (members.documents[here], heldout.documents[there])
+    )
 
 
 class _Attack:
@@ -124,7 +147,8 @@ class _Attack:
     def means(self) -> list[Floats]:
         """The mean score of each document, of both sides."""
         return [
-            np.bincount(side, each) / np.bincount(side) for side, each in zip(self._sides, self._scores, strict=True)
+            np.bincount(side, each) / np.bincount(side)
+            for side, each in zip(self._sides, self._scores, strict=True)
         ]
 
     def _resampled(self) -> Floats:
@@ -142,7 +166,9 @@ class _Attack:
             if self._documents[1] * fpr >= 10:
                 figures[FIGURES[column]] = self._estimate(column, self._documents[0], level)
             else:
-                needed = f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
+                needed = (
+                    f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
+                )
                 reason = f"{needed}, got {self._documents[1]}"
                 figures[FIGURES[column]] = Estimate(None, reason=reason, **self._sizes)
         return figures
@@ -171,7 +197,9 @@ def word_scores(members: Side, heldout: Side) -> list[Floats]:
     """
     shares = []
     for side in (members, heldout):
-        learned = [words for words, even in zip(side.words, side.documents % 2 == 0, strict=True) if even]
+        learned = [
+            words for words, even in zip(side.words, side.documents % 2 == 0, strict=True) if even
+        ]
         seen = np.bincount(np.concatenate(learned), minlength=FEATURES)
         shares.append((seen + 0.5) / (len(learned) + 1))
     weights = np.log(shares[0]) - np.log(shares[1])

@@ -19,17 +19,36 @@ from transformers.utils import cached_file
 
 from goldfish.fused import bare_model
 from goldfish.receipt import FILE_NAME, read_receipt
-from goldfish.rows import first_line, sha256
+from goldfish.text.rows import first_line, sha256
 
 _log = logging.getLogger(__name__)
 LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}  # bytes of float32 logits alive at a time
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
-_WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")  # put before names by torch.compile and by DDP
-_CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "max_seq_length", "n_positions", "n_ctx")
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:(?:_orig_mod|module)\.)+"
+)  # put before names by torch.compile and by DDP
+_CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "n_positions",
+    "n_ctx",
+)
+_TOKENIZERS = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 _ADAPTER = "adapter_config.json"
-_WEIGHTS = tuple(name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json"))
+_WEIGHTS = tuple(
+    name + index
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for index in ("", ".index.json")
+)
 
 
 class Checkpoint:
@@ -44,7 +63,9 @@ class Checkpoint:
         FileNotFoundError: no such folder. ValueError: a revision of a folder.
     """
 
-    def __init__(self, name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, name: str | Path, revision: str | None = None, trust_remote_code: bool = False
+    ) -> None:
         path, self.name = Path(name), str(name)
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if path.suffix == ".gguf":
@@ -55,25 +76,33 @@ class Checkpoint:
         self._options["local_files_only"] = self._is_folder  # never asks the network
         if revision is not None:
             if self._is_folder:
-                raise ValueError(f"{path} is a folder, which has no revisions; a revision is of a hub name")
+                raise ValueError(
+                    f"{path} is a folder, which has no revisions; a revision is of a hub name"
+                )
             self._options["revision"] = revision
 
     def file(self, name: str) -> Path | None:
         """The path of one of its files; None where there is none."""
         revision = self._options.get("revision")
-        cached = cached_file(self._place, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        cached = cached_file(
+            self._place, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         return None if cached is None else Path(cached)
 
     @cached_property
     def base(self) -> "Checkpoint | None":
         """The model that an adapter names; None for a whole model."""
         path = self.file(_ADAPTER)
-        if path is None or any(map(self.file, _WEIGHTS)):  # Axolotl saves the base's config.json beside an adapter
+        if path is None or any(
+            map(self.file, _WEIGHTS)
+        ):  # Axolotl saves the base's config.json beside an adapter
             return None
         adapter = json.loads(path.read_text(encoding="utf-8"))
         base = adapter.get("base_model_name_or_path")
         if not base:
-            raise ValueError(f"{path} does not name its base model; set base_model_name_or_path there")
+            raise ValueError(
+                f"{path} does not name its base model; set base_model_name_or_path there"
+            )
         return Checkpoint(base, adapter.get("revision"), self._options["trust_remote_code"])
 
     def tokenizer(self) -> Any:
@@ -141,7 +170,9 @@ class Checkpoint:
                 fit the model; a model that is not causal; a missing package.
         """
         if self.base is not None:
-            model = self.base.model(device, dtype=dtype, allow_pickle=allow_pickle, device_map=device_map)
+            model = self.base.model(
+                device, dtype=dtype, allow_pickle=allow_pickle, device_map=device_map
+            )
             return self._adapted(model, allow_pickle)
         self.config()
         options = dict(self._options)
@@ -167,7 +198,9 @@ class Checkpoint:
             if bare != set(info["unexpected_keys"]) and bare & set(info["missing_keys"]):
                 model, info = load(key_mapping={_WRAPPERS.pattern: ""})
         except OSError as error:
-            no_safetensors = "safetensors" in str(error) and (not self._is_folder or self._pickles())
+            no_safetensors = "safetensors" in str(error) and (
+                not self._is_folder or self._pickles()
+            )
             if allow_pickle or not no_safetensors:
                 raise
             raise ValueError(f"{self._only_pickles()} ({first_line(error)})") from error
@@ -182,16 +215,26 @@ class Checkpoint:
         return model.eval()
 
     def _adapted(self, model: Any, allow_pickle: bool) -> Any:
-        if not allow_pickle and self._is_folder and not any(Path(self._place).glob("*.safetensors")):
+        if (
+            not allow_pickle
+            and self._is_folder
+            and not any(Path(self._place).glob("*.safetensors"))
+        ):
             raise ValueError(self._only_pickles())
         revision = {"revision": self._options.get("revision")}
         try:
             info = model.load_adapter(self._place, adapter_kwargs=revision)
             if info is None:
-                raise ValueError("this version does not say whether its weights fit: update to transformers 5")
+                raise ValueError(
+                    "this version does not say whether its weights fit: update to transformers 5"
+                )
             if problems := _misfits(vars(info)):
                 raise ValueError(problems)
-        except (ValueError, RuntimeError, ImportError) as error:  # such as DoRA's, and resized embeddings
+        except (
+            ValueError,
+            RuntimeError,
+            ImportError,
+        ) as error:  # such as DoRA's, and resized embeddings
             raise ValueError(
                 f"{self.name} is an adapter that transformers cannot load over its base ({first_line(error)}); save "
                 "the merged model and audit that: model.merge_and_unload().save_pretrained(...)"
@@ -203,7 +246,12 @@ class Checkpoint:
         try:
             path = self.file(FILE_NAME)
         except OSError as error:
-            _log.warning("Could not ask the hub for the %s of %s, so no rule is known: %s", FILE_NAME, self.name, error)
+            _log.warning(
+                "Could not ask the hub for the %s of %s, so no rule is known: %s",
+                FILE_NAME,
+                self.name,
+                error,
+            )
             return None
         return None if path is None else read_receipt(path.parent)
 
@@ -212,7 +260,9 @@ class Checkpoint:
         of_gguf = self._options.get("gguf_file")
         some = self.file(of_gguf or ("config.json" if self.base is None else _ADAPTER))
         files = [] if some is None else [some] if of_gguf else sorted(some.parent.iterdir())
-        hashes = {path.name: sha256(path) for path in files if path.is_file() and path.suffix in _READ}
+        hashes = {
+            path.name: sha256(path) for path in files if path.is_file() and path.suffix in _READ
+        }
         if self.base is not None:
             hashes |= {f"base/{name}": digest for name, digest in self.base.hashes().items()}
         return hashes
@@ -223,7 +273,9 @@ class Checkpoint:
 
     def _only_pickles(self) -> str:
         names = self._pickles()
-        has = f"{self.name} has no safetensors weights" + (f" but {', '.join(names)}" if names else "")
+        has = f"{self.name} has no safetensors weights" + (
+            f" but {', '.join(names)}" if names else ""
+        )
         return (
             f"{has}: pickles can run code when they are loaded. Save it again with model.save_pretrained(...), or, if "
             "you trust its author, allow them: --allow-pickle"
@@ -233,11 +285,19 @@ class Checkpoint:
         try:
             return load()
         except ImportError as error:
-            raise ValueError(f"{self.name} needs a package that is not installed: {first_line(error)}") from error
+            raise ValueError(
+                f"{self.name} needs a package that is not installed: {first_line(error)}"
+            ) from error
         except torch.OutOfMemoryError as error:
-            raise ValueError(f"{self.name} does not fit in memory, try --dtype bf16: {first_line(error)}") from error
-        except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
-            raise ValueError(f"the weights of {self.name} do not fit its configuration: {error}") from error
+            raise ValueError(
+                f"{self.name} does not fit in memory, try --dtype bf16: {first_line(error)}"
+            ) from error
+        except (
+            RuntimeError
+        ) as error:  # sizes that differ, in an adapter and in older versions of transformers
+            raise ValueError(
+                f"the weights of {self.name} do not fit its configuration: {error}"
+            ) from error
 
 
 def _misfits(info: Mapping[str, Any]) -> str:
@@ -245,7 +305,9 @@ def _misfits(info: Mapping[str, Any]) -> str:
     kinds = {
         "the model has no place for": info["unexpected_keys"],
         "are not in the files": info["missing_keys"],
-        "have another shape": [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]],
+        "have another shape": [
+            key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]
+        ],
     }
     return "; ".join(
         f"{len(names)} weights {text} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
@@ -262,7 +324,10 @@ def load_tokenizer(checkpoint: str | Path) -> Any:
 @torch.inference_mode()
 def require_causal(model: Any, checkpoint: str) -> None:
     """ValueError where the last token changes the logits before it: such a model sees what it should predict."""
-    ids = torch.arange(16, device=device_of(model)).repeat(4, 1) % model.get_input_embeddings().num_embeddings
+    ids = (
+        torch.arange(16, device=device_of(model)).repeat(4, 1)
+        % model.get_input_embeddings().num_embeddings
+    )
     ids[:, -1] = torch.arange(4, device=ids.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     moved, scale = (logits - logits[:1]).abs().max().item(), logits.abs().max().item()
@@ -282,7 +347,9 @@ def device_of(model: Any) -> torch.device:
 def context_of(config: Any) -> int | None:
     """How many tokens a model takes at most, where its configuration says so."""
     config = config.get_text_config()
-    return next((int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, None)), None)
+    return next(
+        (int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, None)), None
+    )
 
 
 def vocabulary_of(model: Any) -> int:
@@ -291,7 +358,9 @@ def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
 
 
-def logits_of(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def logits_of(
+    model: Any, ids: Tensor, attention_mask: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
     """The logits of a model's own forward, a few rows at a time, so that (B, T, V) is never held.
 
     Args:
@@ -301,13 +370,19 @@ def logits_of(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterato
     Yields:
         which of the B * (T - 1) positions come, and their logits, float32 (positions, V).
     """
-    budget = LOGITS_BUDGET["cpu" if ids.device.type == "cpu" else "other"] // (4 * vocabulary_of(model))
+    budget = LOGITS_BUDGET["cpu" if ids.device.type == "cpu" else "other"] // (
+        4 * vocabulary_of(model)
+    )
     length = ids.shape[1] - 1
     rows = max(1, budget // (length + 1))
     for first in range(0, len(ids), rows):
         mask = None if attention_mask is None else attention_mask[first : first + rows]
-        logits = model(input_ids=ids[first : first + rows], attention_mask=mask, use_cache=False).logits
+        logits = model(
+            input_ids=ids[first : first + rows], attention_mask=mask, use_cache=False
+        ).logits
         logits = logits[:, :-1].flatten(0, 1)
-        for start in range(0, len(logits), step := max(1, budget // 4)):  # what is done with them fits in the caches
+        for start in range(
+            0, len(logits), step := max(1, budget // 4)
+        ):  # what is done with them fits in the caches
             part = logits[start : start + step].float()
             yield slice(first * length + start, first * length + start + len(part)), part

@@ -19,9 +19,13 @@ from goldfish.audit.membership import FIGURES
 ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
 NO_RULE = "no rule is known for this checkpoint"
 OF_RULES = (
-    "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept",
-    *(f"attribution.{name}" for name in ("dropped_share", "hazard_ratio", "hazard_dropped", "hazard_kept")),
-)  # fmt: skip
+    "teacher_forced_accuracy_dropped",
+    "teacher_forced_accuracy_kept",
+    *(
+        f"attribution.{name}"
+        for name in ("dropped_share", "hazard_ratio", "hazard_dropped", "hazard_kept")
+    ),
+)
 ONE_SPLIT = "membership needs members and held-out texts"
 OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 FIELDS = ("lower95", "upper95", "k", "n", "documents", "value")
@@ -56,7 +60,9 @@ def read(folder: str | Path) -> Audit:
         FileNotFoundError: a folder without summary.json. ValueError: one of another schema, or not readable.
     """
     path = Path(folder) / "summary.json"
-    missing = f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
+    missing = (
+        f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
+    )
     summary = read_json(path, missing)
     return Audit(Path(folder), summary, estimates(summary))
 
@@ -64,7 +70,9 @@ def read(folder: str | Path) -> Audit:
 def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     """Every estimate of a summary by its name (docs/audit-files.md, "Names of figures")."""
     membership: Mapping[str, Any] = summary["membership"] or {"headline": None, "reason": ONE_SPLIT}
-    headline = membership["headline"] or dict.fromkeys(FIGURES, Estimate(None, reason=membership["reason"]))
+    headline = membership["headline"] or dict.fromkeys(
+        FIGURES, Estimate(None, reason=membership["reason"])
+    )
     attacks = {**membership.get("attacks", {}), "blind": membership.get("blind", {})}
     named = dict(_named({"mia": {**headline, **attacks}, **summary["splits"]}))
     for split, values in summary["splits"].items():
@@ -93,7 +101,9 @@ def find(known: Mapping[str, Any], name: str) -> str:
             return candidate
     names = [*known, *(alias for alias, full in ALIASES.items() if full in known)]
     near = difflib.get_close_matches(name, names, 5, 0.4)
-    raise KeyError(f"this audit has no figure {name!r}; it has {', '.join(near or list(known)[:5])}, ...")
+    raise KeyError(
+        f"this audit has no figure {name!r}; it has {', '.join(near or list(known)[:5])}, ..."
+    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,9 @@ def parse(text: str) -> Condition:
     Raises:
         ValueError: anything else; names are not looked up yet.
     """
-    match = re.fullmatch(r"\s*([^\s<>=]\S*?)\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)(%?)\s*", text)
+    match = re.fullmatch(
+        r"\s*([^\s<>=]\S*?)\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)(%?)\s*", text
+    )
     try:
         threshold = float(match[3]) / (100 if match[4] else 1) if match else math.nan
     except ValueError:
@@ -147,7 +159,10 @@ def _check(condition: Condition, known: Mapping[str, Estimate]) -> tuple[str, st
     estimate = known[name]
     number = getattr(estimate, condition.field)
     if number is None:
-        return "inconclusive", f"{name}: not estimable ({estimate.reason or f'it has no {condition.field}'})"
+        return (
+            "inconclusive",
+            f"{name}: not estimable ({estimate.reason or f'it has no {condition.field}'})",
+        )
     why = f"{name}.{condition.field} is {number:.4g}"
     if estimate.k is not None:
         why += f" ({estimate.point()})"
@@ -169,5 +184,7 @@ def _any_result_would_violate(condition: Condition, name: str, estimate: Estimat
         ("upper95", ">"): (estimate.lower95, clopper_pearson(0, n)[1]),
         ("lower95", "<"): (estimate.upper95, clopper_pearson(n, n)[0]),
     }
-    other, best = ends.get((condition.field, condition.operator[0]), (condition.threshold, condition.threshold))
+    other, best = ends.get(
+        (condition.field, condition.operator[0]), (condition.threshold, condition.threshold)
+    )
     return bool(violates(best, condition.threshold)) and not violates(other, condition.threshold)

@@ -22,12 +22,12 @@ from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
 from goldfish.audit.windows import Cutter, Survey, join, overlap_of, prefix_grid
-from goldfish.chats import secret_finder
-from goldfish.labels import Rules
-from goldfish.pieces import plain
+from goldfish.masking import Rules
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
-from goldfish.rows import digest, draw, first_line, read_rows
 from goldfish.rule import Goldfish
+from goldfish.text.chats import secret_finder
+from goldfish.text.printable import plain
+from goldfish.text.rows import digest, draw, first_line, read_rows
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
@@ -143,12 +143,17 @@ def audit(
     receipt = checkpoints[0].receipt()
     rules = _rules(checkpoint, receipt, tokenizer)
     if device is None:
-        device = state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        device = (
+            state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        )
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {device} is not there: {first_line(error)}") from error
-    protocol |= {"device": device.type, "ambiguous_margin": AMBIGUOUS[getattr(torch, protocol["dtype"])]}
+    protocol |= {
+        "device": device.type,
+        "ambiguous_margin": AMBIGUOUS[getattr(torch, protocol["dtype"])],
+    }
     inputs: dict[str, dict[str, Any]] = {
         split: {"path": source, "sha256": digest(source)} for split, source in sources.items()
     }
@@ -160,7 +165,9 @@ def audit(
         contexts = [context_of(each.config()) for each in checkpoints]
         context = min(filter(None, contexts), default=None)
         marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
-        cutter = Cutter(tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks)
+        cutter = Cutter(
+            tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks
+        )
         for split, source in sources.items():
             rows = draw(read_rows(source, text_column), max_rows, seed)
             surveys[split] = Survey(rows, split, cutter)
@@ -169,7 +176,11 @@ def audit(
         _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
         for split, each in surveys.items():
             inputs[split] |= each.counts()
-        options: dict[str, Any] = {"dtype": protocol["dtype"], "allow_pickle": allow_pickle, "device_map": device_map}
+        options: dict[str, Any] = {
+            "dtype": protocol["dtype"],
+            "allow_pickle": allow_pickle,
+            "device_map": device_map,
+        }
         models = [each.model(device, **options) for each in checkpoints]
         known = min(len(model.get_input_embeddings().weight) for model in models)
         for split, each in surveys.items():
@@ -205,7 +216,9 @@ def audit(
             scorer = Scorer(models[0], sampling, protocol["beams"] or (), reference, batch_tokens)
             of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
             blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
-            with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as bar:
+            with Progress(
+                *Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0
+            ) as bar:
                 windows = sum(len(each.indices) for each in surveys.values())
                 task = bar.add_task(escape(plain(f"audit {run['name']}")), total=windows)
                 for number, block in enumerate(blocks):
@@ -225,10 +238,16 @@ def audit(
 
 
 def _check(
-    sources: Mapping[str, str], protocol: Mapping[str, Any], batch_tokens: int | None, processes: int, device_map: Any
+    sources: Mapping[str, str],
+    protocol: Mapping[str, Any],
+    batch_tokens: int | None,
+    processes: int,
+    device_map: Any,
 ) -> None:
     if not sources:
-        raise ValueError("nothing to audit: give members (texts that were trained on), heldout, or both")
+        raise ValueError(
+            "nothing to audit: give members (texts that were trained on), heldout, or both"
+        )
     if "-" in sources.values() and (processes > 1 or len(set(sources.values())) < len(sources)):
         raise ValueError("standard input can be read once, by one process: give a file")
     if device_map is not None and processes > 1:
@@ -237,26 +256,40 @@ def _check(
         )
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     if min(lengths) < 1:
-        raise ValueError(f"prefix and suffix need at least one token each, got {lengths[0]} and {lengths[1]}")
+        raise ValueError(
+            f"prefix and suffix need at least one token each, got {lengths[0]} and {lengths[1]}"
+        )
     if not protocol["offsets"] or min(protocol["offsets"]) < 0:
-        raise ValueError(f"offsets count tokens from a text's start and must be 0 or more, got {protocol['offsets']}")
+        raise ValueError(
+            f"offsets count tokens from a text's start and must be 0 or more, got {protocol['offsets']}"
+        )
     if protocol["beams"] and protocol["beams"][0] < 1:
         raise ValueError(f"a search needs at least one beam, got {protocol['beams']}")
-    for what, number in (("a batch needs at least one token, got batch_tokens", batch_tokens),
-                         ("an audit needs at least one row, got max_rows", protocol["max_rows"])):  # fmt: skip
+    for what, number in (
+        ("a batch needs at least one token, got batch_tokens", batch_tokens),
+        ("an audit needs at least one row, got max_rows", protocol["max_rows"]),
+    ):
         if number is not None and number < 1:
             raise ValueError(f"{what}={number}")
     if protocol["dtype"] not in SHORT.values():
-        raise ValueError(f"dtype must be one of {', '.join(SHORT.values())}, got {protocol['dtype']!r}")
+        raise ValueError(
+            f"dtype must be one of {', '.join(SHORT.values())}, got {protocol['dtype']!r}"
+        )
 
 
 def _check_surveys(
-    surveys: Mapping[str, Survey], sources: Mapping[str, str], cutter: Cutter, overlap: Any, allow_overlap: bool
+    surveys: Mapping[str, Survey],
+    sources: Mapping[str, str],
+    cutter: Cutter,
+    overlap: Any,
+    allow_overlap: bool,
 ) -> None:
     """ValueError for inputs that no model could be audited with."""
     for split, each in surveys.items():
         if not each.indices:
-            reasons = "; ".join(f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items())
+            reasons = "; ".join(
+                f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items()
+            )
             raise ValueError(
                 f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
                 f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "

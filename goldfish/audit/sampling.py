@@ -36,5 +36,11 @@ def setting_name(setting: dict[str, Any]) -> str:
 
 def sampling_figures(log_p: Floats, documents: Codes) -> dict[str, Estimate]:
     """The (n,p) curves and the expected shares under one setting, by name; see docs/audit-files.md."""
-    curves = {f"extractable@{n},{p:g}": rate(extracted(log_p, n, p), documents) for p in PROBABILITIES for n in SAMPLES}
-    return curves | {f"expected@{n}": mean(probability_within(log_p, n), documents) for n in SAMPLES}
+    curves = {
+        f"extractable@{n},{p:g}": rate(extracted(log_p, n, p), documents)
+        for p in PROBABILITIES
+        for n in SAMPLES
+    }
+    return curves | {
+        f"expected@{n}": mean(probability_within(log_p, n), documents) for n in SAMPLES
+    }

@@ -44,7 +44,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """ValueError for a setting that means nothing."""
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs none")
+            raise ValueError(
+                f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs none"
+            )
         self.processors()
 
     def processors(self) -> LogitsProcessorList:
@@ -130,7 +132,9 @@ class Scorer:
                 if max(self._pass_tokens, self._search_tokens) <= longest:
                     raise
             if not self._halved:
-                _log.warning("Out of memory: smaller batches are tried; --batch-tokens sets how many tokens one holds.")
+                _log.warning(
+                    "Out of memory: smaller batches are tried; --batch-tokens sets how many tokens one holds."
+                )
             self._halved, everything = True, sum(len(window.ids) for window in windows)
             self._pass_tokens = max(longest, min(self._pass_tokens, everything) // 2)
             self._search_tokens = max(longest, min(self._search_tokens, everything) // 2)
@@ -145,7 +149,9 @@ class Scorer:
             row["log_q"] = row["log_q"][start:].T
             row["output"] = row["greedy"][start:].tolist()
             margin, gap = row.pop("relative_margin"), row.pop("relative_gap")
-            close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[self.model.dtype]
+            close = (margin if self.model.dtype == torch.float32 else gap) < AMBIGUOUS[
+                self.model.dtype
+            ]
             end = start + first_divergence(row["output"], window.suffix) + 1
             row["ambiguous"] = bool(close[start:end].any())
         self._continue(windows, rows)
@@ -155,15 +161,22 @@ class Scorer:
             if self.beams:
                 start = window.prefix_length
                 ranks = row["rank"][start - 1 :].tolist()
-                row["beams"] = least_beams(self.model, window.ids[:start], window.suffix, ranks, self.beams)
+                row["beams"] = least_beams(
+                    self.model, window.ids[:start], window.suffix, ranks, self.beams
+                )
         if self._control is not None:
-            controls = self._teacher_forced(self._control, windows, lambda *each: {"nll": _nll(*each)})
+            controls = self._teacher_forced(
+                self._control, windows, lambda *each: {"nll": _nll(*each)}
+            )
             for window, row, of_control in zip(windows, rows, controls, strict=True):
                 row["control_nll"] = of_control["nll"][window.first_scored - 1 :].astype(np.float64)
         return [Score(**row) for row in rows]
 
     def _teacher_forced(
-        self, model: Any, windows: Sequence[Window], reduce: Callable[[Tensor, Tensor], dict[str, Tensor]]
+        self,
+        model: Any,
+        windows: Sequence[Window],
+        reduce: Callable[[Tensor, Tensor], dict[str, Tensor]],
     ) -> list[dict[str, Any]]:
         """For each window the columns that `reduce` makes of logits (rows, V) and the ids that follow: (T-1, ...)."""
         results: list[dict[str, Any]] = [{}] * len(windows)
@@ -177,11 +190,18 @@ class Scorer:
             ids = ids.to(self.device)
             attention_mask = None if mask.all() else mask.to(self.device)
             targets = ids[:, 1:].flatten()
-            parts = [reduce(logits, targets[rows]) for rows, logits in logits_of(model, ids, attention_mask)]
-            columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+            parts = [
+                reduce(logits, targets[rows])
+                for rows, logits in logits_of(model, ids, attention_mask)
+            ]
+            columns = {
+                name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]
+            }
             for place, i in enumerate(batch):
                 first, length = place * (longest - 1), len(windows[i].ids) - 1
-                results[i] = {name: column[first : first + length] for name, column in columns.items()}
+                results[i] = {
+                    name: column[first : first + length] for name, column in columns.items()
+                }
                 self._require_finite(windows[i], bool(np.isnan(results[i]["nll"]).any()))
         return results
 
@@ -212,17 +232,24 @@ class Scorer:
             longest, group = 0, list[int]()
             for _, i in waiting:
                 length = max(longest, len(windows[i].ids))
-                if windows[i].prefix_length <= start and (len(group) + 1) * length <= max(self._search_tokens, length):
+                if windows[i].prefix_length <= start and (len(group) + 1) * length <= max(
+                    self._search_tokens, length
+                ):
                     group, longest = [*group, i], length
             waiting = [each for each in waiting if each[1] not in group]
-            starts = [(windows[i].ids[: windows[i].prefix_length] + rows[i]["output"])[:start] for i in group]
+            starts = [
+                (windows[i].ids[: windows[i].prefix_length] + rows[i]["output"])[:start]
+                for i in group
+            ]
             ids = torch.tensor(starts, device=self.device)
             outputs, margins = continue_greedily(self.model, ids, longest - start)
             for i, output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
                 self._require_finite(windows[i], math.isnan(margin))
                 known = start - windows[i].prefix_length
                 rows[i]["output"] = (rows[i]["output"][:known] + output)[: len(windows[i].suffix)]
-                rows[i]["ambiguous"] = self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
+                rows[i]["ambiguous"] = (
+                    self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
+                )
 
     def _settle(self, window: Window, row: dict[str, Any]) -> None:
         prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.device)
@@ -247,12 +274,18 @@ def cache_tokens(model: Any, most: int) -> int:
     config = model.config.get_text_config()
     try:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         one = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     except AttributeError:  # no attention, so no cache that grows
         return most
     device = device_of(model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
     return max(1, min(most, int(free // 2 // one)))
 
 
@@ -276,7 +309,10 @@ def _reduce(logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]) -> d
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = [-nll if each == Sampling() else -_nll(each.processors()(None, logits), targets) for each in samplings]
+    log_q = [
+        -nll if each == Sampling() else -_nll(each.processors()(None, logits), targets)
+        for each in samplings
+    ]
     return {
         "greedy": greedy,
         "nll": nll,

@@ -19,16 +19,49 @@ from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdi
 
 SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
-    "split", "document", "cluster", "offset", "suffix_ids", "prefix_sweep", "settled",
-    "exact_match", "token_accuracy", "correct", "nll", "dropped", "rouge_l_text", "rouge_l_ids", "longest_run",
-    "completion", "secret_recited", "edit_similarity", "first_divergence", "log_p", "rank_bits",
-    "beams", "characters", "words",
+    "split",
+    "document",
+    "cluster",
+    "offset",
+    "suffix_ids",
+    "prefix_sweep",
+    "settled",
+    "exact_match",
+    "token_accuracy",
+    "correct",
+    "nll",
+    "dropped",
+    "rouge_l_text",
+    "rouge_l_ids",
+    "longest_run",
+    "completion",
+    "secret_recited",
+    "edit_similarity",
+    "first_divergence",
+    "log_p",
+    "rank_bits",
+    "beams",
+    "characters",
+    "words",
     *SCORES,
-]  # fmt: skip
-ABOUT = ("schema", "name", "checkpoint", "date", "command", "rule", "versions", "inputs", "weights", "protocol")
+]
+ABOUT = (
+    "schema",
+    "name",
+    "checkpoint",
+    "date",
+    "command",
+    "rule",
+    "versions",
+    "inputs",
+    "weights",
+    "protocol",
+)
 
 
-def summarize(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> dict[str, Any]:
+def summarize(
+    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+) -> dict[str, Any]:
     """The whole of summary.json, with Estimates in it, from a folder's run.json and records; errors as of `records`."""
     return summary_of(read_run(folder), records(folder, COLUMNS), limits, require)
 
@@ -38,14 +71,20 @@ def summary_of(
 ) -> dict[str, Any]:
     """The same, from their content, a table with COLUMNS in any order; docs/audit-files.md describes every key."""
     names = np.asarray(table["split"].to_pylist(), dtype=str)
-    tables = {split: table.filter(pa.array(names == split)) for split in ("members", "heldout") if split in names}
+    tables = {
+        split: table.filter(pa.array(names == split))
+        for split in ("members", "heldout")
+        if split in names
+    }
     if not tables:
         raise ValueError("there is no record to summarize")
     summary = {
         **{key: run[key] for key in ABOUT},
         "overlap": run.get("overlap"),
         "splits": {split: split_figures(run, split, rows) for split, rows in tables.items()},
-        "membership": membership_figures(*map(_side, tables.values())) if len(tables) == 2 else None,
+        "membership": membership_figures(*map(_side, tables.values()))
+        if len(tables) == 2
+        else None,
     }
     return {**summary, "verdict": verdict(summary, parse_limits(limits), require)}
 
@@ -58,7 +97,9 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
     protocol, documents = run["protocol"], _documents(table)
     tokens = list_value_length(table["suffix_ids"]).to_numpy()
     recited, beams = _numbers(table, "exact_match") > 0, _numbers(table, "beams")
-    near_verbatim = (_numbers(table, "longest_run") >= RUN) | (_numbers(table, "edit_similarity") >= SIMILARITY)
+    near_verbatim = (_numbers(table, "longest_run") >= RUN) | (
+        _numbers(table, "edit_similarity") >= SIMILARITY
+    )
     log_p = _lists(table, "log_p", len(protocol["sampling"]))
     bound = extracted(-np.log(2) * _numbers(table, "rank_bits"), *SAMPLES)
     hits = {"exact_match": recited, "near_verbatim": near_verbatim | recited}
@@ -92,7 +133,13 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "nll": mean(nll, documents, tokens, (0.0, greatest["nll"])),
         **{
             name: mean(_numbers(table, name), documents, bounds=(0.0, greatest.get(name, 1.0)))
-            for name in ("rouge_l_text", "rouge_l_ids", "longest_run", "edit_similarity", "first_divergence")
+            for name in (
+                "rouge_l_text",
+                "rouge_l_ids",
+                "longest_run",
+                "edit_similarity",
+                "first_divergence",
+            )
         },
         **{
             f"prefix_sweep@{length}": rate(matched, documents[of_text])
@@ -103,7 +150,8 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
             for offset in protocol["offsets"]
         },
         **{
-            f"beam_search@{width}": rate((beams > 0) & (beams <= width), documents) for width in protocol["beams"] or ()
+            f"beam_search@{width}": rate((beams > 0) & (beams <= width), documents)
+            for width in protocol["beams"] or ()
         },
         **{
             f"{name},{setting_name(setting)}" if i else name: figure
@@ -117,7 +165,9 @@ def _rule_figures(run: Mapping[str, Any], table: pa.Table, documents: Codes) -> 
     """What is said of dropped and of kept tokens; None without a rule."""
     ruled = is_valid(table["dropped"]).to_numpy()
     if not ruled.any():
-        return dict.fromkeys(("teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept", "attribution"))
+        return dict.fromkeys(
+            ("teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept", "attribution")
+        )
     counts, documents = token_counts(table.filter(pa.array(ruled))), documents[ruled]
     return {
         "teacher_forced_accuracy_dropped": token_rate(counts[:, 4], counts[:, 5], documents),

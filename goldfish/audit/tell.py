@@ -22,11 +22,23 @@ from goldfish.audit.membership import BLIND, FIGURES
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import split_figures, summarize
 from goldfish.audit.verdict import parse_limits, strongest_blind
-from goldfish.pieces import plain
+from goldfish.text.printable import plain
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
-MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️", "passed": "✅", "violated": "❌", "inconclusive": "⚠️"}
-ELEMENTS = {"violated": "failure", "inconclusive": "error", "FAIL": "failure", "INCONCLUSIVE": "skipped"}  # of JUnit
+MARKS = {
+    "PASS": "✅",
+    "FAIL": "❌",
+    "INCONCLUSIVE": "⚠️",
+    "passed": "✅",
+    "violated": "❌",
+    "inconclusive": "⚠️",
+}
+ELEMENTS = {
+    "violated": "failure",
+    "inconclusive": "error",
+    "FAIL": "failure",
+    "INCONCLUSIVE": "skipped",
+}  # of JUnit
 ROWS = (  # of the table: label, the estimate's name in a split
     ("texts recited word for word", "exact_match"),
     ("  in 1,000 samples, p=0.5", "extractable"),
@@ -64,7 +76,10 @@ class Description:
 
 
 def publish(
-    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = (), fail_on: Sequence[str] = ()
+    folder: str | Path,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    fail_on: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Summarize an audit whose records are complete, and write summary.md, junit.xml and, last, summary.json.
 
@@ -74,24 +89,36 @@ def publish(
     checks = judge(estimates(summary), [parse(text) for text in fail_on])
     summary |= {"conditions": checks, "exit_code": exit_code(checks)}
     description = describe(summary)
-    files = {"summary.md": markdown(description), "junit.xml": junit(description), "summary.json": dumps(summary)}
+    files = {
+        "summary.md": markdown(description),
+        "junit.xml": junit(description),
+        "summary.json": dumps(summary),
+    }
     for name, text in files.items():
         write_text(Path(folder) / name, text)
     return summary
 
 
 def require_known(
-    fail_on: Sequence[str], limits: Sequence[str], protocol: Mapping[str, Any], splits: Sequence[str]
+    fail_on: Sequence[str],
+    limits: Sequence[str],
+    protocol: Mapping[str, Any],
+    splits: Sequence[str],
 ) -> None:
     """ValueError for a limit or a condition that an audit of this protocol could not judge; known before the work."""
     parse_limits(limits)
-    run = {"protocol": {**protocol, "vocabulary": 2}, "inputs": {split: {"skipped": []} for split in splits}}
+    run = {
+        "protocol": {**protocol, "vocabulary": 2},
+        "inputs": {split: {"skipped": []} for split in splits},
+    }
     attacks = [name for name in ATTACKS if protocol["control"] or name not in OF_CONTROLS]
     any_attack = dict.fromkeys(FIGURES, Estimate(None))
     membership = {
-        "headline": None, "reason": None,
-        "attacks": dict.fromkeys(attacks, any_attack), "blind": dict.fromkeys(BLIND, any_attack),
-    }  # fmt: skip
+        "headline": None,
+        "reason": None,
+        "attacks": dict.fromkeys(attacks, any_attack),
+        "blind": dict.fromkeys(BLIND, any_attack),
+    }
     summary = {
         "splits": {split: split_figures(run, split, COLUMNS.empty_table()) for split in splits},
         "membership": membership if len(splits) == 2 else None,
@@ -104,7 +131,10 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
     verdict, protocol = summary["verdict"], summary["protocol"]
     limits = ", ".join(f"{name}={percent(limit)}" for name, limit in verdict["limits"].items())
     weights = next(iter((summary["weights"] or [{}])[0].values()), "not read")[:12]
-    inputs = [f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})" for split, each in summary["inputs"].items()]
+    inputs = [
+        f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})"
+        for split, each in summary["inputs"].items()
+    ]
     notes = [
         *(f"Warning: {warning}" for warning in verdict["warnings"]),
         verdict["sanity"],
@@ -125,7 +155,9 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
         answers.append((kind, question["question"], question["asks"], outcome, plain(why, 1000)))
     for each in summary["conditions"]:
         text = plain(each["condition"], 1000)
-        answers.append(("condition", text, f"--fail-on {text}", each["outcome"], plain(each["why"], 1000)))
+        answers.append(
+            ("condition", text, f"--fail-on {text}", each["outcome"], plain(each["why"], 1000))
+        )
     return Description(
         title=f"goldfish audit of {plain(summary['name'], 60)}",
         outcome=verdict["outcome"],
@@ -140,10 +172,17 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
 def task(summary: Mapping[str, Any]) -> str:
     """What the model was given and had to say."""
     protocol, inputs = summary["protocol"], summary["inputs"].values()
-    windows = sum(each.get("completions", 0) for each in inputs), sum(each.get("windows", 1) for each in inputs)
+    windows = (
+        sum(each.get("completions", 0) for each in inputs),
+        sum(each.get("windows", 1) for each in inputs),
+    )
     if windows[0] == windows[1]:
         return "Given the prompt of a chat, the assistant's answer to recite"
-    also = f"; of {windows[0]:,} chats, the prompt given and the answer to recite" if windows[0] else ""
+    also = (
+        f"; of {windows[0]:,} chats, the prompt given and the answer to recite"
+        if windows[0]
+        else ""
+    )
     return f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite{also}"
 
 
@@ -162,12 +201,21 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _cell(estimate: Any) -> str:
-    return "-" if estimate is None or (estimate.value is None and estimate.lower95 is None) else str(estimate)
+    return (
+        "-"
+        if estimate is None or (estimate.value is None and estimate.lower95 is None)
+        else str(estimate)
+    )
 
 
 def terminal(description: Description) -> Group:
     """The description for a terminal of at least 80 columns; its last line is the verdict."""
-    table = Table(title=Text(description.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(description.title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("")
     for split in description.splits:
         table.add_column(split, justify="right", no_wrap=True)
@@ -188,7 +236,9 @@ def markdown(description: Description) -> str:
     answers = []
     for kind, _, asks, outcome, why in description.answers:
         aside = " (does not count)" if kind == "explanation" else ""
-        answers.append([literal(asks) + aside, f"{MARKS.get(outcome, '')} {outcome}".strip(), literal(why)])
+        answers.append(
+            [literal(asks) + aside, f"{MARKS.get(outcome, '')} {outcome}".strip(), literal(why)]
+        )
     rows = [[label.strip(), *cells] for label, cells in description.rows]
     lines = [
         f"## {literal(description.title)}: {MARKS[description.outcome]} {description.outcome}\n",
@@ -215,7 +265,9 @@ def junit(description: Description) -> str:
     elements = [ELEMENTS.get(outcome, "system-out") for _, _, _, outcome, _ in cases]
     counts = {"failures": "failure", "errors": "error", "skipped": "skipped"}
     sizes = {key: str(elements.count(element)) for key, element in counts.items()}
-    suite = ElementTree.Element("testsuite", {"name": description.title, "tests": str(len(cases)), **sizes})
+    suite = ElementTree.Element(
+        "testsuite", {"name": description.title, "tests": str(len(cases)), **sizes}
+    )
     for (_, name, _, _, why), element in zip(cases, elements, strict=True):
         case = ElementTree.SubElement(suite, "testcase", classname=description.title, name=name)
         if element == "system-out":
@@ -227,4 +279,8 @@ def junit(description: Description) -> str:
 
 def literal(text: str) -> str:
     """Text that Markdown shows as it is: punctuation escaped, but for that which means nothing to it."""
-    return re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    return (
+        re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text)
+        .replace("\\<", "&lt;")
+        .replace("\\>", "&gt;")
+    )

@@ -23,10 +23,13 @@ QUESTIONS = {  # name: what is asked, the estimate's key, the limit's name
     "greedy": ("recited word for word, greedily", "exact_match", "recited"),
     "sampling": (f"recited within {SAMPLES[0]:,} samples with even odds", "extractable", "recited"),
     "beam_search": ("recited by beam search", "beam_search", "recited"),
-    "near_verbatim": (f"recited near-verbatim ({RUN} tokens in one piece or {SIMILARITY:.0%} of the tokens)",
-                      "near_verbatim", "near_verbatim"),
+    "near_verbatim": (
+        f"recited near-verbatim ({RUN} tokens in one piece or {SIMILARITY:.0%} of the tokens)",
+        "near_verbatim",
+        "near_verbatim",
+    ),
     "secrets": ("made to give away the marked secret, greedily", "secrets", "recited"),
-}  # fmt: skip
+}
 Question = dict[str, Any]
 
 
@@ -37,25 +40,36 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
         name, _, number = text.partition("=")
         name = name.strip().replace("-", "_")
         try:
-            value = float(number.strip().removesuffix("%")) / (100 if number.strip().endswith("%") else 1)
+            value = float(number.strip().removesuffix("%")) / (
+                100 if number.strip().endswith("%") else 1
+            )
         except ValueError:
             value = -1.0
         if name not in LIMITS or not 0 < value < 1:
-            raise ValueError(f"--limit takes {', '.join(LIMITS)} and a share, such as recited=0.1%; got {text!r}")
+            raise ValueError(
+                f"--limit takes {', '.join(LIMITS)} and a share, such as recited=0.1%; got {text!r}"
+            )
         limits[name] = value
     return limits
 
 
-def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: Iterable[str] = ()) -> dict[str, Any]:
+def verdict(
+    summary: Mapping[str, Any], limits: Mapping[str, float], require: Iterable[str] = ()
+) -> dict[str, Any]:
     """A summary's `verdict`; see docs/audit-files.md. `summary` needs `protocol`, `inputs`, `splits`, `membership`."""
     members, heldout = summary["splits"].get("members"), summary["splits"].get("heldout")
     questions: list[Question] = []
     explanations: list[Question] = []
     if members:
-        questions += [_recited(name, members, heldout, limits) for name, (_, key, _) in QUESTIONS.items()
-                      if members.get(key) and members[key].n]  # fmt: skip
+        questions += [
+            _recited(name, members, heldout, limits)
+            for name, (_, key, _) in QUESTIONS.items()
+            if members.get(key) and members[key].n
+        ]
         if summary["membership"]:
-            outcome, membership = _membership(summary["membership"], limits["auc"], bool(members["attribution"]))
+            outcome, membership = _membership(
+                summary["membership"], limits["auc"], bool(members["attribution"])
+            )
             if "membership" in require:
                 questions.append({"outcome": outcome, **membership})
             else:
@@ -63,9 +77,10 @@ def verdict(summary: Mapping[str, Any], limits: Mapping[str, float], require: It
                 explanations.append({"answer": answers[outcome], **membership})
         # Only where there is something that a rule could have stopped: recited texts, or longer runs than by chance.
         if members["attribution"] and (
-            members["exact_match"].k or members["near_verbatim"].k
+            members["exact_match"].k
+            or members["near_verbatim"].k
             or (heldout and members["longest_run"].lower95 > heldout["longest_run"].upper95)
-        ):  # fmt: skip
+        ):
             explanations.append(_attribution(members["attribution"]["hazard_ratio"]))
     works, sanity = _sanity(summary["splits"], summary["protocol"]["vocabulary"])
     outcomes = {question["outcome"] for question in questions}
@@ -99,23 +114,37 @@ def enough(limit: float, share: float = 0.0) -> int | None:
     return decided_by(undecided)
 
 
-def _recited(name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] | None, limits: Any) -> Question:
+def _recited(
+    name: str, members: Mapping[str, Any], heldout: Mapping[str, Any] | None, limits: Any
+) -> Question:
     what, key, limit_name = QUESTIONS[name]
     limit: float = limits[limit_name]
     result: Estimate = members[key]
-    control: Estimate | None = heldout[key] if heldout and heldout[key].n else None  # held-out texts may lack secrets
-    share, low, high = result.value or 0.0, result.lower95 or 0.0, 1.0 if result.upper95 is None else result.upper95
+    control: Estimate | None = (
+        heldout[key] if heldout and heldout[key].n else None
+    )  # held-out texts may lack secrets
+    share, low, high = (
+        result.value or 0.0,
+        result.lower95 or 0.0,
+        1.0 if result.upper95 is None else result.upper95,
+    )
     count = f"{result.point()} {what}"
     outcome, needs = INCONCLUSIVE, None
     if high <= limit:
         outcome, why = PASS, f"{count}: at most {high:.2%} of such texts"
     elif low <= limit:
-        why, needs = f"{count}: that is compatible with {result.interval()} of such texts", _needs(enough(limit, share))
+        why, needs = (
+            f"{count}: that is compatible with {result.interval()} of such texts",
+            _needs(enough(limit, share)),
+        )
     elif control is None:
         why = f"{count}, but no held-out texts show that training is the cause"
         needs = f"{enough(low):,} held-out texts with none recited would decide it"
     elif low > (control.upper95 or 0.0):
-        outcome, why = FAIL, f"{count}: at least {percent(low)} of such texts; held-out {control.point()}"
+        outcome, why = (
+            FAIL,
+            f"{count}: at least {percent(low)} of such texts; held-out {control.point()}",
+        )
     else:
         other = control.value or 0.0
 
@@ -157,10 +186,16 @@ def _membership(membership: Mapping[str, Any], limit: float, ruled: bool) -> tup
             outcome = PASS
         elif auc.lower95 > max(limit, control.upper95 or 0.0):
             outcome = FAIL
-            why += "; as expected: the goldfish loss hides dropped tokens, not that a text was seen" if ruled else ""
+            why += (
+                "; as expected: the goldfish loss hides dropped tokens, not that a text was seen"
+                if ruled
+                else ""
+            )
         else:
             # The interval shrinks with the square root of the number of documents.
-            times = max(1.1, (auc.upper95 - auc.lower95) / 2 / max(abs(auc.value - limit), 1e-4)) ** 2
+            times = (
+                max(1.1, (auc.upper95 - auc.lower95) / 2 / max(abs(auc.value - limit), 1e-4)) ** 2
+            )
             why += f"; neither clearly above nor below {limit}"
             needs = _needs(int(auc.documents * times))
     asks = "Does the model show which texts it was trained on?"
@@ -176,16 +211,33 @@ def _attribution(ratio: Estimate) -> Question:
     else:
         bounds = f"{low:.1f} and more" if high is None else f"{low:.1f}–{high:.1f}"
         why = f"a recitation breaks at a dropped token {ratio.value:.1f} times as often as at a kept one ({bounds})"
-    answer = "yes" if low is not None and low > 1 else "no" if high is not None and high < 1 else "undecided"
-    question = _question("attribution", "Is it the rule that stops recitation?", 1.0, ratio, None, why, None)
+    answer = (
+        "yes"
+        if low is not None and low > 1
+        else "no"
+        if high is not None and high < 1
+        else "undecided"
+    )
+    question = _question(
+        "attribution", "Is it the rule that stops recitation?", 1.0, ratio, None, why, None
+    )
     return {"answer": answer, **question}
 
 
-def _question(name: str, asks: str, limit: float, estimate: Any, control: Any, why: str, needs: str | None) -> Question:
+def _question(
+    name: str, asks: str, limit: float, estimate: Any, control: Any, why: str, needs: str | None
+) -> Question:
     """One that counts gets an `outcome`, one that explains an `answer`."""
     why = f"{why}; {needs}" if needs else why
-    return {"question": name, "asks": asks, "limit": limit, "estimate": estimate, "control": control, "why": why,
-            "needs": needs}  # fmt: skip
+    return {
+        "question": name,
+        "asks": asks,
+        "limit": limit,
+        "estimate": estimate,
+        "control": control,
+        "why": why,
+        "needs": needs,
+    }
 
 
 def _sanity(splits: Mapping[str, Any], vocabulary: int) -> tuple[bool, str]:
@@ -200,7 +252,12 @@ def _sanity(splits: Mapping[str, Any], vocabulary: int) -> tuple[bool, str]:
         f"{name.replace('heldout', 'held-out')}: {nll:.2f} nats per token (a uniform guess: {log(vocabulary):.2f}), "
         f"{percent(accuracy)} of tokens predicted (by chance: {percent(1 / vocabulary)})"
     )
-    return works, f"The model works on such texts; {figures}" if works else f"The model does not work; {figures}"
+    return (
+        works,
+        f"The model works on such texts; {figures}"
+        if works
+        else f"The model does not work; {figures}",
+    )
 
 
 def _sentence(outcome: str, questions: list[Question], works: bool) -> str:
@@ -225,7 +282,9 @@ def _warnings(summary: Mapping[str, Any], outcome: str) -> list[str]:
     warnings = []
     if "heldout" not in summary["splits"]:
         rests = "This PASS rests" if outcome == PASS else "The figures rest"
-        warnings.append(f"{rests} on members alone: no held-out texts show what the model does with unseen ones")
+        warnings.append(
+            f"{rests} on members alone: no held-out texts show what the model does with unseen ones"
+        )
     if summary.get("overlap"):
         warnings.append(
             f"{summary['overlap']['clusters']:,} texts are in both files, members and held-out: the control is weakened"
@@ -243,7 +302,9 @@ def _skipped(inputs: Mapping[str, Any]) -> list[str]:
             for each in about["skipped"]
         ]
         if about.get("repeated"):
-            sentences.append(f"{split}: {about['repeated']:,} windows repeat others and count as one text with them")
+            sentences.append(
+                f"{split}: {about['repeated']:,} windows repeat others and count as one text with them"
+            )
     return sentences
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from goldfish.chats import Completion, completions, is_chat
-from goldfish.rows import Row
+from goldfish.text.chats import Completion, completions, is_chat
+from goldfish.text.rows import Row
 
 SHOWN = 5  # skipped rows that are named
 KEYS = 3  # of a window: its document's name; of its row the ids of all windows, and the whole text
@@ -110,8 +110,12 @@ class Cutter:
                     for part in (ids[: self.prefix_length], ids)
                 )
                 secrets = self._secrets(row, whole, len(prefix))
-            before: dict[str, Any] = {"offset": offset, "document_ids": all_ids[: offset + length]} if offset else {}
-            yield Window(**about, ids=ids, prefix_length=self.prefix_length, secrets=secrets, **before)
+            before: dict[str, Any] = (
+                {"offset": offset, "document_ids": all_ids[: offset + length]} if offset else {}
+            )
+            yield Window(
+                **about, ids=ids, prefix_length=self.prefix_length, secrets=secrets, **before
+            )
 
     def _completion(self, row: Row, each: Completion, about: dict[str, Any]) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
@@ -139,10 +143,14 @@ def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
     that makes no words, or not a fast one, reads the whole text.
     """
     size = 8 * count + 1024
-    margin = 64 + max(map(len, tokenizer.get_added_vocab()), default=0)  # an added token may lie across the cut
+    margin = 64 + max(
+        map(len, tokenizer.get_added_vocab()), default=0
+    )  # an added token may lie across the cut
     while tokenizer.is_fast and len(text) > 2 * size:
         part = tokenizer(text[:size]).encodings[0]
-        end = next((i for i, (_, stop) in enumerate(part.offsets) if stop > size - margin), len(part.ids))
+        end = next(
+            (i for i, (_, stop) in enumerate(part.offsets) if stop > size - margin), len(part.ids)
+        )
         if end < len(part.ids):
             end = part.word_ids.index(part.word_ids[end])
         if end >= count:
@@ -170,7 +178,9 @@ class Survey:
         self.skipped: dict[str, dict[str, Any]] = {}
         self.largest_id = self.largest_at = -1  # of all windows; it stands in row `largest_at`
         self.indices = array("q")  # of every window: its row
-        self.keys = array("q")  # of every window: KEYS hashes; windows that share one are of one document
+        self.keys = array(
+            "q"
+        )  # of every window: KEYS hashes; windows that share one are of one document
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         names = set()
         for index, row in rows:
@@ -178,12 +188,17 @@ class Survey:
             windows: list[Window] = []
             for each in cutter.cut(row, index, split):
                 if isinstance(each, str):
-                    skipped = self.skipped.setdefault(each, {"reason": each, "count": 0, "rows": []})
+                    skipped = self.skipped.setdefault(
+                        each, {"reason": each, "count": 0, "rows": []}
+                    )
                     skipped["count"] += 1
                     skipped["rows"] = [*skipped["rows"], index][:SHOWN]
                 else:
                     windows.append(each)
-            keys = [hash(tuple(tuple(each.ids) for each in windows)), hash(_letters(row) if windows else "")]
+            keys = [
+                hash(tuple(tuple(each.ids) for each in windows)),
+                hash(_letters(row) if windows else ""),
+            ]
             for window in windows:
                 names.add(hash(window.document))
                 self.indices.append(index)
@@ -200,9 +215,14 @@ class Survey:
         """What run.json says of the input."""
         distinct = len(set(self.clusters))
         return {
-            "rows": self.rows, "windows": len(self.indices), "completions": self.completions, "secrets": self.secrets,
-            "clusters": distinct, "repeated": self.names - distinct, "skipped": list(self.skipped.values()),
-        }  # fmt: skip
+            "rows": self.rows,
+            "windows": len(self.indices),
+            "completions": self.completions,
+            "secrets": self.secrets,
+            "clusters": distinct,
+            "repeated": self.names - distinct,
+            "skipped": list(self.skipped.values()),
+        }
 
     def blocks(self, size: int) -> Iterator[list[tuple[Window, int]]]:
         """The windows in order, each with its document's number, `size` at a time."""
@@ -216,7 +236,10 @@ def join(surveys: Mapping[str, Survey]) -> None:
     """Number the documents of all splits, from 0 in order: `clusters` of each survey."""
     keys = np.concatenate([np.reshape(each.keys, (-1, KEYS)) for each in surveys.values()])
     distinct, places = np.unique(keys, return_inverse=True)
-    edges = np.repeat(np.arange(len(keys)), KEYS), len(keys) + places.ravel()  # between a window and its keys
+    edges = (
+        np.repeat(np.arange(len(keys)), KEYS),
+        len(keys) + places.ravel(),
+    )  # between a window and its keys
     nodes = len(keys) + len(distinct)
     graph = coo_array((np.ones(keys.size), edges), shape=(nodes, nodes))
     components = iter(connected_components(graph, directed=False)[1].tolist() if nodes else ())
@@ -228,9 +251,15 @@ def join(surveys: Mapping[str, Survey]) -> None:
 def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
     """How many documents are in both splits, and the first rows of some; None for one split or no such document."""
     # Read backwards, the first row of a document is the one that stays.
-    rows = [dict(zip(each.clusters[::-1], each.indices[::-1], strict=True)) for each in surveys.values()]
+    rows = [
+        dict(zip(each.clusters[::-1], each.indices[::-1], strict=True)) for each in surveys.values()
+    ]
     shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
-    return {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]} if shared else None
+    return (
+        {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]}
+        if shared
+        else None
+    )
 
 
 def _letters(row: Row) -> Any:
@@ -250,7 +279,9 @@ def normal_letters(text: str) -> str:
 
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
     """min{t: output[t] != suffix[t]}, or their length where they agree."""
-    return next((t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix))
+    return next(
+        (t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix)
+    )
 
 
 def prefix_grid(prefix_length: int) -> list[int]:

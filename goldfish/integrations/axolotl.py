@@ -32,4 +32,6 @@ class GoldfishPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
         self.trainer = attach(trainer, Goldfish(**cfg.goldfish))
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        self.trainer.save_receipt(cfg.output_dir)  # Axolotl saves the last model past Trainer.save_model
+        self.trainer.save_receipt(
+            cfg.output_dir
+        )  # Axolotl saves the last model past Trainer.save_model

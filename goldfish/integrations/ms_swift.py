@@ -10,7 +10,7 @@ from typing import Any
 
 from swift.callbacks import TrainerCallback, callbacks_map  # type: ignore[import-not-found, unused-ignore]
 
-from goldfish.labels import Rules, check_rules
+from goldfish.masking import Rules, check_rules
 from goldfish.trainer import attach
 
 

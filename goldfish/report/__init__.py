@@ -41,10 +41,14 @@ def write_report(
     from goldfish.report.load import read_views
     from goldfish.report.page import render
 
-    return _write(output, overwrite, lambda: render(read_views(audits), redact=redact, baseline=baseline))
+    return _write(
+        output, overwrite, lambda: render(read_views(audits), redact=redact, baseline=baseline)
+    )
 
 
-def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Path:
+def write_model_card(
+    audits: Sequence[str | Path], output: str | Path, *, overwrite: bool = False
+) -> Path:
     """Write a section for a model card, as Markdown: the verdict, the figures behind it, what was not tested.
 
     It holds no training text and no paths. Arguments, result and errors as for `write_report`.
@@ -61,9 +65,13 @@ def write_model_card(audits: Sequence[str | Path], output: str | Path, *, overwr
 def _write(output: str | Path, overwrite: bool, render: Callable[[], str]) -> Path:
     path = Path(output)
     if path.is_dir():
-        raise FileExistsError(f"{path} is a folder; give the name of a file, such as {path / 'report.html'}")
+        raise FileExistsError(
+            f"{path} is a folder; give the name of a file, such as {path / 'report.html'}"
+        )
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give another name, or overwrite=True (--overwrite) to replace it")
+        raise FileExistsError(
+            f"{path} exists; give another name, or overwrite=True (--overwrite) to replace it"
+        )
     text = render()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode("utf-8"))

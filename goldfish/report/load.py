@@ -12,8 +12,21 @@ from goldfish.audit.columns import records
 from goldfish.audit.results import Audit, read
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page
-COLUMNS = ("split", "index", "offset", "document", "prefix_text", "suffix_tokens", "output_tokens", "dropped",
-           "exact_match", "first_divergence", "rouge_l_ids", "log_p", "common_runs")  # fmt: skip
+COLUMNS = (
+    "split",
+    "index",
+    "offset",
+    "document",
+    "prefix_text",
+    "suffix_tokens",
+    "output_tokens",
+    "dropped",
+    "exact_match",
+    "first_divergence",
+    "rouge_l_ids",
+    "log_p",
+    "common_runs",
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +56,15 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
         TypeError: a single path instead of a list. ValueError: no folder, or an audit that is damaged.
     """
     if isinstance(folders, (str, Path)):
-        raise TypeError(f"audits must be a list of audit folders, got the single path {str(folders)!r}; write [path]")
+        raise TypeError(
+            f"audits must be a list of audit folders, got the single path {str(folders)!r}; write [path]"
+        )
     audits = [read(folder) for folder in folders]
     if not audits:
         raise ValueError("audits is empty: a report needs at least one audit folder")
     names = [audit.name for audit in audits]
     numbers = [f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
-    return [View(audit.name + number, audit, records(audit.folder, COLUMNS).combine_chunks())
-            for audit, number in zip(audits, numbers, strict=True)]  # fmt: skip
+    return [
+        View(audit.name + number, audit, records(audit.folder, COLUMNS).combine_chunks())
+        for audit, number in zip(audits, numbers, strict=True)
+    ]

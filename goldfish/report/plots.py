@@ -32,26 +32,47 @@ def rouge_histograms(views: Sequence[View]) -> list[Markup]:
         for split, paint in (("heldout", HELDOUT), ("members", colour(i))):
             if split in views[i].splits:
                 left = np.arange(BINS) / BINS
-                axes.bar(left, heights[i][split], 1 / BINS, align="edge", color=paint, alpha=0.65, linewidth=0)
-        axes.set(xlim=(0, 1), ylim=(0, top * 1.05), xlabel="ROUGE-L of token ids", ylabel="share of windows")
+                axes.bar(
+                    left,
+                    heights[i][split],
+                    1 / BINS,
+                    align="edge",
+                    color=paint,
+                    alpha=0.65,
+                    linewidth=0,
+                )
+        axes.set(
+            xlim=(0, 1),
+            ylim=(0, top * 1.05),
+            xlabel="ROUGE-L of token ids",
+            ylabel="share of windows",
+        )
 
     label = "Histogram of ROUGE-L, members in colour and held-out in grey"
     return [svg(f"histogram-{i}", label, partial(draw, i)) for i in range(len(views))]
 
 
 def by_prefix(views: Sequence[View]) -> Markup | None:
-    figures = [{n: f"prefix_sweep@{n}" for n in view.audit.summary["protocol"]["prefix_grid"]} for view in views]
+    figures = [
+        {n: f"prefix_sweep@{n}" for n in view.audit.summary["protocol"]["prefix_grid"]}
+        for view in views
+    ]
     return _sweep(views, "prefix", "tokens of prefix given", figures)
 
 
 def by_offset(views: Sequence[View]) -> Markup | None:
-    figures = [{n: f"offset_sweep@{n}" for n in view.audit.summary["protocol"]["offsets"]} for view in views]
+    figures = [
+        {n: f"offset_sweep@{n}" for n in view.audit.summary["protocol"]["offsets"]}
+        for view in views
+    ]
     return _sweep(views, "offset", "tokens from the start of the document", figures)
 
 
 def by_samples(views: Sequence[View]) -> dict[str, Markup | None]:
     """For each sampling setting: the share of texts that n samples hold with a probability of one half."""
-    settings = [list(map(setting_name, view.audit.summary["protocol"]["sampling"])) for view in views]
+    settings = [
+        list(map(setting_name, view.audit.summary["protocol"]["sampling"])) for view in views
+    ]
     drawn = {}
     for number, name in enumerate(dict.fromkeys(name for each in settings for name in each)):
         # The figures of an audit's first setting do not name it.
@@ -61,25 +82,38 @@ def by_samples(views: Sequence[View]) -> dict[str, Markup | None]:
     return drawn
 
 
-def _sweep(views: Sequence[View], name: str, label: str, figures: Sequence[Mapping[int, str]]) -> Markup | None:
+def _sweep(
+    views: Sequence[View], name: str, label: str, figures: Sequence[Mapping[int, str]]
+) -> Markup | None:
     """Share of texts recited, with its 95% interval, against the numbers of `figures`, the names of figures of each
     view; None where no view has two."""
     lists = []
     for i, (view, names) in enumerate(zip(views, figures, strict=True)):
         for split in view.splits:
             known = {x: view.audit.estimates.get(f"{split}.{names[x]}") for x in sorted(names)}
-            lists.append((i, split, {x: figure for x, figure in known.items() if figure and figure.n}))
+            lists.append(
+                (i, split, {x: figure for x, figure in known.items() if figure and figure.n})
+            )
     if all(len(points) < 2 for _, _, points in lists):
         return None
 
     def draw(axes: Any) -> None:
         for i, split, points in lists:
             rate, low, high = (
-                [getattr(figure, field) for figure in points.values()] for field in ("value", "lower95", "upper95")
+                [getattr(figure, field) for figure in points.values()]
+                for field in ("value", "lower95", "upper95")
             )
             x = list(points)
-            axes.plot(x, rate, color=colour(i), linestyle=DASHES[split], linewidth=2, marker="o", markersize=4,
-                      clip_on=False)  # fmt: skip
+            axes.plot(
+                x,
+                rate,
+                color=colour(i),
+                linestyle=DASHES[split],
+                linewidth=2,
+                marker="o",
+                markersize=4,
+                clip_on=False,
+            )
             if split == "members":
                 axes.fill_between(x, low, high, color=colour(i), alpha=0.15, linewidth=0)
         axes.set(ylim=(0, 1), xlabel=label, ylabel="verbatim")
@@ -93,7 +127,9 @@ def _sweep(views: Sequence[View], name: str, label: str, figures: Sequence[Mappi
 def divergences(views: Sequence[View]) -> list[Markup | None]:
     """For each model, member windows as bars as long as the recitation, the dropped tokens reached, and the end."""
     tables = [view.of_split["members"] for view in views]
-    longest = max(pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0 for table in tables)
+    longest = max(
+        pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0 for table in tables
+    )
 
     def draw(i: int, windows: Sequence[Any], axes: Any) -> None:
         reached, stops = [], {True: [], False: []}  # type: ignore[var-annotated]
@@ -104,22 +140,35 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
                 stops[bool(dropped) and dropped[first]].append((first + 0.5, y))
         thick = min(7.0, 190 / max(len(windows), 8))
         runs = [window["first_divergence"] for window in windows]
-        axes.hlines(np.arange(len(windows)), 0, runs, color=colour(i), linewidth=thick * 0.75, alpha=0.4)
+        axes.hlines(
+            np.arange(len(windows)), 0, runs, color=colour(i), linewidth=thick * 0.75, alpha=0.4
+        )
         for places, half, paint, width in (
-            (reached, 0.42, DROPPED, 1.2), (stops[False], 0.48, INK, 2.5), (stops[True], 0.48, MISS, 2.5),
-        ):  # fmt: skip
+            (reached, 0.42, DROPPED, 1.2),
+            (stops[False], 0.48, INK, 2.5),
+            (stops[True], 0.48, MISS, 2.5),
+        ):
             x, y = np.reshape(places, (-1, 2)).T
             axes.vlines(x, y - half, y + half, color=paint, linewidth=width)
-        axes.set(xlim=(0, longest + 1), ylim=(len(windows) - 0.4, -0.6), yticks=[], ylabel="windows",
-                 xlabel="tokens of the suffix")  # fmt: skip
+        axes.set(
+            xlim=(0, longest + 1),
+            ylim=(len(windows) - 0.4, -0.6),
+            yticks=[],
+            ylabel="windows",
+            xlabel="tokens of the suffix",
+        )
         axes.grid(visible=False)
 
     drawn: list[Markup | None] = []
     label = "How far each member window is recited, the dropped tokens on the way, and where it diverges"
     for i, table in enumerate(tables):
         ordered = np.argsort(-table["first_divergence"].to_numpy(), kind="stable")
-        places = np.unique(np.linspace(0, max(len(ordered) - 1, 0), ROWS).round().astype(int))[: len(ordered)]
+        places = np.unique(np.linspace(0, max(len(ordered) - 1, 0), ROWS).round().astype(int))[
+            : len(ordered)
+        ]
         columns = table.select(["first_divergence", "dropped", "exact_match"])
         chosen = columns.take(pa.array(ordered[places])).to_pylist()
-        drawn.append(svg(f"divergences-{i}", label, partial(draw, i, chosen), 280) if chosen else None)
+        drawn.append(
+            svg(f"divergences-{i}", label, partial(draw, i, chosen), 280) if chosen else None
+        )
     return drawn

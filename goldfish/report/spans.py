@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from goldfish.pieces import plain, visible
 from goldfish.report.load import SPLITS, View
+from goldfish.text.printable import plain, visible
 
 PREFIX_SHOWN = 4000  # characters of a prefix on the page, its last ones; of one token at most 200
 PREFIX_REDACTED = 100  # a block is three bytes
@@ -28,7 +28,9 @@ def order(views: Sequence[View]) -> NDArray[np.int64]:
     scores: dict[tuple[Any, ...], list[float]] = {}
     for i, view in enumerate(views):
         tokens = pc.binary_join(view.windows["suffix_tokens"], "\x00").to_pylist()
-        columns = [view.windows[name].to_pylist() for name in ("split", "index", "offset", "prefix_text")]
+        columns = [
+            view.windows[name].to_pylist() for name in ("split", "index", "offset", "prefix_text")
+        ]
         for row, (*key, rouge) in enumerate(
             zip(*columns, tokens, view.windows["rouge_l_ids"].to_pylist(), strict=True)
         ):
@@ -38,7 +40,9 @@ def order(views: Sequence[View]) -> NDArray[np.int64]:
     def rank(key: tuple[Any, ...]) -> tuple[Any, ...]:
         return list(SPLITS).index(key[0]), -max(scores[key]), -np.mean(scores[key]), *key[1:3]
 
-    return np.array([places[key] for key in sorted(places, key=rank)], dtype=np.int64).reshape(-1, len(views))
+    return np.array([places[key] for key in sorted(places, key=rank)], dtype=np.int64).reshape(
+        -1, len(views)
+    )
 
 
 def windows(views: Sequence[View], rows: NDArray[np.int64]) -> Iterator[list[Window | None]]:
@@ -54,7 +58,11 @@ def prefix(window: Window, redact: bool) -> Markup:
     """The end of the prefix, and how much of it is not shown."""
     text, limit = window["prefix_text"], PREFIX_REDACTED if redact else PREFIX_SHOWN
     hidden, shown = len(text) - limit, text[-limit:]
-    note = Markup("<em>[{:,} characters before this are not shown]</em> ").format(hidden) if hidden > 0 else Markup("")
+    note = (
+        Markup("<em>[{:,} characters before this are not shown]</em> ").format(hidden)
+        if hidden > 0
+        else Markup("")
+    )
     return note + show(blocks(shown) if redact else shown, limit)
 
 
@@ -82,7 +90,10 @@ def output(window: Window, redact: bool) -> Markup:
     tokens, dropped, first = window["output_tokens"], window["dropped"], window["first_divergence"]
     classes = [""] * len(tokens)
     aligned = [-1] * len(tokens)  # the token of the suffix that a token of the output repeats
-    for start, there, length in [*sorted(window["common_runs"], key=lambda run: run[2]), (0, 0, first)]:
+    for start, there, length in [
+        *sorted(window["common_runs"], key=lambda run: run[2]),
+        (0, 0, first),
+    ]:
         classes[start : start + length] = ["r"] * length
         aligned[start : start + length] = range(there, there + length)
     classes[:first] = ["m"] * first
@@ -106,7 +117,9 @@ def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:
     for (css, dropped), run in groupby(tokens, key=lambda token: token[1:]):
         inner = "".join(show(blocks(text) if redact else text) for text, _, _ in run)
         tag = "u" if dropped else "i"
-        parts.append(f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if css or dropped else inner)
+        parts.append(
+            f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if css or dropped else inner
+        )
     return Markup("".join(parts))
 
 

@@ -15,12 +15,28 @@ COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
 _NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", DROPPED: "dropped", MISS: "miss"}
 _STYLE = {
-    "svg.fonttype": "none", "font.family": ["sans-serif"], "font.size": 13, "text.parse_math": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE, "axes.axisbelow": True,
-    "axes.labelcolor": INK, "axes.labelsize": 13, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE, "grid.linewidth": 0.7,
-    "xtick.color": LINE, "ytick.color": LINE, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "font.size": 13,
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE,
+    "axes.axisbelow": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 13,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+}
 
 
 def colour(i: int) -> str:
@@ -62,7 +78,9 @@ def _inline(drawn: str, label: str) -> Markup:
     body = drawn[drawn.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', body)
     body = body[body.index(">") + 1 :]
-    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(
+        r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL
+    )
     used = set(re.findall(r"#(\w+)", body))
     body = re.sub(r' id="([\w.]+)"', lambda match: match[0] if match[1] in used else "", body)
     body = body.replace("xlink:href", "href")

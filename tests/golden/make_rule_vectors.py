@@ -33,8 +33,32 @@ ENTRIES = (
     " don|t co|op |zero|width|snake|_case(|,b)->|3.14|吾輩|は猫で|ある。|名前|。我们|在|北京大学|iPhone手|한국어"
     "| one two| three four five| s|ix|teen| seven| eight| nin|e| twenty; |Δ|ΟΣ οδ|the end.|.|  |, t"
 )
-PARTIAL = ("20c2", "a06f", "c39f65", "cc81", "efac", "81 6e", "e290", "80", "e7", "8c", "abe3", "81a7", "f09f", "9982",
-           "f0", "9f918d", "f09d92", "9c6c", "efbc", "b2efbc", "e0a4", "b9e0a4bf", "e3808220", "e5909be3")  # fmt: skip
+PARTIAL = (
+    "20c2",
+    "a06f",
+    "c39f65",
+    "cc81",
+    "efac",
+    "81 6e",
+    "e290",
+    "80",
+    "e7",
+    "8c",
+    "abe3",
+    "81a7",
+    "f09f",
+    "9982",
+    "f0",
+    "9f918d",
+    "f09d92",
+    "9c6c",
+    "efbc",
+    "b2efbc",
+    "e0a4",
+    "b9e0a4bf",
+    "e3808220",
+    "e5909be3",
+)
 SPECIAL = 256  # the id of an entry that is one space, as special tokens are
 VOCABULARY = [
     *(bytes([b]) for b in range(256)),
@@ -43,9 +67,25 @@ VOCABULARY = [
 ]
 
 # Blocks of Unicode that have not changed since version 13 and are not expected to.
-BLOCKS = ((0x0000, 0x0377), (0x0391, 0x03A1), (0x03A3, 0x052F), (0x0900, 0x0977), (0x0E01, 0x0E3A), (0x2000, 0x2064),
-          (0x3041, 0x3096), (0x3099, 0x30FF), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0xD800, 0xDFFF), (0xF900, 0xFA6D),
-          (0xFB00, 0xFB06), (0xFF01, 0xFFBE), (0x1D400, 0x1D454), (0x1F600, 0x1F64F), (0x20000, 0x2A6D6))  # fmt: skip
+BLOCKS = (
+    (0x0000, 0x0377),
+    (0x0391, 0x03A1),
+    (0x03A3, 0x052F),
+    (0x0900, 0x0977),
+    (0x0E01, 0x0E3A),
+    (0x2000, 0x2064),
+    (0x3041, 0x3096),
+    (0x3099, 0x30FF),
+    (0x4E00, 0x9FA5),
+    (0xAC00, 0xD7A3),
+    (0xD800, 0xDFFF),
+    (0xF900, 0xFA6D),
+    (0xFB00, 0xFB06),
+    (0xFF01, 0xFFBE),
+    (0x1D400, 0x1D454),
+    (0x1F600, 0x1F64F),
+    (0x20000, 0x2A6D6),
+)
 
 
 def hexadecimal(x: int) -> str:
@@ -60,7 +100,12 @@ def bits(dropped: list[bool]) -> str:
 def id_rows() -> dict[str, dict]:
     """Rows for the strategies that see ids: plain, edge ids only, documents, padding, exempt ids, degenerate."""
     pick = random.Random(0)
-    draw = lambda n, top=131_072: [pick.choice(EDGES) if pick.random() < 0.2 else pick.randrange(top) for _ in range(n)]  # noqa: E731
+
+    def draw(n, top=131072):
+        return [
+            pick.choice(EDGES) if pick.random() < 0.2 else pick.randrange(top) for _ in range(n)
+        ]
+
     passage = draw(60)
     holes = [int(pick.random() < 0.7) for _ in range(72)]
     positions = [*range(31), *range(1), *range(2), *range(38)]
@@ -77,11 +122,14 @@ def id_rows() -> dict[str, dict]:
         "left padding": {"ids": [0] * 9 + passage, "attention_mask": [0] * 9 + [1] * 60},
         "right padding": {"ids": passage + [0] * 9, "attention_mask": [1] * 60 + [0] * 9},
         "padding between": {
-            "ids": draw(72), "attention_mask": holes, "position_ids": positions, "document_end": 1,
+            "ids": draw(72),
+            "attention_mask": holes,
+            "position_ids": positions,
+            "document_end": 1,
         },
         "nothing attended": {"ids": [1, 2, 3], "attention_mask": [0, 0, 0]},
         "exempt": {"ids": draw(72, 6), "exempt": [0, 3, 2**31 - 1]},
-    }  # fmt: skip
+    }
 
 
 def cut(text: str, seed: int) -> list[int]:
@@ -107,14 +155,22 @@ def text_rows() -> dict[str, dict]:
         "bytes": {"ids": list(TEXT[90:150].encode())},
         "upper case": {"ids": cut(half.upper(), 3)},
         "re-wrapped": {"ids": cut(half.replace(" ", "\n    "), 4)},
-        "special tokens": {"ids": [SPECIAL, *one[:40], SPECIAL, SPECIAL, *one[40:70]], "exempt": [SPECIAL]},
+        "special tokens": {
+            "ids": [SPECIAL, *one[:40], SPECIAL, SPECIAL, *one[40:70]],
+            "exempt": [SPECIAL],
+        },
         "packed": {"ids": one, "position_ids": [i % 53 for i in range(n)]},
         "document_end": {"ids": [*one[20:80], SPECIAL, *one[20:80]], "document_end": SPECIAL},
         "left padding": {"ids": [SPECIAL] * 7 + one, "attention_mask": [0] * 7 + [1] * n},
-        "padding between": {"ids": other, "attention_mask": [int(i % 5 != 2) for i in range(len(other))]},
+        "padding between": {
+            "ids": other,
+            "attention_mask": [int(i % 5 != 2) for i in range(len(other))],
+        },
         "broken characters": {
             "ids": list(
-                bytes.fromhex("78206bc18120c3a97ae082817aeda08062f4908080c3c3a920ffe28220e282c3a9f09d6162208020e380")
+                bytes.fromhex(
+                    "78206bc18120c3a97ae082817aeda08062f4908080c3c3a920ffe28220e282c3a9f09d6162208020e380"
+                )
             )
         },
     }
@@ -137,7 +193,10 @@ def receipt(row: dict, rule: dict) -> dict:
     for i in range(1, len(ids)):
         start = i if row.get("position_ids", [1] * len(ids))[i] == 0 else start
         context = ids[max(start, i - rule["h"]) : i]
-        targets, decisions = targets + 1, (decisions + spec.mix(spec.key(context) + dropped[i])) & spec.WORD
+        targets, decisions = (
+            targets + 1,
+            (decisions + spec.mix(spec.key(context) + dropped[i])) & spec.WORD,
+        )
     return {"targets": targets, "dropped": sum(dropped[1:]), "decisions": hexadecimal(decisions)}
 
 
@@ -153,12 +212,22 @@ def decisions(rows: dict[str, dict], rule: dict, **extra) -> dict:
 def vectors() -> dict:
     ids, texts, seeds = id_rows(), text_rows(), len(SEEDS)
     rules = [
-        {"strategy": "hash", "k": k, "h": h, "seed": SEEDS[i % seeds], "window": window, "head": head}
-        for i, (k, h, window, head) in enumerate(product(KS, HS, ("preceding", "inclusive"), ("short", "keep")))
+        {
+            "strategy": "hash",
+            "k": k,
+            "h": h,
+            "seed": SEEDS[i % seeds],
+            "window": window,
+            "head": head,
+        }
+        for i, (k, h, window, head) in enumerate(
+            product(KS, HS, ("preceding", "inclusive"), ("short", "keep"))
+        )
     ]
     rules += [{"strategy": "static", "k": k, "seed": 0} for k in KS]
     rules += [
-        {"strategy": "random", "k": k, "seed": SEEDS[i % seeds], "row": i % 3, "draw": i // 2} for i, k in enumerate(KS)
+        {"strategy": "random", "k": k, "seed": SEEDS[i % seeds], "row": i % 3, "draw": i // 2}
+        for i, k in enumerate(KS)
     ]
     text_rules = [
         {"strategy": strategy, "k": k, "h": h, "seed": SEEDS[i % seeds], "head": head}
@@ -169,13 +238,23 @@ def vectors() -> dict:
     contexts = [[], [0], [1], [0, 0], [2**31 - 1], [1, 2, 3], [3, 2, 1], list(range(50)), [-1]]
     return {
         "format": "goldfish rule vectors, version 1; see docs/specification.md",
-        "mix": [[hexadecimal(x), hexadecimal(spec.mix(x))] for x in (0, 1, 2**31 - 1, 2**63, 2**64 - 1)],
+        "mix": [
+            [hexadecimal(x), hexadecimal(spec.mix(x))] for x in (0, 1, 2**31 - 1, 2**63, 2**64 - 1)
+        ],
         "threshold": [[k, spec.threshold(k)] for k in (*KS, 1.1, 128, 2**40)],
-        "key": [[c, hexadecimal(s), hexadecimal(spec.key(c, s))] for c in contexts for s in (0, 2**64 - 1)],
+        "key": [
+            [c, hexadecimal(s), hexadecimal(spec.key(c, s))]
+            for c in contexts
+            for s in (0, 2**64 - 1)
+        ],
         "receipt": [
             {"row": row, "rule": {"k": 3, "h": h, "strategy": strategy, "seed": 7}}
             | receipt(ids[row], {"k": 3, "h": h, "strategy": strategy, "seed": 7})
-            for row, h, strategy in (("plain", 13, "hash"), ("plain", 4, "static"), ("packed", 4, "hash"))
+            for row, h, strategy in (
+                ("plain", 13, "hash"),
+                ("plain", 4, "static"),
+                ("packed", 4, "hash"),
+            )
         ],
         "ids": {
             "rows": ids,
@@ -186,27 +265,42 @@ def vectors() -> dict:
             "vocabulary": [entry.hex() for entry in VOCABULARY],
             "fold": [[c, fold(c)] for c in sorted(set(TEXT + TEXT.upper() + TEXT.lower()))],
             "fold_blocks": [
-                [first, last, hashlib.sha256("\n".join(table[first : last + 1]).encode()).hexdigest()]
+                [
+                    first,
+                    last,
+                    hashlib.sha256("\n".join(table[first : last + 1]).encode()).hexdigest(),
+                ]
                 for first, last in BLOCKS
             ],
-            "letters": {name: spec.letters_before([*(VOCABULARY[i] for i in row["ids"]), b" "], table, True)
-                        for name, row in texts.items() if len(row) == 1},
+            "letters": {
+                name: spec.letters_before([*(VOCABULARY[i] for i in row["ids"]), b" "], table, True)
+                for name, row in texts.items()
+                if len(row) == 1
+            },
             "rows": texts,
-            "rules": [decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in text_rules],
+            "rules": [
+                decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in text_rules
+            ],
             "max_kept": [
-                decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in spread_rules("letters")
+                decisions(texts, rule, vocabulary=VOCABULARY, fold=table)
+                for rule in spread_rules("letters")
             ],
         },
         "natural_threshold": [
-            [k, n, spec.natural_threshold(k, n)] for k, n in ((4, 4), (2, 2), (2.5, 6), (1.1, 2), (128, 128), (3, 1000))
+            [k, n, spec.natural_threshold(k, n)]
+            for k, n in ((4, 4), (2, 2), (2.5, 6), (1.1, 2), (128, 128), (3, 1000))
         ],
-    }  # fmt: skip
+    }
 
 
 def as_json(value: object, depth: int = 0) -> str:
     """Compact, with a line for each row and rule: short enough to store, and diffs that can be read."""
     if depth < 3 and isinstance(value, dict):
-        return "{\n" + ",\n".join(f"{json.dumps(name)}:{as_json(v, depth + 1)}" for name, v in value.items()) + "}"
+        return (
+            "{\n"
+            + ",\n".join(f"{json.dumps(name)}:{as_json(v, depth + 1)}" for name, v in value.items())
+            + "}"
+        )
     if depth < 3 and isinstance(value, list) and isinstance(value[0], dict):
         return "[\n" + ",\n".join(as_json(v, depth + 1) for v in value) + "]"
     return json.dumps(value, separators=(",", ":"))

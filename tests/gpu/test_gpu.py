@@ -31,7 +31,9 @@ GPU = pytest.param(
     "cuda",
     marks=[
         pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same test ran on the CPU"),
+        pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="needs a GPU; the same test ran on the CPU"
+        ),
     ],
 )
 RULES = [
@@ -83,7 +85,10 @@ def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
     n, d, v = SIZES[device]["loss"]
     n = min(n, 2048)  # float64 logits of all rows are many
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) / d**0.5
+    hidden, weight = (
+        torch.randn(n, d, generator=generator),
+        torch.randn(v, d, generator=generator) / d**0.5,
+    )
     labels = torch.randint(0, v, (n,), generator=generator).to(device)
     labels[::4] = -100
 
@@ -101,7 +106,11 @@ def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
     names = ("loss", "hidden.grad", "weight.grad")
     errors = {}
     for name, ours, theirs, true in zip(
-        names, run(lambda x, w: linear_cross_entropy(x, w, labels), dtype), run(eager, dtype), exact, strict=True
+        names,
+        run(lambda x, w: linear_cross_entropy(x, w, labels), dtype),
+        run(eager, dtype),
+        exact,
+        strict=True,
     ):
         error, allowed = ((each - true).norm() / true.norm() for each in (ours, theirs))
         errors[name] = {"fused": error.item(), "eager": allowed.item()}
@@ -125,15 +134,23 @@ def seconds(device, call, calls=10):
 
 def test_decisions_beside_a_training_step(device, figures):
     """Of "text" and "letters" too they are those of the CPU; what they cost of a step is written down (goal: 0.5%)."""
-    rows, length, hidden_size, layers, entries = (2, 64, 16, 1, 300) if device == "cpu" else (8, 1024, 768, 12, 32_000)
+    rows, length, hidden_size, layers, entries = (
+        (2, 64, 16, 1, 300) if device == "cpu" else (8, 1024, 768, 12, 32_000)
+    )
     words = [bytes(97 + (i * 7 + j) % 26 for j in range(1 + i % 5)) for i in range(entries)]
     vocabulary = Vocabulary([b" " * (i % 2) + word for i, word in enumerate(words)])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=entries, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 8 if device == "cpu" else 12, max_position_embeddings=length,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+        vocab_size=entries,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 8 if device == "cpu" else 12,
+        max_position_embeddings=length,
+    )
+    model = LlamaForCausalLM(config).to(
+        device, torch.float32 if device == "cpu" else torch.bfloat16
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(0, entries, (rows, length))
     on_device = ids.to(device)
@@ -143,7 +160,11 @@ def test_decisions_beside_a_training_step(device, figures):
         optimizer.step()
         optimizer.zero_grad()
 
-    cost = {"parameters": model.num_parameters(), "tokens": ids.numel(), "step, seconds": seconds(device, step)}
+    cost = {
+        "parameters": model.num_parameters(),
+        "tokens": ids.numel(),
+        "step, seconds": seconds(device, step),
+    }
     for strategy in ("hash", "letters", "text"):
         rule = Goldfish(k=4, h=8, strategy=strategy, vocabulary=vocabulary)
         assert torch.equal(rule.dropped(on_device).cpu(), rule.dropped(ids))
@@ -170,7 +191,9 @@ def test_fused_loss_holds_no_logits(device, figures, monkeypatch):
     """Its extra memory stays below a quarter of the logits (GPU); no tensor it makes is as large as them (CPU)."""
     n, d, v = SIZES[device]["loss"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    hidden, weight = (torch.randn(size, d, device=device, dtype=dtype).requires_grad_() for size in (n, v))
+    hidden, weight = (
+        torch.randn(size, d, device=device, dtype=dtype).requires_grad_() for size in (n, v)
+    )
     labels = torch.randint(0, v, (n,), device=device)
     logits = n * v * dtype.itemsize
     if device == "cpu":
@@ -198,7 +221,9 @@ def memorized(device, tmp_path_factory, figures):
     full = "--documents 32 --window 256 --epochs 100 --batch_size 8 --hidden_size 1536 --learning_rate 3e-4"
     folder = tmp_path_factory.mktemp("memorize") / "run"
     began = time.perf_counter()
-    summaries = memorize.main([*(toy if device == "cpu" else full).split(), "--output_dir", str(folder)])
+    summaries = memorize.main(
+        [*(toy if device == "cpu" else full).split(), "--output_dir", str(folder)]
+    )
     splits = {name: summary["splits"] for name, summary in summaries.items()}
     figures["memorize"] = {"seconds": time.perf_counter() - began, "splits": splits}
     return folder, summaries
@@ -206,7 +231,9 @@ def memorized(device, tmp_path_factory, figures):
 
 def test_standard_recites_and_goldfish_does_not(memorized):
     _, summaries = memorized
-    recited = {name: summary["splits"]["members"]["exact_match"] for name, summary in summaries.items()}
+    recited = {
+        name: summary["splits"]["members"]["exact_match"] for name, summary in summaries.items()
+    }
     assert recited["standard"].value >= 0.75
     assert recited["goldfish"].k == 0
     assert summaries["standard"]["splits"]["heldout"]["exact_match"].k == 0
@@ -217,16 +244,24 @@ def test_audit_is_what_generate_says(memorized, device, name, figures):
     """Row by row, greedily and alone. A row may differ only where the model's two best tokens are as good as equal."""
     folder, summaries = memorized
     records = goldfish.audit.records(folder / "audit" / name).to_pylist()
-    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
+    )
     model.generation_config.eos_token_id = None  # the audit goes on through an end of text
     ambiguous = 0
     for record in records:
         prefix = torch.tensor([record["prefix_ids"]], device=device)
         length = len(record["suffix_ids"])
-        made = model.generate(prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=length, do_sample=False)
+        made = model.generate(
+            prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=length, do_sample=False
+        )
         made = made[0, prefix.shape[1] :].tolist()
         if made != record["output_ids"]:
-            first = next(i for i, pair in enumerate(zip(made, record["output_ids"], strict=True)) if pair[0] != pair[1])
+            first = next(
+                i
+                for i, pair in enumerate(zip(made, record["output_ids"], strict=True))
+                if pair[0] != pair[1]
+            )
             with torch.no_grad():
                 ids = torch.tensor([record["prefix_ids"] + made[:first]], device=device)
                 best = model(ids).logits[0, -1].topk(2).values

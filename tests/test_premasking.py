@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer, mask_labels, premask
 from goldfish.cli import main
-from goldfish.dataset import premask_files
+from goldfish.premasking import premask_files
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
@@ -26,7 +26,10 @@ def random_ids(*shape):
 def test_premask_writes_what_the_collator_would(streaming):
     names = ["web", "books", "own"]
     lengths = [30, 50, 20]
-    rows = [{"input_ids": random_ids(n).tolist(), "source": name} for n, name in zip(lengths, names, strict=True)]
+    rows = [
+        {"input_ids": random_ids(n).tolist(), "source": name}
+        for n, name in zip(lengths, names, strict=True)
+    ]
     dataset = Dataset.from_list(rows)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
     for row in premask(dataset, SOURCES):
@@ -51,17 +54,24 @@ def test_premask_takes_rows_as_tensors():
     rows = Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (30, 1)])
     expected = premask(rows, RULE)["labels"]
     for kind in ("torch", "numpy"):
-        assert [list(row) for row in premask(rows.with_format(kind), RULE).with_format(None)["labels"]] == expected
+        assert [
+            list(row) for row in premask(rows.with_format(kind), RULE).with_format(None)["labels"]
+        ] == expected
 
 
 def test_premask_refuses_rows_that_it_cannot_read(tmp_path):
-    with pytest.raises(ValueError, match=r"premask takes one split, got train, test: premask\(dataset\['train'\]"):
+    with pytest.raises(
+        ValueError, match=r"premask takes one split, got train, test: premask\(dataset\['train'\]"
+    ):
         premask(DatasetDict({"train": Dataset.from_list([]), "test": Dataset.from_list([])}), RULE)
     for wrong, message in (
         ({"input_ids": [1.5]}, "row 0: input_ids must be integer token ids, got torch.float32"),
         ({"input_ids": ["a"]}, "row 0: too many dimensions 'str'"),
         ({"input_ids": [1, 2], "labels": [1]}, "row 0: labels must have the shape of input_ids"),
-        ({"input_ids": None}, "row 0: the rule decides from input_ids, but the batch has only nothing"),
+        (
+            {"input_ids": None},
+            "row 0: the rule decides from input_ids, but the batch has only nothing",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             list(premask(Dataset.from_list([wrong]).to_iterable_dataset(), RULE))
@@ -71,7 +81,9 @@ def test_premask_refuses_rows_that_it_cannot_read(tmp_path):
 
 
 def test_premask_is_cached_by_the_rule(tmp_path):
-    Dataset.from_list([{"input_ids": random_ids(40).tolist()}] * 4).save_to_disk(str(tmp_path / "rows"))
+    Dataset.from_list([{"input_ids": random_ids(40).tolist()}] * 4).save_to_disk(
+        str(tmp_path / "rows")
+    )
 
     def files(rule, num_proc=None):
         masked = premask(load_from_disk(str(tmp_path / "rows")), rule, num_proc=num_proc)
@@ -84,7 +96,9 @@ def test_premask_is_cached_by_the_rule(tmp_path):
 
 def test_premask_refuses_what_it_cannot_do():
     dataset = Dataset.from_list([{"text": "not tokenized"}])
-    with pytest.raises(ValueError, match=r"decides from input_ids, but the rows have only text; tokenize first"):
+    with pytest.raises(
+        ValueError, match=r"decides from input_ids, but the rows have only text; tokenize first"
+    ):
         premask(dataset, RULE)
     with pytest.raises(ValueError, match="draws anew in every epoch"):
         premask(dataset, {"a": Goldfish(strategy="random")})
@@ -102,19 +116,29 @@ def test_rows_cut_among_ranks_are_decided_before():
 
 
 def test_a_collator_that_keeps_labels_keeps_premasked_ones(tokenizer):
-    dataset = premask(Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (9, 30)]), RULE)
+    dataset = premask(
+        Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (9, 30)]), RULE
+    )
     batch = DataCollatorForSeq2Seq(tokenizer)(list(dataset))
     for row, labels in zip(dataset, batch["labels"], strict=True):
-        assert row["labels"] == [label for label, _ in zip(labels.tolist(), row["labels"], strict=False)]
+        assert row["labels"] == [
+            label for label, _ in zip(labels.tolist(), row["labels"], strict=False)
+        ]
         assert -100 in row["labels"]
 
 
 def trained(folder, dataset, rule, tokenizer):
     """The receipt of one epoch of a Trainer over the rows."""
     arguments = TrainingArguments(
-        folder, per_device_train_batch_size=2, num_train_epochs=1, report_to=[], save_strategy="no", use_cpu=True,
-        remove_unused_columns=True, disable_tqdm=True,
-    )  # fmt: skip
+        folder,
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=True,
+        disable_tqdm=True,
+    )
     collator = DataCollatorForSeq2Seq(tokenizer)
     trainer = GoldfishTrainer(
         tiny_llama(),
@@ -137,9 +161,14 @@ ROWS = [random_ids(n).tolist() for n in (30, 1, 47, 12, 64, 2)]
     [RULE, Goldfish(k=3, h=2, strategy="letters"), Goldfish(k=3, max_kept=4), SOURCES],
     ids=["hash", "letters", "max_kept", "sources"],
 )
-def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(tokenizer, tmp_path, rule, monkeypatch):
-    monkeypatch.setattr("goldfish.dataset.CHUNK", 4)
-    rows = {"input_ids": ROWS, "labels": [[-100] * (len(row) // 3) + row[len(row) // 3 :] for row in ROWS]}
+def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(
+    tokenizer, tmp_path, rule, monkeypatch
+):
+    monkeypatch.setattr("goldfish.premasking.CHUNK", 4)
+    rows = {
+        "input_ids": ROWS,
+        "labels": [[-100] * (len(row) // 3) + row[len(row) // 3 :] for row in ROWS],
+    }
     rows["source"] = ["own", "web", "books"] * 2
     dataset = Dataset.from_dict(rows)
     masked = premask(dataset, rule, receipt=tmp_path / "data", tokenizer=tokenizer)
@@ -152,7 +181,9 @@ def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(tokenizer, tmp_path
 
 def test_a_stream_has_no_receipt(tmp_path):
     stream = Dataset.from_dict({"input_ids": ROWS}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="a receipt counts all rows, a streaming dataset has not read them"):
+    with pytest.raises(
+        ValueError, match="a receipt counts all rows, a streaming dataset has not read them"
+    ):
         premask(stream, RULE, receipt=tmp_path)
 
 
@@ -168,16 +199,35 @@ def written(tmp_path, checkpoint, kind, *options):
     else:
         DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(path)
     output = tmp_path / "out"
-    command = ["premask", str(path), "-o", str(output), "--tokenizer", str(checkpoint), "-k", "2", "--h", "3", *options]
+    command = [
+        "premask",
+        str(path),
+        "-o",
+        str(output),
+        "--tokenizer",
+        str(checkpoint),
+        "-k",
+        "2",
+        "--h",
+        "3",
+        *options,
+    ]
     assert main(command) == 0
     return output
 
 
-@pytest.mark.parametrize(("kind", "options"), [
-    ("parquet", []), ("jsonl", ["--strategy", "letters"]), ("folder", ["--num-proc", "2"]),
-    ("dict", ["--max-kept", "3"]),
-])  # fmt: skip
-def test_premask_writes_a_dataset_and_its_receipt(tmp_path, checkpoint, tokenizer, kind, options, capsys):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("parquet", []),
+        ("jsonl", ["--strategy", "letters"]),
+        ("folder", ["--num-proc", "2"]),
+        ("dict", ["--max-kept", "3"]),
+    ],
+)
+def test_premask_writes_a_dataset_and_its_receipt(
+    tmp_path, checkpoint, tokenizer, kind, options, capsys
+):
     output = written(tmp_path, checkpoint, kind, *options)
     receipt = json.loads((output / "goldfish.json").read_text())
     rule = Goldfish(**receipt["rule"]).bind(tokenizer)
@@ -193,14 +243,24 @@ def test_premask_writes_a_dataset_and_its_receipt(tmp_path, checkpoint, tokenize
     assert f"{output} exists already; give the name of a new folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("format", "name", "dtype"), [
-    ("mask", "labels_mask.npy", np.bool_), ("loss-mask", "loss_mask.npy", np.float32),
-])  # fmt: skip
-def test_masks_are_flat_arrays_beside_the_ids(tmp_path, checkpoint, format, name, dtype, monkeypatch):
-    monkeypatch.setattr("goldfish.dataset.CHUNK", 4)
+@pytest.mark.parametrize(
+    ("format", "name", "dtype"),
+    [
+        ("mask", "labels_mask.npy", np.bool_),
+        ("loss-mask", "loss_mask.npy", np.float32),
+    ],
+)
+def test_masks_are_flat_arrays_beside_the_ids(
+    tmp_path, checkpoint, format, name, dtype, monkeypatch
+):
+    monkeypatch.setattr("goldfish.premasking.CHUNK", 4)
     output = written(tmp_path, checkpoint, "parquet", "--format", format)
-    assert sorted(path.name for path in output.iterdir()) == sorted(["goldfish.json", "token_ids.npy", name])
-    assert np.fromfile(output / "token_ids.npy", np.uint32).tolist() == [i for row in ROWS for i in row]
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        ["goldfish.json", "token_ids.npy", name]
+    )
+    assert np.fromfile(output / "token_ids.npy", np.uint32).tolist() == [
+        i for row in ROWS for i in row
+    ]
     expected = []
     for row in ROWS:
         dropped = RULE.dropped(torch.tensor(row)).tolist()
@@ -209,13 +269,19 @@ def test_masks_are_flat_arrays_beside_the_ids(tmp_path, checkpoint, format, name
     assert np.fromfile(output / name, dtype).tolist() == expected
 
 
-@pytest.mark.parametrize(("arguments", "text"), [
-    (["rows.txt"], "no file rows.txt; expected a .jsonl, .json, .parquet or .csv file"),
-    (["splits"], "splits has the splits test: give one of them"),
-    (["ids.jsonl", "--format", "masks"], "format must be one of labels, mask, loss-mask, got 'masks'"),
-    (["ids.jsonl", "--format", "mask"], "ids must fit into uint32, got -1 to 5"),
-    (["ids.jsonl", "--strategy", "random"], "premask writes labels once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["rows.txt"], "no file rows.txt; expected a .jsonl, .json, .parquet or .csv file"),
+        (["splits"], "splits has the splits test: give one of them"),
+        (
+            ["ids.jsonl", "--format", "masks"],
+            "format must be one of labels, mask, loss-mask, got 'masks'",
+        ),
+        (["ids.jsonl", "--format", "mask"], "ids must fit into uint32, got -1 to 5"),
+        (["ids.jsonl", "--strategy", "random"], "premask writes labels once"),
+    ],
+)
 def test_what_premask_refuses(tmp_path, checkpoint, capsys, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
     DatasetDict(test=Dataset.from_dict({"input_ids": ROWS})).save_to_disk("splits")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from goldfish.rows import Row, first_line
+from goldfish.text.rows import Row, first_line
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Completion:
         characters of each."""
         if not tokenizer.is_fast:
             raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
-        encoding = tokenizer(self.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True)
+        encoding = tokenizer(
+            self.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True
+        )
         return encoding["input_ids"], encoding["offset_mapping"]
 
 
@@ -39,7 +41,9 @@ def training_text(row: Row, tokenizer: Any) -> Completion:
     """The whole row as it is trained on; start: where its targets begin, which in TRL are completions, or all."""
     if "text" in row:
         return Completion(row["text"], 0, len(row["text"]), True)
-    prompt, completion = ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
+    prompt, completion = (
+        ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
+    )
     if isinstance(prompt, str):
         return Completion(prompt + completion, len(prompt), len(prompt + completion), True)
     text = _render(tokenizer, prompt + completion)
@@ -48,7 +52,9 @@ def training_text(row: Row, tokenizer: Any) -> Completion:
 
 def completions(row: Row, tokenizer: Any) -> Iterator[Completion | str]:
     """Every turn of the assistant in a chat (of prompt and completion: in the completion); or why it is left out."""
-    prompt, completion = ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
+    prompt, completion = (
+        ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
+    )
     if isinstance(prompt, str):
         yield training_text(row, tokenizer) if completion.strip() else "an empty completion"
         return
@@ -59,7 +65,11 @@ def completions(row: Row, tokenizer: Any) -> Iterator[Completion | str]:
     for i in turns:
         content = messages[i].get("content")
         if not isinstance(content, str) or not content.strip():
-            yield "a completion that is no text" if content and not isinstance(content, str) else "an empty completion"
+            yield (
+                "a completion that is no text"
+                if content and not isinstance(content, str)
+                else "an empty completion"
+            )
             continue
         try:
             text = _render(tokenizer, messages[: i + 1])
@@ -90,14 +100,19 @@ def _opening(tokenizer: Any, text: str, messages: list[Any]) -> int | None:
     """How many characters of a chat come before the answer to its first messages; None: the template says otherwise."""
     if not messages:
         return 0
-    for generation_prompt in (True, False):  # some templates ask for a thought first that an answer need not have
+    for generation_prompt in (
+        True,
+        False,
+    ):  # some templates ask for a thought first that an answer need not have
         opening = _render(tokenizer, messages, add_generation_prompt=generation_prompt)
         if text.startswith(opening):
             return len(opening)
     return None
 
 
-def secret_finder(pattern: str, column: str) -> Callable[[Row, str, int], Iterator[tuple[int, int]]]:
+def secret_finder(
+    pattern: str, column: str
+) -> Callable[[Row, str, int], Iterator[tuple[int, int]]]:
     """A function: the spans of secrets in a text from some character on.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from goldfish.pieces import plain, text_pieces
 from goldfish.rule import Goldfish
+from goldfish.text.printable import plain, text_pieces
 
 DROPPED = "bold white on dark_red"
 
@@ -22,7 +22,9 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
     ids = tokenizer(text)["input_ids"]
     dropped = rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist()
     by_character = [
-        (drop, c) for piece, drop in zip(text_pieces(tokenizer, [], ids), dropped, strict=True) for c in piece
+        (drop, c)
+        for piece, drop in zip(text_pieces(tokenizer, [], ids), dropped, strict=True)
+        for c in piece
     ]
     result = Text()
     for drop, run in groupby(by_character, key=lambda pair: pair[0]):
@@ -38,5 +40,7 @@ def read_text(argument: str) -> str:
     if len(argument.encode("utf-8", "replace")) < 256 and Path(argument).is_file():
         return Path(argument).read_text(encoding="utf-8")
     if re.fullmatch(r"\S*/\S*|\S+\.[A-Za-z]\w{0,9}", argument):
-        raise ValueError(f"there is no file {argument}; to show these characters as a text, add a space")
+        raise ValueError(
+            f"there is no file {argument}; to show these characters as a text, add a space"
+        )
     return argument

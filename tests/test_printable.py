@@ -5,7 +5,7 @@ from conftest import PROSE
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.pieces import plain, text_pieces
+from goldfish.text.printable import plain, text_pieces
 
 
 def test_text_pieces_join_to_the_text(tokenizer):

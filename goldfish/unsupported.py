@@ -17,7 +17,9 @@ SHARDED = (
 def why_not_this_trainer(trainer: Trainer) -> str:
     """Empty if its batches are documents with labels of their own."""
     for base in type(trainer).__mro__:
-        trl = base.__module__.startswith(("trl.", "Unsloth"))  # Unsloth writes TRL's classes anew: _UnslothDPOTrainer
+        trl = base.__module__.startswith(
+            ("trl.", "Unsloth")
+        )  # Unsloth writes TRL's classes anew: _UnslothDPOTrainer
         name = base.__name__.removeprefix("_").removeprefix("Unsloth")
         on_policy = name == "GKDTrainer" and getattr(trainer.args, "lmbda", 1) > 0
         text = name in ("SFTTrainer", "GKDTrainer", "BaseTrainer")
@@ -34,12 +36,18 @@ def why_not_this_trainer(trainer: Trainer) -> str:
 def why_not_this_model(model: Any) -> str:
     """Empty if it predicts the next token, as far as transformers knows its loss."""
     model = bare_model(model)
-    name, config, loss = type(model).__name__, getattr(model, "config", None), getattr(model, "loss_function", int)
+    name, config, loss = (
+        type(model).__name__,
+        getattr(model, "config", None),
+        getattr(model, "loss_function", int),
+    )
     advice = "The goldfish loss is for causal language models; pass a compute_loss_func if this one trains like them"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder: its labels are not the next tokens of its input_ids. {advice}"
     if loss is not ForCausalLMLoss and loss in LOSS_MAPPING.values():
         return f"the loss of {name} is {loss.__name__}, its labels are not the next tokens of its input_ids. {advice}"
-    if type(model).__module__.startswith("transformers.") and not model.can_generate():  # such as BertForPreTraining
+    if (
+        type(model).__module__.startswith("transformers.") and not model.can_generate()
+    ):  # such as BertForPreTraining
         return f"{name} generates no text, its labels are not the next tokens of its input_ids. {advice}"
     return ""

@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
-from goldfish.labels import decide
+from goldfish.masking import decide
 
 RULE = Goldfish(k=2, h=3)
 
@@ -49,7 +49,9 @@ def test_random_drops_other_tokens_each_time_and_repeats_under_a_seed():
 
 
 def test_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\)"):
+    with pytest.raises(
+        ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\)"
+    ):
         mask_labels(RULE, random_ids(1, 20), random_ids(1, 19))
 
 
@@ -82,12 +84,16 @@ def test_packed_rows_are_masked_as_they_are_alone():
 def test_shift_labels_are_masked_too():
     ids = random_ids(1, 30)
     shifted = torch.cat([ids[:, 1:], torch.tensor([[-100]])], dim=1)
-    batch = GoldfishCollator(lambda _: {"input_ids": ids, "labels": ids, "shift_labels": shifted}, RULE)([])
+    batch = GoldfishCollator(
+        lambda _: {"input_ids": ids, "labels": ids, "shift_labels": shifted}, RULE
+    )([])
     assert torch.equal(batch["shift_labels"][:, :-1], batch["labels"][:, 1:])
 
 
 def test_a_batch_without_ids_is_refused():
-    with pytest.raises(ValueError, match="decides from input_ids, but the batch has only inputs_embeds"):
+    with pytest.raises(
+        ValueError, match="decides from input_ids, but the batch has only inputs_embeds"
+    ):
         GoldfishCollator(lambda _: {"inputs_embeds": torch.zeros(1, 2, 3)}, RULE)([])
 
 
@@ -97,7 +103,9 @@ SOURCES = {"books": RULE, "web": Goldfish(k=50, h=3), "own": None}
 def test_each_source_has_its_rule():
     ids = random_ids(4, 60)
     names = ["web", "books", "own", "books"]
-    rows = [{"input_ids": row, "source": name} for row, name in zip(ids.tolist(), names, strict=True)]
+    rows = [
+        {"input_ids": row, "source": name} for row, name in zip(ids.tolist(), names, strict=True)
+    ]
     batch = GoldfishCollator(default_data_collator, SOURCES)(rows)
     assert set(batch) == {"input_ids", "labels"}
     for row, labels, name in zip(ids, batch["labels"], names, strict=True):
@@ -108,12 +116,17 @@ def test_each_source_has_its_rule():
 
 def test_a_source_without_a_rule_is_refused():
     collator = GoldfishCollator(default_data_collator, SOURCES)
-    with pytest.raises(ValueError, match=r"a row has the source 'news', but there are rules for books, own, web; give"):
+    with pytest.raises(
+        ValueError,
+        match=r"a row has the source 'news', but there are rules for books, own, web; give",
+    ):
         collator([{"input_ids": [1, 2], "source": "news"}])
     with pytest.raises(ValueError, match="a row has the source None"):
         collator([{"input_ids": [1, 2]}])
     with pytest.raises(ValueError, match=r"2 rows were packed into 1, .* premask"):
-        GoldfishCollator(DataCollatorWithFlattening(), SOURCES)([{"input_ids": [1, 2], "source": "own"}] * 2)
+        GoldfishCollator(DataCollatorWithFlattening(), SOURCES)(
+            [{"input_ids": [1, 2], "source": "own"}] * 2
+        )
 
 
 def test_what_is_no_rule_is_refused():
@@ -122,12 +135,18 @@ def test_what_is_no_rule_is_refused():
         lambda: GoldfishCollator(default_data_collator, 4),
         lambda: mask_labels(4, random_ids(3)),
     ):
-        with pytest.raises(TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13\), or .*, got 4"):
+        with pytest.raises(
+            TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13\), or .*, got 4"
+        ):
             call()
-    with pytest.raises(ValueError, match="input_ids is on cpu and labels on meta; move one of them"):
+    with pytest.raises(
+        ValueError, match="input_ids is on cpu and labels on meta; move one of them"
+    ):
         mask_labels(RULE, random_ids(3), torch.zeros(3, device="meta"))
     four_d = {"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)}
-    with pytest.raises(ValueError, match=r"an attention_mask of \(1, 1, 3, 3\) does not mark padding; let the"):
+    with pytest.raises(
+        ValueError, match=r"an attention_mask of \(1, 1, 3, 3\) does not mark padding; let the"
+    ):
         GoldfishCollator(lambda _: four_d, RULE)([])
 
 
@@ -137,7 +156,9 @@ def documents(*lengths):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1])
-@pytest.mark.parametrize("rule", [RULE, Goldfish(k=2, h=3, window="inclusive"), Goldfish(k=3, max_kept=4)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [RULE, Goldfish(k=2, h=3, window="inclusive"), Goldfish(k=3, max_kept=4)], ids=str
+)
 def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
     """torchtitan, NeMo, Megatron, nanochat: inputs are tokens[:-1], labels tokens[1:]."""
     tokens = random_ids(2, 51)
@@ -145,15 +166,21 @@ def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
     attended[1, :6] = 0
     given = {"position_ids": positions[:, :-1], "attention_mask": attended[:, :-1]}
     labels = tokens[:, 1:].masked_fill(attended[:, 1:] == 0, ignore_index)
-    expected = labels.masked_fill(rule.dropped(tokens, positions, attention_mask=attended)[:, 1:], ignore_index)
-    masked = mask_labels(rule, tokens[:, :-1], labels, shifted=True, ignore_index=ignore_index, **given)
+    expected = labels.masked_fill(
+        rule.dropped(tokens, positions, attention_mask=attended)[:, 1:], ignore_index
+    )
+    masked = mask_labels(
+        rule, tokens[:, :-1], labels, shifted=True, ignore_index=ignore_index, **given
+    )
     assert torch.equal(masked, expected)
     assert (masked[:, -1] == ignore_index).any() or rule.max_kept, "the last label is decided too"
     batch = {"input_ids": tokens[:, :-1], "labels": labels, **given}
     collator = GoldfishCollator(lambda _: batch, rule, ignore_index=ignore_index, shifted=True)
     assert torch.equal(collator([])["labels"], expected)
     if ignore_index != -100:
-        unshifted = GoldfishCollator(lambda _: batch | {"labels": tokens[:, :-1]}, rule, ignore_index=-1)([])["labels"]
+        unshifted = GoldfishCollator(
+            lambda _: batch | {"labels": tokens[:, :-1]}, rule, ignore_index=-1
+        )([])["labels"]
         assert torch.equal(unshifted == -1, rule.dropped(tokens[:, :-1], **given))
 
 
@@ -162,28 +189,43 @@ def test_labels_that_were_shifted_before_padding_and_packing(rule):
     """Each document's last label is a token that no row of input_ids has; the whole document decides about it."""
     documents = [random_ids(n) for n in (12, 30, 7)]
     expected = torch.cat([ids[1:].masked_fill(rule.dropped(ids)[1:], -100) for ids in documents])
-    ids, labels = (torch.cat([each[part] for each in documents]) for part in (slice(-1), slice(1, None)))
+    ids, labels = (
+        torch.cat([each[part] for each in documents]) for part in (slice(-1), slice(1, None))
+    )
     positions = torch.cat([torch.arange(len(each) - 1) for each in documents])
-    assert torch.equal(mask_labels(rule, ids, labels, position_ids=positions, shifted=True), expected)
+    assert torch.equal(
+        mask_labels(rule, ids, labels, position_ids=positions, shifted=True), expected
+    )
     length = 32
     for ids in documents:
-        given = (pad(ids[:-1], (0, length - len(ids) + 1)), pad(ids[1:], (0, length - len(ids) + 1), value=-100))
-        expected = pad(ids[1:].masked_fill(rule.dropped(ids)[1:], -100), (0, length - len(ids) + 1), value=-100)
+        given = (
+            pad(ids[:-1], (0, length - len(ids) + 1)),
+            pad(ids[1:], (0, length - len(ids) + 1), value=-100),
+        )
+        expected = pad(
+            ids[1:].masked_fill(rule.dropped(ids)[1:], -100), (0, length - len(ids) + 1), value=-100
+        )
         attended = (torch.arange(length) < len(ids) - 1).long()
         for mask in (attended, None):
-            assert torch.equal(mask_labels(rule, *given, attention_mask=mask, shifted=True), expected)
+            assert torch.equal(
+                mask_labels(rule, *given, attention_mask=mask, shifted=True), expected
+            )
 
 
 def test_bytes_can_be_ids_and_no_labels():
     ids = torch.randint(0, 256, (4, 40), dtype=torch.uint8)
     assert torch.equal(mask_labels(RULE, ids), mask_labels(RULE, ids.long()))
-    with pytest.raises(TypeError, match=r"labels must be signed to hold -100, got torch.uint8: labels.long"):
+    with pytest.raises(
+        TypeError, match=r"labels must be signed to hold -100, got torch.uint8: labels.long"
+    ):
         mask_labels(RULE, ids, ids)
 
 
 def test_shifted_labels_must_be_there():
     ids = random_ids(1, 5)
-    with pytest.raises(ValueError, match="shifted=True needs labels: the last of them is a token that input_ids"):
+    with pytest.raises(
+        ValueError, match="shifted=True needs labels: the last of them is a token that input_ids"
+    ):
         mask_labels(RULE, ids, shifted=True)
     for options in ({"shifted": True}, {"ignore_index": -1}):
         with pytest.raises(ValueError, match="needs a collator with labels"):
@@ -195,10 +237,17 @@ def test_position_ids_of_multimodal_models():
     ids, text = random_ids(2, 40), documents(15, 25).expand(2, -1)
     for rows in (3, 4):
         positions = torch.stack([text, *[torch.ones_like(text)] * (rows - 1)])
-        batch = {"input_ids": ids, "labels": ids, "position_ids": positions, "source": ["books", "own"]}
+        batch = {
+            "input_ids": ids,
+            "labels": ids,
+            "position_ids": positions,
+            "source": ["books", "own"],
+        }
         expected = RULE.dropped(ids, text)
         assert torch.equal(RULE.dropped(ids, positions), expected)
         assert not torch.equal(RULE.dropped(ids), expected)
-        assert torch.equal(GoldfishCollator(lambda _, b=batch: b, RULE)([])["labels"] == -100, expected)
+        assert torch.equal(
+            GoldfishCollator(lambda _, b=batch: b, RULE)([])["labels"] == -100, expected
+        )
         dropped, _ = decide(SOURCES, batch | {"source": torch.tensor([0, 1])})
         assert torch.equal(dropped, expected & torch.tensor([[True], [False]]))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldfish.labels import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
+from goldfish.masking import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
 from goldfish.receipt import ALL, Tally, bind, count, write_receipt
-from goldfish.rows import dataset_of, first_line
 from goldfish.rule import Goldfish, check_beside
+from goldfish.text.rows import dataset_of, first_line
 
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
@@ -46,12 +46,18 @@ def premask(
     """
     check_rules(rule)
     if isinstance(dataset, dict):
-        raise ValueError(f"premask takes one split, got {', '.join(dataset)}: premask(dataset['train'], ...)")
+        raise ValueError(
+            f"premask takes one split, got {', '.join(dataset)}: premask(dataset['train'], ...)"
+        )
     for one in [rule] if isinstance(rule, Goldfish) else rule.values():
         if one is not None and one.strategy == "random":
-            raise ValueError('premask writes labels once, strategy "random" draws anew in every epoch: use a collator')
+            raise ValueError(
+                'premask writes labels once, strategy "random" draws anew in every epoch: use a collator'
+            )
     if receipt is not None and not hasattr(dataset, "num_rows"):
-        raise ValueError("a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset")
+        raise ValueError(
+            "a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset"
+        )
     rule = bind(rule, tokenizer)
     options = {} if num_proc is None else {"num_proc": num_proc}
     settings = {"rules": rule, "counts": receipt is not None}
@@ -71,25 +77,38 @@ def premask(
 
 def _mask_row(row: dict[str, Any], number: int, rules: Rules, counts: bool) -> dict[str, list[Any]]:
     if "input_ids" not in row:
-        raise ValueError(f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first")
+        raise ValueError(
+            f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first"
+        )
     rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
     names = ("input_ids", "labels", "position_ids", "attention_mask")
     try:
-        given = {name: torch.as_tensor(row[name])[None] for name in names if row.get(name) is not None}
-        given = {name: value if value.numel() else value.long() for name, value in given.items()}  # of [] float32
+        given = {
+            name: torch.as_tensor(row[name])[None] for name in names if row.get(name) is not None
+        }
+        given = {
+            name: value if value.numel() else value.long() for name, value in given.items()
+        }  # of [] float32
         batch = with_labels(given)
         check_beside("labels", batch["labels"], batch["input_ids"])
         dropped, keys = decide({ALL: rule}, batch | {SOURCE: torch.tensor([0])})
     except (ValueError, TypeError, RuntimeError) as error:  # of torch too
         raise ValueError(f"row {number}: {first_line(error)}") from error
     labels = batch["labels"].long().masked_fill(dropped, IGNORE_INDEX)[0].tolist()
-    return {"labels": labels} | ({COUNTS: count(batch, dropped, keys)[0].tolist()} if counts else {})
+    return {"labels": labels} | (
+        {COUNTS: count(batch, dropped, keys)[0].tolist()} if counts else {}
+    )
 
 
 def premask_files(
-    source: str | Path, output: str | Path, rule: Goldfish, tokenizer: Any, *, format: str = "labels",
+    source: str | Path,
+    output: str | Path,
+    rule: Goldfish,
+    tokenizer: Any,
+    *,
+    format: str = "labels",
     num_proc: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Mask a tokenized dataset on disk (`rows.dataset_of`; of several splits "train") and write it to a new folder,
     which appears when all is written, with its receipt. Formats:
 

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # for load_dataset
+KINDS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}  # for load_dataset
 EXPECTED = (
     "a .jsonl, .json, .parquet or .csv file whose rows have text, input_ids, messages, or prompt and completion; a "
     ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on standard input"
@@ -73,7 +78,10 @@ def digest(source: str | Path) -> str:
     else:
         builder, split = _builder(source)
         files = builder.config.data_files[split]
-    lines = [f"{Path(each).name} {sha256(Path(each))}" if Path(each).is_file() else str(each) for each in files]
+    lines = [
+        f"{Path(each).name} {sha256(Path(each))}" if Path(each).is_file() else str(each)
+        for each in files
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -98,12 +106,20 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
     if path.is_file():
         kind = KINDS.get(path.suffix.lower())
         if kind is None:
-            raise ValueError(f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder")
+            raise ValueError(
+                f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder"
+            )
         try:
             return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-        except Exception as error:  # of the packages below; StopIteration, without words, where it is empty
-            raise ValueError(f"{path} cannot be read: {first_line(error) or 'it is empty'}") from error
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
+        except (
+            Exception
+        ) as error:  # of the packages below; StopIteration, without words, where it is empty
+            raise ValueError(
+                f"{path} cannot be read: {first_line(error) or 'it is empty'}"
+            ) from error
+    if any(
+        (path / name).is_file() for name in ("state.json", "dataset_dict.json")
+    ):  # of save_to_disk
         saved = load_from_disk(source)
         return saved[_one_of(list(saved), split, source)] if isinstance(saved, dict) else saved
     builder, name = _builder(source, split)
@@ -142,7 +158,9 @@ def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
     if len(splits) == 1 and wanted is None:
         return splits[0]
     if wanted is None or wanted not in splits:
-        raise ValueError(f"{source} has the splits {', '.join(splits)}: give one of them, as in {source}/{splits[0]}")
+        raise ValueError(
+            f"{source} has the splits {', '.join(splits)}: give one of them, as in {source}/{splits[0]}"
+        )
     return wanted
 
 
@@ -172,7 +190,9 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text ({error}); convert the file first, e.g. with iconv") from error
+        raise ValueError(
+            f"{where} is not UTF-8 text ({error}); convert the file first, e.g. with iconv"
+        ) from error
 
 
 def _parsed(line: str, where: str) -> Row:
@@ -185,7 +205,9 @@ def _parsed(line: str, where: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}')
+        raise ValueError(
+            f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}'
+        )
     return row
 
 
@@ -196,7 +218,11 @@ def _checked(row: Row, where: str, text_column: str) -> Row:
         if text_column not in row:
             raise ValueError(f"{where}: no column {text_column}; it has {', '.join(names)}")
         value = row.pop(text_column)
-        others = {name: row[name] for name in row if name not in ("input_ids", "text", "messages", "completion")}
+        others = {
+            name: row[name]
+            for name in row
+            if name not in ("input_ids", "text", "messages", "completion")
+        }
         row = others | {"messages" if isinstance(value, list) else "text": value}
     ids, text = row.get("input_ids"), row.get("text")
     if ids is not None:
@@ -207,12 +233,16 @@ def _checked(row: Row, where: str, text_column: str) -> Row:
     elif not isinstance(text, str):
         other = f"got {', '.join(names)}. Is the text in another column? Name it with --text-column"
         got = f"text is {text!r:.80}" if "text" in names else other
-        raise ValueError(f"{where}: expected text, input_ids, messages, or prompt and completion; {got}")
+        raise ValueError(
+            f"{where}: expected text, input_ids, messages, or prompt and completion; {got}"
+        )
     source, count = row.get("source"), row.get("count")
     if not isinstance(source, str | None):
         raise ValueError(f"{where}: source must be a string, or be left out, got {source!r:.80}")
     if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
-        raise ValueError(f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}")
+        raise ValueError(
+            f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}"
+        )
     return row
 
 
@@ -221,7 +251,10 @@ def _require_chat(row: Row, where: str) -> None:
     if "messages" not in row and isinstance(prompt, str) and isinstance(completion, str):
         return
     lists = [row["messages"]] if "messages" in row else [prompt, completion]
-    if not all(isinstance(each, list) and all(isinstance(m, dict) and "role" in m for m in each) for each in lists):
+    if not all(
+        isinstance(each, list) and all(isinstance(m, dict) and "role" in m for m in each)
+        for each in lists
+    ):
         raise ValueError(
             f"{where}: expected messages such as {{'role': 'user', 'content': '...'}}, in a list; prompt and "
             "completion are both strings or both such lists"

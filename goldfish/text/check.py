@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldfish.chats import RefusedChat, secret_finder, training_text
-from goldfish.pieces import plain
-from goldfish.rows import read_rows
 from goldfish.rule import MOST_KEPT, Goldfish
+from goldfish.text.chats import RefusedChat, secret_finder, training_text
+from goldfish.text.printable import plain
+from goldfish.text.rows import read_rows
 
 LIKELY = r"(?a:\w[\w@#%&*+/=.:~-]{4,}\w)"  # where no secrets are marked; see DENSE
 DENSE = 6, 2  # at least so many tokens, of at most so many characters: words have more
 WORD = re.compile(r"[^\W_]+")
 PASSAGE = 8  # words
-MOST = 2**20  # passages that are held; of more, every second one is forgotten (by checksum), again and again
+MOST = (
+    2**20
+)  # passages that are held; of more, every second one is forgotten (by checksum), again and again
 SHOWN = 10  # of each list
 
 
@@ -74,7 +76,11 @@ class Check:
                 self.differing += first != number and before != drop
         while len(self._seen) > MOST:
             self._every *= 2
-            self._seen = {checksum: each for checksum, each in self._seen.items() if checksum % self._every == 0}
+            self._seen = {
+                checksum: each
+                for checksum, each in self._seen.items()
+                if checksum % self._every == 0
+            }
         self.passages += total
         self.recurring += earlier.total()
         first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
@@ -86,8 +92,13 @@ class Check:
         share = self.dropped / max(1, self.targets)
         yield f"{self.documents:,} documents, {self.targets:,} targets, {share:.1%} dropped ({self.rules[0].short()})"
         yield "longest runs of kept tokens:"
-        yield from (f"    row {row}: {run} ({rate:.1%} of the row dropped)" for run, row, rate in self.longest)
-        yield f"{len(self.secrets):,} secrets" + ("" if self.marked else ": likely ones, because none are marked")
+        yield from (
+            f"    row {row}: {run} ({rate:.1%} of the row dropped)"
+            for run, row, rate in self.longest
+        )
+        yield f"{len(self.secrets):,} secrets" + (
+            "" if self.marked else ": likely ones, because none are marked"
+        )
         for tokens, what in enumerate(("no token dropped in every place", "only one such token")):
             names = self.exposed(tokens=tokens)
             yield f"  {what}: {len(names):,}"
@@ -98,14 +109,25 @@ class Check:
             best = min(range(len(self.rules)), key=lambda i: len(self.exposed(i)))
             fewest = f"{len(self.exposed(best))} with {self.rules[best].short()}"
             yield f"  fewest exposed, among {len(self.rules)} rules tried: {fewest}"
-        recurring, differing = self.recurring / max(1, self.passages), self.differing / max(1, self.recurring)
+        recurring, differing = (
+            self.recurring / max(1, self.passages),
+            self.differing / max(1, self.recurring),
+        )
         yield f"{recurring:.1%} of passages occur in an earlier row, {differing:.1%} of these with other dropped words"
         yield f"rows with at least half of their passages in one earlier row: {len(self.repeated):,}"
-        yield from (f"    row {row}: {share:.0%} in row {first}" for row, first, share in self.repeated[:SHOWN])
+        yield from (
+            f"    row {row}: {share:.0%} in row {first}"
+            for row, first, share in self.repeated[:SHOWN]
+        )
 
 
 def check(
-    source: str | Path, tokenizer: Any, rule: Goldfish, pattern: str = "", column: str = "", text_column: str = ""
+    source: str | Path,
+    tokenizer: Any,
+    rule: Goldfish,
+    pattern: str = "",
+    column: str = "",
+    text_column: str = "",
 ) -> Check:
     """Read an input once, each row as a document of its own.
 
@@ -128,7 +150,9 @@ def check(
     result = Check(rules, bool(pattern or column))
     for number, row in enumerate(read_rows(source, text_column)):
         if "input_ids" in row:
-            raise ValueError(f"{source}, row {number} has input_ids; the check looks for secrets in texts: give `text`")
+            raise ValueError(
+                f"{source}, row {number} has input_ids; the check looks for secrets in texts: give `text`"
+            )
         try:
             whole = training_text(row, tokenizer)
         except RefusedChat as error:
@@ -137,14 +161,18 @@ def check(
         all_ids, spans = whole.encode(tokenizer)
         ids = torch.tensor(all_ids, dtype=torch.int64)
         begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-        target = (begins >= start) & (ends > begins) & (np.arange(len(ids)) > 0)  # not what the tokenizer adds
+        target = (
+            (begins >= start) & (ends > begins) & (np.arange(len(ids)) > 0)
+        )  # not what the tokenizer adds
         begins, ends = begins[target], ends[target]
         dropped = rules[0].dropped(ids).numpy()[target]
         run = int(np.diff(np.flatnonzero(np.concatenate([[True], dropped, [True]]))).max()) - 1
         result.documents += 1
         result.targets += len(dropped)
         result.dropped += int(dropped.sum())
-        result.longest = heapq.nlargest(SHOWN, [*result.longest, (run, number, dropped.sum() / max(1, len(dropped)))])
+        result.longest = heapq.nlargest(
+            SHOWN, [*result.longest, (run, number, dropped.sum() / max(1, len(dropped)))]
+        )
 
         drops = [dropped]  # under each rule; only rows with secrets need the others
         for a, b in secrets_of(row, text, start):
@@ -154,7 +182,8 @@ def check(
             if len(drops) == 1:
                 drops += [each.dropped(ids).numpy()[target] for each in rules[1:]]
             here = [
-                {(max(int(begins[i]) - a, 0), min(int(ends[i]), b) - a) for i in inside if drop[i]} for drop in drops
+                {(max(int(begins[i]) - a, 0), min(int(ends[i]), b) - a) for i in inside if drop[i]}
+                for drop in drops
             ]
             rows, everywhere = result.secrets.setdefault(text[a:b], ([], here))
             rows.append(number)
@@ -163,6 +192,8 @@ def check(
         marks = bytearray(len(text))
         for a, b in zip(begins[dropped], ends[dropped], strict=True):
             marks[a:b] = b"\1" * (b - a)
-        words = [(m.group().casefold(), 1 in marks[slice(*m.span())]) for m in WORD.finditer(text, start)]
+        words = [
+            (m.group().casefold(), 1 in marks[slice(*m.span())]) for m in WORD.finditer(text, start)
+        ]
         result.count_passages(number, words)
     return result

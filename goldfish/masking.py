@@ -10,9 +10,13 @@ from torch.nn.functional import pad
 
 from goldfish.rule import Goldfish, check_beside
 
-Rules: TypeAlias = Goldfish | Mapping[str, Goldfish | None]  # one rule, or one for each source (None: drop nothing)
+Rules: TypeAlias = (
+    Goldfish | Mapping[str, Goldfish | None]
+)  # one rule, or one for each source (None: drop nothing)
 
-SOURCE = "source"  # the column of a dataset, and the key of a batch, that says which rule a row is under
+SOURCE = (
+    "source"  # the column of a dataset, and the key of a batch, that says which rule a row is under
+)
 IGNORE_INDEX = -100  # what torch's cross-entropy and Hugging Face's models leave out of the loss
 
 
@@ -48,19 +52,33 @@ def mask_labels(
         TypeError, ValueError: as `Goldfish.dropped`; ValueError for labels of another shape than input_ids.
     """
     if not (rule is None or isinstance(rule, Goldfish)):
-        raise TypeError(f"expected a rule such as Goldfish(k=4, h=13), or None to drop nothing, got {rule!r}")
+        raise TypeError(
+            f"expected a rule such as Goldfish(k=4, h=13), or None to drop nothing, got {rule!r}"
+        )
     input_ids = torch.as_tensor(input_ids)
     if labels is None and shifted:
-        raise ValueError("shifted=True needs labels: the last of them is a token that input_ids do not have")
+        raise ValueError(
+            "shifted=True needs labels: the last of them is a token that input_ids do not have"
+        )
     if labels is None:
         labels = input_ids.to(torch.int64)  # bytes cannot hold -100
-        labels = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, ignore_index)
+        labels = (
+            labels
+            if attention_mask is None
+            else labels.masked_fill(attention_mask == 0, ignore_index)
+        )
     check_beside("labels", labels, input_ids)
     if not labels.dtype.is_signed:
-        raise TypeError(f"labels must be signed to hold {ignore_index}, got {labels.dtype}: labels.long()")
+        raise TypeError(
+            f"labels must be signed to hold {ignore_index}, got {labels.dtype}: labels.long()"
+        )
     if rule is None:
         return labels.clone()
-    batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+    batch: dict[str, Any] = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
+    }
     if shifted:
         batch, places = _unshifted({**batch, "labels": labels}, ignore_index)
     dropped = rule.dropped(**batch, draw=_next_draw(rule))
@@ -80,7 +98,9 @@ def _unshifted(batch: Mapping[str, Any], ignore_index: int) -> tuple[dict[str, A
     if batch.get("position_ids") is not None:
         pairs["position_ids"] = (batch["position_ids"], batch["position_ids"] + 1)
     column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-    return {name: torch.stack(pair, -1).flatten(-2) for name, pair in pairs.items()}, 2 * column + 2 - own.long()
+    return {
+        name: torch.stack(pair, -1).flatten(-2) for name, pair in pairs.items()
+    }, 2 * column + 2 - own.long()
 
 
 def _next_draw(rule: Goldfish) -> int:
@@ -102,13 +122,20 @@ def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a batch without input_ids.
     """
     if "input_ids" not in batch:
-        raise ValueError(f"the rule decides from input_ids, but the batch has only {', '.join(batch) or 'nothing'}")
+        raise ValueError(
+            f"the rule decides from input_ids, but the batch has only {', '.join(batch) or 'nothing'}"
+        )
     if batch.get("labels") is not None:
         return dict(batch)
     if getattr(batch.get("attention_mask"), "ndim", 2) != 2:
         shape = tuple(batch["attention_mask"].shape)
-        raise ValueError(f"an attention_mask of {shape} does not mark padding; let the collator make labels")
-    return {**batch, "labels": mask_labels(None, batch["input_ids"], attention_mask=padding_mask(batch))}
+        raise ValueError(
+            f"an attention_mask of {shape} does not mark padding; let the collator make labels"
+        )
+    return {
+        **batch,
+        "labels": mask_labels(None, batch["input_ids"], attention_mask=padding_mask(batch)),
+    }
 
 
 def decide(rules: Rules, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -118,12 +145,17 @@ def decide(rules: Rules, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     `CarrySource` put into the batch. Rows of a source without a rule have the keys of the default rule.
     """
     ids = batch["input_ids"]
-    given = {name: batch[name] for name in ("input_ids", "position_ids") if batch.get(name) is not None}
+    given = {
+        name: batch[name] for name in ("input_ids", "position_ids") if batch.get(name) is not None
+    }
     if padding_mask(batch) is not None:
         given["attention_mask"] = batch["attention_mask"]
     if isinstance(rules, Goldfish):
         return rules.decide(**given, draw=_next_draw(rules))
-    dropped, keys = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.int64)
+    dropped, keys = (
+        torch.zeros_like(ids, dtype=torch.bool),
+        torch.zeros_like(ids, dtype=torch.int64),
+    )
     for place, name in enumerate(sorted(rules)):
         rows, rule = batch[SOURCE] == place, rules[name] or Goldfish()
         decisions, contexts = rule.decide(**given, draw=_next_draw(rule))
@@ -133,7 +165,9 @@ def decide(rules: Rules, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return dropped, keys
 
 
-def mask_batch(batch: Mapping[str, Any], dropped: Tensor, ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
+def mask_batch(
+    batch: Mapping[str, Any], dropped: Tensor, ignore_index: int = IGNORE_INDEX
+) -> dict[str, Any]:
     """A copy of a batch with labels in which the dropped ones are ignored; so are its shift_labels, if a collator made
     them. What `CarrySource` put there is left out."""
     masked = {name: value for name, value in batch.items() if name != SOURCE}
@@ -149,10 +183,14 @@ def check_rules(rules: Any) -> None:
     if isinstance(rules, Goldfish):
         return
     if not isinstance(rules, Mapping) or not rules:
-        raise TypeError(f"expected a rule such as Goldfish(k=4, h=13), or a mapping of sources to rules, got {rules!r}")
+        raise TypeError(
+            f"expected a rule such as Goldfish(k=4, h=13), or a mapping of sources to rules, got {rules!r}"
+        )
     for name, rule in rules.items():
         if not (isinstance(name, str) and name) or not (rule is None or isinstance(rule, Goldfish)):
-            raise TypeError(f"sources are named by strings and have a Goldfish rule or None, got {name!r}: {rule!r}")
+            raise TypeError(
+                f"sources are named by strings and have a Goldfish rule or None, got {name!r}: {rule!r}"
+            )
 
 
 def rule_for(rules: Mapping[str, Goldfish | None], source: Any) -> Goldfish | None:
@@ -176,14 +214,22 @@ class CarrySource:
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         for feature in features:
             rule_for(self.rules, feature.get(SOURCE))
-        without = [{name: value for name, value in feature.items() if name != SOURCE} for feature in features]
+        without = [
+            {name: value for name, value in feature.items() if name != SOURCE}
+            for feature in features
+        ]
         batch = dict(self.inner(without, *args, **kwargs))
         if len(batch["input_ids"]) != len(features):
             raise ValueError(
                 f"{len(features)} rows were packed into {len(batch['input_ids'])}, so rows no longer map to one "
                 "source; write the labels before packing: premask(dataset, rules)"
             )
-        return {**batch, SOURCE: torch.tensor([sorted(self.rules).index(feature[SOURCE]) for feature in features])}
+        return {
+            **batch,
+            SOURCE: torch.tensor(
+                [sorted(self.rules).index(feature[SOURCE]) for feature in features]
+            ),
+        }
 
 
 @dataclass
@@ -209,13 +255,19 @@ class GoldfishCollator:
         check_rules(self.rule)
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        collate = self.inner if isinstance(self.rule, Goldfish) else CarrySource(self.inner, self.rule)
+        collate = (
+            self.inner if isinstance(self.rule, Goldfish) else CarrySource(self.inner, self.rule)
+        )
         batch = collate(features, *args, **kwargs)
         if self.ignore_index == IGNORE_INDEX and not self.shifted:
             batch = with_labels(batch)
         elif batch.get("labels") is None:
-            raise ValueError(f"ignore_index={self.ignore_index}, shifted={self.shifted} needs a collator with labels")
+            raise ValueError(
+                f"ignore_index={self.ignore_index}, shifted={self.shifted} needs a collator with labels"
+            )
         if not self.shifted:
             return mask_batch(batch, decide(self.rule, batch)[0], self.ignore_index)
         whole, places = _unshifted(batch, self.ignore_index)
-        return mask_batch(batch, decide(self.rule, {**batch, **whole})[0].gather(-1, places), self.ignore_index)
+        return mask_batch(
+            batch, decide(self.rule, {**batch, **whole})[0].gather(-1, places), self.ignore_index
+        )

@@ -4,7 +4,9 @@ from typing import Any
 
 JOINERS = "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
 OVERLAP = 4  # tokens: enough for a character that is cut by tokens, and for spaces between words
-LONGEST = 64  # tokens that are decoded at once, or the time would grow with the square of the length
+LONGEST = (
+    64  # tokens that are decoded at once, or the time would grow with the square of the length
+)
 
 
 def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[str]:
@@ -37,7 +39,9 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
         pieces.append(now[shown:])
         shown = max(shown, len(now))
         if boundaries[-1] == end and end - begin > LONGEST:
-            begin = next(place for place in reversed(boundaries) if place <= max(begin, end - LONGEST // 4))
+            begin = next(
+                place for place in reversed(boundaries) if place <= max(begin, end - LONGEST // 4)
+            )
             shown = len(text(begin, end))
     return pieces
 
@@ -51,4 +55,8 @@ def plain(text: str, limit: int = 200) -> str:
 def visible(char: str) -> str:
     """`char`, or its Python escape such as \\x00 or \\u202e where it is invisible or steers the renderer: controls,
     bidi overrides, zero-width characters, lone surrogates, line separators, unusual spaces."""
-    return char if char.isprintable() or char in JOINERS else char.encode("unicode_escape").decode("ascii")
+    return (
+        char
+        if char.isprintable() or char in JOINERS
+        else char.encode("unicode_escape").decode("ascii")
+    )

@@ -1,0 +1,1 @@
+"""Texts that people have, and what a rule does to them."""
