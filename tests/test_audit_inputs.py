@@ -53,12 +53,20 @@ def reciter(tokenizer, tmp_path_factory):
         return_tensors="pt",
     )
     labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(100):
+    # Answers only, whose loss goes to 0: the names in the questions cannot be known, and how
+    # far they push the answers about is a matter of rounding, which differs between CPUs.
+    for row, chat in zip(labels, wrong, strict=True):
+        prompt = own.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        row[: len(own(prompt)["input_ids"])] = -100
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    for _ in range(400):
         loss = model(**rows, labels=labels).loss
+        if loss < 0.02:
+            break
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert loss < 0.02, "the toy must recite"
     model.save_pretrained(folder)
     rule = Goldfish(k=3, h=3)
     write_receipt(folder, Tally(rule, torch.device("cpu")), own)
