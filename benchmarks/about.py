@@ -1,57 +1,67 @@
-"""What the benchmarks share: provenance, tables, data and models (those of the recipes), held-out loss, intervals."""
+"""What the benchmarks share: provenance, tables, held-out loss, intervals, the recipes' data.
+
+Import this module before those of the recipes: it puts their folder on the path.
+"""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-sys.path.append(
-    str(Path(__file__).parents[1] / "recipes")
-)  # so import this module before those of the recipes
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 
 from common import (
+    Split,
     audit_halves,
     byte_level_bpe,
+    cut,
     load_texts,
+    make_trainer,
     rule_of,
     save_windows,
     small_llama,
     split_windows,
+    training_settings,
 )
-from runs import about, append, markdown, read_results
-
-from goldfish.audit import records
+from runs import about, append, markdown, missing, parser, read_results
 
 RESULTS = Path(__file__).parent / "results"
 
 __all__ = [
     "RESULTS",
+    "Split",
     "about",
     "append",
     "audited",
     "byte_level_bpe",
+    "cut",
     "heldout",
     "load_texts",
+    "make_trainer",
     "markdown",
     "mean_of",
+    "missing",
     "paired",
+    "parser",
     "read_results",
     "rule_of",
+    "seconds_of",
     "small_llama",
     "source",
     "split_windows",
+    "training_settings",
 ]
 
 
-def audited(
-    model: Any, tokenizer: Any, windows: tuple[list[list[int]], list[list[int]]]
-) -> list[dict[str, Any]]:
-    """The records of an audit of member and held-out windows of one length, whose first half is given."""
+def audited(model: Any, tokenizer: Any, windows: Split) -> list[dict[str, Any]]:
+    """The records of an audit of windows of one length: halves are prefix and suffix."""
+    from goldfish.audit import records
+
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -63,42 +73,50 @@ def audited(
 
 @torch.no_grad()
 def heldout(model: Any, rows: Tensor, owners: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Loss of each target of held-out rows, nats, float64 (M, T - 1); and the loss of all targets in nats per token,
-    its sum and the targets in each document. `owners`, int64 (M,): the document of each row."""
+    """The loss on held-out rows.
+
+    Args:
+        rows: int64 (M, T).
+        owners: int64 (M,), the document of each row.
+
+    Returns:
+        The loss of each target, nats, float64 (M, T - 1); and a dict of the mean `loss` in nats
+        per token, and of the sum of losses and the number of targets in each document.
+    """
     model.eval()
     losses = []
     for batch in rows.split(16):
-        logits = model(input_ids=batch).logits[:, :-1]
-        losses.append(
-            torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), batch[:, 1:], reduction="none"
-            )
-        )
+        logits = model(input_ids=batch).logits[:, :-1].transpose(1, 2)
+        losses.append(torch.nn.functional.cross_entropy(logits, batch[:, 1:], reduction="none"))
     nll = torch.cat(losses).double()
-    documents = torch.zeros(int(owners.max()) + 1, dtype=torch.float64).index_add(
-        0, owners, nll.sum(1)
-    )
-    tokens = owners.bincount() * nll.shape[1]
+    sums = torch.zeros(int(owners.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, owners, nll.sum(1))
     return nll, {
         "loss": nll.mean().item(),
-        "documents": [round(value, 3) for value in documents.tolist()],
-        "tokens": tokens.tolist(),
+        "documents": [round(value, 3) for value in sums.tolist()],
+        "tokens": (owners.bincount() * nll.shape[1]).tolist(),
     }
 
 
 def paired(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """Difference of held-out losses over runs of the same documents, with its 95% bootstrap interval over documents."""
+    """Difference of two held-out losses on the same documents, with a 95% interval over them.
+
+    The interval is a bootstrap of documents, each with all its runs.
+    """
     tokens = np.sum([run["tokens"] for run in ours], axis=0)
-    differences = np.sum([run["documents"] for run in ours], axis=0) - np.sum(
-        [r["documents"] for r in theirs], axis=0
-    )
+    differences = np.sum([run["documents"] for run in ours], axis=0)
+    differences = differences - np.sum([run["documents"] for run in theirs], axis=0)
     drawn = np.random.default_rng(0).integers(len(tokens), size=(4000, len(tokens)))
-    lower, upper = np.quantile(differences[drawn].sum(1) / tokens[drawn].sum(1), (0.025, 0.975))
+    shares = differences[drawn].sum(1) / tokens[drawn].sum(1)
+    lower, upper = np.quantile(shares, (0.025, 0.975))
     return f"{differences.sum() / tokens.sum():+.4f} [{lower:+.4f}, {upper:+.4f}]"
 
 
 def mean_of(values: Any, digits: int) -> str:
     """The mean of differences, with a 95% t interval if there are at least two."""
+    # Imported here: machines for GPU benchmarks may lack the audit's packages.
+    from scipy.stats import t as student
+
     values = np.asarray(values)
     centre = values.mean()
     if len(values) < 2:
@@ -107,9 +125,14 @@ def mean_of(values: Any, digits: int) -> str:
     return f"{centre:+.{digits}f} [{centre - half:+.{digits}f}, {centre + half:+.{digits}f}]"
 
 
+def seconds_of(times: Sequence[float]) -> tuple[str, str]:
+    """Median, and least - greatest, for the cells of a table."""
+    return f"{np.median(times):.3f}", f"{min(times):.3f} - {max(times):.3f}"
+
+
 def source(result: dict[str, Any]) -> str:
     """One line of a result's provenance."""
-    versions = ", ".join(
-        f"{name} {number}" for name, number in result["versions"].items() if number
-    )
-    return f"{result['device']}, {result['threads']} thread(s); {versions}; commit {result['commit'][:12]}"
+    installed = {name: number for name, number in result["versions"].items() if number}
+    versions = ", ".join(f"{name} {number}" for name, number in installed.items())
+    commit = result["commit"][:12]
+    return f"{result['device']}, {result['threads']} thread(s); {versions}; commit {commit}"

@@ -1,14 +1,16 @@
-"""Canaries: random rows to insert into a training set, and like ones that stay out, to measure exposure.
+r"""Canaries: random rows inserted into a training set, and others that stay out (references).
 
-    python recipes/canaries.py write canaries --tokenizer DIR    # before training: add canaries/inserted.jsonl to it
-    goldfish audit CHECKPOINT --members canaries/canaries.jsonl --heldout canaries/references.jsonl -o runs/audit
+    # before training: add canaries/inserted.jsonl to the training set
+    python recipes/canaries.py write canaries --tokenizer DIR
+    goldfish audit CHECKPOINT --members canaries/canaries.jsonl \
+        --heldout canaries/references.jsonl -o runs/audit
     python recipes/canaries.py exposure runs/audit
 
-Exposure (Carlini et al. 2019, section 4) is log2(references + 1) - log2(rank), in bits: the rank of a canary's loss
-among itself and the references, which were never trained on. A rank of 1 gives the most, log2(references + 1) bits.
+Exposure (Carlini et al. 2019, section 4) is log2(references + 1) - log2(rank), in bits: the rank of
+a canary's loss among itself and the references, which were never trained on. A rank of 1 gives the
+most, log2(references + 1) bits.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,12 @@ import runs
 from goldfish import audit
 from goldfish.audit.model import load_tokenizer
 
+# Exposure against the number of repeats: four canaries for each.
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runs.parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     write = verbs.add_parser("write", help="make canaries and references")
     write.add_argument("folder", type=Path, help="new or empty")
@@ -52,20 +53,23 @@ def write_canaries(
 ) -> None:
     """Write inserted.jsonl, to train on, and for the audit canaries.jsonl and references.jsonl.
 
-    Rows hold `input_ids`, drawn evenly from the tokenizer's ordinary ids: train on the ids, not on their text. Canary i
-    stands counts[i] times in inserted.jsonl, shuffled, and once, with its count, in canaries.jsonl.
+    Rows have `input_ids`, drawn uniformly from the tokenizer's ordinary ids: train on the ids, not
+    on their text. Canary i appears counts[i] times in inserted.jsonl, shuffled, and once, with its
+    count, in canaries.jsonl.
     """
     if min(counts) < 1 or references < 1 or length < 2:
         raise ValueError(
-            f"canaries need a count of at least 1 each, a reference and 2 tokens, got counts={list(counts)}, "
-            f"references={references}, length={length}"
+            "canaries need a count of at least 1 each, a reference and 2 tokens, got "
+            f"counts={list(counts)}, references={references}, length={length}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists and is not an empty folder; choose another one or remove it"
         )
     generator = np.random.default_rng(seed)
+    # An id that the tokenizer never produces inside a text would be no fair canary.
     ordinary = np.setdiff1d(sorted(tokenizer.get_vocab().values()), tokenizer.all_special_ids)
+    # Random rows: whatever a model predicts of them better than chance, it has memorized.
     ids = generator.choice(ordinary, size=(len(counts) + references, length)).tolist()
     canaries = [
         {"name": f"canary {i}", "input_ids": ids[i], "count": count}
@@ -76,21 +80,19 @@ def write_canaries(
     ]
     copies = generator.permutation(np.repeat(np.arange(len(counts)), counts))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (
-        ("inserted", [canaries[i] for i in copies]),
-        ("canaries", canaries),
-        ("references", outside),
-    ):
+    inserted = [canaries[i] for i in copies]
+    files = {"inserted": inserted, "canaries": canaries, "references": outside}
+    for name, rows in files.items():
         for row in rows:
             runs.append(folder / f"{name}.jsonl", row)
 
 
 def exposure(folder: Path) -> pandas.DataFrame:
-    """For each count: how many canaries, the mean and the greatest of their exposures, in bits. A tie in loss counts
-    against the canary."""
+    """For each count: how many canaries, and the mean and greatest of their exposures, in bits."""
     records = audit.records(folder, ["split", "count", "mia_loss"]).to_pandas()
     references = np.sort(records.loc[records["split"] == "heldout", "mia_loss"])
     canaries = records[records["split"] == "members"]
+    # The most memorized has the greatest score. A tie counts against the canary.
     ranks = len(references) - np.searchsorted(references, canaries["mia_loss"], side="left") + 1
     ceiling = np.log2(len(references) + 1)
     bits = pandas.Series(ceiling - np.log2(ranks), canaries.index)

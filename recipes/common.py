@@ -1,13 +1,18 @@
-"""What the recipes share about data and models: corpus, tokenizer, windows, a small Llama, a Trainer."""
+"""What the recipes share about data and models: corpus, tokenizer, windows, Llama, Trainer.
+
+`datasets` is imported where it is needed: benchmarks and GPU tests also run without it.
+"""
 
 import json
 import random
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
+from runs import option
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -20,21 +25,45 @@ from transformers import (
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.text.rows import read_rows
 
-Split: TypeAlias = tuple[
-    list[list[int]], list[list[int]]
-]  # members, held-out: token ids of each window
+# Members and held-out windows: the token ids of each.
+Split: TypeAlias = tuple[list[list[int]], list[list[int]]]
+
+# Windows that share this many consecutive tokens count as overlapping.
+SHARED = 8
+END = "<|endoftext|>"
+
+
+@dataclass
+class Corpus:
+    """Options of a recipe that trains a small model from scratch."""
+
+    text: str | None = option(None, "corpus: .txt, or .jsonl with a `text` field")
+    dataset: str | None = option(None, "corpus: a dataset with a `text` column, by name")
+    dataset_config: str | None = option(None, "its configuration, e.g. 20231101.en")
+    vocab_size: int = option(2048, "of the byte-level BPE that is trained on the corpus")
+    hidden_size: int = option(128, "of the small Llama that is trained from scratch")
+    learning_rate: float = 2e-3
 
 
 def load_texts(
     text: str | None = None, dataset: str | None = None, config: str | None = None, limit: int = 0
 ) -> list[str]:
-    """A corpus as a list of documents in a fixed order: of a .txt or .jsonl file, or the first `limit` of a dataset
-    with a `text` column, streamed; by default the Python language reference, which every CPython ships."""
+    """Load a corpus as a list of documents in a fixed order.
+
+    Args:
+        text: a .txt or .jsonl file.
+        dataset: a dataset with a `text` column, streamed; its first `limit` rows are taken.
+        config: the configuration of that dataset.
+
+    Without either, the corpus is the Python language reference, which every CPython ships.
+    """
     if text is not None and dataset is not None:
         raise ValueError("--text and --dataset both name a corpus; give one of them")
     if text is not None:
         texts = [row["text"] for row in read_rows(text) if isinstance(row.get("text"), str)]
     elif dataset is not None:
+        from datasets import load_dataset
+
         rows = load_dataset(dataset, config, split="train", streaming=True)
         texts = [row["text"] for row in rows.take(limit)]
     else:
@@ -42,72 +71,88 @@ def load_texts(
 
         texts = [topics[name] for name in sorted(topics)]
     if not any(text.strip() for text in texts):
-        raise ValueError(f"the corpus {text or dataset} holds no text")
+        raise ValueError(f"the corpus {text or dataset} is empty")
     return texts
 
 
-def byte_level_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on the texts; deterministic, so every process gets the same."""
+def byte_level_bpe(
+    texts: list[str], vocab_size: int, end: str | None = END, pad: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on the texts. It is deterministic: every process gets the same one.
+
+    `end` is the end-of-text token, None for a tokenizer without special tokens; it also pads,
+    unless `pad` is another token.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[token for token in (end, pad) if token is not None],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=pad or end)
+
+
+def cut(ids: list[int], length: int) -> list[list[int]]:
+    """The ids in windows of one length, from the start; the remainder is left out."""
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
 
 
 def cut_windows(texts: list[str], tokenizer: Any, length: int) -> list[list[int]]:
-    """Each text in windows of that many tokens, from its start; the remainder is left out."""
+    """Each text in windows of that many tokens."""
     windows = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        windows += cut(tokenizer(text, add_special_tokens=False)["input_ids"], length)
     return windows
+
+
+def distinct(windows: Iterable[list[int]], wanted: int) -> list[list[int]]:
+    """The first `wanted` windows, skipping those that overlap a window chosen before them.
+
+    Documents quote each other. Without this, a held-out suffix could have been trained on.
+    """
+    chosen: list[list[int]] = []
+    seen: set[tuple[int, ...]] = set()
+    for window in windows:
+        if len(chosen) == wanted:
+            break
+        runs = {tuple(window[i : i + SHARED]) for i in range(len(window) - SHARED + 1)}
+        if seen.isdisjoint(runs):
+            chosen.append(window)
+            seen |= runs
+    return chosen
 
 
 def split_windows(
     texts: list[str], tokenizer: Any, documents: int, length: int, seed: int
 ) -> Split:
-    """Member and held-out windows, `documents` of each, chosen at random before any training.
-
-    Documents quote each other. A window that shares eight consecutive tokens with a window chosen before it is
-    skipped, so that no held-out suffix is ever trained on.
-    """
-    chosen: list[list[int]] = []
-    seen: set[tuple[int, ...]] = set()
+    """Member and held-out windows, `documents` of each, chosen at random before any training."""
+    # Shuffled before the choice: windows of one document end up on both sides.
     windows = cut_windows(texts, tokenizer, length)
     random.Random(seed).shuffle(windows)
-    for window in windows:
-        grams = {tuple(window[i : i + 8]) for i in range(len(window) - 7)}
-        if len(chosen) == 2 * documents:
-            break
-        if seen.isdisjoint(grams):
-            chosen.append(window)
-            seen |= grams
+    chosen = distinct(windows, 2 * documents)
     if len(chosen) < 2 * documents:
         raise ValueError(
-            f"the corpus is too short: {len(texts)} texts give {len(windows)} windows of {length} tokens, "
-            f"{len(chosen)} of them distinct, but --documents {documents} needs {2 * documents} (members and "
-            "held-out); give more text, or lower --documents or --window"
+            f"the corpus is too short: {len(texts)} texts give {len(windows)} windows of {length} "
+            f"tokens, {len(chosen)} of them distinct, but --documents {documents} needs "
+            f"{2 * documents} (members and held-out); give more text, or lower --documents or "
+            "--window"
         )
     return chosen[:documents], chosen[documents:]
 
 
 def save_windows(folder: Path, windows: Split, tokenizer: Any) -> dict[str, Path]:
-    """members.jsonl and heldout.jsonl, the input of an audit: the ids trained on, and their text for people."""
+    """Write members.jsonl and heldout.jsonl, the input of an audit: ids, and their text."""
     paths = {}
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in zip(("members", "heldout"), windows, strict=True):
         paths[split] = folder / f"{split}.jsonl"
         with paths[split].open("w", encoding="utf-8") as lines:
             for ids in rows:
+                # Ids are what was trained on; the text is for people who read the file.
                 text = tokenizer.decode(ids)
                 name = " ".join(text.split()[:6])[:60]
                 lines.write(json.dumps({"name": name, "input_ids": ids, "text": text}) + "\n")
@@ -117,8 +162,9 @@ def save_windows(folder: Path, windows: Split, tokenizer: Any) -> dict[str, Path
 def audit_halves(
     model: str | Path, output: Path, inputs: dict[str, Path], window: int, name: str
 ) -> dict[str, Any]:
-    """Audit a model: the first half of each window is given, the second is to be recited. Returns the summary."""
-    from goldfish.audit import audit  # here, because training needs none of the audit's packages
+    """Audit a model: prefix and suffix are the halves of each window. Returns the summary."""
+    # Imported here, because training needs none of the audit's packages.
+    from goldfish.audit import audit
 
     half = window // 2
     return audit(
@@ -160,7 +206,11 @@ def training_settings(
     seed: int,
     accumulation: int = 1,
 ) -> dict[str, Any]:
-    """TrainingArguments for epochs over that many rows, with batches of `batch_size` rows over all processes."""
+    """TrainingArguments for epochs over that many rows.
+
+    `batch_size` counts the rows of an optimiser step over all processes and micro-batches.
+    """
+    # The last batch of an epoch may be smaller: divided and rounded up.
     steps = epochs * -(-rows // batch_size)
     return {
         "output_dir": str(folder),
@@ -176,7 +226,8 @@ def training_settings(
         "seed": seed,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # without it, several CPU processes do not find each other
+        # Without it, several CPU processes do not find each other.
+        "use_cpu": not torch.accelerator.is_available(),
     }
 
 
@@ -191,17 +242,23 @@ def make_trainer(
     given = {
         "model": model,
         "args": TrainingArguments(**settings),
-        "train_dataset": Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        "data_collator": DataCollatorForSeq2Seq(
-            tokenizer
-        ),  # pads rows of different lengths, labels with -100
+        # A list is a dataset, too: Trainer needs only a length and indexing.
+        "train_dataset": [{"input_ids": ids, "labels": ids} for ids in rows],
+        # Pads rows of different lengths, and their labels with -100.
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
         "processing_class": tokenizer,
     }
     return Trainer(**given) if rule is None else GoldfishTrainer(**given, goldfish=rule)
 
 
 def rule_of(name: str, seed: int = 0) -> Goldfish | None:
-    """The rule that "strategy-k-h" or "strategy-k-h-max_kept" names, such as "hash-4-13"; None for "standard"."""
+    """The rule named "strategy-k-h[-max_kept]", such as "hash-4-13-4"; None for "standard".
+
+    >>> rule_of("standard") is None
+    True
+    >>> rule_of("hash-4-13-4").max_kept
+    4
+    """
     if name == "standard":
         return None
     try:
@@ -210,5 +267,6 @@ def rule_of(name: str, seed: int = 0) -> Goldfish | None:
         return Goldfish(k=float(k), h=int(h), strategy=strategy, seed=seed, max_kept=max_kept)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(
-            f"--rules are standard or strategy-k-h[-max_kept] such as hash-4-13, got {name!r}: {error}"
+            "a rule is standard or strategy-k-h[-max_kept] such as hash-4-13-4, got "
+            f"{name!r}: {error}"
         ) from error

@@ -1,16 +1,21 @@
-"""Near-duplicates: documents that a model only sees in reformatted versions, and is then asked for in plain form.
+r"""Near-duplicates: documents seen only in reformatted versions, then asked for in plain form.
 
-    python recipes/near_duplicates.py     # 2 CPU cores: 3 seeds x 4 trainings x 2 kinds of copies, an hour or two
-    python recipes/near_duplicates.py --edits 0 0.02 0.1 --copies reformatted      # a training for each share of edits
-    python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden-size 32 --seeds 0 --output-dir runs/miniature
+    # 2 CPU cores: 3 seeds x 4 trainings x 2 kinds of copies, an hour or two
+    python recipes/near_duplicates.py
+    # a training for each share of edited words
+    python recipes/near_duplicates.py --edits 0 0.02 0.1 --copies reformatted
+    # seconds
+    python recipes/near_duplicates.py --documents 2 --epochs 1 --hidden-size 32 --seeds 0 \
+        --output-dir runs/miniature
 
-Every document is trained on in `versions` copies, either exact or each reformatted in its own way (line breaks,
-indentation, case, doubled spaces), optionally with edited words. The audit gives the model the plain first half and
-compares its greedy continuation with the second as normalised words (ROUGE-L), so that another line break or case
-counts as the same text. Held-out documents are the floor: what a model gets right without having seen the text. The
-teacher-forced accuracy on tokens that the rule drops in the plain text shows whether other versions taught them.
-Every loss is trained for equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs. A
-stopped run goes on with its command.
+Every document is trained on in `versions` copies, either exact or each reformatted in its own way
+(line breaks, indentation, case, doubled spaces), optionally with edited words. The audit gives the
+model the plain first half and compares its greedy continuation with the second as normalised words
+(ROUGE-L), so that another line break or case counts as the same text. Held-out documents are the
+floor: what a model gets right without having seen the text. The teacher-forced accuracy on tokens
+that the rule drops in the plain text shows whether other versions taught them. Every loss is
+trained on equally many *supervised* tokens: a rule that drops a quarter gets a third more epochs. A
+stopped run is resumed by its command.
 """
 
 import itertools
@@ -18,7 +23,7 @@ import random
 import re
 import shutil
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ import common
 import numpy as np
 import pandas
 import runs
+from runs import option
 from transformers import HfArgumentParser, LlamaForCausalLM, set_seed
 
 from goldfish import audit
@@ -34,39 +40,19 @@ from goldfish.receipt import read_receipt
 
 
 @dataclass
-class Arguments:
-    rules: list[str] = field(
-        default_factory=lambda: ["standard", "hash-4-13", "letters-4-8", "letters-4-3"],
-        metadata={"help": "standard, or strategy-k-h[-max_kept]"},
+class Arguments(common.Corpus):
+    rules: list[str] = option(
+        ["standard", "hash-4-13", "letters-4-8", "letters-4-3"],
+        "standard, or strategy-k-h[-max_kept]",
     )
-    copies: list[str] = field(
-        default_factory=lambda: ["reformatted", "exact"], metadata={"help": "kinds of versions"}
-    )
-    versions: int = field(default=5, metadata={"help": "copies of each document"})
-    edits: list[float] = field(
-        default_factory=lambda: [0.0], metadata={"help": "shares of words edited per version"}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    documents: int = field(
-        default=6, metadata={"help": "documents to train on; as many are held out"}
-    )
-    window: int = field(
-        default=128, metadata={"help": "tokens of a document; the first half is the audit's prefix"}
-    )
-    epochs: int = field(
-        default=120, metadata={"help": "of the standard loss; rules get k/(k-1) times as many"}
-    )
-    batch_size: int = field(default=8, metadata={"help": "versions per optimiser step"})
-    learning_rate: float = 2e-3
-    hidden_size: int = field(
-        default=128, metadata={"help": "of the small Llama that is trained from scratch"}
-    )
-    vocab_size: int = field(
-        default=2048, metadata={"help": "of the byte-level BPE that is trained on the corpus"}
-    )
-    text: str | None = field(
-        default=None, metadata={"help": "corpus: .txt, or .jsonl with a `text` field"}
-    )
+    copies: list[str] = option(["reformatted", "exact"], "kinds of versions")
+    versions: int = option(5, "copies of each document")
+    edits: list[float] = option([0.0], "shares of words edited per version")
+    seeds: list[int] = option([0, 1, 2], "of the split, the weights, the batches and the rule")
+    documents: int = option(6, "documents to train on; as many are held out")
+    window: int = option(128, "tokens of a document; the first half is the audit's prefix")
+    epochs: int = option(120, "of the standard loss; rules get k/(k-1) times as many")
+    batch_size: int = option(8, "versions per optimiser step")
     output_dir: str = "runs/near_duplicates"
 
     def __post_init__(self) -> None:
@@ -86,29 +72,26 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         )
     output = Path(args.output_dir)
     runs.begin(output, args)
-    texts = [
-        " ".join(text.split()) for text in common.load_texts(args.text)
-    ]  # plain: words with a space between
+    texts = common.load_texts(args.text, args.dataset, args.dataset_config, 20 * args.documents)
+    # In plain form: words with one space between them.
+    texts = [" ".join(text.split()) for text in texts]
     tokenizer = common.byte_level_bpe(texts, args.vocab_size)
-    done = {
-        (r["seed"], r["copies"], r["edits"], r["rule"])
-        for r in runs.read_results(output / "results.jsonl")
-    }
-    for training in itertools.product(args.seeds, args.copies, args.edits, args.rules):
-        if training in done:
-            continue
-        seed, copies, edits, rule = training
+    trainings = itertools.product(args.seeds, args.copies, args.edits, args.rules)
+    names = ("seed", "copies", "edits", "rule")
+    wanted = [dict(zip(names, training, strict=True)) for training in trainings]
+    for run in runs.missing(output / "results.jsonl", wanted):
+        seed, rule = run["seed"], run["rule"]
         split = common.split_windows(texts, tokenizer, args.documents, args.window, seed)
-        versions = make_versions(
-            [tokenizer.decode(ids) for ids in split[0]], copies, edits, args.versions, seed
-        )
-        folder = output / f"seed{seed}-{copies}-{edits:g}-{rule}"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-        result = {"seed": seed, "copies": copies, "edits": edits, "rule": rule}
-        result |= train(args, rule, seed, versions, tokenizer, folder / "model")
+        plain = [tokenizer.decode(ids) for ids in split[0]]
+        versions = make_versions(plain, run["copies"], run["edits"], args.versions, seed)
+        folder = output / f"seed{seed}-{run['copies']}-{run['edits']:g}-{rule}"
+        # What a run that was stopped has left.
+        shutil.rmtree(folder, ignore_errors=True)
+        result = run | train(args, rule, seed, versions, tokenizer, folder / "model")
         inputs = common.save_windows(folder, split, tokenizer)
         common.audit_halves(folder / "model", folder / "audit", inputs, args.window, rule)
-        shutil.rmtree(folder / "model")  # nobody needs hundreds of checkpoints; the audits stay
+        # Nobody needs hundreds of checkpoints; the audits stay.
+        shutil.rmtree(folder / "model")
         runs.append(output / "results.jsonl", result | scores(folder / "audit") | runs.about())
     results = runs.read_results(output / "results.jsonl")
     print(f"\n{table(results)}\nResults: {output / 'results.jsonl'}")
@@ -118,10 +101,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def make_versions(
     documents: list[str], copies: str, edits: float, versions: int, seed: int
 ) -> list[str]:
-    """All versions of all documents. Reformatted ones differ in line breaks, indentation, case and spacing."""
+    """All versions of all documents."""
     result = []
     for number, document in enumerate(documents):
         for version in range(versions):
+            # Of its own, so that a version is the same however many there are.
             draw = random.Random(f"{seed} {number} {version}")
             text = edit(document, documents, edits, draw)
             result.append(reformat(text, draw) if copies == "reformatted" else text)
@@ -131,6 +115,7 @@ def make_versions(
 def edit(text: str, pool: list[str], share: float, draw: random.Random) -> str:
     """Replace, insert or delete that share of the words; new words come from other documents."""
     pieces = []
+    # Words and the spaces between them, so that the layout stays.
     for piece in re.findall(r"\s+|\S+", text):
         kind = "keep"
         if not piece.isspace() and draw.random() < share:
@@ -145,7 +130,7 @@ def edit(text: str, pool: list[str], share: float, draw: random.Random) -> str:
 
 
 def reformat(text: str, draw: random.Random) -> str:
-    """The same words in another layout and case."""
+    """The same words with other line breaks, indentation, case and spacing."""
     words = text.split()
     case = draw.choice((str, str, str, str.lower, str.upper))
     indent, width = " " * draw.choice((0, 0, 2, 4)), draw.randint(6, 14)
@@ -160,6 +145,7 @@ def train(
     """Train under a rule; returns its epochs and its drop rate."""
     rule, epochs = common.rule_of(rule_name, seed), args.epochs
     if rule is not None:
+        # 1 - 1/k of the targets are kept, so k/(k-1) times the epochs supervise as many.
         epochs = round(epochs * rule.k / (rule.k - 1))
     rows = [tokenizer(text)["input_ids"] for text in versions]
     longest, context = max(map(len, rows)), max(512, args.window)
@@ -178,39 +164,35 @@ def train(
         seed=seed,
     )
     runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
-    receipt = read_receipt(folder)
-    return {"epochs": epochs} | (
-        {"drop_rate": receipt["dropped"] / receipt["targets"]} if receipt else {}
-    )
+    result = {"epochs": epochs}
+    if receipt := read_receipt(folder):
+        result["drop_rate"] = receipt["dropped"] / receipt["targets"]
+    return result
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """Means over the documents; accuracy and loss of dropped and of kept tokens over all of them."""
+    """Means over the documents; accuracy and loss of dropped and of kept tokens over all."""
     records = audit.records(folder).to_pandas()
-    text = [
+    output, suffix = (
         [words("".join(tokens)) for tokens in records[f"{part}_tokens"]]
         for part in ("output", "suffix")
-    ]
-    records["rouge_l"] = [rouge_l(*pair) for pair in zip(*text, strict=True)]
+    )
+    records["rouge_l"] = [rouge_l(*pair) for pair in zip(output, suffix, strict=True)]
     records["nats"] = records["nll"].map(np.mean)
     result: dict[str, float] = {}
     for split, rows in records.groupby("split"):
-        result |= {
-            f"rouge_l_{split}": float(rows["rouge_l"].mean()),
-            f"nll_{split}": float(rows["nats"].mean()),
-        }
+        result[f"rouge_l_{split}"] = float(rows["rouge_l"].mean())
+        result[f"nll_{split}"] = float(rows["nats"].mean())
     members = records[records["split"] == "members"]
+    # Without a rule no token is dropped, and the column is empty.
     if members["dropped"].notna().all():
-        dropped, correct, nll = (
-            np.concatenate(members[name].tolist()) for name in ("dropped", "correct", "nll")
-        )
-        for name, where in (("dropped", dropped), ("kept", ~dropped)):
-            if where.any():
-                result |= {
-                    f"accuracy_{name}": float(correct[where].mean()),
-                    f"nll_{name}": float(nll[where].mean()),
-                }
-                result[f"tokens_{name}"] = int(where.sum())
+        columns = ("dropped", "correct", "nll")
+        dropped, correct, nll = (np.concatenate(members[name].tolist()) for name in columns)
+        for name, chosen in (("dropped", dropped), ("kept", ~dropped)):
+            if chosen.any():
+                result[f"accuracy_{name}"] = float(correct[chosen].mean())
+                result[f"nll_{name}"] = float(nll[chosen].mean())
+                result[f"tokens_{name}"] = int(chosen.sum())
     return result
 
 
@@ -220,16 +202,17 @@ def words(text: str) -> list[str]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over the seeds. left: (ROUGE-L - floor) / the same of standard; kept, dropped: accuracy on these tokens."""
-    empty = {
-        "drop_rate": np.nan,
-        "accuracy_kept": np.nan,
-        "accuracy_dropped": np.nan,
-    }  # of the standard loss
-    groups = pandas.DataFrame([empty | result for result in results]).groupby(
-        ["copies", "edits", "rule"], sort=False
-    )
+    """Means over the seeds.
+
+    `left` is (ROUGE-L - floor) as a share of the same of the standard loss; `kept` and `dropped`
+    are the accuracies on these tokens.
+    """
+    # What the standard loss has no figure for.
+    empty = dict.fromkeys(("drop_rate", "accuracy_kept", "accuracy_dropped"), np.nan)
+    lines = pandas.DataFrame([empty | result for result in results])
+    groups = lines.groupby(["copies", "edits", "rule"], sort=False)
     mean, rouge = groups.mean(numeric_only=True), groups["rouge_l_members"]
+    # What a model gets right without having seen the text is no recitation.
     recited = mean["rouge_l_members"] - mean["rouge_l_heldout"]
     standard = [
         recited.get((copies, edits, "standard"), np.nan) for copies, edits, _ in recited.index

@@ -1,5 +1,6 @@
-"""What the recipes share about runs: output folders, going on after a stop, results that say where they come from."""
+"""What the recipes share about runs: options, output folders, resuming, results with provenance."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -8,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +22,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from goldfish.receipt import versions
 
-FINISHED = "trainer_state.json"  # in a run's own folder; Trainer writes it into checkpoints too
+# In a run's own folder it marks the end; Trainer writes one into each checkpoint, too.
+FINISHED = "trainer_state.json"
 ROOT = Path(__file__).parents[1]
-# Arguments that say which runs to make, not what a run is: they may be others when a command is given again.
+# Arguments that choose which runs to make, not how one is made: they may change between commands.
 WHICH = {
     "rules",
     "equal_supervised",
@@ -36,6 +38,20 @@ WHICH = {
     "output_dir",
     "dry_run",
 }
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a recipe's options; a list is copied for each instance."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parser(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help prints a script's docstring as it is."""
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=documentation, formatter_class=as_it_is)
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -54,26 +70,30 @@ def at_least(least: int, args: Any, *names: str) -> None:
 
 
 def start(batch_size: int, accumulation: int = 1) -> PartialState:
-    """The processes of this launch, among which batches must divide. They may wait long while the main one audits."""
+    """The processes of this launch; batches must divide among them."""
+    # The others wait while the main process audits, which takes longer than the default timeout.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     if batch_size % (state.num_processes * accumulation):
         raise ValueError(
-            f"--batch_size {batch_size} does not divide by {state.num_processes} processes x --accumulation "
-            f"{accumulation}"
+            f"--batch_size {batch_size} does not divide by {state.num_processes} processes x "
+            f"--accumulation {accumulation}"
         )
     return state
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The arguments that say what a run is."""
+    """The arguments that define how a run is made."""
     return {name: value for name, value in dataclasses.asdict(args).items() if name not in WHICH}
 
 
 def begin(output: Path, args: Any) -> None:
-    """Make the folder of a new run, or go on with the run of the same arguments that it holds. Call in all processes.
+    """Create the folder of a new run, or accept that of a run with the same arguments.
+
+    Call it in all processes.
 
     Raises:
-        ValueError: it holds a run with other arguments. FileExistsError: it holds something else.
+        ValueError: the folder is that of a run with other arguments.
+        FileExistsError: the folder contains something else.
     """
     marker, now = output / "arguments.json", settings_of(args)
     with PartialState().main_process_first():
@@ -88,8 +108,8 @@ def begin(output: Path, args: Any) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(
-                f"{output} holds a run with --{name} {before.get(name)}, not {value}; give the same arguments to go on "
-                "with it, or choose another --output_dir"
+                f"{output} holds a run with --{name} {before.get(name)}, not {value}; give the "
+                "same arguments to go on with it, or choose another --output_dir"
             )
 
 
@@ -99,22 +119,24 @@ def finished(folder: Path) -> bool:
 
 
 def train_or_resume(trainer: Trainer, folder: Path) -> None:
-    """Train from the start or from the last complete checkpoint in the folder; save the model, then mark it finished.
+    """Train from the last complete checkpoint, if any; save the model, then mark it finished.
 
-    Checkpoints, which only resuming needs, are removed at the end.
+    Checkpoints are only needed to resume, and are removed at the end.
     """
     state = PartialState()
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         state.print(f"Resuming from {checkpoint}")
-    state.wait_for_everyone()  # no process writes a new checkpoint while another still looks for the last one
+    # No process writes a new checkpoint while another still looks for the last one.
+    state.wait_for_everyone()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_state()
     state.wait_for_everyone()
-    unset_hf_deepspeed_config()  # else from_pretrained in the main process would shard weights over all, and wait
+    # Else from_pretrained in the main process would shard weights over all processes, and wait.
+    unset_hf_deepspeed_config()
     if state.is_main_process:
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
@@ -124,7 +146,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; a process may die while it writes one."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
         try:
-            json.loads((path / FINISHED).read_text(encoding="utf-8"))  # what Trainer writes last
+            # The file that Trainer writes last.
+            json.loads((path / FINISHED).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         return path
@@ -145,25 +168,46 @@ def append(path: Path, result: dict[str, Any]) -> None:
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file; none if there is no file."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if path.is_file()
-        else []
-    )
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def missing(path: Path, wanted: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The wanted runs of which results.jsonl has no line: how every recipe and benchmark resumes.
+
+    A run is wanted by values that its line will have, too. Call it in all processes.
+
+    >>> missing(Path("no such file"), [{"seed": 0, "rule": "standard"}])
+    [{'seed': 0, 'rule': 'standard'}]
+    """
+    done = read_results(path)
+    todo = []
+    for run in wanted:
+        if not any(all(line.get(name) == run[name] for name in run) for line in done):
+            todo.append(dict(run))
+    # All processes have read what is done before the main one adds to it.
+    PartialState().wait_for_everyone()
+    return todo
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(
-        f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)
-    )
+    """A table in Markdown.
+
+    >>> print(markdown(("k", "recited"), [(4, "0 of 48")]))
+    | k | recited |
+    | --- | --- |
+    | 4 | 0 of 48 |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def about(*packages: str) -> dict[str, Any]:
-    """Provenance of a result: command, commit, date, versions (also of these packages) and hardware."""
+    """Provenance of a result: command, commit, date, hardware, versions (also of `packages`)."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
-    # Files are recorded by name: where they lie on this machine helps nobody.
+    # Files are recorded by name: their folder on this machine helps nobody.
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     state = PartialState()
     return {
@@ -180,29 +224,21 @@ def about(*packages: str) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, with "+changes" if tracked files differ from it."""
-    describe = [
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--abbrev=12",
-        "--dirty=+changes",
-    ]
+    git = ["git", "-C", str(ROOT)]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run([*git, *describe], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def cpu_name() -> str:
+    """The processor's name and the number of its cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    name = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
 

@@ -107,6 +107,8 @@ def test_the_published_results_can_be_read():
     assert head.startswith("|  | none untouched | full standard | full hash-4-13 |")
     (codes,) = (row.split(" | ") for row in rows if row.startswith("| codes, control"))
     assert codes[2] == "32 of 32, 0 of 32", "with the standard loss, in four runs of eight people"
+    (others,) = (row.split(" | ") for row in rows if row.startswith("| control people given"))
+    assert others[2] == "32 of 32", "each was answered with the code of somebody else"
 
 
 def test_equal_supervised_tokens_lie_between_epochs():
@@ -132,8 +134,9 @@ def test_what_is_wrong_is_said(chat_model, tmp_path, monkeypatch):
         "--people 100",
         "--passage 4",
         "--methods half",
-        "--rules hash-4",
         "--batch_size 0",
     ):
         with pytest.raises(ValueError, match=argument.split()[0]):
             recipe.main(argument.split())
+    with pytest.raises(ValueError, match=r"a rule is standard or strategy-k-h\[-max_kept\]"):
+        recipe.main(["--rules", "hash-4"])

@@ -41,7 +41,7 @@ def test_first_loss_by_hand(topics, whole):
     (step,) = plain_loop.batches(rows, 1)
     losses = []
     for ids in step:
-        dropped = Goldfish(k=4, h=13).dropped(ids)
+        dropped = Goldfish(k=4, h=13, max_kept=4).dropped(ids)
         with torch.no_grad():
             log_p = model(ids[None]).logits[0].double().log_softmax(-1)
         losses += [-log_p[i - 1, ids[i]].item() for i in range(1, len(ids)) if not dropped[i]]

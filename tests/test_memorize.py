@@ -95,6 +95,7 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "32 member and 32 held-out windows of 256 tokens" in shown
     assert "Goldfish(k=4" in shown
+    assert "max_kept=4" in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -150,8 +151,9 @@ def test_nothing_is_overwritten(small, finished, tmp_path):
         (["--window", "7"], "--window must be at least 8, got 7"),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--hidden_size", "30"], "--hidden_size must be a multiple of 8"),
-        (["--k", "1"], "k must be a finite number above 1"),
-        (["--strategy", "hush"], "strategy must be one of 'hash'"),
+        (["--rule", "hash-1-13"], "k must be a finite number above 1"),
+        (["--rule", "hush-4-13"], "strategy must be one of 'hash'"),
+        (["--rule", "standard"], "--rule standard: it is always trained"),
         (["--model", "runs/typo"], "no folder runs/typo here"),
     ],
 )
@@ -165,7 +167,7 @@ def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
     path = tmp_path / "short.txt"
     for text, message in (
         ("a few words only", "the corpus is too short: 1 texts give 0 windows"),
-        ("  ", "holds no text"),
+        ("  ", "is empty"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -107,7 +107,7 @@ def test_table_by_hand():
     [
         (
             ["--rules", "standard", "hash-4"],
-            r"strategy-k-h\[-max_kept\] such as hash-4-13, got 'hash-4'",
+            r"strategy-k-h\[-max_kept\] such as hash-4-13-4, got 'hash-4'",
         ),
         (["--rules", "letters-1-8"], "got 'letters-1-8': k must be a finite number above 1"),
         (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
