@@ -1,26 +1,54 @@
 """Linear layer and cross-entropy in one, over the kept rows only, a chunk of rows at a time.
 
-The logits of a dropped token are never computed, those of a kept one live for a moment. Gradients are computed in the
-forward (three matrix products instead of the four of a recomputation), so that backward only scales them.
+The logits of a dropped token are never computed; those of a kept token exist for a moment. The
+gradients are computed in the forward pass (three matrix products; recomputing the logits in the
+backward pass takes four), so that the backward pass only scales them.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from goldfish.masking import IGNORE_INDEX
 
-_ROW_BLOCK = {
-    "cpu": 2**20,
-    "other": 2**26,
-}  # bytes of fp32 logits under softmax at a time; on CPU per thread: its L2
-_CHUNK_CPU = (
-    2**27
-)  # bytes of logits alive at a time; from 1,024 rows on (of 16 bits) more would not be faster
+# Bytes of fp32 logits that a pass of the softmax covers. On a CPU, for each thread: its L2 cache.
+_SOFTMAX_BLOCK = {"cpu": 2**20, "other": 2**26}
+# Bytes of a 16-bit product that is added to an fp32 sum at once. On a CPU it stays in the cache.
+_PRODUCT_BLOCK = {"cpu": 2**21, "other": 2**26}
+# Bytes of logits that exist at a time on a CPU.
+_CHUNK_CPU = 2**27
+
+
+def plain_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_items: int | Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """`linear_cross_entropy` as one would write it, with the logits of all rows; for tests.
+
+    Its gradients are autograd's. Without a kept row and without num_items it is NaN.
+    """
+    logits = scale * nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.to(_statistics_dtype(logits.dtype)).flatten(0, -2)
+    targets = labels.flatten().long()
+    count = (targets != ignore_index).sum() if num_items is None else num_items
+    loss_sum = nn.functional.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction="sum"
+    )
+    return loss_sum / count
 
 
 def linear_cross_entropy(
@@ -34,39 +62,73 @@ def linear_cross_entropy(
     scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """The loss and the gradients of these three lines, without the logits:
+    """Cross-entropy of the logits of a linear layer, without ever holding those logits.
+
+    The loss and the gradients of these lines (`plain_linear_cross_entropy`):
 
         logits = scale * (hidden @ weight.T + bias)
         logits = softcap * tanh(logits / softcap)
-        loss = cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum") / num_items
+        loss = cross_entropy(logits.float(), labels, reduction="sum") / num_items
 
     Args:
-        hidden: (..., D), fp16, bf16, fp32 or fp64; gradients only for what requires them. Under autocast the matrix
-            products run in autocast's dtype.
+        hidden: (..., D), fp16, bf16, fp32 or fp64. Under autocast the matrix products run in
+            autocast's dtype. Gradients are computed only for what requires them.
         weight: (V, D).
-        labels: integers (...), already aligned with hidden (shifted). Rows that hold `ignore_index` cost nothing.
+        labels: integers (...), already shifted: the label of a row is the token after it. A row
+            whose label is `ignore_index` costs nothing.
         bias: (V,).
-        num_items: what the sum is divided by; a number or a 0-dim tensor. Default: the number of kept rows.
+        num_items: what the sum is divided by; a number or a 0-dim tensor. Default: the number of
+            kept rows.
         softcap: bound of the logits, as in Gemma 2.
         scale: factor of the logits, as in Cohere and Granite.
+        ignore_index: the label that means "no target".
 
     Returns:
-        0-dim, nats per item; fp32 (fp64 for fp64 inputs), with fp32 statistics and sums. 0, and differentiable, if
-        no row is kept.
+        0-dim, nats per item; fp32 (fp64 for fp64 inputs), with fp32 statistics and sums. 0, and
+        differentiable, if no row is kept.
 
     Raises:
-        ValueError, TypeError: for shapes or dtypes that do not fit.
-        IndexError: for a label outside 0 ... V - 1 (on CUDA as a device-side assertion, as torch's own loss does).
-        RuntimeError: for second derivatives, which the gradients computed in the forward do not have.
+        ValueError, TypeError: shapes or dtypes that do not fit.
+        IndexError: a label outside 0 ... V - 1 (on CUDA a device-side assertion, as in torch's
+            own loss).
+        RuntimeError: second derivatives, which gradients computed in the forward pass lack.
+
+    >>> import torch
+    >>> from goldfish import linear_cross_entropy
+    >>> hidden = torch.zeros(3, 4, requires_grad=True)  # 3 positions, width 4
+    >>> weight = torch.randn(8, 4)  # a vocabulary of 8
+    >>> loss = linear_cross_entropy(hidden, weight, torch.tensor([5, -100, 2]))
+    >>> round(loss.item(), 4)  # all logits are 0: log 8
+    2.0794
+    >>> loss.backward()
+    >>> hidden.grad[1].tolist()  # this position was dropped
+    [0.0, 0.0, 0.0, 0.0]
     """
+    _check_arguments(hidden, weight, labels, bias, num_items, softcap)
+    total = loss_sum(
+        hidden, weight, labels, bias, softcap=softcap, scale=scale, ignore_index=ignore_index
+    )
+    return total / divisor((labels != ignore_index).sum(), num_items)
+
+
+def _check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    num_items: int | Tensor | None,
+    softcap: float | None,
+) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"expected hidden (..., D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            "expected hidden (..., D) and weight (V, D), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"expected one label per row of hidden, {tuple(hidden.shape[:-1])}, got labels {tuple(labels.shape)}; "
-            "labels are already shifted here: logits of token t against token t + 1"
+            f"expected one label per row of hidden, {tuple(hidden.shape[:-1])}, got labels "
+            f"{tuple(labels.shape)}; labels are already shifted here: the logits of token t "
+            "against token t + 1"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias ({weight.shape[0]},), got {tuple(bias.shape)}")
@@ -80,34 +142,83 @@ def linear_cross_entropy(
         raise ValueError(f"softcap must be above 0 (or None for no cap), got {softcap!r}")
     if isinstance(num_items, (int, float)) and not num_items > 0:
         raise ValueError(f"num_items, the divisor of the loss, must be above 0, got {num_items!r}")
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    labels = labels.reshape(-1)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    arguments = (rows, weight, labels, bias, softcap, float(scale), ignore_index, dtype)
-    grads = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
-    ]
-    loss_sum: Tensor = (
-        _Gradients.apply(*arguments, grads) if any(grads) else _forward(*arguments, grads)[0]
-    )  # type: ignore[no-untyped-call]
-    return loss_sum / divisor((labels != ignore_index).sum(), num_items)
 
 
 def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """What a sum over `count` (0-dim) kept rows is divided by: num_items, or the count; 1 if there are none.
+    """What a sum over `count` (0-dim) kept rows is divided by: num_items or the count; 1 for none.
 
-    A Python number is not made a tensor first: its copy to the GPU would wait.
+    A Python number is not made a tensor first: copying it to the GPU would wait for the GPU.
     """
     if num_items is None:
         return count.clamp(min=1)
-    return torch.where(
-        count == 0, 1, num_items.to(count.device) if isinstance(num_items, Tensor) else num_items
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(count.device)
+    return torch.where(count == 0, 1, num_items)
+
+
+def kept_rows(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """The indices of the rows that have a label, int64 (kept,), among the flattened labels.
+
+    The host waits for the GPU here, because it must know how many there are.
+    """
+    return (labels.reshape(-1) != ignore_index).nonzero().squeeze(-1)
+
+
+def loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The loss of `linear_cross_entropy` before it is divided; its arguments are not checked.
+
+    Args:
+        rows: `kept_rows(labels)`, if the caller knows them already.
+    """
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    needs_grad = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    ]
+    arguments = (
+        flat,
+        weight,
+        labels.reshape(-1),
+        bias,
+        softcap,
+        float(scale),
+        ignore_index,
+        dtype,
+        rows,
+        needs_grad,
     )
+    if any(needs_grad):
+        total: Tensor = _ScaledInBackward.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        total = _forward(*arguments)[0]
+    return total
 
 
-@torch.library.custom_op("goldfish::linear_cross_entropy", mutates_args=())
+def _operator_tags() -> dict[str, Any]:
+    """The operator counts its rows on the host, which a CUDA graph cannot replay.
+
+    torch 2.6 has no such tag; its compiler finds the `nonzero` by itself.
+    """
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    takes_tags = "tags" in inspect.signature(torch.library.custom_op).parameters
+    return {"tags": (tag,)} if tag is not None and takes_tags else {}
+
+
+@torch.library.custom_op("goldfish::linear_cross_entropy", mutates_args=(), **_operator_tags())
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -117,99 +228,129 @@ def _forward(
     scale: float,
     ignore_index: int,
     dtype: torch.dtype,
-    grads: list[bool],
+    rows: Tensor | None,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the nll and its gradients for hidden (N, D), weight and bias; empty where a gradient is not asked for.
+    """The sum of the nll, and its gradients for hidden (N, D), weight (V, D) and bias (V,).
 
-    One operator to torch.compile, which so need not know how many rows are kept.
+    `needs_grad` is about those three; a gradient that is not needed is empty. A single operator for
+    torch.compile, which so does not have to know how many rows are kept.
+
+    A chunk of rows goes through four steps, all in one buffer of logits:
+
+        logits = part @ weight.T + bias        # (rows, V)
+        nll, grad_logits = softmax(logits)     # overwrites the logits
+        grad_hidden[index] = grad_logits @ weight
+        grad_weight += grad_logits.T @ part
     """
-    total, (vocabulary, width) = _statistics_dtype(dtype), weight.shape
-    rows = (
-        (labels != ignore_index).nonzero().squeeze(-1)
-    )  # makes CUDA wait once, as Trainer's check for NaN does
+    statistics = _statistics_dtype(dtype)
+    vocabulary, width = weight.shape
+    for_hidden, for_weight, for_bias = needs_grad
+    rows = kept_rows(labels, ignore_index) if rows is None else rows
     labels = labels[rows].long()
     _check_range(labels, vocabulary)
-    grad_hidden = torch.zeros_like(hidden) if grads[0] else hidden.new_empty(0)
-    grad_weight = weight.new_empty((vocabulary, width) if grads[1] else 0, dtype=total)
-    grad_bias = weight.new_zeros(vocabulary if grads[2] else 0, dtype=total)
-    nll = hidden.new_empty(rows.numel(), dtype=total)
-    if rows.numel() == 0:
+    grad_hidden = torch.zeros_like(hidden) if for_hidden else hidden.new_empty(0)
+    grad_weight = weight.new_empty((vocabulary, width) if for_weight else 0, dtype=statistics)
+    grad_bias = weight.new_zeros(vocabulary if for_bias else 0, dtype=statistics)
+    nll = hidden.new_empty(len(rows), dtype=statistics)
+    if len(rows) == 0:
         return nll.sum(), grad_hidden, grad_weight.zero_(), grad_bias
-    chunk = _chunk_rows(weight, dtype, grads[1])
-    # Rows of 16 bytes let cuBLAS use its fast kernels whatever the vocabulary.
-    pitch = -(-vocabulary // 8) * 8 if hidden.is_cuda else vocabulary
-    buffer = torch.empty(min(chunk, rows.numel()) * pitch, dtype=dtype, device=hidden.device)
+    chunk = min(_chunk_rows(weight, dtype, for_weight), len(rows))
+    pitch = _pitch(vocabulary, hidden.device.type)
+    buffer = torch.empty(chunk, pitch, dtype=dtype, device=hidden.device)
     softmax = _row_kernel(hidden.device.type, dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    # Triton launches on the current device, which need not be that of the tensors: a model that is
+    # spread over several GPUs has its head on the last one.
+    on_device = torch.cuda.device_of(hidden)  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden.device.type, enabled=False), on_device:
         weight = weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-        for begin in range(0, rows.numel(), chunk):
-            index = rows[begin : begin + chunk]
+        bias = None if bias is None else bias.to(dtype)
+        for begin in range(0, len(rows), chunk):
+            here = slice(begin, begin + chunk)
+            index = rows[here]
             part = hidden.index_select(0, index).to(dtype)
-            logits = buffer[: len(index) * pitch].view(-1, pitch)[:, :vocabulary]
+            logits = buffer[: len(index), :vocabulary]
             if bias is None:
                 torch.mm(part, weight.T, out=logits)
             else:
                 torch.addmm(bias, part, weight.T, out=logits)
-            here = slice(begin, begin + len(index))
-            softmax(logits, labels[here], nll[here], scale, softcap, any(grads))
-            if grads[0]:
+            softmax(logits, labels[here], nll[here], scale, softcap, any(needs_grad))
+            if for_hidden:
                 grad_hidden.index_copy_(0, index, (logits @ weight).to(hidden.dtype))
-            if grads[1]:
+            if for_weight:
                 _accumulate(grad_weight, logits, part, first=begin == 0)
-            if grads[2]:
-                grad_bias += logits.sum(0, dtype=total)
+            if for_bias:
+                grad_bias += logits.sum(0, dtype=statistics)
     return nll.sum(), grad_hidden, grad_weight, grad_bias
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, bias, softcap, scale, ignore_index, dtype, grads):  # type: ignore[no-untyped-def]
-    total = _statistics_dtype(dtype)
+def _(  # type: ignore[no-untyped-def]
+    hidden, weight, labels, bias, softcap, scale, ignore_index, dtype, rows, needs_grad
+):
+    statistics = _statistics_dtype(dtype)
+    for_hidden, for_weight, for_bias = needs_grad
     return (
-        hidden.new_empty((), dtype=total),
-        hidden.new_empty(hidden.shape if grads[0] else 0),
-        weight.new_empty(weight.shape if grads[1] else 0, dtype=total),
-        weight.new_empty(weight.shape[0] if grads[2] else 0, dtype=total),
+        hidden.new_empty((), dtype=statistics),
+        hidden.new_empty(hidden.shape if for_hidden else 0),
+        weight.new_empty(weight.shape if for_weight else 0, dtype=statistics),
+        weight.new_empty(weight.shape[0] if for_bias else 0, dtype=statistics),
     )
 
 
-class _Gradients(torch.autograd.Function):
-    """Carries the gradients from `_forward` to backward, which scales them.
+class _ScaledInBackward(torch.autograd.Function):
+    """Keeps the gradients that `_forward` computed; the backward pass scales them.
 
-    They are sums over rows, not yet divided by the number of items: fp16 would lose what that division makes small.
+    They are sums over rows, not yet divided by the number of items: after that division fp16 would
+    lose the small ones.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         hidden, weight, _, bias = arguments[:4]
-        loss_sum, *gradients = _forward(*arguments)
+        ctx.needs_grad = arguments[-1]
+        total, *gradients = _forward(*arguments)
         ctx.save_for_backward(*gradients)
-        ctx.grads = arguments[-1]
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-        return loss_sum  # type: ignore[no-any-return]
+        return total  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(
-                "linear_cross_entropy has no second derivatives: call backward without create_graph=True, "
-                "or compute cross_entropy on the logits"
+                "linear_cross_entropy has no second derivatives: call backward without "
+                "create_graph=True, or compute cross_entropy on the logits"
             )
-        # With retain_graph backward may be called again, so the saved tensors must stay. Older versions do not say.
+        # With retain_graph the backward pass may run again, so the saved tensors must stay as they
+        # are. A torch that cannot tell is taken to retain the graph.
         keeps_graph = getattr(
             torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
         )
-        reuse = not (compiling or keeps_graph())
-        results: list[Tensor | None] = []
-        for wanted, gradient, dtype in zip(ctx.grads, ctx.saved_tensors, ctx.dtypes, strict=True):
-            if not wanted:
-                results.append(None)
-            elif reuse and gradient.dtype == grad.dtype:
-                results.append(gradient.mul_(grad).to(dtype))
-            else:  # CUDA would round a 0-dim factor to the gradient's own dtype: 1/3001 in bf16, 70,000 in fp16
-                results.append((gradient.to(grad.dtype) * grad).to(dtype))
-        return results[0], results[1], None, results[2], *[None] * 5
+        in_place = not (compiling or keeps_graph())
+        # One element in one dimension: as a 0-dim factor it would be rounded to the dtype of a
+        # 16-bit gradient first (1/3001 in bf16, 70,000 in fp16).
+        factor = grad.reshape(1)
+        scaled = [
+            _scale(gradient, factor, dtype, in_place) if wanted else None
+            for wanted, gradient, dtype in zip(
+                ctx.needs_grad, ctx.saved_tensors, ctx.dtypes, strict=True
+            )
+        ]
+        return scaled[0], scaled[1], None, scaled[2], *[None] * 6
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """gradient * factor (1,), computed in factor's precision and rounded to dtype once.
+
+    A GPU reads the gradient once and writes the result once: 6 bytes an element of an fp32
+    gradient for a bf16 weight, 14 if the product is cast afterwards.
+    """
+    if in_place and gradient.dtype == dtype:
+        return torch.mul(gradient, factor, out=gradient)
+    if torch.compiler.is_compiling():  # the compiler fuses both
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -221,36 +362,81 @@ def _check_range(labels: Tensor, vocabulary: int) -> None:
         wrong = labels[(labels < 0) | (labels >= vocabulary)]
         if len(wrong):
             raise IndexError(
-                f"label {int(wrong[0])} is outside the vocabulary of {vocabulary} ids (0 ... {vocabulary - 1}); "
-                f"{len(wrong)} of {len(labels)} kept labels are. Was the model resized for this tokenizer?"
+                f"label {int(wrong[0])} is outside the vocabulary of {vocabulary} ids "
+                f"(0 ... {vocabulary - 1}); {len(wrong)} of {len(labels)} kept labels are. "
+                "Was the model resized for this tokenizer?"
             )
     elif labels.device.type == "cuda":
         within = ((labels >= 0) & (labels < vocabulary)).all()
         torch._assert_async(within, f"a label is outside the vocabulary of {vocabulary} ids")
 
 
-def _chunk_rows(weight: Tensor, dtype: torch.dtype, weight_grad: bool) -> int:
-    """How many rows of logits to hold: few enough to be small, enough to keep the matrix products efficient."""
+def _chunk_rows(weight: Tensor, dtype: torch.dtype, for_weight: bool) -> int:
+    """How many rows of logits exist at a time: few save memory, many keep the products efficient.
+
+    On a CPU with a vocabulary of 32,000: 2**27 / 32,000 / 4 bytes = 1,048 rows in fp32.
+
+    On a GPU, where the weight is trained: each chunk reads and writes the fp32 gradient of the
+    weight, 8 V D bytes, besides its logits, V bytes times the rows and the itemsize. As many logits
+    as that gradient has bytes keep the first below the second: with D = 2048 and bf16,
+    4 * 2048 / 2 = 4,096 rows.
+    """
     vocabulary, width = weight.shape
     if weight.device.type == "cpu":
         return max(128, min(2048, _CHUNK_CPU // vocabulary) // dtype.itemsize)
-    # Every chunk reads and writes the fp32 gradient of the weight once: hold as many logits as it has bytes.
-    return min(4096, max(1024, 4 * width // dtype.itemsize)) if weight_grad else 1024
+    if not for_weight:
+        return 1024
+    return min(4096, max(1024, 4 * width // dtype.itemsize))
+
+
+def _pitch(vocabulary: int, device: str) -> int:
+    """The elements from one row of logits to the next.
+
+    On a GPU a multiple of 16, so that every row begins at an address that vector loads accept and
+    cuBLAS has its fast kernels, whatever the vocabulary: GPT-2's 50,257 logits lie in rows of
+    50,272.
+    """
+    return -(-vocabulary // 16) * 16 if device == "cuda" else vocabulary
 
 
 def _accumulate(total: Tensor, grad_logits: Tensor, part: Tensor, first: bool) -> None:
-    """total += grad_logits.T @ part, in total's precision; (V, D), (rows, V) and (rows, D)."""
-    beta = 0 if first else 1  # 0: whatever `total` held is not read
+    """total += grad_logits.T @ part, in total's precision; (V, D), (rows, V) and (rows, D).
+
+    `first`: total is not initialised yet, and is overwritten.
+    """
+    beta = 0 if first else 1
     if grad_logits.dtype == total.dtype:
         torch.addmm(total, grad_logits.T, part, beta=beta, out=total)
-    elif total.is_cuda:
+        return
+    if _adds_into(total.dtype, part.dtype, total.device):
         torch.addmm(total, grad_logits.T, part, total.dtype, beta=beta, out=total)
-    else:  # no such product on CPU: add blocks of it while they are in the cache
-        block = max(256, 2**21 // (part.shape[1] * part.dtype.itemsize))
-        for begin in range(0, len(total), block):
-            product = grad_logits[:, begin : begin + block].T @ part
-            here = total[begin : begin + block]
-            (here.copy_ if first else here.add_)(product)
+        return
+    # The 16-bit product is rounded before it is added: an error of one rounding for each chunk. It
+    # is made in blocks of rows of the vocabulary, so that it is still in the cache when it is read.
+    limit = _PRODUCT_BLOCK.get(total.device.type, _PRODUCT_BLOCK["other"])
+    block = max(256, limit // (part.shape[1] * part.dtype.itemsize))
+    for begin in range(0, len(total), block):
+        product = grad_logits[:, begin : begin + block].T @ part
+        here = total[begin : begin + block]
+        if first:
+            here.copy_(product)
+        else:
+            here.add_(product)
+
+
+@cache
+def _adds_into(total: torch.dtype, part: torch.dtype, device: torch.device) -> bool:
+    """Whether `addmm` adds a 16-bit product to an fp32 matrix on this device.
+
+    CUDA can since torch 2.8. Neither a CPU nor every version of ROCm can, so it is tried.
+    """
+    sums = torch.zeros(16, 16, dtype=total, device=device)
+    product = torch.zeros(16, 16, dtype=part, device=device)
+    try:
+        torch.addmm(sums, product, product, total, beta=1, out=sums)
+    except (TypeError, RuntimeError):  # an unknown argument; not implemented
+        return False
+    return True
 
 
 @cache
@@ -266,19 +452,21 @@ def _row_kernel(device: str, dtype: torch.dtype) -> Callable[..., None]:
 def _softmax_rows(
     logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool
 ) -> None:
-    """Write each row's nll, and if `grad` overwrite the logits (rows, V) by the gradient of its nll.
+    """Write each row's nll; if `grad`, overwrite the logits (rows, V) by the gradient of the nll.
 
-    Goes over a few rows at a time, so that all passes but the first find them in the cache.
+    With z = softcap * tanh(scale * logit / softcap) and p = softmax(z), the gradient for a logit is
+
+        (p - 1[label]) * (1 - (z / softcap)**2) * scale
+
+    Each pass covers a few rows at a time, so that all passes but the first find them in the cache.
     """
-    budget = (
-        _ROW_BLOCK["cpu"] * torch.get_num_threads()
-        if logits.device.type == "cpu"
-        else _ROW_BLOCK["other"]
-    )
-    block = max(1, budget // (logits.shape[1] * nll.dtype.itemsize))
-    scratch = (
-        None if logits.dtype == nll.dtype else torch.empty_like(logits[:block], dtype=nll.dtype)
-    )
+    bytes_at_once = _SOFTMAX_BLOCK["other"]
+    if logits.device.type == "cpu":
+        bytes_at_once = _SOFTMAX_BLOCK["cpu"] * torch.get_num_threads()
+    block = max(1, bytes_at_once // (logits.shape[1] * nll.dtype.itemsize))
+    scratch = None
+    if logits.dtype != nll.dtype:
+        scratch = torch.empty_like(logits[:block], dtype=nll.dtype)
     for begin in range(0, len(logits), block):
         here = logits[begin : begin + block]
         label = labels[begin : begin + block, None]

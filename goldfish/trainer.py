@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from goldfish.fused import FusedHead, bare_model, fuse_head
+from goldfish.fused import FusedHead, fuse_head
 from goldfish.gauge import is_text, measure, readings, rows_to_measure
 from goldfish.loss import GoldfishLoss, smoothed_loss
 from goldfish.masking import (
@@ -36,6 +36,7 @@ from goldfish.receipt import (
 )
 from goldfish.rule import Goldfish
 from goldfish.unsupported import SHARDED, why_not_this_model, why_not_this_trainer
+from goldfish.unwrap import bare_model
 
 logger = logging.get_logger(__name__)
 TAG = "goldfish-loss"  # of models on the Hub

@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: a few steps of GoldfishTrainer on rows of unequal length; losses to a file."""
+"""One rank of tests/test_distributed.py: a few steps of GoldfishTrainer; writes losses to a file."""
 
 import contextlib
 import json
@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from goldfish import Goldfish, GoldfishTrainer
-from goldfish.fused import HANDLE, bare_model
+from goldfish.fused import HANDLE
 from goldfish.receipt import read_receipt
+from goldfish.unwrap import bare_model
 
 
 def rows(dropped_whole: bool) -> Dataset:

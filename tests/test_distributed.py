@@ -1,4 +1,7 @@
-"""Two processes on CPU (gloo) against one: the same losses, gradients and receipt, with unequal token counts."""
+"""Two processes on CPU (gloo) against one: the same losses, gradients and receipt.
+
+The rows have unequal numbers of tokens.
+"""
 
 import json
 import os
@@ -35,7 +38,7 @@ NOT_FUSED = [
 
 
 def run(folder, checkpoint, processes):
-    """All cases in one launch, or here where one process is enough; eight rows an optimiser step."""
+    """All cases in one launch, or here if one process is enough; eight rows an optimiser step."""
     all_settings = []
     for settings in CASES.values():
         batch = 8 // processes // settings.get("gradient_accumulation_steps", 1)
@@ -85,7 +88,8 @@ def test_two_ranks_are_one(one_and_two, case):
     if "FSDP2" not in case:  # no process saves a sharded model alone
         assert two["receipts"] == one["receipts"]
         assert one["receipts"]["end"].items() >= one["counted"].items()
-    # Asked to average on each rank, Trainer takes the mean of the ranks' means: right in scale only, as without us.
+    # Asked to average on each rank, Trainer takes the mean of the ranks' means: right in scale only,
+    # as without us.
     tolerance = 5e-2 if "on each rank" in case else 2e-5
     for ours, theirs in zip(two["steps"], one["steps"], strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=tolerance)

@@ -1,4 +1,4 @@
-"""The live gauge: the numbers it logs, computed again by hand, and that watching changes nothing."""
+"""The gauge: the numbers it logs, computed again by hand."""
 
 import pytest
 import torch

@@ -28,6 +28,7 @@ ORDER = [
     "text.show",
     "text.check",
     "kernels",
+    "unwrap",
     "linear",
     "loss",
     "fused",

@@ -1,17 +1,26 @@
-"""linear_cross_entropy against the lines in its docstring, computed plainly and in fp64."""
+"""linear_cross_entropy against the plain lines beside it, in fp64 where rounding matters."""
 
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from itertools import product
 
 import pytest
 import torch
 from conftest import DEVICES
+from operations import Operations
 from torch import Tensor
 
-from goldfish.linear import _softmax_rows, linear_cross_entropy
+from goldfish.linear import (
+    _adds_into,
+    _pitch,
+    _scale,
+    _softmax_rows,
+    kept_rows,
+    linear_cross_entropy,
+    loss_sum,
+)
+from goldfish.linear import plain_linear_cross_entropy as plain
 
 IGNORED = -100
 
@@ -38,22 +47,12 @@ def case(
 
 @pytest.fixture
 def in_chunks_of(monkeypatch):
-    """Sets how many rows of logits are alive at a time, which is else found by a budget of memory."""
+    """Sets how many rows of logits exist at a time, which a budget of memory decides otherwise."""
     return lambda rows: monkeypatch.setattr("goldfish.linear._chunk_rows", lambda *_: rows)
 
 
 def training(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.requires_grad_() if t.is_floating_point() else t for name, t in inputs.items()}
-
-
-def plain(hidden, weight, labels, bias=None, *, num_items=None, softcap=None, scale=1.0):
-    """All logits, then a quarter thrown away."""
-    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (num_items if num_items is not None else (labels != IGNORED).sum())
 
 
 def loss_and_gradients(
@@ -83,7 +82,7 @@ def test_no_further_from_fp64_than_plain_cross_entropy(
     dtype, options, with_bias, monkeypatch, in_chunks_of
 ):
     monkeypatch.setitem(
-        sys.modules["goldfish.linear"]._ROW_BLOCK, "cpu", 3 * 500 * 4
+        sys.modules["goldfish.linear"]._SOFTMAX_BLOCK, "cpu", 3 * 500 * 4
     )  # three rows of logits at a time
     inputs = case()
     if not with_bias:
@@ -94,7 +93,7 @@ def test_no_further_from_fp64_than_plain_cross_entropy(
     in_chunks_of(64)
     ours = loss_and_gradients(linear_cross_entropy, inputs, dtype, **options)
     assert ours["loss"].dtype == torch.float32
-    # One more rounding than the baseline where backward scales a 16-bit gradient, of a quarter of the spacing at most.
+    # The backward pass scales a 16-bit gradient: one more rounding than in the baseline.
     rounding = torch.finfo(dtype).eps / 2
     for name, exact in truth.items():
         allowed = error(baseline[name], exact) + (rounding if name != "loss" else 1e-6)
@@ -217,29 +216,15 @@ def test_nothing_but_the_loss_without_grad(monkeypatch):
     assert asked == [False, True]
 
 
-def test_memory_is_that_of_one_chunk(in_chunks_of):
-    """The largest tensor made is a chunk of logits or a gradient, never N x V."""
-    made = []
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            made.extend(
-                t.untyped_storage().nbytes()
-                for t in torch.utils._pytree.tree_leaves(result)
-                if isinstance(t, Tensor)
-            )
-            return result
-
-    inputs = training(case(2048, 16, 1000))
-    in_chunks_of(64)
-    with Watch():
+@pytest.mark.parametrize("rows", [64, 2048])
+def test_memory_is_that_of_one_chunk(in_chunks_of, rows):
+    """The largest tensor made is a chunk of logits or a gradient."""
+    inputs = training(case(2048, 16, 1000, keep=1.0))
+    in_chunks_of(rows)
+    with Operations() as made:
         linear_cross_entropy(**inputs).backward()
-    assert (
-        max(made) <= 2048 * 16 * 4
-    )  # hidden and its gradient; logits of 64 rows are 64 * 1000 * 4 < twice that
-    assert made
+    logits_of_chunk, gradient_of_hidden = rows * 1000 * 4, 2048 * 16 * 4
+    assert made.largest == max(logits_of_chunk, gradient_of_hidden)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -267,7 +252,7 @@ def test_autocast(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_large_loss_scale_is_neither_rounded_nor_overflows(dtype):
-    """65,537 and 3,001 have no 16-bit representation, and small gradients over 3,001 vanish in fp16 when unscaled."""
+    """65,537 and 3,001 have no 16-bit representation; unscaled, small gradients vanish in fp16."""
     inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in case().items()}
     options = {"num_items": 3001}
     scaled, one = (
@@ -402,50 +387,191 @@ def test_errors(change, kind, message):
         linear_cross_entropy(**case() | change)
 
 
-KERNEL_TEST = """
-import torch
-from goldfish.kernels import softmax_rows
-from goldfish.linear import _softmax_rows
-torch.manual_seed(0)
-for dtype, v, (cap, scale), grad in {cases}:
-    dtype = getattr(torch, dtype)
-    wide = (torch.randn(3, -(-v // 8) * 8) * 4).to(dtype)  # rows padded as for cuBLAS
-    wide[1, v // 2], wide[2, :v], wide[:, v:] = 300, wide[2, :v] - 500, 999
-    labels = torch.randint(v, (3,))
-    ours, theirs = wide.clone(), wide.clone()
-    nll, expected = torch.empty(3), torch.empty(3)
-    softmax_rows(ours[:, :v], labels, nll, scale, cap, grad)
-    _softmax_rows(theirs[:, :v], labels, expected, scale, cap, grad)
-    torch.testing.assert_close(nll, expected, rtol=2e-6, atol=2e-6)
-    assert torch.equal(ours[:, v:], wide[:, v:])
-    if grad:
-        torch.testing.assert_close(ours, theirs, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    else:
-        assert torch.equal(ours, wide)
-"""
+# The rows of logits: Triton's kernel against torch's
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None,
-    reason="Triton comes with torch for CUDA; its interpreter is needed",
+@pytest.fixture
+def triton_rows():
+    """The Triton kernel; without a GPU its interpreter runs it (conftest.py)."""
+    pytest.importorskip(
+        "triton", reason="Triton comes with torch for CUDA, and is in the extra `test`"
+    )
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        pytest.skip("needs CUDA or Triton's interpreter")
+    from goldfish.kernels import softmax_rows
+
+    return softmax_rows
+
+
+def row_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def padded_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A buffer whose rows are padded as on a GPU, with a row behind it; and its logits."""
+    pitch = -(-vocabulary // 16) * 16
+    buffer = torch.full((rows + 1, pitch), 999.0, dtype=dtype)
+    buffer[:rows, :vocabulary] = torch.randn(rows, vocabulary) * 4
+    buffer = buffer.to(row_device())
+    return buffer, buffer[:rows, :vocabulary]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7, 16, 130, 5000])
+def test_the_kernel_does_what_torch_does(triton_rows, dtype, vocabulary):
+    for (softcap, scale), grad in product([(None, 1.0), (3.0, 2.0)], [True, False]):
+        torch.manual_seed(0)
+        buffer, logits = padded_rows(3, vocabulary, dtype)
+        logits[1, vocabulary // 2], logits[2] = 300, logits[2] - 500
+        labels = torch.randint(vocabulary, (3,)).to(logits.device)
+        before, theirs = buffer.clone(), logits.clone()
+        nll, expected = (torch.empty(3, device=logits.device) for _ in range(2))
+        triton_rows(logits, labels, nll, scale, softcap, grad)
+        _softmax_rows(theirs, labels, expected, scale, softcap, grad)
+        torch.testing.assert_close(nll, expected, rtol=2e-6, atol=2e-6)
+        assert torch.equal(buffer[3:], before[3:]), "nothing behind the last row is written"
+        if grad:
+            tolerance = torch.finfo(dtype).eps
+            torch.testing.assert_close(logits, theirs, rtol=tolerance, atol=1e-6)
+        else:
+            assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_rows_with_infinities_agree_with_cross_entropy(kind, request):
+    """A row of -inf alone is NaN, as in torch; single -inf are logits that nothing predicts."""
+    rows = _softmax_rows if kind == "torch" else request.getfixturevalue("triton_rows")
+    _, logits = padded_rows(5, 130, torch.float32)
+    infinity = float("inf")
+    logits[0] = -infinity
+    logits[1, 64:] = -infinity
+    logits[2, 5] = -infinity
+    logits[3, 5] = infinity
+    labels = torch.full((5,), 5, device=logits.device)
+    plain_logits = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(plain_logits, labels, reduction="none")
+    expected.sum().backward()
+    nll = torch.empty(5, device=logits.device)
+    rows(logits, labels, nll, 1.0, None, True)
+    assert expected.isnan().tolist() == [True, False, False, True, False]
+    torch.testing.assert_close(nll, expected.detach(), equal_nan=True)
+    torch.testing.assert_close(logits[[1, 2, 4]], plain_logits.grad[[1, 2, 4]])
+    assert logits[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str
 )
-def test_triton_kernel_in_the_interpreter():
-    cases = list(
-        product(
-            ["float32", "bfloat16", "float16"],
-            [1, 7, 130, 5000],
-            [(None, 1.0), (3.0, 2.0)],
-            [True, False],
-        )
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL_TEST.replace("{cases}", repr(cases))],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_kernel_inside_the_loss(triton_rows, dtype, options, monkeypatch, in_chunks_of):
+    """With the padded rows that a GPU has, of a vocabulary that is no multiple of 16."""
+    monkeypatch.setattr("goldfish.linear._row_kernel", lambda *_: triton_rows)
+    monkeypatch.setattr("goldfish.linear._pitch", lambda vocabulary, _: -(-vocabulary // 16) * 16)
+    in_chunks_of(16)
+    inputs = {
+        name: t.to(dtype) if t.is_floating_point() else t
+        for name, t in case(rows=50, vocabulary=501, device=row_device()).items()
+    }
+    truth = loss_and_gradients(plain, inputs, torch.float64, **options)
+    baseline = loss_and_gradients(plain, inputs, dtype, **options)
+    ours = loss_and_gradients(linear_cross_entropy, inputs, dtype, **options)
+    rounding = torch.finfo(dtype).eps / 2
+    for name, exact in truth.items():
+        allowed = error(baseline[name], exact) + (rounding if name != "loss" else 1e-6)
+        assert error(ours[name], exact) <= allowed, name
+
+
+def test_the_kernel_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be the one of the tensors."""
+    guarded = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            guarded.append(self.tensor.device)
+
+        def __exit__(self, *_):
+            guarded.pop()
+
+    def kernel(logits, *arguments):
+        assert guarded == [logits.device]
+        return _softmax_rows(logits, *arguments)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr("goldfish.linear._row_kernel", lambda *_: kernel)
+    assert linear_cross_entropy(**case()) > 0
+    assert guarded == []
+
+
+def test_pitch():
+    assert [_pitch(size, "cuda") for size in (1, 16, 50_257, 128_256)] == [16, 16, 50_272, 128_256]
+    assert _pitch(50_257, "cpu") == 50_257
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_torch_that_adds_16_bit_products_to_fp32(dtype, monkeypatch, in_chunks_of):
+    """As CUDA does since torch 2.8; nothing is rounded to 16 bits in between."""
+    plain_addmm = torch.addmm
+
+    def addmm(total, left, right, out_dtype=None, *, beta=1, out=None):
+        return plain_addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=out)
+
+    in_chunks_of(4)
+    inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in case().items()}
+    truth = loss_and_gradients(plain, inputs, torch.float64)["weight"]
+    _adds_into.cache_clear()
+    rounded = loss_and_gradients(linear_cross_entropy, inputs, dtype)["weight"]
+    assert not _adds_into(torch.float32, dtype, torch.device("cpu"))
+    monkeypatch.setattr(torch, "addmm", addmm)
+    _adds_into.cache_clear()
+    summed = loss_and_gradients(linear_cross_entropy, inputs, dtype)["weight"]
+    assert _adds_into(torch.float32, dtype, torch.device("cpu"))
+    _adds_into.cache_clear()
+    assert not torch.equal(summed, rounded)
+    assert error(summed, truth) <= error(rounded, truth) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("failure", [TypeError, NotImplementedError, RuntimeError])
+def test_a_torch_that_cannot(failure, monkeypatch):
+    """torch 2.6 and 2.7 do not know the argument; ROCm may not implement it."""
+
+    def addmm(*_, **__):
+        raise failure("addmm")
+
+    _adds_into.cache_clear()
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert not _adds_into(torch.float32, torch.bfloat16, torch.device("cpu"))
+    _adds_into.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gradient_is_scaled_in_one_pass_to_the_same_bits(stored, dtype):
+    gradient = (torch.randn(200, 30) * 3).to(stored)
+    for value in (1 / 3001, 1.25 + 2**-8, 70_000.0):
+        factor = torch.tensor([value])
+        expected = (gradient.float() * factor).to(dtype)
+        assert torch.equal(_scale(gradient, factor, dtype, False), expected)
+        assert torch.equal(_scale(gradient.clone(), factor, dtype, True), expected)
+
+
+def test_rows_that_are_known_already():
+    inputs = case()
+    once = loss_sum(**inputs)
+    assert torch.equal(loss_sum(**inputs, rows=kept_rows(inputs["labels"])), once)
+    few = kept_rows(inputs["labels"])[:3]
+    part = inputs | {"hidden": inputs["hidden"][few], "labels": inputs["labels"][few]}
+    torch.testing.assert_close(loss_sum(**inputs, rows=few), loss_sum(**part))
+
+
+def test_the_operator_is_not_for_cuda_graphs():
+    """It counts its rows on the host."""
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch has no such tag")
+    operator = torch.ops.goldfish.linear_cross_entropy.default
+    assert torch.Tag.cudagraph_unsafe in operator.tags
 
 
 # On CUDA. A file of its own would not see that these are the cases above on another device.
@@ -515,8 +641,10 @@ def test_cuda_rows_beyond_two_to_the_31():
 def test_cuda_label_outside_the_vocabulary():
     """A device-side assertion, which ends the process's use of CUDA: so in another process."""
     code = (
-        "import torch; from goldfish import linear_cross_entropy as f; h = torch.randn(4, 8, device='cuda'); "
-        "f(h, torch.randn(9, 8, device='cuda'), torch.tensor([1, 2, 9, 3], device='cuda')); torch.cuda.synchronize()"
+        "import torch; torch.set_default_device('cuda');"
+        "from goldfish import linear_cross_entropy as f;"
+        "f(torch.randn(4, 8), torch.randn(9, 8), torch.tensor([1, 2, 9, 3]));"
+        "torch.cuda.synchronize()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Custom training loops: the step's loss is the sum over its kept tokens divided once, however the step is divided."""
+"""Custom training loops: the loss of a step does not depend on how the step is divided."""
 
 import re
 

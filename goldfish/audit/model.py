@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from goldfish.fused import bare_model
+from goldfish.unwrap import bare_model
 from goldfish.receipt import FILE_NAME, read_receipt
 from goldfish.text.rows import first_line, sha256
 
