@@ -6,7 +6,7 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Without a GPU Triton's interpreter runs our kernel. Triton reads this when transformers imports it.
+# Without a GPU Triton interprets our kernel. It reads this when transformers imports it.
 if not (shutil.which("nvidia-smi") or shutil.which("rocminfo")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

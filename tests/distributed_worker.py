@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: a few steps of GoldfishTrainer; writes losses to a file."""
+"""One rank of tests/test_distributed.py: a few steps of GoldfishTrainer, with losses to a file."""
 
 import contextlib
 import json

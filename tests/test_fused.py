@@ -138,7 +138,7 @@ def step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_as_good(result: dict, baseline: dict, truth: dict) -> None:
-    """At most twice as far from fp64 as the model's own fp32 step, in units of the largest value."""
+    """At most twice as far from fp64 as the model's own fp32 step, in units of the largest."""
     assert result.keys() == baseline.keys() == truth.keys()
     for name, exact in truth.items():
         error, own = ((r[name] - exact).abs().max().item() for r in (result, baseline))
