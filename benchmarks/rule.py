@@ -83,7 +83,7 @@ def measure(
     chunks = list(zip(ids.split(64), positions.split(64), strict=True))
     for strategy in ("hash", "reference"):
         rule = Goldfish(k=k, h=h, seed=seed, strategy=strategy)
-        pairs = [rule.decide(i, p if strategy == "hash" else None) for i, p in chunks]
+        pairs = [rule.drops_and_keys(i, p if strategy == "hash" else None) for i, p in chunks]
         dropped, windows = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
         decided = np.zeros(dropped.shape, dtype=bool)  # the tokens with a whole window
         decided[:, h:] = True

@@ -1,25 +1,28 @@
 """Labels written once into a tokenized dataset: `premask`, and the files of `goldfish premask`."""
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from goldfish.masking import IGNORE_INDEX, SOURCE, Rules, check_rules, decide, rule_for, with_labels
-from goldfish.receipt import ALL, Tally, bind, count, write_receipt
-from goldfish.rule import Goldfish, check_beside
-from goldfish.text.rows import dataset_of, first_line
+from goldfish.masking import IGNORE_INDEX, check_rule, mask_batch
+from goldfish.receipt import DropCounts, bind, count_drops, write_receipt
+from goldfish.rule import Goldfish
+from goldfish.text.rows import dataset_of
 
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
-COUNTS = "goldfish_counts"  # a column for the time of writing: a row's targets, dropped targets, sum of decisions
+BATCH_TOKENS = 2**18  # that are decided at a time, padding included
+WIDEST = 2**62  # a position that starts no document
+COUNTS = "goldfish_counts"  # a column for the time of writing: `count_drops` of each row
 
 
 def premask(
     dataset: Any,
-    rule: Rules,
+    rule: Goldfish,
     *,
     num_proc: int | None = None,
     receipt: str | Path | None = None,
@@ -27,77 +30,179 @@ def premask(
 ) -> Any:
     """A `datasets` dataset whose rows have masked `labels`, written once; map-style or streaming.
 
-    For pipelines that pack or shard tokens later (packing, sequence parallelism): each row is decided as a whole before
-    that. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq, default_data_collator,
-    TRL's): DataCollatorForLanguageModeling makes them anew from input_ids. `datasets` caches the result under the
-    rule, each of the num_proc parts by itself, so an interrupted run continues after the parts it finished.
+    >>> from datasets import Dataset
+    >>> from goldfish import Goldfish
+    >>> dataset = Dataset.from_dict({"input_ids": [list(range(100, 112)), [7, 8]]})
+    >>> premask(dataset, Goldfish(k=4, h=13, max_kept=4))["labels"][0]
+    [100, 101, 102, 103, -100, 105, 106, 107, 108, -100, 110, 111]
+
+    For pipelines that pack or shard tokens later (packing, sequence parallelism), and for a rule
+    for each source: premask the data sets one by one and concatenate them. Each row is decided as
+    a whole. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq,
+    default_data_collator, TRL's): DataCollatorForLanguageModeling makes them anew from input_ids.
+    `datasets` caches the result under the rule, each of the num_proc parts by itself, so an
+    interrupted run continues after the parts that it finished.
 
     Args:
         dataset: rows with `input_ids` and optionally `labels`, `position_ids`, `attention_mask`.
-        rule: a rule, or a mapping to rules from the names in the column `source` (None: such rows are not masked).
+        rule: decides which tokens are dropped.
         num_proc: processes, for map-style datasets.
-        receipt: a folder in which to write goldfish.json, with the counts of one pass over the rows (map-style only).
-            Copy it beside the weights: a trainer that knows nothing of the rule does not.
+        receipt: a folder in which to write goldfish.json, with the counts of one pass over the
+            rows (map-style only). Copy it beside the weights: a trainer without goldfish support
+            does not write one.
         tokenizer: binds rules that need it; its fingerprint goes into the receipt.
 
     Raises:
-        TypeError: not a rule. ValueError: rows without input_ids, a source without a rule, or strategy "random",
-            which draws anew in every epoch; a receipt of a streaming dataset.
+        TypeError: not a rule.
+        ValueError: rows that cannot be masked; a dataset with a transform, which would make the
+            labels anew; strategy "random", which draws anew in every epoch; a receipt of a
+            streaming dataset.
     """
-    check_rules(rule)
+    check_rule(rule)
+    _check_dataset(dataset, receipt is not None)
+    if rule.strategy == "random":
+        raise ValueError(
+            'premask writes labels once, strategy "random" draws anew in every epoch: '
+            "use a collator"
+        )
+    rule = bind(rule, tokenizer)
+    settings = {"rule": rule, "count": receipt is not None, "one_thread": (num_proc or 1) > 1}
+    options = {"batched": True, "batch_size": CHUNK, "with_indices": True, "fn_kwargs": settings}
+    if not hasattr(dataset, "num_rows"):
+        return dataset.map(_mask_rows, **options)
+    if num_proc is not None:
+        options["num_proc"] = num_proc
+    masked = dataset.with_format("numpy").map(_mask_rows, **options)
+    if receipt is not None:
+        counts = DropCounts(rule, torch.device("cpu"))
+        for batch in masked.select_columns([COUNTS]).iter(CHUNK):
+            counts.add(torch.tensor(batch[COUNTS]))
+        counts.end_step()
+        counts.sync()
+        write_receipt(receipt, counts, tokenizer)
+        masked = masked.remove_columns(COUNTS)
+    return _with_format_of(dataset, masked)
+
+
+def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
     if isinstance(dataset, dict):
         raise ValueError(
             f"premask takes one split, got {', '.join(dataset)}: premask(dataset['train'], ...)"
         )
-    for one in [rule] if isinstance(rule, Goldfish) else rule.values():
-        if one is not None and one.strategy == "random":
-            raise ValueError(
-                'premask writes labels once, strategy "random" draws anew in every epoch: use a collator'
-            )
-    if receipt is not None and not hasattr(dataset, "num_rows"):
+    if wants_receipt and not hasattr(dataset, "num_rows"):
         raise ValueError(
-            "a receipt counts all rows, a streaming dataset has not read them: use a map-style dataset"
+            "a receipt counts all rows, but a streaming dataset has not read them: "
+            "use a map-style dataset"
         )
-    rule = bind(rule, tokenizer)
-    options = {} if num_proc is None else {"num_proc": num_proc}
-    settings = {"rules": rule, "counts": receipt is not None}
-    masked = dataset.map(_mask_row, with_indices=True, fn_kwargs=settings, **options)
-    if receipt is None:
-        return masked
-    tally = Tally(rule, torch.device("cpu"))
-    columns = [COUNTS] if isinstance(rule, Goldfish) else [COUNTS, SOURCE]
-    for batch in masked.select_columns(columns).with_format("numpy").iter(CHUNK):
-        sources = [list(tally.rules).index(name) for name in batch.get(SOURCE, ())]
-        tally.add(torch.tensor(batch[COUNTS]), torch.tensor(sources) if sources else None)
-    tally.end_step()
-    tally.sync()
-    write_receipt(receipt, tally, tokenizer)
-    return masked.remove_columns(COUNTS)
+    if getattr(dataset, "format", {}).get("type") == "custom":
+        raise ValueError(
+            "the dataset has a transform (set_transform), which makes its columns when they are "
+            "read, so written labels would be lost: use dataset.map instead of the transform"
+        )
 
 
-def _mask_row(row: dict[str, Any], number: int, rules: Rules, counts: bool) -> dict[str, list[Any]]:
-    if "input_ids" not in row:
-        raise ValueError(
-            f"the rule decides from input_ids, but the rows have only {', '.join(row)}; tokenize first"
-        )
-    rule = rules if isinstance(rules, Goldfish) else rule_for(rules, row.get(SOURCE))
-    names = ("input_ids", "labels", "position_ids", "attention_mask")
-    try:
-        given = {
-            name: torch.as_tensor(row[name])[None] for name in names if row.get(name) is not None
-        }
-        given = {
-            name: value if value.numel() else value.long() for name, value in given.items()
-        }  # of [] float32
-        batch = with_labels(given)
-        check_beside("labels", batch["labels"], batch["input_ids"])
-        dropped, keys = decide({ALL: rule}, batch | {SOURCE: torch.tensor([0])})
-    except (ValueError, TypeError, RuntimeError) as error:  # of torch too
-        raise ValueError(f"row {number}: {first_line(error)}") from error
-    labels = batch["labels"].long().masked_fill(dropped, IGNORE_INDEX)[0].tolist()
-    return {"labels": labels} | (
-        {COUNTS: count(batch, dropped, keys)[0].tolist()} if counts else {}
+def _with_format_of(dataset: Any, masked: Any) -> Any:
+    """`masked` in the format of `dataset`; the labels are visible if the ids are."""
+    given = dataset.format
+    columns = {*given["columns"]} | ({"labels"} if "input_ids" in given["columns"] else set())
+    all_columns = columns == set(masked.column_names)
+    return masked.with_format(
+        given["type"],
+        None if all_columns else sorted(columns),
+        given["output_all_columns"],
+        **given["format_kwargs"],
     )
+
+
+def _mask_rows(
+    rows: Mapping[str, Any], numbers: list[int], rule: Goldfish, count: bool, one_thread: bool
+) -> dict[str, list[Any]]:
+    """The new columns of some rows of a dataset.
+
+    Rows of similar length are padded to one length and decided together.
+    """
+    if one_thread:
+        # A forked process inherits torch's thread pool, whose threads it does not have: an
+        # operation that uses them would wait forever.
+        torch.set_num_threads(1)
+    if "input_ids" not in rows:
+        raise ValueError(
+            f"the rule decides from input_ids, but the rows have only {', '.join(rows)}; "
+            "tokenize first"
+        )
+    given = [_read_row(rows, place, number) for place, number in enumerate(numbers)]
+    lengths = [len(row["input_ids"]) for row in given]
+    labels: list[Any] = [None] * len(given)
+    counts: list[Any] = [None] * len(given)
+    for places in _of_similar_length(lengths):
+        width = lengths[places[-1]]
+        masked = mask_batch(rule, _padded([given[place] for place in places], width))
+        numpy_labels = masked.batch["labels"].numpy()
+        row_counts = count_drops(masked).tolist()
+        for place, row_labels, one in zip(places, numpy_labels, row_counts, strict=True):
+            row_labels = row_labels[: lengths[place]]
+            is_array = isinstance(rows["input_ids"][place], np.ndarray)
+            labels[place] = row_labels if is_array else row_labels.tolist()
+            counts[place] = one
+    return {"labels": labels, COUNTS: counts} if count else {"labels": labels}
+
+
+def _read_row(rows: Mapping[str, Any], place: int, number: int) -> dict[str, np.ndarray]:
+    """The columns of one row that decide; ValueError with its number if they do not fit."""
+    row = {}
+    for name in ("input_ids", "labels", "position_ids", "attention_mask"):
+        value = rows[name][place] if name in rows else None
+        if value is None and name == "input_ids":
+            raise ValueError(f"row {number} has no input_ids")
+        if value is None:
+            continue
+        row[name] = np.asarray(value)
+        if row[name].size and not np.issubdtype(row[name].dtype, np.integer):
+            kind = row[name].dtype
+            raise ValueError(f"row {number}: {name} must be a list of integers, got {kind}")
+        if row[name].shape != row["input_ids"].shape or row[name].ndim != 1:
+            shapes = f"{row['input_ids'].shape}, got {row[name].shape}"
+            raise ValueError(f"row {number}: {name} must have the shape of input_ids, {shapes}")
+    return row
+
+
+def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
+    """The places of all rows, shortest first, in batches of at most BATCH_TOKENS with padding."""
+    batch: list[int] = []
+    for place in np.argsort(lengths, kind="stable").tolist():
+        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _padded(rows: list[dict[str, np.ndarray]], width: int) -> dict[str, torch.Tensor]:
+    """A batch of rows, padded on the right.
+
+    Nothing after a token has a part in its decision, so padding needs no attention_mask of its
+    own: its labels say that it is no target.
+    """
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": WIDEST, "attention_mask": 0}
+    names = {name for row in rows for name in row} | {"labels"}
+    batch = {}
+    for name in names:
+        padded = np.full((len(rows), width), fill[name], dtype=np.int64)
+        for line, row in zip(padded, rows, strict=True):
+            line[: len(row["input_ids"])] = _column(row, name)
+        batch[name] = torch.from_numpy(padded)
+    return batch
+
+
+def _column(row: dict[str, np.ndarray], name: str) -> Any:
+    """A column of a row, or what stands for it if only other rows have it."""
+    if name in row:
+        return row[name]
+    if name == "labels":
+        attended = row.get("attention_mask", 1)
+        return np.where(attended, row["input_ids"], IGNORE_INDEX)
+    return 1 if name == "attention_mask" else np.arange(len(row["input_ids"]))
 
 
 def premask_files(

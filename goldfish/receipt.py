@@ -7,73 +7,59 @@ import platform
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix, signed
-from goldfish.masking import IGNORE_INDEX, Rules
+from goldfish.masking import Masked
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
-SCHEMA = "goldfish.receipt/1"
-ALL = ""  # the name of the only source of a run with one rule
+SCHEMA = "goldfish.receipt/2"
 
 
-def bind(rules: Rules, tokenizer: Any) -> Rules:
-    """The same rules; those that read words are bound to the tokenizer, if there is one."""
-    if isinstance(rules, Mapping):
-        return {
-            name: rule and cast(Goldfish, bind(rule, tokenizer)) for name, rule in rules.items()
-        }
-    return rules if tokenizer is None or rules.vocabulary is not None else rules.bind(tokenizer)
+def bind(rule: Goldfish, tokenizer: Any) -> Goldfish:
+    """The same rule; one that reads text is bound to the tokenizer, if there is one."""
+    return rule if tokenizer is None or rule.vocabulary is not None else rule.bind(tokenizer)
 
 
-def count(batch: Mapping[str, Any], dropped: Tensor, keys: Tensor) -> Tensor:
-    """Of every row of a batch its targets, dropped targets, and the sum of its decisions; int64 (B, 3).
+def count_drops(masked: Masked) -> Tensor:
+    """For every row of a masked batch: targets, dropped targets, and the sum of its decisions.
 
-    The batch has labels that are not masked yet; `labels.decide` says the rest. A target's decision is the number
-    mix(key of its context + (1 if dropped else 0)), where the key is that of the last h tokens (`spec.key` with seed 0,
-    whatever the strategy).
+    A target's decision is the number mix(key of its context + (1 if dropped else 0)); the key is
+    that of the last h tokens (`spec.key` with seed 0, whatever the strategy).
+
+    Returns:
+        int64 (B, 3).
     """
-    targets = batch["labels"][..., 1:] != IGNORE_INDEX
-    dropped = dropped[..., 1:] & targets
-    decisions = mix(keys[..., 1:] + dropped) * targets
-    return torch.stack([number.sum(-1) for number in (targets, dropped, decisions)], -1)
+    decisions = mix(masked.keys + masked.dropped) * masked.targets
+    numbers = (masked.targets, masked.dropped, decisions)
+    return torch.stack([number.sum(-1) for number in numbers], -1)
 
 
-class Tally:
-    """The sums of `count` for each source.
+class DropCounts:
+    """The sums of `count_drops` over a training.
 
-    The sum of all decisions, modulo 2**64, does not depend on the order of batches, their padding or the number of
-    processes; runs with equal sums dropped the same tokens. Counting makes no device wait.
+    The sum of all decisions, modulo 2**64, does not depend on the order of batches, their padding
+    or the number of processes; runs with equal sums dropped the same tokens. Counting does not
+    make the device wait.
     """
 
-    def __init__(self, rules: Rules, device: torch.device) -> None:
-        self.given = rules
-        self.rules = (
-            {ALL: rules}
-            if isinstance(rules, Goldfish)
-            else {name: rules[name] for name in sorted(rules)}
-        )
-        self.totals = torch.zeros(
-            (len(self.rules), 3), dtype=torch.int64
-        )  # of all processes, as of the last `sync`
-        self._taken = self.totals.to(
-            device, copy=True
-        )  # by this process since then, in steps of the optimizer
-        self._step = self._taken.clone()  # in the step that comes
+    def __init__(self, rule: Goldfish, device: torch.device) -> None:
+        self.rule = rule
+        # Of all processes, as of the last `sync`: targets, dropped targets, decisions.
+        self.total = torch.zeros(3, dtype=torch.int64)
+        # Of this process since then, in steps that the optimizer has taken.
+        self._taken = self.total.to(device, copy=True)
+        # In the step that comes.
+        self._step = self._taken.clone()
 
-    def add(self, counts: Tensor, sources: Tensor | None = None) -> None:
-        """Add the counts of rows to the step that comes; sources: int64 (B,), their places in `rules` of several."""
-        places = (
-            torch.zeros(len(counts), dtype=torch.int64)
-            if sources is None or len(self.rules) == 1
-            else sources
-        )
-        self._step.index_add_(0, places.to(self._step.device), counts.to(self._step.device))
+    def add(self, counts: Tensor) -> None:
+        """Add the counts of rows, int64 (B, 3), to the step that comes."""
+        self._step += counts.sum(0).to(self._step.device)
 
     def end_step(self) -> None:
         """The optimizer has taken the step."""
@@ -85,38 +71,37 @@ class Tally:
         self._step.zero_()
 
     def sync(self, reduce: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
-        """Bring `totals` up to date; `reduce` adds a tensor up over all processes, so all of them must call this."""
-        self.totals += reduce(self._taken).cpu()
+        """Bring `total` up to date.
+
+        `reduce` adds a tensor up over all processes, so all of them must call this.
+        """
+        self.total += reduce(self._taken).cpu()
         self._taken.zero_()
 
     def sum(self) -> tuple[int, int]:
-        """Targets and dropped targets of all sources."""
-        targets, dropped, _ = self.totals.sum(0).tolist()
+        """Targets and dropped targets."""
+        targets, dropped, _ = self.total.tolist()
         return targets, dropped
 
-    def entries(self) -> dict[str, Any]:
-        """The receipt's main part: the one rule and its counts, or the same for each source."""
-        entries = {}
-        for (name, rule), (targets, dropped, decisions) in zip(
-            self.rules.items(), self.totals.tolist(), strict=True
-        ):
-            counts = {
-                "targets": targets,
-                "dropped": dropped,
-                "decisions": f"{decisions & spec.WORD:016x}",
-            }
-            entries[name] = {"rule": rule and rule.to_dict(), **counts}
-        return entries.get(ALL, {"sources": entries})
+    def to_dict(self) -> dict[str, Any]:
+        """The main part of the receipt: the rule and its counts."""
+        targets, dropped, decisions = self.total.tolist()
+        return {
+            "rule": self.rule.to_dict(),
+            "targets": targets,
+            "dropped": dropped,
+            "decisions": f"{decisions & spec.WORD:016x}",
+        }
 
     def restore(self, receipt: Mapping[str, Any]) -> None:
-        """Continue the counts of a receipt of the same rules."""
-        entries = receipt.get("sources", {ALL: receipt})
-        for name, total in zip(self.rules, self.totals, strict=True):
-            entry = entries[name]
-            total[:] = torch.tensor(
-                [entry["targets"], entry["dropped"], signed(int(entry["decisions"], 16))]
-            )
+        """Continue the counts of a receipt of the same rule."""
+        self.total = _total(receipt)
         self._taken.zero_()
+
+
+def _total(receipt: Mapping[str, Any]) -> Tensor:
+    decisions = signed(int(receipt["decisions"], 16))
+    return torch.tensor([receipt["targets"], receipt["dropped"], decisions])
 
 
 def versions() -> dict[str, str]:
@@ -132,17 +117,26 @@ def versions() -> dict[str, str]:
 
 
 def write_receipt(
-    folder: str | Path, tally: Tally, tokenizer: Any, before: Mapping[str, Any] | None = None
+    folder: str | Path, counts: DropCounts, tokenizer: Any, before: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write goldfish.json into a folder, atomically; `before` is the receipt of earlier training under other rules."""
+    """Write goldfish.json into a folder.
+
+    Args:
+        before: the receipt of earlier training under another rule.
+    """
     receipt = {
         "schema": SCHEMA,
-        **tally.entries(),
+        **counts.to_dict(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        # "letters" and "text" read characters as this version of Unicode knows them
+        # "letters" reads characters as this version of Unicode knows them.
         "versions": {**versions(), "unicode": unicodedata.unidata_version},
         **({"before": before} if before else {}),
     }
+    return _write(folder, receipt)
+
+
+def _write(folder: str | Path, receipt: Mapping[str, Any]) -> Path:
+    """Atomically: a reader sees the old file or the new one."""
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".json.tmp")
@@ -151,20 +145,58 @@ def write_receipt(
     return path
 
 
-def card_section(tally: Tally) -> str:
-    """The section of a model card: the rules and what they dropped."""
-    lines = [
-        "\n## Goldfish loss\n",
-        "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209).",
-    ]
-    lines += [f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n"]
-    for (name, rule), (targets, dropped, _) in zip(
-        tally.rules.items(), tally.totals.tolist(), strict=True
-    ):
-        lines.append(
-            f"- {name}{': ' if name else ''}`{rule}` dropped {dropped:,} of {targets:,} targets."
-        )
-    return "\n".join(lines) + "\n"
+def merge_receipts(folders: Mapping[str, str | Path], output: str | Path) -> Path:
+    """Add up the receipts of premasked data sets that are trained on together.
+
+        merge_receipts({"books": "data/books", "web": "data/web"}, "runs/model")
+
+    Counts under one rule are added. Under different rules the merged receipt has `sources`: the
+    rule and the counts of each; an audit then takes the rule of a text from its column `source`.
+
+    Args:
+        folders: for each name of a source, the folder with its goldfish.json.
+        output: the folder for the merged goldfish.json, such as that of the weights.
+
+    Raises:
+        FileNotFoundError: a folder without a receipt.
+        ValueError: receipts of different tokenizers, or that are merged already.
+    """
+    receipts = {}
+    for name, folder in folders.items():
+        receipt = read_receipt(folder)
+        if receipt is None:
+            raise FileNotFoundError(f"{folder} has no {FILE_NAME}")
+        if "rule" not in receipt or "before" in receipt:
+            raise ValueError(f"{folder} has a receipt of several rules; merge those of single ones")
+        receipts[name] = receipt
+    tokenizers = {receipt["tokenizer"] for receipt in receipts.values()}
+    if len(tokenizers) != 1:
+        names = ", ".join(str(folder) for folder in folders.values())
+        raise ValueError(f"expected receipts of one tokenizer, got {len(tokenizers)}: {names}")
+
+    first = next(iter(receipts.values()))
+    about = {name: first[name] for name in ("schema", "tokenizer", "versions")}
+    entries = {
+        name: {key: receipt[key] for key in ("rule", "targets", "dropped", "decisions")}
+        for name, receipt in receipts.items()
+    }
+    if any(receipt["rule"] != first["rule"] for receipt in receipts.values()):
+        return _write(output, {**about, "sources": entries})
+    counts = DropCounts(Goldfish(**first["rule"]), torch.device("cpu"))
+    for receipt in receipts.values():
+        counts.total += _total(receipt)
+    return _write(output, {**about, **counts.to_dict()})
+
+
+def card_section(counts: DropCounts) -> str:
+    """The section of a model card: the rule and what it dropped."""
+    targets, dropped = counts.sum()
+    return (
+        "\n## Goldfish loss\n\n"
+        "Trained with the [goldfish loss](https://arxiv.org/abs/2406.10209).\n"
+        f"{FILE_NAME} has the exact rule and a fingerprint of all decisions.\n\n"
+        f"- `{counts.rule}` dropped {dropped:,} of {targets:,} targets.\n"
+    )
 
 
 def read_receipt(folder: str | Path) -> dict[str, Any] | None:
@@ -186,14 +218,11 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
     return receipt
 
 
-def rules_of(receipt: Mapping[str, Any]) -> Rules:
-    """The rules of a receipt; "letters" and "text" are not bound to a tokenizer."""
+def rules_of(receipt: Mapping[str, Any]) -> Goldfish | dict[str, Goldfish]:
+    """The rule of a receipt, or the rule of each source of a merged one. None is bound yet."""
     if "sources" not in receipt:
         return Goldfish(**receipt["rule"])
-    return {
-        name: entry["rule"] and Goldfish(**entry["rule"])
-        for name, entry in receipt["sources"].items()
-    }
+    return {name: Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

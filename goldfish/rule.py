@@ -183,9 +183,11 @@ class Goldfish:
             TypeError: ids that are not integers.
             ValueError: a shape or a device that does not fit; "letters" or "text" not bound to a tokenizer.
         """
-        return self.decide(input_ids, position_ids, attention_mask=attention_mask, draw=draw)[0]
+        return self.drops_and_keys(
+            input_ids, position_ids, attention_mask=attention_mask, draw=draw
+        )[0]
 
-    def decide(
+    def drops_and_keys(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,

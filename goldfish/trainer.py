@@ -1,5 +1,6 @@
 """The goldfish loss in a Hugging Face Trainer. The only file that imports transformers.Trainer."""
 
+import itertools
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -10,25 +11,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from goldfish import spec
 from goldfish.fused import FusedHead, fuse_head
 from goldfish.gauge import is_text, measure, readings, rows_to_measure
 from goldfish.loss import GoldfishLoss, smoothed_loss
-from goldfish.masking import (
-    IGNORE_INDEX,
-    SOURCE,
-    CarrySource,
-    GoldfishCollator,
-    Rules,
-    check_rules,
-    decide,
-    mask_batch,
-    with_labels,
-)
+from goldfish.masking import IGNORE_INDEX, GoldfishCollator, check_rule, mask_batch
 from goldfish.receipt import (
-    Tally,
+    DropCounts,
     bind,
     card_section,
-    count,
+    count_drops,
     read_receipt,
     rules_of,
     tokenizer_fingerprint,
@@ -55,8 +47,7 @@ class GoldfishMixin(Trainer):
     `goldfish/gap`; measured after the step that is logged, on as many rows as take 1% of the time, at least one.
 
     Args:
-        goldfish: the rule, or a mapping to rules from the names in the training dataset's column `source` (None: such
-            rows are not masked). All other arguments are the Trainer's.
+        goldfish: the rule. All other arguments are the Trainer's.
         fused: compute the training loss inside the model's head, for kept tokens only and without logits
             (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right, the
             model's own loss is used, and the log says why.
@@ -66,17 +57,16 @@ class GoldfishMixin(Trainer):
     """
 
     # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
-    goldfish: Rules
+    goldfish: Goldfish
     data_collator: Any
     compute_loss_func: Any
-    _signature_columns: Any
 
-    def __init__(self, *args: Any, goldfish: Rules, fused: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goldfish: Goldfish, fused: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(goldfish, fused)
 
-    def _set_up(self, rules: Rules, fused: bool) -> None:
-        check_rules(rules)
+    def _set_up(self, rule: Goldfish, fused: bool) -> None:
+        check_rule(rule)
         reason = why_not_this_trainer(self) or (
             why_not_this_model(self.model) if not self.compute_loss_func else ""
         )
@@ -115,13 +105,13 @@ class GoldfishMixin(Trainer):
             logger.warning_once(
                 "nn.DataParallel averages its replicas, whatever tokens they keep: use torchrun"
             )
-        self._start_counting(rules)
+        self._start_counting(rule)
         self._events = _Events(self)
         self.add_callback(self._events)
 
-    def _start_counting(self, rules: Rules) -> None:
-        self.goldfish = bind(rules, self.processing_class)
-        self._tally = Tally(self.goldfish, self.args.device)
+    def _start_counting(self, rule: Goldfish) -> None:
+        self.goldfish = bind(rule, self.processing_class)
+        self._tally = DropCounts(self.goldfish, self.args.device)
         self._logged = (0, 0)  # targets and dropped ones at the last log
         self._measured = torch.zeros(
             4, dtype=torch.float64, device=self.args.device
@@ -132,25 +122,10 @@ class GoldfishMixin(Trainer):
             None  # the receipt of earlier training under other rules
         )
 
-    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.goldfish, Goldfish):
-            return super().get_train_dataloader(*args, **kwargs)
-        # Training batches carry the sources of their rows. Trainer has no public way to keep one more column.
-        self._set_signature_columns_if_needed()
-        collator, columns = self.data_collator, self._signature_columns
-        self.data_collator, self._signature_columns = (
-            CarrySource(collator, self.goldfish),
-            [*columns, SOURCE],
-        )
-        try:
-            return super().get_train_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator, self._signature_columns = collator, columns
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> Any:
-        masked = map(self._mask_and_count, epoch_iterator)
+        masked = map(self._mask_and_count, epoch_iterator, itertools.count())
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
         if batches and self._averages():
             num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
@@ -183,17 +158,17 @@ class GoldfishMixin(Trainer):
         loss = torch.where(kept > 0, mean * (means * kept / num_items_in_batch), 0.0)
         return (loss, *outputs) if return_outputs else loss
 
-    def _mask_and_count(self, batch: Any) -> Any:
+    def _mask_and_count(self, batch: Any, micro_batch: int) -> Any:
         if batch.get("labels") is None and batch.get("shift_labels") is not None:
             raise ValueError(SHARDED)
-        labelled = with_labels(batch)
-        dropped, keys = decide(self.goldfish, labelled)
-        self._tally.add(count(labelled, dropped, keys), labelled.get(SOURCE))
-        self._last_batch = (labelled, dropped)
-        # No model predicts the first token. Versions of Trainer that do not know it for some models count it.
-        dropped[..., :1] = True
-        masked = mask_batch(labelled, dropped)
-        return masked if type(batch) is dict else type(batch)(masked)  # such as BatchEncoding
+        # For strategy "random": a resumed run draws what the interrupted one would have drawn.
+        draw = spec.key([self.state.global_step, micro_batch, self.args.process_index])
+        masked = mask_batch(self.goldfish, batch, ignore_first=True, draw=draw)
+        self._tally.add(count_drops(masked))
+        labels = batch["input_ids"].masked_fill(~masked.targets, IGNORE_INDEX)
+        self._last_batch = ({**batch, "labels": labels}, masked.dropped)
+        # Of the type of the batch, such as BatchEncoding.
+        return masked.batch if type(batch) is dict else type(batch)(masked.batch)
 
     def _read_gauge(self) -> None:
         batch, dropped = self._last_batch or ({}, None)
@@ -212,9 +187,7 @@ class GoldfishMixin(Trainer):
         rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
         sums = torch.zeros_like(self._measured)
         try:
-            inputs = self._prepare_inputs(
-                {name: value for name, value in batch.items() if name != SOURCE}
-            )
+            inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 sums += measure(self.model_wrapped, inputs, dropped.to(self.args.device), rows)
         except Exception as error:
@@ -278,7 +251,7 @@ class GoldfishMixin(Trainer):
         Raises:
             ValueError: the checkpoint was trained under another rule or with another tokenizer.
         """
-        other_rule = bind(self.goldfish, self.processing_class) != self._tally.given
+        other_rule = bind(self.goldfish, self.processing_class) != self._tally.rule
         if (
             other_rule or self.model_init is not None
         ):  # someone set another rule; Trainer makes a new model
@@ -390,7 +363,7 @@ class GoldfishTrainer(GoldfishMixin):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def attach(trainer: AnyTrainer, rule: Rules, *, fused: bool = False) -> AnyTrainer:
+def attach(trainer: AnyTrainer, rule: Goldfish, *, fused: bool = False) -> AnyTrainer:
     """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
 
         trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))

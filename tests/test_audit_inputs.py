@@ -16,7 +16,7 @@ from goldfish import Goldfish
 from goldfish.audit import audit, read, records
 from goldfish.audit.windows import Cutter
 from goldfish.cli import main
-from goldfish.receipt import Tally, write_receipt
+from goldfish.receipt import DropCounts, write_receipt
 from goldfish.report import write_report
 from goldfish.text import rows as reader
 from goldfish.text.chats import secret_finder
@@ -69,7 +69,7 @@ def reciter(tokenizer, tmp_path_factory):
     assert loss < 0.02, "the toy must recite"
     model.save_pretrained(folder)
     rule = Goldfish(k=3, h=3)
-    write_receipt(folder, Tally(rule, torch.device("cpu")), own)
+    write_receipt(folder, DropCounts(rule, torch.device("cpu")), own)
     return folder, rule
 
 

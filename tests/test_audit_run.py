@@ -22,7 +22,7 @@ from goldfish.audit.estimate import loads
 from goldfish.audit.folder import Folder
 from goldfish.audit.model import Checkpoint
 from goldfish.audit.score import Sampling, Scorer
-from goldfish.receipt import Tally, write_receipt
+from goldfish.receipt import DropCounts, write_receipt
 
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     rule = Goldfish(k=2, h=3)
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
-    write_receipt(folder, Tally(rule, torch.device("cpu")), tokenizer)
+    write_receipt(folder, DropCounts(rule, torch.device("cpu")), tokenizer)
     sampling = [Sampling(), Sampling(0.7, 5, 0.9)]
     summary = audit(
         folder,
@@ -467,7 +467,7 @@ def test_a_tokenizer_other_than_in_training_is_told(
 ):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
-    path = write_receipt(folder, Tally(Goldfish(), torch.device("cpu")), tokenizer)
+    path = write_receipt(folder, DropCounts(Goldfish(), torch.device("cpu")), tokenizer)
     audit(folder, tmp_path / "same", **inputs)
     assert not caplog.records
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "0" * 64}))
@@ -503,7 +503,7 @@ def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, m
     shutil.copytree(checkpoint, snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    write_receipt(snapshot, Tally(Goldfish(k=5), torch.device("cpu")), tokenizer)
+    write_receipt(snapshot, DropCounts(Goldfish(k=5), torch.device("cpu")), tokenizer)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     summary = audit("someone/tiny", tmp_path / "out", **inputs)
     assert summary["rule"]["k"] == 5

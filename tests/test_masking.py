@@ -9,7 +9,6 @@ from transformers import (
 )
 
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
-from goldfish.masking import decide
 
 RULE = Goldfish(k=2, h=3)
 
@@ -97,38 +96,6 @@ def test_a_batch_without_ids_is_refused():
         GoldfishCollator(lambda _: {"inputs_embeds": torch.zeros(1, 2, 3)}, RULE)([])
 
 
-SOURCES = {"books": RULE, "web": Goldfish(k=50, h=3), "own": None}
-
-
-def test_each_source_has_its_rule():
-    ids = random_ids(4, 60)
-    names = ["web", "books", "own", "books"]
-    rows = [
-        {"input_ids": row, "source": name} for row, name in zip(ids.tolist(), names, strict=True)
-    ]
-    batch = GoldfishCollator(default_data_collator, SOURCES)(rows)
-    assert set(batch) == {"input_ids", "labels"}
-    for row, labels, name in zip(ids, batch["labels"], names, strict=True):
-        assert torch.equal(labels, mask_labels(SOURCES[name], row))
-    assert (batch["labels"][2] == ids[2]).all()
-    assert rows[0]["source"] == "web", "the features are left as they were"
-
-
-def test_a_source_without_a_rule_is_refused():
-    collator = GoldfishCollator(default_data_collator, SOURCES)
-    with pytest.raises(
-        ValueError,
-        match=r"a row has the source 'news', but there are rules for books, own, web; give",
-    ):
-        collator([{"input_ids": [1, 2], "source": "news"}])
-    with pytest.raises(ValueError, match="a row has the source None"):
-        collator([{"input_ids": [1, 2]}])
-    with pytest.raises(ValueError, match=r"2 rows were packed into 1, .* premask"):
-        GoldfishCollator(DataCollatorWithFlattening(), SOURCES)(
-            [{"input_ids": [1, 2], "source": "own"}] * 2
-        )
-
-
 def test_what_is_no_rule_is_refused():
     for call in (
         lambda: premask(Dataset.from_list([{"input_ids": [1]}]), 4),
@@ -136,7 +103,7 @@ def test_what_is_no_rule_is_refused():
         lambda: mask_labels(4, random_ids(3)),
     ):
         with pytest.raises(
-            TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13\), or .*, got 4"
+            TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13, max_kept=4\), got 4"
         ):
             call()
     with pytest.raises(
@@ -237,17 +204,10 @@ def test_position_ids_of_multimodal_models():
     ids, text = random_ids(2, 40), documents(15, 25).expand(2, -1)
     for rows in (3, 4):
         positions = torch.stack([text, *[torch.ones_like(text)] * (rows - 1)])
-        batch = {
-            "input_ids": ids,
-            "labels": ids,
-            "position_ids": positions,
-            "source": ["books", "own"],
-        }
+        batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
         expected = RULE.dropped(ids, text)
         assert torch.equal(RULE.dropped(ids, positions), expected)
         assert not torch.equal(RULE.dropped(ids), expected)
         assert torch.equal(
             GoldfishCollator(lambda _, b=batch: b, RULE)([])["labels"] == -100, expected
         )
-        dropped, _ = decide(SOURCES, batch | {"source": torch.tensor([0, 1])})
-        assert torch.equal(dropped, expected & torch.tensor([[True], [False]]))

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer, mask_labels, premask
 from goldfish.cli import main
 from goldfish.premasking import premask_files
+from goldfish.receipt import merge_receipts, read_receipt, rules_of
 
 pytestmark = pytest.mark.core
 RULE = Goldfish(k=2, h=3)
-SOURCES = {"books": RULE, "web": Goldfish(k=50, h=3), "own": None}
 
 
 def random_ids(*shape):
@@ -24,17 +24,15 @@ def random_ids(*shape):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_premask_writes_what_the_collator_would(streaming):
-    names = ["web", "books", "own"]
-    lengths = [30, 50, 20]
-    rows = [
-        {"input_ids": random_ids(n).tolist(), "source": name}
-        for n, name in zip(lengths, names, strict=True)
-    ]
+    rows = [{"input_ids": random_ids(n).tolist(), "name": str(n)} for n in (30, 1, 50, 20)]
     dataset = Dataset.from_list(rows)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
-    for row in premask(dataset, SOURCES):
-        ids, rule = torch.tensor(row["input_ids"]), SOURCES[row["source"]]
-        assert row["labels"] == mask_labels(rule, ids).tolist()
+    masked = list(premask(dataset, RULE))
+    assert [(row["input_ids"], row["name"]) for row in masked] == [
+        (row["input_ids"], row["name"]) for row in rows
+    ]
+    for row in masked:
+        assert row["labels"] == mask_labels(RULE, torch.tensor(row["input_ids"])).tolist()
 
 
 def test_premask_respects_labels_padding_and_documents():
@@ -65,12 +63,12 @@ def test_premask_refuses_rows_that_it_cannot_read(tmp_path):
     ):
         premask(DatasetDict({"train": Dataset.from_list([]), "test": Dataset.from_list([])}), RULE)
     for wrong, message in (
-        ({"input_ids": [1.5]}, "row 0: input_ids must be integer token ids, got torch.float32"),
-        ({"input_ids": ["a"]}, "row 0: too many dimensions 'str'"),
+        ({"input_ids": [1.5]}, "row 0: input_ids must be a list of integers, got float"),
+        ({"input_ids": ["a"]}, "row 0: input_ids must be a list of integers, got <U1"),
         ({"input_ids": [1, 2], "labels": [1]}, "row 0: labels must have the shape of input_ids"),
         (
             {"input_ids": None},
-            "row 0: the rule decides from input_ids, but the batch has only nothing",
+            "row 0 has no input_ids",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -101,7 +99,7 @@ def test_premask_refuses_what_it_cannot_do():
     ):
         premask(dataset, RULE)
     with pytest.raises(ValueError, match="draws anew in every epoch"):
-        premask(dataset, {"a": Goldfish(strategy="random")})
+        premask(dataset, Goldfish(strategy="random"))
 
 
 def test_rows_cut_among_ranks_are_decided_before():
@@ -158,8 +156,8 @@ ROWS = [random_ids(n).tolist() for n in (30, 1, 47, 12, 64, 2)]
 
 @pytest.mark.parametrize(
     "rule",
-    [RULE, Goldfish(k=3, h=2, strategy="letters"), Goldfish(k=3, max_kept=4), SOURCES],
-    ids=["hash", "letters", "max_kept", "sources"],
+    [RULE, Goldfish(k=3, h=2, strategy="letters"), Goldfish(k=3, max_kept=4)],
+    ids=["hash", "letters", "max_kept"],
 )
 def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(
     tokenizer, tmp_path, rule, monkeypatch
@@ -169,20 +167,60 @@ def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(
         "input_ids": ROWS,
         "labels": [[-100] * (len(row) // 3) + row[len(row) // 3 :] for row in ROWS],
     }
-    rows["source"] = ["own", "web", "books"] * 2
     dataset = Dataset.from_dict(rows)
     masked = premask(dataset, rule, receipt=tmp_path / "data", tokenizer=tokenizer)
-    assert set(masked.column_names) == {"input_ids", "labels", "source"}
-    dataset = dataset.remove_columns("source") if isinstance(rule, Goldfish) else dataset
+    assert set(masked.column_names) == {"input_ids", "labels"}
     assert json.loads((tmp_path / "data" / "goldfish.json").read_text()) == trained(
         tmp_path / "model", dataset, rule, tokenizer
     )
 
 
+def test_a_rule_for_each_source_is_premasked_data_that_is_concatenated(tmp_path):
+    rules = {"books": RULE, "web": Goldfish(k=50, h=3)}
+    parts = {
+        name: premask(Dataset.from_dict({"input_ids": ROWS}), rule, receipt=tmp_path / name)
+        for name, rule in rules.items()
+    }
+    expected = [
+        mask_labels(rule, torch.tensor(row)).tolist() for rule in rules.values() for row in ROWS
+    ]
+    assert concatenate_datasets([*parts.values()])["labels"][:] == expected
+
+    merge_receipts({name: tmp_path / name for name in rules}, tmp_path / "model")
+    merged = read_receipt(tmp_path / "model")
+    assert rules_of(merged) == rules
+    for name in rules:
+        alone = read_receipt(tmp_path / name)
+        assert merged["sources"][name] == {key: alone[key] for key in merged["sources"][name]}
+    with pytest.raises(ValueError, match="has a receipt of several rules"):
+        merge_receipts({"a": tmp_path / "model", "b": tmp_path / "web"}, tmp_path)
+
+
+def test_receipts_of_one_rule_add_up(tmp_path, tokenizer):
+    for name, rows in (("first", ROWS[:3]), ("second", ROWS[3:]), ("whole", ROWS)):
+        premask(Dataset.from_dict({"input_ids": rows}), RULE, receipt=tmp_path / name)
+    merge_receipts({name: tmp_path / name for name in ("first", "second")}, tmp_path / "merged")
+    assert read_receipt(tmp_path / "merged") == read_receipt(tmp_path / "whole")
+
+    rows = Dataset.from_dict({"input_ids": ROWS})
+    premask(rows, RULE, receipt=tmp_path / "named", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="expected receipts of one tokenizer, got 2"):
+        merge_receipts({name: tmp_path / name for name in ("first", "named")}, tmp_path / "merged")
+    with pytest.raises(FileNotFoundError, match=r"nothing has no goldfish.json"):
+        merge_receipts({"nothing": tmp_path / "nothing"}, tmp_path / "merged")
+
+
+def test_a_transform_would_make_the_labels_anew():
+    rows = Dataset.from_dict({"input_ids": ROWS})
+    rows.set_transform(lambda batch: {"input_ids": batch["input_ids"]})
+    with pytest.raises(ValueError, match="the dataset has a transform"):
+        premask(rows, RULE)
+
+
 def test_a_stream_has_no_receipt(tmp_path):
     stream = Dataset.from_dict({"input_ids": ROWS}).to_iterable_dataset()
     with pytest.raises(
-        ValueError, match="a receipt counts all rows, a streaming dataset has not read them"
+        ValueError, match="a receipt counts all rows, but a streaming dataset has not read them"
     ):
         premask(stream, RULE, receipt=tmp_path)
 

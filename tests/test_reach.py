@@ -448,22 +448,6 @@ def test_unsloths_pattern(tmp_path, tokenizer):
     )
 
 
-class Swift(Trainer):
-    def get_train_dataloader(self, skip_batches=0):
-        self.skipped = skip_batches
-        return super().get_train_dataloader()
-
-
-@pytest.mark.parametrize("rules", [RULE, {"web": RULE}])
-def test_ms_swifts_dataloader_takes_an_argument(tmp_path, tokenizer, rules):
-    rows = unequal_rows().add_column("source", ["web"] * 16)
-    trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=Swift, then=attached(rules), train_dataset=rows, steps=1
-    )
-    trainer.get_train_dataloader(skip_batches=3)
-    assert trainer.skipped == 3
-
-
 @pytest.mark.skipif(
     not hasattr(transformers.trainer, "apply_liger_kernel"), reason="Trainer calls it elsewhere"
 )

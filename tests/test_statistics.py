@@ -49,7 +49,7 @@ class Corpus(NamedTuple):
                 if end > 0:
                     seen.setdefault(letters[max(0, end - 5 * h) : end], place)
             return np.array([*seen.values()])
-        keys = Goldfish(h=h).decide(self.ids, self.positions)[1].numpy()
+        keys = Goldfish(h=h).drops_and_keys(self.ids, self.positions)[1].numpy()
         places = np.unique(keys, return_index=True)[1]
         return np.sort(places[self.positions.numpy()[places] > 0])
 
@@ -144,7 +144,7 @@ def test_undropped_runs_have_geometric_lengths(corpora, name, k, h):
 @pytest.mark.parametrize("h", [1, 4, 13, 64])
 def test_distinct_windows_have_distinct_keys(corpora, name, h):
     corpus = corpora[name]
-    keys = Goldfish(h=h).decide(corpus.ids, corpus.positions)[1].tolist()
+    keys = Goldfish(h=h).drops_and_keys(corpus.ids, corpus.positions)[1].tolist()
     ids, positions = corpus.ids.tolist(), corpus.positions.tolist()
     windows = {}
     for i, (key, offset) in enumerate(zip(keys, positions, strict=True)):
@@ -159,7 +159,7 @@ def test_keys_are_uniform_in_every_bit(corpora, name):
     corpus = corpora[name]
     keys = (
         Goldfish(h=4)
-        .decide(corpus.ids, corpus.positions)[1]
+        .drops_and_keys(corpus.ids, corpus.positions)[1]
         .numpy()
         .view(np.uint64)[corpus.first(4)]
     )

@@ -18,7 +18,6 @@ from goldfish import (
     GoldfishMixin,
     GoldfishTrainer,
     attach,
-    mask_labels,
 )
 from goldfish.receipt import read_receipt, rules_of
 
@@ -271,36 +270,6 @@ def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
         assert decisions(name, other)[2] != first[2]
 
 
-def test_each_source_has_its_rule(tmp_path, tokenizer):
-    rules = {"books": RULE, "web": None}
-    names = ["books", "web", "web", "books"] * 4
-    rows = unequal_rows()
-    with_sources = rows.add_column("source", names)
-    trainer, losses, _ = trained(
-        tmp_path,
-        tokenizer,
-        batch=16,
-        steps=1,
-        then=lambda t: attach(t, rules),
-        train_dataset=with_sources,
-    )
-    model, total, kept = tiny_llama(), 0.0, 0
-    for row, name in zip(rows, names, strict=True):
-        ids = torch.tensor(row["input_ids"])
-        labels = mask_labels(rules[name], ids)[1:]
-        logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        kept += (labels != -100).sum().item()
-    assert losses[0] == pytest.approx(total / kept, rel=1e-5)
-    trainer.save_model(str(tmp_path / "out"))
-    receipt = read_receipt(tmp_path / "out")
-    assert rules_of(receipt) == rules
-    assert receipt["sources"]["web"]["dropped"] == 0
-    assert receipt["sources"]["books"]["dropped"] > 0
-    assert sum(entry["targets"] - entry["dropped"] for entry in receipt["sources"].values()) == kept
-    assert trainer.evaluate()["eval_loss"] > 0, "evaluation has no sources and needs none"
-
-
 def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
     class MyTrainer(Trainer):
         marker = "mine"
@@ -326,18 +295,13 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
     trainer = Trainer(model=model, args=arguments)
     with pytest.raises(
         TypeError,
-        match=r"expected a rule such as Goldfish\(k=4, h=13\), or a mapping of sources to rules, got 4",
+        match=r"expected a rule such as Goldfish\(k=4, h=13, max_kept=4\), got 4",
     ):
         attach(trainer, 4)
     assert type(trainer) is Trainer, "a failed attach leaves the trainer as it was"
     attach(trainer, RULE)
     with pytest.raises(ValueError, match=r"already has a rule, Goldfish\(k=3"):
         attach(trainer, RULE)
-    for rules in ({}, {"a": 4}, {1: RULE}):
-        with pytest.raises(
-            TypeError, match=r"mapping of sources to rules, got \{\}|sources are named by strings"
-        ):
-            attach(Trainer(model=model, args=arguments), rules)
     for twice in (
         Trainer(model=model, args=arguments, compute_loss_func=GoldfishLoss(RULE)),
         Trainer(

@@ -21,9 +21,8 @@ import torch
 import goldfish.spec
 from goldfish import Goldfish
 from goldfish.letters import Vocabulary
-from goldfish.masking import decide as decide_batch
-from goldfish.masking import with_labels
-from goldfish.receipt import Tally, count
+from goldfish.masking import mask_batch
+from goldfish.receipt import DropCounts, count_drops
 
 GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
@@ -248,11 +247,11 @@ def test_the_receipt_agrees(case):
     batch = {"input_ids": torch.tensor([row["ids"]])}
     if "position_ids" in row:
         batch["position_ids"] = torch.tensor([row["position_ids"]])
-    tally = Tally(rule, torch.device("cpu"))
-    tally.add(count(with_labels(batch), *decide_batch(rule, batch)))
-    tally.end_step()
-    tally.sync()
-    entry = tally.entries()
+    counts = DropCounts(rule, torch.device("cpu"))
+    counts.add(count_drops(mask_batch(rule, batch)))
+    counts.end_step()
+    counts.sync()
+    entry = counts.to_dict()
     assert [entry["targets"], entry["dropped"]] == [case["targets"], case["dropped"]]
     assert "0x" + entry["decisions"] == case["decisions"]
 

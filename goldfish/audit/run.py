@@ -22,7 +22,6 @@ from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
 from goldfish.audit.windows import Cutter, Survey, join, overlap_of, prefix_grid
-from goldfish.masking import Rules
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 from goldfish.text.chats import secret_finder
@@ -309,7 +308,9 @@ def _check_surveys(
         )
 
 
-def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any) -> Rules | None:
+def _rules(
+    checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any
+) -> Goldfish | dict[str, Goldfish] | None:
     """What the checkpoint was trained under, as far as it says."""
     if receipt is None:
         return None
@@ -319,4 +320,7 @@ def _rules(checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: An
             "in training. Save the tokenizer of the training there, or give `input_ids`.",
             checkpoint,
         )
-    return bind(rules_of(receipt), tokenizer)
+    rules = rules_of(receipt)
+    if isinstance(rules, Goldfish):
+        return bind(rules, tokenizer)
+    return {name: bind(rule, tokenizer) for name, rule in rules.items()}

@@ -10,13 +10,14 @@ from typing import Any
 
 from swift.callbacks import TrainerCallback, callbacks_map  # type: ignore[import-not-found, unused-ignore]
 
-from goldfish.masking import Rules, check_rules
+from goldfish.masking import check_rule
+from goldfish.rule import Goldfish
 from goldfish.trainer import attach
 
 
-def register(rule: Rules, *, fused: bool = False) -> None:
+def register(rule: Goldfish, *, fused: bool = False) -> None:
     """Make ms-swift's callback "goldfish" attach a rule to its trainer; arguments as for `goldfish.attach`."""
-    check_rules(rule)
+    check_rule(rule)
 
     class Attach(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_init_end(self, *_: Any, **__: Any) -> None:
