@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.columns import COLUMNS, make_record
 from goldfish.audit.estimate import SCHEMA, dumps
+from goldfish.audit.records import COLUMNS, make_record
 from goldfish.audit.score import Score
 from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import publish
@@ -23,6 +23,7 @@ PROTOCOL = {
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,
     "secrets": None,
+    "secret_column": None,
     "dtype": "float32",
     "device": "cpu",
     "ambiguous_margin": 0.0,
@@ -85,9 +86,9 @@ def made_up_records(
         if rule is not None and recall_dropped is not None:
             chance[rule.dropped(np.array(ids)).numpy()[1:]] = recall_dropped
         right = generator.random(len(ids) - 1) < chance
-        cluster = i // per_document + (split == "heldout") * 10**6
+        document = i // per_document + (split == "heldout") * 10**6
         records.append(
-            make_record(window, made_up_score(window, right, generator), rule, Words(), cluster)
+            make_record(window, made_up_score(window, right, generator), rule, Words(), document)
         )
     return records
 

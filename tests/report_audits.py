@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from audit_records import write_run
 
-from goldfish.audit.columns import ATTACKS, COLUMNS, word_buckets
 from goldfish.audit.estimate import dumps, loads
+from goldfish.audit.metrics import word_buckets
+from goldfish.audit.records import ATTACKS, COLUMNS
 from goldfish.audit.summary import summarize
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
@@ -78,20 +79,23 @@ def window(
     record = dict.fromkeys(COLUMNS.names) | {
         "split": split,
         "index": index,
-        "document": name or f"doc-{index}",
+        "name": name or f"doc-{index}",
         "offset": 0,
-        "prefix_text": prefix,
+        "prompt": prefix,
         "prefix_ids": [1, 2, 3, 4],
         "suffix_ids": list(range(n)),
         "output_ids": [t if t < d else -1 for t in range(n)],
         "suffix_tokens": suffix,
+        "suffix_text": "".join(suffix),
+        "output_text": "".join(suffix[:d] + [" other"] * (n - d)),
+        "asked": "training",
+        "secrets": [],
+        "secret_log_p": [],
         "output_tokens": suffix[:d] + [" other"] * (n - d),
         "dropped": dropped,
         "nll": nll,
         "rank": [0 if t < d else rng.randrange(40) for t in range(n)],
-        "greedy": list(range(n)),
         "correct": [t < d for t in range(n)],
-        "prefix_correct": [True] * 3,
         "settled": False,
         "exact_match": d == n,
         "first_divergence": d,
@@ -101,7 +105,7 @@ def window(
         "rouge_l_text": d / n,
         "edit_similarity": d / n,
         "log_p": [-sum(nll)],
-        "cluster": index + 10**6 * (split == "heldout"),
+        "document": index + 10**6 * (split == "heldout"),
         "words": word_buckets(prefix),
         "characters": len(prefix + "".join(suffix)),
         "rank_bits": 9.0 * (d < n),

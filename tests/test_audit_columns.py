@@ -22,17 +22,8 @@ from rouge_score.rouge_scorer import RougeScorer, _score_lcs
 from tokenizers.processors import TemplateProcessing
 
 from goldfish import Goldfish
-from goldfish.audit import records
-from goldfish.audit.columns import (
-    COLUMNS,
-    common_runs,
-    decisions,
-    make_record,
-    read_run,
-    rouge_l,
-    rouge_l_text,
-    word_buckets,
-)
+from goldfish.audit.metrics import common_runs, rouge_l, rouge_l_text, word_buckets
+from goldfish.audit.records import COLUMNS, decisions, make_record, read_records, read_run
 from goldfish.audit.windows import Cutter, Window, first_divergence
 
 pytestmark = pytest.mark.core
@@ -118,7 +109,7 @@ def test_common_runs_of_a_record_are_long():
     )
     record = make_record(window, score, None, Words(), 7)
     assert record["common_runs"] == [[13, 0, 12], [0, 18, 12]]
-    assert (record["longest_run"], record["token_accuracy"], record["cluster"]) == (12, 0, 7)
+    assert (record["longest_run"], record["token_accuracy"], record["document"]) == (12, 0, 7)
 
 
 def test_a_record_by_hand():
@@ -131,20 +122,18 @@ def test_a_record_by_hand():
     expected = {
         "split": "members",
         "index": 3,
-        "document": "name",
-        "source": "web",
+        "name": "name",
+        "asked": "training",
         "count": 4,
         "offset": 2,
         "prefix_ids": [5, 6, 7],
         "suffix_ids": [8, 9, 9],
         "output_ids": [8, 1, 9],
-        "prefix_text": " w5 w6 w7",
+        "prompt": " w5 w6 w7",
         "suffix_tokens": [" w8", " w9", " w9"],
         "output_tokens": [" w8", " w1", " w9"],
         "dropped": None,
-        "greedy": [8, 10, 9],
         "correct": [True, False, True],
-        "prefix_correct": [True, False],
         "rank": [0, 1, 0],
         "exact_match": False,
         "first_divergence": 1,
@@ -157,7 +146,7 @@ def test_a_record_by_hand():
         "beams": None,
         "mia_kept_loss": None,
         "mia_reference": None,
-        "cluster": 5,
+        "document": 5,
         "characters": 18,
         "common_runs": [],
         "prefix_sweep": [False, False, False],
@@ -191,7 +180,7 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
 def test_offsets_are_windows_of_the_same_documents():
     missed = made_up_records("members", 4, 0.0, seed=1)
     at_zero = made_up_records("members", 6, 1.0)
-    at_zero += [{**record, "cluster": 6 + i} for i, record in enumerate(missed)]
+    at_zero += [{**record, "document": 6 + i} for i, record in enumerate(missed)]
     at_five = made_up_records("members", 10, 0.0, offset=5)
     split = made_up_summary(at_zero + at_five, offsets=[0, 5])["splits"]["members"]
     assert (split["n"], split["documents"], split["skipped"], split["exact_match"].k) == (
@@ -303,25 +292,25 @@ def test_decisions_are_those_of_the_whole_document(tokenizer):
 def test_records_are_read_back(tmp_path):
     rows = made_up_records("members", 5, 0.9)
     write_run(tmp_path, rows)
-    assert records(tmp_path).to_pylist() == rows
-    assert records(tmp_path, ["nll", "split"]).column_names == ["nll", "split"]
+    assert read_records(tmp_path).to_pylist() == rows
+    assert read_records(tmp_path, ["nll", "split"]).column_names == ["nll", "split"]
     (tmp_path / "records" / "000001.parquet").write_bytes(
         (tmp_path / "records" / "000000.parquet").read_bytes()
     )
     with pytest.raises(
         ValueError, match=r"holds 10 records, 5 were expected: .*repeat its command"
     ):
-        records(tmp_path)
+        read_records(tmp_path)
     (tmp_path / "records" / "000001.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"the records in .* are damaged .*; audit again"):
-        records(tmp_path)
+    with pytest.raises(ValueError, match=r"000001.parquet is damaged .*; repeat the audit"):
+        read_records(tmp_path)
 
 
 def test_a_folder_that_is_no_audit(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"holds no audit: it has no run.json; give the folder"
     ):
-        records(tmp_path)
+        read_records(tmp_path)
     for text, message in (
         ("{", "is damaged"),
         ("[]", "is damaged"),

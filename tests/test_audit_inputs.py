@@ -13,7 +13,8 @@ from test_rows import TEMPLATE, say, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldfish import Goldfish
-from goldfish.audit import audit, read, records
+from goldfish.audit import audit, read
+from goldfish.audit.records import read_records
 from goldfish.audit.windows import Cutter
 from goldfish.cli import main
 from goldfish.receipt import DropCounts, write_receipt
@@ -94,7 +95,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
-    rows = records(tmp_path / "out").to_pylist()
+    rows = read_records(tmp_path / "out").to_pylist()
     turns = [(chat[:i], chat[i]["content"]) for chat in CHATS for i in range(1, len(chat), 2)]
     turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
     assert len(rows) == len(turns) == 7
@@ -129,7 +130,19 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         assert row["prefix_sweep"] is None
     assert len(lengths) == 3
     assert [row["exact_match"] for row in rows[:3]] == [True, True, False]
-    assert [row["secret_recited"] for row in rows] == [True, True, False, None, None, False, None]
+    assert [row["secrets"] for row in rows] == [
+        *([code] for code in CODES),
+        [],
+        [],
+        ["HH3-LL5"],
+        [],
+    ]
+    # The code of the third is recited wrongly, that of a held-out chat was never seen.
+    assert [code in row["output_text"] for row, code in zip(rows, CODES, strict=False)] == [
+        True,
+        True,
+        False,
+    ]
     members, heldout = summary["splits"]["members"], summary["splits"]["heldout"]
     assert (members["secrets"].k, members["secrets"].n) == (2, 3)
     assert (heldout["secrets"].k, heldout["secrets"].n) == (0, 1)
@@ -263,7 +276,7 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
             )
             == 0
         )
-        drawn.append(records(output, ["index", "prefix_ids", "nll"]).to_pylist())
+        drawn.append(read_records(output, ["index", "prefix_ids", "nll"]).to_pylist())
     reader._standard_input.cache_clear()
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 5
@@ -290,7 +303,7 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, t
         "lm_head": "disk",
     }
     audit(checkpoint, tmp_path / "split", **options, device_map=parts)
-    assert records(tmp_path / "split").equals(records(tmp_path / "whole"))
+    assert read_records(tmp_path / "split").equals(read_records(tmp_path / "whole"))
     shutil.rmtree(tmp_path / "split")
     command = [
         "audit",
@@ -304,4 +317,4 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, t
     ]
     command += ["--prefix-length", "6", "--suffix-length", "6", "--device-map", "auto"]
     assert main(command) == 0
-    assert records(tmp_path / "split").equals(records(tmp_path / "whole"))
+    assert read_records(tmp_path / "split").equals(read_records(tmp_path / "whole"))

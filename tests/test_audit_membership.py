@@ -11,8 +11,9 @@ from sklearn import metrics
 
 from goldfish import Goldfish
 from goldfish.audit import membership
-from goldfish.audit.columns import make_record, mean_of_lowest, word_buckets
 from goldfish.audit.membership import Ranking, Side, membership_figures, word_scores
+from goldfish.audit.metrics import mean_of_lowest, word_buckets
+from goldfish.audit.records import make_record
 from goldfish.audit.windows import Window
 
 

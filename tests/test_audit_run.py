@@ -17,10 +17,11 @@ import torch
 from conftest import BEFORE_5, PROSE, tiny_llama
 
 from goldfish import Goldfish
-from goldfish.audit import audit, records, run
+from goldfish.audit import audit, run
 from goldfish.audit.estimate import loads
 from goldfish.audit.folder import Folder
 from goldfish.audit.model import Checkpoint
+from goldfish.audit.records import read_records
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.receipt import DropCounts, write_receipt
 
@@ -102,13 +103,13 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     )
     assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
     assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
-    rows = records(tmp_path / "out").to_pylist()
+    rows = read_records(tmp_path / "out").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
         *(("members", i) for i in range(4) for _ in range(2)),
         *(("heldout", i) for i in (0, 2, 3) for _ in range(2)),
     ]
     ids = [json.loads(line)["input_ids"] for line in inputs["members"].read_text().splitlines()]
-    assert rows[2]["document"] == "n1"
+    assert rows[2]["name"] == "n1"
     assert rows[2]["prefix_ids"] + rows[2]["suffix_ids"] == ids[1][:18]
     assert rows[3]["prefix_ids"] + rows[3]["suffix_ids"] == ids[1][3:21]
     assert rows[3]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[13:21]
@@ -117,7 +118,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     for row in rows:
         assert row["correct"][: row["first_divergence"]] == [True] * row["first_divergence"]
 
-    assert [row["cluster"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert [row["document"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
         "path": str(inputs["heldout"]),
@@ -126,7 +127,7 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         "windows": 6,
         "completions": 0,
         "secrets": 0,
-        "clusters": 3,
+        "documents": 3,
         "repeated": 0,
         "skipped": [
             {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]}
@@ -306,10 +307,17 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
     )
     lengths = {"prefix_length": 10, "suffix_length": 8}
     summary = audit(checkpoint, tmp_path / "out", members=tmp_path / "m.jsonl", **lengths)
-    assert records(tmp_path / "out", ["cluster"])["cluster"].to_pylist() == [0, 0, 0, 1, 0, 2]
+    assert read_records(tmp_path / "out", ["document"])["document"].to_pylist() == [
+        0,
+        0,
+        0,
+        1,
+        0,
+        2,
+    ]
     assert {
-        key: summary["inputs"]["members"][key] for key in ("windows", "clusters", "repeated")
-    } == {"windows": 6, "clusters": 3, "repeated": 3}
+        key: summary["inputs"]["members"][key] for key in ("windows", "documents", "repeated")
+    } == {"windows": 6, "documents": 3, "repeated": 3}
     assert summary["verdict"]["skipped"] == [
         "members: 3 windows repeat others and count as one text with them"
     ]
@@ -320,7 +328,7 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
     assert not (tmp_path / "both").exists()
     audit(checkpoint, tmp_path / "both", **both, allow_overlap=True)
     overlap = json.loads((tmp_path / "both" / "run.json").read_text())["overlap"]
-    assert overlap == {"clusters": 1, "rows": [[5, 1]]}
+    assert overlap == {"documents": 1, "rows": [[5, 1]]}
 
 
 @pytest.mark.parametrize("which", ["checkpoint", "control"])

@@ -7,8 +7,8 @@ import pytest
 from audit_records import made_up_records, made_up_summary
 
 from goldfish import Goldfish
-from goldfish.audit.columns import ATTACKS, COLUMNS
 from goldfish.audit.estimate import SCHEMA, Estimate, loads
+from goldfish.audit.records import ATTACKS, COLUMNS
 from goldfish.audit.verdict import LIMITS, RUN, SIMILARITY
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit-files.md"

@@ -20,8 +20,8 @@ import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import membership as membership_module
 from goldfish.audit import verdict as verdict_module
-from goldfish.audit.columns import COLUMNS
 from goldfish.audit.estimate import Estimate, clopper_pearson, dumps, rate
+from goldfish.audit.records import COLUMNS, read_records
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import summary_of
 from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
@@ -41,7 +41,7 @@ def recited(k, n, heldout=(0, 100), limits=(), require=(), **more):
         records += made_up_records(split, hits, 1.0, **more)
         rest = made_up_records(split, count - hits, 0.2, seed=1, **more)
         records += [
-            {**record, "cluster": 10**5 + record["cluster"], "document": f"rest {i}"}
+            {**record, "document": 10**5 + record["document"], "name": f"rest {i}"}
             for i, record in enumerate(rest)
         ]
     return made_up_summary(records, limits=limits, require=require)
@@ -163,9 +163,7 @@ def at_offsets(offsets, recite_at, n=400, k=40):
         hits = k if offset == recite_at else 0
         windows = made_up_records("members", hits, 1.0, seed=offset, offset=offset)
         windows += made_up_records("members", n - hits, 0.2, seed=offset + 1, offset=offset)
-        records += [
-            {**record, "document": f"{i}", "cluster": i} for i, record in enumerate(windows)
-        ]
+        records += [{**record, "name": f"{i}", "document": i} for i, record in enumerate(windows)]
     return made_up_summary(records + made_up_records("heldout", 100, 0.2), offsets=list(offsets))
 
 
@@ -343,7 +341,7 @@ def test_texts_that_repeat_or_overlap_are_said():
     run = made_up_run(records)
     run["inputs"]["members"]["repeated"] = 7
     verdict = summary_of(
-        {**run, "overlap": {"clusters": 3}}, pa.Table.from_pylist(records, COLUMNS)
+        {**run, "overlap": {"documents": 3}}, pa.Table.from_pylist(records, COLUMNS)
     )["verdict"]
     assert "members: 7 windows repeat others and count as one text with them" in verdict["skipped"]
     assert (
@@ -486,7 +484,7 @@ def test_an_audit_is_read_as_values(tmp_path):
     assert found["rouge_l_text"] == found["members.rouge_l_text"]
     with pytest.raises(KeyError, match="no figure 'ems'"):
         found["ems"]
-    assert len(goldfish.audit.records(found.folder, ["split", "exact_match"])) == 60
+    assert len(read_records(found.folder, ["split", "exact_match"])) == 60
 
 
 def test_a_folder_that_is_no_finished_audit(tmp_path):
@@ -500,7 +498,7 @@ def test_a_folder_that_is_no_finished_audit(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/4'",
+        match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/5'",
     ):
         goldfish.audit.read(old)
 
@@ -621,7 +619,7 @@ def test_a_finished_audit_is_judged_again(tmp_path):
 def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
     """ANSI and bidi controls in names, texts' names and paths."""
     evil = "\x1b[31mred\u202e\u2066x\x07"
-    records = [{**record, "document": evil} for record in made_up_records("members", 3, 1.0)]
+    records = [{**record, "name": evil} for record in made_up_records("members", 3, 1.0)]
     write_run(tmp_path, records, name=evil, checkpoint=evil)
     summary = publish(tmp_path)
     console = Console(width=80, file=io.StringIO(), highlight=False)

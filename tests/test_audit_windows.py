@@ -150,7 +150,7 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
     join(surveys)
     clusters = [each.clusters for each in surveys.values()]
     assert clusters == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
-    assert overlap_of(surveys) == {"clusters": 1, "rows": [[0, 1]]}
+    assert overlap_of(surveys) == {"documents": 1, "rows": [[0, 1]]}
     long = {"members": surveyed(rows[:3], "members", tokenizer, 30, 8)}
     join(long)
     assert (long["members"].clusters, overlap_of(long)) == ([0, 1, 0], None)

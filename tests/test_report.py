@@ -370,7 +370,7 @@ def test_damaged_audits_are_named(tmp_path, pair):
     audit = write_audit(tmp_path / "a", [window(i) for i in range(3)])
     path = audit / "summary.json"
     summary = path.read_text()
-    for text in ('{"schema": ', "", "[]", summary.replace("goldfish.audit/4", "goldfish.audit/1")):
+    for text in ('{"schema": ', "", "[]", summary.replace("goldfish.audit/5", "goldfish.audit/1")):
         path.write_text(text)
         refused(ValueError, r"summary\.json.*audit again", audit)
     path.write_text(summary)

@@ -214,7 +214,7 @@ def test_a_text_file_is_one_row(tmp_path, tokenizer):
     path.write_text(PROSE[0])
     assert list(read_rows(path)) == [{"text": PROSE[0], "name": "a.txt"}]
     (window,) = Cutter(tokenizer, 4, 3).cut(next(read_rows(path)), 0, "heldout")
-    assert (window.document, len(window.ids), window.suffix) == ("a.txt", 7, window.ids[4:])
+    assert (window.name, len(window.ids), window.suffix) == ("a.txt", 7, window.ids[4:])
 
 
 def test_a_column_is_read_as_the_text(tmp_path):
@@ -272,8 +272,7 @@ def test_windows_of_a_chat_are_the_assistants_turns(chatty):
     assert chatty(whole)["input_ids"][: len(second.ids)] == second.ids
     assert chatty.decode(second.suffix) == "It forgets."
     assert [
-        (w.document, w.count, w.completion, w.first_scored == w.prefix_length)
-        for w in (first, second)
+        (w.name, w.count, w.completion, w.first_scored == w.prefix_length) for w in (first, second)
     ] == [("n", 2, True, True)] * 2
     pair = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
     (window,) = Cutter(chatty, 50, 50).cut(pair, 0, "members")

@@ -8,18 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from goldfish.audit.columns import records
     from goldfish.audit.estimate import Estimate
     from goldfish.audit.results import Audit, read
     from goldfish.audit.run import audit
 
-__all__ = ["Audit", "Estimate", "audit", "read", "records"]
+__all__ = ["Audit", "Estimate", "audit", "read"]
 _MODULES = {
     "Audit": "results",
     "Estimate": "estimate",
     "audit": "run",
     "read": "results",
-    "records": "columns",
 }
 
 

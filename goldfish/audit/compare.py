@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from goldfish.audit.columns import records, sums
 from goldfish.audit.estimate import Codes, Floats, decimals, difference, dumps
+from goldfish.audit.records import read_records, sums
 from goldfish.audit.results import Audit, read
 from goldfish.audit.tell import literal, table_lines
 from goldfish.text.printable import plain
@@ -30,7 +30,7 @@ MEANS = (
 )
 KEY = ["split", "index", "offset"]
 QUESTION = ["prefix_ids", "suffix_ids"]
-COLUMNS = [*KEY, *QUESTION, "cluster", "exact_match", *MEANS]
+COLUMNS = [*KEY, *QUESTION, "document", "exact_match", *MEANS]
 SIGNIFICANT = 0.05
 
 
@@ -44,7 +44,7 @@ def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
     """
     audits = read(first), read(second)
     tables = [
-        records(audit.folder, COLUMNS).sort_by([(key, "ascending") for key in KEY])
+        read_records(audit.folder, COLUMNS).sort_by([(key, "ascending") for key in KEY])
         for audit in audits
     ]
     _require_same(audits, tables)
@@ -163,7 +163,7 @@ def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
 
 
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
-    documents: Codes = np.unique(first["cluster"].to_numpy(), return_inverse=True)[1]
+    documents: Codes = np.unique(first["document"].to_numpy(), return_inverse=True)[1]
     lengths = pc.list_value_length(first["suffix_ids"]).to_numpy()
 
     def columns(name: str) -> list[Floats]:

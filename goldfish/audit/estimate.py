@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 
-SCHEMA = "goldfish.audit/4"  # of run.json, the records and summary.json; docs/audit-files.md
+SCHEMA = "goldfish.audit/5"  # of run.json, the records and summary.json; docs/audit-files.md
 RESAMPLES = 2_000
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
 CHUNK = 2**21  # weights of documents held at once

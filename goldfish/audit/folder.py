@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.columns import COLUMNS, RECORDS, RUN, read_run
 from goldfish.audit.estimate import dumps, loads
+from goldfish.audit.records import COLUMNS, RECORDS, RUN, read_run
 
 try:
     import fcntl

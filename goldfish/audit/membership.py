@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
-from goldfish.audit.columns import FEATURES
 from goldfish.audit.estimate import (
     FEWEST_DOCUMENTS,
     Codes,
@@ -20,6 +19,7 @@ from goldfish.audit.estimate import (
     clopper_pearson,
     resamples,
 )
+from goldfish.audit.metrics import FEATURES
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
 FIGURES = ("auc", *(f"tpr@{100 * fpr:g}%" for fpr in RATES))

@@ -14,10 +14,10 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.columns import make_record
 from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.folder import SUMMARY, Folder
 from goldfish.audit.model import Checkpoint, context_of, vocabulary_of
+from goldfish.audit.records import make_record
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish, require_known
@@ -120,7 +120,8 @@ def audit(
         "text_column": text_column or None,
         "max_rows": max_rows,
         "seed": seed,
-        "secrets": secret_column or secrets or None,
+        "secrets": secrets or None,
+        "secret_column": secret_column or None,
         "dtype": SHORT.get(dtype, dtype),
         "prefix_grid": prefix_grid(prefix_length),
     }
@@ -302,7 +303,7 @@ def _check_surveys(
     if overlap and not allow_overlap:
         rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
         raise ValueError(
-            f"{overlap['clusters']} documents are in both {sources['members']} and {sources['heldout']} (first: {rows})"
+            f"{overlap['documents']} documents are in both {sources['members']} and {sources['heldout']} (first: {rows})"
             ": texts that were trained on are no control. Remove them from one file, or allow it with allow_overlap "
             "(--allow-overlap)"
         )

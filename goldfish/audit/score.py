@@ -264,7 +264,7 @@ class Scorer:
         if is_nan:
             dtype = str(self.model.dtype).removeprefix("torch.")
             raise ValueError(
-                f"the logits of {window.split} row {window.index} ({window.document!r:.80}) are not finite: the "
+                f"the logits of {window.split} row {window.index} ({window.name!r:.80}) are not finite: the "
                 f"weights are damaged, or too large for {dtype}. Try bfloat16 or float32 (--dtype)"
             )
 

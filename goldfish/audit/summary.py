@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pyarrow.compute import is_valid, list_value_length
 
 from goldfish.audit.attribution import attribution_figures, notes, token_counts
-from goldfish.audit.columns import ATTACKS, read_run, records, sums
 from goldfish.audit.estimate import Codes, Floats, mean, rate, token_rate
 from goldfish.audit.membership import Side, membership_figures
+from goldfish.audit.records import ATTACKS, read_records, read_run, sums
 from goldfish.audit.sampling import extracted, sampling_figures, setting_name
 from goldfish.audit.verdict import RUN, SAMPLES, SIMILARITY, parse_limits, verdict
 
@@ -21,7 +21,7 @@ SCORES = [f"mia_{attack}" for attack in ATTACKS]
 COLUMNS = [
     "split",
     "document",
-    "cluster",
+    "name",
     "offset",
     "suffix_ids",
     "prefix_sweep",
@@ -35,7 +35,8 @@ COLUMNS = [
     "rouge_l_ids",
     "longest_run",
     "completion",
-    "secret_recited",
+    "secrets",
+    "output_text",
     "edit_similarity",
     "first_divergence",
     "log_p",
@@ -62,8 +63,8 @@ ABOUT = (
 def summarize(
     folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The whole of summary.json, with Estimates in it, from a folder's run.json and records; errors as of `records`."""
-    return summary_of(read_run(folder), records(folder, COLUMNS), limits, require)
+    """The whole of summary.json, with Estimates in it, from a folder's run.json and records; errors as of `read_records`."""
+    return summary_of(read_run(folder), read_records(folder, COLUMNS), limits, require)
 
 
 def summary_of(
@@ -108,9 +109,9 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
     if protocol["beams"]:
         hits["beam_search"] = beams > 0
     figures = {name: rate(these, documents) for name, these in hits.items()}
-    if protocol["secrets"]:
-        secrets = _numbers(table, "secret_recited")
-        marked, hits["secrets"] = ~np.isnan(secrets), secrets > 0
+    if protocol["secrets"] or protocol["secret_column"]:
+        marked = list_value_length(table["secrets"]).to_numpy() > 0
+        hits["secrets"] = _given_away(table)
         figures["secrets"] = rate(hits["secrets"][marked], documents[marked])
     nll, matches = sums(table, "nll"), np.rint(_numbers(table, "token_accuracy") * tokens)
     # A loss has no upper bound; that of a uniform guess is far above any text's under a model that works.
@@ -176,6 +177,12 @@ def _rule_figures(run: Mapping[str, Any], table: pa.Table, documents: Codes) -> 
     }
 
 
+def _given_away(table: pa.Table) -> NDArray[np.bool_]:
+    """Whether a window's output holds one of its own secrets."""
+    pairs = zip(table["secrets"].to_pylist(), table["output_text"].to_pylist(), strict=True)
+    return np.array([any(each in text for each in secrets) for secrets, text in pairs], dtype=bool)
+
+
 def _numbers(table: pa.Table, name: str) -> Floats:
     """A column of numbers as float64; null becomes NaN."""
     return np.asarray(table[name].cast(pa.float64()).to_numpy(), dtype=np.float64)
@@ -188,7 +195,7 @@ def _lists(table: pa.Table, name: str, length: int) -> Floats:
 
 def _documents(table: pa.Table) -> Codes:
     """The codes of the windows' documents, from 0."""
-    codes: Codes = np.unique(table["cluster"].to_numpy(), return_inverse=True)[1]
+    codes: Codes = np.unique(table["document"].to_numpy(), return_inverse=True)[1]
     return codes
 
 
@@ -200,5 +207,5 @@ def _side(table: pa.Table) -> Side:
 
 def _names(table: pa.Table, hits: NDArray[np.bool_], most: int = 10) -> list[str]:
     """The names of the documents that have a hit, the first ten of them."""
-    names = dict.fromkeys(table.filter(pa.array(hits))["document"].to_pylist())
+    names = dict.fromkeys(table.filter(pa.array(hits))["name"].to_pylist())
     return list(names)[:most]

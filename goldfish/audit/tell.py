@@ -15,10 +15,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.columns import ATTACKS, COLUMNS, OF_CONTROLS
 from goldfish.audit.estimate import Estimate, dumps, percent
 from goldfish.audit.folder import write_text
 from goldfish.audit.membership import BLIND, FIGURES
+from goldfish.audit.records import ATTACKS, COLUMNS, OF_CONTROLS
 from goldfish.audit.results import estimates, exit_code, judge, parse
 from goldfish.audit.summary import split_figures, summarize
 from goldfish.audit.verdict import parse_limits, strongest_blind

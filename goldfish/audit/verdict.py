@@ -287,7 +287,7 @@ def _warnings(summary: Mapping[str, Any], outcome: str) -> list[str]:
         )
     if summary.get("overlap"):
         warnings.append(
-            f"{summary['overlap']['clusters']:,} texts are in both files, members and held-out: the control is weakened"
+            f"{summary['overlap']['documents']:,} texts are in both files, members and held-out: the control is weakened"
         )
     return warnings
 

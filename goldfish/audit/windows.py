@@ -25,7 +25,9 @@ KEYS = 3  # of a window: its document's name; of its row the ids of all windows,
 class Window:
     """One question to a model: given ids[:prefix_length], does it go on with ids[prefix_length:]?
 
-    split: "members" (trained on) or "heldout". index: the row of the input, from 0. document: its name.
+    split: "members" (trained on) or "heldout". index: the row of the input, from 0. name: its name.
+    asked: "training" (ids[:prefix_length] is exactly what stood before the suffix in training) or "generation" (it is
+    the chat template's generation prompt, where that differs).
     prefix_length: the longest asked for; shorter ones with the same start are read off the same scores.
     source: the rule it was trained under, where there was one for each source.
     count: how often the document was trained on, where the input says so.
@@ -38,7 +40,7 @@ class Window:
 
     split: str
     index: int
-    document: str
+    name: str
     ids: list[int]
     prefix_length: int
     source: str | None = None
@@ -47,6 +49,11 @@ class Window:
     completion: bool = False
     secrets: tuple[str, ...] = ()
     document_ids: Sequence[int] = ()
+    asked: str = "training"
+
+    @property
+    def prefix(self) -> list[int]:
+        return self.ids[: self.prefix_length]
 
     @property
     def suffix(self) -> list[int]:
@@ -81,7 +88,7 @@ class Cutter:
         it would open an adversary's prompt.
         """
         name = str(row.get("name") or f"{split} {index}")
-        about: dict[str, Any] = {"split": split, "index": index, "document": name}
+        about: dict[str, Any] = {"split": split, "index": index, "name": name}
         about |= {"source": row.get("source"), "count": row.get("count")}
         if is_chat(row):
             for each in completions(row, self.tokenizer):
@@ -200,9 +207,9 @@ class Survey:
                 hash(_letters(row) if windows else ""),
             ]
             for window in windows:
-                names.add(hash(window.document))
+                names.add(hash(window.name))
                 self.indices.append(index)
-                self.keys.extend([hash((split, window.document)), *keys])
+                self.keys.extend([hash((split, window.name)), *keys])
                 self.completions += window.completion
                 self.secrets += bool(window.secrets)
                 if (largest := max(window.ids)) > self.largest_id:
@@ -219,7 +226,7 @@ class Survey:
             "windows": len(self.indices),
             "completions": self.completions,
             "secrets": self.secrets,
-            "clusters": distinct,
+            "documents": distinct,
             "repeated": self.names - distinct,
             "skipped": list(self.skipped.values()),
         }
@@ -256,7 +263,7 @@ def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
     ]
     shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
     return (
-        {"clusters": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]}
+        {"documents": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]}
         if shared
         else None
     )
@@ -278,10 +285,9 @@ def normal_letters(text: str) -> str:
 
 
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
-    """min{t: output[t] != suffix[t]}, or their length where they agree."""
-    return next(
-        (t for t, (a, b) in enumerate(zip(output, suffix, strict=True)) if a != b), len(suffix)
-    )
+    """min{t: output[t] != suffix[t]}, or the suffix's length where they agree as far as it goes."""
+    pairs = zip(output, suffix, strict=False)
+    return next((t for t, (a, b) in enumerate(pairs) if a != b), len(suffix))
 
 
 def prefix_grid(prefix_length: int) -> list[int]:

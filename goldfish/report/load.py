@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from goldfish.audit.columns import records
+from goldfish.audit.records import read_records
 from goldfish.audit.results import Audit, read
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page
@@ -16,8 +16,8 @@ COLUMNS = (
     "split",
     "index",
     "offset",
-    "document",
-    "prefix_text",
+    "name",
+    "prompt",
     "suffix_tokens",
     "output_tokens",
     "dropped",
@@ -65,6 +65,6 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
     names = [audit.name for audit in audits]
     numbers = [f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
     return [
-        View(audit.name + number, audit, records(audit.folder, COLUMNS).combine_chunks())
+        View(audit.name + number, audit, read_records(audit.folder, COLUMNS).combine_chunks())
         for audit, number in zip(audits, numbers, strict=True)
     ]

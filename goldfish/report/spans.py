@@ -29,7 +29,7 @@ def order(views: Sequence[View]) -> NDArray[np.int64]:
     for i, view in enumerate(views):
         tokens = pc.binary_join(view.windows["suffix_tokens"], "\x00").to_pylist()
         columns = [
-            view.windows[name].to_pylist() for name in ("split", "index", "offset", "prefix_text")
+            view.windows[name].to_pylist() for name in ("split", "index", "offset", "prompt")
         ]
         for row, (*key, rouge) in enumerate(
             zip(*columns, tokens, view.windows["rouge_l_ids"].to_pylist(), strict=True)
@@ -56,7 +56,7 @@ def windows(views: Sequence[View], rows: NDArray[np.int64]) -> Iterator[list[Win
 
 def prefix(window: Window, redact: bool) -> Markup:
     """The end of the prefix, and how much of it is not shown."""
-    text, limit = window["prefix_text"], PREFIX_REDACTED if redact else PREFIX_SHOWN
+    text, limit = window["prompt"], PREFIX_REDACTED if redact else PREFIX_SHOWN
     hidden, shown = len(text) - limit, text[-limit:]
     note = (
         Markup("<em>[{:,} characters before this are not shown]</em> ").format(hidden)
@@ -108,7 +108,7 @@ def output(window: Window, redact: bool) -> Markup:
 
 def name_of(window: Window, redact: bool) -> str:
     """The document's name for people."""
-    return blocks(window["document"][:60]) if redact else plain(window["document"], 80)
+    return blocks(window["name"][:60]) if redact else plain(window["name"], 80)
 
 
 def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:

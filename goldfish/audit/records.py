@@ -1,0 +1,258 @@
+"""The records of an audit, one row for each question: made here, and read back here.
+
+docs/audit-files.md describes the columns. Reading them needs no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow.compute import list_flatten, list_value_length
+from rapidfuzz.distance import Levenshtein
+
+from goldfish.audit.estimate import read_json
+from goldfish.audit.metrics import (
+    common_runs,
+    membership_scores,
+    prefix_sweep,
+    rouge_l,
+    rouge_l_text,
+    word_buckets,
+)
+from goldfish.audit.windows import Window, first_divergence
+from goldfish.text.printable import text_pieces
+from goldfish.text.rows import first_line
+
+if TYPE_CHECKING:
+    from goldfish.audit.score import Score
+    from goldfish.rule import Goldfish
+
+RUN, RECORDS = "run.json", "records"  # of an audit's folder
+ATTACKS = (
+    "loss",
+    "zlib",
+    "reference",
+    "min_k",
+    "min_k_plus_plus",
+    "kept_loss",
+    "dropped_gap",
+    "wbc",
+)
+OF_CONTROLS = ("reference", "wbc")  # attacks that need a reference model
+SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
+
+COLUMNS = pa.schema(
+    {
+        # What was asked.
+        "split": pa.string(),
+        "index": pa.int64(),
+        "document": pa.int64(),
+        "name": pa.string(),
+        "count": pa.int64(),
+        "offset": pa.int64(),
+        "completion": pa.bool_(),
+        "asked": pa.string(),
+        "prompt": pa.string(),
+        "suffix_text": pa.string(),
+        "output_text": pa.string(),
+        "prefix_ids": pa.list_(pa.int64()),
+        "suffix_ids": pa.list_(pa.int64()),
+        "output_ids": pa.list_(pa.int64()),
+        "suffix_tokens": pa.list_(pa.string()),
+        "output_tokens": pa.list_(pa.string()),
+        "secrets": pa.list_(pa.string()),
+        "characters": pa.int64(),
+        "words": pa.list_(pa.int32()),
+        # What the model made of it, along the suffix.
+        "dropped": pa.list_(pa.bool_()),
+        "correct": pa.list_(pa.bool_()),
+        "nll": pa.list_(pa.float64()),
+        "rank": pa.list_(pa.int64()),
+        "settled": pa.bool_(),
+        # The output against the suffix.
+        "exact_match": pa.bool_(),
+        "first_divergence": pa.int64(),
+        "longest_run": pa.int64(),
+        "common_runs": pa.list_(pa.list_(pa.int64())),
+        "token_accuracy": pa.float64(),
+        "rouge_l_text": pa.float64(),
+        "rouge_l_ids": pa.float64(),
+        "edit_similarity": pa.float64(),
+        "prefix_sweep": pa.list_(pa.bool_()),
+        # Other adversaries.
+        "log_p": pa.list_(pa.float64()),
+        "secret_log_p": pa.list_(pa.list_(pa.float64())),
+        "rank_bits": pa.float64(),
+        "beams": pa.int64(),
+        **{f"mia_{attack}": pa.float64() for attack in ATTACKS},
+    }
+)
+
+
+def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The records of an audit, or some of their columns, in the order of the input.
+
+    Raises:
+        FileNotFoundError: a folder that holds no audit.
+        ValueError: an unfinished or damaged audit, or one of another schema.
+    """
+    run, path = read_run(folder), Path(folder) / RECORDS
+    names = COLUMNS.names if columns is None else list(columns)
+    parts = [COLUMNS.empty_table().select(names)]
+    # One file after the other: pyarrow's reader of whole folders may return rows in another order.
+    for file in sorted(path.glob("*.parquet")):
+        try:
+            part = pq.read_table(file, columns=names, partitioning=None)
+            parts.append(part.select(names))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(
+                f"{file} is damaged ({first_line(error)}); repeat the audit's command with that "
+                "file removed to make it again"
+            ) from error
+    table = pa.concat_tables(parts)
+    expected = sum(each["windows"] for each in run["inputs"].values())
+    if len(table) != expected:
+        raise ValueError(
+            f"{path} holds {len(table)} records, {expected} were expected: the audit is unfinished "
+            "or damaged; repeat its command to finish it, or audit again"
+        )
+    return table
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """run.json of an audit's folder: everything that defines the run; errors as of `read_json`."""
+    missing = (
+        f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+    )
+    return read_json(Path(folder) / RUN, missing)
+
+
+def sums(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """Of each window the sum of a column of lists of numbers."""
+    windows = np.repeat(np.arange(len(table)), list_value_length(table[name]).to_numpy())
+    totals = np.bincount(windows, list_flatten(table[name]).to_numpy(), len(table))
+    return np.asarray(totals, dtype=np.float64)
+
+
+def make_record(
+    window: Window, score: "Score", rule: "Goldfish | None", tokenizer: Any, document: int
+) -> dict[str, Any]:
+    """One row of the records.
+
+    document: the number of the window's document, the unit of all intervals.
+    """
+    start = window.prefix_length
+    all_dropped = decisions(rule, window)
+    suffix_tokens = text_pieces(tokenizer, window.prefix, window.suffix)
+    output_tokens = text_pieces(tokenizer, window.prefix, score.output)
+    prompt = tokenizer.decode(window.prefix, clean_up_tokenization_spaces=False)
+    suffix_text = "".join(suffix_tokens)
+    text = prompt + suffix_text
+    correct = score.greedy == np.array(window.ids[1:])
+    scored = slice(window.first_scored - 1, None)
+    return {
+        "split": window.split,
+        "index": window.index,
+        "document": document,
+        "name": window.name,
+        "count": window.count,
+        "offset": window.offset,
+        "completion": window.completion,
+        "asked": window.asked,
+        "prompt": prompt,
+        "suffix_text": suffix_text,
+        "output_text": "".join(output_tokens),
+        "prefix_ids": window.prefix,
+        "suffix_ids": window.suffix,
+        "output_ids": score.output,
+        "suffix_tokens": suffix_tokens,
+        "output_tokens": output_tokens,
+        "secrets": list(window.secrets),
+        "characters": len(text),
+        "words": word_buckets(text),
+        "dropped": None if all_dropped is None else all_dropped[start - 1 :].tolist(),
+        "correct": correct[start - 1 :].tolist(),
+        "nll": score.nll[start - 1 :].tolist(),
+        "rank": score.rank[start - 1 :].tolist(),
+        "settled": score.settled,
+        **_agreement(score.output, window.suffix, tokens=(output_tokens, suffix_tokens)),
+        "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
+        "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
+        "secret_log_p": [
+            _secret_log_p(secret, suffix_tokens, score.log_q) for secret in window.secrets
+        ],
+        # Never more probable than one in rank + 1, under any sampling that keeps the order of the
+        # tokens. A token that generate settled as predicted counts as the most probable one.
+        "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
+        "beams": score.beams,
+        **membership_scores(
+            score.nll[scored],
+            score.entropy_mean[scored],
+            score.entropy_std[scored],
+            suffix_text if window.completion else text,
+            None if all_dropped is None else all_dropped[scored],
+            score.control_nll,
+        ),
+    }
+
+
+def _agreement(
+    output: list[int], suffix: list[int], tokens: tuple[list[str], list[str]]
+) -> dict[str, Any]:
+    """How far an output, as far as the suffix reaches, agrees with it; tokens: their texts."""
+    compared = output[: len(suffix)]
+    compared_text, suffix_text = "".join(tokens[0][: len(suffix)]), "".join(tokens[1])
+    runs = common_runs(compared, suffix)
+    equal = sum(a == b for a, b in zip(compared, suffix, strict=True))
+    return {
+        "exact_match": compared == suffix,
+        "first_divergence": first_divergence(compared, suffix),
+        "longest_run": max((length for _, _, length in runs), default=0),
+        "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
+        "token_accuracy": equal / len(suffix),
+        "rouge_l_text": rouge_l_text(compared_text, suffix_text),
+        "rouge_l_ids": rouge_l(compared, suffix),
+        "edit_similarity": float(Levenshtein.normalized_similarity(compared, suffix)),
+    }
+
+
+def _secret_log_p(
+    secret: str, suffix_tokens: list[str], log_q: NDArray[np.float32]
+) -> list[float] | None:
+    """ln of the probability of a secret's tokens after all that comes before them in the window.
+
+    Args:
+        secret: text within the suffix; its first place counts.
+        suffix_tokens: the text of each token. log_q: (settings, S).
+
+    Returns:
+        One number for each setting; None if the tokens' texts do not hold the secret, which the
+        text before the tokenizer's normalization may have done.
+    """
+    begin = "".join(suffix_tokens).find(secret)
+    if begin < 0:
+        return None
+    ends = np.cumsum([len(piece) for piece in suffix_tokens])
+    starts = np.append(0, ends[:-1])
+    # Tokens that share a character with it: [" co", "de 4", "2 is"] and "42" give the last two.
+    of_secret = (ends > begin) & (starts < begin + len(secret))
+    log_p: list[float] = log_q[:, of_secret].astype(np.float64).sum(-1).tolist()
+    return log_p
+
+
+def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | None:
+    """Which of ids[1:] the training dropped, (T-1,).
+
+    None without a rule, under "random", which drew anew in every epoch, and where the prompt is not
+    that of the training.
+    """
+    from torch import tensor
+
+    if rule is None or rule.strategy == "random" or window.asked != "training":
+        return None
+    dropped: NDArray[np.bool_] = rule.dropped(tensor(window.document_ids or window.ids)).numpy()
+    return dropped[1 - len(window.ids) :]
