@@ -60,14 +60,14 @@ __all__ = [
 
 def audited(model: Any, tokenizer: Any, windows: Split) -> list[dict[str, Any]]:
     """The records of an audit of windows of one length: halves are prefix and suffix."""
-    from goldfish.audit import records
+    from goldfish.audit.records import read_records
 
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         paths = save_windows(Path(folder), windows, tokenizer)
         audit_halves(Path(folder), Path(folder, "audit"), paths, len(windows[0][0]), "")
-        rows: list[dict[str, Any]] = records(Path(folder, "audit")).to_pylist()
+        rows: list[dict[str, Any]] = read_records(Path(folder, "audit")).to_pylist()
         return rows
 
 

@@ -27,7 +27,8 @@ import torch
 from about import RESULTS, about, byte_level_bpe, load_texts, markdown, small_llama, source
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from goldfish.audit import audit, records
+from goldfish.audit import audit
+from goldfish.audit.records import read_records
 
 LENGTH = 50  # tokens of a prefix, and of a suffix
 SIZES = (1_000, 10_000, 100_000)
@@ -136,7 +137,7 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     answers[name] = ways[name](model, tokenizer, windows)
                 seconds[name].append(time.process_time() - begin)
                 print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-            ours = records(output, ["exact_match"]).column("exact_match").to_pylist()
+            ours = read_records(output, ["exact_match"]).column("exact_match").to_pylist()
             for name, answer in [(OURS, ours), *answers.items()]:
                 if answer != [True] * half + [False] * (
                     args.windows - half

@@ -19,8 +19,8 @@ import numpy as np
 import pandas
 import runs
 
-from goldfish import audit
 from goldfish.audit.model import load_tokenizer
+from goldfish.audit.records import read_records
 
 # Exposure against the number of repeats: four canaries for each.
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4
@@ -89,7 +89,7 @@ def write_canaries(
 
 def exposure(folder: Path) -> pandas.DataFrame:
     """For each count: how many canaries, and the mean and greatest of their exposures, in bits."""
-    records = audit.records(folder, ["split", "count", "mia_loss"]).to_pandas()
+    records = read_records(folder, ["split", "count", "mia_loss"]).to_pandas()
     references = np.sort(records.loc[records["split"] == "heldout", "mia_loss"])
     canaries = records[records["split"] == "members"]
     # The most memorized has the greatest score. A tie counts against the canary.

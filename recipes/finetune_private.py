@@ -49,8 +49,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTConfig, SFTTrainer
 
 from goldfish import Goldfish, attach
-from goldfish.audit import read, records
+from goldfish.audit import read
 from goldfish.audit.compare import compare, write
+from goldfish.audit.records import read_records
 from goldfish.receipt import read_receipt
 from goldfish.report import write_report
 
@@ -377,7 +378,7 @@ def finetune(setup: Setup, method: str, rule: Goldfish | None, folder: Path) -> 
 def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
     """The audit's figures on passages, with the values of every passage."""
     # Lists, not means: intervals are computed over passages of all seeds.
-    figures, rows = read(audited), records(audited).to_pylist()
+    figures, rows = read(audited), read_records(audited).to_pylist()
     auc = figures["mia.loss.auc"]
     result: dict[str, Any] = {"membership_auc": [auc.value, auc.lower95, auc.upper95]}
     for split in ("members", "heldout"):

@@ -34,8 +34,8 @@ import runs
 from runs import option
 from transformers import HfArgumentParser, LlamaForCausalLM, set_seed
 
-from goldfish import audit
-from goldfish.audit.columns import rouge_l
+from goldfish.audit.metrics import rouge_l
+from goldfish.audit.records import read_records
 from goldfish.receipt import read_receipt
 
 
@@ -172,7 +172,7 @@ def train(
 
 def scores(folder: Path) -> dict[str, float]:
     """Means over the documents; accuracy and loss of dropped and of kept tokens over all."""
-    records = audit.records(folder).to_pandas()
+    records = read_records(folder).to_pandas()
     output, suffix = (
         [words("".join(tokens)) for tokens in records[f"{part}_tokens"]]
         for part in ("output", "suffix")

@@ -62,8 +62,9 @@ from transformers import (
     set_seed,
 )
 
-from goldfish import attach, audit
+from goldfish import attach
 from goldfish.audit.model import load_tokenizer
+from goldfish.audit.records import read_records
 from goldfish.receipt import read_receipt
 
 
@@ -360,7 +361,7 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     inputs = common.save_windows(folder, data.planted, tokenizer)
     summary = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
     # The values of every document: sweep.py draws bootstrap samples of them.
-    records = audit.records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
+    records = read_records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
     result = {
         "seed": run.seed,
         "run": run.name,

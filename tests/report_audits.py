@@ -36,6 +36,7 @@ PROTOCOL = {
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,
     "secrets": None,
+    "secret_column": None,
     "dtype": "float32",
     "device": "cpu",
     "ambiguous_margin": 0.0,

@@ -230,7 +230,7 @@ def test_exposure_and_its_ceiling(monkeypatch):
         for split, values in scores.items()
         for i, score in enumerate(values)
     ]
-    monkeypatch.setattr(canaries.audit, "records", lambda *_: pyarrow.Table.from_pylist(rows))
+    monkeypatch.setattr(canaries, "read_records", lambda *_: pyarrow.Table.from_pylist(rows))
     table = canaries.exposure(Path("an audit"))
     assert table["greatest"].to_dict() == {1: 0, 4: 3}, "ranks 8 and 1 of 8"
     assert table["mean"].to_dict() == {1: 0, 4: 2}, (

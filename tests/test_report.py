@@ -375,7 +375,7 @@ def test_damaged_audits_are_named(tmp_path, pair):
         refused(ValueError, r"summary\.json.*audit again", audit)
     path.write_text(summary)
     (audit / "records" / "000000.parquet").write_bytes(b"no parquet")
-    refused(ValueError, r"the records in .* are damaged .*; audit again", audit)
+    refused(ValueError, r"000000.parquet is damaged .*; repeat the audit", audit)
     assert not (tmp_path / "report.html").exists()
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from goldfish.unwrap import bare_model
 from goldfish.receipt import FILE_NAME, read_receipt
 from goldfish.text.rows import first_line, sha256
+from goldfish.unwrap import bare_model
 
 _log = logging.getLogger(__name__)
 LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}  # bytes of float32 logits alive at a time

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import goldfish.audit
 from goldfish import Goldfish, linear_cross_entropy, spec
 from goldfish.audit.estimate import dumps
+from goldfish.audit.records import read_records
 from goldfish.letters import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -243,7 +244,7 @@ def test_standard_recites_and_goldfish_does_not(memorized):
 def test_audit_is_what_generate_says(memorized, device, name, figures):
     """Row by row, greedily and alone. A row may differ only where the model's two best tokens are as good as equal."""
     folder, summaries = memorized
-    records = goldfish.audit.records(folder / "audit" / name).to_pylist()
+    records = read_records(folder / "audit" / name).to_pylist()
     model = (
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
     )
