@@ -1,12 +1,13 @@
-"""The `goldfish` command: show, premask, check, audit, judge, compare, report. Recipes and torchrun train."""
+"""The `goldfish` command. Every import beyond the standard library waits until a verb needs it."""
 
 import argparse
+import difflib
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from goldfish import __version__
 from goldfish.text.printable import plain
@@ -15,26 +16,56 @@ from goldfish.text.rows import EXPECTED
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
 
+# What `audit` and `judge` return; an error is 2.
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+EXPLAIN_EXIT = (
+    "Exit codes: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 2 error. accelerate launch and torchrun report "
+    "every code but 0 as 1; `goldfish judge DIR` gives the code of a finished audit."
+)
+RECOMMENDED = "Recommended rule: -k 4 --h 13 --max-kept 4."
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line. It imports nothing beyond the standard library."""
     parser = argparse.ArgumentParser(
         prog="goldfish", description="The goldfish loss: show rules, audit checkpoints."
     )
     parser.add_argument("--version", action="version", version=f"goldfish-loss {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_show(verbs)
+    _add_premask(verbs)
+    _add_check(verbs)
+    _add_audit(verbs)
+    _add_judge(verbs)
+    _add_compare(verbs)
+    _add_report(verbs)
+    return parser
 
-    show = verbs.add_parser("show", help="colour the tokens of a text that a rule drops")
-    show.add_argument("text", help="a text in quotes, or a file with one")
+
+def _add_show(verbs: Any) -> None:
+    show = verbs.add_parser(
+        "show", help="mark the tokens of a text that a rule drops", epilog=RECOMMENDED
+    )
+    source = show.add_mutually_exclusive_group(required=True)
+    source.add_argument("text", nargs="?", help="a text in quotes")
+    source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text")
     _add_rule(show)
     show.set_defaults(run=_show)
 
+
+def _add_premask(verbs: Any) -> None:
     premask = verbs.add_parser(
         "premask",
-        help="write the labels of a tokenized dataset, for trainers that know nothing of the rule",
-        description="Write masked labels for a tokenized dataset (its split train), and a receipt, goldfish.json, with "
-        "the rule and the counts of one pass; copy it beside the weights.",
+        help="write masked labels for a tokenized dataset, for trainers without goldfish support",
+        description="Write masked labels for a tokenized dataset (its split train) and a receipt, "
+        "goldfish.json, with the rule and the counts of one pass. Copy the receipt beside the "
+        "weights after training.",
+        epilog=RECOMMENDED,
     )
     premask.add_argument(
-        "input", help="a folder of datasets.save_to_disk, or .parquet, .json, .jsonl; has input_ids"
+        "input",
+        help="a folder of datasets.save_to_disk, or a .parquet, .json or .jsonl file; needs a "
+        "column input_ids",
     )
     premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
     _add_rule(premask)
@@ -47,229 +78,276 @@ def build_parser() -> argparse.ArgumentParser:
     premask.add_argument("--num-proc", type=int, metavar="N", help="processes (default 1)")
     premask.set_defaults(run=_premask)
 
+
+def _add_check(verbs: Any) -> None:
     check = verbs.add_parser(
         "check",
-        help="what a rule leaves unprotected, from the training data",
-        description="Read the training data under a rule, before the training. Exits with 1 where a secret has no "
-        "token that is dropped in every place, with 3 where secrets were marked but none occurs.",
+        help="what a rule leaves unprotected in the training data, before training",
+        description="Apply a rule to the training data, before training, and report what it "
+        "leaves unprotected.",
+        epilog="Exit codes: 0 every marked secret is protected (or none was marked), 1 some secret "
+        f"is not, 3 secrets were marked but none occurs, 2 error. {RECOMMENDED}",
     )
     check.add_argument("source", metavar="DATA", help=EXPECTED)
     _add_rule(check)
+    _add_marks(check)
     check.set_defaults(run=_check)
 
+
+def _add_audit(verbs: Any) -> None:
     audit = verbs.add_parser(
         "audit",
         help="test whether a checkpoint recites texts",
-        description="Test whether a checkpoint recites texts. After an interruption the same command continues it.",
+        description="Test whether a checkpoint recites texts. After an interruption, repeat the "
+        "command to continue.",
+        epilog=EXPLAIN_EXIT,
     )
     audit.add_argument(
         "checkpoint", help="a folder, hub name or .gguf file with model and tokenizer"
     )
-    audit.add_argument("--members", metavar="DATA", help=f"what was trained on: {EXPECTED}")
-    audit.add_argument(
-        "--heldout", metavar="DATA", help="texts or chats of the same kind that were not"
+    _add_audit_data(audit)
+    _add_audit_questions(audit)
+    _add_audit_model(audit)
+    _add_verdict(audit)
+    audit.set_defaults(run=_audit)
+
+
+def _add_audit_data(audit: argparse.ArgumentParser) -> None:
+    add = audit.add_argument_group("data").add_argument
+    add("--members", metavar="DATA", help=f"the training data: {EXPECTED}")
+    add("--heldout", metavar="DATA", help="comparable texts the model was NOT trained on")
+    add("--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed")
+    add("--seed", type=int, default=0, help="of the rows drawn by --max-rows (default 0)")
+    add("--allow-overlap", action="store_true", help="audit although the two inputs share texts")
+    _add_marks(audit)
+    add(
+        "-o",
+        "--output-dir",
+        required=True,
+        metavar="DIR",
+        help="a new folder for the results, or that of an interrupted audit",
     )
-    audit.add_argument(
-        "--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed"
+    add("--name", help="the checkpoint's name in tables and reports (default: its folder's name)")
+
+
+def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
+    add = audit.add_argument_group("questions").add_argument
+    add("--prefix-length", type=int, default=50, help="tokens the model is given (default 50)")
+    add(
+        "--suffix-length",
+        type=int,
+        default=50,
+        help="tokens the model must continue with (default 50)",
     )
-    audit.add_argument("--seed", type=int, default=0)
-    audit.add_argument(
-        "-o", "--output-dir", required=True, metavar="DIR", help="a new folder for the results"
-    )
-    audit.add_argument(
-        "--prefix-length", type=int, default=50, help="tokens that the model is given (default 50)"
-    )
-    audit.add_argument(
-        "--suffix-length", type=int, default=50, help="tokens that it is to recite (default 50)"
-    )
-    audit.add_argument(
+    add(
         "--offsets",
         type=int,
         nargs="+",
         default=[0],
         metavar="T",
-        help="tokens before a prefix (0)",
+        help="where prefixes start, in tokens from a text's start (default 0)",
     )
-    audit.add_argument(
+    add(
         "--sampling",
         type=_sampling,
         nargs="*",
         metavar="SETTING",
         help="temperature=0.8,top_p=0.9 (default: temperature=1 with and without top_k=40)",
     )
-    audit.add_argument(
+    add(
         "--beams",
         type=int,
         nargs="+",
         default=[],
         metavar="B",
-        help="beam searches with B beams: 4 16",
+        help="also run beam searches with B beams, such as 4 16",
     )
-    audit.add_argument(
+    add(
         "--control",
         metavar="DIR",
-        help="a checkpoint of the same tokenizer that never saw the members",
+        help="a reference model: same tokenizer, not trained on the members",
     )
-    audit.add_argument(
-        "--name", help="what tables and reports call the checkpoint (default: its folder's name)"
+
+
+def _add_audit_model(audit: argparse.ArgumentParser) -> None:
+    add = audit.add_argument_group("model").add_argument
+    add(
+        "--dtype",
+        default="float32",
+        help="float32 (default), bfloat16 (bf16) or float16 (fp16)",
     )
-    audit.add_argument(
-        "--dtype", default="float32", help="float32 (default), bfloat16 (bf16) or float16 (fp16)"
+    add("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add(
+        "--device-map",
+        metavar="auto",
+        help="spread one large model over GPUs, memory and disk",
     )
-    audit.add_argument(
-        "--device", help="such as cpu or cuda:1 (default: the GPU where there is one)"
-    )
-    audit.add_argument(
-        "--device-map", metavar="auto", help="spread one large model over GPUs, memory and disk"
-    )
-    audit.add_argument(
-        "--revision", metavar="NAME", help="of a checkpoint on the hub: a branch, tag or commit"
-    )
-    audit.add_argument(
+    add("--revision", metavar="NAME", help="of a hub checkpoint: a branch, tag or commit")
+    add(
         "--batch-tokens",
         type=int,
         metavar="N",
         help="tokens in a batch (default: what memory allows)",
     )
-    audit.add_argument(
-        "--allow-overlap", action="store_true", help="audit although some texts are in both inputs"
-    )
-    audit.add_argument(
+    add(
         "--allow-pickle",
         action="store_true",
-        help="load weights that are pickles, which can run code",
+        help="load pickled weights; a pickle can run code",
     )
-    audit.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the checkpoint"
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the checkpoint",
     )
-    audit.set_defaults(run=_audit)
 
-    for verb in (check, audit):
-        verb.add_argument(
-            "--text-column", metavar="NAME", default="", help="the column of the texts or messages"
-        )
-        marks = verb.add_mutually_exclusive_group()
-        marks.add_argument(
-            "--secrets",
-            metavar="REGEX",
-            default="",
-            help="what the secrets look like; its first group",
-        )
-        marks.add_argument(
-            "--secret-column", metavar="NAME", default="", help="the column that holds them"
-        )
 
+def _add_judge(verbs: Any) -> None:
     judge = verbs.add_parser(
-        "judge", help="judge a finished audit again, with other limits or conditions"
+        "judge", help="judge a finished audit again, with other limits", epilog=EXPLAIN_EXIT
     )
-    judge.add_argument("folder", metavar="DIR", help="a folder that `goldfish audit` wrote")
+    judge.add_argument("folder", metavar="DIR", help="a folder written by `goldfish audit`")
+    _add_verdict(judge)
     judge.set_defaults(run=_judge)
-    for verb in (audit, judge):
-        verb.add_argument(
-            "--limit",
-            action="append",
-            default=[],
-            metavar="NAME=SHARE",
-            dest="limits",
-            help="of the verdict: recited=1%%, near_verbatim=1%%, auc=55%% (the defaults)",
-        )
-        verb.add_argument(
-            "--require",
-            action="append",
-            default=[],
-            choices=["membership"],
-            help="let this question count towards the verdict too",
-        )
-        verb.add_argument(
-            "--fail-on",
-            action="append",
-            default=[],
-            metavar="CONDITION",
-            help='exit 1 where it holds, 3 where that is undecided: "em.upper95 > 0.01"',
-        )
 
-    compare = verbs.add_parser("compare", help="two audits of the same windows, paired")
-    compare.add_argument("first", metavar="A", help="a folder that `goldfish audit` wrote")
+
+def _add_compare(verbs: Any) -> None:
+    compare = verbs.add_parser("compare", help="compare two audits of the same windows, paired")
+    compare.add_argument("first", metavar="A", help="a folder written by `goldfish audit`")
     compare.add_argument("second", metavar="B", help="another, of the same texts and lengths")
-    compare.add_argument(
-        "-o", "--output-dir", required=True, metavar="DIR", help="a new folder for the results"
-    )
+    compare.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
     compare.set_defaults(run=_compare)
 
-    report = verbs.add_parser("report", help="one HTML page from finished audits")
-    report.add_argument(
-        "audits", nargs="+", metavar="DIR", help="folders that `goldfish audit` wrote"
+
+def _add_report(verbs: Any) -> None:
+    report = verbs.add_parser("report", help="write one HTML page from finished audits")
+    add = report.add_argument
+    add("audits", nargs="+", metavar="DIR", help="folders written by `goldfish audit`")
+    add("-o", "--output", metavar="FILE", help="default report.html, or model-card.md")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    add("--redact", action="store_true", help="hide texts, names and paths, for sharing")
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="compare each audit with this one (default: every pair)",
     )
-    report.add_argument(
-        "-o", "--output", metavar="FILE", help="default report.html, or model-card.md"
-    )
-    report.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    report.add_argument(
-        "--redact", action="store_true", help="hide texts, names and paths, for sharing"
-    )
-    report.add_argument(
-        "--baseline", metavar="NAME", help="compare each audit with this one (default: every pair)"
-    )
-    report.add_argument(
+    add(
         "--model-card",
         action="store_true",
         help="write a Markdown section for a model card instead",
     )
     report.set_defaults(run=_report)
-    return parser
+
+
+def _add_rule(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument_group("rule").add_argument
+    add("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
+    add("-k", type=float, default=4, help="drop one token in k (default 4)")
+    add(
+        "--h",
+        type=int,
+        default=13,
+        help="context: h tokens, or 5h letters with letters (default 13)",
+    )
+    add("--strategy", default="hash", help="hash (default), letters, or one for comparison")
+    add("--max-kept", type=int, metavar="N", help="keep at most N tokens in a row; at least k")
+    add("--seed", type=int, default=0, help="rules with other seeds drop other tokens (default 0)")
+
+
+def _add_marks(verb: argparse.ArgumentParser) -> None:
+    """Which column is read, and which parts of it are secrets."""
+    verb.add_argument(
+        "--text-column", metavar="NAME", default="", help="the column with the texts or messages"
+    )
+    marks = verb.add_mutually_exclusive_group()
+    marks.add_argument(
+        "--secrets",
+        metavar="REGEX",
+        default="",
+        help="regex for secrets; the first group, if any, is the secret",
+    )
+    marks.add_argument(
+        "--secret-column",
+        metavar="NAME",
+        default="",
+        help="the column with each row's secret, or a list of them",
+    )
+
+
+def _add_verdict(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument_group("verdict").add_argument
+    add(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        dest="limits",
+        help="recited=1%%, near_verbatim=1%%, auc=55%% (the defaults)",
+    )
+    add(
+        "--require",
+        action="append",
+        default=[],
+        choices=["membership"],
+        help="let this question count towards the verdict too",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code. Options may have underscores, as in 0.1."""
-    args = build_parser().parse_args(
-        [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
-    )
+    """Run the command line and return its exit code."""
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
         code: int | None = args.run(args)
+        sys.stdout.flush()  # so that a closed pipe is met here
         return code or 0
+    except BrokenPipeError:
+        # The reader, such as `head`, has read enough. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if SIGPIPE had ended the process
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in EXTRA:
             raise
-        message = f"{package} is not installed; it comes with the extra \"audit\": pip install 'goldfish-loss[audit]'"
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        message = (
+            f'{package} is not installed; it comes with the extra "audit": '
+            "pip install 'goldfish-loss[audit]'"
+        )
+    except (ValueError, TypeError, OSError) as error:
         message = str(error)
     except KeyboardInterrupt:
-        hint = "; the same command continues it" if args.verb == "audit" else ""
+        hint = "; repeat the command to continue" if args.verb == "audit" else ""
         print(f"goldfish {args.verb}: stopped{hint}", file=sys.stderr)
         return 130
+    except Exception as error:
+        # Damaged weights. The class is imported only here: it would double the time of --help.
+        from safetensors import SafetensorError
+
+        if not isinstance(error, SafetensorError):
+            raise
+        message = str(error)
     print(f"goldfish {args.verb}: {plain(message, 4000)}", file=sys.stderr)
     return 2
 
 
-def _dashed(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Parse the command line; a misspelt verb or option ends with a suggestion and exit code 2."""
+    parser = build_parser()
+    verbs = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if verb and verb not in verbs:
+        parser.error(f"there is no verb {verb!r}{_suggestion(verb, verbs)}")
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        options = verbs[args.verb]._option_string_actions
+        name = unknown[0].partition("=")[0]
+        verbs[args.verb].error(f"unrecognized argument {unknown[0]}{_suggestion(name, options)}")
+    return args
 
 
-def _add_rule(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer"
-    )
-    verb.add_argument("-k", type=float, default=4, help="one token in k is dropped (default 4)")
-    verb.add_argument(
-        "--h",
-        type=int,
-        default=13,
-        help="preceding tokens, or words of 5 letters, that decide (13)",
-    )
-    verb.add_argument(
-        "--strategy",
-        default="hash",
-        help='"hash" (default), "letters", or one of those for comparison',
-    )
-    verb.add_argument(
-        "--max-kept",
-        type=int,
-        metavar="N",
-        help="never keep more than N tokens in a row; at least k",
-    )
-    verb.add_argument("--seed", type=int, default=0)
+def _suggestion(word: str, choices: Iterable[str]) -> str:
+    """What the word may have been meant for."""
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(names)}"
 
 
 def _rule(args: argparse.Namespace) -> Any:
@@ -297,17 +375,18 @@ def _premask(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from goldfish.audit.model import load_tokenizer
-    from goldfish.text.show import read_text, show
+    from goldfish.text.show import show
 
+    text = args.text if args.file is None else Path(args.file).read_text(encoding="utf-8")
+    unbound = _rule(args)  # a bad rule is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer)
-    rule = _rule(args).bind(tokenizer)
-    console = Console(highlight=False)
+    rule = unbound.bind(tokenizer)
+    console = _console()
     colour = console.is_terminal and not console.no_color
-    console.print(show(rule, tokenizer, read_text(args.text), colour=colour))
+    console.print(show(rule, tokenizer, text, colour=colour))
     console.print(Text(rule.short(), "dim"))
 
 
@@ -354,35 +433,39 @@ def _audit(args: argparse.Namespace) -> int:
 def _judge(args: argparse.Namespace) -> int:
     from goldfish.audit.tell import publish
 
-    return _tell(publish(args.folder, args.limits, args.require, args.fail_on), args.folder, args)
+    return _tell(publish(args.folder, args.limits, args.require), args.folder, args)
 
 
 def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
-    """Print a summary, and in the last line the outcome for scripts; return the exit code.
-
-    `accelerate launch` and torchrun report every exit code but 0 as 1; the last line and summary.json do not.
-    """
-    from rich.console import Console
-
+    """Print a summary, and in the last line the outcome for scripts; return the exit code."""
     from goldfish.audit.tell import describe, terminal
 
+    outcome = summary["verdict"]["outcome"]
     print(f"Next: goldfish report {folder} -o report.html")
-    Console(highlight=False).print(terminal(describe(summary)))
-    print(
-        f"goldfish {args.verb}: {summary['verdict']['outcome']}, exit code {summary['exit_code']}"
-    )
-    return int(summary["exit_code"])
+    _console().print(terminal(describe(summary)))
+    print(f"goldfish {args.verb}: {outcome}, exit code {EXIT_CODES[outcome]}")
+    return EXIT_CODES[outcome]
+
+
+def _console() -> Any:
+    """A terminal that leaves a closed pipe to `main`; rich would exit with 1, which means FAIL."""
+    from rich.console import Console
+
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PipedConsole(highlight=False)
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from goldfish.audit.compare import compare, table, write
 
     result = compare(args.first, args.second)
     write(result, args.output_dir)
-    console = Console(highlight=False)
+    console = _console()
     console.print(table(result))
     console.print(Text(plain(result["sentence"], 1000)))
 

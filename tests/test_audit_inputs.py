@@ -211,20 +211,6 @@ def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
     ]
 
 
-def test_a_condition_on_secrets_is_known_before_the_work(reciter, chats, tmp_path):
-    command = [
-        "audit",
-        str(reciter[0]),
-        "--members",
-        str(chats["members"]),
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    assert main([*command, "--fail-on", "secrets.k > 0"]) == 2, "no secrets are marked"
-    assert not (tmp_path / "out").exists()
-    assert main([*command, "--fail-on", "secrets.k > 0", "--secrets", r"\w{3}-\w{3}"]) == 1
-
-
 @pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
 def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
     reciter, tmp_path, monkeypatch, capsys
@@ -236,9 +222,9 @@ def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
     )
     model.save_pretrained("lora")
     pandas.DataFrame([{"messages": chat} for chat in CHATS]).to_parquet("train.parquet")
-    assert main(["audit", "lora", "--members", "train.parquet", "-o", "audit"]) == 0
+    assert main(["audit", "lora", "--members", "train.parquet", "-o", "audit"]) == 3
     assert read("audit")["em"].k == 2
-    assert "goldfish audit: INCONCLUSIVE, exit code 0" in capsys.readouterr().out
+    assert "goldfish audit: INCONCLUSIVE, exit code 3" in capsys.readouterr().out
 
 
 def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
@@ -260,22 +246,9 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
             "--text-column",
             "body",
         ]
-        assert (
-            main(
-                [
-                    *command,
-                    "--max-rows",
-                    "5",
-                    "--seed",
-                    "3",
-                    "--prefix-length",
-                    "5",
-                    "--suffix-length",
-                    "5",
-                ]
-            )
-            == 0
-        )
+        command += ["--max-rows", "5", "--seed", "3"]
+        command += ["--prefix-length", "5", "--suffix-length", "5"]
+        assert main(command) == 3
         drawn.append(read_records(output, ["index", "prefix_ids", "nll"]).to_pylist())
     reader._standard_input.cache_clear()
     assert drawn[0] == drawn[1]
@@ -316,5 +289,5 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, t
         "2",
     ]
     command += ["--prefix-length", "6", "--suffix-length", "6", "--device-map", "auto"]
-    assert main(command) == 0
+    assert main(command) == 3
     assert read_records(tmp_path / "split").equals(read_records(tmp_path / "whole"))

@@ -300,7 +300,7 @@ def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, pl
     name = str(tmp_path) if place == "folder" else "someone/tiny"
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     for each in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(f"goldfish.audit.model.{each}.from_pretrained", from_pretrained)
+        monkeypatch.setattr(f"transformers.{each}.from_pretrained", from_pretrained)
     if place == "hub":
         monkeypatch.setattr("goldfish.audit.model.cached_file", lambda *_, **__: None)
     load_tokenizer(f"{name}/a.gguf")

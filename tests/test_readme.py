@@ -156,7 +156,9 @@ def test_finetuning_example_runs_as_written(
         line for kind, code in CODE.findall(README) if kind == "bash" for line in code.splitlines()
     ]
     for command in [line for line in commands if line.startswith("goldfish ")]:
-        assert main(shlex.split(command)[1:]) == 0
+        verb = command.split()[1]
+        # Three documents cannot decide: an audit of them is INCONCLUSIVE.
+        assert main(shlex.split(command)[1:]) == (3 if verb == "audit" else 0)
     assert (
         json.loads(Path("audit/summary.json").read_text())["inputs"]["members"]["completions"] == 3
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from goldfish.receipt import FILE_NAME, read_receipt
@@ -169,6 +169,9 @@ class Checkpoint:
             ValueError: weights that exist only as pickle, which can run code when they are loaded; weights that do not
                 fit the model; a model that is not causal; a missing package.
         """
+        # Importing it takes a second, which `goldfish show` and `check` need not wait for.
+        from transformers import AutoModelForCausalLM
+
         if self.base is not None:
             model = self.base.model(
                 device, dtype=dtype, allow_pickle=allow_pickle, device_map=device_map
