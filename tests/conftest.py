@@ -12,17 +12,13 @@ if not (shutil.which("nvidia-smi") or shutil.which("rocminfo")):
 
 import pytest
 import torch
-import transformers
+from helpers import PROSE, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from toy_tokenizers import KINDS
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from goldfish import Goldfish
 
-BEFORE_5 = transformers.__version__ < "5"
-
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
 
@@ -43,13 +39,6 @@ def pytest_xdist_make_scheduler(config, log):
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = file_of
     return scheduler
-
-
-PROSE = [
-    "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the bowl.",
-    "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said the fish.",
-    "Count: one, two, three, four, five, six, seven, eight, nine, ten; then begin again at one.\n\n\tIndented.",
-] * 4
 
 
 @pytest.fixture(scope="session")
@@ -124,22 +113,6 @@ def rules(tokenizers) -> dict[str, Goldfish]:
         name: Goldfish(strategy="letters", h=4, k=3).bind(tokenizer)
         for name, tokenizer in tokenizers.items()
     }
-
-
-def tiny_llama(vocab_size: int = 320, **changes) -> LlamaForCausalLM:
-    """The same weights whenever it is called with the same arguments."""
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": vocab_size,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-import test_exact
+import helpers
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from test_exact import model_of
+from helpers import model_of
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
@@ -105,7 +105,7 @@ def run(
             **options,
         )
         trainer = GoldfishTrainer(
-            model_of(getattr(test_exact, model)),
+            model_of(getattr(helpers, model)),
             arguments,
             train_dataset=rows(dropped_whole),
             data_collator=DataCollatorForSeq2Seq(

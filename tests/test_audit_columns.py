@@ -17,7 +17,7 @@ from audit_records import (
     made_up_summary,
     write_run,
 )
-from conftest import PROSE
+from helpers import PROSE
 from rouge_score.rouge_scorer import RougeScorer, _score_lcs
 from tokenizers.processors import TemplateProcessing
 

@@ -7,9 +7,8 @@ import shutil
 import pandas
 import pytest
 import torch
-from conftest import BEFORE_5, PROSE, tiny_llama
+from helpers import BEFORE_5, PROSE, TEMPLATE, say, tiny_llama, write_jsonl
 from peft import LoraConfig, get_peft_model
-from test_rows import TEMPLATE, say, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldfish import Goldfish

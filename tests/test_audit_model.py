@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import BEFORE_5, tiny_llama
+from helpers import BEFORE_5, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (

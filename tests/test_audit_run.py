@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import BEFORE_5, PROSE, tiny_llama
+from helpers import BEFORE_5, PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, run

@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import BEFORE_5, tiny_llama
+from helpers import BEFORE_5, tiny_llama
 from toy_models import ARCHITECTURES, VOCABULARY, toy_model
 
 from goldfish.audit import model as model_module

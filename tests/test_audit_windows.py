@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROSE
+from helpers import PROSE
 from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROSE
+from helpers import PROSE
 
 from goldfish import Goldfish
 from goldfish.cli import EXTRA, main

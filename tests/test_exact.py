@@ -7,9 +7,8 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import tiny_llama
+from helpers import RULE, NoLossArguments, OwnMean, model_of, tiny_llama, trained, unequal_rows
 from packaging.version import Version
-from test_trainer import RULE, trained, unequal_rows
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, LlamaForCausalLM, Trainer
 
@@ -27,31 +26,6 @@ WAYS = {
     "attached": {"then": lambda trainer: attach(trainer, RULE)},
     "attached and fused": {"then": lambda trainer: attach(trainer, RULE, fused=True)},
 }
-
-
-class NoLossArguments(LlamaForCausalLM):
-    """Its loss is the mean over a micro-batch, whatever the step holds."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-
-
-class OwnMean(LlamaForCausalLM):
-    """The same, and 0 / 0 where a micro-batch keeps no token."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None):
-        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
-        if labels is not None:
-            log_p, targets = torch.log_softmax(output.logits[:, :-1], -1), labels[:, 1:, None]
-            kept = targets != -100
-            output["loss"] = -(log_p.gather(-1, targets * kept) * kept).sum() / kept.sum()
-        return output
-
-
-def model_of(kind=LlamaForCausalLM):
-    model = tiny_llama()
-    model.__class__ = kind
-    return model
 
 
 def rows():

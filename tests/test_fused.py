@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import BEFORE_5, DEVICES
+from helpers import BEFORE_5, DEVICES
 from operations import Operations
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

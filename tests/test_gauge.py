@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import RULE, trained, unequal_rows
+from helpers import RULE, trained, unequal_rows
 
 from goldfish import Goldfish, GoldfishTrainer
 from goldfish.gauge import measure, readings, rows_to_measure

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import DEVICES
+from helpers import DEVICES
 from operations import Operations
 from torch import Tensor
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+from helpers import tiny_llama
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer, mask_labels, premask

@@ -1,7 +1,7 @@
 """The text that each token adds, and visible escapes."""
 
 import pytest
-from conftest import PROSE
+from helpers import PROSE
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import GradientState
-from conftest import tiny_llama
-from test_trainer import RULE, trained, unequal_rows
+from helpers import RULE, tiny_llama, trained, unequal_rows
 from transformers import (
     BatchEncoding,
     DataCollatorForSeq2Seq,

@@ -6,8 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama
-from test_rows import TEMPLATE, say
+from helpers import TEMPLATE, say, tiny_llama
 from transformers import HfArgumentParser
 
 from goldfish.cli import build_parser, main

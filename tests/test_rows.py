@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
-from conftest import PROSE
 from datasets import Dataset, DatasetDict
+from helpers import PROSE, TEMPLATE, say, write_jsonl
 
 from goldfish.audit.windows import Cutter
 from goldfish.text import rows as module
@@ -19,16 +19,6 @@ from goldfish.text.rows import digest, draw, read_rows
 
 pytestmark = pytest.mark.core
 TEXTS = [{"text": text} for text in PROSE[:3]]
-TEMPLATE = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<|endoftext|>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -245,13 +235,6 @@ def test_rows_are_drawn_with_a_seed():
 def chatty(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     return tokenizer
-
-
-def say(*contents):
-    """Messages of the user and the assistant in turn."""
-    return [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
-    ]
 
 
 def test_windows_of_a_chat_are_the_assistants_turns(chatty):

@@ -6,8 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
-from conftest import tiny_llama
-from datasets import Dataset
+from helpers import RULE, trained, unequal_rows
 from packaging.version import Version
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -22,79 +21,10 @@ from goldfish import (
 from goldfish.receipt import read_receipt, rules_of
 
 pytestmark = pytest.mark.core
-RULE = Goldfish(k=3, h=4)
 counts_shifted_labels = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.10.1"),
     reason="this Trainer takes position 0 for a target",
 )
-
-
-def unequal_rows(count=16, longest=40):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
-    ids = [torch.randint(2, 320, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset.from_dict(
-        {"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": ids}
-    )
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimiser step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        )
-
-
-def trained(
-    folder,
-    tokenizer,
-    *,
-    trainer_class=Trainer,
-    batch=4,
-    accumulation=1,
-    steps=4,
-    then=None,
-    train=None,
-    **more,
-):
-    gradients = Gradients()
-    settings = {
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-    }
-    settings |= more.pop("settings", {})
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
-        report_to="none",
-        disable_tqdm=True,
-        **settings,
-    )
-    trainer = trainer_class(
-        model=more.pop("model", None) or tiny_llama(),
-        args=arguments,
-        train_dataset=more.pop("train_dataset", unequal_rows()),
-        eval_dataset=unequal_rows(8, 30),
-        data_collator=more.pop("data_collator", DataCollatorForSeq2Seq(tokenizer)),
-        processing_class=tokenizer,
-        callbacks=[gradients],
-        **more,
-    )
-    if then is not None:
-        trainer = then(trainer)
-    trainer.train(**train or {})
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return trainer, losses, gradients.steps
 
 
 @counts_shifted_labels

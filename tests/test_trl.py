@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset
+from helpers import tiny_llama
 
 from goldfish import Goldfish, attach, mask_labels
 from goldfish.receipt import read_receipt
