@@ -15,6 +15,7 @@ import re
 import string
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -134,7 +135,11 @@ def decide(
     of_character = np.zeros(len(text), dtype=bool)
     for (begin, end), dropped in zip(encoding.offsets, drop, strict=True):
         of_character[begin:end] = dropped
-    forms = [characters()[ord(character)] for character in text]
+    # A character without letters separates words, unless it is a mark or invisible.
+    forms = [
+        characters()[ord(c)] or (" " if category(c) not in ("Mn", "Mc", "Me", "Cf") else "")
+        for c in text
+    ]
     letter = np.array([c != " " for form in forms for c in form], dtype=bool)
     starts = letter & ~np.append(False, letter)[:-1]
     return starts[letter], of_character.repeat([len(form) for form in forms])[letter], drop

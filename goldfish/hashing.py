@@ -1,27 +1,36 @@
-"""The arithmetic of `goldfish.spec` on whole tensors: int64 with wrap-around is uint64 arithmetic.
+"""The arithmetic of `goldfish.spec` on whole tensors.
 
-Only integers, and only operations with the same result on every device, in eager mode and under torch.compile.
+Only integers, and only operations with the same result on every device, in eager mode and under
+torch.compile. torch has no uint64 arithmetic, but int64 wraps around, so its bits are the same: of
+sums and products the low 64 bits do not depend on the sign. Only shifts and comparisons do.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from goldfish import spec
 
 
 def signed(x: int) -> int:
-    """The int64 with the same 64 bits as the unsigned `x`."""
+    """The int64 with the same 64 bits as the unsigned `x`.
+
+    >>> signed(5), signed(2**64 - 1)
+    (5, -1)
+    """
     x &= spec.WORD
     return x - 2**64 if x >= 2**63 else x
 
 
-_GAMMA, _MIX_A, _MIX_B = map(signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GAMMA = signed(0x9E3779B97F4A7C15)
+_MIX_A = signed(0xBF58476D1CE4E5B9)
+_MIX_B = signed(0x94D049BB133111EB)
 MULTIPLIER = signed(spec.MULTIPLIER)
-INVERSE = signed(pow(spec.MULTIPLIER, -1, 2**64))
+INVERSE = signed(pow(spec.MULTIPLIER, -1, 2**64))  # MULTIPLIER * INVERSE == 1 modulo 2**64
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64: torch's own `>>` copies the sign bit."""
+    """Logical shift of int64. torch's own `>>` copies the sign bit, so -1 >> 1 is -1."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -41,22 +50,28 @@ def powers(base: int, count: int, device: torch.device) -> Tensor:
 
 
 def prefix_hashes(symbols: Tensor) -> Tensor:
-    """Prefix sums (B, T + 1) from which `window_hashes` reads any window; symbols int64 (B, T).
+    """Prefix sums from which `window_hashes` reads any window; int64 (B, T) -> (B, T + 1).
 
-    The polynomial hash of symbols[a:b], newest symbol times M**0, is M**b * (P[b] - P[a]) with
-    P[i] = sum over j < i of symbols[j] * M**-(j + 1): one pass over the tokens, whatever the window's length.
+    One pass over the tokens, whatever the length of the windows. With M the multiplier, M' its
+    inverse, and the symbols a, b, c, d, the prefix sums are
+
+        P[0] = 0, P[1] = a M', P[2] = a M' + b M'^2, P[3] = a M' + b M'^2 + c M'^3, ...
+
+    and the window [b, c], whose hash is b M + c (Horner's rule, newest symbol last), is
+
+        M^3 (P[3] - P[1]) = M^3 (b M'^2 + c M'^3) = b M + c.
     """
     length = symbols.shape[-1]
     weighted = symbols * powers(INVERSE, length + 1, symbols.device)[1:]
-    return torch.nn.functional.pad(weighted.cumsum(-1), (1, 0))
+    return pad(weighted.cumsum(-1), (1, 0))
 
 
 def window_hashes(prefix: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """The polynomial hash of symbols[begin:end] for every element of begin and end, int64 (B, N)."""
+    """The hash of symbols[begin:end] for every element of begin and end, int64 (B, N)."""
     scale = powers(MULTIPLIER, prefix.shape[-1], prefix.device)
     return (prefix.gather(-1, end) - prefix.gather(-1, begin)) * scale[end]
 
 
-def below(keys: Tensor, limit: int) -> Tensor:
-    """True where the top 32 bits of a key are less than `limit` (`spec.threshold(k)`): one time in k."""
+def hits(keys: Tensor, limit: int) -> Tensor:
+    """True where the top 32 bits of a key are below `limit`; bool of the shape of keys."""
     return shift_right(keys, 32) < limit

@@ -1,16 +1,13 @@
-"""Decisions that survive reformatting: for every token a key of the letters before it. Integers only.
+"""Decisions that survive reformatting: for every token a hash of the letters before it.
 
-A document's normal form (`vocabulary.fold`) is its letters and digits, in words; the context of a decision is letters
-alone. A token adds the same letters wherever it stands, except for a leading part of a character, which completes what
-earlier tokens began. So the letters of each vocabulary entry are hashed once, and prefix sums combine these hashes over
-a batch. The hash of letters c0, c1, ... is the sum of mix(c[j]) * M**-(j + 1), as in `hashing.prefix_hashes`.
+Integers only. The context of a decision is letters and digits alone (`vocabulary.fold`), so spaces,
+punctuation and line breaks never count: "don't", "dont" and a word hyphenated at the end of a line
+leave all later decisions as they were.
 
-Consequences:
-- Spaces, punctuation and line breaks never count, in code too: "don't", "dont" and a word hyphenated at the end of a
-  line leave all later decisions as they were.
-- Strategy "text" decides whole words. Punctuation separates words: "don't" is two. In scripts without spaces every
-  character is a word. A token of several words takes the decision of its first.
-- A character that is cut by tokens counts for the token that completes it.
+A token adds the same letters wherever it stands, except for a leading part of a character, which
+completes what earlier tokens began. So the letters of each vocabulary entry are hashed once, and
+prefix sums combine these hashes over a batch. The hash of the letters c0, c1, ... is the sum of
+mix(c[j]) * M**-(j + 1), as in `hashing.prefix_hashes`.
 """
 
 from typing import NamedTuple
@@ -23,30 +20,37 @@ from goldfish import spec
 from goldfish.hashing import INVERSE, MULTIPLIER, powers, signed
 from goldfish.vocabulary import characters
 
-_CONTINUATION = bytes(range(0x80, 0xC0))
+_CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 _COMPLETE = 1 << 24  # see `_tail`
-_INSIDE = 1 << 37  # see `_parts`
-_SAYS, _LEADS, _OPEN = 1 << 32, 1 << 33, 1 << 34  # see `_outline`
+_MOST_LETTERS = 0xFFFF  # of an entry
 
 
 class Codes(NamedTuple):
-    """The normal forms of a vocabulary as integers, int64. Each distinct form has a number, its code; "" has 0."""
+    """The letters of a vocabulary as integers, int64.
 
-    of_id: Tensor  # (V + 1,) the code of each id's text; the last is a space, for ids outside the vocabulary
-    of_character: Tensor  # (0x110001,) 0, then the code of each character; (1,) where no entry cuts a character
-    parts: (
-        Tensor  # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
-    )
-    outline: Tensor  # (C,) six small numbers about each form, see `_outline`
-    hash: Tensor  # (K,) of each form the hashes of its first 0, 1, 2, ... all letters
-    up: Tensor  # powers of the multiplier M
-    down: Tensor  # and of its inverse, enough for the longest form
+    Each distinct string of letters is a form and has a number, its code; "" has 0.
+    """
+
+    # (V + 1,) the code of each id's letters; the last is for ids outside the vocabulary
+    of_id: Tensor
+    # (0x110001,) 0, then the code of each character; (1,) if no entry cuts a character
+    of_character: Tensor
+    # (V + 1,) the parts of characters that an entry begins and ends with, see `_parts`
+    parts: Tensor
+    # (C,) for each form, its number of letters, and where its hashes begin: first << 16 | letters
+    outline: Tensor
+    # (K,) for each form, the hashes of its first 0, 1, 2, ... all letters
+    hash: Tensor
+    # Powers of the multiplier M and of its inverse, enough for the longest form.
+    up: Tensor
+    down: Tensor
 
 
 class Vocabulary:
-    """The codes of a tokenizer's vocabulary, copied to each device once."""
+    """The bytes of a tokenizer's entries; their codes, copied to each device once."""
 
     def __init__(self, entries: list[bytes]) -> None:
+        self.entries = entries
         self._on = {torch.device("cpu"): encode(entries)}
 
     def on(self, device: torch.device) -> Codes:
@@ -59,103 +63,92 @@ def encode(entries: list[bytes]) -> Codes:
     """The codes of a vocabulary, given the bytes of each id (`vocabulary.token_bytes`)."""
     entries = [*entries, b" "]
     code = {"": 0}
-    of_id = [
-        code.setdefault(e.decode("utf-8", "ignore").translate(characters()), len(code))
-        for e in entries
-    ]
-    cut = any(map(_tail, entries))
-    of_character = [
-        code.setdefault(form, len(code)) for form in ("", *(characters() if cut else ()))
-    ]
+    of_id = []
+    for entry in entries:
+        form = entry.decode("utf-8", "ignore").translate(characters())
+        of_id.append(code.setdefault(form, len(code)))
+    cuts_characters = any(_tail(entry) for entry in entries)
+    of_character = [0]
+    for form in characters() if cuts_characters else ():
+        of_character.append(code.setdefault(form, len(code)))
+
+    # For the forms "", "ab" and "c": hashes [0, 0, h(a), h(ab), 0, h(c)], and outlines with
+    # (first, letters) of (0, 0), (1, 2) and (4, 1).
     outlines: list[int] = []
     hashes: list[int] = []
     inverse_powers = [1]
     for form in code:
-        outlines.append(_outline(form, len(hashes)))
+        if len(form) > _MOST_LETTERS:
+            raise ValueError(
+                f"an entry of the vocabulary has {len(form)} letters and digits; "
+                f"at most {_MOST_LETTERS} fit"
+            )
+        outlines.append(len(hashes) << 16 | len(form))
         state = 0
         hashes.append(state)
-        for position, letter in enumerate(form.replace(" ", ""), 1):
+        for position, letter in enumerate(form, 1):
             if position == len(inverse_powers):
                 inverse_powers.append((inverse_powers[-1] * INVERSE) & spec.WORD)
             state = (state + spec.mix(ord(letter)) * inverse_powers[position]) & spec.WORD
             hashes.append(state)
-    columns = (of_id, of_character, list(map(_parts, entries)), outlines, list(map(signed, hashes)))
-    tables = (torch.tensor(column, dtype=torch.int64) for column in columns)
-    return Codes(
-        *tables,
-        *(powers(base, len(inverse_powers), torch.device("cpu")) for base in (MULTIPLIER, INVERSE)),
-    )
+    parts = [_parts(entry) for entry in entries]
+    columns = (of_id, of_character, parts, outlines, [signed(state) for state in hashes])
+    tables = [torch.tensor(column, dtype=torch.int64) for column in columns]
+    cpu = torch.device("cpu")
+    tables += [powers(base, len(inverse_powers), cpu) for base in (MULTIPLIER, INVERSE)]
+    return Codes(*tables)
 
 
 def contexts(
-    codes: Codes, ids: Tensor, document_start: Tensor, letters: int, whole_words: bool
+    codes: Codes, ids: Tensor, document_start: Tensor, letters: int
 ) -> tuple[Tensor, Tensor]:
-    """Of the context of every token, the last `letters` letters before it (or before its word) in its document, the
-    polynomial hash and the length. All int64 (B, T); document_start: the column at which a token's document starts.
+    """The last `letters` letters before every token in its document: their hash and number.
+
+    For three tokens "Hel", "lo W" and "orld", whose letters are hel, low and orld, the token "orld"
+    has the context h e l l o w; with letters=4, it is l l o w, which begins inside the first token.
+
+    Args:
+        ids: int64 (B, T).
+        document_start: int64 (B, T), the column at which a token's document starts.
+
+    Returns:
+        int64 (B, T) each: the polynomial hash, and the number of letters.
     """
     last = codes.of_id.shape[0] - 1
     ids = torch.where((ids < 0) | (ids > last), last, ids)
     starts = document_start == torch.arange(ids.shape[-1], device=ids.device)
-    # Every token is two pieces: the character that it completes, and the rest of its text.
-    pieces = torch.stack((_completed(codes, ids, starts), _look_up(codes.of_id, ids)), -1).flatten(
-        -2
-    )
-    outline = _look_up(codes.outline, pieces)
-    length, first = outline & 0xFFFF, outline >> 35
+    # Every token is two pieces: the character that it completes, and the rest of its letters.
+    pieces = torch.stack((_completed(codes, ids, starts), _look_up(codes.of_id, ids)), -1)
+    outline = _look_up(codes.outline, pieces.flatten(-2))
+    length, first = outline & 0xFFFF, outline >> 16
 
-    # Of every piece: its place in letters, M**place, M**-place, and the hash of all letters before it.
+    # For every piece: its place in letters, M**place, M**-place, and the hash of all letters of the
+    # row before it. Powers are products over pieces, because a row may have more letters than the
+    # longest form.
     step = pad(length[..., :-1], (1, 0))
-    place, scale, weight = (
-        step.cumsum(-1),
-        _look_up(codes.up, step).cumprod(-1),
-        _look_up(codes.down, step).cumprod(-1),
-    )
-    before = pad((_look_up(codes.hash, first + length) * weight)[..., :-1], (1, 0)).cumsum(-1)
+    place = step.cumsum(-1)
+    scale = _look_up(codes.up, step).cumprod(-1)
+    weight = _look_up(codes.down, step).cumprod(-1)
+    own_hash = _look_up(codes.hash, first + length) * weight
+    before = pad(own_hash[..., :-1], (1, 0)).cumsum(-1)
 
-    def hash_before(letter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The hash of all letters of the row before some letter; the piece that holds it, and its place there."""
-        piece = torch.searchsorted(place, letter, right=True) - 1
-        within = letter - place.gather(-1, piece)
-        inside = _look_up(codes.hash, first.gather(-1, piece) + within)
-        return before.gather(-1, piece) + inside * weight.gather(-1, piece), piece, within
-
-    end, end_hash, power = (
-        place[..., ::2],
-        before[..., ::2],
-        scale[..., ::2],
-    )  # where every token begins
-    if whole_words:
-        end = _word_starts(outline, place, starts)
-        end_hash, piece, within = hash_before(end)
-        power = scale.gather(-1, piece) * _look_up(codes.up, within)
+    # A context ends where its token begins: at the first of the token's two pieces.
+    end, end_hash, power = place[..., ::2], before[..., ::2], scale[..., ::2]
     begin = torch.maximum(end - letters, place.gather(-1, 2 * document_start))
-    return (end_hash - hash_before(begin)[0]) * power, end - begin
-
-
-def _word_starts(outline: Tensor, place: Tensor, starts: Tensor) -> Tensor:
-    """At which letter of the row the word begins that a token begins with or continues."""
-    column = torch.arange(outline.shape[-1], device=outline.device)
-    starts = torch.stack((starts, torch.zeros_like(starts)), -1).flatten(-2)
-    says = ((outline & _SAYS) != 0) | starts
-    leads = (
-        (outline & _LEADS) != 0
-    ) | starts  # a document's start ends the word before it, like a separator
-    # Is a word open where a piece begins? The last piece before it with any text knows.
-    is_open = (says * (2 * column + ((outline & _OPEN) != 0))).cummax(-1).values & 1
-    anew = leads | (pad(is_open[..., :-1], (1, 0)) == 0)
-    within = (outline >> 16) & 0xFFFF
-    begins = (within > 0) | (anew & ((outline & 0xFFFF) > 0))
-    last = (
-        (begins * (place + within)).cummax(-1).values
-    )  # where the last word begins, up to a piece
-    own = column[::2] + ~says[..., ::2]  # the piece that a token begins with
-    return torch.where(anew, place, pad(last[..., :-1], (1, 0))).gather(-1, own)
+    # It begins at some letter, in some piece, after `within` letters of that piece.
+    piece = torch.searchsorted(place, begin, right=True) - 1
+    within = begin - place.gather(-1, piece)
+    inside = _look_up(codes.hash, first.gather(-1, piece) + within)
+    begin_hash = before.gather(-1, piece) + inside * weight.gather(-1, piece)
+    return (end_hash - begin_hash) * power, end - begin
 
 
 def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
-    """The code of the character whose last byte is among a token's leading continuation bytes, or 0.
+    """The code of the character whose last byte is among a token's leading bytes, or 0.
 
-    A character has at most four bytes, so at most two tokens lie between its first token and its last.
+    For example U+20AC, "€", is e2 82 ac. Cut as [.. e2] [82] [ac ..], the first token's tail is
+    what e2 begins, the second token is inside and passes it on with 82, the third completes it.
+    A character has at most four bytes, so at most two tokens lie between its first and its last.
     """
     parts = _look_up(codes.parts, ids)
     tail, payload, shift = parts >> 38, (parts >> 19) & 0x3FFFF, parts & 0x7FFFF
@@ -163,25 +156,19 @@ def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
     pending = tail
     for _ in range(2):
         earlier = pad(pending[..., :-1], (1, 0))
-        longer = earlier * shift + payload
+        longer = earlier * shift + payload  # the bits so far, moved on, and the new ones
         pending = tail + (inside & (earlier != 0) & (longer < _COMPLETE)) * longer
     earlier = pad(pending[..., :-1], (1, 0))
     value = earlier * shift + payload
-    for _ in range(
-        2
-    ):  # an entry with more continuation bytes than are missing: the others mean nothing
+    # An entry may have more continuation bytes than are missing: those mean nothing.
+    for _ in range(2):
         value = torch.where(value < _COMPLETE << 6, value, value >> 6)
     character = value & 0x1FFFFF
-    least = (value >= 1 << 25) * 0x800 + (
-        value >= 1 << 26
-    ) * 0xF800  # in more bytes than it needs it is no character
-    valid = (
-        (earlier != 0)
-        & (value >= _COMPLETE)
-        & (character >= least)
-        & (character < 0x110000)
-        & ~starts
-    )
+    # A code point in more bytes than it needs is no character: bit 25 is set for three bytes, which
+    # begin at U+0800, and bit 26 for four, which begin at U+10000.
+    least = (value >= 1 << 25) * 0x800 + (value >= 1 << 26) * 0xF800
+    in_range = (character >= least) & (character < 0x110000)
+    valid = (earlier != 0) & (value >= _COMPLETE) & in_range & ~starts
     return _look_up(codes.of_character, (character + 1) * valid)
 
 
@@ -190,49 +177,47 @@ def _look_up(table: Tensor, indices: Tensor) -> Tensor:
     return table.index_select(0, indices.reshape(-1)).view(indices.shape)
 
 
+# What an entry begins and ends with, packed into one integer (`_parts`):
+#
+#     bits 38 and up   19..36      37              0..18
+#     tail             payload     inside          shift
+#
+# The continuation bytes that it begins with (at most 3 count) are n groups of 6 bits, 10xxxxxx:
+# `payload` is these 6n bits and `shift` is 64**n, so that earlier * shift + payload appends them.
+# `inside` is set if the entry has nothing but continuation bytes. For the entry 82 ac: payload
+# 000010_101100, shift 64**2, inside 1, tail 0. For "a" + e2: payload 0, shift 1, inside 0.
+_INSIDE = 1 << 37
+
+
 def _parts(entry: bytes) -> int:
-    """In one integer: 64**n and, from bit 19, the payload of the entry's n <= 3 leading continuation bytes; bit 37:
-    whether it has nothing but such bytes; from bit 38 its `_tail`."""
-    rest, payload = entry.lstrip(_CONTINUATION), 0
+    rest = entry.lstrip(_CONTINUATION)
     leading = entry[: len(entry) - len(rest)][:3]
+    payload = 0
     for byte in leading:
         payload = payload << 6 | byte & 63
-    return _tail(entry) << 38 | (not rest) << 37 | payload << 19 | 1 << 6 * len(leading)
+    shift = 1 << 6 * len(leading)
+    return _tail(entry) << 38 | (not rest) << 37 | payload << 19 | shift
 
 
 def _tail(entry: bytes) -> int:
-    """The unfinished character at an entry's end, or 0: the payload so far, and before it a bit that arrives at bit
-    24, 25 or 26 (a character of two, three or four bytes) when the missing bytes have pushed it on by 6 bits each."""
+    """The unfinished character at an entry's end, or 0.
+
+    Its bits so far, with a marker bit in front. Each missing byte will move them by 6 bits; the
+    marker is placed so that it arrives at bit 24, 25 or 26 (for characters of two, three or four
+    bytes) when none is missing: a value of _COMPLETE or more is complete. For e2, which begins a
+    character of three bytes: 0010 with the marker at bit 25 - 12 = 13. After 82 and ac it is
+    0010_000010_101100 = 0x20ac with the marker at bit 25.
+    """
     for start in range(len(entry) - 1, max(len(entry) - 4, -1), -1):
         lead = entry[start]
-        if lead not in _CONTINUATION:
-            size = 2 + (lead >= 0xE0) + (lead >= 0xF0)
-            if not (0xC2 <= lead <= 0xF4 and len(entry) - start < size):
-                return 0
-            value = 1 << (22 + size - 6 * (size - 1)) | lead & (0x7F >> size)
-            for byte in entry[start + 1 :]:
-                value = value << 6 | byte & 63
-            return value
+        if lead in _CONTINUATION:
+            continue
+        size = 2 + (lead >= 0xE0) + (lead >= 0xF0)
+        if not (0xC2 <= lead <= 0xF4 and len(entry) - start < size):
+            return 0
+        marker = 1 << (22 + size - 6 * (size - 1))
+        value = marker | lead & (0x7F >> size)
+        for byte in entry[start + 1 :]:
+            value = value << 6 | byte & 63
+        return value
     return 0
-
-
-def _outline(form: str, first: int) -> int:
-    """In one integer, from the lowest bit: the letters of a form (16 bits), those before its last word where that
-    does not begin the form (16), whether the form is not empty (1), begins with a space (1), ends inside a word (1),
-    and the place of its first hash."""
-    letters = len(form.replace(" ", ""))
-    if letters > 0xFFFF:
-        raise ValueError(
-            f"an entry of the vocabulary has {letters} letters and digits; at most 65535 fit"
-        )
-    *earlier, _ = form.rstrip(" ").split(" ")
-    before_last_word = len("".join(earlier))
-    is_open = form[-1:] not in ("", " ")
-    return (
-        first << 35
-        | is_open << 34
-        | form.startswith(" ") << 33
-        | (form != "") << 32
-        | before_last_word << 16
-        | letters
-    )

@@ -23,7 +23,7 @@ SCHEMA = "goldfish.receipt/2"
 
 def bind(rule: Goldfish, tokenizer: Any) -> Goldfish:
     """The same rule; one that reads text is bound to the tokenizer, if there is one."""
-    return rule if tokenizer is None or rule.vocabulary is not None else rule.bind(tokenizer)
+    return rule if tokenizer is None else rule.bind(tokenizer)
 
 
 def count_drops(masked: Masked) -> Tensor:

@@ -1,37 +1,23 @@
-"""The bytes of a tokenizer's entries, and the normal form of characters; for strategies "letters" and "text"."""
+"""The bytes of a tokenizer's entries, and the normal form of characters, for "letters"."""
 
 import json
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 from unicodedata import category, normalize
 
-# Scripts without spaces between words, where every character is a word: first and last code points.
-UNSPACED = (
-    (0x0E00, 0x109F),  # Thai, Lao, Tibetan, Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x2E80, 0xA4CF),  # Han, Kana, Bopomofo, Yi
-    (0x20000, 0x3FFFF),  # Han
-)
-
 
 def fold(character: str) -> str:
-    """The normal form of one character: letters and digits, and a space wherever a word ends; may be empty.
+    """The normal form of one character: its letters and digits; may be empty.
 
-    Compatibility-decomposed (NFKD), case folded, decomposed again. Letters and digits (Unicode categories L and N)
-    stay; marks and format characters (M, Cf: accents, soft hyphen, zero-width space) are removed; everything else,
-    such as white space and punctuation, is a space. A character of a script without spaces is a word of its own.
-    Decomposing gives composed and decomposed spellings the same normal form.
+    Compatibility-decomposed (NFKD), case folded, decomposed again; of that, letters and digits
+    (Unicode categories L and N). So composed and decomposed spellings have the same normal form.
+
+    >>> [fold(character) for character in ("É", "ß", "ﬁ", "½", " ", "-")]
+    ['e', 'ss', 'fi', '12', '', '']
     """
-    if category(character) in ("Cn", "Co", "Cs"):  # not assigned, private or half a character
-        return " " if category(character) != "Cs" else ""
-    result = ""
-    for c in normalize("NFKD", normalize("NFKD", character).casefold()):
-        kind = category(c)
-        if kind[0] in "LN":
-            result += f" {c} " if any(first <= ord(c) <= last for first, last in UNSPACED) else c
-        elif kind[0] != "M" and kind != "Cf":
-            result += " "
-    return result
+    decomposed = normalize("NFKD", normalize("NFKD", character).casefold())
+    return "".join(c for c in decomposed if category(c)[0] in "LN")
 
 
 @cache
@@ -43,82 +29,103 @@ def characters() -> list[str]:
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The UTF-8 bytes of every id of the vocabulary; they may be parts of characters.
 
-    Special tokens and ids without text are one space: they separate words. A WordPiece entry without the continuation
-    prefix begins with one.
+    Special tokens and ids without text are one space, which completes no character. A WordPiece
+    entry without the continuation prefix begins with a space.
 
     Args:
         tokenizer: a Hugging Face fast tokenizer, or a `tokenizers.Tokenizer`.
 
     Raises:
         TypeError: not such a tokenizer.
-        ValueError: a tokenizer whose entries do not show where words begin.
+        ValueError: a tokenizer whose entries do not show which bytes they stand for.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(backend, "to_str"):
         raise TypeError(
-            "bind needs a Hugging Face fast tokenizer (what AutoTokenizer.from_pretrained returns) or a "
-            f"tokenizers.Tokenizer, got {type(tokenizer).__name__}"
+            "bind needs a Hugging Face fast tokenizer (what AutoTokenizer.from_pretrained returns) "
+            f"or a tokenizers.Tokenizer, got {type(tokenizer).__name__}"
         )
     description = json.loads(backend.to_str())
-    model, added = description["model"], description["added_tokens"] or []
+    model = description["model"]
     vocabulary = backend.get_vocab(with_added_tokens=True)
     to_bytes = _reader(description)
     entries = [b" "] * (max(vocabulary.values(), default=-1) + 1)
     for token, i in vocabulary.items():
         entries[i] = to_bytes(token)
-    for token in added:
-        entries[token["id"]] = (
-            b" " if token["special"] else token["content"].replace("▁", " ").encode()
-        )
+    for token in description["added_tokens"] or []:
+        content = token["content"].replace("▁", " ")
+        entries[token["id"]] = b" " if token["special"] else content.encode()
     unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
-    for i in {unknown, *getattr(tokenizer, "all_special_ids", ())} - {None}:
+    special = {unknown, *getattr(tokenizer, "all_special_ids", ())} - {None}
+    for i in special:
         entries[i] = b" "
     return [entry or b" " for entry in entries]
 
 
-def _reader(description: dict[str, Any]) -> Any:
+def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
     """The function that turns an entry into bytes, from a tokenizer's JSON description."""
     model = description["model"]
-    parts = [
-        *_parts(description["normalizer"]),
-        *_parts(description["pre_tokenizer"]),
-        *_parts(description["decoder"]),
-    ]
+    parts = []
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        parts += _parts(description[name])
     kinds = {part["type"] for part in parts}
     prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     if "ByteLevel" in kinds:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
-
-        table = {character: byte for byte, character in bytes_to_unicode().items()}
-        return lambda token: (
-            bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
-        )
+        return _byte_level_reader()
     if prefix or model["type"] == "WordPiece":
-        return lambda token: (
-            token.removeprefix(prefix).encode()
-            if token.startswith(prefix)
-            else b" " + token.encode()
-        )
+        return partial(_read_wordpiece, prefix)
     if suffix:
-        return lambda token: (
-            token.removesuffix(suffix).encode() + (b" " if token.endswith(suffix) else b"")
-        )
-    spaces = {part.get("replacement", "▁") for part in parts if part["type"] == "Metaspace"}
-    replaced = [
-        (part["content"], *part["pattern"].values()) for part in parts if part["type"] == "Replace"
-    ]
-    spaces |= {"▁" for strings in replaced if "▁" in strings}
-    if not spaces:
+        return partial(_read_with_suffix, suffix)
+    space = _space_of(parts)
+    if not space:
         raise ValueError(
-            f"the entries of this tokenizer ({model['type']}, pre-tokenizer {description['pre_tokenizer']}) do not say "
-            'where words begin; "letters" and "text" read byte-level BPE, SentencePiece (Metaspace, byte fallback) and '
-            'WordPiece; for others use strategy="hash"'
+            f"the entries of this tokenizer ({model['type']}, pre-tokenizer "
+            f"{description['pre_tokenizer']}) do not say where words begin; supported are "
+            "byte-level BPE, SentencePiece (Metaspace, byte fallback) and WordPiece; "
+            'for others use strategy="hash" without secrets'
         )
-    (space,) = spaces
-    fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-    if not (model.get("byte_fallback") or "ByteFallback" in kinds):
-        fallback = {}
+    fallback = {}
+    if model.get("byte_fallback") or "ByteFallback" in kinds:
+        fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
     return lambda token: fallback.get(token) or token.replace(space, " ").encode()
+
+
+def _byte_level_reader() -> Callable[[str], bytes]:
+    """Byte-level BPE: each character of an entry stands for one byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+
+    def read(token: str) -> bytes:
+        if not byte_of.keys() >= set(token):  # an added token
+            return token.encode()
+        return bytes(byte_of[character] for character in token)
+
+    return read
+
+
+def _read_wordpiece(prefix: str, token: str) -> bytes:
+    """With the prefix "##": "##ing" is b"ing", "walk" is b" walk"."""
+    if token.startswith(prefix):
+        return token.removeprefix(prefix).encode()
+    return b" " + token.encode()
+
+
+def _read_with_suffix(suffix: str, token: str) -> bytes:
+    """With the suffix "</w>": "ing</w>" is b"ing ", "walk" is b"walk"."""
+    if token.endswith(suffix):
+        return token.removesuffix(suffix).encode() + b" "
+    return token.encode()
+
+
+def _space_of(parts: list[dict[str, Any]]) -> str:
+    """The character that stands for a space in SentencePiece's entries, or ""."""
+    for part in parts:
+        if part["type"] == "Metaspace":
+            return str(part.get("replacement", "▁"))
+        if part["type"] == "Replace" and "▁" in (part["content"], *part["pattern"].values()):
+            return "▁"
+    return ""
 
 
 def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Strategies "letters" and "text": equal to the specification, and the same for every formatting of a text."""
+"""Strategy "letters": equal to the specification, and the same for every formatting of a text."""
 
 import pickle
 import random
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from toy_tokenizers import ALPHABETIC, KINDS, SCRIPTS, TEXTS, words
+from toy_tokenizers import ALPHABETIC, KINDS, SCRIPTS, TEXTS, letters_of
 
 from goldfish import Goldfish, spec
 from goldfish.letters import Vocabulary
@@ -19,28 +19,26 @@ from goldfish.vocabulary import characters, fold
 FOLD = characters()
 
 
-def word_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bool | None]:
-    """The decision of each word: that of the (last) token that covers its first letter, located by its offset.
+def letter_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bool | None]:
+    """The decision of each letter that its token begins with, located by the token's offset.
 
-    None for a word that begins inside the token of another word: it has no token, so no decision, of its own.
+    None for letters inside a token. A letter of several tokens belongs to the last of them.
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     drop = rule.dropped(torch.tensor(encoding.ids)).tolist()
     token_at = {c: token for token, span in enumerate(encoding.offsets) for c in range(*span)}
-    result, inside, busy = [], False, None
+    result, decided = [], None
     for i, character in enumerate(text):
-        for c in fold(character):
-            if c != " " and not inside:
-                result.append(None if token_at[i] == busy else drop[token_at[i]])
-            if c != " ":
-                busy = token_at[i]
-            inside = c != " "
-    assert len(result) == len(words(text))
+        for _ in fold(character):
+            token = token_at[i]
+            result.append(None if token == decided else drop[token])
+            decided = token
+    assert len(result) == len(letters_of(text))
     return result
 
 
 def agree(one: list[bool | None], other: list[bool | None]) -> int:
-    """How many words are decided in both; fails unless all those decisions are equal."""
+    """How many letters are decided in both; fails unless all those decisions are equal."""
     both = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     assert [a for a, _ in both] == [b for _, b in both]
     return len(both)
@@ -68,10 +66,6 @@ VOCABULARIES = [
 ] + [[bytes([i]) for i in range(256)]]
 
 
-BOTH = ["letters", "text"]
-STRATEGIES = st.sampled_from(BOTH)
-
-
 @pytest.fixture(scope="module")
 def vocabularies() -> list[Vocabulary]:
     return [Vocabulary(entries) for entries in VOCABULARIES]
@@ -85,15 +79,12 @@ def vocabularies() -> list[Vocabulary]:
     h=st.sampled_from([1, 2, 3, 50]),
     k=st.sampled_from([1.5, 2, 4]),
     seed=st.integers(0, 2**64 - 1),
-    head=st.sampled_from(["short", "keep"]),
+    opening=st.sampled_from(["short", "keep"]),
     exempt=st.sampled_from([(), (3, 97)]),
     end=st.sampled_from([None, 10]),
-    strategy=STRATEGIES,
     data=st.data(),
 )
-def test_equals_the_specification(
-    vocabularies, which, ids, h, k, seed, head, exempt, end, strategy, data
-):
+def test_equals_the_specification(vocabularies, which, ids, h, k, seed, opening, exempt, end, data):
     flags = st.lists(st.integers(0, 5), min_size=len(ids), max_size=len(ids))
     positions = data.draw(st.none() | flags)
     attended = data.draw(st.none() | flags)
@@ -101,12 +92,12 @@ def test_equals_the_specification(
         "k": k,
         "h": h,
         "seed": seed,
-        "head": head,
+        "opening": opening,
         "exempt": exempt,
         "document_end": end,
-        "strategy": strategy,
+        "strategy": "letters",
     }
-    if strategy == "letters" and head == "short":
+    if opening == "short":
         options["max_kept"] = data.draw(st.sampled_from([None, 4, 6]))
     expected = spec.dropped(
         ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options
@@ -121,12 +112,13 @@ def test_equals_the_specification(
 @given(
     text=st.text(st.characters(codec="utf-8"), max_size=40)
     | st.text(st.sampled_from(SCRIPTS), max_size=60),
-    strategy=STRATEGIES,
 )
-def test_bytes_of_any_text_equal_the_specification(vocabularies, text, strategy):
+def test_bytes_of_any_text_equal_the_specification(vocabularies, text):
     ids = list(text.encode())
-    expected = spec.dropped(ids, k=2, h=3, strategy=strategy, vocabulary=VOCABULARIES[2], fold=FOLD)
-    rule = Goldfish(k=2, h=3, strategy=strategy, vocabulary=vocabularies[2])
+    expected = spec.dropped(
+        ids, k=2, h=3, strategy="letters", vocabulary=VOCABULARIES[2], fold=FOLD
+    )
+    rule = Goldfish(k=2, h=3, strategy="letters", vocabulary=vocabularies[2])
     assert rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist() == expected
 
 
@@ -163,10 +155,10 @@ def test_broken_characters_equal_the_specification():
     vocabulary = Vocabulary(tokens)
     for row, seed in product(rows, range(12)):
         ids = [tokens.index(bytes.fromhex(token)) for token in row if token != "|"]
-        positions = [1] * len(ids)
+        positions = [*range(1, len(ids) + 1)]
         if "|" in row:
             positions[row.index("|")] = 0
-        options = {"k": 2, "h": 2, "strategy": ("text", "letters")[seed % 2], "seed": seed}
+        options = {"k": 2, "h": 2, "strategy": "letters", "seed": seed}
         rule = Goldfish(**options, vocabulary=vocabulary)
         expected = spec.dropped(ids, positions, vocabulary=tokens, fold=FOLD, **options)
         assert rule.dropped(torch.tensor(ids), torch.tensor(positions)).tolist() == expected, row
@@ -174,15 +166,14 @@ def test_broken_characters_equal_the_specification():
 
 def test_the_specification_by_hand():
     entries = [b"The", b" quick", b"br", b"own", b" fox", b",", b" ", b"\n"]
-    before = lambda *ids, whole=True: spec.letters_before([entries[i] for i in ids], FOLD, whole)  # noqa: E731
-    assert before(0) == before(6) == ""
-    assert before(0, 1) == before(0, 6) == before(0, 5) == "the"
-    assert before(0, 1, 7, 2) == before(0, 1, 7, 2, 3) == "thequick"  # "own" goes on with "brown"
-    assert before(0, 1, 7, 2, 3, whole=False) == "thequickbr"  # every token for itself
-    assert before(0, 1, 7, 2, 3, 5) == before(0, 1, 7, 2, 3, 4) == "thequickbrown"
-    # The no-break space is known with its second byte; until then its first goes with the open word.
-    assert spec.letters_before([b"a b", b"\xc2"], FOLD, True) == "a"
-    assert spec.letters_before([b"a b", b"\xc2", b"\xa0"], FOLD, True) == "ab"
+    letters = lambda *ids: spec.letters_of([entries[i] for i in ids], FOLD)  # noqa: E731
+    assert letters() == letters(6) == ""
+    assert letters(0) == letters(0, 6) == letters(0, 5) == "the"
+    assert letters(0, 1, 7, 2) == "thequickbr"
+    assert letters(0, 1, 7, 2, 3) == letters(0, 1, 7, 2, 3, 5) == "thequickbrown"
+    # A letter of two bytes counts with its second.
+    assert spec.letters_of([b"a", b"\xc3"], FOLD) == "a"
+    assert spec.letters_of([b"a", b"\xc3", b"\xa9"], FOLD) == "ae"
 
 
 # --- what must not change a decision
@@ -217,10 +208,10 @@ def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
     for text in [t[:1500] for t in TEXTS[:8]] + [ALPHABETIC * 3]:
         changed = reformat(text, rng)
         if not has_unknown(tokenizers[kind], changed):
-            assert words(changed) == words(text)
-            expected = word_decisions(rules[kind], tokenizers[kind], text)
-            decided = agree(word_decisions(rules[kind], tokenizers[kind], changed), expected)
-            assert decided > 0.9 * len(expected)
+            assert letters_of(changed) == letters_of(text)
+            expected = letter_decisions(rules[kind], tokenizers[kind], text)
+            decided = agree(letter_decisions(rules[kind], tokenizers[kind], changed), expected)
+            assert decided > 0.15 * len(expected), "tokens begin at the same letters"
             assert {True, False} <= set(expected)
             tested += 1
     assert tested >= (
@@ -237,23 +228,9 @@ def test_another_tokenizer_takes_the_same_decisions(tokenizers, rules, kind):
     compared = 0
     for text in [*TEXTS[:20], ALPHABETIC * 3]:
         if not has_unknown(tokenizers[kind], text):
-            expected = word_decisions(rules["byte_level"], tokenizers["byte_level"], text)
-            compared += agree(word_decisions(rules[kind], tokenizers[kind], text), expected)
+            expected = letter_decisions(rules["byte_level"], tokenizers["byte_level"], text)
+            compared += agree(letter_decisions(rules[kind], tokenizers[kind], text), expected)
     assert compared > 5000
-
-
-def test_letters_decides_every_token_for_itself(tokenizers):
-    """Of a word cut in three the tokens share a decision under "text" and have their own under "letters"."""
-    vocabulary = Vocabulary([b"before", b" one", b"two", b"three"])
-    ids, apart = torch.tensor([0, 1, 2, 3]), 0
-    for seed in range(32):
-        text, letters = (
-            Goldfish(k=2, strategy=s, seed=seed, vocabulary=vocabulary) for s in ("text", "letters")
-        )
-        assert len(set(text.dropped(ids).tolist()[1:])) == 1
-        assert text.dropped(ids)[1] == letters.dropped(ids)[1]  # at a word's first token they agree
-        apart += len(set(letters.dropped(ids).tolist()[1:])) > 1
-    assert 16 <= apart <= 31
 
 
 # --- scripts without spaces, code
@@ -294,8 +271,8 @@ def test_code_formatting_changes_nothing(tokenizers, rules):
         "def f( a, b ):\n    return snake_case[ a ] + b . c",
     )
     for kind in KINDS:
-        expected = word_decisions(rules[kind], tokenizers[kind], compact)
-        assert agree(word_decisions(rules[kind], tokenizers[kind], spaced), expected) >= 6
+        expected = letter_decisions(rules[kind], tokenizers[kind], compact)
+        assert agree(letter_decisions(rules[kind], tokenizers[kind], spaced), expected) >= 6
 
 
 # --- the rule
@@ -304,11 +281,10 @@ def test_code_formatting_changes_nothing(tokenizers, rules):
 def test_unbound_and_inclusive_are_refused():
     with pytest.raises(ValueError, match=r"rule = rule\.bind\(tokenizer\)"):
         Goldfish(strategy="letters").dropped(torch.tensor([1, 2]))
-    for strategy in BOTH:
-        with pytest.raises(
-            ValueError, match=rf'strategy="{strategy}" needs window="preceding", got window="incl'
-        ):
-            Goldfish(strategy=strategy, window="inclusive")
+    with pytest.raises(
+        ValueError, match=r'strategy="letters" needs window="preceding", got window="incl'
+    ):
+        Goldfish(strategy="letters", window="inclusive")
 
 
 def test_binding_is_no_part_of_the_rule(tokenizers, rules):
@@ -320,6 +296,17 @@ def test_binding_is_no_part_of_the_rule(tokenizers, rules):
     assert Goldfish(**bound.to_dict()) == bound
     hashed = Goldfish(strategy="hash")
     assert hashed.bind(tokenizers["byte_level"]) is hashed
+
+
+def test_a_rule_of_another_tokenizer_is_refused(tokenizers, rules):
+    bound = rules["byte_level"]
+    assert bound.bind(tokenizers["byte_level"]) is bound
+    with pytest.raises(ValueError, match="this rule is bound to another tokenizer"):
+        bound.bind(tokenizers["wordpiece"])
+    more = Tokenizer.from_str(tokenizers["byte_level"].to_str())
+    more.add_tokens(["<one more>"])
+    with pytest.raises(ValueError, match="before tokens were added"):
+        bound.bind(more)
 
 
 def test_survives_pickling(rules):

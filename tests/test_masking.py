@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
+from goldfish.masking import mask_batch
 
 RULE = Goldfish(k=2, h=3)
 
@@ -211,3 +212,40 @@ def test_position_ids_of_multimodal_models():
         assert torch.equal(
             GoldfishCollator(lambda _, b=batch: b, RULE)([])["labels"] == -100, expected
         )
+
+
+def test_a_list_can_be_an_attention_mask():
+    ids = random_ids(1, 30)
+    mask = [[0] * 7 + [1] * 23]
+    expected = mask_labels(RULE, ids, attention_mask=torch.tensor(mask))
+    assert torch.equal(mask_labels(RULE, ids, attention_mask=mask), expected)
+    assert (expected[0, :7] == -100).all()
+
+
+def test_labels_alone_can_mark_padding_of_numbered_documents():
+    """Shifted labels: each document's last label is decided in its own document."""
+    documents = [random_ids(n) for n in (12, 30, 7)]
+    expected = torch.cat([ids[1:].masked_fill(RULE.dropped(ids)[1:], -100) for ids in documents])
+    ids, labels = (
+        torch.cat([each[part] for each in documents]) for part in (slice(-1), slice(1, None))
+    )
+    numbers = torch.cat([torch.full((len(each) - 1,), i) for i, each in enumerate(documents, 1)])
+    masked = mask_labels(RULE, ids, labels, attention_mask=numbers, shifted=True)
+    assert torch.equal(masked, expected)
+
+
+def test_what_the_trainer_needs_to_know():
+    ids = random_ids(2, 40)
+    labels = ids.masked_fill(torch.arange(40) < 5, -100)
+    masked = mask_batch(RULE, {"input_ids": ids, "labels": labels, "other": 3}, ignore_first=True)
+    decided = RULE.dropped(ids)
+    assert masked.batch["other"] == 3
+    assert torch.equal(masked.targets, labels != -100)
+    assert torch.equal(masked.dropped, decided & (labels != -100))
+    kept = masked.targets & ~masked.dropped
+    assert torch.equal(masked.batch["labels"] != -100, kept)
+    first = mask_batch(RULE, {"input_ids": ids})
+    assert not first.targets[:, 0].any(), "the first token of a row is no target"
+    assert torch.equal(first.batch["labels"][:, 0], ids[:, 0]), "its label is left as it was"
+    alone = mask_batch(RULE, {"input_ids": ids}, ignore_first=True)
+    assert (alone.batch["labels"][:, 0] == -100).all()

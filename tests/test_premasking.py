@@ -1,6 +1,10 @@
 """Labels written once: in Python and by `goldfish premask`."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +212,27 @@ def test_receipts_of_one_rule_add_up(tmp_path, tokenizer):
         merge_receipts({name: tmp_path / name for name in ("first", "named")}, tmp_path / "merged")
     with pytest.raises(FileNotFoundError, match=r"nothing has no goldfish.json"):
         merge_receipts({"nothing": tmp_path / "nothing"}, tmp_path / "merged")
+
+
+FORKS = """
+import torch
+from datasets import Dataset, disable_progress_bars
+from goldfish import Goldfish, premask
+disable_progress_bars()
+torch.set_num_threads(2)
+rows = Dataset.from_dict({"input_ids": [list(range(100_000))] * 4})
+rule = Goldfish(k=2, h=3)
+expected = rule.dropped(torch.arange(100_000))  # starts torch's threads
+masked = premask(rows, rule, num_proc=2)
+assert masked.num_rows == 4
+labels = torch.tensor(masked[3]["labels"])
+assert torch.equal(labels == -100, expected)
+"""
+
+
+def test_processes_can_be_forked_after_torch_has_used_its_threads():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", FORKS], env=environment, timeout=120, check=True)
 
 
 def test_a_transform_would_make_the_labels_anew():

@@ -82,16 +82,23 @@ def decide(rule: Goldfish, ids: list[int], **beside) -> list[bool]:
     return rule.dropped(torch.tensor(ids, dtype=torch.int64), **beside).tolist()
 
 
+def natural_drops(rule: Goldfish, document: list[int]) -> list[bool]:
+    """What a rule with max_kept drops by its hash: the keys below its own threshold."""
+    plain = replace(rule, max_kept=None)
+    plain._set(_limit=spec.natural_threshold(rule.k, rule.max_kept))
+    return decide(plain, document)
+
+
 def settled(rule: Goldfish, passage: list[int]) -> int:
     """From which token of a passage the decisions are those of the passage alone, whatever comes before it."""
     if rule.max_kept is not None:  # from its first natural drop, which depends on its context alone
         begin = settled(replace(rule, max_kept=None), passage)
-        natural = decide(rule.natural(), passage)
+        natural = natural_drops(rule, passage)
         return next((i for i in range(max(begin, 1), len(passage)) if natural[i]), len(passage))
     if rule.strategy == "hash":
         return rule.h
     texts = [[ENTRIES[i] for i in passage[: i + 1]] for i in range(len(passage))]
-    counts = [len(spec.letters_before(text, characters(), False)) for text in texts]
+    counts = [len(spec.letters_of(text[:-1], characters())) for text in texts]
     return next(
         (i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h), len(passage)
     )
@@ -163,12 +170,12 @@ def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
             rule, [*chain(*documents)], position_ids=[i for d in documents for i in range(len(d))]
         )
     )
-    natural = rule.natural()
-    assert natural._limit == spec.natural_threshold(rule.k, max_kept)
     for document in documents:
         drops = [next(dropped) for _ in document]
         assert all(
-            drop for drop, needed in zip(drops, decide(natural, document), strict=True) if needed
+            drop
+            for drop, needed in zip(drops, natural_drops(rule, document), strict=True)
+            if needed
         )
         targets = [
             drop for i, drop in zip(document[1:], drops[1:], strict=True) if i not in rule.exempt

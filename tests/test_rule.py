@@ -2,14 +2,15 @@
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from goldfish import Goldfish, spec
+from goldfish.rule import _STRATEGIES, Strategy
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference_masks.json").read_text())
 
@@ -119,7 +120,6 @@ def test_to_dict_survives_json():
         again = Goldfish(**json.loads(json.dumps(rule.to_dict())))
         assert again == rule
         assert hash(again) == hash(rule)
-    assert "max_kept" not in Goldfish().to_dict(), "files without it are what 0.1.0 wrote and reads"
     assert Goldfish(exempt=[5, 2, 2]).exempt == (2, 5)
     assert Goldfish(exempt=(token for token in (5, 2))).exempt == (2, 5)
 
@@ -134,7 +134,7 @@ def test_to_dict_survives_json():
         ({"k": "4"}, TypeError, "k must be a number above 1, got '4'"),
         ({"k": True}, TypeError, "got True"),
         ({"h": 0}, ValueError, "h must be at least 1"),
-        ({"h": 2.0}, TypeError, "h must be the number of tokens that decide, got 2.0"),
+        ({"h": 2.0}, TypeError, "h must be the length of the context, got 2.0"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": 2**64}, ValueError, "below 2\\*\\*64"),
         (
@@ -144,7 +144,6 @@ def test_to_dict_survives_json():
         ),
         ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
         ({"opening": None}, ValueError, "opening must be one of 'short', 'keep', got None"),
-        ({"head": "all"}, ValueError, "opening must be one of 'short', 'keep', got 'all'"),
         ({"exempt": 3}, TypeError, "collection of token ids"),
         ({"exempt": None}, TypeError, "collection of token ids"),
         ({"exempt": (-1,)}, ValueError, "every id in exempt must be at least 0"),
@@ -184,23 +183,6 @@ def test_bad_ids():
         rule.dropped(ids, torch.zeros((2, 3), device="meta"))
 
 
-def test_opening_was_called_head():
-    rule = Goldfish(opening="keep")
-    assert Goldfish(head="keep") == rule != Goldfish()
-    assert replace(Goldfish(), head="keep") == rule
-    assert replace(rule, k=4) == rule
-    assert rule.to_dict()["head"] == "keep", "files have the name that 0.1.0 reads"
-    assert "opening" not in rule.to_dict()
-
-
-def test_text_is_deprecated():
-    with pytest.warns(
-        FutureWarning, match='"text" is deprecated, .*; use strategy="letters"'
-    ) as raised:
-        Goldfish(strategy="text")
-    assert raised[0].filename == __file__
-
-
 def test_numpy_numbers_are_numbers():
     rule = Goldfish(
         k=np.int64(4),
@@ -230,3 +212,49 @@ def test_max_kept_drops_one_in_k_evenly(k, max_kept):
         [natural * (1 - natural) ** n for n in range(max_kept)], dtype=torch.float64
     )
     assert ((shorter - expected).abs() < 4.5 * (expected / runs.sum()).sqrt()).all()
+
+
+def test_every_strategy_has_a_function():
+    assert {*_STRATEGIES, "reference"} == {*get_args(Strategy)}
+
+
+DOCUMENTS = (13, 1, 21, 9)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("strategy", ["hash", "static"])
+def test_documents_are_found_whatever_their_first_position(strategy, first):
+    rule = Goldfish(k=2, h=3, strategy=strategy)
+    documents = torch.randint(0, 99, (44,)).split(DOCUMENTS)
+    alone = torch.cat([rule.dropped(document) for document in documents])
+    packed = torch.cat(documents)
+    positions = torch.cat([torch.arange(first, first + n) for n in DOCUMENTS])
+    assert torch.equal(rule.dropped(packed, positions), alone)
+    # In a row of its own, with padding whose position is less than every other.
+    padded = torch.cat([torch.zeros(3, dtype=torch.int64), packed])
+    beside = torch.cat([torch.zeros(3, dtype=torch.int64), positions])
+    mask = torch.tensor([0] * 3 + [1] * 44)
+    assert torch.equal(rule.dropped(padded, beside, attention_mask=mask)[3:], alone)
+    # Documents that begin at different positions, each lower than the one before.
+    falling = torch.cat([torch.arange(9 - 2 * i, 9 - 2 * i + n) for i, n in enumerate(DOCUMENTS)])
+    long = torch.cat([documents[i] for i in (0, 2, 3)])
+    places = torch.cat([falling[:13], falling[14:35], falling[35:]])
+    expected = torch.cat([rule.dropped(documents[i]) for i in (0, 2, 3)])
+    assert torch.equal(rule.dropped(long, places), expected)
+
+
+def test_an_attention_mask_can_number_documents():
+    """As LLaMA-Factory's neat packing does."""
+    rule = Goldfish(k=2, h=3, max_kept=3)
+    documents = torch.randint(0, 99, (44,)).split(DOCUMENTS)
+    alone = torch.cat([rule.dropped(document) for document in documents])
+    numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(DOCUMENTS, 1)])
+    assert torch.equal(rule.dropped(torch.cat(documents), attention_mask=numbers), alone)
+    assert torch.equal(rule.dropped(torch.cat(documents), attention_mask=-numbers), alone)
+
+
+def test_a_list_can_be_an_attention_mask():
+    ids = torch.arange(40)
+    mask = [0] * 7 + [1] * 33
+    expected = Goldfish(k=2).dropped(ids, attention_mask=torch.tensor(mask))
+    assert torch.equal(Goldfish(k=2).dropped(ids, attention_mask=mask), expected)

@@ -77,8 +77,8 @@ def pack_text(documents: list[list[str]]) -> Corpus:
 
 @pytest.fixture(scope="module")
 def corpora() -> dict[str, Corpus]:
-    """Ids of a byte-level BPE; one id for each of the text's words and marks; whole words for
-    strategy "text", and pieces of up to three letters for "letters"."""
+    """Ids of a byte-level BPE; one id for each of the text's words and marks; pieces of up
+    to three letters for "letters"."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -95,7 +95,6 @@ def corpora() -> dict[str, Corpus]:
     return {
         "BPE": pack([bpe.encode(text).ids for text in TEXTS]),
         "large vocabulary": pack(number),
-        "text": pack_text(plain),
         "letters": pack_text(
             [re.findall(" ?[a-z0-9]{1,3}", "".join(document)) for document in plain[:200]]
         ),
@@ -103,7 +102,7 @@ def corpora() -> dict[str, Corpus]:
 
 
 IDS = ("BPE", "large vocabulary")
-NAMES = (*IDS, "text", "letters")
+NAMES = (*IDS, "letters")
 
 
 def strategy(name: str) -> str:

@@ -102,10 +102,11 @@ def test_drop_rate_is_logged_and_checkpoints_tell_the_rule(tmp_path, tokenizer):
     assert sum(rates) / 4 == pytest.approx(dropped / targets, abs=0.1)
 
 
-def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer):
+@pytest.mark.parametrize("rule", [RULE, Goldfish(k=3, h=4, strategy="random")], ids=str)
+def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer, rule):
     settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
     whole, losses, _ = trained(
-        tmp_path / "a", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
+        tmp_path / "a", tokenizer, trainer_class=GoldfishTrainer, goldfish=rule, settings=settings
     )
     before = read_receipt(tmp_path / "a" / "checkpoint-4")
     totals, decisions = before["targets"], before["decisions"]

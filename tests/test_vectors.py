@@ -74,68 +74,46 @@ def is_natural(key: int, k: float, max_kept: int) -> bool:
 
 def documents(row: dict) -> list[list[int]]:
     """The places of each document's attended tokens."""
-    ids, result, ended = row["ids"], [], True
-    for place, attended in enumerate(row.get("attention_mask", [1] * len(ids))):
+    ids, result, ended, number, last = row["ids"], [], True, None, 0
+    mask = row.get("attention_mask", [1] * len(ids))
+    positions = zip(row.get("position_ids", ()), mask, strict=False)
+    least = min((position for position, attended in positions if attended), default=None)
+    for place, attended in enumerate(mask):
         if attended:
-            if ended or row.get("position_ids", [1] * len(ids))[place] == 0:
+            position = row.get("position_ids", range(len(ids)))[place]
+            if ended or attended != number or position in (least, *range(last)):
                 result.append([])
             result[-1].append(place)
+            number, last = attended, position
             ended = ids[place] == row.get("document_end")
     return result
 
 
 def normal(character: str) -> str:
-    """A character's normal form, character by character of its folded decomposition."""
-    if unicodedata.category(character)[0] == "C" and unicodedata.category(character) not in (
-        "Cc",
-        "Cf",
-    ):
-        return "" if 0xD800 <= ord(character) <= 0xDFFF else " "
-    form = []
-    for c in unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()):
-        kind = unicodedata.category(c)
-        if c.isalpha() or kind in ("Nd", "Nl", "No"):
-            unspaced = re.match("[\u0e00-\u109f\u1780-\u17ff\u2e80-\ua4cf\U00020000-\U0003ffff]", c)
-            form.append(f" {c} " if unspaced else c)
-        elif kind not in ("Mn", "Mc", "Me", "Cf"):
-            form.append(" ")
-    return "".join(form)
+    """A character's normal form: what is a letter or a number of its folded decomposition."""
+    form = unicodedata.normalize("NFKD", character).casefold()
+    return re.sub(r"[^\w]|_", "", unicodedata.normalize("NFKD", form))
 
 
 @functools.cache
-def letter_contexts(tokens: tuple[bytes, ...], strategy: str) -> list[str]:
-    """For every token of a document the letters before it, or before its word, from the document's whole text."""
-    decoder, pieces = codecs.getincrementaldecoder("utf-8")("ignore"), []
+def letter_contexts(tokens: tuple[bytes, ...]) -> list[str]:
+    """For every token of a document the letters before it."""
+    decoder, result = codecs.getincrementaldecoder("utf-8")("ignore"), [""]
     for token in tokens:
-        pieces.append("".join(map(normal, decoder.decode(token))))
-    text, begin, result = "".join(pieces), 0, []
-    words = [(m.start(), m.end()) for m in re.finditer("[^ ]+", text)]
-    for piece in pieces:
-        through = begin
-        for (
-            a,
-            b,
-        ) in (
-            words
-        ):  # the word that the token is inside of or ends at, unless it begins by ending it
-            if strategy == "text" and a < begin <= b and not piece.startswith(" "):
-                through = a
-        result.append("".join(text[:through].split(" ")))
-        begin += len(piece)
+        result.append(result[-1] + "".join(map(normal, decoder.decode(token))))
     return result
 
 
 def decide(row: dict, rule: dict) -> str:
     answer = ["0"] * len(row["ids"])
     seed, k, h, max_kept = int(rule["seed"], 16), rule["k"], rule.get("h"), rule.get("max_kept")
-    head, window = rule.get("head", "short"), rule.get("window", "preceding")
+    opening, window = rule.get("opening", "short"), rule.get("window", "preceding")
     hits = is_below if max_kept is None else functools.partial(is_natural, max_kept=max_kept)
     for places in documents(row):
         ids = [row["ids"][p] for p in places]
-        reads = rule["strategy"] in ("text", "letters")
-        contexts = (
-            letter_contexts(tuple(ENTRIES[i] for i in ids), rule["strategy"]) if reads else None
-        )
+        contexts = None
+        if rule["strategy"] == "letters":
+            contexts = letter_contexts(tuple(ENTRIES[i] for i in ids))
         left = max_kept  # how many targets may still be kept
         for i in range(1, len(ids)):
             if ids[i] in row.get("exempt", ()):
@@ -152,11 +130,11 @@ def decide(row: dict, rule: dict) -> str:
             elif contexts is not None:
                 letters = [ord(letter) for letter in contexts[i]][-5 * h :]
                 drop = hits(window_key(letters, seed), k) and len(letters) > 0
-                drop = drop and (head == "short" or len(letters) == 5 * h)
+                drop = drop and (opening == "short" or len(letters) == 5 * h)
             else:
                 n, shift = min(h, i), window == "inclusive"
                 drop = hits(window_key(ids[i - n + shift : i + shift], seed), k)
-                drop = drop and (head == "short" or n == h)
+                drop = drop and (opening == "short" or n == h)
             if max_kept is not None:
                 drop = drop or left == 0
                 left = max_kept if drop else left - 1
@@ -184,16 +162,16 @@ def test_the_file_is_what_its_script_makes(monkeypatch):
 
 def test_the_vectors_cover_what_they_should():
     assert (GOLDEN / "rule_vectors.json").stat().st_size < 320_000
-    for strategy in ("hash", "text", "letters"):
+    for strategy in ("hash", "letters"):
         rules = [rule for _, rule in CASES if rule["strategy"] == strategy]
         assert {(rule["k"], rule["h"]) for rule in rules} == {
             (k, h) for k in (2, 3, 4, 8, 50, 2.5) for h in (1, 4, 13, 50)
         }
-        assert strategy == "letters" or {rule["head"] for rule in rules} == {"short", "keep"}
+        assert strategy == "letters" or {rule["opening"] for rule in rules} == {"short", "keep"}
         assert {"0x0000000000000000", "0xffffffffffffffff"} <= {rule["seed"] for rule in rules}
         for rule in rules:  # none drops everything or, for a k this small, nothing
             drops = "".join(rule["dropped"].values())
-            assert 0 < drops.count("1") < len(drops) or rule["k"] > 8 or rule["head"] == "keep"
+            assert 0 < drops.count("1") < len(drops) or rule["k"] > 8 or rule["opening"] == "keep"
     assert {rule["window"] for _, rule in CASES if rule["strategy"] == "hash"} == {
         "preceding",
         "inclusive",
@@ -224,7 +202,7 @@ def test_the_parts_agree_with_an_independent_implementation():
         assert window_key(context, int(seed, 16)) == int(key, 16)
     for case in VECTORS["receipt"]:
         row, rule, total = VECTORS["ids"]["rows"][case["row"]], case["rule"], 0
-        seeded = {"window": "preceding", "head": "short", **rule, "seed": hex(rule["seed"])}
+        seeded = {"window": "preceding", "opening": "short", **rule, "seed": hex(rule["seed"])}
         for places in documents(row):
             for i, place in enumerate(places):
                 context = [row["ids"][p] for p in places[max(0, i - rule["h"]) : i]]
@@ -238,7 +216,7 @@ def test_the_parts_agree_with_an_independent_implementation():
         assert hashlib.sha256(forms.encode()).hexdigest() == digest, f"U+{first:04X}"
     for label, letters in VECTORS["text"]["letters"].items():
         tokens = [ENTRIES[i] for i in VECTORS["text"]["rows"][label]["ids"]]
-        assert letter_contexts((*tokens, b" "), "text")[-1] == letters
+        assert letter_contexts(tuple(tokens))[-1] == letters
 
 
 @pytest.mark.parametrize("case", VECTORS["receipt"], ids=lambda case: case["row"])

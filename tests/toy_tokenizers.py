@@ -1,4 +1,4 @@
-"""Four kinds of tokenizers, trained on the help texts that come with Python; for the tests of "letters" and "text"."""
+"""Four kinds of tokenizers, trained on the help texts that come with Python; for the tests of "letters"."""
 
 import json
 import unicodedata
@@ -93,8 +93,8 @@ def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(described))
 
 
-def words(text: str) -> list[str]:
-    return "".join(map(fold, text)).split()
+def letters_of(text: str) -> str:
+    return "".join(map(fold, text))
 
 
 # Every word is of one token or more, in every tokenizer; in scripts without spaces a token may hold several words.

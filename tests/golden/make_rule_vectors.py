@@ -129,6 +129,14 @@ def id_rows() -> dict[str, dict]:
         },
         "nothing attended": {"ids": [1, 2, 3], "attention_mask": [0, 0, 0]},
         "exempt": {"ids": draw(72, 6), "exempt": [0, 3, 2**31 - 1]},
+        "positions from one": {
+            "ids": draw(72),
+            "position_ids": [*range(1, 32), 1, *range(1, 3), *range(2, 40)],
+        },
+        "numbered documents": {
+            "ids": draw(72),
+            "attention_mask": [0] * 5 + [1] * 30 + [2] + [3] * 20 + [1] * 10 + [0] * 6,
+        },
     }
 
 
@@ -144,7 +152,7 @@ def cut(text: str, seed: int) -> list[int]:
 
 
 def text_rows() -> dict[str, dict]:
-    """Rows for "text" and "letters": one text cut in three ways, documents, padding, broken characters."""
+    """Rows for "letters": one text cut in three ways, documents, padding, broken characters."""
     one, other = cut(TEXT, 1), cut(TEXT, 2)
     n = len(one)
     half = TEXT[: len(TEXT) // 2]
@@ -218,9 +226,9 @@ def vectors() -> dict:
             "h": h,
             "seed": SEEDS[i % seeds],
             "window": window,
-            "head": head,
+            "opening": opening,
         }
-        for i, (k, h, window, head) in enumerate(
+        for i, (k, h, window, opening) in enumerate(
             product(KS, HS, ("preceding", "inclusive"), ("short", "keep"))
         )
     ]
@@ -230,9 +238,8 @@ def vectors() -> dict:
         for i, k in enumerate(KS)
     ]
     text_rules = [
-        {"strategy": strategy, "k": k, "h": h, "seed": SEEDS[i % seeds], "head": head}
-        for strategy, heads in (("text", ("short", "keep")), ("letters", ("short",)))
-        for i, (k, h, head) in enumerate(product(KS, HS, heads))
+        {"strategy": "letters", "k": k, "h": h, "seed": SEEDS[i % seeds], "opening": "short"}
+        for i, (k, h) in enumerate(product(KS, HS))
     ]
     table = characters()
     contexts = [[], [0], [1], [0, 0], [2**31 - 1], [1, 2, 3], [3, 2, 1], list(range(50)), [-1]]
@@ -273,7 +280,7 @@ def vectors() -> dict:
                 for first, last in BLOCKS
             ],
             "letters": {
-                name: spec.letters_before([*(VOCABULARY[i] for i in row["ids"]), b" "], table, True)
+                name: spec.letters_of([VOCABULARY[i] for i in row["ids"]], table)
                 for name, row in texts.items()
                 if len(row) == 1
             },
