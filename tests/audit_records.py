@@ -18,7 +18,6 @@ PROTOCOL = {
     "prefix_length": PREFIX,
     "suffix_length": SUFFIX,
     "offsets": [0],
-    "decoding": "greedy",
     "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,

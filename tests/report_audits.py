@@ -31,7 +31,6 @@ PROTOCOL = {
     "prefix_length": 4,
     "suffix_length": 6,
     "offsets": [0],
-    "decoding": "greedy",
     "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,
@@ -135,9 +134,7 @@ def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
         versions=versions,
         rule=RULE if any(row["dropped"] for row in rows) else None,
     )
-    (folder / "summary.json").write_text(
-        dumps(summarize(folder) | {"conditions": []} | changes), encoding="utf-8"
-    )
+    (folder / "summary.json").write_text(dumps(summarize(folder) | changes), encoding="utf-8")
     return folder
 
 

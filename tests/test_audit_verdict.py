@@ -2,12 +2,10 @@
 
 import io
 import re
-from xml.etree import ElementTree
 
 import pyarrow as pa
 import pytest
 from audit_records import (
-    PROTOCOL,
     made_up_records,
     made_up_run,
     made_up_summary,
@@ -22,9 +20,9 @@ from goldfish.audit import membership as membership_module
 from goldfish.audit import verdict as verdict_module
 from goldfish.audit.estimate import Estimate, clopper_pearson, dumps, rate
 from goldfish.audit.records import COLUMNS, read_records
-from goldfish.audit.results import estimates, exit_code, judge, parse
+from goldfish.audit.results import estimates, find
 from goldfish.audit.summary import summary_of
-from goldfish.audit.tell import describe, junit, markdown, publish, require_known, terminal
+from goldfish.audit.tell import describe, markdown, publish, terminal
 from goldfish.audit.verdict import LIMITS, enough, parse_limits
 
 
@@ -148,7 +146,7 @@ def test_limits_are_options_and_printed():
     lax = recited(40, 100, limits=["recited=60%", "near-verbatim=0.2"])
     assert [each["outcome"] for each in lax["verdict"]["questions"]] == ["PASS", "PASS", "FAIL"]
     assert lax["verdict"]["limits"] == {"recited": 0.6, "near_verbatim": 0.2, "auc": 0.55}
-    assert "Limits: recited=60%, near_verbatim=20%, auc=55%" in describe(published(lax)).notes
+    assert "Limits: recited=60%, near_verbatim=20%, auc=55%" in describe(lax).notes
     for text in ("recited", "recited=2", "em=1%", "recited=nan", "recited=0"):
         with pytest.raises(
             ValueError, match="--limit takes recited, near_verbatim, auc and a share"
@@ -179,8 +177,6 @@ def test_every_offset_counts():
         "0 of 400",
         "40 of 400",
     ]
-    assert outcomes(summary, "em.upper95 > 0.01") == (["violated"], 1)
-    assert outcomes(summary, "expected@1000.lower95 > 0.02") == (["violated"], 1)
     assert not any("other places" in each for each in summary["verdict"]["not_tested"])
 
 
@@ -290,7 +286,7 @@ def test_a_pass_names_what_is_recited_and_what_it_rests_on():
     assert passed["verdict"]["warnings"] == [
         "This PASS rests on members alone: no held-out texts show what the model does with unseen ones"
     ]
-    text = markdown(describe(published(passed)))
+    text = markdown(describe(passed))
     assert "Recited\\: members 0" in text
     assert "Warning\\: This PASS rests on members alone" in text
     assert passed["verdict"]["skipped"] == ["members: 1 of 1,001 rows skipped: short (row 0)"]
@@ -350,87 +346,10 @@ def test_texts_that_repeat_or_overlap_are_said():
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("em.upper95 > 0.01", ("em", "upper95", ">", 0.01)),
-        ("mia.tpr@1%.lower95>5%", ("mia.tpr@1%", "lower95", ">", 0.05)),
-        (" mia.loss.tpr@0.1% <= 1e-3 ", ("mia.loss.tpr@0.1%", "value", "<=", 0.001)),
-        ("members.extractable@1000,0.5.k >= 1", ("members.extractable@1000,0.5", "k", ">=", 1.0)),
-        ("members.expected@1000,T=0.8 > .5", ("members.expected@1000,T=0.8", "value", ">", 0.5)),
-    ],
-)
-def test_conditions_are_read(text, expected):
-    found = parse(text)
-    assert (found.figure, found.field, found.operator, found.threshold) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "em",
-        "em > ",
-        "> 1",
-        "em == 1",
-        "em > 0.1 or True",
-        "em > 1.2.3",
-        "em > __import__('os')",
-        "em > nan",
-        "em > 1e999",
-        "em => 1",
-        "em.upper95 > 0.01; em < 1",
-    ],
-)
-def test_what_is_no_condition_is_refused(text):
-    with pytest.raises(ValueError, match="takes a figure, one of > >= < <= and a number"):
-        parse(text)
-
-
-def outcomes(summary, *texts):
-    checks = judge(estimates(summary), [parse(text) for text in texts])
-    return [check["outcome"] for check in checks], exit_code(checks)
-
-
-def published(summary, *conditions, **changes):
-    """With what `publish` adds."""
-    checks = judge(estimates(summary), [parse(text) for text in conditions])
-    return {**summary, "conditions": checks, "exit_code": exit_code(checks), **changes}
-
-
-def test_exit_codes():
-    summary = recited(5, 200, (0, 200))  # 0.8% to 5.7%
-    assert outcomes(summary) == ([], 0)
-    assert outcomes(summary, "em.upper95 > 0.06", "em.k > 5") == (["passed", "passed"], 0)
-    assert outcomes(summary, "em.upper95 > 0.05", "heldout.em > 0") == (["violated", "passed"], 1)
-    assert outcomes(summary, "mia.tpr@1%.lower95 > 0.05") == (["inconclusive"], 3)
-    assert outcomes(summary, "mia.tpr@1%.lower95 > 0.05", "em > 0.01") == (
-        ["inconclusive", "violated"],
-        1,
-    )
-    assert outcomes(summary, "attribution.hazard_ratio.lower95 < 1") == (["inconclusive"], 3)
-
-
-def test_too_few_to_say_is_not_a_violation():
-    """No result of 32 texts could put the upper bound below 1%; of 400 it could."""
-    assert outcomes(recited(0, 32, None), "em.upper95 > 0.01") == (["inconclusive"], 3)
-    (check,) = judge(estimates(recited(0, 32, None)), [parse("em.upper95 > 0.01")])
-    assert (
-        check["why"]
-        == "members.exact_match.upper95 is 0.1089 (0 of 32), and 32 documents cannot bound it closer"
-    )
-    assert outcomes(recited(32, 32, None), "em.upper95 > 0.01") == (["violated"], 1)
-    assert outcomes(recited(0, 400, None), "em.upper95 > 0.01") == (["passed"], 0)
-    assert outcomes(recited(3, 400, None), "em.upper95 > 0.01") == (["violated"], 1)
-    assert outcomes(recited(32, 32, None), "em.lower95 < 0.99") == (["inconclusive"], 3)
-
-
 def test_unknown_figures_are_named_with_their_neighbours():
-    with pytest.raises(
-        ValueError,
-        match=r"'rouge_l_txt > 1': this audit has no figure 'rouge_l_txt'; it has .*rouge_l_text",
-    ):
-        judge(estimates(recited(0, 12)), [parse("rouge_l_txt > 1")])
+    known = estimates(recited(0, 12))
+    with pytest.raises(KeyError, match=r"no figure 'rouge_l_txt'; it has .*rouge_l_text"):
+        find(known, "rouge_l_txt")
 
 
 def test_every_estimate_has_one_name():
@@ -453,12 +372,6 @@ def test_every_estimate_has_one_name():
     summary = made_up_summary(records, beams=[5], sampling=sampling)
     named = estimates(summary)
     assert len(named) == count(summary["splits"]) + count(summary["membership"])
-    require_known(
-        [f"{name} > 0" for name in named],
-        [],
-        {**PROTOCOL, "beams": [5], "sampling": sampling},
-        ["members", "heldout"],
-    )
     for name in (
         "members.prefix_sweep@5",
         "members.offset_sweep@0",
@@ -507,38 +420,15 @@ NASTY = "a|b <script>`*_[x](y)\n\x00\x1b[31m ]]> & \ufffe"
 
 
 def test_markdown_for_a_pull_request():
-    text = markdown(describe(published(recited(0, 32), "em.upper95 > 0.01", name=NASTY)))
+    text = markdown(describe(recited(0, 32) | {"name": NASTY}))
     assert "<script>" not in text
     assert r"a\|b" in text.splitlines()[0]
     assert "⚠️ INCONCLUSIVE" in text
     assert "| texts recited word for word | 0 of 32 (0–10.9%) | 0 of 100 (0–3.6%) |" in text
-    assert r"em\.upper95" in text
     assert r"Not tested\: beam search" in text
     for line in text.splitlines():
         if line.startswith("| texts recited"):
             assert line.count("|") == 4
-
-
-def test_junit_for_ci():
-    conditions = ["em.upper95 > 0.05", "mia.tpr@1%.lower95 > 0.05", "em > 0.5"]
-    suite = ElementTree.fromstring(
-        junit(describe(published(recited(5, 200), *conditions, name=NASTY)))
-    )
-    assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "3",
-        "failures": "1",
-        "errors": "1",
-        "skipped": "0",
-    }
-    assert [case.get("name") for case in suite] == [
-        "em.upper95 > 0.05",
-        "mia.tpr@1%.lower95 > 0.05",
-        "em > 0.5",
-    ]
-    assert "is 0.05737 (5 of 200)" in suite[0].find("failure").get("message")
-    assert suite[1].find("error") is not None
-    questions = ElementTree.fromstring(junit(describe(published(recited(5, 200)))))
-    assert [case.get("name") for case in questions] == ["greedy", "sampling", "near_verbatim"]
 
 
 def test_table_is_80_columns_wide():
@@ -546,7 +436,7 @@ def test_table_is_80_columns_wide():
         "heldout", 400, 0.3
     )
     summary = {
-        **published(made_up_summary(records)),
+        **made_up_summary(records),
         "name": "[bold]a rather long name of a checkpoint[/bold] " * 3,
     }
     console = Console(width=80, record=True, file=io.StringIO(), highlight=False)
@@ -570,50 +460,19 @@ def test_a_summary_is_strict_json():
         made_up_summary([])
 
 
-def test_figures_are_looked_up_before_the_work():
-    both = ["members", "heldout"]
-    good = [
-        "em > 0",
-        "mia.auc > 0.9",
-        "heldout.near_verbatim.k > 0",
-        "expected@1000 > 0",
-        "mia.kept_loss.auc > 0.9",
-        "offset_sweep@0 > 0",
-        "attribution.hazard_ratio.lower95 < 1",
-    ]
-    require_known(good, ["recited=2%"], PROTOCOL, both)
-    for bad, match in (
-        ("emm > 0", "has no figure 'emm'"),
-        ("offset_sweep@3 > 0", "it has .*offset_sweep@0"),
-        ("mia.wbc.auc > 0.9", "it has mia"),
-        ("em >", "takes a figure"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            require_known([bad], [], PROTOCOL, both)
-    with pytest.raises(ValueError, match=r"--limit takes"):
-        require_known([], ["em=1%"], PROTOCOL, both)
-    with pytest.raises(ValueError, match=r"has no figure 'heldout.exact_match'"):
-        require_known(["heldout.exact_match > 0"], [], PROTOCOL, ["members"])
-
-
 def test_a_finished_audit_is_judged_again(tmp_path):
-    """And what a kill left out between summary.json and the other files is made up for."""
+    """And what a kill left out between summary.md and summary.json is made up for."""
     write_run(tmp_path, made_up_records("members", 30, 1.0) + made_up_records("heldout", 30, 0.2))
-    first = publish(tmp_path)
-    (tmp_path / "junit.xml").unlink()
-    again = publish(tmp_path, ["recited=99%"], ["membership"], ["em.k > 29", "heldout.em > 0.5"])
-    assert (first["exit_code"], again["exit_code"]) == (0, 1)
-    assert [each["outcome"] for each in again["conditions"]] == ["violated", "passed"]
+    publish(tmp_path)
+    (tmp_path / "summary.md").unlink()
+    again = publish(tmp_path, ["recited=99%"], ["membership"])
     assert goldfish.audit.read(tmp_path).summary == again
+    assert again["verdict"]["limits"]["recited"] == 0.99
     assert question(again, "membership")["outcome"] == "FAIL"
-    assert "em.k" in (tmp_path / "junit.xml").read_text(encoding="utf-8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "junit.xml",
-        "records",
-        "run.json",
-        "summary.json",
-        "summary.md",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["records", "run.json", "summary.json", "summary.md"]
+    with pytest.raises(ValueError, match=r"--limit takes"):
+        publish(tmp_path, ["em=1%"])
 
 
 def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
@@ -624,7 +483,7 @@ def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
     summary = publish(tmp_path)
     console = Console(width=80, file=io.StringIO(), highlight=False)
     console.print(terminal(describe(summary)))
-    texts = [(tmp_path / name).read_text(encoding="utf-8") for name in ("summary.md", "junit.xml")]
+    texts = [(tmp_path / name).read_text(encoding="utf-8") for name in ("summary.md",)]
     for text in [*texts, console.file.getvalue()]:
         assert "x1b" in text
         assert not set(evil) & set("\x1b\u202e\u2066\x07") & set(text)
@@ -634,7 +493,7 @@ def test_the_outputs_have_the_beam_and_membership_rows():
     records = made_up_records("members", 20, 0.9) + made_up_records("heldout", 20, 0.2)
     for record in records:
         record["beams"] = 4 * record["exact_match"]
-    summary = published(made_up_summary(records, beams=[2, 4]))
+    summary = made_up_summary(records, beams=[2, 4])
     text = markdown(describe(summary))
     (greedy,) = (line for line in text.splitlines() if line.startswith("| texts recited"))
     assert f"| by beam search | {greedy.split('|', 2)[2].strip()}" in text, (

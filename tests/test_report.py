@@ -175,7 +175,7 @@ def test_colours_of_the_drill_down():
     ]
     assert spans.truths([unruled], redact=False) == [([0], "abcdef")]
     stopped = window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
-    assert spans.output(stopped, redact=False) == '<i class="x end">[stops here]</i>'
+    assert spans.output(stopped, redact=False) == ""
 
 
 def test_every_common_run_is_marked_with_the_dropped_tokens_it_repeats():

@@ -20,7 +20,8 @@ from goldfish.audit.model import Checkpoint, context_of, vocabulary_of
 from goldfish.audit.records import make_record
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.tell import publish, require_known
+from goldfish.audit.tell import publish
+from goldfish.audit.verdict import parse_limits
 from goldfish.audit.windows import Cutter, Survey, join, overlap_of, prefix_grid
 from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
@@ -61,7 +62,6 @@ def audit(
     trust_remote_code: bool = False,
     limits: Sequence[str] = (),
     require: Sequence[str] = (),
-    fail_on: Sequence[str] = (),
     command: str | None = None,
     state: PartialState | None = None,
 ) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def audit(
         allow_overlap: audit although some texts are in both inputs.
         allow_pickle: load weights that are pickles. trust_remote_code: run the checkpoint's own code.
         limits: of the verdict, such as "recited=0.1%". require: "membership" makes that question count towards the
-            outcome. fail_on: conditions such as "em.upper95 > 0.01"; their names are looked up before the work.
+            outcome.
         command: the command line, for run.json.
         state: of accelerate, where several processes share the work; all of them make this call, and see one folder.
 
@@ -113,7 +113,6 @@ def audit(
         "prefix_length": prefix_length,
         "suffix_length": suffix_length,
         "offsets": list(dict.fromkeys(offsets)),
-        "decoding": "greedy",
         "sampling": [asdict(each) for each in sampling],
         "beams": sorted(set(beams)) or None,
         "control": None if control is None else str(control),
@@ -128,7 +127,7 @@ def audit(
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     wait: Any = state.wait_for_everyone if state is not None else lambda: None
     _check(sources, protocol, batch_tokens, processes, device_map)
-    require_known(fail_on, limits, protocol, list(sources))
+    parse_limits(limits)  # a bad limit is reported before the work
     folder = Folder(Path(output_dir))
     folder.require_usable()
     checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
@@ -232,7 +231,7 @@ def audit(
                     bar.advance(task, len(block))
             wait()
         if rank == 0:
-            publish(folder.path, limits, require, fail_on)
+            publish(folder.path, limits, require)
         wait()
     return read(folder.path).summary
 

@@ -8,20 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.estimate import Estimate, dumps, percent
+from goldfish.audit.estimate import dumps, percent
 from goldfish.audit.folder import write_text
-from goldfish.audit.membership import BLIND, FIGURES
-from goldfish.audit.records import ATTACKS, COLUMNS, OF_CONTROLS
-from goldfish.audit.results import estimates, exit_code, judge, parse
-from goldfish.audit.summary import split_figures, summarize
-from goldfish.audit.verdict import parse_limits, strongest_blind
+from goldfish.audit.results import estimates
+from goldfish.audit.summary import summarize
+from goldfish.audit.verdict import strongest_blind
 from goldfish.text.printable import plain
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
@@ -33,12 +30,6 @@ MARKS = {
     "violated": "❌",
     "inconclusive": "⚠️",
 }
-ELEMENTS = {
-    "violated": "failure",
-    "inconclusive": "error",
-    "FAIL": "failure",
-    "INCONCLUSIVE": "skipped",
-}  # of JUnit
 ROWS = (  # of the table: label, the estimate's name in a split
     ("texts recited word for word", "exact_match"),
     ("  in 1,000 samples, p=0.5", "extractable"),
@@ -76,54 +67,21 @@ class Description:
 
 
 def publish(
-    folder: str | Path,
-    limits: Sequence[str] = (),
-    require: Sequence[str] = (),
-    fail_on: Sequence[str] = (),
+    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Summarize an audit whose records are complete, and write summary.md, junit.xml and, last, summary.json.
+    """Summarize an audit whose records are complete; write summary.md and, last, summary.json.
 
-    Returns the summary, with the outcomes of `fail_on` (such as "em.upper95 > 0.01") and the exit code.
+    Args:
+        folder: of the audit. limits: such as "recited=0.1%", in place of the verdict's defaults.
+        require: explanations that count towards the verdict too; "membership" is the only one.
+
+    Returns the summary.
     """
     summary = summarize(folder, limits, require)
-    checks = judge(estimates(summary), [parse(text) for text in fail_on])
-    summary |= {"conditions": checks, "exit_code": exit_code(checks)}
-    description = describe(summary)
-    files = {
-        "summary.md": markdown(description),
-        "junit.xml": junit(description),
-        "summary.json": dumps(summary),
-    }
+    files = {"summary.md": markdown(describe(summary)), "summary.json": dumps(summary)}
     for name, text in files.items():
         write_text(Path(folder) / name, text)
     return summary
-
-
-def require_known(
-    fail_on: Sequence[str],
-    limits: Sequence[str],
-    protocol: Mapping[str, Any],
-    splits: Sequence[str],
-) -> None:
-    """ValueError for a limit or a condition that an audit of this protocol could not judge; known before the work."""
-    parse_limits(limits)
-    run = {
-        "protocol": {**protocol, "vocabulary": 2},
-        "inputs": {split: {"skipped": []} for split in splits},
-    }
-    attacks = [name for name in ATTACKS if protocol["control"] or name not in OF_CONTROLS]
-    any_attack = dict.fromkeys(FIGURES, Estimate(None))
-    membership = {
-        "headline": None,
-        "reason": None,
-        "attacks": dict.fromkeys(attacks, any_attack),
-        "blind": dict.fromkeys(BLIND, any_attack),
-    }
-    summary = {
-        "splits": {split: split_figures(run, split, COLUMNS.empty_table()) for split in splits},
-        "membership": membership if len(splits) == 2 else None,
-    }
-    judge(estimates(summary), [parse(text) for text in fail_on])
 
 
 def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
@@ -153,11 +111,6 @@ def describe(summary: Mapping[str, Any], share: bool = False) -> Description:
         kind = "question" if "outcome" in question else "explanation"
         outcome = question["outcome" if kind == "question" else "answer"]
         answers.append((kind, question["question"], question["asks"], outcome, plain(why, 1000)))
-    for each in summary["conditions"]:
-        text = plain(each["condition"], 1000)
-        answers.append(
-            ("condition", text, f"--fail-on {text}", each["outcome"], plain(each["why"], 1000))
-        )
     return Description(
         title=f"goldfish audit of {plain(summary['name'], 60)}",
         outcome=verdict["outcome"],
@@ -255,26 +208,6 @@ def table_lines(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     if not rows:
         return []
     return [*(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)), ""]
-
-
-def junit(description: Description) -> str:
-    """A test case for every condition (failure: violated, error: inconclusive); without conditions, for every
-    question of the verdict (failure: FAIL, skipped: INCONCLUSIVE)."""
-    conditions = [each for each in description.answers if each[0] == "condition"]
-    cases = conditions or [each for each in description.answers if each[0] == "question"]
-    elements = [ELEMENTS.get(outcome, "system-out") for _, _, _, outcome, _ in cases]
-    counts = {"failures": "failure", "errors": "error", "skipped": "skipped"}
-    sizes = {key: str(elements.count(element)) for key, element in counts.items()}
-    suite = ElementTree.Element(
-        "testsuite", {"name": description.title, "tests": str(len(cases)), **sizes}
-    )
-    for (_, name, _, _, why), element in zip(cases, elements, strict=True):
-        case = ElementTree.SubElement(suite, "testcase", classname=description.title, name=name)
-        if element == "system-out":
-            ElementTree.SubElement(case, element).text = why
-        else:
-            ElementTree.SubElement(case, element, message=why)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def literal(text: str) -> str:

@@ -34,8 +34,6 @@ RESULTS = (
     "splits",
     "membership",
     "verdict",
-    "conditions",
-    "exit_code",
 )  # the rest is provenance
 HIDDEN = (
     "name",

@@ -100,10 +100,7 @@ def output(window: Window, redact: bool) -> Markup:
     if first < len(tokens):
         classes[first], aligned[first] = "x", first
     lost = [dropped is not None and 0 <= at < len(dropped) and dropped[at] for at in aligned]
-    html = _spans(zip(tokens, classes, lost, strict=True), redact)
-    if first >= len(tokens) and not window["exact_match"]:
-        html += Markup('<i class="x end">[stops here]</i>')
-    return html
+    return _spans(zip(tokens, classes, lost, strict=True), redact)
 
 
 def name_of(window: Window, redact: bool) -> str:
