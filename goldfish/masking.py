@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 from goldfish.rule import Goldfish, check_beside
 
 IGNORE_INDEX = -100  # what torch's cross-entropy and Hugging Face's models leave out of the loss
+# In the description of a premasked dataset, which datasets keep through map, shuffle, concatenate
+# and save_to_disk (not through parquet files).
+PREMASKED = "labels masked by goldfish.premask under"
 
 
 class Masked(NamedTuple):
@@ -133,6 +136,12 @@ def mask_batch(
         next_ignored = pad(ignored[..., 1:], (0, 1), value=True)
         masked["shift_labels"] = batch["shift_labels"].masked_fill(next_ignored, ignore_index)
     return Masked(masked, targets, decided & targets, keys)
+
+
+def premasked(dataset: Any) -> str:
+    """What the description of a dataset says about an earlier `premask`; empty if nothing."""
+    description = getattr(getattr(dataset, "info", None), "description", None) or ""
+    return "; ".join(line for line in description.splitlines() if line.startswith(PREMASKED))
 
 
 def check_rule(rule: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldfish.masking import IGNORE_INDEX, check_rule, mask_batch
+from goldfish.masking import IGNORE_INDEX, PREMASKED, check_rule, mask_batch, premasked
 from goldfish.receipt import DropCounts, bind, count_drops, write_receipt
 from goldfish.rule import Goldfish
 from goldfish.text.rows import dataset_of
@@ -16,7 +16,6 @@ from goldfish.text.rows import dataset_of
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
 BATCH_TOKENS = 2**18  # that are decided at a time, padding included
-WIDEST = 2**62  # a position that starts no document
 COUNTS = "goldfish_counts"  # a column for the time of writing: `count_drops` of each row
 
 
@@ -40,6 +39,7 @@ def premask(
     for each source: premask the data sets one by one and concatenate them. Each row is decided as
     a whole. For training data only, and for a collator that keeps labels (DataCollatorForSeq2Seq,
     default_data_collator, TRL's): DataCollatorForLanguageModeling makes them anew from input_ids.
+    The description of the result names the rule, so that no trainer attaches another one.
     `datasets` caches the result under the rule, each of the num_proc parts by itself, so an
     interrupted run continues after the parts that it finished.
 
@@ -69,7 +69,7 @@ def premask(
     settings = {"rule": rule, "count": receipt is not None, "one_thread": (num_proc or 1) > 1}
     options = {"batched": True, "batch_size": CHUNK, "with_indices": True, "fn_kwargs": settings}
     if not hasattr(dataset, "num_rows"):
-        return dataset.map(_mask_rows, **options)
+        return _with_trace(dataset.map(_mask_rows, **options), rule)
     if num_proc is not None:
         options["num_proc"] = num_proc
     masked = dataset.with_format("numpy").map(_mask_rows, **options)
@@ -81,7 +81,13 @@ def premask(
         counts.sync()
         write_receipt(receipt, counts, tokenizer)
         masked = masked.remove_columns(COUNTS)
-    return _with_format_of(dataset, masked)
+    return _with_trace(_with_format_of(dataset, masked), rule)
+
+
+def _with_trace(masked: Any, rule: Goldfish) -> Any:
+    """`masked`, described as such, so that no second rule is attached to it."""
+    masked.info.description = f"{masked.info.description or ''}\n{PREMASKED} {rule}".strip()
+    return masked
 
 
 def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
@@ -89,6 +95,8 @@ def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
         raise ValueError(
             f"premask takes one split, got {', '.join(dataset)}: premask(dataset['train'], ...)"
         )
+    if premasked(dataset):
+        raise ValueError(f"the dataset has {premasked(dataset)}; premask the original instead")
     if wants_receipt and not hasattr(dataset, "num_rows"):
         raise ValueError(
             "a receipt counts all rows, but a streaming dataset has not read them: "
@@ -179,30 +187,19 @@ def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
 
 
 def _padded(rows: list[dict[str, np.ndarray]], width: int) -> dict[str, torch.Tensor]:
-    """A batch of rows, padded on the right.
-
-    Nothing after a token has a part in its decision, so padding needs no attention_mask of its
-    own: its labels say that it is no target.
-    """
-    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": WIDEST, "attention_mask": 0}
-    names = {name for row in rows for name in row} | {"labels"}
+    """A batch of rows, padded on the right; padding has the attention_mask 0."""
+    absent = [name for name in rows[0] if any(name not in row for row in rows)]
+    absent += [name for row in rows for name in row if name not in rows[0]]
+    if absent:
+        raise ValueError(f"some rows have {absent[0]} and others have none; give it to all")
     batch = {}
-    for name in names:
-        padded = np.full((len(rows), width), fill[name], dtype=np.int64)
+    for name in {*rows[0], "attention_mask"}:
+        fill = IGNORE_INDEX if name == "labels" else 0
+        padded = np.full((len(rows), width), fill, dtype=np.int64)
         for line, row in zip(padded, rows, strict=True):
-            line[: len(row["input_ids"])] = _column(row, name)
+            line[: len(row["input_ids"])] = row.get(name, 1)
         batch[name] = torch.from_numpy(padded)
     return batch
-
-
-def _column(row: dict[str, np.ndarray], name: str) -> Any:
-    """A column of a row, or what stands for it if only other rows have it."""
-    if name in row:
-        return row[name]
-    if name == "labels":
-        attended = row.get("attention_mask", 1)
-        return np.where(attended, row["input_ids"], IGNORE_INDEX)
-    return 1 if name == "attention_mask" else np.arange(len(row["input_ids"]))
 
 
 def premask_files(

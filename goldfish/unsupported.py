@@ -5,6 +5,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from goldfish.masking import premasked
 from goldfish.unwrap import bare_model
 
 SHARDED = (
@@ -32,6 +33,13 @@ def why_not_this_trainer(trainer: Trainer) -> str:
                 "or generates them. There are no labels to drop. Train the documents with "
                 f"SFTTrainer and the rule, before or after{advice}"
             )
+    earlier = premasked(trainer.train_dataset)
+    if earlier:
+        return (
+            f"the train_dataset has {earlier}. A second rule would drop other tokens too, and the "
+            "receipt would count only those: train with the plain Trainer, and copy the receipt of "
+            "premask beside the weights"
+        )
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     return SHARDED if getattr(parallel, "sp_enabled", False) else ""
 

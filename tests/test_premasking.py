@@ -11,9 +11,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from helpers import tiny_llama
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from goldfish import Goldfish, GoldfishTrainer, mask_labels, premask
+from goldfish import Goldfish, GoldfishTrainer, attach, mask_labels, premask
 from goldfish.cli import main
 from goldfish.premasking import premask_files
 from goldfish.receipt import merge_receipts, read_receipt, rules_of
@@ -212,6 +212,29 @@ def test_receipts_of_one_rule_add_up(tmp_path, tokenizer):
         merge_receipts({name: tmp_path / name for name in ("first", "named")}, tmp_path / "merged")
     with pytest.raises(FileNotFoundError, match=r"nothing has no goldfish.json"):
         merge_receipts({"nothing": tmp_path / "nothing"}, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_second_rule_is_attached_to_premasked_rows(tmp_path, tokenizer, streaming):
+    rows = Dataset.from_dict({"input_ids": ROWS})
+    rows = rows.to_iterable_dataset() if streaming else rows
+    masked = premask(rows, RULE)
+    if not streaming:
+        masked = concatenate_datasets([Dataset.from_dict({"input_ids": ROWS}), masked]).shuffle()
+    with pytest.raises(ValueError, match=r"labels masked by .* under Goldfish\(k=2, h=3, .* orig"):
+        premask(masked, RULE)
+    arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True)
+    trainer = Trainer(tiny_llama(), arguments, train_dataset=masked)
+    with pytest.raises(
+        ValueError, match=r"the train_dataset has labels masked by .* plain Trainer"
+    ):
+        attach(trainer, RULE)
+
+
+def test_columns_that_only_some_rows_have_are_refused():
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3]}])
+    with pytest.raises(ValueError, match="some rows have labels and others have none"):
+        premask(rows, RULE)
 
 
 FORKS = """
