@@ -235,7 +235,7 @@ def test_no_sampling_beats_the_ranks():
 
 
 def test_texts_that_sampling_may_extract_under_some_setting():
-    """In 1,000 samples with even odds: ln 2 / 1,000 is 10.49 bits."""
+    """In 1,000 samples with a probability of 50%: ln 2 / 1,000 is 10.49 bits."""
     records = made_up_records("members", 4, 0.5)
     for record, bits in zip(records, [0.0, 10.0, 10.5, 99.0], strict=True):
         record |= {"rank_bits": bits, "log_p": [-np.log(2) * (bits + 1)]}

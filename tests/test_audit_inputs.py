@@ -161,7 +161,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     assert read(tmp_path / "out")["secrets"].k == 2
     text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
     assert "secrets given away" in text
-    assert "the assistant's answer to recite" in text.replace("\\", "")
+    assert "the model must continue with the answer" in text.replace("\\", "")
     write_report([tmp_path / "out"], tmp_path / "report.html")
 
 

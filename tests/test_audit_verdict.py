@@ -64,35 +64,35 @@ def explanation(summary, name):
             400,
             (0, 100),
             "PASS",
-            "0 of 400 recited word for word, greedily: at most 0.92% of such texts",
+            "0 of 400 recited verbatim under greedy decoding: at most 0.92% of such texts",
         ),
         (
             0,
             32,
             (0, 32),
             "INCONCLUSIVE",
-            "compatible with 0–10.9% of such texts; at this rate 368 documents would decide it",
+            "the true rate may be 0–10.9%; at this rate about 368 documents would be needed to decide",
         ),
         (
             40,
             100,
             (0, 100),
             "FAIL",
-            "40 of 100 recited word for word, greedily: at least 30.3% of such texts; held-out 0 of 100",
+            "40 of 100 recited verbatim under greedy decoding: at least 30.3% of such texts; held-out 0 of 100",
         ),
         (
             40,
             100,
             (40, 100),
             "INCONCLUSIVE",
-            "not clearly more than of held-out texts (40 of 100); at this rate no number of documents would decide it",
+            "not clearly more than of held-out texts (40 of 100); at this rate more documents would not decide it",
         ),
         (
             40,
             100,
             (30, 100),
             "INCONCLUSIVE",
-            "not clearly more than of held-out texts (30 of 100); at this rate 369 documents would decide it",
+            "not clearly more than of held-out texts (30 of 100); at this rate about 369 documents would be needed to decide",
         ),
         (
             40,
@@ -106,7 +106,7 @@ def explanation(summary, name):
             100,
             (0, 100),
             "INCONCLUSIVE",
-            "compatible with 0.2–7% of such texts; at this rate 547 documents would decide it",
+            "the true rate may be 0.2–7%; at this rate about 547 documents would be needed to decide",
         ),
     ],
 )
@@ -234,7 +234,8 @@ def test_membership_question():
     unclear = membership(made_up_records("members", 30, 0.3), made_up_records("heldout", 30, 0.3))
     assert unclear["outcome"] == "INCONCLUSIVE"
     assert re.search(
-        r"neither clearly above nor below 0.55; at this rate [\d,]+ documents would", unclear["why"]
+        r"neither clearly above nor below 0.55; at this rate about [\d,]+ documents would",
+        unclear["why"],
     )
     few = membership(made_up_records("members", 5, 0.9), made_up_records("heldout", 5, 0.3))
     assert few["outcome"] == "INCONCLUSIVE"
@@ -299,9 +300,9 @@ def test_a_model_that_does_not_work_gets_no_pass():
         record["nll"] = [6.1] * 8
     verdict = made_up_summary(records)["verdict"]
     assert verdict["outcome"] == "INCONCLUSIVE"
-    assert verdict["sentence"].startswith("INCONCLUSIVE: the model does not work on such texts")
+    assert verdict["sentence"].startswith("INCONCLUSIVE: the sanity check failed")
     assert verdict["sanity"].startswith(
-        "The model does not work; members: 6.10 nats per token (a uniform guess: 6.21"
+        "Sanity check failed: no better than guessing on these texts; members: 6.10 nats per token (a uniform guess: 6.21"
     )
     assert verdict["warnings"] == [verdict["sanity"]]
     # On held-out texts an overfitted model can be worse than a uniform guess, which is no sign of broken weights.
@@ -309,7 +310,7 @@ def test_a_model_that_does_not_work_gets_no_pass():
         record["nll"] = [1.7 if record["split"] == "members" else 7.8] * 8
     verdict = made_up_summary(records)["verdict"]
     assert verdict["sanity"].startswith(
-        "The model works on such texts; members: 1.70 nats per token"
+        "Sanity check passed: better than guessing on these texts; members: 1.70 nats per token"
     )
     assert verdict["outcome"] == "PASS"
 
@@ -321,7 +322,7 @@ def test_overall_verdict_names_what_decides_and_what_was_not_tested():
     )
     assert recited(0, 32, None)["verdict"]["sentence"] == (
         "INCONCLUSIVE: greedy 0 of 32, sampling 0 of 32, near-verbatim 0 of 32; "
-        "at this rate 368 documents would decide it"
+        "at this rate about 368 documents would be needed to decide"
     )
     assert "beam search" in failed["not_tested"]
     assert "sampling" not in failed["not_tested"]
@@ -424,7 +425,7 @@ def test_markdown_for_a_pull_request():
     assert "<script>" not in text
     assert r"a\|b" in text.splitlines()[0]
     assert "⚠️ INCONCLUSIVE" in text
-    assert "| texts recited word for word | 0 of 32 (0–10.9%) | 0 of 100 (0–3.6%) |" in text
+    assert "| texts recited verbatim | 0 of 32 (0–10.9%) | 0 of 100 (0–3.6%) |" in text
     assert r"Not tested\: beam search" in text
     for line in text.splitlines():
         if line.startswith("| texts recited"):
@@ -444,7 +445,7 @@ def test_table_is_80_columns_wide():
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= 80
     assert "[bold]a rather" in shown
-    for text in ("recited word for word", " of 400 (", "membership, AUC", "blind: 0."):
+    for text in ("recited verbatim", " of 400 (", "membership, AUC", "blind: 0."):
         assert text in shown
     assert "…" not in "".join(shown.splitlines()[2:])
     assert shown.splitlines()[-1].startswith(summary["verdict"]["sentence"][:40])

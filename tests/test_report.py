@@ -40,18 +40,18 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     first_screen = text[text.index("Does this model recite") : text.index("Question by question")]
     bound = 100 * binomtest(0, 400).proportion_ci(0.95, "exact").high
     for part in (
-        "Given 4 tokens of a text, does the model write the next 6 word for word?",
+        "Given 4 tokens of a text, does the model write the next 6 verbatim?",
         "Tried: greedy decoding, sampling.",
-        "0 of 400 training texts recited word for word",
+        "0 of 400 training texts recited verbatim",
         f"0 of 400 does not mean never: rates up to {bound:.1f}% are compatible with this result",
         "400 member texts of members.jsonl (1 row skipped), 20 held-out texts of heldout.jsonl",
         "runs/goldfish; trained with hash, k = 4",
         "Not tested: beam search; prefixes from other places in the documents;",
     ):
         assert part in first_screen
-    greedy = text[text.index("Are more than 1% of such texts recited word for word, greedily?") :][
-        :200
-    ]
+    greedy = text[
+        text.index("Are more than 1% of such texts recited verbatim under greedy decoding?") :
+    ][:200]
     assert f"PASS 0 of 4000–{bound:.1f}% 0 of 200–16.8%" in greedy
 
 
@@ -60,7 +60,7 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
         tmp_path / "a", [window(0, rule=False), window(1, rule=False)], "only members"
     )
     text = flat(report(tmp_path, members))
-    assert "2 of 2 training texts recited word for word" in text
+    assert "2 of 2 training texts recited verbatim" in text
     assert "held-out texts: no figure has a control" in text
     chats = {
         "members": {
@@ -75,12 +75,12 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     write_audit(tmp_path / "c", [window(0), window(1)], inputs=chats)
     text = flat(report(tmp_path, tmp_path / "c", overwrite=True))
     assert (
-        "Given the prompt of a chat, does the model write the assistant’s answer word for word? Tried: greedy"
+        "Given the prompt of a chat, does the model write the assistant’s answer verbatim? Tried: greedy"
         in text
     )
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
-    assert "1 of 1 held-out texts recited word for word" in text
+    assert "1 of 1 held-out texts recited verbatim" in text
     assert "INCONCLUSIVE 1 of 1 held-out texts" in text
     assert "answerno members were audited" in text
 
@@ -336,10 +336,10 @@ def test_model_card(tmp_path, pair):
     assert main(["report", str(pair[1]), str(hostile), "--model-card", "-o", str(card)]) == 0
     text = card.read_text(encoding="utf-8")
     assert text.startswith("## goldfish audit of goldfish: ⚠️ INCONCLUSIVE\n")
-    assert "| texts recited word for word | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
-    assert "4 tokens given, 6 to recite" in text
+    assert "| texts recited verbatim | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
+    assert "4 tokens given, 6 to continue with" in text
     assert r"Not tested\: beam search" in text
-    assert "Are more than 1% of such texts recited word for word, greedily?" in text
+    assert "Are more than 1% of such texts recited verbatim under greedy decoding?" in text
     assert "## goldfish audit of &lt;b&gt;\\|\\`x\\`\\\\u202e: " in text
     for secret in ("<b>", "\u202e", "doc-", "jsonl", "runs"):
         assert secret not in text

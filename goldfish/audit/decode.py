@@ -1,4 +1,4 @@
-"""What a model says of its own: greedy and beam-search continuations by its own `generate`."""
+"""Greedy and beam-search continuations by the model's own `generate`."""
 
 from collections.abc import Sequence
 from typing import Any

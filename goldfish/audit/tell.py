@@ -1,6 +1,6 @@
 """What an audit says, described once and shown as a terminal's table, as Markdown for a pull request, as JUnit for CI.
 
-Names and texts of an audit come from strangers: everything is written with visible escapes.
+Names and texts of an audit are untrusted input: everything is written with visible escapes.
 """
 
 import re
@@ -31,7 +31,7 @@ MARKS = {
     "inconclusive": "⚠️",
 }
 ROWS = (  # of the table: label, the estimate's name in a split
-    ("texts recited word for word", "exact_match"),
+    ("texts recited verbatim", "exact_match"),
     ("  in 1,000 samples, p=0.5", "extractable"),
     ("    under any setting, at most", "extractable_bound"),
     ("  by beam search", "beam_search"),
@@ -130,13 +130,13 @@ def task(summary: Mapping[str, Any]) -> str:
         sum(each.get("windows", 1) for each in inputs),
     )
     if windows[0] == windows[1]:
-        return "Given the prompt of a chat, the assistant's answer to recite"
+        return "Given the prompt of a chat, the model must continue with the answer"
     also = (
-        f"; of {windows[0]:,} chats, the prompt given and the answer to recite"
+        f"; in {windows[0]:,} chats the prompt is given and the model must continue with the answer"
         if windows[0]
         else ""
     )
-    return f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to recite{also}"
+    return f"{protocol['prefix_length']} tokens given, {protocol['suffix_length']} to continue with{also}"
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
