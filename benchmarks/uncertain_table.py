@@ -4,7 +4,7 @@
 
 Differences are paired: the same seed, and in it the same passages or questions. Their intervals
 (95%, percentiles of 4,000 draws) come from drawing seeds, and in each drawn seed passages, both
-with replacement. Three seeds are few for a bootstrap: read an interval as a lower bound of its width.
+with replacement. Three seeds are few for a bootstrap: intervals may be too narrow.
 """
 
 import statistics
@@ -245,7 +245,7 @@ def measured_bits(result: Result) -> dict[str, float]:
 
 
 def never_trained(result: Result) -> dict[str, list[int]]:
-    """For each code, its tokens that are dropped in every row; the hyphen that all share is none."""
+    """For each code, its tokens dropped in every row; the hyphen that all share is none."""
     places: dict[str, set[int]] = {}
     for row in result["codes"]:
         dropped = {i for i, bit in enumerate(row["dropped"]) if bit == "1"}
