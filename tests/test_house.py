@@ -23,6 +23,7 @@ ORDER = [
     "hashing",
     "vocabulary",
     "letters",
+    "secrets",
     "rule",
     "masking",
     "text.show",
