@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
@@ -44,6 +45,9 @@ _TOKENIZERS = (
     "vocab.txt",
 )
 _ADAPTER = "adapter_config.json"
+_ADAPTER_PREFIX = re.compile(r"^base_model\.model\.")
+_VIRTUAL = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+_REBUILT = ("pissa_niter", "corda", "lora_ga")  # values of LoRA's init_lora_weights
 _WEIGHTS = tuple(
     name + index
     for name in ("model.safetensors", "pytorch_model.bin")
@@ -214,8 +218,32 @@ class Checkpoint:
                 f"the weights of {self.name} do not fit its configuration: {problems}. An audit of such a model would "
                 "say nothing about the trained one; save it again with model.save_pretrained(...)"
             )
+        if self.file(_ADAPTER) is not None:  # transformers has loaded it with the weights beside it
+            self._require_adapter_fits(model)
         require_causal(model, self.name)
         return model.eval()
+
+    def _require_adapter_fits(self, model: Any) -> None:
+        """ValueError if an adapter beside whole weights was not loaded completely."""
+        path = self.file("adapter_model.safetensors")
+        if path is None:
+            raise ValueError(self._only_pickles())
+        with safe_open(path, framework="pt") as weights:
+            saved = {_ADAPTER_PREFIX.sub("", name) for name in weights.keys()}  # noqa: SIM118
+        names = {name for name, _ in model.named_parameters()}
+        loaded = {name.replace(".default.", ".") for name in names if ".default." in name}
+        loaded |= {name.replace(".default", "") for name in names if name.endswith(".default")}
+        info = {
+            "unexpected_keys": saved - loaded,
+            "missing_keys": loaded - saved,
+            "mismatched_keys": [],
+        }
+        if problems := _misfits(info):
+            raise ValueError(
+                f"{self.name} holds whole weights and an adapter that does not fit them: "
+                f"{problems}. Remove {_ADAPTER} if the weights are merged, or audit the adapter "
+                "from a folder of its own"
+            )
 
     def _adapted(self, model: Any, allow_pickle: bool) -> Any:
         if (
@@ -224,6 +252,7 @@ class Checkpoint:
             and not any(Path(self._place).glob("*.safetensors"))
         ):
             raise ValueError(self._only_pickles())
+        self._require_adapter_that_loads()
         revision = {"revision": self._options.get("revision")}
         try:
             info = model.load_adapter(self._place, adapter_kwargs=revision)
@@ -243,6 +272,28 @@ class Checkpoint:
                 "the merged model and audit that: model.merge_and_unload().save_pretrained(...)"
             ) from error
         return model.eval()
+
+    def _require_adapter_that_loads(self) -> None:
+        """ValueError for adapters that no merge or load gives back as they were trained."""
+        path = self.file(_ADAPTER)
+        assert path is not None
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = str(settings.get("peft_type"))
+        if kind in _VIRTUAL:
+            raise ValueError(
+                f"{self.name} is an adapter of the kind {kind}: virtual tokens before every text, "
+                "which transformers cannot load and no merge can write into weights. The audit "
+                "is of models that read a text alone; train with LoRA to audit what was learned"
+            )
+        start = str(settings.get("init_lora_weights"))
+        if start.startswith(_REBUILT):
+            raise ValueError(
+                f"{self.name} was initialised with {start!r}, which changes the base model's "
+                "weights by chance, and again in another way when it is loaded: this is not the "
+                "model that was trained. Save the merged model in the session that trained it, "
+                "model.merge_and_unload().save_pretrained(...), or convert the adapter with "
+                "save_pretrained(path_initial_model_for_weight_conversion=...), and audit that"
+            )
 
     def receipt(self) -> dict[str, Any] | None:
         """goldfish.json; None where there is none. See `goldfish.receipt.read_receipt`."""
@@ -353,6 +404,19 @@ def context_of(config: Any) -> int | None:
     return next(
         (int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, None)), None
     )
+
+
+def rotary_switch(config: Any) -> int | None:
+    """After how many tokens a model with LongRoPE uses other rotary factors for all positions."""
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    # Models with several kinds of layers have parameters for each.
+    kinds = [parameters or {}, *(v for v in (parameters or {}).values() if isinstance(v, dict))]
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) == "longrope":
+            default = getattr(config, "original_max_position_embeddings", None)
+            return int(kind.get("original_max_position_embeddings") or default)
+    return None
 
 
 def vocabulary_of(model: Any) -> int:

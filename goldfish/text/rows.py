@@ -1,5 +1,6 @@
 """Texts and chats as people keep them -> rows: the one reader of `check`, `audit` and `premask`."""
 
+import csv
 import hashlib
 import heapq
 import json
@@ -40,18 +41,72 @@ def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
         FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
     """
     source, path = str(source), _require(source)
-    if path.suffix.lower() in PLAIN:
+    kind = path.suffix.lower()
+    if kind in PLAIN:
         yield {"text": _decoded(path.read_bytes(), source), "name": path.name}
-    elif path.suffix.lower() == ".jsonl":
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{source}, line {number}"
-                text = _decoded(line, where)
-                if text.strip():
-                    yield _checked(_parsed(text, where), where, text_column)
+    elif kind == ".jsonl":
+        yield from _lines(path, source, text_column)
+    elif kind == ".json":
+        yield from _json_rows(path, source, text_column)
+    elif kind == ".csv":
+        for number, row in enumerate(_csv_rows(path, source)):
+            yield checked(row, f"{source}, row {number}", text_column)
     else:
         for number, row in enumerate(_named(dataset_of(source), source)):
-            yield _checked(row, f"{source}, row {number}", text_column)
+            yield checked(row, f"{source}, row {number}", text_column)
+
+
+def _lines(path: Path, source: str, text_column: str) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{source}, line {number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield checked(_parsed(text, where), where, text_column)
+
+
+def _json_rows(path: Path, source: str, text_column: str) -> Iterator[Row]:
+    """Of a list of objects, or of an object a line, as values are: a date stays a text."""
+    with path.open("rb") as data:
+        start = data.read(4096)
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+        yield from _lines(path, source, text_column)
+        return
+    text = _decoded(path.read_bytes(), source)
+    if not text.strip():
+        raise ValueError(f"{source} cannot be read: it is empty")
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} cannot be read: it is not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{source}: expected a list of objects, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        where = f"{source}, row {number}"
+        if not isinstance(row, dict):
+            got = type(row).__name__
+            raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {got}')
+        _require_whole_characters(row, where)
+        yield checked(row, where, text_column)
+
+
+def _csv_rows(path: Path, source: str) -> Iterator[Row]:
+    """Every cell as the text that it is: 0042 stays 0042, NA stays NA. An empty cell is null,
+    but for an empty text."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 131,072 characters
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(csv.DictReader(lines, strict=True)):
+                if None in row:
+                    raise ValueError(f"{source}, row {number} has more cells than the header")
+                count = row.get("count")
+                cells: Row = {name: cell or None for name, cell in row.items()}
+                cells["text"] = row.get("text")
+                if count and count.isdecimal():
+                    cells["count"] = int(count)
+                yield cells
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
 
 
 def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int, Row]]:
@@ -109,8 +164,12 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
             raise ValueError(
                 f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder"
             )
+        # Columns of csv are texts, as in `read_rows`.
+        texts = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
         try:
-            return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+            return load_dataset(
+                kind, data_files=str(path), split="train", streaming=streaming, **texts
+            )
         except (
             Exception
         ) as error:  # of the packages below; StopIteration, without words, where it is empty
@@ -198,21 +257,39 @@ def _decoded(data: bytes, where: str) -> str:
 def _parsed(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a character (a lone surrogate; {error})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(
             f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}'
         )
+    if "\\u" in line:
+        _require_whole_characters(row, where)
     return row
 
 
-def _checked(row: Row, where: str, text_column: str) -> Row:
-    """The row without nulls, or ValueError."""
+def _require_whole_characters(row: Row, where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half a character (a lone surrogate; {error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages without the keys that Arrow fills in where another message has them.
+
+    An empty content stays: templates tell one that is null from one that is missing.
+    """
+    if isinstance(value, dict):
+        filled = {
+            name: each for name, each in value.items() if each is not None or name == "content"
+        }
+        return {name: _without_nulls(each) for name, each in filled.items()}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def checked(row: Row, where: str, text_column: str) -> Row:
+    """The row without nulls, or ValueError; where: its place, for the message."""
     names, row = sorted(row), {name: value for name, value in row.items() if value is not None}
     if text_column:
         if text_column not in row:
@@ -243,6 +320,9 @@ def _checked(row: Row, where: str, text_column: str) -> Row:
         raise ValueError(
             f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}"
         )
+    for column in ("messages", "prompt", "completion", "tools", "chat_template_kwargs"):
+        if column in row:
+            row[column] = _without_nulls(row[column])
     return row
 
 
