@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldfish import Goldfish
 from goldfish.audit import audit, read
 from goldfish.audit.records import read_records
+from goldfish.audit.run import MARGIN
 from goldfish.audit.windows import Cutter
 from goldfish.cli import main
 from goldfish.receipt import DropCounts, write_receipt
@@ -99,6 +100,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
     assert len(rows) == len(turns) == 7
     lengths = set()
+    longest = max(len(row["suffix_ids"]) for row in rows if row["secrets"])
     for row, (before, answer) in zip(rows, turns, strict=True):
         prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
         start, ids = (
@@ -108,11 +110,18 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         assert row["prefix_ids"] + row["suffix_ids"] == ids[0].tolist()
         assert len(row["suffix_ids"]) == length
         lengths.add(length)
+        assert len(row["output_ids"]) == longest + MARGIN, "an answer may open differently"
         made = model.generate(
-            start, max_new_tokens=length, do_sample=False, pad_token_id=1, eos_token_id=None
+            start,
+            max_new_tokens=longest + MARGIN,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=None,
         )
         assert row["output_ids"] == made[0, start.shape[1] :].tolist()
-        assert row["exact_match"] == (tokenizer.decode(made[0, start.shape[1] :]) == answer)
+        assert row["exact_match"] == (
+            tokenizer.decode(made[0, start.shape[1] :][:length]) == answer
+        )
         with torch.no_grad():
             log_p = (
                 model(ids)
@@ -206,7 +215,7 @@ def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
         ]
     parts = say("hi", [{"type": "text", "text": "yes"}])
     assert list(Cutter(tokenizer, 5, 5).cut({"messages": parts}, 0, "members")) == [
-        "a completion that is no text"
+        "the chat template refuses it"
     ]
 
 

@@ -125,9 +125,10 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         "rows": 4,
         "windows": 6,
         "completions": 0,
-        "secrets": 0,
+        "secrets": {"marked": 0, "asked": 0, "unasked": []},
+        "drawn": 4,
+        "asked": 3,
         "documents": 3,
-        "repeated": 0,
         "skipped": [
             {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]}
             for at in ("", " from token 3 on")
@@ -314,11 +315,12 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         0,
         2,
     ]
-    assert {
-        key: summary["inputs"]["members"][key] for key in ("windows", "documents", "repeated")
-    } == {"windows": 6, "documents": 3, "repeated": 3}
+    assert {key: summary["inputs"]["members"][key] for key in ("asked", "documents")} == {
+        "asked": 6,
+        "documents": 3,
+    }
     assert summary["verdict"]["skipped"] == [
-        "members: 3 windows repeat others and count as one text with them"
+        "members: 3 rows repeat or continue others and count as one text with them"
     ]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
     message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"

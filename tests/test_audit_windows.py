@@ -2,21 +2,36 @@
 
 import itertools
 import random
-from types import SimpleNamespace
+import uuid
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import PROSE
 from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import Cutter, Survey, Window, first_ids, join, overlap_of
+from goldfish.audit.windows import (
+    Cutter,
+    Groups,
+    Survey,
+    Window,
+    first_ids,
+    number_documents,
+    overlap_of,
+)
 
 pytestmark = pytest.mark.core
 
 
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def surveyed(rows, split, *how):
-    return Survey(enumerate(rows), split, Cutter(*how))
+    return Survey(enumerate(rows), split, Cutter(*how), Path(f"{uuid.uuid4()}.parquet"))
 
 
 def cut(rows, *how):
@@ -57,18 +72,19 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     ]
 
 
-def clusters(rows, *how):
+def documents(rows, *how):
     result = surveyed(rows, "members", *how)
-    join({"members": result})
-    return result.clusters
+    number_documents({"members": result})
+    return result.documents
 
 
-def test_one_equal_window_does_not_make_two_rows_one(tokenizer):
-    """A licence before different texts; the same texts again are one document."""
+def test_rows_that_share_a_window_are_one_document(tokenizer):
+    """A licence before different texts: one question is asked of all of them."""
     licence, texts = list(range(8)), [list(range(20 * i, 20 * i + 8)) for i in range(1, 4)]
     rows = [{"input_ids": licence + text} for text in (*texts, texts[0])]
-    assert clusters(rows, tokenizer, 5, 3, (0, 8)) == [0, 0, 1, 1, 2, 2, 0, 0]
-    assert clusters(rows, tokenizer, 5, 3) == [0, 0, 0, 0], "what is asked of them is the same"
+    assert documents(rows, tokenizer, 5, 3, (0, 8)) == [0] * 8
+    assert documents(rows, tokenizer, 5, 3) == [0] * 4
+    assert documents(rows, tokenizer, 5, 3, (8,)) == [0, 1, 2, 0]
 
 
 def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
@@ -96,7 +112,7 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     ]
     result = surveyed(rows, "members", tokenizer, 5, 3)
     assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
-    assert (result.indices.tolist(), result.names) == ([0, 2, 3], 3)
+    assert (result.indices.tolist(), result.asked) == ([0, 2, 3], 3)
     assert result.skipped == {
         "fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}
     }
@@ -104,30 +120,25 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
     expected = [each for each in cut(rows, tokenizer, 5, 3) if isinstance(each, Window)]
     monkeypatch.setattr(Cutter, "cut", None)
-    result.clusters = [7, 8, 9]
-    pairs = list(zip(expected, result.clusters, strict=True))
+    result.documents = [7, 8, 9]
+    pairs = list(zip(expected, result.documents, strict=True))
     for _ in range(2):
         assert list(result.blocks(2)) == [pairs[:2], pairs[2:]]
 
 
-def test_documents_are_joined_by_any_key_they_share():
+def test_numbers_are_joined_by_any_key_they_share():
     """Against connected components found by comparing every pair, again and again."""
     choose = random.Random(0)
     for _ in range(50):
-        windows = [[(kind, choose.randrange(6)) for kind in "abc"] for _ in range(12)]
+        keys = [[choose.randrange(40) for _ in range(3)] for _ in range(12)]
         expected = list(range(12))
-        for _ in windows:
+        for _ in keys:
             for i, j in itertools.product(range(12), repeat=2):
-                if set(windows[i]) & set(windows[j]):
+                if set(keys[i]) & set(keys[j]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
-        order = list(dict.fromkeys(expected))
-        keys = [hash(key) for each in windows for key in each]
-        members = SimpleNamespace(indices=range(7), keys=keys[:21])
-        heldout = SimpleNamespace(indices=range(5), keys=keys[21:])
-        join({"members": members, "heldout": heldout})
-        assert [*members.clusters, *heldout.clusters] == [
-            order.index(number) for number in expected
-        ]
+        groups = Groups(12)
+        groups.join_equal(np.array(keys).ravel(), np.arange(12).repeat(3))
+        assert [groups.root(i) for i in range(12)] == expected
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
@@ -147,13 +158,13 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
         "members": surveyed(rows, "members", tokenizer, 5, 3),
         "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3),
     }
-    join(surveys)
-    clusters = [each.clusters for each in surveys.values()]
-    assert clusters == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
+    number_documents(surveys)
+    found = [each.documents for each in surveys.values()]
+    assert found == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
     assert overlap_of(surveys) == {"documents": 1, "rows": [[0, 1]]}
     long = {"members": surveyed(rows[:3], "members", tokenizer, 30, 8)}
-    join(long)
-    assert (long["members"].clusters, overlap_of(long)) == ([0, 1, 0], None)
+    number_documents(long)
+    assert (long["members"].documents, overlap_of(long)) == ([0, 1, 0], None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

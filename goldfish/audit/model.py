@@ -3,6 +3,7 @@
 Code and pickles of others run only where the caller allows it.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -71,6 +72,7 @@ class Checkpoint:
         self, name: str | Path, revision: str | None = None, trust_remote_code: bool = False
     ) -> None:
         path, self.name = Path(name), str(name)
+        self.dtype: str | None = None  # it is loaded in any
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if path.suffix == ".gguf":
             self._options["gguf_file"], path = path.name, path.parent
@@ -321,6 +323,9 @@ class Checkpoint:
             hashes |= {f"base/{name}": digest for name, digest in self.base.hashes().items()}
         return hashes
 
+    def put_back(self) -> None:
+        """Nothing was changed: the audit loaded a model of its own."""
+
     def _pickles(self) -> list[str]:
         files = Path(self._place).iterdir() if self._is_folder else ()
         return sorted(path.name for path in files if path.suffix in _PICKLES)
@@ -370,6 +375,45 @@ def _misfits(info: Mapping[str, Any]) -> str:
     )
 
 
+class InMemory:
+    """A model that is loaded already, such as at the end of its training, as a `Checkpoint`.
+
+    Its dtype and device are its own. Raises ValueError without a tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if tokenizer is None:
+            raise ValueError("a model in memory needs its tokenizer: audit(model, tokenizer=...)")
+        self._model, self._tokenizer, self._was_training = model, tokenizer, model.training
+        self.name = str(model.config.name_or_path or type(model).__name__)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def config(self) -> Any:
+        return self._model.config
+
+    def receipt(self) -> None:
+        """Its rule is with the trainer until it is saved."""
+
+    def model(self, device: torch.device, **options: Any) -> Any:
+        require_causal(self._model.eval(), self.name)
+        return self._model
+
+    def put_back(self) -> None:
+        """As it was before the audit."""
+        self._model.train(self._was_training)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of all parameters and buffers, in the order of their names."""
+        result = hashlib.sha256()
+        for name, value in sorted(self._model.state_dict().items()):
+            result.update(name.encode())
+            result.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {"in memory": result.hexdigest()}
+
+
 def load_tokenizer(checkpoint: str | Path) -> Any:
     """The tokenizer of a folder, hub name or GGUF file; see `Checkpoint.tokenizer`."""
     return Checkpoint(checkpoint).tokenizer()
@@ -414,8 +458,8 @@ def rotary_switch(config: Any) -> int | None:
     kinds = [parameters or {}, *(v for v in (parameters or {}).values() if isinstance(v, dict))]
     for kind in kinds:
         if kind.get("rope_type", kind.get("type")) == "longrope":
-            default = getattr(config, "original_max_position_embeddings", None)
-            return int(kind.get("original_max_position_embeddings") or default)
+            trained = kind.get("original_max_position_embeddings")
+            return int(trained or config.original_max_position_embeddings)
     return None
 
 

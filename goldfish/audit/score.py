@@ -147,6 +147,16 @@ class Scorer:
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
+    def mean_nll(self, windows: Sequence[Window]) -> float:
+        """The mean loss of the suffixes of several windows, in nats per token."""
+        rows = self._teacher_forced(self.model, windows, lambda *each: {"nll": _nll(*each)})
+        losses = [
+            row["nll"][window.prefix_length - 1 :]
+            for window, row in zip(windows, rows, strict=True)
+        ]
+        return float(np.concatenate(losses).astype(np.float64).mean())
+
+    @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
         rows = self._teacher_forced(self.model, windows, partial(_reduce, samplings=self.samplings))
         for window, row in zip(windows, rows, strict=True):

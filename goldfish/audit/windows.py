@@ -234,21 +234,18 @@ class Survey:
             waiting: list[Window] = []
             for index, row in rows:
                 self.rows += 1
-                windows = [
-                    each for each in cutter.cut(row, index, split) if self._is_asked(each, index)
-                ]
+                windows: list[Window] = []
+                for each in cutter.cut(row, index, split):
+                    if isinstance(each, str):
+                        note(self.skipped, each, index)
+                    else:
+                        windows.append(each)
                 self._count(row, index, windows, cutter)
                 waiting += windows
                 if len(waiting) >= STORED:
                     writer.write_table(_table(waiting))
                     waiting = []
             writer.write_table(_table(waiting))
-
-    def _is_asked(self, each: Window | str, index: int) -> bool:
-        if isinstance(each, Window):
-            return True
-        note(self.skipped, each, index)
-        return False
 
     def _count(self, row: Row, index: int, windows: list[Window], cutter: Cutter) -> None:
         self.asked += bool(windows)
@@ -279,7 +276,7 @@ class Survey:
         """The windows in order, each with its document's number, `size` at a time."""
         with pq.ParquetFile(self._path) as file:
             rows = (row for batch in file.iter_batches(STORED) for row in batch.to_pylist())
-            windows = zip((Window(**row) for row in rows), self.documents, strict=True)
+            windows = zip(map(_window, rows), self.documents, strict=True)
             while block := list(islice(windows, size)):
                 yield block
 
@@ -300,6 +297,11 @@ _WINDOWS = pa.schema(
         "asked": pa.string(),
     }
 )
+
+
+def _window(row: dict[str, Any]) -> Window:
+    secrets, before = tuple(row.pop("secrets")), row.pop("document_ids") or ()
+    return Window(**row, secrets=secrets, document_ids=before)
 
 
 def _table(windows: Sequence[Window]) -> pa.Table:

@@ -25,21 +25,26 @@ EXPECTED = (
     ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on standard input"
 )
 Row = dict[str, Any]
+Source = str | Path | Iterable[Row]
 
 
-def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
+def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
     """The rows of an input, one at a time; a text file is one row.
 
     A row has a string `text`, a list `input_ids`, a list `messages`, or `prompt` and `completion` (both strings or both
     lists of messages), and perhaps `name`, `source` and `count`. Fields that are null count as left out.
 
     Args:
-        source: EXPECTED; datasets on the hub are streamed. text_column: the column to read as `text`, or as `messages`
+        source: EXPECTED; datasets on the hub are streamed. Or rows in memory. text_column: the column to read as `text`, or as `messages`
             where it holds a list.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
     """
+    if not isinstance(source, str | Path):
+        for number, row in enumerate(source):
+            yield checked(dict(row), f"row {number}", text_column)
+        return
     source, path = str(source), _require(source)
     kind = path.suffix.lower()
     if kind in PLAIN:
@@ -123,8 +128,28 @@ def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int
     yield from sorted(((index, row) for _, index, row in least), key=lambda each: each[0])
 
 
-def digest(source: str | Path) -> str:
+def in_memory(source: Any) -> Source:
+    """A source that can be read twice: rows of a data frame or of any iterable; paths stay."""
+    if isinstance(source, str | Path):
+        return source
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame of pandas
+        filled = source.astype(object).where(source.notna(), None)
+        rows: list[Row] = filled.to_dict("records")
+        return rows
+    return source if hasattr(source, "__getitem__") else list(source)
+
+
+def name_of(source: Source) -> str:
+    return str(source) if isinstance(source, str | Path) else "in memory"
+
+
+def digest(source: Source) -> str:
     """SHA-256: of a file; of several, of their names and digests; on the hub, of their names with the commit."""
+    if not isinstance(source, str | Path):
+        result = hashlib.sha256()
+        for row in source:
+            result.update(json.dumps(row, default=str, sort_keys=True).encode() + b"\n")
+        return result.hexdigest()
     source, path = str(source), _require(source)
     if path.is_file():
         return sha256(path)
