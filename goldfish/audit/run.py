@@ -371,9 +371,10 @@ def _checkpoints(
         raise ValueError("a tokenizer is given for a model in memory; a folder has its own")
     else:
         checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
+    vocabulary = checkpoints[0].tokenizer().get_vocab()  # a wrong name is reported here
     if control is not None:
         reference = Checkpoint(control, None, trust_remote_code)
-        if reference.tokenizer().get_vocab() != checkpoints[0].tokenizer().get_vocab():
+        if reference.tokenizer().get_vocab() != vocabulary:
             raise ValueError(
                 f"the control {control} has another tokenizer than {checkpoints[0].name}, so the "
                 "same ids are other texts to it; take a control of the same family"
