@@ -88,8 +88,8 @@ def test_two_ranks_are_one(one_and_two, case):
     if "FSDP2" not in case:  # no process saves a sharded model alone
         assert two["receipts"] == one["receipts"]
         assert one["receipts"]["end"].items() >= one["counted"].items()
-    # Asked to average on each rank, Trainer takes the mean of the means of ranks: right in scale
-    # as without us.
+    # Asked to average on each rank, Trainer takes the mean of the means: right in scale only, as
+    # without us.
     tolerance = 5e-2 if "on each rank" in case else 2e-5
     for ours, theirs in zip(two["steps"], one["steps"], strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
