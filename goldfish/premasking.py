@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from goldfish.masking import IGNORE_INDEX, PREMASKED, check_rule, mask_batch, premasked
-from goldfish.receipt import DropCounts, bind, count_drops, write_receipt
+from goldfish.receipt import DropCounts, bind_rule, count_drops, write_receipt
 from goldfish.rule import Goldfish
 from goldfish.text.rows import dataset_of
 
@@ -65,7 +65,7 @@ def premask(
             'premask writes labels once, strategy "random" draws anew in every epoch: '
             "use a collator"
         )
-    rule = bind(rule, tokenizer)
+    rule = bind_rule(rule, tokenizer)
     settings = {"rule": rule, "count": receipt is not None, "one_thread": (num_proc or 1) > 1}
     options = {"batched": True, "batch_size": CHUNK, "with_indices": True, "fn_kwargs": settings}
     if not hasattr(dataset, "num_rows"):

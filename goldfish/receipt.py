@@ -1,4 +1,4 @@
-"""goldfish.json, the receipt: a file beside a checkpoint's weights that says what was dropped in training."""
+"""goldfish.json, the receipt: a file beside a checkpoint's weights, of what was dropped."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ FILE_NAME = "goldfish.json"
 SCHEMA = "goldfish.receipt/2"
 
 
-def bind(rule: Goldfish, tokenizer: Any) -> Goldfish:
+def bind_rule(rule: Goldfish, tokenizer: Any) -> Goldfish:
     """The same rule; one that reads text is bound to the tokenizer, if there is one."""
     return rule if tokenizer is None else rule.bind(tokenizer)
 

@@ -133,7 +133,7 @@ def run(
         "steps": found,
         "sharded": sharded,
         "fused": sees.fused,
-        "counted": trainer._tally.to_dict(),
+        "counted": trainer._counts.to_dict(),
         "receipts": receipts,
     }
 

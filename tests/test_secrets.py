@@ -16,7 +16,7 @@ from transformers import (
 
 from goldfish import Goldfish, GoldfishCollator, GoldfishTrainer, attach, mask_labels, premask
 from goldfish.letters import Vocabulary
-from goldfish.receipt import bind, read_receipt, rules_of
+from goldfish.receipt import bind_rule, read_receipt, rules_of
 from goldfish.text.show import show
 
 pytestmark = pytest.mark.core
@@ -135,7 +135,7 @@ def test_trainers_bind_it_and_the_receipt_has_it(tmp_path, tokenizer, how):
     receipt = read_receipt(tmp_path / "out")
     assert receipt["rule"]["secrets"] == SECRETS
     assert rules_of(receipt) == RULE
-    bound = bind(rules_of(receipt), tokenizer)
+    bound = bind_rule(rules_of(receipt), tokenizer)
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     assert receipt["dropped"] == sum(int(bound.dropped(each)[1:].sum()) for each in ids)
     assert receipt["dropped"] > sum(int(BARE.dropped(each)[1:].sum()) for each in ids)

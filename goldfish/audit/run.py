@@ -28,7 +28,7 @@ from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish
 from goldfish.audit.verdict import parse_limits
 from goldfish.audit.windows import Cutter, Survey, number_documents, overlap_of, prefix_grid
-from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
+from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 from goldfish.text.chats import prints_the_date, secret_finder
 from goldfish.text.printable import plain
@@ -484,5 +484,5 @@ def _rules(checkpoint: Any) -> Goldfish | dict[str, Goldfish] | None:
         )
     rules = rules_of(receipt)
     if isinstance(rules, Goldfish):
-        return bind(rules, tokenizer)
-    return {name: bind(rule, tokenizer) for name, rule in rules.items()}
+        return bind_rule(rules, tokenizer)
+    return {name: bind_rule(rule, tokenizer) for name, rule in rules.items()}
