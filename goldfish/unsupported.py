@@ -37,7 +37,7 @@ def why_not_this_trainer(trainer: Trainer) -> str:
                 "or generates them. There are no labels to drop. Train the documents with "
                 f"SFTTrainer and the rule, before or after{advice}"
             )
-    earlier = premasked(trainer.train_dataset)
+    earlier = premasked(getattr(trainer, "train_dataset", None))
     if earlier:
         return (
             f"the train_dataset has {earlier}. A second rule would drop other tokens too, and the "

@@ -211,7 +211,7 @@ def test_premask_and_the_plain_sft_trainer(tmp_path, tokenizer):
     premasked = first_loss(premask(dataset, RULE), lambda trainer: trainer)
     assert premasked == pytest.approx(with_rule, rel=1e-6)
     assert abs(plain - with_rule) > 1e-4
-    with pytest.raises(ValueError, match="masked by goldfish.premask"):
+    with pytest.raises(ValueError, match=r"masked by goldfish\.premask"):
         first_loss(premask(dataset, RULE), attached())
 
 
