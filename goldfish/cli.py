@@ -50,6 +50,7 @@ def _add_show(verbs: Any) -> None:
     source.add_argument("text", nargs="?", help="a text in quotes")
     source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text")
     _add_rule(show)
+    _add_rule_secrets(show)
     show.set_defaults(run=_show)
 
 
@@ -69,6 +70,12 @@ def _add_premask(verbs: Any) -> None:
     )
     premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
     _add_rule(premask)
+    _add_rule_secrets(premask)
+    premask.add_argument(
+        "--secret-column",
+        metavar="NAME",
+        help="also drop the secrets in this column (strings, or lists of them), in every row",
+    )
     premask.add_argument(
         "--format",
         default="labels",
@@ -253,6 +260,15 @@ def _add_rule(verb: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="rules with other seeds drop other tokens (default 0)")
 
 
+def _add_rule_secrets(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--secrets",
+        metavar="REGEX",
+        dest="rule_secrets",
+        help="also drop what this expression matches; the first group, if any, is the secret",
+    )
+
+
 def _add_marks(verb: argparse.ArgumentParser) -> None:
     """Which column is read, and which parts of it are secrets."""
     verb.add_argument(
@@ -354,7 +370,12 @@ def _rule(args: argparse.Namespace) -> Any:
     from goldfish.rule import Goldfish
 
     return Goldfish(
-        k=args.k, h=args.h, strategy=args.strategy, max_kept=args.max_kept, seed=args.seed
+        k=args.k,
+        h=args.h,
+        strategy=args.strategy,
+        max_kept=args.max_kept,
+        seed=args.seed,
+        secrets=getattr(args, "rule_secrets", None),
     )
 
 
@@ -370,6 +391,7 @@ def _premask(args: argparse.Namespace) -> None:
         tokenizer,
         format=args.format,
         num_proc=args.num_proc,
+        secret_column=args.secret_column,
     )
     print(f"Written: {args.output_dir}")
 

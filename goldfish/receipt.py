@@ -117,12 +117,17 @@ def versions() -> dict[str, str]:
 
 
 def write_receipt(
-    folder: str | Path, counts: DropCounts, tokenizer: Any, before: Mapping[str, Any] | None = None
+    folder: str | Path,
+    counts: DropCounts,
+    tokenizer: Any,
+    before: Mapping[str, Any] | None = None,
+    secret_column: str | None = None,
 ) -> Path:
     """Write goldfish.json into a folder.
 
     Args:
         before: the receipt of earlier training under another rule.
+        secret_column: the column of secrets that were dropped too, see `premask`.
     """
     receipt = {
         "schema": SCHEMA,
@@ -131,6 +136,7 @@ def write_receipt(
         # "letters" reads characters as this version of Unicode knows them.
         "versions": {**versions(), "unicode": unicodedata.unidata_version},
         **({"before": before} if before else {}),
+        **({"secret_column": secret_column} if secret_column else {}),
     }
     return _write(folder, receipt)
 

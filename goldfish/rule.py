@@ -68,7 +68,7 @@ class Goldfish:
             moves has the same dropped tokens after its first natural drop.
         secrets: a regular expression (of Python's `re`). Every token that overlaps a match in the
             text of its document is dropped, on top of the rule and whatever the other arguments;
-            if the expression has groups, every token that overlaps the first group. It needs
+            if the expression has groups, the first one that has a part in the match. It needs
             `rule.bind(tokenizer)`, which trainers do. The receipt contains the expression, so it
             must not contain a secret itself. Not for "reference".
         vocabulary: set by `bind`; not part of the rule's identity.
@@ -331,8 +331,8 @@ class Goldfish:
         result = np.zeros(rows.shape, dtype=bool)
         ends = [rows.shape[1]] * len(rows) if lengths is None else lengths.tolist()
         for i, end in enumerate(ends):
-            row = secret_tokens(expression, vocabulary, rows[i, :end], row_starts[i, :end])
-            result[i, :end] = row
+            entries = vocabulary.entries_of(rows[i, :end])
+            result[i, :end] = secret_tokens(expression, entries, row_starts[i, :end])
         return torch.from_numpy(result).to(ids.device)
 
     def _bound_vocabulary(self) -> Vocabulary:

@@ -4,14 +4,13 @@ On the CPU: `re` needs the text, which is put together from the ids.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from goldfish.letters import Vocabulary
 
 
 @cache
@@ -30,50 +29,81 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def spans(expression: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    r"""Where the secrets of a text begin and end: the matches, or the first group of each.
+    r"""Where the secrets of a text begin and end.
 
-    >>> list(spans(compiled(r"code is (\d+)"), "The code is 4711, not 12."))
-    [(12, 16)]
+    A secret is the first group that has a part in a match, or the whole match if none has.
+
+    >>> list(spans(compiled(r"code is (\d+)|PIN: (\d+)|key \w+"), "code is 4711, PIN: 12, key a7"))
+    [(8, 12), (19, 21), (23, 29)]
     """
-    group = 1 if expression.groups else 0
     for match in expression.finditer(text):
+        group = next((i for i, found in enumerate(match.groups(), 1) if found is not None), 0)
         begin, end = match.span(group)
-        if 0 <= begin < end:  # (-1, -1) if the group has no part in the match
+        if begin < end:
             yield begin, end
 
 
+def any_of(literals: Iterable[str]) -> str:
+    """An expression that matches each of some strings, and longer ones rather than shorter ones.
+
+    Strings that begin alike share that beginning, so the cost of a search hardly depends on how
+    many there are.
+
+    >>> any_of(["4711", "4712", "47", "x.y"])
+    '(?:47(?:1(?:1|2))?|x\\\\.y)'
+    """
+    trie: dict[str, Any] = {}
+    for literal in literals:
+        node = trie
+        for character in literal:
+            node = node.setdefault(character, {})
+        node[""] = {}  # a string ends here
+    return _expression_of(trie)
+
+
+def _expression_of(node: dict[str, Any]) -> str:
+    prefix = ""
+    while len(node) == 1:  # a loop: recursion would be as deep as the strings are long
+        character, node = next(iter(node.items()))
+        prefix += re.escape(character)
+    branches = [re.escape(c) + _expression_of(child) for c, child in node.items() if c]
+    if not branches:
+        return prefix
+    may_end = "?" if "" in node else ""
+    return f"{prefix}(?:{'|'.join(branches)}){may_end}"
+
+
 def secret_tokens(
-    expression: re.Pattern[str],
-    vocabulary: Vocabulary,
-    ids: NDArray[np.int64],
-    starts: NDArray[np.bool_],
+    expression: re.Pattern[str], entries: list[bytes], starts: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """Which tokens of a row overlap a secret of their document.
 
     Args:
-        ids: (T,), without padding.
+        entries: the bytes of each token of the row, without padding.
         starts: (T,), whether a token is the first of a document; the first token always is.
 
     Returns:
         bool (T,).
     """
-    result = np.zeros(len(ids), dtype=bool)
-    first_tokens = [*np.flatnonzero(starts).tolist(), len(ids)]
-    entries = vocabulary.entries_of(ids)
-    for first, end in pairwise(first_tokens):
+    result = np.zeros(len(entries), dtype=bool)
+    for first, end in pairwise([*np.flatnonzero(starts).tolist(), len(entries)]):
         result[first:end] = _of_document(expression, entries[first:end])
     return result
 
 
-def _of_document(expression: re.Pattern[str], entries: list[bytes]) -> NDArray[np.bool_]:
-    """Which tokens of a document overlap a secret, given the bytes of each token.
+def text_of(entries: list[bytes]) -> str:
+    """The text of a document, given the bytes of each token.
 
     A byte that is part of no character is decoded as a character of its own (U+DC80 to U+DCFF), so
     places in the text can be counted in bytes again.
     """
+    return b"".join(entries).decode("utf-8", "surrogateescape")
+
+
+def _of_document(expression: re.Pattern[str], entries: list[bytes]) -> NDArray[np.bool_]:
+    """Which tokens of a document overlap a secret, given the bytes of each token."""
     result = np.zeros(len(entries), dtype=bool)
-    data = b"".join(entries)
-    text = data.decode("utf-8", "surrogateescape")
+    text = text_of(entries)
     found = list(spans(expression, text))
     if not found:
         return result

@@ -49,8 +49,8 @@ def natural_threshold(k: float, max_kept: int) -> int:
     the least u > 0 for which it is at most k, with q = u / 2**32, so that one token in k is
     dropped. Found by bisection in exact integers.
 
-    >>> natural_threshold(4, 4) / 2**32  # instead of 1/4
-    0.11172983609139919
+    >>> round(natural_threshold(4, 4) / 2**32, 4)  # instead of 1/4
+    0.1118
     """
     numerator, denominator = k.as_integer_ratio()
     n = max_kept + 1
@@ -121,7 +121,9 @@ def documents(
 
 
 def secret_tokens(tokens: list[bytes], secrets: str) -> list[bool]:
-    r"""Which tokens of a document overlap a match, or the first group of one if there are groups.
+    r"""Which tokens of a document overlap a secret.
+
+    A secret is the first group that has a part in a match, or the whole match if none has.
 
     >>> secret_tokens([b"the code", b" is", b" 47", b"11", b"!"], r"code is (\d+)")
     [False, False, True, True, False]
@@ -130,8 +132,12 @@ def secret_tokens(tokens: list[bytes], secrets: str) -> list[bool]:
     text = b"".join(tokens).decode("utf-8", "surrogateescape")
     result = [False] * len(tokens)
     for match in pattern.finditer(text):
-        begin, end = match.span(1 if pattern.groups else 0)
-        if not 0 <= begin < end:  # an empty secret, or a group that has no part in the match
+        group = 0
+        for i in range(pattern.groups, 0, -1):
+            if match.group(i) is not None:
+                group = i
+        begin, end = match.span(group)
+        if begin == end:
             continue
         first_byte = len(text[:begin].encode("utf-8", "surrogateescape"))
         last_byte = len(text[:end].encode("utf-8", "surrogateescape")) - 1

@@ -2,26 +2,35 @@
 
 import json
 import random
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from helpers import trained
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_tokenizers import KINDS
 from transformers import (
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
     Trainer,
 )
 
 from goldfish import Goldfish, GoldfishCollator, GoldfishTrainer, attach, mask_labels, premask
+from goldfish.cli import main
 from goldfish.letters import Vocabulary
 from goldfish.receipt import bind_rule, read_receipt, rules_of
+from goldfish.secrets import any_of, compiled, secret_tokens
 from goldfish.text.show import show
 
 pytestmark = pytest.mark.core
 SECRETS = r"code is (\S+)"
 RULE = Goldfish(k=4, h=13, max_kept=4, secrets=SECRETS)
+STARTS = np.array([True])
 BARE = Goldfish(k=4, h=13, max_kept=4)
 
 
@@ -142,12 +151,7 @@ def test_trainers_bind_it_and_the_receipt_has_it(tmp_path, tokenizer, how):
 
 
 def test_show_marks_it(tokenizers):
-    class Tokenizer:
-        """What show needs of a tokenizer of transformers."""
-
     text = "Dear user, the code is 4711."
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"])
     rule = Goldfish(k=10**9, secrets=SECRETS).bind(tokenizer)
     shown = str(show(rule, tokenizer, text, colour=False))
@@ -174,3 +178,86 @@ def test_it_is_part_of_the_rule(tokenizer):
     assert RULE.bind(tokenizer) == RULE
     assert Goldfish(**json.loads(json.dumps(RULE.to_dict()))) == RULE
     assert "secrets=" not in BARE.short()
+
+
+def coded_rows(tokenizer, count=12):
+    """Rows with a column of secrets; the last row quotes the first one's."""
+    made = texts(count)
+    codes = [text.split("code is ")[1].split("\n")[0] for text in made]
+    made.append(f"As you know, {codes[0]} is his.")
+    columns = {"input_ids": [tokenizer(text)["input_ids"] for text in made]}
+    return Dataset.from_dict({**columns, "code": [*codes, None], "text": made}), codes
+
+
+def test_a_column_of_secrets(tmp_path, tokenizer):
+    dataset, codes = coded_rows(tokenizer)
+    rule = replace(BARE, secrets=r"(?i)user (\d+)")
+    masked = premask(
+        dataset, rule, tokenizer=tokenizer, secret_column="code", receipt=tmp_path / "out"
+    )
+    vocabulary = rule.bind(tokenizer).vocabulary
+    dropped = 0
+    for row in masked:
+        entries = vocabulary.entries_of(np.array(row["input_ids"]))
+        expected = BARE.dropped(torch.tensor(row["input_ids"])).tolist()
+        for secret in [*codes, *re.findall(r"user (\d+)", row["text"])]:
+            anchor = "user " if secret.isdigit() and len(secret) < 3 else ""
+            marked = secret_tokens(compiled(anchor + f"({re.escape(secret)})"), entries, STARTS)
+            expected = [a or b for a, b in zip(expected, marked.tolist(), strict=True)]
+        assert [label == -100 for label in row["labels"]] == expected
+        dropped += sum(expected[1:])
+    written = (tmp_path / "out" / "goldfish.json").read_text()
+    receipt = json.loads(written)
+    assert receipt["dropped"] == dropped
+    assert receipt["secret_column"] == "code"
+    assert rules_of(receipt) == rule
+    description = masked.info.description
+    assert not any(code in text for code in codes for text in (written, description))
+
+
+def test_secrets_that_their_rows_do_not_have_are_counted(tokenizer, caplog):
+    dataset, _ = coded_rows(tokenizer, 3)
+    dataset = dataset.add_column("number", [7] * 4)
+    cut = dataset.map(lambda row: {"input_ids": row["input_ids"][:10]})
+    with caplog.at_level("WARNING", logger="goldfish.premasking"):
+        premask(cut, BARE, tokenizer=tokenizer, secret_column="code")
+    assert "3 rows do not have their secret of the column code" in caplog.text
+    for options, message in (
+        ({"secret_column": "codes", "tokenizer": tokenizer}, "has no column 'codes'"),
+        ({"secret_column": "code"}, "secret_column needs the tokenizer"),
+        (
+            {"secret_column": "number", "tokenizer": tokenizer},
+            "row 0: secrets are strings or lists of strings",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            premask(dataset, BARE, **options)
+    lists = dataset.remove_columns("code").add_column("code", [["x", "the code"], [], ["user"], []])
+    masked = premask(lists, BARE, tokenizer=tokenizer, secret_column="code")
+    assert (
+        masked["labels"][3].count(-100) >= BARE.dropped(torch.tensor(lists["input_ids"][3])).sum()
+    )
+
+
+@given(st.lists(st.text("ab.é", min_size=1, max_size=5), min_size=1, max_size=8), st.text("ab.é"))
+def test_an_expression_for_any_of_several_strings(literals, text):
+    expression = compiled(any_of(literals))
+    for literal in literals:
+        assert expression.fullmatch(literal)
+    plain = "|".join(re.escape(each) for each in sorted(literals, key=len, reverse=True))
+    assert re.sub(expression, "<>", text) == re.sub(plain, "<>", text)
+
+
+def test_the_command_line(tmp_path, tokenizer, checkpoint, capsys):
+    dataset, codes = coded_rows(tokenizer)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    command = ["premask", str(tmp_path / "rows.parquet"), "--tokenizer", str(checkpoint)]
+    rule = ["-k", "4", "--max-kept", "4", "--secrets", SECRETS]
+    assert main([*command, *rule, "--secret-column", "code", "-o", str(tmp_path / "out")]) == 0
+    receipt = read_receipt(tmp_path / "out")
+    assert (rules_of(receipt), receipt["secret_column"]) == (RULE, "code")
+    expected = premask(dataset, RULE, tokenizer=tokenizer, secret_column="code")["labels"][:]
+    assert load_from_disk(tmp_path / "out")["labels"][:] == expected
+    text = f"the code is {codes[0]}"
+    assert main(["show", text, "--tokenizer", str(checkpoint), "-k", "9999", *rule[4:]]) == 0
+    assert f"{codes[0]}-]" in capsys.readouterr().out

@@ -120,7 +120,8 @@ def has_secret(tokens: list[bytes], secrets: str) -> list[bool]:
             characters.append((chr(0xDC00 + rest[0]), 1))
     secret = [False] * len(characters)
     for match in re.finditer(secrets, "".join(character for character, _ in characters)):
-        for place in range(*match.span(len(match.groups()) > 0)):
+        spans = [span for span in match.regs[1:] if span[0] >= 0] or match.regs
+        for place in range(*spans[0]):
             secret[place] = True
     by_byte = [s for s, (_, size) in zip(secret, characters, strict=True) for _ in range(size)]
     ends = np.cumsum([len(token) for token in tokens])

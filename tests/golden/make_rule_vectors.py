@@ -194,7 +194,7 @@ def spread_rules(strategy: str) -> list[dict]:
     ]
 
 
-# Words, a group in a context, a group without a part in some matches, and characters of several
+# Words, a group in a context, matches with and without a group, and characters of several
 # bytes (broken ones included); the last matches nothing.
 SECRETS = (r"o\w+", r"(?i)quick\s+(\w+ f)", r"the|(n\w)", r"[^\x00-\x7f]+", r"code is (\d+)")
 
