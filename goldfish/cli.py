@@ -124,6 +124,11 @@ def _add_audit_data(audit: argparse.ArgumentParser) -> None:
     add("--members", metavar="DATA", help=f"the training data: {EXPECTED}")
     add("--heldout", metavar="DATA", help="comparable texts the model was NOT trained on")
     add("--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed")
+    add(
+        "--complete",
+        action="store_true",
+        help="--members is everything the model was trained on: a census, not a sample",
+    )
     add("--seed", type=int, default=0, help="of the rows drawn by --max-rows (default 0)")
     add("--allow-overlap", action="store_true", help="audit although the two inputs share texts")
     _add_marks(audit)

@@ -5,7 +5,7 @@ import json
 import pandas
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from test_rows import TEMPLATE, say, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import PROSE
+from test_audit_chats import THINKING
+from test_rows import say
 from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +23,7 @@ from goldfish.audit.windows import (
     number_documents,
     overlap_of,
 )
+from goldfish.text.chats import secret_finder
 
 pytestmark = pytest.mark.core
 
@@ -203,3 +206,101 @@ def test_little_of_a_long_text_is_tokenized(tokenizer, monkeypatch):
     read.clear()
     first_ids(tokenizer, "x" * 50_000, 64)
     assert max(read) == 50_000, "one word: what follows may decide about its first tokens"
+
+
+def pages(copies, words=300, edits=0.0, seed=0):
+    """Pages of made-up words, each crawled several times under another date and with some words
+    changed; page by page."""
+    choose = random.Random(seed)
+    vocabulary = [
+        "".join(choose.choices("aeiounrstlm", k=choose.randrange(3, 9))) for _ in range(999)
+    ]
+    for number in range(40):
+        page = choose.choices(vocabulary, k=words)
+        for crawl in range(copies):
+            own = [word if choose.random() >= edits else choose.choice(vocabulary) for word in page]
+            yield number, f"Crawled on day {crawl * 17 + number}: " + " ".join(own)
+
+
+@pytest.mark.parametrize("offsets", [(0,), (0, 7, 31), tuple(range(0, 160, 8))])
+def test_pages_crawled_many_times_are_one_document_each(tokenizer, offsets):
+    """Whether a window is shared or not: their dates differ in length, so that windows shift."""
+    rows = [{"text": text} for _, text in pages(10)]
+    found = documents(rows, tokenizer, 40, 10, offsets)
+    assert len(set(found)) == 40
+    assert found == [row // 10 for row in range(400) for _ in offsets]
+
+
+def test_crawls_in_which_words_were_changed(tokenizer):
+    numbers, texts = zip(*pages(10, edits=0.02), strict=True)
+    found = documents([{"text": text} for text in texts], tokenizer, 40, 10)
+    assert len(set(found)) < 60, "most of 400 rows have found their page"
+    assert len(set(zip(found, numbers, strict=True))) == len(set(found)), "and no other one"
+
+
+def test_texts_of_one_template_are_documents_of_their_own(tokenizer):
+    """A sentence with a code; a long form, if the codes are marked."""
+    codes = [f"{7919 * i % 10**6:06d}" for i in range(60)]
+    short = "Dear colleague, the code of the door to the archive in the cellar is {}. Keep it safe."
+    assert (
+        len(set(documents([{"text": short.format(code)} for code in codes], tokenizer, 5, 60)))
+        == 60
+    )
+    (_, form), *_ = pages(1)
+    rows = [{"text": f"{form[:30]} {code} {form[30:]}"} for code in codes]
+    marks = secret_finder(r"\d{6}", "")
+    assert set(documents(rows, tokenizer, 40, 10, (0,), None, marks)) == set(range(60))
+    assert set(documents(rows, tokenizer, 40, 10)) == {0}, "unmarked, they are one long text"
+
+
+def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeypatch):
+    """Also under a template that renders a turn differently when others follow."""
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    rows = []
+    for number in range(75):
+        turns = [
+            f"{number}, {turn}?" if turn % 2 == 0 else f"{number * turn}!" for turn in range(10)
+        ]
+        rows += [{"messages": say(*turns[: 2 * end])} for end in range(1, 6)]
+    found = surveyed(rows, "members", tokenizer, 5, 5)
+    number_documents({"members": found})
+    by_row = dict(zip(found.indices, found.documents, strict=True))
+    assert [by_row[row] for row in range(375)] == [row // 5 for row in range(375)]
+
+
+def test_members_are_found_in_the_heldout_file_by_the_same_relation(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    chats = [say(f"{i}?", f"{i} it is!", "And?", f"{i + 1}.") for i in range(20)]
+    surveys = {
+        "members": surveyed([{"messages": chat[:2]} for chat in chats], "members", tokenizer, 5, 5),
+        "heldout": surveyed([{"messages": chat} for chat in chats], "heldout", tokenizer, 5, 5),
+    }
+    number_documents(surveys)
+    assert overlap_of(surveys)["documents"] == 20
+
+
+def test_secrets_that_are_not_asked_are_counted_with_the_reason(tokenizer):
+    marks = secret_finder(r"Z\d{3}", "")
+    filler = " and so on" * 40
+    texts = [
+        f"Her code is Z111{filler}",
+        f"{filler} Z222",
+        f"Z333{filler}",
+        "Z444",
+        f"A code, Z111{filler}",
+    ]
+    found = Survey(
+        enumerate({"text": text} for text in texts),
+        "members",
+        Cutter(tokenizer, 7, 20, (0,), None, marks),
+        Path("secrets.parquet"),
+    )
+    assert found.counts()["secrets"] == {
+        "marked": 4,
+        "asked": 1,
+        "unasked": [
+            {"reason": "outside of the windows", "count": 1, "rows": [1]},
+            {"reason": "given in the prompt", "count": 1, "rows": [2]},
+            {"reason": "in a row that was skipped", "count": 1, "rows": [3]},
+        ],
+    }

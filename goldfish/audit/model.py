@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
@@ -46,7 +45,6 @@ _TOKENIZERS = (
     "vocab.txt",
 )
 _ADAPTER = "adapter_config.json"
-_ADAPTER_PREFIX = re.compile(r"^base_model\.model\.")
 _VIRTUAL = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 _REBUILT = ("pissa_niter", "corda", "lora_ga")  # values of LoRA's init_lora_weights
 _WEIGHTS = tuple(
@@ -184,6 +182,7 @@ class Checkpoint:
             )
             return self._adapted(model, allow_pickle)
         self.config()
+        self._require_adapter_that_loads()  # transformers loads one that is beside the weights too
         options = dict(self._options)
         if device_map is not None:
             offloaded = TemporaryDirectory()
@@ -220,32 +219,8 @@ class Checkpoint:
                 f"the weights of {self.name} do not fit its configuration: {problems}. An audit of such a model would "
                 "say nothing about the trained one; save it again with model.save_pretrained(...)"
             )
-        if self.file(_ADAPTER) is not None:  # transformers has loaded it with the weights beside it
-            self._require_adapter_fits(model)
         require_causal(model, self.name)
         return model.eval()
-
-    def _require_adapter_fits(self, model: Any) -> None:
-        """ValueError if an adapter beside whole weights was not loaded completely."""
-        path = self.file("adapter_model.safetensors")
-        if path is None:
-            raise ValueError(self._only_pickles())
-        with safe_open(path, framework="pt") as weights:
-            saved = {_ADAPTER_PREFIX.sub("", name) for name in weights.keys()}  # noqa: SIM118
-        names = {name for name, _ in model.named_parameters()}
-        loaded = {name.replace(".default.", ".") for name in names if ".default." in name}
-        loaded |= {name.replace(".default", "") for name in names if name.endswith(".default")}
-        info = {
-            "unexpected_keys": saved - loaded,
-            "missing_keys": loaded - saved,
-            "mismatched_keys": [],
-        }
-        if problems := _misfits(info):
-            raise ValueError(
-                f"{self.name} holds whole weights and an adapter that does not fit them: "
-                f"{problems}. Remove {_ADAPTER} if the weights are merged, or audit the adapter "
-                "from a folder of its own"
-            )
 
     def _adapted(self, model: Any, allow_pickle: bool) -> Any:
         if (
@@ -278,7 +253,8 @@ class Checkpoint:
     def _require_adapter_that_loads(self) -> None:
         """ValueError for adapters that no merge or load gives back as they were trained."""
         path = self.file(_ADAPTER)
-        assert path is not None
+        if path is None:
+            return
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = str(settings.get("peft_type"))
         if kind in _VIRTUAL:
