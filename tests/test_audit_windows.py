@@ -239,18 +239,17 @@ def test_crawls_in_which_words_were_changed(tokenizer):
 
 
 def test_texts_of_one_template_are_documents_of_their_own(tokenizer):
-    """A sentence with a code; a long form, if the codes are marked."""
+    """A sentence with a code; a long form with a code in each of many; and a few, if marked."""
     codes = [f"{7919 * i % 10**6:06d}" for i in range(60)]
     short = "Dear colleague, the code of the door to the archive in the cellar is {}. Keep it safe."
-    assert (
-        len(set(documents([{"text": short.format(code)} for code in codes], tokenizer, 5, 60)))
-        == 60
-    )
+    rows = [{"text": short.format(code)} for code in codes]
+    assert len(set(documents(rows, tokenizer, 5, 60))) == 60
     (_, form), *_ = pages(1)
     rows = [{"text": f"{form[:30]} {code} {form[30:]}"} for code in codes]
+    assert set(documents(rows, tokenizer, 40, 10)) == set(range(60)), "a template of 60 rows"
     marks = secret_finder(r"\d{6}", "")
-    assert set(documents(rows, tokenizer, 40, 10, (0,), None, marks)) == set(range(60))
-    assert set(documents(rows, tokenizer, 40, 10)) == {0}, "unmarked, they are one long text"
+    assert set(documents(rows[:9], tokenizer, 40, 10)) == {0}, "as if crawled nine times"
+    assert set(documents(rows[:9], tokenizer, 40, 10, (0,), None, marks)) == set(range(9))
 
 
 def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeypatch):

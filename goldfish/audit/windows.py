@@ -33,6 +33,9 @@ SIMILAR = 0.6  # the least Jaccard similarity of their shingles
 SHINGLE = 16  # letters and digits, about three words
 MOST_LETTERS = 2**17  # of a row that are compared
 BINS, BAND = 32, 4  # of the similarity sketch; candidates agree in a band of 4 bins
+# What more rows share is a template, such as a form, and says nothing about two of them; rows of
+# which fewer bins are their own are not compared.
+TEMPLATE_FROM, FEWEST_BINS = 20, 8
 PHI = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio, odd: multiplying by it mixes
 
 
@@ -448,11 +451,16 @@ class Groups:
         numbers: NDArray[np.int64],
         secrets: NDArray[np.int64],
     ) -> None:
-        """Join numbers whose sketches agree in SIMILAR of the bins, and in `secrets`.
+        """Join numbers whose sketches agree in SIMILAR of the bins, and in `secrets`; without what
+        more than TEMPLATE_FROM of them share.
 
         Compared are those that agree in a whole band (locality-sensitive hashing): of two texts of
         similarity .6 that is so with a probability of 1 - (1 - .6^4)^8 = .67, of .8 with .98.
         """
+        own = np.empty(sketches.shape, dtype=np.bool_)  # no template
+        for column, values in zip(own.T, sketches.T, strict=True):
+            _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+            column[:] = counts[places] <= TEMPLATE_FROM
         for start in range(0, BINS, BAND):
             band = sketches[:, start : start + BAND].astype(np.uint64)
             keys = secrets.astype(np.uint64)
@@ -462,7 +470,10 @@ class Groups:
             order = np.argsort(keys, kind="stable")
             same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
             a, b = order[same], order[same + 1]
-            similar = (sketches[a] == sketches[b]).mean(-1) >= SIMILAR
+            compared = own[a] | own[b]
+            equal = ((sketches[a] == sketches[b]) & compared).sum(-1)
+            enough = compared.sum(-1) >= FEWEST_BINS
+            similar = enough & (equal >= SIMILAR * compared.sum(-1))
             for i, j in zip(numbers[a[similar]], numbers[b[similar]], strict=True):
                 self.join(int(i), int(j))
 
