@@ -64,7 +64,7 @@ def ten_prefixes(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[b
 
 
 def continued(model: Any, windows: list[list[int]], prefix: int = LENGTH) -> list[list[int]]:
-    """Greedy continuations of all prefixes, in one batch; an end-of-text token does not end them."""
+    """Greedy continuations of all prefixes, in one batch, through any end of text."""
     start = torch.tensor([window[:prefix] for window in windows])
     output = model.generate(
         start,
