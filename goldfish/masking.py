@@ -43,6 +43,7 @@ def mask_labels(
     ignore_index: int = IGNORE_INDEX,
     shifted: bool = False,
     draw: int | None = None,
+    counts: Any = None,
 ) -> Tensor:
     """`labels` with ignore_index where `rule` drops the token; everything else is unchanged.
 
@@ -66,6 +67,7 @@ def mask_labels(
         ignore_index: the label that means "no target"; -1 in nanochat.
         shifted: whether the labels are shifted already.
         draw: as for `Goldfish.dropped`; for strategy "random" only.
+        counts: a `DropCounts` that adds up what was dropped, for a receipt.
 
     Returns:
         A new tensor of the shape, dtype and device of labels.
@@ -81,6 +83,8 @@ def mask_labels(
         "attention_mask": attention_mask,
     }
     masked = mask_batch(rule, batch, ignore_index=ignore_index, shifted=shifted, draw=draw)
+    if counts is not None:
+        counts.add_masked(masked)
     result: Tensor = masked.batch["labels"]
     return result
 

@@ -127,7 +127,7 @@ def test_public_names():
     for name in goldfish.__all__:
         assert getattr(goldfish, name) is not None
     assert set(goldfish.__all__) <= set(dir(goldfish))
-    with pytest.raises(AttributeError, match="has no attribute 'Goldfisch'; it has Goldfish"):
+    with pytest.raises(AttributeError, match="has no attribute 'Goldfisch'; it has DropCounts"):
         _ = goldfish.Goldfisch
 
 
