@@ -67,7 +67,7 @@ class DropCounts:
         # Of all processes, as of the last `sync`: targets, dropped targets, decisions.
         self.total = torch.zeros(3, dtype=torch.int64)
         # Of this process since then, in steps that the optimizer has taken.
-        self._taken = self.total.to(device, copy=True)
+        self._taken = torch.zeros(3, dtype=torch.int64, device=device)
         # In the step that comes.
         self._step = self._taken.clone()
 

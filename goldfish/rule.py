@@ -307,7 +307,7 @@ class Goldfish:
             drop = drop & complete
         target = tokens.offset > 0
         if self.exempt:
-            exempt = torch.tensor(self.exempt, device=tokens.ids.device)
+            exempt = _ids_on(tokens.ids.device, self.exempt)
             target = target & ~torch.isin(tokens.ids, exempt)
         drop = drop & target
         if self.max_kept is None:
@@ -443,6 +443,12 @@ def _checked_k(k: object) -> float:
             "to drop nothing, train without a rule"
         )
     return number
+
+
+@cache
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
+    """A tensor of ids, copied to each device once: copying makes a GPU wait."""
+    return torch.tensor(ids, device=device)
 
 
 def _checked_exempt(exempt: object) -> tuple[int, ...]:
