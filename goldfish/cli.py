@@ -90,14 +90,25 @@ def _add_check(verbs: Any) -> None:
     check = verbs.add_parser(
         "check",
         help="what a rule leaves unprotected in the training data, before training",
-        description="Apply a rule to the training data, before training, and report what it "
-        "leaves unprotected.",
-        epilog="Exit codes: 0 every marked secret is protected (or none was marked), 1 some secret "
-        f"is not, 3 secrets were marked but none occurs, 2 error. {RECOMMENDED}",
+        description="Apply a rule to the training data, before training, and report what can be "
+        "learned in spite of it. The last line is a conclusion and a rule to copy.",
+        epilog="Exit codes: 0 no marked secret can be learned whole (or none was marked), 1 some "
+        "can, 3 secrets were marked but none is a target, 2 error. Tokenizing uses every core; "
+        f"RAYON_NUM_THREADS limits it. {RECOMMENDED}",
     )
     check.add_argument("source", metavar="DATA", help=EXPECTED)
     _add_rule(check)
     _add_marks(check)
+    check.add_argument(
+        "--assistant-only",
+        action="store_true",
+        help="only the assistant's turns are targets, as with TRL's assistant_only_loss",
+    )
+    check.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the model to be finetuned: how many bits of each secret must be guessed",
+    )
     check.set_defaults(run=_check)
 
 
@@ -418,12 +429,26 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from goldfish.audit.model import load_tokenizer
+    from goldfish.audit.model import Checkpoint, load_tokenizer
     from goldfish.text.check import check
 
+    rule = _rule(args)  # a bad rule is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer)
+    model = None
+    if args.model is not None:
+        import torch
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = Checkpoint(args.model).model(device)
     result = check(
-        args.source, tokenizer, _rule(args), args.secrets, args.secret_column, args.text_column
+        args.source,
+        tokenizer,
+        rule,
+        args.secrets,
+        args.secret_column,
+        args.text_column,
+        assistant_only=args.assistant_only,
+        model=model,
     )
     print("\n".join(result.lines()))
     return result.exit_code()

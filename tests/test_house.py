@@ -27,6 +27,8 @@ ORDER = [
     "rule",
     "masking",
     "text.show",
+    "text.passages",
+    "text.exposure",
     "text.check",
     "kernels",
     "unwrap",
