@@ -1,13 +1,17 @@
-"""Head and loss, forward and backward: time and extra peak memory of this package and of its peers, on the same labels.
+"""Head and loss, forward and backward: time and extra peak memory of this package and its peers.
 
-    python benchmarks/loss.py                       # the CPU (or CUDA) shapes; writes benchmarks/results/loss-*.json
-    python benchmarks/loss.py --shapes 512,64,4000  # a small look
-    python benchmarks/loss.py --render              # the tables of the README, from every JSON there
+    # the CPU (or CUDA) shapes; writes benchmarks/results/loss-<device>.json
+    python benchmarks/loss.py
+    # a small look, kept elsewhere
+    python benchmarks/loss.py --shapes 512,64,4000 --output runs/loss
+    # the tables of docs/speed.md, from every JSON file there
+    python benchmarks/loss.py --render
 
-Every case warms up on a few rows, then all of them run in turn, `--repeats` times, so that a disturbance meets all; a
-case whose runs took `--seconds` together is not repeated. Time is the median; the spread is (slowest - fastest) /
-median. On CPU it is the process's CPU time, all threads together, so that other work on the machine hardly counts.
-Memory is the peak above what inputs hold. A peer that cannot run here has the reason in its place.
+All methods get the same labels. Each warms up on a few rows, then all of them run in turn,
+`--repeats` times, so that a disturbance meets all; a method whose runs took `--seconds` together is
+not repeated. Time is the median; the spread is (slowest - fastest) / median. On CPU it is the
+process's CPU time, all threads together, so that other work on the machine hardly counts. Memory
+is the peak above what inputs occupy. A peer that cannot run here has the reason in its place.
 """
 
 import argparse
@@ -21,9 +25,10 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from about import RESULTS, about, markdown, source
+from about import RESULTS, about, markdown, parser, source
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,20 +36,23 @@ from goldfish.linear import linear_cross_entropy
 from goldfish.rule import Goldfish
 
 PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "triton")
+# Rows, hidden size, vocabulary.
+Shape = tuple[int, int, int]
 SHAPES = {
     "cpu": [(4096, 512, 32_000), (4096, 512, 128_256)],
     "cuda": [
         (4096, 512, 32_000),
         (4096, 512, 128_256),
         (8192, 2048, 128_256),
+        # The head of Llama-3-8B.
         (8192, 4096, 128_256),
     ],
 }
 FLOOR = "three matrix products over kept rows (the floor)"
 BASE = "HF eager"
-Case = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # hidden (N, D), weight (V, D), labels (N,) -> loss
+ALL = float("inf")
+# Hidden (N, D), weight (V, D), labels int64 (N,) -> the loss.
+Case = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def hf_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -97,9 +105,8 @@ def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cce
 
-    return cce(
-        hidden, weight, labels, impl="torch_compile" if hidden.device.type == "cpu" else "cce"
-    )
+    impl = "torch_compile" if hidden.device.type == "cpu" else "cce"
+    return cce(hidden, weight, labels, impl=impl)
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def three_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """What no exact method with gradients can do without: no softmax, no loss, all logits at once."""
+    """The products that every exact method needs for loss and gradients; no softmax, no loss."""
     with torch.no_grad():
         kept = hidden[labels != -100]
         logits = kept @ weight.T
@@ -122,7 +129,7 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
     result: dict[str, Case | str] = {
         BASE: hf_eager,
         "HF eager, kept rows": hf_kept_rows,
-        "torch F.linear_cross_entropy, default": torch_chunked(),
+        "torch F.linear_cross_entropy, default": torch_default,
         "torch F.linear_cross_entropy, best chunking": best_torch_chunking,
         "TRL fused head": trl_head,
         "cut-cross-entropy": cut_cross_entropy,
@@ -130,24 +137,28 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
         "goldfish": linear_cross_entropy,
         FLOOR: three_products,
     }
-    if not hasattr(F, "linear_cross_entropy"):
-        result |= dict.fromkeys(
-            [name for name in result if name.startswith("torch")], "not in this torch"
-        )
+    for name in result:
+        # F.linear_cross_entropy and its options are of torch 2.13; images may have an older one.
+        if name.startswith("torch") and not hasattr(nn, "LinearCrossEntropyOptions"):
+            result[name] = "not in this torch"
     packages = {
         "TRL fused head": "trl",
         "cut-cross-entropy": "cut_cross_entropy",
         "Liger": "liger_kernel",
     }
-    result |= {
-        name: "not installed" for name, package in packages.items() if not find_spec(package)
-    }
+    for name, package in packages.items():
+        if not find_spec(package):
+            result[name] = "not installed"
     if not hidden.is_cuda:
-        result["Liger"] = "needs a GPU"
-        logits = 4 * len(hidden) * len(weight)  # bytes of fp32
-        if 9 * logits > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        # Made for GPUs: on a CPU it holds about nine times the fp32 logits.
+        needed = 9 * 4 * len(hidden) * len(weight)
+        if needed > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             result["TRL fused head"] = "not enough memory free"
     return result
+
+
+def torch_default(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return torch_chunked()(hidden, weight, labels)
 
 
 @cache
@@ -165,9 +176,8 @@ def fastest_chunking(width: int, vocabulary: int, dtype: torch.dtype, device: st
 
 
 def best_torch_chunking(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fastest_chunking(hidden.shape[1], len(weight), hidden.dtype, hidden.device.type)(
-        hidden, weight, labels
-    )
+    case = fastest_chunking(hidden.shape[1], len(weight), hidden.dtype, hidden.device.type)
+    return case(hidden, weight, labels)
 
 
 def measure(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float]:
@@ -190,10 +200,10 @@ def start_memory(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL("libc.so.6").malloc_trim(
-        0
-    )  # glibc keeps what was freed, which would hide what the next one takes
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
+    # glibc keeps what was freed, which would hide what the next method takes.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    # Linux forgets the highest resident size so far.
+    Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
@@ -202,133 +212,143 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resident(field: str) -> int:
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field + ":")
-    )
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
-def run(
-    shape: tuple[int, int, int], dtype: str, k: float, device: str, args: argparse.Namespace
-) -> list[dict]:
+def run(shape: Shape, dtype: str, k: float, device: str, args: argparse.Namespace) -> list[dict]:
+    """All methods on the same inputs; a line of the results for each."""
     rows, width, vocabulary = shape
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, device=device).to(getattr(torch, dtype)).requires_grad_()
     weight = nn.Parameter((torch.randn(vocabulary, width, device=device) * 0.02).to(hidden.dtype))
     labels = torch.randint(vocabulary, (rows,), device=device)
-    if k != float("inf"):
+    if k != ALL:
         labels[Goldfish(k=k).dropped(labels)] = -100
-    inputs = hidden, weight, labels
     chosen = cases(hidden, weight)
+    runs, failed = measure_in_turn(chosen, (hidden, weight, labels), args)
+    results = []
+    for name, case in chosen.items():
+        result: dict[str, Any] = {"n": rows, "d": width, "v": vocabulary, "dtype": dtype}
+        result |= {"k": "inf" if k == ALL else k, "name": name, "kept": int((labels >= 0).sum())}
+        if name in failed:
+            result["error" if callable(case) else "not measured"] = failed[name]
+        else:
+            seconds = [each["seconds"] for each in runs[name]]
+            result |= {"seconds": seconds, "median": statistics.median(seconds)}
+            result["loss"] = runs[name][-1]["loss"]
+            result["bytes"] = statistics.median(each["bytes"] for each in runs[name])
+            took, extra = result["median"], result["bytes"] / 1e6
+            print(f"{shape} {dtype} k={k:g} {name}: {took:.4f} s, {extra:.0f} MB", flush=True)
+        results.append(result)
+    return results
+
+
+def measure_in_turn(
+    chosen: dict[str, Case | str], inputs: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
+    """The measurements of each method, and why there are none of some."""
+    hidden, weight, labels = inputs
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     failed = {name: case for name, case in chosen.items() if isinstance(case, str)}
     for repeat in range(args.repeats + 1):
         for name, case in chosen.items():
-            if name in failed or sum(r["seconds"] for r in runs[name]) > args.seconds:
+            taken = sum(each["seconds"] for each in runs[name])
+            if name in failed or isinstance(case, str) or taken > args.seconds:
                 continue
             try:
                 if repeat:
                     runs[name].append(measure(case, *inputs))
-                else:  # what is compiled needs its own shape to warm up
-                    few = slice(None if name == "cut-cross-entropy" or device == "cuda" else 64)
-                    measure(case, hidden[few].detach().requires_grad_(), weight, labels[few])
+                    continue
+                # The first turn warms up: on a few rows, but what is compiled needs its own shape.
+                whole = name == "cut-cross-entropy" or hidden.is_cuda
+                few = slice(None if whole else 64)
+                measure(case, hidden[few].detach().requires_grad_(), weight, labels[few])
             except Exception as error:
+                # Also out of memory: the others can still be measured.
                 failed[name] = f"{type(error).__name__}: {error}"[:300]
-    common = {
-        "n": rows,
-        "d": width,
-        "v": vocabulary,
-        "dtype": dtype,
-        "k": "inf" if k == float("inf") else k,
-    }
-    results = []
-    for name in chosen:
-        entry = common | {"name": name, "kept": int((labels != -100).sum())}
-        if name in failed:
-            entry["error" if callable(chosen[name]) else "not measured"] = failed[name]
-        else:
-            seconds = [r["seconds"] for r in runs[name]]
-            entry |= {
-                "seconds": seconds,
-                "median": statistics.median(seconds),
-                "loss": runs[name][-1]["loss"],
-            }
-            entry["bytes"] = statistics.median(r["bytes"] for r in runs[name])
-            print(
-                f"{shape} {dtype} k={k:g} {name}: {entry['median']:.4f} s, {entry['bytes'] / 1e6:.0f} MB",
-                flush=True,
-            )
-        results.append(entry)
-    return results
+                hidden.grad = weight.grad = None
+    return runs, failed
 
 
-def render() -> str:
+def render(folder: Path) -> str:
     """One Markdown table per device, shape and dtype; rows are methods, columns k."""
     parts = []
-    for path in sorted(RESULTS.glob("loss-*.json")):
+    for path in sorted(folder.glob("loss-*.json")):
         data = json.loads(path.read_text())
         parts.append(source(data["about"]))
         groups: dict[tuple, list[dict]] = {}
         for result in data["results"]:
-            groups.setdefault(tuple(result[name] for name in ("n", "d", "v", "dtype")), []).append(
-                result
-            )
+            key = tuple(result[name] for name in ("n", "d", "v", "dtype"))
+            groups.setdefault(key, []).append(result)
         for (n, d, v, dtype), chosen in groups.items():
-            ks = sorted({r["k"] for r in chosen}, key=float)
+            ks = sorted({result["k"] for result in chosen}, key=float)
             head = ("", *("all tokens" if k == "inf" else f"k = {k:g}" for k in ks))
-            rows = [
-                (name, *(cell(name, [r for r in chosen if r["k"] == k]) for k in ks))
-                for name in dict.fromkeys(r["name"] for r in chosen)
-            ]
-            parts.append(
-                f"N = {n}, D = {d}, V = {v}, {dtype}: "
-                f"seconds (times HF eager; half the spread) / extra MB (times HF eager)\n\n{markdown(head, rows)}"
+            rows = []
+            for name in dict.fromkeys(result["name"] for result in chosen):
+                columns = [[result for result in chosen if result["k"] == k] for k in ks]
+                rows.append((name, *(cell(name, column) for column in columns)))
+            title = (
+                f"N = {n}, D = {d}, V = {v}, {dtype}: seconds (times HF eager; half the spread) / "
+                "extra MB (times HF eager)"
             )
+            parts.append(f"{title}\n\n{markdown(head, rows)}")
     return "\n\n".join(parts)
 
 
 def cell(name: str, results: list[dict]) -> str:
+    """The figures of one method at one k."""
     result = next((r for r in results if r["name"] == name), None)
-    if result is None or "not measured" in result:
-        return "not measured" + (f" ({result['not measured']})" if result else "")
+    if result is None:
+        return "not measured"
+    if "not measured" in result:
+        return f"not measured ({result['not measured']})"
     if "error" in result:
         return "failed: " + result["error"].split(":")[0]
-    base = next(r for r in results if r["name"] == BASE)
-    spread = f"±{(max(result['seconds']) - min(result['seconds'])) / result['median'] / 2:.0%}"
-    if len(result["seconds"]) == 1:
+    seconds, median = result["seconds"], result["median"]
+    spread = f"±{(max(seconds) - min(seconds)) / median / 2:.0%}"
+    if len(seconds) == 1:
         spread = "one run"
-    time_ratio, memory_ratio = result["median"] / base["median"], result["bytes"] / base["bytes"]
-    text = f"{result['median']:.3g} ({time_ratio:.2f}; {spread}) / {result['bytes'] / 1e6:.0f} ({memory_ratio:.3f})"
+    times, share = "", ""
+    base = next(r for r in results if r["name"] == BASE)
+    # Eager may have failed, by running out of memory.
+    if "median" in base:
+        times = f"{median / base['median']:.2f}; "
+        share = f" ({result['bytes'] / base['bytes']:.3f})"
+    text = f"{median:.3g} ({times}{spread}) / {result['bytes'] / 1e6:.0f}{share}"
     return f"**{text}**" if name == "goldfish" else text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    options.add_argument("--render", action="store_true", help="print the tables and stop")
+    options.add_argument("--shapes", nargs="+", help="N,D,V ...")
+    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options.add_argument("--k", nargs="+", type=float, default=[3, 4, ALL])
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument(
+        "--seconds", type=float, default=ALL, help="after which a method is not repeated"
     )
-    parser.add_argument("--render", action="store_true", help="print the tables and stop")
-    parser.add_argument("--shapes", nargs="+", help="N,D,V ...")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--k", nargs="+", type=float, default=[3, 4, float("inf")])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="after which a case is not repeated"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    args = parser.parse_args()
+    options.add_argument("--threads", type=int, default=1, help="of the CPU")
+    options.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    args = options.parse_args()
     if args.render:
-        print(render())
+        print(render(args.output))
         return
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = [tuple(map(int, s.split(","))) for s in args.shapes] if args.shapes else SHAPES[device]
+    shapes: list[Any] = SHAPES[device]
+    if args.shapes:
+        shapes = [tuple(map(int, shape.split(","))) for shape in args.shapes]
     provenance = about(*PACKAGES)
-    out = RESULTS / f"loss-{device}.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    out = args.output / f"loss-{device}.json"
     results: list[dict] = []
     for shape, k, dtype in product(shapes, args.k, args.dtypes):
-        results += run(shape, dtype, k, device, args)  # type: ignore[arg-type]
+        results += run(shape, dtype, k, device, args)
+        # Written after each group, so that a run that is stopped leaves what it has.
         out.write_text(json.dumps({"about": provenance, "results": results}, indent=1) + "\n")
     print(f"wrote {out}")
 

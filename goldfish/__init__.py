@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _HOMES = {
+    "DropCounts": "receipt",
     "Goldfish": "rule",
     "GoldfishCollator": "masking",
     "GoldfishLoss": "loss",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from goldfish.masking import GoldfishCollator as GoldfishCollator
     from goldfish.masking import mask_labels as mask_labels
     from goldfish.premasking import premask as premask
+    from goldfish.receipt import DropCounts as DropCounts
     from goldfish.rule import Goldfish as Goldfish
     from goldfish.trainer import GoldfishMixin as GoldfishMixin
     from goldfish.trainer import GoldfishTrainer as GoldfishTrainer

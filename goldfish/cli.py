@@ -50,6 +50,7 @@ def _add_show(verbs: Any) -> None:
     source.add_argument("text", nargs="?", help="a text in quotes")
     source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text")
     _add_rule(show)
+    _add_rule_secrets(show)
     show.set_defaults(run=_show)
 
 
@@ -69,6 +70,12 @@ def _add_premask(verbs: Any) -> None:
     )
     premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
     _add_rule(premask)
+    _add_rule_secrets(premask)
+    premask.add_argument(
+        "--secret-column",
+        metavar="NAME",
+        help="also drop the secrets in this column (strings, or lists of them), in every row",
+    )
     premask.add_argument(
         "--format",
         default="labels",
@@ -83,14 +90,25 @@ def _add_check(verbs: Any) -> None:
     check = verbs.add_parser(
         "check",
         help="what a rule leaves unprotected in the training data, before training",
-        description="Apply a rule to the training data, before training, and report what it "
-        "leaves unprotected.",
-        epilog="Exit codes: 0 every marked secret is protected (or none was marked), 1 some secret "
-        f"is not, 3 secrets were marked but none occurs, 2 error. {RECOMMENDED}",
+        description="Apply a rule to the training data, before training, and report what can be "
+        "learned in spite of it. The last line is a conclusion and a rule to copy.",
+        epilog="Exit codes: 0 no marked secret can be learned whole (or none was marked), 1 some "
+        "can, 3 secrets were marked but none is a target, 2 error. Tokenizing uses every core; "
+        f"RAYON_NUM_THREADS limits it. {RECOMMENDED}",
     )
     check.add_argument("source", metavar="DATA", help=EXPECTED)
     _add_rule(check)
     _add_marks(check)
+    check.add_argument(
+        "--assistant-only",
+        action="store_true",
+        help="only the assistant's turns are targets, as with TRL's assistant_only_loss",
+    )
+    check.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the model to be finetuned: how many bits of each secret must be guessed",
+    )
     check.set_defaults(run=_check)
 
 
@@ -117,6 +135,11 @@ def _add_audit_data(audit: argparse.ArgumentParser) -> None:
     add("--members", metavar="DATA", help=f"the training data: {EXPECTED}")
     add("--heldout", metavar="DATA", help="comparable texts the model was NOT trained on")
     add("--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed")
+    add(
+        "--complete",
+        action="store_true",
+        help="--members is everything the model was trained on: a census, not a sample",
+    )
     add("--seed", type=int, default=0, help="of the rows drawn by --max-rows (default 0)")
     add("--allow-overlap", action="store_true", help="audit although the two inputs share texts")
     _add_marks(audit)
@@ -253,6 +276,15 @@ def _add_rule(verb: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="rules with other seeds drop other tokens (default 0)")
 
 
+def _add_rule_secrets(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--secrets",
+        metavar="REGEX",
+        dest="rule_secrets",
+        help="also drop what this expression matches; the first group, if any, is the secret",
+    )
+
+
 def _add_marks(verb: argparse.ArgumentParser) -> None:
     """Which column is read, and which parts of it are secrets."""
     verb.add_argument(
@@ -354,7 +386,12 @@ def _rule(args: argparse.Namespace) -> Any:
     from goldfish.rule import Goldfish
 
     return Goldfish(
-        k=args.k, h=args.h, strategy=args.strategy, max_kept=args.max_kept, seed=args.seed
+        k=args.k,
+        h=args.h,
+        strategy=args.strategy,
+        max_kept=args.max_kept,
+        seed=args.seed,
+        secrets=getattr(args, "rule_secrets", None),
     )
 
 
@@ -370,6 +407,7 @@ def _premask(args: argparse.Namespace) -> None:
         tokenizer,
         format=args.format,
         num_proc=args.num_proc,
+        secret_column=args.secret_column,
     )
     print(f"Written: {args.output_dir}")
 
@@ -391,12 +429,26 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from goldfish.audit.model import load_tokenizer
+    from goldfish.audit.model import Checkpoint, load_tokenizer
     from goldfish.text.check import check
 
+    rule = _rule(args)  # a bad rule is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer)
+    model = None
+    if args.model is not None:
+        import torch
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = Checkpoint(args.model).model(device)
     result = check(
-        args.source, tokenizer, _rule(args), args.secrets, args.secret_column, args.text_column
+        args.source,
+        tokenizer,
+        rule,
+        args.secrets,
+        args.secret_column,
+        args.text_column,
+        assistant_only=args.assistant_only,
+        model=model,
     )
     print("\n".join(result.lines()))
     return result.exit_code()

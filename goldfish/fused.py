@@ -95,6 +95,7 @@ def fuse_head(model: nn.Module) -> "FusedHead":
 class _Call:
     """One training forward: what its head and its loss function need, and what they saw."""
 
+    labels: Tensor  # as the forward got them
     targets: Tensor  # labels aligned with the logits
     shift_labels: Tensor | None  # what the forward must pass on to its loss function
     rows: Tensor | None  # `kept_rows(targets)`, if known
@@ -227,7 +228,7 @@ class FusedHead:
         # least to do: Trainer waits at the end of every backward pass, to check the loss. A graph
         # would be compiled again for another number of rows, so there the operator finds them.
         rows = kept_rows(targets) if self._proved and not self._compiled else None
-        call = self._call = _Call(targets, shifted, rows)
+        call = self._call = _Call(inputs["labels"], targets, shifted, rows)
         try:
             output = self._forward(**inputs)
         except Exception as error:
@@ -340,7 +341,7 @@ class FusedHead:
         call.losses += 1
         call.logits = logits
         if not call.problem:
-            call.problem = _why_not_this_loss(call, vocab_size, args, kwargs)
+            call.problem = _why_not_this_loss(call, labels, vocab_size, args, kwargs)
         if call.loss_sum is None:
             return torch.zeros((), device=labels.device)
         count = (call.targets != IGNORE_INDEX).sum().to(call.loss_sum.device)
@@ -405,10 +406,13 @@ def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
 
 
 def _why_not_this_loss(
-    call: _Call, vocab_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: _Call, labels: Tensor, vocab_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str:
     if args or kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
         return "its loss function gets arguments that are not known"
+    # Some models copy their labels to the device of the logits first.
+    if labels is not call.labels and labels.device == call.labels.device:
+        return "its loss function gets other labels than its forward"
     if kwargs.get("shift_labels") is not call.shift_labels:
         return "its forward does not pass shift_labels on to its loss function"
     if vocab_size != call.vocabulary:

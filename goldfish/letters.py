@@ -12,7 +12,9 @@ mix(c[j]) * M**-(j + 1), as in `hashing.prefix_hashes`.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -51,11 +53,19 @@ class Vocabulary:
 
     def __init__(self, entries: list[bytes]) -> None:
         self.entries = entries
-        self._on = {torch.device("cpu"): encode(entries)}
+        self._on: dict[torch.device, Codes] = {}
+
+    def entries_of(self, ids: NDArray[np.int64]) -> list[bytes]:
+        """The bytes of each id; one space for ids outside the vocabulary."""
+        known = len(self.entries)
+        return [self.entries[i] if 0 <= i < known else b" " for i in ids.tolist()]
 
     def on(self, device: torch.device) -> Codes:
+        cpu = torch.device("cpu")
+        if cpu not in self._on:  # made when needed: "secrets" reads the bytes only
+            self._on[cpu] = encode(self.entries)
         if device not in self._on:
-            self._on[device] = Codes(*(table.to(device) for table in self._on[torch.device("cpu")]))
+            self._on[device] = Codes(*(table.to(device) for table in self._on[cpu]))
         return self._on[device]
 
 

@@ -43,6 +43,7 @@ def mask_labels(
     ignore_index: int = IGNORE_INDEX,
     shifted: bool = False,
     draw: int | None = None,
+    counts: Any = None,
 ) -> Tensor:
     """`labels` with ignore_index where `rule` drops the token; everything else is unchanged.
 
@@ -66,6 +67,7 @@ def mask_labels(
         ignore_index: the label that means "no target"; -1 in nanochat.
         shifted: whether the labels are shifted already.
         draw: as for `Goldfish.dropped`; for strategy "random" only.
+        counts: a `DropCounts` that adds up what was dropped, for a receipt.
 
     Returns:
         A new tensor of the shape, dtype and device of labels.
@@ -81,6 +83,8 @@ def mask_labels(
         "attention_mask": attention_mask,
     }
     masked = mask_batch(rule, batch, ignore_index=ignore_index, shifted=shifted, draw=draw)
+    if counts is not None:
+        counts.add_masked(masked)
     result: Tensor = masked.batch["labels"]
     return result
 
@@ -92,6 +96,7 @@ def mask_batch(
     ignore_index: int = IGNORE_INDEX,
     shifted: bool = False,
     ignore_first: bool = False,
+    first_is_target: bool = False,
     draw: int | None = None,
 ) -> Masked:
     """Mask a batch; arguments and errors as for `mask_labels`.
@@ -101,6 +106,8 @@ def mask_batch(
             as a Hugging Face model takes them. Other entries are copied.
         ignore_first: also ignore the first label of each row (unless shifted). No model predicts
             it, but some versions of Trainer count it as a target.
+        first_is_target: the first token of each row is a target after all: in prompt tuning the
+            last virtual token predicts it.
     """
     check_rule(rule)
     if batch.get("input_ids") is None:
@@ -128,7 +135,9 @@ def mask_batch(
         decided, keys = rule.drops_and_keys(**given)
 
     ignored = ~targets | decided
-    if not shifted:  # the first token of a row is no target: nothing comes before it
+    if (
+        not shifted and not first_is_target
+    ):  # the first token of a row is no target: nothing comes before it
         targets[..., :1] = False
         ignored[..., :1] |= ignore_first
     masked = {**batch, "labels": labels.masked_fill(ignored, ignore_index)}

@@ -1,7 +1,9 @@
 """Labels written once into a tokenized dataset: `premask`, and the files of `goldfish premask`."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import torch
 
 from goldfish.masking import IGNORE_INDEX, PREMASKED, check_rule, mask_batch, premasked
-from goldfish.receipt import DropCounts, bind, count_drops, write_receipt
+from goldfish.receipt import DropCounts, bind_rule, count_drops, write_receipt
 from goldfish.rule import Goldfish
+from goldfish.secrets import any_of, text_of
 from goldfish.text.rows import dataset_of
 
+_log = logging.getLogger(__name__)
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
 BATCH_TOKENS = 2**18  # that are decided at a time, padding included
@@ -26,6 +30,7 @@ def premask(
     num_proc: int | None = None,
     receipt: str | Path | None = None,
     tokenizer: Any = None,
+    secret_column: str | None = None,
 ) -> Any:
     """A `datasets` dataset whose rows have masked `labels`, written once; map-style or streaming.
 
@@ -51,6 +56,10 @@ def premask(
             rows (map-style only). Copy it beside the weights: a trainer without goldfish support
             does not write one.
         tokenizer: binds rules that need it; its fingerprint goes into the receipt.
+        secret_column: a column with a secret of each row (a string, taken literally), or a list of
+            them, or None. Every token that overlaps any of these secrets, in any row, is dropped,
+            as with `Goldfish(secrets=...)`. The receipt has the name of the column only. Needs a
+            tokenizer (or a bound rule) and a map-style dataset.
 
     Raises:
         TypeError: not a rule.
@@ -65,8 +74,11 @@ def premask(
             'premask writes labels once, strategy "random" draws anew in every epoch: '
             "use a collator"
         )
-    rule = bind(rule, tokenizer)
-    settings = {"rule": rule, "count": receipt is not None, "one_thread": (num_proc or 1) > 1}
+    rule = bind_rule(rule, tokenizer)
+    applied = rule
+    if secret_column is not None:
+        applied = _with_secrets_of(dataset, rule, tokenizer, secret_column)
+    settings = {"rule": applied, "count": receipt is not None, "one_thread": (num_proc or 1) > 1}
     options = {"batched": True, "batch_size": CHUNK, "with_indices": True, "fn_kwargs": settings}
     if not hasattr(dataset, "num_rows"):
         return _with_trace(dataset.map(_mask_rows, **options), rule)
@@ -79,9 +91,53 @@ def premask(
             counts.add(torch.tensor(batch[COUNTS]))
         counts.end_step()
         counts.sync()
-        write_receipt(receipt, counts, tokenizer)
+        write_receipt(receipt, counts, tokenizer, secret_column=secret_column)
         masked = masked.remove_columns(COUNTS)
     return _with_trace(_with_format_of(dataset, masked), rule)
+
+
+def _with_secrets_of(dataset: Any, rule: Goldfish, tokenizer: Any, column: str) -> Goldfish:
+    """The rule with the secrets of a column; a warning counts those that their rows do not have."""
+    if tokenizer is None:
+        raise ValueError("secret_column needs the tokenizer: premask(..., tokenizer=tokenizer)")
+    if not hasattr(dataset, "num_rows") or column not in dataset.column_names:
+        raise ValueError(f"the dataset has no column {column!r} that can be read in advance")
+    vocabulary = Goldfish(secrets="x").bind(tokenizer).vocabulary
+    assert vocabulary is not None
+    secrets: set[str] = set()
+    missing = []
+    rows = dataset.with_format("numpy").select_columns(["input_ids", column])
+    for number, row in enumerate(rows):
+        own = _secrets_of_cell(row[column], number)
+        text = text_of(vocabulary.entries_of(np.asarray(row["input_ids"])))
+        secrets.update(own)
+        if any(secret not in text for secret in own):
+            missing.append(number)
+    if missing:
+        _log.warning(
+            "%d rows do not have their secret of the column %s in the text of their ids (first: "
+            "row %d). Was it tokenized otherwise, or cut off?",
+            len(missing),
+            column,
+            missing[0],
+        )
+    if not secrets:
+        raise ValueError(f"the column {column!r} has no secret")
+    literals = any_of(sorted(secrets))
+    expression = literals if rule.secrets is None else f"{rule.secrets}|{literals}"
+    return replace(rule, secrets=expression).bind(tokenizer)
+
+
+def _secrets_of_cell(value: Any, number: int) -> list[str]:
+    """The secrets in a cell: a string, a list of strings, or None."""
+    if value is None:
+        return []
+    secrets = list(value) if isinstance(value, (list, np.ndarray)) else [value]
+    for secret in secrets:
+        if not isinstance(secret, str):
+            kind = type(secret).__name__  # not the secret itself
+            raise ValueError(f"row {number}: secrets are strings or lists of strings, got {kind}")
+    return [str(secret) for secret in secrets if secret]
 
 
 def _with_trace(masked: Any, rule: Goldfish) -> Any:
@@ -210,6 +266,7 @@ def premask_files(
     *,
     format: str = "labels",
     num_proc: int | None = None,
+    secret_column: str | None = None,
 ) -> None:
     """Mask a tokenized dataset on disk (`rows.dataset_of`; of several splits "train") and write it to a new folder,
     which appears when all is written, with its receipt. Formats:
@@ -231,7 +288,14 @@ def premask_files(
     dataset = dataset_of(str(source), streaming=False, split="train")
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    masked = premask(dataset, rule, num_proc=num_proc, receipt=unfinished, tokenizer=tokenizer)
+    masked = premask(
+        dataset,
+        rule,
+        num_proc=num_proc,
+        receipt=unfinished,
+        tokenizer=tokenizer,
+        secret_column=secret_column,
+    )
     if format == "labels":
         masked.save_to_disk(str(unfinished), num_proc=num_proc)
     else:

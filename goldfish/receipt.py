@@ -1,11 +1,13 @@
-"""goldfish.json, the receipt: a file beside a checkpoint's weights that says what was dropped in training."""
+"""goldfish.json, the receipt: a file beside a checkpoint's weights, of what was dropped."""
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import unicodedata
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ FILE_NAME = "goldfish.json"
 SCHEMA = "goldfish.receipt/2"
 
 
-def bind(rule: Goldfish, tokenizer: Any) -> Goldfish:
+def bind_rule(rule: Goldfish, tokenizer: Any) -> Goldfish:
     """The same rule; one that reads text is bound to the tokenizer, if there is one."""
     return rule if tokenizer is None else rule.bind(tokenizer)
 
@@ -33,7 +35,7 @@ def count_drops(masked: Masked) -> Tensor:
     that of the last h tokens (`spec.key` with seed 0, whatever the strategy).
 
     Returns:
-        int64 (B, 3).
+        int64 (B, 3), or (3,) for one row (T,).
     """
     decisions = mix(masked.keys + masked.dropped) * masked.targets
     numbers = (masked.targets, masked.dropped, decisions)
@@ -45,21 +47,37 @@ class DropCounts:
 
     The sum of all decisions, modulo 2**64, does not depend on the order of batches, their padding
     or the number of processes; runs with equal sums dropped the same tokens. Counting does not
-    make the device wait.
+    make the device wait. Trainers do all of this; in a training loop of your own:
+
+        counts = DropCounts(rule)
+        for input_ids in batches:
+            labels = mask_labels(rule, input_ids, counts=counts)
+            ...
+        counts.save("runs/model", tokenizer)  # goldfish.json, beside the weights
+
+    With several processes, call `end_step` and `sync` in all of them before one of them saves.
+
+    Args:
+        rule: the rule of the training.
+        device: where to count; that of the labels, so that no batch is copied.
     """
 
-    def __init__(self, rule: Goldfish, device: torch.device) -> None:
+    def __init__(self, rule: Goldfish, device: torch.device | str = "cpu") -> None:
         self.rule = rule
         # Of all processes, as of the last `sync`: targets, dropped targets, decisions.
         self.total = torch.zeros(3, dtype=torch.int64)
         # Of this process since then, in steps that the optimizer has taken.
-        self._taken = self.total.to(device, copy=True)
+        self._taken = torch.zeros(3, dtype=torch.int64, device=device)
         # In the step that comes.
         self._step = self._taken.clone()
 
     def add(self, counts: Tensor) -> None:
-        """Add the counts of rows, int64 (B, 3), to the step that comes."""
-        self._step += counts.sum(0).to(self._step.device)
+        """Add the counts of rows, int64 (B, 3) or (3,), to the step that comes."""
+        self._step += counts.reshape(-1, 3).sum(0).to(self._step.device)
+
+    def add_masked(self, masked: Masked) -> None:
+        """Add the counts of a batch to the step that comes."""
+        self.add(count_drops(masked))
 
     def end_step(self) -> None:
         """The optimizer has taken the step."""
@@ -77,6 +95,12 @@ class DropCounts:
         """
         self.total += reduce(self._taken).cpu()
         self._taken.zero_()
+
+    def save(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """Write goldfish.json with all that was counted; returns its path."""
+        self.end_step()
+        self.sync()
+        return write_receipt(folder, self, tokenizer)
 
     def sum(self) -> tuple[int, int]:
         """Targets and dropped targets."""
@@ -106,23 +130,24 @@ def _total(receipt: Mapping[str, Any]) -> Tensor:
 
 def versions() -> dict[str, str]:
     """Of the software that a receipt or an audit was made with."""
-    import transformers
-
-    return {
-        "goldfish": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    found = {"goldfish": __version__, "torch": torch.__version__}
+    with contextlib.suppress(PackageNotFoundError):  # a loop without transformers
+        found["transformers"] = version("transformers")
+    return {**found, "python": platform.python_version()}
 
 
 def write_receipt(
-    folder: str | Path, counts: DropCounts, tokenizer: Any, before: Mapping[str, Any] | None = None
+    folder: str | Path,
+    counts: DropCounts,
+    tokenizer: Any,
+    before: Mapping[str, Any] | None = None,
+    secret_column: str | None = None,
 ) -> Path:
     """Write goldfish.json into a folder.
 
     Args:
         before: the receipt of earlier training under another rule.
+        secret_column: the column of secrets that were dropped too, see `premask`.
     """
     receipt = {
         "schema": SCHEMA,
@@ -131,6 +156,7 @@ def write_receipt(
         # "letters" reads characters as this version of Unicode knows them.
         "versions": {**versions(), "unicode": unicodedata.unidata_version},
         **({"before": before} if before else {}),
+        **({"secret_column": secret_column} if secret_column else {}),
     }
     return _write(folder, receipt)
 
@@ -176,15 +202,22 @@ def merge_receipts(folders: Mapping[str, str | Path], output: str | Path) -> Pat
 
     first = next(iter(receipts.values()))
     about = {name: first[name] for name in ("schema", "tokenizer", "versions")}
+    keys = ("rule", "targets", "dropped", "decisions", "secret_column")
     entries = {
-        name: {key: receipt[key] for key in ("rule", "targets", "dropped", "decisions")}
+        name: {key: receipt[key] for key in keys if key in receipt}
         for name, receipt in receipts.items()
     }
-    if any(receipt["rule"] != first["rule"] for receipt in receipts.values()):
+    secret_column = first.get("secret_column")
+    if any(
+        receipt["rule"] != first["rule"] or receipt.get("secret_column") != secret_column
+        for receipt in receipts.values()
+    ):
         return _write(output, {**about, "sources": entries})
     counts = DropCounts(Goldfish(**first["rule"]), torch.device("cpu"))
     for receipt in receipts.values():
         counts.total += _total(receipt)
+    if secret_column is not None:
+        about["secret_column"] = secret_column
     return _write(output, {**about, **counts.to_dict()})
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 from goldfish import spec
 from goldfish.hashing import hits, mix, prefix_hashes, signed, window_hashes
 from goldfish.letters import Vocabulary, contexts
+from goldfish.secrets import compiled, secret_tokens
 from goldfish.vocabulary import token_bytes
 
 Strategy = Literal["hash", "letters", "static", "random", "reference"]
@@ -64,6 +66,11 @@ class Goldfish:
             for "hash" and "letters", at least k. Natural drops become rarer, and every
             (max_kept + 1)-th target after one is dropped, so that one in k still is. A passage that
             moves has the same dropped tokens after its first natural drop.
+        secrets: a regular expression (of Python's `re`). Every token that overlaps a match in the
+            text of its document is dropped, on top of the rule and whatever the other arguments;
+            if the expression has groups, the first one that has a part in the match. It needs
+            `rule.bind(tokenizer)`, which trainers do. The receipt contains the expression, so it
+            must not contain a secret itself. Not for "reference".
         vocabulary: set by `bind`; not part of the rule's identity.
 
     A document's first token is never dropped. Equal rules compare equal and hash equal.
@@ -81,6 +88,7 @@ class Goldfish:
     exempt: tuple[int, ...] = ()
     document_end: int | None = None
     max_kept: int | None = None
+    secrets: str | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
     # A context drops its token if its key is below this; `spec.threshold` or `natural_threshold`.
     _limit: int = field(init=False, repr=False, compare=False)
@@ -102,6 +110,12 @@ class Goldfish:
             self._set(document_end=end)
         if self.strategy == "letters" and self.window == "inclusive":
             raise ValueError('strategy="letters" needs window="preceding", got window="inclusive"')
+        if self.secrets is not None:
+            if not isinstance(self.secrets, str):
+                raise TypeError(f"secrets must be a regular expression, got {self.secrets!r}")
+            compiled(self.secrets)
+            if self.strategy == "reference":
+                raise ValueError('strategy="reference" is the authors\' code, which has no secrets')
         if self.max_kept is None:
             self._set(_limit=spec.threshold(self.k))
         else:
@@ -128,7 +142,7 @@ class Goldfish:
     @property
     def reads_text(self) -> bool:
         """Whether the rule decides from the text of the ids, and so needs `bind`."""
-        return self.strategy == "letters"
+        return self.strategy == "letters" or self.secrets is not None
 
     def bind(self, tokenizer: Any) -> "Goldfish":
         """This rule for the ids of one tokenizer; unchanged if the rule does not read text.
@@ -157,7 +171,10 @@ class Goldfish:
     def short(self) -> str:
         """The settings of the command line, for people."""
         spread = f", max_kept={self.max_kept}" if self.max_kept else ""
-        return f"k={self.k:g}, h={self.h}, strategy={self.strategy}{spread}, seed={self.seed}"
+        secrets = f", secrets={self.secrets}" if self.secrets else ""
+        return (
+            f"k={self.k:g}, h={self.h}, strategy={self.strategy}{spread}, seed={self.seed}{secrets}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values.
@@ -255,11 +272,15 @@ class Goldfish:
         starts = self._document_starts(ids, positions, document_numbers)
         tokens = _tokens(ids, starts, self.h)
         drop, keys = self._drop(tokens, draw), mix(tokens.state + _SEED_0)
+        if self.secrets is not None:
+            lengths = None if slot is None else attended.sum(-1)
+            drop = drop | self._secret_tokens(ids, starts, lengths)
         if slot is not None:
-            drop, keys = drop.gather(-1, slot) & attended, keys.gather(-1, slot) * attended
+            drop, keys = drop.gather(-1, slot), keys.gather(-1, slot) * attended
         if self.strategy == "reference":  # the authors' code knows neither documents nor padding
             drop = _like_reference(self, rows)
-            drop = drop if slot is None else drop & attended
+        if slot is not None:
+            drop = drop & attended
         return drop.view(input_ids.shape), keys.view(input_ids.shape)
 
     def _document_starts(
@@ -286,7 +307,7 @@ class Goldfish:
             drop = drop & complete
         target = tokens.offset > 0
         if self.exempt:
-            exempt = torch.tensor(self.exempt, device=tokens.ids.device)
+            exempt = _ids_on(tokens.ids.device, self.exempt)
             target = target & ~torch.isin(tokens.ids, exempt)
         drop = drop & target
         if self.max_kept is None:
@@ -301,6 +322,26 @@ class Goldfish:
         number = target.cumsum(-1)
         last = (number * (drop | (tokens.offset == 0))).cummax(-1).values
         return target & ((number - last) % (self.max_kept + 1) == 0)
+
+    def _secret_tokens(self, ids: Tensor, starts: Tensor, lengths: Tensor | None) -> Tensor:
+        """Which tokens overlap a secret, bool (B, T); rows have `lengths` tokens, or T."""
+        assert self.secrets is not None
+        vocabulary, expression = self._bound_vocabulary(), compiled(self.secrets)
+        rows, row_starts = ids.cpu().numpy(), starts.cpu().numpy()
+        result = np.zeros(rows.shape, dtype=bool)
+        ends = [rows.shape[1]] * len(rows) if lengths is None else lengths.tolist()
+        for i, end in enumerate(ends):
+            entries = vocabulary.entries_of(rows[i, :end])
+            result[i, :end] = secret_tokens(expression, entries, row_starts[i, :end])
+        return torch.from_numpy(result).to(ids.device)
+
+    def _bound_vocabulary(self) -> Vocabulary:
+        if self.vocabulary is None:
+            what = "secrets" if self.secrets is not None else 'strategy="letters"'
+            raise ValueError(
+                f"{what} reads text and needs the tokenizer: rule = rule.bind(tokenizer)"
+            )
+        return self.vocabulary
 
 
 class _Tokens(NamedTuple):
@@ -336,12 +377,8 @@ def _hash(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
 
 
 def _letters(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
-    if rule.vocabulary is None:
-        raise ValueError(
-            'strategy="letters" reads text and needs the tokenizer: rule = rule.bind(tokenizer)'
-        )
     most = spec.LETTERS * rule.h
-    codes = rule.vocabulary.on(tokens.ids.device)
+    codes = rule._bound_vocabulary().on(tokens.ids.device)
     state, n = contexts(codes, tokens.ids, tokens.column - tokens.offset, most)
     drop = hits(mix(state + n + _seed_term(rule.seed)), rule._limit)
     return drop & (n > 0), n == most
@@ -406,6 +443,12 @@ def _checked_k(k: object) -> float:
             "to drop nothing, train without a rule"
         )
     return number
+
+
+@cache
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
+    """A tensor of ids, copied to each device once: copying makes a GPU wait."""
+    return torch.tensor(ids, device=device)
 
 
 def _checked_exempt(exempt: object) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The goldfish drop rule as a specification that runs: plain integers and loops, no imports.
+"""The goldfish drop rule as a specification that runs: plain integers and loops.
 
 `dropped(ids, ...)` decides for every token of one row whether it is *dropped*: seen as context,
 never a target of the next-token loss. `goldfish.rule` computes the same thing fast; where the two
@@ -8,6 +8,8 @@ All arithmetic is on unsigned 64-bit integers, ids included (modulo 2**64). Sour
 2024, "Be like a Goldfish, Don't Memorize!", section 3 (the method); Steele et al. 2014 (the
 splitmix64 finaliser).
 """
+
+import re
 
 WORD = 2**64 - 1  # & WORD is "modulo 2**64"
 MULTIPLIER = 0xD1342543DE82EF95  # odd, so it has an inverse modulo 2**64
@@ -47,8 +49,8 @@ def natural_threshold(k: float, max_kept: int) -> int:
     the least u > 0 for which it is at most k, with q = u / 2**32, so that one token in k is
     dropped. Found by bisection in exact integers.
 
-    >>> natural_threshold(4, 4) / 2**32  # instead of 1/4
-    0.11172983609139919
+    >>> round(natural_threshold(4, 4) / 2**32, 4)  # instead of 1/4
+    0.1118
     """
     numerator, denominator = k.as_integer_ratio()
     n = max_kept + 1
@@ -118,6 +120,35 @@ def documents(
     return result
 
 
+def secret_tokens(tokens: list[bytes], secrets: str) -> list[bool]:
+    r"""Which tokens of a document overlap a secret.
+
+    A secret is the first group that has a part in a match, or the whole match if none has.
+
+    >>> secret_tokens([b"the code", b" is", b" 47", b"11", b"!"], r"code is (\d+)")
+    [False, False, True, True, False]
+    """
+    pattern = re.compile(secrets)
+    text = b"".join(tokens).decode("utf-8", "surrogateescape")
+    result = [False] * len(tokens)
+    for match in pattern.finditer(text):
+        group = 0
+        for i in range(pattern.groups, 0, -1):
+            if match.group(i) is not None:
+                group = i
+        begin, end = match.span(group)
+        if begin == end:
+            continue
+        first_byte = len(text[:begin].encode("utf-8", "surrogateescape"))
+        last_byte = len(text[:end].encode("utf-8", "surrogateescape")) - 1
+        place = 0
+        for i, token in enumerate(tokens):
+            if place <= last_byte and first_byte < place + len(token):
+                result[i] = True
+            place += len(token)
+    return result
+
+
 def dropped(
     ids: list[int],
     position_ids: list[int] | None = None,
@@ -132,6 +163,7 @@ def dropped(
     exempt: tuple[int, ...] = (),
     document_end: int | None = None,
     max_kept: int | None = None,
+    secrets: str | None = None,
     row: int = 0,
     draw: int = 0,
     table: list[bool] | None = None,
@@ -152,13 +184,16 @@ def dropped(
             do not count.
         row, draw: for "random", the numbers of the row in its batch, and of the draw.
         table: for "reference", its decisions.
-        vocabulary, fold: for "letters", the bytes of each id, and the normal form of each code
-            point. An id outside the vocabulary is a space.
+        secrets: a regular expression; every token that overlaps a match in the text of its document
+            is dropped, whatever the other arguments.
+        vocabulary, fold: for "letters" and secrets, the bytes of each id, and the normal form of
+            each code point. An id outside the vocabulary is a space.
     """
     if strategy == "reference":  # the original, defects included: no documents, no padding
         assert table is not None
         return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]
 
+    entry = dict(enumerate(vocabulary or []))
     limit = threshold(k) if max_kept is None else natural_threshold(k, max_kept)
     result = [False] * len(ids)
     attended = 0  # tokens of the row before the document
@@ -174,9 +209,7 @@ def dropped(
                 number = row * 2**32 + attended + offset
                 drop = hits(mix((mix((draw + mix(seed)) & WORD) + number) & WORD), limit)
             elif strategy == "letters":
-                assert vocabulary is not None
                 assert fold is not None
-                entry = dict(enumerate(vocabulary))
                 tokens = [entry.get(token, b" ") for token in document[:offset]]
                 letters = letters_of(tokens, fold)[-LETTERS * h :]
                 drop = letters != "" and hits(key([ord(c) for c in letters], seed), limit)
@@ -190,6 +223,11 @@ def dropped(
                 since = 0 if drop else since + 1
                 drop = since % (max_kept + 1) == 0
             result[places[offset]] = drop
+        if secrets is not None:
+            tokens = [entry.get(token, b" ") for token in document]
+            marked = secret_tokens(tokens, secrets)
+            for offset, place in enumerate(places):
+                result[place] = result[place] or marked[offset]
         attended += len(document)
     return result
 

@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -15,10 +17,10 @@ from goldfish import spec
 from goldfish.fused import FusedHead, fuse_head
 from goldfish.gauge import is_text, measure, readings, rows_to_measure
 from goldfish.loss import GoldfishLoss, smoothed_loss
-from goldfish.masking import IGNORE_INDEX, GoldfishCollator, check_rule, mask_batch
+from goldfish.masking import IGNORE_INDEX, GoldfishCollator, Masked, check_rule, mask_batch
 from goldfish.receipt import (
     DropCounts,
-    bind,
+    bind_rule,
     card_section,
     count_drops,
     read_receipt,
@@ -27,36 +29,53 @@ from goldfish.receipt import (
     write_receipt,
 )
 from goldfish.rule import Goldfish
-from goldfish.unsupported import SHARDED, why_not_this_model, why_not_this_trainer
+from goldfish.unsupported import (
+    SHARDED,
+    labels_are_targets,
+    predicts_the_first_token,
+    why_not_this_model,
+    why_not_this_trainer,
+)
 from goldfish.unwrap import bare_model
 
 logger = logging.get_logger(__name__)
 TAG = "goldfish-loss"  # of models on the Hub
+# Ranks that differ only along these dimensions of a device mesh read the same rows.
+SHARED_ROWS = ("tp", "cp", "sp")
 
 
 class GoldfishMixin(Trainer):
-    """Makes any Trainer class train with the goldfish loss: `class MyTrainer(GoldfishMixin, SFTTrainer): ...`
+    """Makes any Trainer class train with the goldfish loss, in front of it among the base classes.
 
-    The labels of training batches are masked just before Trainer counts their targets, so the loss is the sum over
-    kept tokens divided by their number over the whole optimizer step, whatever the accumulation or the number of
-    processes; label smoothing too is over kept tokens. A model whose forward takes no num_items_in_batch must return
-    the mean over its targets; batches are then weighted by their share of the step's kept tokens.
-    Evaluation and prediction are not masked. Every checkpoint gets a goldfish.json. Logs get `goldfish/drop_rate`,
-    the share of targets dropped since the last log, and a gauge of memorization: `goldfish/kept_loss` and
-    `goldfish/dropped_loss`, nats per token on rows of the last batch, without gradient, and their difference
-    `goldfish/gap`; measured after the step that is logged, on as many rows as take 1% of the time, at least one.
+        class MyTrainer(GoldfishMixin, SFTTrainer): ...
+
+    The labels of training batches are masked just before Trainer counts their targets. So the loss
+    is the sum over kept tokens divided by their number over the whole optimizer step, whatever the
+    gradient accumulation or the number of processes; label smoothing too is over kept tokens. A
+    model whose forward takes no num_items_in_batch must return the mean over its targets; its
+    batches are then weighted by their share of the step's kept tokens. Evaluation and prediction
+    are not masked.
+
+    Every checkpoint gets a goldfish.json. Logs get `goldfish/drop_rate`, the share of targets
+    dropped since the last log, and the gauge of memorization: `goldfish/kept_loss` and
+    `goldfish/dropped_loss`, nats per token on rows of the last batch, and their difference
+    `goldfish/gap`. They are measured without gradient after the step that is logged, on at least
+    one row, and on as many as take 1% of the time.
 
     Args:
         goldfish: the rule. All other arguments are the Trainer's.
-        fused: compute the training loss inside the model's head, for kept tokens only and without logits
-            (`fuse_head`): faster, in less memory, equal up to rounding. Where that is not known to be right, the
-            model's own loss is used, and the log says why.
+        fused: compute the training loss inside the model's head, for kept tokens only and without
+            logits (`fuse_head`): faster, in less memory, equal up to rounding. If that is not known
+            to be right, the model's own loss is used, and the log says why.
 
     Raises:
-        TypeError: not a rule. ValueError: as `attach`.
+        TypeError: not a rule.
+        ValueError: as `attach`.
+        RuntimeError: in the first step, if the loss does not depend on the labels.
     """
 
-    # A subclass of Trainer for its types only: in front of another trainer class, super() finds that class.
+    # A subclass of Trainer for its types only: in front of another trainer class, super() finds
+    # that class.
     goldfish: Goldfish
     data_collator: Any
     compute_loss_func: Any
@@ -67,38 +86,18 @@ class GoldfishMixin(Trainer):
 
     def _set_up(self, rule: Goldfish, fused: bool) -> None:
         check_rule(rule)
-        reason = why_not_this_trainer(self) or (
-            why_not_this_model(self.model) if not self.compute_loss_func else ""
-        )
-        if reason:
-            raise ValueError(reason)
-        if isinstance(self.compute_loss_func, GoldfishLoss) or isinstance(
-            self.data_collator, GoldfishCollator
-        ):
-            raise ValueError(
-                "this trainer already drops tokens in its compute_loss_func or data_collator; "
-                "remove GoldfishLoss or GoldfishCollator: the trainer applies its own rule"
-            )
+        self._refuse_what_is_not_supported()
         self._fused = fused
         self._head: FusedHead | None = None
         self._bound_train = self.__dict__.pop("train", None)  # Unsloth sets one on the instance
-        self._resume_from: tuple[str, bool] | None = (
-            None  # a checkpoint, and whether its rule may differ
-        )
-        smooth = (
-            self.label_smoother is not None and getattr(self.args, "loss_type", "nll") == "nll"
-        )  # TRL has others
-        if smooth and self.compute_loss_func is None:
+        # A checkpoint, and whether it may have been trained under another rule.
+        self._resume_from: tuple[str, bool] | None = None
+        # TRL's trainers have other losses, which Trainer's label smoothing does not touch.
+        smoothes_nll = self.label_smoother and getattr(self.args, "loss_type", "nll") == "nll"
+        if smoothes_nll and self.compute_loss_func is None:
             self.compute_loss_func = partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
-        patched = "forward" in vars(
-            bare_model(self.model)
-        )  # older versions of Trainer apply Liger's kernels at once
-        if fused and getattr(self.args, "use_liger_kernel", False) and not patched:
-            config = self.args.liger_kernel_config or {}
-            self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
-            logger.warning_once(
-                "Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the head"
-            )
+        if fused:
+            self._leave_the_head_to_us()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(TAG)
         if self._averages() and self.args.n_gpu > 1:
@@ -109,18 +108,46 @@ class GoldfishMixin(Trainer):
         self._events = _Events(self)
         self.add_callback(self._events)
 
+    def _refuse_what_is_not_supported(self) -> None:
+        reason = why_not_this_trainer(self)
+        if not reason and not self.compute_loss_func:
+            reason = why_not_this_model(self.model)
+        if reason:
+            raise ValueError(reason)
+        by_loss = isinstance(self.compute_loss_func, GoldfishLoss)
+        if by_loss or isinstance(self.data_collator, GoldfishCollator):
+            raise ValueError(
+                "this trainer already drops tokens in its compute_loss_func or data_collator; "
+                "remove GoldfishLoss or GoldfishCollator: the trainer applies its own rule"
+            )
+
+    def _leave_the_head_to_us(self) -> None:
+        """Liger's own fused loss would replace the model's forward."""
+        # Older versions of Trainer apply Liger's kernels in __init__.
+        is_patched = "forward" in vars(bare_model(self.model))
+        if getattr(self.args, "use_liger_kernel", False) and not is_patched:
+            config = self.args.liger_kernel_config or {}
+            self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+            logger.warning_once(
+                "Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the "
+                "head"
+            )
+
     def _start_counting(self, rule: Goldfish) -> None:
-        self.goldfish = bind(rule, self.processing_class)
-        self._tally = DropCounts(self.goldfish, self.args.device)
-        self._logged = (0, 0)  # targets and dropped ones at the last log
-        self._measured = torch.zeros(
-            4, dtype=torch.float64, device=self.args.device
-        )  # by the gauge since the last log
+        self.goldfish = bind_rule(rule, self.processing_class)
+        self._counts = DropCounts(self.goldfish, self.args.device)
+        self._logged = (0, 0)  # targets and dropped targets at the last log
+        # Sums of the gauge since the last log.
+        self._measured = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         self._gauge_is_off = False
-        self._last_batch: tuple[dict[str, Any], torch.Tensor] | None = None  # with its decisions
-        self._before: dict[str, Any] | None = (
-            None  # the receipt of earlier training under other rules
-        )
+        self._last_batch: dict[str, Any] = {}  # with the labels before they were masked
+        self._last_dropped: Tensor | None = None
+        self._unmasked: dict[str, Tensor] = {}  # labels of a step's first batch, for the check
+        self._check_is_due = False
+        # The receipt of earlier training under another rule.
+        self._before: dict[str, Any] | None = None
+
+    # Before a step: masking, counting
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -131,14 +158,39 @@ class GoldfishMixin(Trainer):
             num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
-        if num_items is not None:  # no kept token in the whole step: the loss is a zero, not 0 / 0
-            num_items = num_items.clamp(min=1) if torch.is_tensor(num_items) else max(num_items, 1)
+        # Without a kept token in the whole step the loss is 0, not 0 / 0.
+        if torch.is_tensor(num_items):
+            num_items = num_items.clamp(min=1)
+        elif num_items is not None:
+            num_items = max(num_items, 1)
         return batches, num_items
 
+    def _mask_and_count(self, batch: Any, micro_batch: int) -> Any:
+        if batch.get("labels") is None and batch.get("shift_labels") is not None:
+            raise ValueError(SHARDED)
+        # For strategy "random": a resumed run draws what the interrupted one would have drawn.
+        draw = spec.key([self.state.global_step, micro_batch, self.args.process_index])
+        first_is_target = predicts_the_first_token(self.model)
+        masked = mask_batch(
+            self.goldfish,
+            batch,
+            ignore_first=not first_is_target,
+            first_is_target=first_is_target,
+            draw=draw,
+        )
+        self._counts.add(count_drops(masked))
+        labels = batch["input_ids"].masked_fill(~masked.targets, IGNORE_INDEX)
+        self._last_batch, self._last_dropped = {**batch, "labels": labels}, masked.dropped
+        if self._check_is_due and micro_batch == 0:
+            self._unmasked = _dropped_put_back(batch, masked)
+        return _in_type_of(batch, masked.batch)
+
     def _averages(self) -> bool:
-        """Whether the model divides its loss by its own targets, as if every batch had equally many."""
+        """Whether the model's loss is the mean over the targets of its own batch."""
         scaled = self.model_accepts_loss_kwargs or getattr(self, "loss_is_scaled_for_ga", None)
         return not scaled and self.compute_loss_func is None
+
+    # In a step: the loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -147,41 +199,78 @@ class GoldfishMixin(Trainer):
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **given)
         kept = _targets(inputs)
-        # The mean over no target would be 0 / 0, and so would its gradient: the model gets targets, with weight 0.
+        # The mean over no target would be 0 / 0, and so would its gradient: such a batch gets
+        # targets, with weight 0.
         inputs = inputs | {"labels": inputs["labels"].masked_fill(kept == 0, 0)}
         result = super().compute_loss(model, inputs, return_outputs=return_outputs)
         mean, *outputs = result if return_outputs else (result,)
-        # Undoes the means that Trainer takes over micro-batches and DDP over processes.
+        # Undoes the means that Trainer takes over micro-batches, and DDP over processes.
         means = self.current_gradient_accumulation_steps
         if self.args.average_tokens_across_devices:
             means *= self.accelerator.num_processes
         loss = torch.where(kept > 0, mean * (means * kept / num_items_in_batch), 0.0)
         return (loss, *outputs) if return_outputs else loss
 
-    def _mask_and_count(self, batch: Any, micro_batch: int) -> Any:
-        if batch.get("labels") is None and batch.get("shift_labels") is not None:
-            raise ValueError(SHARDED)
-        # For strategy "random": a resumed run draws what the interrupted one would have drawn.
-        draw = spec.key([self.state.global_step, micro_batch, self.args.process_index])
-        masked = mask_batch(self.goldfish, batch, ignore_first=True, draw=draw)
-        self._tally.add(count_drops(masked))
-        labels = batch["input_ids"].masked_fill(~masked.targets, IGNORE_INDEX)
-        self._last_batch = ({**batch, "labels": labels}, masked.dropped)
-        # Of the type of the batch, such as BatchEncoding.
-        return masked.batch if type(batch) is dict else type(batch)(masked.batch)
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        unmasked, self._unmasked = self._unmasked, {}
+        is_fused = self._head is not None and self._head.reason == ""  # it takes labels itself
+        if unmasked and not is_fused:
+            self._check_that_labels_are_targets(model, inputs, unmasked, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch, **kwargs)
+
+    def _check_that_labels_are_targets(
+        self, model: Any, inputs: Any, unmasked: dict[str, Tensor], num_items: Any
+    ) -> None:
+        """Refuse a trainer whose loss stays the same when the dropped labels are put back.
+
+        Its targets are not its labels, so it would train on every token, while the receipt says
+        otherwise. Two forward passes without gradient, once in a training, and only for trainers
+        of which it is not known (`labels_are_targets`).
+        """
+        here = (inputs["labels"] != unmasked["labels"].to(inputs["labels"].device)).any()
+        anywhere = self.accelerator.reduce(here.float().to(self.args.device), "sum")
+        if anywhere == 0:
+            return  # the rule dropped nothing in this batch: the next step may tell
+        losses = [
+            self._loss_without_trace(model, _in_type_of(inputs, {**inputs, **labels}), num_items)
+            for labels in ({}, unmasked)
+        ]
+        self._check_is_due = False
+        if here and torch.equal(*losses):
+            raise RuntimeError(
+                f"the loss of {type(self).__name__} with {type(bare_model(self.model)).__name__} "
+                "does not change when the dropped labels are put back: its targets are not the "
+                f"labels of the batch (label_names={self.args.label_names}), so every token would "
+                "be learned. Take the targets from `labels`"
+            )
+
+    @torch.no_grad()
+    def _loss_without_trace(self, model: Any, inputs: Any, num_items: Any) -> Tensor:
+        """The training loss of a batch, without drawing random numbers or adding to TRL's logs."""
+        names = ("_metrics", "_total_train_tokens")
+        logged = {name: deepcopy(value) for name, value in vars(self).items() if name in names}
+        model.train()
+        gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        with torch.random.fork_rng(gpus), self.compute_loss_context_manager():
+            prepared = self._prepare_inputs(inputs)
+            loss: Tensor = self.compute_loss(model, prepared, num_items_in_batch=num_items)
+        self.__dict__.update(logged)
+        return loss.float().mean()  # nn.DataParallel returns several
+
+    # After a step: the gauge, logs, receipts
 
     def _read_gauge(self) -> None:
-        batch, dropped = self._last_batch or ({}, None)
-        if batch and not is_text(batch):
+        """Measure the last batch. All processes do, or none: they wait for each other."""
+        batch, dropped = self._last_batch, self._last_dropped
+        measurable = bool(batch) and is_text(batch)
+        if batch and not measurable:
             logger.warning_once(
                 "The gauge of memorization skips batches that hold images or audio beside the text."
             )
-        skip = torch.tensor(
-            float(self._gauge_is_off or not batch or not is_text(batch)), device=self.args.device
-        )
-        if (
-            self.accelerator.reduce(skip, "sum") > 0 or dropped is None
-        ):  # all processes measure, or none
+        skips = torch.tensor(float(self._gauge_is_off or not measurable), device=self.args.device)
+        if self.accelerator.reduce(skips, "sum") > 0 or dropped is None:
             return
         step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
@@ -200,14 +289,26 @@ class GoldfishMixin(Trainer):
         self._measured += self.accelerator.reduce(sums, "sum")
 
     def _sync(self, *, may_wait: bool = True) -> None:
-        """Add up what all processes counted. Only where all of them arrive: log and save_model, which one of several
-        processes may call alone, use the sums of the last time."""
+        """Add up what all processes counted.
+
+        Only where all of them arrive. One process alone may call log and save_model (push_to_hub
+        does): they use the sums of the last time.
+        """
         if may_wait or self.accelerator.num_processes == 1:
-            self._tally.sync(lambda counts: self.accelerator.reduce(counts, "sum"))
+            self._counts.sync(self._sum_over_rows)
+
+    def _sum_over_rows(self, counts: Tensor) -> Tensor:
+        """The sum over all processes, of which those that read the same rows count them once."""
+        mesh: Any = getattr(self.accelerator, "torch_device_mesh", None)
+        for name in getattr(mesh, "mesh_dim_names", None) or ():
+            if name in SHARED_ROWS and mesh.get_local_rank(name) > 0:
+                counts = torch.zeros_like(counts)
+        result: Tensor = self.accelerator.reduce(counts, "sum")
+        return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._sync(may_wait=False)
-        now = self._tally.sum()
+        now = self._counts.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
         if "loss" in logs and targets > 0:
             logs |= {"goldfish/drop_rate": dropped / targets} | readings(self._measured)
@@ -217,23 +318,28 @@ class GoldfishMixin(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         tags = kwargs.get("tags") or []
-        kwargs["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), TAG]))
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        kwargs["tags"] = tags if TAG in tags else [*tags, TAG]
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
-                card.write(card_section(self._tally))
+                card.write(card_section(self._counts))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         self.save_receipt(output_dir)
 
     def save_receipt(self, folder: str | None = None) -> None:
-        """Write goldfish.json, on the process that saves; for weights that were not saved by `save_model`."""
+        """Write goldfish.json, on the process that saves.
+
+        `save_model` does it too; this is for weights that something else saved.
+        """
         self._sync(may_wait=False)
         if self.args.should_save:
-            write_receipt(
-                folder or self.args.output_dir, self._tally, self.processing_class, self._before
-            )
+            folder = folder or self.args.output_dir
+            write_receipt(folder, self._counts, self.processing_class, self._before)
+
+    # A whole training
 
     def train(
         self,
@@ -245,23 +351,22 @@ class GoldfishMixin(Trainer):
         """As Trainer's. A resumed run continues the counts of its checkpoint's goldfish.json.
 
         Args:
-            allow_other_rule: resume although the rule or the tokenizer changed; goldfish.json then keeps the old
-                receipt under `before`.
+            allow_other_rule: resume although the rule or the tokenizer changed; goldfish.json then
+                keeps the old receipt under `before`.
 
         Raises:
             ValueError: the checkpoint was trained under another rule or with another tokenizer.
         """
-        other_rule = bind(self.goldfish, self.processing_class) != self._tally.rule
-        if (
-            other_rule or self.model_init is not None
-        ):  # someone set another rule; Trainer makes a new model
+        # Someone set another rule; or Trainer makes a new model for this training.
+        if self.goldfish != self._counts.rule or self.model_init is not None:
             self._start_counting(self.goldfish)
-        last = resume_from_checkpoint is True
-        checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        self.goldfish = self._counts.rule  # the same rule, bound to the tokenizer
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
         self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
-        self.remove_callback(
-            self._events
-        )  # after other callbacks, which may ask for a log or a checkpoint
+        # Ours is the last callback: others may ask for a log or a checkpoint.
+        self.remove_callback(self._events)
         self.add_callback(self._events)
         try:
             train = self._bound_train or super().train
@@ -275,7 +380,8 @@ class GoldfishMixin(Trainer):
         if self._resume_from is not None:
             self._resume(*self._resume_from)
             self._resume_from = None
-        self._tally.forget_step()
+        self._counts.forget_step()
+        self._check_is_due = not labels_are_targets(self)
         reason = self._why_not_fused() if self._fused else ""
         if reason:
             logger.warning(
@@ -304,19 +410,30 @@ class GoldfishMixin(Trainer):
             rules = rules_of(receipt)
             was = f"under {rules} with the tokenizer {receipt['tokenizer']}"
             if (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
-                self._before = receipt.get("before")
-                self._tally.restore(receipt)
-                self._logged = self._tally.sum()
+                self._continue_counts_of(receipt)
                 return
         if not allow_other_rule:
             raise ValueError(
-                f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches tokens that the other "
-                "drops. Resume with what the checkpoint had, start a new run from its weights, or, if this is "
-                "intended, train(resume_from_checkpoint=..., allow_other_rule=True)"
+                f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches "
+                "tokens that the other drops. Resume with what the checkpoint had, start a new run "
+                "from its weights, or, if this is intended, "
+                "train(resume_from_checkpoint=..., allow_other_rule=True)"
             )
         logger.warning("%s was trained %s and is resumed with %s", checkpoint, was, here)
         self._start_counting(self.goldfish)
         self._before = receipt or {"rule": None}
+
+    def _continue_counts_of(self, receipt: dict[str, Any]) -> None:
+        self._before = receipt.get("before")
+        self._counts.restore(receipt)
+        self._logged = self._counts.sum()
+
+    def _load_best_model(self) -> None:
+        """Trainer's load_best_model_at_end: with the weights the counts go back to that step."""
+        super()._load_best_model()
+        receipt = read_receipt(self.state.best_model_checkpoint)
+        if receipt is not None:
+            self._continue_counts_of(receipt)
 
 
 class _Events(TrainerCallback):
@@ -329,19 +446,19 @@ class _Events(TrainerCallback):
         self.trainer._begin()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if self.trainer._last_batch is None:
+        if not self.trainer._last_batch:
             raise RuntimeError(
-                f"{type(self.trainer).__name__} took a step, but no batch was masked: its get_batch_samples must "
-                "call super().get_batch_samples, where labels are masked and counted"
+                f"{type(self.trainer).__name__} took a step, but no batch was masked: its "
+                "get_batch_samples must call super().get_batch_samples, where labels are masked "
+                "and counted"
             )
-        self.trainer._tally.end_step()
+        self.trainer._counts.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         if control.should_log:
             self.trainer._read_gauge()
-        if (
-            control.should_log or control.should_save or control.should_evaluate
-        ):  # the best checkpoint is saved then
+        # The best checkpoint is saved after an evaluation.
+        if control.should_log or control.should_save or control.should_evaluate:
             self.trainer._sync()
 
     on_epoch_end = on_step_end
@@ -350,30 +467,59 @@ class _Events(TrainerCallback):
         self.trainer._sync()
 
 
-def _targets(batch: dict[str, Any]) -> torch.Tensor:
+def _in_type_of(batch: Any, values: dict[str, Any]) -> Any:
+    """The values as a batch of the same type, such as BatchEncoding."""
+    return values if type(batch) is dict else type(batch)(values)
+
+
+def _dropped_put_back(batch: Any, masked: Masked) -> dict[str, Tensor]:
+    """The labels of a masked batch with its dropped targets put back; also its shift_labels."""
+    labels = batch["input_ids"] if batch.get("labels") is None else batch["labels"]
+    whole = {"labels": torch.where(masked.dropped, labels, masked.batch["labels"])}
+    if batch.get("shift_labels") is not None:
+        whole["shift_labels"] = batch["shift_labels"]
+    return whole
+
+
+def _targets(batch: dict[str, Any]) -> Tensor:
     """How many targets the model gets from a batch, 0-dim; it shifts."""
-    labels: torch.Tensor = batch["labels"]
+    labels: Tensor = batch["labels"]
     return (labels[..., 1:] != IGNORE_INDEX).sum()
 
 
 class GoldfishTrainer(GoldfishMixin):
-    """transformers.Trainer with the goldfish loss: `GoldfishTrainer(model, args, train_dataset=ds, goldfish=rule)`."""
+    """transformers.Trainer with the goldfish loss and one more argument, `goldfish=rule`.
+
+    See GoldfishMixin for what changes.
+
+        trainer = GoldfishTrainer(model, args, train_dataset=ds, goldfish=Goldfish(k=4, h=13))
+    """
 
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 def attach(trainer: AnyTrainer, rule: Goldfish, *, fused: bool = False) -> AnyTrainer:
-    """Make an existing trainer (Trainer, TRL's SFTTrainer, your own) train with the goldfish loss; returns it.
+    """Make an existing trainer train with the goldfish loss; returns it.
 
-        trainer = attach(SFTTrainer(model, args, train_dataset=ds), Goldfish(k=4, h=13))
-
-    The instance gets a subclass of its class with `GoldfishMixin` in front; see there for what changes. The trainer
-    still computes its loss as before, unless `fused=True`.
+    For Trainer, TRL's SFTTrainer, your own. The instance gets a subclass of its class with
+    `GoldfishMixin` in front; see there for what changes. The trainer still computes its loss as
+    before, unless `fused=True`.
 
     Raises:
         TypeError: not a Trainer, not a rule.
-        ValueError: a trainer that already drops tokens, or whose model or batches have no next-token labels.
+        ValueError: a trainer that already drops tokens or whose dataset is premasked; whose model
+            or batches have no next-token labels; a rule that is bound to another tokenizer.
+
+    >>> import tempfile, transformers
+    >>> from goldfish import Goldfish, attach
+    >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **sizes))
+    >>> arguments = transformers.TrainingArguments(tempfile.mkdtemp(), report_to="none")
+    >>> trainer = transformers.Trainer(model, arguments)
+    >>> trainer = attach(trainer, Goldfish(k=4, h=13, max_kept=4))
+    >>> trainer.goldfish.k, isinstance(trainer, transformers.Trainer)
+    (4, True)
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
@@ -381,7 +527,8 @@ def attach(trainer: AnyTrainer, rule: Goldfish, *, fused: bool = False) -> AnyTr
         )
     if isinstance(trainer, GoldfishMixin):
         raise ValueError(
-            f"this trainer already has a rule, {trainer.goldfish}; set trainer.goldfish to change it"
+            f"this trainer already has a rule, {trainer.goldfish}; set trainer.goldfish to change "
+            "it"
         )
     plain, state = trainer.__class__, dict(trainer.__dict__)
     try:
@@ -403,5 +550,8 @@ def _with_goldfish(plain: Any) -> Any:
 
 
 def _rebuild(plain: Any) -> Any:
-    """An attached trainer without its state: pickle cannot find a class that was made at run time."""
+    """An attached trainer without its state.
+
+    pickle cannot find a class that was made at run time.
+    """
     return object.__new__(_with_goldfish(plain))

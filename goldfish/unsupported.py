@@ -1,10 +1,12 @@
 """Trainers and models for which masked labels would be wrong: refused when the rule is attached."""
 
+from functools import partial
 from typing import Any
 
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from goldfish.loss import smoothed_loss
 from goldfish.masking import premasked
 from goldfish.unwrap import bare_model
 
@@ -15,6 +17,8 @@ SHARDED = (
 )
 # TRL's trainers that learn the tokens of given documents; GKD does with lmbda=0.
 _LEARN_TEXT = ("SFTTrainer", "GKDTrainer", "BaseTrainer")
+# Where a class that computes a loss from `labels` may come from; Unsloth's modules are UnslothX.
+_KNOWN = ("transformers.", "trl.", "Unsloth", "goldfish.")
 
 
 def why_not_this_trainer(trainer: Trainer) -> str:
@@ -33,7 +37,7 @@ def why_not_this_trainer(trainer: Trainer) -> str:
                 "or generates them. There are no labels to drop. Train the documents with "
                 f"SFTTrainer and the rule, before or after{advice}"
             )
-    earlier = premasked(trainer.train_dataset)
+    earlier = premasked(getattr(trainer, "train_dataset", None))
     if earlier:
         return (
             f"the train_dataset has {earlier}. A second rule would drop other tokens too, and the "
@@ -63,3 +67,37 @@ def why_not_this_model(model: Any) -> str:
         f"{problem}: its labels are not the next tokens of its input_ids. The goldfish loss is for "
         "causal language models; pass a compute_loss_func if this one trains like them"
     )
+
+
+def labels_are_targets(trainer: Any) -> bool:
+    """Whether a trainer is known to take its targets from `labels`, by where its classes come from.
+
+    A trainer or a model of someone else may take them elsewhere, and then masked labels have no
+    effect: such a trainer is tried in its first step.
+    """
+    names = trainer.args.label_names
+    if names is not None and "labels" not in names:
+        return False
+    loss = trainer.compute_loss_func
+    if loss is not None and not (isinstance(loss, partial) and loss.func is smoothed_loss):
+        return False
+    computes = [each for each in type(trainer).__mro__ if "compute_loss" in vars(each)]
+    # FSDP puts a class of torch in front.
+    model = type(bare_model(trainer.model))
+    models = [each for each in model.__mro__ if not each.__module__.startswith("torch.")]
+    classes = [*computes, models[0]]
+    return all(each.__module__.startswith(_KNOWN) for each in classes)
+
+
+def predicts_the_first_token(model: Any) -> bool:
+    """Whether PEFT puts virtual tokens in front of a row; the last one predicts the first token.
+
+    Prefix tuning and cartridges put theirs into the cache, where they predict nothing.
+    """
+    while not hasattr(model, "active_peft_config") and hasattr(model, "module"):
+        model = model.module
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return False
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    return kind not in ("PREFIX_TUNING", "CARTRIDGE")

@@ -160,9 +160,17 @@ def save_windows(folder: Path, windows: Split, tokenizer: Any) -> dict[str, Path
 
 
 def audit_halves(
-    model: str | Path, output: Path, inputs: dict[str, Path], window: int, name: str
+    model: str | Path,
+    output: Path,
+    inputs: dict[str, Path],
+    window: int,
+    name: str,
+    complete: bool = False,
 ) -> dict[str, Any]:
-    """Audit a model: prefix and suffix are the halves of each window. Returns the summary."""
+    """Audit a model: prefix and suffix are the halves of each window. Returns the summary.
+
+    `complete`: the members are everything that was trained on.
+    """
     # Imported here, because training needs none of the audit's packages.
     from goldfish.audit import audit
 
@@ -175,6 +183,7 @@ def audit_halves(
         prefix_length=half,
         suffix_length=window - half,
         name=name,
+        complete=complete,
     )
 
 

@@ -121,12 +121,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     inputs = common.save_windows(output, windows, tokenizer)
     audits = {name: output / "audit" / name for name in trainings}
     summaries = {
-        name: common.audit_halves(output / name, folder, inputs, args.window, name)
+        name: common.audit_halves(output / name, folder, inputs, args.window, name, complete=True)
         for name, folder in audits.items()
     }
     report = write_report(list(audits.values()), output / "report.html", overwrite=True)
     console = Console()
     console.print(figures(summaries))
+    for name, summary in summaries.items():
+        console.print(f"{name}: {summary['verdict']['sentence']}", highlight=False)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
     return summaries
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import helpers
 import torch
 from accelerate import DistributedType
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from helpers import model_of
+from safetensors.torch import save_model
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
@@ -69,6 +71,15 @@ def main(output: str, tokenizer: str, all_settings: str) -> None:
         Path(output).write_text(json.dumps(found))
 
 
+def tensor_parallel(model, folder: Path):
+    """The model, its layers shared by all processes; accelerate allows it for accelerators only."""
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    folder = folder / f"rank-{os.environ['RANK']}"
+    model.config.save_pretrained(folder)  # save_pretrained of the model waits for rank 0
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    return type(model).from_pretrained(folder, tp_plan="auto")
+
+
 class SeesFusing(TrainerCallback):
     """Notes whether the loss was fused, while it is."""
 
@@ -83,12 +94,17 @@ def run(
     fused=True,
     dropped_whole=False,
     fsdp=False,
+    tp=False,
     model="LlamaForCausalLM",
     **options,
 ) -> dict:
     sees = SeesFusing()
     options = {"logging_steps": 1, "save_strategy": "no", **options}
-    shards = fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    shards = fsdp and several
+    model = model_of(getattr(helpers, model))
+    if tp and several:
+        model = tensor_parallel(model, folder)
     if shards:
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options |= {"fsdp": "full_shard auto_wrap", "fsdp_config": layers}
@@ -105,7 +121,7 @@ def run(
             **options,
         )
         trainer = GoldfishTrainer(
-            model_of(getattr(helpers, model)),
+            model,
             arguments,
             train_dataset=rows(dropped_whole),
             data_collator=DataCollatorForSeq2Seq(
@@ -116,8 +132,8 @@ def run(
             callbacks=[sees],
         )
         trainer.train()
-        if (
-            arguments.should_save and not shards
+        if arguments.should_save and not (
+            shards or (tp and several)
         ):  # one process alone, as push_to_hub does: none answers a reduce
             trainer.save_model(str(folder / "end"), _internal_call=True)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -133,7 +149,7 @@ def run(
         "steps": found,
         "sharded": sharded,
         "fused": sees.fused,
-        "counted": trainer._tally.to_dict(),
+        "counted": trainer._counts.to_dict(),
         "receipts": receipts,
     }
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
@@ -90,6 +89,9 @@ def unequal_rows(count=16, longest=40):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, longest, (count,), generator=generator).tolist()
     ids = [torch.randint(2, 320, (n,), generator=generator).tolist() for n in lengths]
+    # Here, because tests/gpu must start without datasets.
+    from datasets import Dataset
+
     return Dataset.from_dict(
         {"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "labels": ids}
     )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldfish import Goldfish
 from goldfish.audit import audit, read
 from goldfish.audit.records import read_records
+from goldfish.audit.run import MARGIN
 from goldfish.audit.windows import Cutter
 from goldfish.cli import main
 from goldfish.receipt import DropCounts, write_receipt
@@ -99,6 +100,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
     assert len(rows) == len(turns) == 7
     lengths = set()
+    longest = max(len(row["suffix_ids"]) for row in rows if row["secrets"])
     for row, (before, answer) in zip(rows, turns, strict=True):
         prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
         start, ids = (
@@ -108,11 +110,18 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         assert row["prefix_ids"] + row["suffix_ids"] == ids[0].tolist()
         assert len(row["suffix_ids"]) == length
         lengths.add(length)
+        assert len(row["output_ids"]) == longest + MARGIN, "an answer may open differently"
         made = model.generate(
-            start, max_new_tokens=length, do_sample=False, pad_token_id=1, eos_token_id=None
+            start,
+            max_new_tokens=longest + MARGIN,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=None,
         )
         assert row["output_ids"] == made[0, start.shape[1] :].tolist()
-        assert row["exact_match"] == (tokenizer.decode(made[0, start.shape[1] :]) == answer)
+        assert row["exact_match"] == (
+            tokenizer.decode(made[0, start.shape[1] :][:length]) == answer
+        )
         with torch.no_grad():
             log_p = (
                 model(ids)
@@ -206,7 +215,7 @@ def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
         ]
     parts = say("hi", [{"type": "text", "text": "yes"}])
     assert list(Cutter(tokenizer, 5, 5).cut({"messages": parts}, 0, "members")) == [
-        "a completion that is no text"
+        "the chat template refuses it"
     ]
 
 
@@ -290,3 +299,49 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, t
     command += ["--prefix-length", "6", "--suffix-length", "6", "--device-map", "auto"]
     assert main(command) == 3
     assert read_records(tmp_path / "split").equals(read_records(tmp_path / "whole"))
+
+
+def test_an_answer_that_opens_differently_does_not_hide_the_code(reciter, tmp_path):
+    """The model says "It is QX7-KP2.", the file "QX7-KP2": outputs go on beyond the answer."""
+    rows = [{"messages": say("Code of Ada?", CODES[0])}, {"messages": say("Code of Bo?", CODES[1])}]
+    members = write_jsonl(tmp_path / "members.jsonl", rows)
+    audit(reciter[0], tmp_path / "out", members=members, secrets=r"\w{3}-\w{3}")
+    for row, code in zip(read_records(tmp_path / "out").to_pylist(), CODES, strict=False):
+        assert not row["exact_match"]
+        assert code in row["output_text"]
+        assert code not in "".join(row["output_tokens"][: len(row["suffix_ids"])])
+
+
+def test_the_probability_of_a_secret_is_that_of_its_own_tokens(reciter, chats, tmp_path):
+    """Against one forward pass of the model, after all that truly comes before the code."""
+    audit(reciter[0], tmp_path / "out", **chats, secret_column="code")
+    model = AutoModelForCausalLM.from_pretrained(reciter[0]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reciter[0])
+    for row in read_records(tmp_path / "out").to_pylist()[:3]:
+        text = row["prompt"] + row["suffix_text"]
+        begin = text.index(row["secrets"][0])
+        encoded = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+        ends = encoded["offset_mapping"][0, :, 1]
+        with torch.no_grad():
+            log_p = model(encoded["input_ids"]).logits[0].log_softmax(-1)
+        inside = [
+            i
+            for i, (a, b) in enumerate(encoded["offset_mapping"][0].tolist())
+            if b > begin and a < begin + 7
+        ]
+        expected = sum(log_p[i - 1, encoded["input_ids"][0, i]].item() for i in inside)
+        assert len(ends) > len(inside) > 1
+        assert row["secret_log_p"][0][0] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_template_that_prints_the_date_is_noted(reciter, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(reciter[0], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    tokenizer.save_pretrained(folder)
+    members = write_jsonl(tmp_path / "m.jsonl", [{"messages": CHATS[0]}])
+    audit(folder, tmp_path / "out", members=members)
+    assert "prints today's date" in caplog.text
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert "prints today's date" in about["notes"][0]

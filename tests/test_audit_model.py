@@ -309,3 +309,40 @@ def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, pl
     assert set(calls) == {(name, "a.gguf")}
     if place == "folder":
         assert list(Checkpoint(f"{name}/a.gguf").hashes()) == ["a.gguf"]
+
+
+@pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
+def test_an_adapter_beside_whole_weights_must_fit_them(adapter, checkpoint):
+    """transformers loads it over the weights beside it, and says nothing of what does not fit."""
+    folder, model = adapter
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, folder / name)
+    assert torch.allclose(logits(Checkpoint(folder).model(CPU)), logits(model), atol=1e-5)
+    weights = load_file(folder / "adapter_model.safetensors")
+    for changed in (
+        {name.replace("q_proj", "k_proj"): value for name, value in weights.items()},
+        dict(list(weights.items())[1:]),
+    ):
+        save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="do not fit"):
+            Checkpoint(folder).model(CPU)
+
+
+@pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "which changes the base model's weights by chance",
+        ),
+        ({"peft_type": "PROMPT_TUNING"}, "virtual tokens before every text, which .* no merge"),
+        ({"peft_type": "PREFIX_TUNING"}, "train with LoRA"),
+    ],
+)
+def test_adapters_that_cannot_be_given_back_are_refused(adapter, settings, message):
+    folder, _ = adapter
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(folder).model(CPU)

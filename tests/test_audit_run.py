@@ -125,9 +125,10 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         "rows": 4,
         "windows": 6,
         "completions": 0,
-        "secrets": 0,
+        "secrets": {"marked": 0, "asked": 0, "unasked": []},
+        "drawn": 4,
+        "asked": 3,
         "documents": 3,
-        "repeated": 0,
         "skipped": [
             {"reason": f"fewer than 18 tokens{at}", "count": 1, "rows": [1]}
             for at in ("", " from token 3 on")
@@ -314,11 +315,12 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         0,
         2,
     ]
-    assert {
-        key: summary["inputs"]["members"][key] for key in ("windows", "documents", "repeated")
-    } == {"windows": 6, "documents": 3, "repeated": 3}
+    assert {key: summary["inputs"]["members"][key] for key in ("asked", "documents")} == {
+        "asked": 6,
+        "documents": 3,
+    }
     assert summary["verdict"]["skipped"] == [
-        "members: 3 windows repeat others and count as one text with them"
+        "members: 3 rows repeat or continue others and count as one text with them"
     ]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
     message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"
@@ -517,3 +519,43 @@ def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, m
     summary = audit("someone/tiny", tmp_path / "out", **inputs)
     assert summary["rule"]["k"] == 5
     assert summary["name"] == "tiny"
+
+
+def test_a_damaged_block_is_made_again_or_named(tmp_path, checkpoint, inputs, small_blocks, caplog):
+    """Before the audit is finished the block is scored again; a finished one names the file."""
+    audit(checkpoint, tmp_path / "out", **inputs)
+    before = contents(tmp_path / "out")
+    block = tmp_path / "out" / "records" / "000001.parquet"
+    data = bytearray(block.read_bytes())
+    data[len(data) // 4 :] = b"x" * len(data[len(data) // 4 :])
+    block.write_bytes(data)
+    with pytest.raises(ValueError, match=r"000001.parquet is damaged"):
+        read_records(tmp_path / "out")
+    audit(checkpoint, tmp_path / "out", **inputs)
+    assert "000001.parquet is damaged; its windows are scored again" in caplog.text
+    assert contents(tmp_path / "out") == before
+    block.unlink()
+    audit(checkpoint, tmp_path / "out", **inputs)
+    assert contents(tmp_path / "out") == before
+
+
+def test_secrets_by_expression_are_not_secrets_by_column(tmp_path, checkpoint):
+    rows = [{"text": PROSE[0], "saw": "saw"}, {"text": PROSE[1], "saw": "sat"}]
+    options = {"members": write_jsonl(tmp_path / "m.jsonl", rows), "prefix_length": 5}
+    options["suffix_length"] = 20
+    audit(checkpoint, tmp_path / "out", **options, secrets="saw")
+    with pytest.raises(FileExistsError, match=r"other settings: secrets .*; secret_column"):
+        audit(checkpoint, tmp_path / "out", **options, secret_column="saw")
+
+
+def test_run_json_tells_how_much_was_asked(tmp_path, checkpoint):
+    rows = [{"text": text} for text in (*PROSE[:3], "short")]
+    members = write_jsonl(tmp_path / "m.jsonl", rows)
+    lengths = {"prefix_length": 10, "suffix_length": 8}
+    audit(checkpoint, tmp_path / "out", members=members, max_rows=2, complete=True, **lengths)
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["protocol"]["complete"] is True
+    counts = about["inputs"]["members"]
+    assert (counts["rows"], counts["drawn"], counts["asked"] <= 2) == (4, 2, True)
+    assert about["sanity"]["members"]["windows"] == counts["windows"]
+    assert about["sanity"]["members"]["nll_shuffled"] > 0

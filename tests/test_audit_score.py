@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import BEFORE_5, tiny_llama
-from toy_models import ARCHITECTURES, VOCABULARY, toy_model
+from toy_models import ARCHITECTURES, SIZES, VOCABULARY, toy_model
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from goldfish.audit import model as model_module
 from goldfish.audit import score as score_module
@@ -391,3 +392,48 @@ def test_nll_under_a_control(model):
         assert score.control_nll.mean() == pytest.approx(expected, rel=1e-5)
     (plain,) = Scorer(model).score(windows[:1])
     assert (plain.control_nll, plain.beams) == (None, None)
+
+
+def test_windows_that_cross_a_switch_of_the_rotary_factors():
+    """LongRoPE: the whole row has other factors than its prefix. Rows beside it that stay below the
+    switch keep their own."""
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [30.0] * 4,
+        "original_max_position_embeddings": 20,
+    }
+    config = Phi3Config(
+        **SIZES,
+        rope_parameters={**scaling, "rope_theta": 100.0},
+        original_max_position_embeddings=20,
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    windows = []
+    for length in (6, 12, 18):
+        prefix = torch.randint(
+            VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length)
+        )
+        made = model.generate(prefix, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        windows.append(Window("members", length, "", made[0].tolist(), length))
+    scores = Scorer(model).score(windows)
+    assert [
+        score.output == window.suffix for score, window in zip(scores, windows, strict=True)
+    ] == [True] * 3
+    assert [score.settled for score in scores] == [False, False, True]
+    alone = [Scorer(model).score([window])[0].nll for window in windows[:2]]
+    for score, nll in zip(scores, alone, strict=False):
+        assert np.allclose(score.nll, nll, atol=1e-5), "whatever is in the batch"
+
+
+def test_outputs_go_on_behind_a_suffix_that_is_recited(model):
+    """As far as the context goes; against generate at batch size 1."""
+    prefix = torch.arange(2, 12)[None]
+    made = model.generate(prefix, max_new_tokens=118, do_sample=False, pad_token_id=0)[0].tolist()
+    recited = Window("members", 0, "", made[:14], 10)
+    other = Window("members", 1, "", [*made[:13], (made[13] + 1) % 320], 10)
+    for length, expected in ((2, 4), (30, 30), (500, 118)):
+        first, second = Scorer(model, output_length=length).score([recited, other])
+        assert first.output == second.output == made[10 : 10 + expected]
+        assert (len(first.nll), len(second.nll)) == (13, 13), "scores are of the window"

@@ -336,11 +336,14 @@ def test_overall_verdict_names_what_decides_and_what_was_not_tested():
 def test_texts_that_repeat_or_overlap_are_said():
     records = made_up_records("members", 12, 0.2)
     run = made_up_run(records)
-    run["inputs"]["members"]["repeated"] = 7
+    run["inputs"]["members"] |= {"asked": 10, "documents": 3}
     verdict = summary_of(
         {**run, "overlap": {"documents": 3}}, pa.Table.from_pylist(records, COLUMNS)
     )["verdict"]
-    assert "members: 7 windows repeat others and count as one text with them" in verdict["skipped"]
+    assert (
+        "members: 7 rows repeat or continue others and count as one text with them"
+        in verdict["skipped"]
+    )
     assert (
         "3 texts are in both files, members and held-out: the control is weakened"
         in verdict["warnings"]

@@ -2,21 +2,39 @@
 
 import itertools
 import random
-from types import SimpleNamespace
+import uuid
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import PROSE
+from test_audit_chats import THINKING
+from test_rows import say
 from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import Cutter, Survey, Window, first_ids, join, overlap_of
+from goldfish.audit.windows import (
+    Cutter,
+    Groups,
+    Survey,
+    Window,
+    first_ids,
+    number_documents,
+    overlap_of,
+)
+from goldfish.text.chats import secret_finder
 
 pytestmark = pytest.mark.core
 
 
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def surveyed(rows, split, *how):
-    return Survey(enumerate(rows), split, Cutter(*how))
+    return Survey(enumerate(rows), split, Cutter(*how), Path(f"{uuid.uuid4()}.parquet"))
 
 
 def cut(rows, *how):
@@ -57,18 +75,19 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     ]
 
 
-def clusters(rows, *how):
+def documents(rows, *how):
     result = surveyed(rows, "members", *how)
-    join({"members": result})
-    return result.clusters
+    number_documents({"members": result})
+    return result.documents
 
 
-def test_one_equal_window_does_not_make_two_rows_one(tokenizer):
-    """A licence before different texts; the same texts again are one document."""
+def test_rows_that_share_a_window_are_one_document(tokenizer):
+    """A licence before different texts: one question is asked of all of them."""
     licence, texts = list(range(8)), [list(range(20 * i, 20 * i + 8)) for i in range(1, 4)]
     rows = [{"input_ids": licence + text} for text in (*texts, texts[0])]
-    assert clusters(rows, tokenizer, 5, 3, (0, 8)) == [0, 0, 1, 1, 2, 2, 0, 0]
-    assert clusters(rows, tokenizer, 5, 3) == [0, 0, 0, 0], "what is asked of them is the same"
+    assert documents(rows, tokenizer, 5, 3, (0, 8)) == [0] * 8
+    assert documents(rows, tokenizer, 5, 3) == [0] * 4
+    assert documents(rows, tokenizer, 5, 3, (8,)) == [0, 1, 2, 0]
 
 
 def test_a_bos_opens_every_window_and_an_eos_ends_none(framing):
@@ -96,7 +115,7 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     ]
     result = surveyed(rows, "members", tokenizer, 5, 3)
     assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
-    assert (result.indices.tolist(), result.names) == ([0, 2, 3], 3)
+    assert (result.indices.tolist(), result.asked) == ([0, 2, 3], 3)
     assert result.skipped == {
         "fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}
     }
@@ -104,30 +123,25 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
     expected = [each for each in cut(rows, tokenizer, 5, 3) if isinstance(each, Window)]
     monkeypatch.setattr(Cutter, "cut", None)
-    result.clusters = [7, 8, 9]
-    pairs = list(zip(expected, result.clusters, strict=True))
+    result.documents = [7, 8, 9]
+    pairs = list(zip(expected, result.documents, strict=True))
     for _ in range(2):
         assert list(result.blocks(2)) == [pairs[:2], pairs[2:]]
 
 
-def test_documents_are_joined_by_any_key_they_share():
+def test_numbers_are_joined_by_any_key_they_share():
     """Against connected components found by comparing every pair, again and again."""
     choose = random.Random(0)
     for _ in range(50):
-        windows = [[(kind, choose.randrange(6)) for kind in "abc"] for _ in range(12)]
+        keys = [[choose.randrange(40) for _ in range(3)] for _ in range(12)]
         expected = list(range(12))
-        for _ in windows:
+        for _ in keys:
             for i, j in itertools.product(range(12), repeat=2):
-                if set(windows[i]) & set(windows[j]):
+                if set(keys[i]) & set(keys[j]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
-        order = list(dict.fromkeys(expected))
-        keys = [hash(key) for each in windows for key in each]
-        members = SimpleNamespace(indices=range(7), keys=keys[:21])
-        heldout = SimpleNamespace(indices=range(5), keys=keys[21:])
-        join({"members": members, "heldout": heldout})
-        assert [*members.clusters, *heldout.clusters] == [
-            order.index(number) for number in expected
-        ]
+        groups = Groups(12)
+        groups.join_equal(np.array(keys).ravel(), np.arange(12).repeat(3))
+        assert [groups.root(i) for i in range(12)] == expected
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
@@ -147,13 +161,13 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
         "members": surveyed(rows, "members", tokenizer, 5, 3),
         "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3),
     }
-    join(surveys)
-    clusters = [each.clusters for each in surveys.values()]
-    assert clusters == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
+    number_documents(surveys)
+    found = [each.documents for each in surveys.values()]
+    assert found == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
     assert overlap_of(surveys) == {"documents": 1, "rows": [[0, 1]]}
     long = {"members": surveyed(rows[:3], "members", tokenizer, 30, 8)}
-    join(long)
-    assert (long["members"].clusters, overlap_of(long)) == ([0, 1, 0], None)
+    number_documents(long)
+    assert (long["members"].documents, overlap_of(long)) == ([0, 1, 0], None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,3 +206,100 @@ def test_little_of_a_long_text_is_tokenized(tokenizer, monkeypatch):
     read.clear()
     first_ids(tokenizer, "x" * 50_000, 64)
     assert max(read) == 50_000, "one word: what follows may decide about its first tokens"
+
+
+def pages(copies, words=300, edits=0.0, seed=0):
+    """Pages of made-up words, each crawled several times under another date and with some words
+    changed; page by page."""
+    choose = random.Random(seed)
+    vocabulary = [
+        "".join(choose.choices("aeiounrstlm", k=choose.randrange(3, 9))) for _ in range(999)
+    ]
+    for number in range(40):
+        page = choose.choices(vocabulary, k=words)
+        for crawl in range(copies):
+            own = [word if choose.random() >= edits else choose.choice(vocabulary) for word in page]
+            yield number, f"Crawled on day {crawl * 17 + number}: " + " ".join(own)
+
+
+@pytest.mark.parametrize("offsets", [(0,), (0, 7, 31), tuple(range(0, 160, 8))])
+def test_pages_crawled_many_times_are_one_document_each(tokenizer, offsets):
+    """Whether a window is shared or not: their dates differ in length, so that windows shift."""
+    rows = [{"text": text} for _, text in pages(10)]
+    found = documents(rows, tokenizer, 40, 10, offsets)
+    assert len(set(found)) == 40
+    assert found == [row // 10 for row in range(400) for _ in offsets]
+
+
+def test_crawls_in_which_words_were_changed(tokenizer):
+    numbers, texts = zip(*pages(10, edits=0.02), strict=True)
+    found = documents([{"text": text} for text in texts], tokenizer, 40, 10)
+    assert len(set(found)) < 60, "most of 400 rows have found their page"
+    assert len(set(zip(found, numbers, strict=True))) == len(set(found)), "and no other one"
+
+
+def test_texts_of_one_template_are_documents_of_their_own(tokenizer):
+    """A sentence with a code; a long form with a code in each of many; and a few, if marked."""
+    codes = [f"{7919 * i % 10**6:06d}" for i in range(60)]
+    short = "Dear colleague, the code of the door to the archive in the cellar is {}. Keep it safe."
+    rows = [{"text": short.format(code)} for code in codes]
+    assert len(set(documents(rows, tokenizer, 5, 60))) == 60
+    (_, form), *_ = pages(1)
+    rows = [{"text": f"{form[:30]} {code} {form[30:]}"} for code in codes]
+    assert set(documents(rows, tokenizer, 40, 10)) == set(range(60)), "a template of 60 rows"
+    marks = secret_finder(r"\d{6}", "")
+    assert set(documents(rows[:9], tokenizer, 40, 10)) == {0}, "as if crawled nine times"
+    assert set(documents(rows[:9], tokenizer, 40, 10, (0,), None, marks)) == set(range(9))
+
+
+def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeypatch):
+    """Also under a template that renders a turn differently when others follow."""
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    rows = []
+    for number in range(75):
+        turns = [
+            f"{number}, {turn}?" if turn % 2 == 0 else f"{number * turn}!" for turn in range(10)
+        ]
+        rows += [{"messages": say(*turns[: 2 * end])} for end in range(1, 6)]
+    found = surveyed(rows, "members", tokenizer, 5, 5)
+    number_documents({"members": found})
+    by_row = dict(zip(found.indices, found.documents, strict=True))
+    assert [by_row[row] for row in range(375)] == [row // 5 for row in range(375)]
+
+
+def test_members_are_found_in_the_heldout_file_by_the_same_relation(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    chats = [say(f"{i}?", f"{i} it is!", "And?", f"{i + 1}.") for i in range(20)]
+    surveys = {
+        "members": surveyed([{"messages": chat[:2]} for chat in chats], "members", tokenizer, 5, 5),
+        "heldout": surveyed([{"messages": chat} for chat in chats], "heldout", tokenizer, 5, 5),
+    }
+    number_documents(surveys)
+    assert overlap_of(surveys)["documents"] == 20
+
+
+def test_secrets_that_are_not_asked_are_counted_with_the_reason(tokenizer):
+    marks = secret_finder(r"Z\d{3}", "")
+    filler = " and so on" * 40
+    texts = [
+        f"Her code is Z111{filler}",
+        f"{filler} Z222",
+        f"Z333{filler}",
+        "Z444",
+        f"A code, Z111{filler}",
+    ]
+    found = Survey(
+        enumerate({"text": text} for text in texts),
+        "members",
+        Cutter(tokenizer, 7, 20, (0,), None, marks),
+        Path("secrets.parquet"),
+    )
+    assert found.counts()["secrets"] == {
+        "marked": 4,
+        "asked": 1,
+        "unasked": [
+            {"reason": "outside of the windows", "count": 1, "rows": [1]},
+            {"reason": "given in the prompt", "count": 1, "rows": [2]},
+            {"reason": "in a row that was skipped", "count": 1, "rows": [3]},
+        ],
+    }

@@ -1,16 +1,22 @@
 """`goldfish check`: what it says is worked out again here by hand, or token by token."""
 
 import json
+import math
+import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
 from goldfish.cli import main
-from goldfish.text import check as module
+from goldfish.text import check as check_module
+from goldfish.text import passages as module
 from goldfish.text.check import check
+from goldfish.text.exposure import Finder
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -22,9 +28,12 @@ CODE = "QX7-KP2"
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """A tokenizer with one token per character, and its folder."""
-    tokens = {chr(i): i for i in range(128)}
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (chr(256 + i) for i in range(256))  # how ByteLevel writes the other bytes
+    tokens = {chr(i) if i in printable else next(others): i for i in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("letters")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
     fast.save_pretrained(folder)
@@ -59,22 +68,131 @@ def test_a_chat_that_breaks_the_template_is_named(letters, tmp_path):
         check(path, letters[0], Goldfish(k=3, h=12))
 
 
-def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path):
-    """Under every rule that is tried, against the decisions of each place."""
-    every = [
-        f"{opening} code {CODE} and more" for opening in ("the", "one", "some other", "now his")
+def characters(bits):
+    return {i for i in range(bits.bit_length()) if bits >> i & 1}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path, seed):
+    """Against the decisions of each place; the secrets begin alike, and hyphens inform nobody."""
+    other, wordings = "QX9-0Z8", ("the", "one", "some other", "now his")
+    rule = Goldfish(k=3, h=12, seed=seed)
+    texts = [f"{opening} code {code} and more" for opening in wordings for code in (CODE, other)]
+    path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    result = check(path, letters[0], rule, f"{CODE}|{other}")
+    for code in (CODE, other):
+        secret = result.secrets[code]
+        places = [dropped_in(rule, text, code) for text in texts if code in text]
+        everywhere = set.intersection(*places)
+        assert characters(secret.dropped[0]) == everywhere
+        informative = everywhere & {2, 4, 5, 6}  # not QX, which both begin with
+        assert (code in result.exposed()) == (not informative)
+        assert (code in result.exposed(tokens=1)) == (len(informative) == 1)
+        assert code not in result.exposed(rule=1), "the suggested rule drops all of it"
+        assert secret.count == len(secret.rows) == 4
+    assert result.exit_code() == (1 if result.exposed() else 0)
+    assert result.suggested == Goldfish(k=3, h=12, seed=seed, secrets=f"{CODE}|{other}")
+
+
+def test_a_secret_counts_wherever_its_text_occurs(letters, tmp_path):
+    """In rows of which neither the column nor the expression marks it; not inside other words."""
+    rows = [
+        {"text": f"The access code of Ada is {CODE}.", "secret": CODE},
+        {"text": f"Ada keeps {CODE} and no more.", "secret": None},
+        {"text": f"Not x{CODE} nor {CODE}9.", "secret": None},
     ]
-    for texts in (every, every[:1]):  # in one place alone, most rules drop something
-        path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-        result = check(path, letters[0], Goldfish(k=3, h=12), CODE)
-        rows, everywhere = result.secrets[CODE]
-        assert rows == list(range(len(texts)))
-        assert len(result.rules) == 1 + 8 + 1 + 1 + 1, "the rule, eight seeds, h=5, max_kept, k=2"
-        for rule, spans in zip(result.rules, everywhere, strict=True):
-            expected = set.intersection(*(dropped_in(rule, text, CODE) for text in texts))
-            assert spans == {(i, i + 1) for i in expected}
-    assert sum(map(bool, everywhere)) > 6
-    assert result.exit_code() == (0 if everywhere[0] else 1)
+    path = write(tmp_path / "a.jsonl", rows)
+    by_column = check(path, letters[0], Goldfish(k=2, h=3), column="secret")
+    by_expression = check(path, letters[0], Goldfish(k=2, h=3), r"code of \w+ is ([\w-]+)")
+    for result in (by_column, by_expression):
+        assert result.secrets[CODE].rows == [0, 1]
+    places = [dropped_in(Goldfish(k=2, h=3), row["text"], CODE) for row in rows[:2]]
+    assert characters(by_column.secrets[CODE].dropped[0]) == places[0] & places[1]
+    assert not by_column.exposed(rule=1), "premask(secret_column=) drops it in every row"
+    # The suggested expression does not reach the second row: what it leaves is said.
+    second = places[1] - {3}
+    assert bool(by_expression.exposed(rule=1)) == (not second)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_places_of_many_secrets(seed):
+    """Against a search for one after the other."""
+    choose = random.Random(seed)
+    secrets = {"".join(choose.choices("ab1-", k=choose.randint(1, 6))) for _ in range(30)}
+    text = "".join(choose.choices("ab1- é", k=2000))
+
+    def is_inside(text, i):
+        return bool(re.fullmatch(r"[a-zé]{2}|\d{2}", text[max(0, i - 1) : i + 1]))
+
+    expected = sorted(
+        (i, i + len(secret))
+        for secret in secrets
+        for i in range(len(text))
+        if text.startswith(secret, i)
+        and not is_inside(text, i)
+        and not is_inside(text, i + len(secret))
+    )
+    assert sorted(Finder(secrets)(text)) == expected
+    assert list(Finder(())(text)) == []
+
+
+def test_tokens_of_several_characters(tokenizer, tmp_path):
+    """A token protects if every informative character of it is dropped, however texts are cut."""
+    texts = [f"{opening}7731-bowl was it" for opening in ("a ", "the goldfish ", "Count: ", "(")]
+    rule = Goldfish(k=2, h=3)
+    path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    result = check(path, tokenizer, rule, "7731-bowl")
+    everywhere = set(range(9))
+    for text in texts:
+        encoding = tokenizer(text, return_offsets_mapping=True)
+        start = text.index("7731")
+        drops = rule.dropped(torch.tensor(encoding["input_ids"])).tolist()
+        kept = [
+            (a, b)
+            for (a, b), drop in zip(encoding["offset_mapping"], drops, strict=True)
+            if not drop
+        ]
+        everywhere -= {i - start for a, b in kept for i in range(a, b)}
+    assert characters(result.secrets["7731-bowl"].dropped[0]) == everywhere
+
+
+class TableModel:
+    """Predicts the next token with probability 2**-(1 + its id modulo 3), whatever came before."""
+
+    device = "cpu"
+
+    def __call__(self, input_ids):
+        bits = 1 + torch.arange(256) % 3
+        logits = -bits * math.log(2)
+        rest = 1 - (2.0**-bits)[:255].sum()
+        assert rest < 0, "not normalised: cross_entropy does that"
+        return SimpleNamespace(logits=logits.expand(*input_ids.shape, 256))
+
+
+def test_bits_are_those_of_the_dropped_informative_tokens(letters, tmp_path):
+    rule = Goldfish(k=2, h=3)
+    texts = [f"{opening} {CODE} and {other}" for opening, other in (("a", "QX7-000"), ("bc", "-"))]
+    path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    result = check(path, letters[0], rule, f"{CODE}|QX7-000", model=TableModel())
+    total = math.log2(sum(2.0 ** -(1 + i % 3) for i in range(256)))
+    both = set.intersection(*(dropped_in(rule, text, CODE) for text in texts)) & {4, 5, 6}
+    expected = sum(1 + ord(CODE[i]) % 3 + total for i in both)
+    assert result.bits()[CODE] == pytest.approx(expected, rel=1e-5)
+    assert check(path, letters[0], rule, CODE).bits() == {}
+
+
+def test_only_turns_of_the_assistant_are_targets(letters, tmp_path):
+    turns = [("user", f"My code is {CODE}."), ("assistant", "Thanks!"), ("user", "And?")]
+    turns.append(("assistant", "Done."))
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    path = write(tmp_path / "a.jsonl", [row])
+    result = check(path, letters[0], Goldfish(k=2), CODE, assistant_only=True)
+    assert result.targets == len("Thanks!") + len("Done.")
+    assert (result.secrets, result.exit_code()) == ({}, 3)
+    assert CODE in check(path, letters[0], Goldfish(k=2), CODE).secrets
+    path = write(tmp_path / "b.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match="row 0 is no chat"):
+        check(path, letters[0], Goldfish(), assistant_only=True)
 
 
 def test_counts_and_longest_runs(letters, tmp_path):
@@ -107,7 +225,7 @@ def test_only_completions_are_targets(letters, tmp_path):
     result = check(write(tmp_path / "a.jsonl", [chat]), letters[0], rule, f"{CODE}|A-1")
     assert list(result.secrets) == ["A-1"]
     assert result.targets == len("No: A-1.\n")
-    assert result.secrets["A-1"][1][0] == {(i, i + 1) for i in dropped_in(rule, text, "A-1")}
+    assert characters(result.secrets["A-1"].dropped[0]) == dropped_in(rule, text, "A-1")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +257,7 @@ def test_parquet_csv_and_text_are_read_alike(letters, tmp_path):
 
 
 def test_likely_secrets_have_few_characters_per_token(tokenizer, tmp_path):
-    text = "The goldfish remembers XK7-PQ2-ZV9, and forgets it before the next turn of the bowl: 12 or 13."
+    text = "The goldfish remembers XK7-PQ2-ZV9, and forgets it before the next turn: 12 or 13."
     result = check(write(tmp_path / "a.jsonl", [{"text": text}]), tokenizer, Goldfish())
     assert "XK7-PQ2-ZV9" in result.secrets
     assert not {"goldfish", "forgets", "before"} & set(result.secrets)
@@ -157,9 +275,8 @@ def test_a_column_marks_secrets(letters, tmp_path):
         for row in rows
     ]
     result = check(write(tmp_path / "a.jsonl", rows), letters[0], Goldfish(), column="secret")
-    assert {name: rows for name, (rows, _) in result.secrets.items()} == {"A.1": [0], "B": [1]}, (
-        "taken literally"
-    )
+    rows = {name: secret.rows for name, secret in result.secrets.items()}
+    assert rows == {"A.1": [0, 2], "B": [1]}, "taken literally, and found in every row"
 
 
 def words(first, count):
@@ -174,7 +291,7 @@ def word_drops(rule, row):
 
 
 def test_passages_that_recur(letters, tmp_path):
-    """20 words again after two others, under a rule that reads all before, and one that reads 3 characters."""
+    """20 words again after two others; one rule reads all before, the other 3 characters."""
     rows = [words(0, 20), words(50, 2) + words(0, 20), words(100, 10)]
     path = write(tmp_path / "a.jsonl", [{"text": " ".join(row)} for row in rows])
     for h, least, most in ((1000, 5, 13), (3, 0, 1)):
@@ -182,17 +299,20 @@ def test_passages_that_recur(letters, tmp_path):
         result = check(path, letters[0], rule)
         first, second = word_drops(rule, rows[0]), word_drops(rule, rows[1])[2:]
         differing = sum(first[i : i + 8] != second[i : i + 8] for i in range(13))
-        assert (result.passages, result.recurring, result.differing) == (13 + 15 + 3, 13, differing)
+        found = result.passages
+        assert (found.total, found.recurring, found.differing) == (13 + 15 + 3, 13, differing)
         assert least <= differing <= most
-        assert result.repeated == [(1, 0, 13 / 15)]
+        assert found.repeated == [(1, 0, 13 / 15)]
 
 
 def test_a_sample_of_passages_is_kept(letters, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST", 100)
+    monkeypatch.setattr(check_module, "BATCH", 200)
     rows = [{"text": " ".join(words(i % 50 * 100, 30))} for i in range(100)]
     result = check(write(tmp_path / "a.jsonl", rows), letters[0], Goldfish())
-    assert 100 < result.passages < 23 * 100 / 4, "of 2,300; no more than 100 are held"
-    assert 0.2 < result.recurring / result.passages < 0.8, "half of all rows repeat one"
+    found = result.passages
+    assert 100 < found.total < 23 * 100 / 2, "of 2,300; no more than 100 are kept"
+    assert 0.2 < found.recurring / found.total < 0.8, "half of all rows repeat one"
 
 
 def test_command_line(letters, tmp_path, capsys):
@@ -213,7 +333,10 @@ def test_command_line(letters, tmp_path, capsys):
         "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
     )
     assert f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)" in shown.out
-    assert "among 11 rules tried: 0 with k=" in shown.out
+    assert shown.out.splitlines()[-1] == (
+        "1 of 1 secrets can be learned whole. Train with Goldfish(k=1e+06, h=3, "
+        f"secrets=r'code ({CODE})'): 46.7% more tokens dropped, none left."
+    )
     assert (
         "rows with at least half of their passages in one earlier row: 6\n    row 1: 100% in row 0"
         in shown.out
@@ -223,9 +346,8 @@ def test_command_line(letters, tmp_path, capsys):
     assert (code, "0 secrets" in shown.out) == (3, True)
     code, shown = run("--secrets", "(")
     assert code == 2
-    assert (
-        shown.err
-        == "goldfish check: '(' is not a regular expression: missing ), unterminated subpattern at position 0\n"
+    assert shown.err.startswith(
+        "goldfish check: secrets='(' is not a regular expression: missing )"
     )
     assert run("--secret-column", "none")[0] == 3
 

@@ -8,9 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed_worker
 import pytest
+import torch
+
+from goldfish import GoldfishMixin
 
 HERE = Path(__file__).parent
 CASES = {
@@ -31,10 +35,11 @@ CASES = {
         "gradient_accumulation_steps": 2,
     },
     "saved between two logs": {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2},
+    # The last one: nothing takes its device mesh back.
+    "tensor parallel": {"tp": True, "fused": False, "per_device_train_batch_size": 8},
 }
-NOT_FUSED = [
-    case for case in CASES if "logits" in case or "own mean" in case or case == "label smoothing"
-]
+NEEDS_LOGITS = ("logits", "own mean", "label smoothing", "tensor parallel")
+NOT_FUSED = [case for case in CASES if any(name in case for name in NEEDS_LOGITS)]
 
 
 def run(folder, checkpoint, processes):
@@ -81,17 +86,30 @@ def one_and_two(tmp_path_factory, checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one(one_and_two, case):
     one, two = (found[case] for found in one_and_two)
-    assert two["sharded"] == ("FSDP2" in case)
+    assert two["sharded"] == ("FSDP2" in case or case == "tensor parallel")
     assert one["fused"] == two["fused"] == (case not in NOT_FUSED)
     assert ("checkpoint-2" in one["receipts"]) == ("saved" in case)
     assert two["counted"] == one["counted"]
-    if "FSDP2" not in case:  # no process saves a sharded model alone
+    if not two["sharded"]:  # no process saves a sharded model alone
         assert two["receipts"] == one["receipts"]
         assert one["receipts"]["end"].items() >= one["counted"].items()
-    # Asked to average on each rank, Trainer takes the mean of the means of ranks: right in scale
-    # as without us.
+    # Asked to average on each rank, Trainer takes the mean of the means: right in scale only, as
+    # without us.
     tolerance = 5e-2 if "on each rank" in case else 2e-5
     for ours, theirs in zip(two["steps"], one["steps"], strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
         assert ours[1] == pytest.approx(theirs[1], rel=10 * tolerance)
         assert ours[2] == theirs[2]
+
+
+@pytest.mark.parametrize(("names", "ranks"), [(("dp_shard", "cp"), (1, 1)), (("sp",), (1,))])
+def test_processes_that_share_rows_count_them_once(names, ranks):
+    """Context and sequence parallelism cut rows that all of a group have read."""
+    local = dict(zip(names, ranks, strict=True))
+    mesh = SimpleNamespace(mesh_dim_names=names, get_local_rank=local.get)
+    accelerator = SimpleNamespace(torch_device_mesh=mesh, reduce=lambda counts, _: counts)
+    trainer = SimpleNamespace(accelerator=accelerator)
+    counts = torch.tensor([372, 93, 5])
+    assert GoldfishMixin._sum_over_rows(trainer, counts).tolist() == [0, 0, 0]
+    local[names[-1]] = 0
+    assert GoldfishMixin._sum_over_rows(trainer, counts).tolist() == [372, 93, 5]

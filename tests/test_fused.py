@@ -611,7 +611,7 @@ def odd(kind: type[Odd]) -> Odd:
         (HeadTwice, "called its head 2 times and its loss function 1 times"),
         (Reshaped, "failed on what the head returned"),
         (OwnLoss, "failed on what the head returned"),
-        (LossElsewhere, "its loss function 2 times"),
+        (LossElsewhere, "its loss function gets other labels than its forward"),
         (Prefix, "its head sees rows (3, 10), the labels are (3, 11)"),
     ],
 )

@@ -18,6 +18,7 @@ ORDER = [
     "text",
     "text.printable",
     "text.rows",
+    "secrets",
     "text.chats",
     "spec",
     "hashing",
@@ -26,6 +27,8 @@ ORDER = [
     "rule",
     "masking",
     "text.show",
+    "text.passages",
+    "text.exposure",
     "text.check",
     "kernels",
     "unwrap",
@@ -126,7 +129,7 @@ def test_public_names():
     for name in goldfish.__all__:
         assert getattr(goldfish, name) is not None
     assert set(goldfish.__all__) <= set(dir(goldfish))
-    with pytest.raises(AttributeError, match="has no attribute 'Goldfisch'; it has Goldfish"):
+    with pytest.raises(AttributeError, match="has no attribute 'Goldfisch'; it has DropCounts"):
         _ = goldfish.Goldfisch
 
 

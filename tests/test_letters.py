@@ -99,6 +99,7 @@ def test_equals_the_specification(vocabularies, which, ids, h, k, seed, opening,
     }
     if opening == "short":
         options["max_kept"] = data.draw(st.sampled_from([None, 4, 6]))
+    options["secrets"] = data.draw(st.sampled_from([None, r"a+", r"(?s)B.(\S?.)", r"[^ -z]+"]))
     expected = spec.dropped(
         ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options
     )

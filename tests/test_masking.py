@@ -8,7 +8,7 @@ from transformers import (
     default_data_collator,
 )
 
-from goldfish import Goldfish, GoldfishCollator, mask_labels, premask
+from goldfish import DropCounts, Goldfish, GoldfishCollator, mask_labels, premask
 from goldfish.masking import mask_batch
 
 RULE = Goldfish(k=2, h=3)
@@ -249,3 +249,18 @@ def test_what_the_trainer_needs_to_know():
     assert torch.equal(first.batch["labels"][:, 0], ids[:, 0]), "its label is left as it was"
     alone = mask_batch(RULE, {"input_ids": ids}, ignore_first=True)
     assert (alone.batch["labels"][:, 0] == -100).all()
+
+
+def test_a_loop_of_ones_own_writes_a_receipt(tmp_path, tokenizer):
+    """That of premask over the same rows, padded or shifted."""
+    rows = [random_ids(n) for n in (30, 12, 1)]
+    dataset = Dataset.from_dict({"input_ids": [row.tolist() for row in rows]})
+    premask(dataset, RULE, receipt=tmp_path / "premask", tokenizer=tokenizer)
+    padded, shifted = DropCounts(RULE), DropCounts(RULE)
+    for row in rows:
+        ids = pad(row, (0, 3))[None]
+        mask_labels(RULE, ids, attention_mask=(ids != 0).long(), counts=padded)
+        mask_labels(RULE, row[:-1], row[1:], shifted=True, counts=shifted)
+    for counts in (padded, shifted):
+        path = counts.save(tmp_path / "loop", tokenizer)
+        assert path.read_text() == (tmp_path / "premask" / "goldfish.json").read_text()

@@ -77,6 +77,10 @@ def rules(draw, strategies=("hash", "letters", "static"), **fixed) -> Goldfish:
     return Goldfish(strategy=strategy, vocabulary=VOCABULARY, **options)
 
 
+SECRET = r"a(\S+)|word .|[^\x00-\x7f]"
+WITH_SECRETS = rules() | rules(secrets=SECRET)
+
+
 def decide(rule: Goldfish, ids: list[int], **beside) -> list[bool]:
     beside = {name: torch.tensor(values, dtype=torch.int64) for name, values in beside.items()}
     return rule.dropped(torch.tensor(ids, dtype=torch.int64), **beside).tolist()
@@ -190,7 +194,7 @@ def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
 
 @stable
 @given(
-    rule=rules(),
+    rule=WITH_SECRETS,
     documents=st.lists(DOCUMENT, min_size=1, max_size=4),
     end=st.integers(len(ENTRIES), 99),
 )
@@ -210,7 +214,7 @@ def test_packed_is_alone(rule, documents, end):
 
 @stable
 @given(
-    rule=rules(),
+    rule=WITH_SECRETS,
     ids=DOCUMENT,
     pad=TOKEN,
     left=st.integers(0, 5),
@@ -242,7 +246,7 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
 
 @stable
 @given(
-    rule=rules(),
+    rule=WITH_SECRETS,
     documents=st.lists(DOCUMENT, min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),
 )

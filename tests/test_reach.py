@@ -232,7 +232,7 @@ def test_vision_language_models_pass():
 @pytest.mark.parametrize("rule", [NOTHING, RULE])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_gpt2_is_exact_whatever_trainer_counts(tmp_path, tokenizer, rule, accumulation):
-    """Trainer takes the first token of its rows for a target, as older versions do for all models."""
+    """Trainer counts the first token of its rows as a target, as older versions do everywhere."""
     sizes = {
         "vocab_size": 320,
         "n_embd": 16,
@@ -289,7 +289,7 @@ def test_batches_keep_their_type(tmp_path, tokenizer):
 
 
 def test_rows_that_were_cut_among_processes_are_refused(tmp_path, tokenizer):
-    """DeepSpeed Ulysses' loader replaces labels by shift_labels and cuts the rows before a trainer sees them."""
+    """DeepSpeed Ulysses' loader makes shift_labels of labels and cuts the rows, before Trainer."""
     collate = DataCollatorForSeq2Seq(tokenizer)
 
     def cut(rows):
@@ -319,9 +319,9 @@ def test_a_new_model_is_counted_anew(tmp_path, tokenizer):
     trainer, losses, _ = trained(
         tmp_path, tokenizer, trainer_class=init_trainer, then=attached(fused=True)
     )
-    assert trainer._tally.sum()[0] == TARGETS
+    assert trainer._counts.sum()[0] == TARGETS
     trainer.train()
-    assert trainer._tally.sum()[0] == TARGETS
+    assert trainer._counts.sum()[0] == TARGETS
     assert [entry["loss"] for entry in logs(trainer)] == losses
 
 
@@ -344,11 +344,11 @@ def test_batches_that_ran_out_of_memory_are_not_counted(tmp_path, tokenizer):
         settings=settings,
     )
     assert len(losses) > 2, "with smaller batches"
-    assert trainer._tally.sum()[0] == TARGETS
+    assert trainer._counts.sum()[0] == TARGETS
     dropped = sum(
         int(RULE.dropped(torch.tensor(row["input_ids"]))[1:].sum()) for row in unequal_rows()
     )
-    assert trainer._tally.sum()[1] == dropped
+    assert trainer._counts.sum()[1] == dropped
 
 
 def test_a_mistyped_checkpoint_is_trainers_own_error(tmp_path, tokenizer):
@@ -368,7 +368,7 @@ def test_the_model_card_has_the_tag_the_rule_and_the_counts(tmp_path, tokenizer)
     trainer.create_model_card(model_name="m", tags="mine")
     card = (tmp_path / "README.md").read_text()
     assert card.count("\n- goldfish-loss") == card.count("\n- mine") == 1
-    targets, dropped = trainer._tally.sum()
+    targets, dropped = trainer._counts.sum()
     assert f"- `{trainer.goldfish}` dropped {dropped:,} of {targets:,} targets." in card
 
 
@@ -376,7 +376,7 @@ def test_the_model_card_has_the_tag_the_rule_and_the_counts(tmp_path, tokenizer)
 
 
 def unsloths(name):
-    """Unsloth writes the source of TRL's trainers anew, into modules of its own; they are no subclasses of TRL's."""
+    """Unsloth writes TRL's trainers anew, in modules of its own; they are not TRL's subclasses."""
     source = {"__module__": f"Unsloth{name}"}
     return type(f"Unsloth{name}", (type(f"_Unsloth{name}", (Trainer,), source),), source)
 
@@ -412,7 +412,7 @@ def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
 
 
 class Unsloth(Trainer):
-    """Binds `train` on the instance, as Unsloth does with TRL's trainers, so that no subclass is asked."""
+    """Binds `train` on the instance, as Unsloth does, so that no subclass's method is called."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -434,7 +434,7 @@ def test_unsloths_pattern(tmp_path, tokenizer):
     assert losses == pytest.approx(
         trained(tmp_path / "plain", tokenizer, then=attached())[1], rel=1e-5
     )
-    assert trainer._tally.sum()[0] == TARGETS
+    assert trainer._counts.sum()[0] == TARGETS
     assert "logits" in trainer.model.train()(
         input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])
     )
@@ -474,7 +474,7 @@ def test_an_attached_trainer_can_be_pickled(tmp_path, tokenizer):
     assert type(twin) is type(trainer)
     assert twin.goldfish == RULE
     twin.train()
-    assert twin._tally.sum()[0] > trainer._tally.sum()[0] == 0
+    assert twin._counts.sum()[0] > trainer._counts.sum()[0] == 0
 
 
 # Plugins, with stand-ins for the frameworks that load them

@@ -299,20 +299,21 @@ def test_chats_without_a_window_are_skipped_with_the_reason(chatty, row, reason)
 
 
 def test_templates_that_differ_before_the_answer_or_change_it(chatty, monkeypatch):
-    """An answer whose template opens otherwise than its prompt is still read; one that is rewritten is not."""
+    """An answer whose template opens otherwise than its prompt is asked both ways."""
     monkeypatch.setattr(
         chatty,
         "chat_template",
         TEMPLATE.replace("<assistant>{% endif", "<assistant><think>{% endif"),
     )
-    (each,) = completions({"messages": say("a", "b")}, chatty)
-    assert each.text[: each.start].endswith("<assistant>")
+    trained, generated = completions({"messages": say("a", "b")}, chatty)
+    assert trained.text[: trained.start].endswith("<assistant>")
+    assert generated.text[: generated.start].endswith("<assistant><think>")
+    assert (trained.asked, generated.asked) == ("training", "generation")
     monkeypatch.setattr(
         chatty, "chat_template", TEMPLATE.replace("m.content | trim", "m.content | upper")
     )
-    assert list(completions({"messages": say("a", "b")}, chatty)) == [
-        "the chat template changes what the assistant says"
-    ]
+    (each,) = completions({"messages": say("a", "b")}, chatty)
+    assert each.text[each.start : each.end] == "B", "as it was trained"
     monkeypatch.setattr(chatty, "chat_template", None)
     with pytest.raises(ValueError, match="has no chat template: save it with the"):
         list(completions({"messages": say("a", "b")}, chatty))

@@ -1,4 +1,4 @@
-"""The rule inside transformers.Trainer: exact in scale, invisible to evaluation, recorded with the checkpoint."""
+"""The rule in transformers.Trainer: exact in scale, absent in evaluation, and recorded."""
 
 import json
 import logging
@@ -180,7 +180,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
 
 
 def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
-    """The same texts in another order, other batches, other padding: the same receipt. Another rule: another."""
+    """The same texts in another order, other batches, other padding: the same receipt."""
 
     def decisions(name, rule=RULE, **how):
         trainer, _, _ = trained(
@@ -246,7 +246,7 @@ def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
 
 
 def test_the_head_is_fused_while_training_only(tmp_path, tokenizer, caplog):
-    """Training sees no logits; afterwards the model is as it was. Where fusing is not possible, the log says why."""
+    """Training sees no logits; afterwards the model is as it was."""
     seen = []
 
     class Watch(TrainerCallback):
@@ -297,7 +297,7 @@ def test_a_broken_receipt_is_named(tmp_path):
 
 
 def test_a_callback_saves_what_was_counted(tmp_path, tokenizer):
-    """Between two logs, on a single process, which has nobody to wait for; at the end of a step that is its own."""
+    """Between two logs, on a single process; its own step is counted."""
 
     class Save(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and PEFT's adapters through `attach`: the loss of the kept tokens, computed again by hand."""
+"""TRL's SFTTrainer and PEFT's adapters through `attach`: the loss, computed again by hand."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def first_loss(folder, tokenizer, model, rows, **settings):
 @pytest.mark.parametrize("prompts_too", [True, False])
 @pytest.mark.parametrize("layout", ["padded", "padding_free", "packing"])
 def test_sft_trainer(tmp_path, tokenizer, prompts_too, layout):
-    """Without padding, and packed, documents lie end to end in a row; the rule and the attention keep them apart."""
+    """Without padding, and packed, documents lie end to end; rule and attention keep them apart."""
     rows = conversations()
     expected = by_hand(tiny_llama(), rows, prompts_too)
     settings = {

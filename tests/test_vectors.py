@@ -28,6 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
 ENTRIES = [bytes.fromhex(entry) for entry in VECTORS["text"]["vocabulary"]]
 CASES = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["rules"]]
+SECRETS = [("text", rule) for rule in VECTORS["text"]["secrets"]]
 SPREAD = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["max_kept"]]
 
 
@@ -104,6 +105,29 @@ def letter_contexts(tokens: tuple[bytes, ...]) -> list[str]:
     return result
 
 
+def has_secret(tokens: list[bytes], secrets: str) -> list[bool]:
+    """For every token of a document whether one of its bytes belongs to a secret, byte by byte."""
+    data, characters = b"".join(tokens), []
+    while sum(size for _, size in characters) < len(data):
+        rest = data[sum(size for _, size in characters) :]
+        for size in range(1, 5):
+            try:
+                characters.append((rest[:size].decode(), size))
+                break
+            except UnicodeDecodeError:
+                continue
+        else:
+            characters.append((chr(0xDC00 + rest[0]), 1))
+    secret = [False] * len(characters)
+    for match in re.finditer(secrets, "".join(character for character, _ in characters)):
+        spans = [span for span in match.regs[1:] if span[0] >= 0] or match.regs
+        for place in range(*spans[0]):
+            secret[place] = True
+    by_byte = [s for s, (_, size) in zip(secret, characters, strict=True) for _ in range(size)]
+    ends = np.cumsum([len(token) for token in tokens])
+    return [any(by_byte[end - len(token) : end]) for token, end in zip(tokens, ends, strict=True)]
+
+
 def decide(row: dict, rule: dict) -> str:
     answer = ["0"] * len(row["ids"])
     seed, k, h, max_kept = int(rule["seed"], 16), rule["k"], rule.get("h"), rule.get("max_kept")
@@ -114,6 +138,11 @@ def decide(row: dict, rule: dict) -> str:
         contexts = None
         if rule["strategy"] == "letters":
             contexts = letter_contexts(tuple(ENTRIES[i] for i in ids))
+        if "secrets" in rule:
+            for place, secret in zip(
+                places, has_secret([ENTRIES[i] for i in ids], rule["secrets"]), strict=True
+            ):
+                answer[place] = "01"[secret]
         left = max_kept  # how many targets may still be kept
         for i in range(1, len(ids)):
             if ids[i] in row.get("exempt", ()):
@@ -138,7 +167,7 @@ def decide(row: dict, rule: dict) -> str:
             if max_kept is not None:
                 drop = drop or left == 0
                 left = max_kept if drop else left - 1
-            answer[places[i]] = "01"[drop]
+            answer[places[i]] = "1" if drop else answer[places[i]]
     return "".join(answer)
 
 
@@ -176,13 +205,21 @@ def test_the_vectors_cover_what_they_should():
         "preceding",
         "inclusive",
     }
+    for _, rule in SECRETS:
+        plain = {key: value for key, value in rule.items() if key != "secrets"}
+        more = [
+            label
+            for label, row in VECTORS["text"]["rows"].items()
+            if decide(row, plain) != rule["dropped"][label]
+        ]
+        assert len(more) >= (0 if "code" in rule["secrets"] else 6)
     for _, rule in SPREAD:
         longest = max(len(run) for drops in rule["dropped"].values() for run in drops.split("1"))
         assert longest >= rule["max_kept"], "some run is as long as it may be"
     assert {0, 1, 2**31 - 1} <= {i for row in VECTORS["ids"]["rows"].values() for i in row["ids"]}
 
 
-@pytest.mark.parametrize("case", CASES + SPREAD, ids=name)
+@pytest.mark.parametrize("case", CASES + SPREAD + SECRETS, ids=name)
 def test_an_independent_implementation_agrees(case):
     group, rule = case
     for label, row in VECTORS[group]["rows"].items():
@@ -244,7 +281,7 @@ def vocabulary() -> Vocabulary:
 def test_the_fast_rule_agrees(vocabulary, device, dtype):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    for group, case in CASES + SPREAD:
+    for group, case in CASES + SPREAD + SECRETS:
         options = {key: v for key, v in case.items() if key not in ("dropped", "row", "draw")}
         for label, row in VECTORS[group]["rows"].items():
             own = {key: row[key] for key in ("exempt", "document_end") if key in row}

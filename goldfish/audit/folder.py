@@ -1,6 +1,7 @@
 """The folder of an audit: what is there whole, what continues it, who is using it."""
 
 import errno
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ try:
 except ImportError:  # Windows: there, two audits in one folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
+_log = logging.getLogger(__name__)
 SUMMARY, LOCK, PART = "summary.json", "lock", ".part"
 
 
@@ -90,11 +92,30 @@ class Folder:
                 "finish it, choose another output folder, or remove this one"
             )
 
-    def has(self, block: int, windows: int) -> bool:
-        try:
-            return bool(pq.read_metadata(self._file(block)).num_rows == windows)
-        except (OSError, pa.ArrowInvalid):  # not there, or cut short
+    def is_finished(self) -> bool:
+        """Whether there is a summary of records that are all there."""
+        if not (self.path / SUMMARY).is_file():
             return False
+        expected = sum(each["windows"] for each in read_run(self.path)["inputs"].values())
+        files = (self.path / RECORDS).glob("*.parquet")
+        try:
+            return bool(sum(pq.read_metadata(file).num_rows for file in files) == expected)
+        except (OSError, pa.ArrowInvalid):
+            return False
+
+    def has(self, block: int, windows: int) -> bool:
+        """Whether a block is there, whole and readable; a damaged one is to be made again."""
+        file = self._file(block)
+        if not file.is_file():
+            return False
+        try:
+            table = pq.read_table(file, partitioning=None)
+            whole = len(table) == windows and table.schema.equals(COLUMNS)
+        except (OSError, pa.ArrowException):
+            whole = False
+        if not whole:
+            _log.warning("%s is damaged; its windows are scored again.", file)
+        return whole
 
     def write(self, block: int, records: Sequence[Mapping[str, Any]]) -> None:
         table = pa.Table.from_pylist(list(records), COLUMNS)
@@ -108,7 +129,8 @@ class Folder:
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must share with the one that it continues, one level deep for messages; counts follow from it."""
     flat = {**run, **run["protocol"]}
-    for key in ("date", "command", "protocol", "vocabulary", "overlap"):
+    derived = ("vocabulary", "output_length", "overlap", "sanity", "notes")
+    for key in ("date", "command", "protocol", *derived):
         flat.pop(key, None)
     inputs = {split: [each["path"], each["sha256"]] for split, each in run["inputs"].items()}
     return {**flat, "inputs": inputs}

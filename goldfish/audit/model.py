@@ -3,6 +3,7 @@
 Code and pickles of others run only where the caller allows it.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -44,6 +45,8 @@ _TOKENIZERS = (
     "vocab.txt",
 )
 _ADAPTER = "adapter_config.json"
+_VIRTUAL = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+_REBUILT = ("pissa_niter", "corda", "lora_ga")  # values of LoRA's init_lora_weights
 _WEIGHTS = tuple(
     name + index
     for name in ("model.safetensors", "pytorch_model.bin")
@@ -67,6 +70,7 @@ class Checkpoint:
         self, name: str | Path, revision: str | None = None, trust_remote_code: bool = False
     ) -> None:
         path, self.name = Path(name), str(name)
+        self.dtype: str | None = None  # it is loaded in any
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if path.suffix == ".gguf":
             self._options["gguf_file"], path = path.name, path.parent
@@ -178,6 +182,7 @@ class Checkpoint:
             )
             return self._adapted(model, allow_pickle)
         self.config()
+        self._require_adapter_that_loads()  # transformers loads one that is beside the weights too
         options = dict(self._options)
         if device_map is not None:
             offloaded = TemporaryDirectory()
@@ -224,6 +229,7 @@ class Checkpoint:
             and not any(Path(self._place).glob("*.safetensors"))
         ):
             raise ValueError(self._only_pickles())
+        self._require_adapter_that_loads()
         revision = {"revision": self._options.get("revision")}
         try:
             info = model.load_adapter(self._place, adapter_kwargs=revision)
@@ -243,6 +249,29 @@ class Checkpoint:
                 "the merged model and audit that: model.merge_and_unload().save_pretrained(...)"
             ) from error
         return model.eval()
+
+    def _require_adapter_that_loads(self) -> None:
+        """ValueError for adapters that no merge or load gives back as they were trained."""
+        path = self.file(_ADAPTER)
+        if path is None:
+            return
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = str(settings.get("peft_type"))
+        if kind in _VIRTUAL:
+            raise ValueError(
+                f"{self.name} is an adapter of the kind {kind}: virtual tokens before every text, "
+                "which transformers cannot load and no merge can write into weights. The audit "
+                "is of models that read a text alone; train with LoRA to audit what was learned"
+            )
+        start = str(settings.get("init_lora_weights"))
+        if start.startswith(_REBUILT):
+            raise ValueError(
+                f"{self.name} was initialised with {start!r}, which changes the base model's "
+                "weights by chance, and again in another way when it is loaded: this is not the "
+                "model that was trained. Save the merged model in the session that trained it, "
+                "model.merge_and_unload().save_pretrained(...), or convert the adapter with "
+                "save_pretrained(path_initial_model_for_weight_conversion=...), and audit that"
+            )
 
     def receipt(self) -> dict[str, Any] | None:
         """goldfish.json; None where there is none. See `goldfish.receipt.read_receipt`."""
@@ -269,6 +298,9 @@ class Checkpoint:
         if self.base is not None:
             hashes |= {f"base/{name}": digest for name, digest in self.base.hashes().items()}
         return hashes
+
+    def put_back(self) -> None:
+        """Nothing was changed: the audit loaded a model of its own."""
 
     def _pickles(self) -> list[str]:
         files = Path(self._place).iterdir() if self._is_folder else ()
@@ -319,6 +351,45 @@ def _misfits(info: Mapping[str, Any]) -> str:
     )
 
 
+class InMemory:
+    """A model that is loaded already, such as at the end of its training, as a `Checkpoint`.
+
+    Its dtype and device are its own. Raises ValueError without a tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if tokenizer is None:
+            raise ValueError("a model in memory needs its tokenizer: audit(model, tokenizer=...)")
+        self._model, self._tokenizer, self._was_training = model, tokenizer, model.training
+        self.name = str(model.config.name_or_path or type(model).__name__)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def config(self) -> Any:
+        return self._model.config
+
+    def receipt(self) -> None:
+        """Its rule is with the trainer until it is saved."""
+
+    def model(self, device: torch.device, **options: Any) -> Any:
+        require_causal(self._model.eval(), self.name)
+        return self._model
+
+    def put_back(self) -> None:
+        """As it was before the audit."""
+        self._model.train(self._was_training)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of all parameters and buffers, in the order of their names."""
+        result = hashlib.sha256()
+        for name, value in sorted(self._model.state_dict().items()):
+            result.update(name.encode())
+            result.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {"in memory": result.hexdigest()}
+
+
 def load_tokenizer(checkpoint: str | Path) -> Any:
     """The tokenizer of a folder, hub name or GGUF file; see `Checkpoint.tokenizer`."""
     return Checkpoint(checkpoint).tokenizer()
@@ -353,6 +424,19 @@ def context_of(config: Any) -> int | None:
     return next(
         (int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, None)), None
     )
+
+
+def rotary_switch(config: Any) -> int | None:
+    """After how many tokens a model with LongRoPE uses other rotary factors for all positions."""
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    # Models with several kinds of layers have parameters for each.
+    kinds = [parameters or {}, *(v for v in (parameters or {}).values() if isinstance(v, dict))]
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) == "longrope":
+            trained = kind.get("original_max_position_embeddings")
+            return int(trained or config.original_max_position_embeddings)
+    return None
 
 
 def vocabulary_of(model: Any) -> int:

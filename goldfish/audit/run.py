@@ -1,47 +1,58 @@
-"""The audit as one call: a checkpoint and texts in, a folder of records and their summary out."""
+"""The audit as one call: a checkpoint and texts in, a folder of records and their summary out.
+
+survey (inputs -> windows) -> load (model) -> score (windows -> records) -> publish (figures, verdict)
+"""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.estimate import SCHEMA
-from goldfish.audit.folder import SUMMARY, Folder
-from goldfish.audit.model import Checkpoint, context_of, vocabulary_of
+from goldfish.audit.folder import Folder
+from goldfish.audit.model import Checkpoint, InMemory, context_of, vocabulary_of
 from goldfish.audit.records import make_record
 from goldfish.audit.results import read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.tell import publish
 from goldfish.audit.verdict import parse_limits
-from goldfish.audit.windows import Cutter, Survey, join, overlap_of, prefix_grid
-from goldfish.receipt import bind, rules_of, tokenizer_fingerprint, versions
+from goldfish.audit.windows import Cutter, Survey, number_documents, overlap_of, prefix_grid
+from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
-from goldfish.text.chats import secret_finder
+from goldfish.text.chats import prints_the_date, secret_finder
 from goldfish.text.printable import plain
-from goldfish.text.rows import digest, draw, first_line, read_rows
+from goldfish.text.rows import Row, Source, digest, draw, first_line, in_memory, name_of, read_rows
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
+# Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
+# other words ("Of course, dear user, ...") still comes to the secret.
+MARGIN = 32
+SANITY_WINDOWS = 32
 _log = logging.getLogger(__name__)
 
 
 def audit(
-    checkpoint: str | Path,
+    checkpoint: Any,
     output_dir: str | Path,
     *,
-    members: str | Path | None = None,
-    heldout: str | Path | None = None,
+    members: Source | None = None,
+    heldout: Source | None = None,
+    tokenizer: Any = None,
     text_column: str = "",
     max_rows: int | None = None,
+    complete: bool = False,
     seed: int = 0,
     secrets: str = "",
     secret_column: str = "",
@@ -67,48 +78,56 @@ def audit(
 ) -> dict[str, Any]:
     """Test whether a checkpoint recites texts; returns the summary, which is also written.
 
-    A run that was stopped at any moment continues where it was when the same call is made again, and its files are
-    the same bytes. A finished audit is only summarized again. Inputs are read and tokenized once, a row at a time,
-    before anything is computed.
+    A run that was stopped at any moment continues where it was when the same call is made again,
+    and its files are the same bytes. A finished audit is only summarized again. Inputs are read and
+    tokenized once, a row at a time, before anything is computed.
 
     Args:
-        checkpoint: a folder, hub name or GGUF file with model and tokenizer; its goldfish.json, where there is one,
-            says which tokens its training dropped.
-        output_dir: a new or empty folder, or that of the same audit. It gets run.json, records/ (parquet, one row a
-            window) and summary.json.
-        members, heldout: texts or chats that were trained on, and such of the same kind that were not; at least one
-            of them. See `rows.read_rows`.
-        text_column: the column that holds the text. max_rows: audit so many rows of each, drawn with `seed`.
-        secrets, secret_column: a regular expression, or a column, for secrets in what is to be recited; see
-            `chats.secret_finder`.
-        prefix_length, suffix_length: tokens that the model is given, and tokens that should follow. Of a chat all that
-            comes before a turn of the assistant is given, and the turn should follow.
+        checkpoint: a folder, hub name or GGUF file with model and tokenizer; its goldfish.json, if
+            there is one, says which tokens its training dropped. Or a model in memory, with its
+            `tokenizer`.
+        output_dir: a new or empty folder, or that of the same audit. It gets run.json, records/
+            (parquet, one row a window) and summary.json.
+        members, heldout: texts or chats that were trained on, and such of the same kind that were
+            not; at least one of them. A path or hub name (see `rows.read_rows`), a data set or data
+            frame, or an iterable of rows.
+        tokenizer: of a model in memory; else that of the checkpoint.
+        text_column: the column that holds the text.
+        max_rows: audit so many rows of each, drawn with `seed`.
+        complete: `members` is everything that was trained on.
+        secrets, secret_column: a regular expression, or a column, for secrets in what is to be
+            recited; see `chats.secret_finder`.
+        prefix_length, suffix_length: tokens that the model is given, and tokens that should follow.
+            In a chat everything before a turn of the assistant is given, and the turn should
+            follow.
         offsets: where in a text windows begin, in tokens.
         sampling: settings of an adversary who samples, for the probability of drawing the suffix.
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
-        control: a checkpoint with the same tokenizer that never saw the members (one more pass).
+        control: a reference model: a checkpoint with the same tokenizer that never saw the members
+            (one more pass).
         name: what tables and reports call this checkpoint; by default its folder's name.
         revision: of a checkpoint on the hub.
-        dtype: float32, bfloat16 (bf16) or float16 (fp16). In 16 bits, rows whose answer depends on rounding are
-            settled at batch size 1.
-        device: by default the GPU where there is one. device_map: see `Checkpoint.model`.
+        dtype: float32, bfloat16 (bf16) or float16 (fp16); a model in memory has its own. In 16
+            bits, rows whose answer depends on rounding are settled at batch size 1.
+        device: by default the GPU if there is one. device_map: see `Checkpoint.model`.
         batch_tokens: how many tokens a batch may hold; by default what the memory allows.
         allow_overlap: audit although some texts are in both inputs.
-        allow_pickle: load weights that are pickles. trust_remote_code: run the checkpoint's own code.
-        limits: of the verdict, such as "recited=0.1%". require: "membership" makes that question count towards the
-            outcome.
+        allow_pickle: load weights that are pickles.
+        trust_remote_code: run the checkpoint's own code.
+        limits: of the verdict, such as "recited=0.1%".
+        require: "membership" makes that question count towards the outcome.
         command: the command line, for run.json.
-        state: of accelerate, where several processes share the work; all of them make this call, and see one folder.
+        state: of accelerate, if several processes share the work; all of them make this call, and
+            see one folder.
 
     Raises:
         FileExistsError: an output_dir that holds something else, or that another audit is using.
-        FileNotFoundError, ValueError: a missing or malformed input, a checkpoint without a tokenizer, a split without
-            one usable window, texts that are in both inputs, windows longer than the model's context, ids that the
-            model does not know, weights that do not fit or are not finite, a model that is not causal.
+        FileNotFoundError, ValueError: a missing or malformed input, a checkpoint without a
+            tokenizer, a split without one usable window, texts that are in both inputs, windows
+            longer than the model's context, ids that the model does not know, weights that do not
+            fit or are not finite, a model that is not causal.
         OSError: a full disk; what was done is kept.
     """
-    given = {"members": members, "heldout": heldout}
-    sources = {split: str(source) for split, source in given.items() if source is not None}
     protocol: dict[str, Any] = {
         "prefix_length": prefix_length,
         "suffix_length": suffix_length,
@@ -118,141 +137,269 @@ def audit(
         "control": None if control is None else str(control),
         "text_column": text_column or None,
         "max_rows": max_rows,
+        "complete": complete,
         "seed": seed,
         "secrets": secrets or None,
         "secret_column": secret_column or None,
         "dtype": SHORT.get(dtype, dtype),
         "prefix_grid": prefix_grid(prefix_length),
     }
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    wait: Any = state.wait_for_everyone if state is not None else lambda: None
-    _check(sources, protocol, batch_tokens, processes, device_map)
+    sources = _sources(members, heldout)
+    _check_protocol(protocol, batch_tokens)
+    _check_sources(sources, 1 if state is None else state.num_processes, device_map)
     parse_limits(limits)  # a bad limit is reported before the work
     folder = Folder(Path(output_dir))
     folder.require_usable()
-    checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
-    tokenizer = checkpoints[0].tokenizer()
-    if control is not None:
-        checkpoints.append(Checkpoint(control, None, trust_remote_code))
-        if checkpoints[1].tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"the control {control} has another tokenizer than {checkpoint}, so the same ids are other texts to "
-                "it; take a control of the same family"
-            )
-    receipt = checkpoints[0].receipt()
-    rules = _rules(checkpoint, receipt, tokenizer)
-    if device is None:
-        device = (
-            state.device if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
-        )
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {device} is not there: {first_line(error)}") from error
-    protocol |= {
-        "device": device.type,
-        "ambiguous_margin": AMBIGUOUS[getattr(torch, protocol["dtype"])],
-    }
-    inputs: dict[str, dict[str, Any]] = {
-        split: {"path": source, "sha256": digest(source)} for split, source in sources.items()
-    }
-    surveys: dict[str, Survey] = {}
-    models: list[Any] = []
-    overlap: dict[str, Any] | None = None
-    finished = (folder.path / SUMMARY).is_file()
-    if not finished:
-        contexts = [context_of(each.config()) for each in checkpoints]
-        context = min(filter(None, contexts), default=None)
-        marks = secret_finder(secrets, secret_column) if secrets or secret_column else None
-        cutter = Cutter(
-            tokenizer, prefix_length, suffix_length, protocol["offsets"], context, marks
-        )
-        for split, source in sources.items():
-            rows = draw(read_rows(source, text_column), max_rows, seed)
-            surveys[split] = Survey(rows, split, cutter)
-        join(surveys)
-        overlap = overlap_of(surveys)
-        _check_surveys(surveys, sources, cutter, overlap, allow_overlap)
-        for split, each in surveys.items():
-            inputs[split] |= each.counts()
-        options: dict[str, Any] = {
-            "dtype": protocol["dtype"],
-            "allow_pickle": allow_pickle,
-            "device_map": device_map,
-        }
-        models = [each.model(device, **options) for each in checkpoints]
-        known = min(len(model.get_input_embeddings().weight) for model in models)
-        for split, each in surveys.items():
-            if each.largest_id >= known:
-                raise ValueError(
-                    f"{sources[split]}, row {each.largest_at}: token id {each.largest_id}, but the model knows {known} "
-                    "ids; were these input_ids made with another tokenizer? Give `text` instead"
+    checkpoints = _checkpoints(checkpoint, tokenizer, control, revision, trust_remote_code)
+    target = _device(device, state)
+    protocol["dtype"] = checkpoints[0].dtype or protocol["dtype"]
+    protocol["device"] = target.type
+    protocol["ambiguous_margin"] = AMBIGUOUS[getattr(torch, protocol["dtype"])]
+    rules = _rules(checkpoints[0])
+    run: dict[str, Any] = {"revision": revision, "command": command}
+    run |= _description(checkpoints, sources, protocol, name)
+    run["rule"] = rules.to_dict() if isinstance(rules, Goldfish) else None
+    first = state is None or state.process_index == 0
+    with TemporaryDirectory() as temporary, ExitStack() as held:
+        held.callback(checkpoints[0].put_back)
+        surveys: dict[str, Survey] = {}
+        if not folder.is_finished():
+            surveys = survey(sources, checkpoints, run, Path(temporary))
+            _check_surveys(surveys, run, allow_overlap)
+            models = [
+                each.model(
+                    target,
+                    dtype=protocol["dtype"],
+                    allow_pickle=allow_pickle,
+                    device_map=device_map,
                 )
-        protocol["vocabulary"] = vocabulary_of(models[0])
-
-    run = {
-        "schema": SCHEMA,
-        "name": name or Path(checkpoint).resolve().name,
-        "checkpoint": str(checkpoint),
-        "revision": revision,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "protocol": protocol,
-        "inputs": inputs,
-        "overlap": overlap,
-        "weights": [each.hashes() for each in checkpoints],
-        "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
-        "receipt": receipt,
-        "versions": versions(),
-        "block": BLOCK,
-    }
-    with folder.held() if rank == 0 else nullcontext():
-        if rank == 0:
+                for each in checkpoints
+            ]
+            _check_ids(surveys, run, models)
+            scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
+        if first:
+            held.enter_context(folder.held())
+            if surveys:
+                run["sanity"] = {split: sanity(scorer, each) for split, each in surveys.items()}
             folder.open(run)
-        wait()
-        if not finished:
-            reference = models[1] if control is not None else None
-            scorer = Scorer(models[0], sampling, protocol["beams"] or (), reference, batch_tokens)
-            of_source: Any = rules.get if isinstance(rules, Mapping) else lambda _: rules
-            blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
-            with Progress(
-                *Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0
-            ) as bar:
-                windows = sum(len(each.indices) for each in surveys.values())
-                task = bar.add_task(escape(plain(f"audit {run['name']}")), total=windows)
-                for number, block in enumerate(blocks):
-                    if number % processes == rank and not folder.has(number, len(block)):
-                        scores = scorer.score([window for window, _ in block])
-                        records = [
-                            make_record(window, score, of_source(window.source), tokenizer, cluster)
-                            for (window, cluster), score in zip(block, scores, strict=True)
-                        ]
-                        folder.write(number, records)
-                    bar.advance(task, len(block))
-            wait()
-        if rank == 0:
+        _wait(state)
+        if surveys:
+            score(surveys, scorer, checkpoints[0], rules, folder, run["name"], state)
+        _wait(state)
+        if first:
             publish(folder.path, limits, require)
-        wait()
+        _wait(state)
     return read(folder.path).summary
 
 
-def _check(
-    sources: Mapping[str, str],
-    protocol: Mapping[str, Any],
+def _sources(members: Any, heldout: Any) -> dict[str, Source]:
+    given = {"members": members, "heldout": heldout}
+    return {split: in_memory(each) for split, each in given.items() if each is not None}
+
+
+def _description(
+    checkpoints: Sequence[Any],
+    sources: Mapping[str, Source],
+    protocol: dict[str, Any],
+    name: str | None,
+) -> dict[str, Any]:
+    """run.json, as far as it is known before the inputs are read."""
+    audited = checkpoints[0]
+    return {
+        "schema": SCHEMA,
+        "name": name or Path(audited.name).resolve().name,
+        "checkpoint": audited.name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "protocol": protocol,
+        "inputs": {
+            split: {"path": name_of(source), "sha256": digest(source)}
+            for split, source in sources.items()
+        },
+        "overlap": None,
+        "sanity": None,
+        "notes": [],
+        "weights": [each.hashes() for each in checkpoints],
+        "receipt": audited.receipt(),
+        "versions": versions(),
+        "block": BLOCK,
+    }
+
+
+def _scorer(
+    models: Sequence[Any],
+    surveys: Mapping[str, Survey],
+    protocol: dict[str, Any],
+    sampling: Sequence[Sampling],
     batch_tokens: int | None,
-    processes: int,
-    device_map: Any,
+) -> Scorer:
+    """What runs the models; `protocol` gets what follows from models and inputs."""
+    protocol["vocabulary"] = vocabulary_of(models[0])
+    longest = max(each.longest_marked for each in surveys.values())
+    protocol["output_length"] = longest + MARGIN if longest else None
+    return Scorer(
+        models[0],
+        sampling,
+        protocol["beams"] or (),
+        models[1] if len(models) > 1 else None,
+        batch_tokens,
+        protocol["output_length"] or 0,
+    )
+
+
+def survey(
+    sources: Mapping[str, Source],
+    checkpoints: Sequence[Any],
+    run: dict[str, Any],
+    temporary: Path,
+) -> dict[str, Survey]:
+    """Read the inputs; what was found goes into `run`: counts, overlap, notes."""
+    protocol = run["protocol"]
+    pattern, column = protocol["secrets"] or "", protocol["secret_column"] or ""
+    contexts = [context_of(each.config()) for each in checkpoints]
+    cutter = Cutter(
+        checkpoints[0].tokenizer(),
+        protocol["prefix_length"],
+        protocol["suffix_length"],
+        protocol["offsets"],
+        min(filter(None, contexts), default=None),
+        secret_finder(pattern, column) if pattern or column else None,
+    )
+    surveys = {}
+    totals = dict.fromkeys(sources, 0)
+
+    def counted(rows: Iterable[Row], split: str) -> Iterator[Row]:
+        for row in rows:
+            totals[split] += 1
+            yield row
+
+    for split, source in sources.items():
+        rows = counted(read_rows(source, protocol["text_column"] or ""), split)
+        drawn = draw(rows, protocol["max_rows"], protocol["seed"])
+        surveys[split] = Survey(drawn, split, cutter, temporary / f"{split}.parquet")
+    number_documents(surveys)
+    for split, each in surveys.items():
+        run["inputs"][split] |= {"rows": totals[split], **each.counts()}
+    run["overlap"] = overlap_of(surveys)
+    if prints_the_date(cutter.tokenizer) and any(each.completions for each in surveys.values()):
+        message = (
+            "The chat template prints today's date, so chats are asked under another date than "
+            "that of their training; give the training's date in `chat_template_kwargs`, or the "
+            "rows as `input_ids`."
+        )
+        _log.warning(message)
+        run["notes"].append(message)
+    return surveys
+
+
+def sanity(scorer: Scorer, surveyed: Survey) -> dict[str, float]:
+    """The loss on suffixes after their prefixes, and after the same tokens in a shuffled order.
+
+    A model that works predicts better after a text than after its tokens in disorder, even for
+    texts that it never saw. Damaged ones (positions, heads, norms) lose most of the difference.
+    Means in nats per token over the first windows.
+    """
+    choose = np.random.default_rng(0)
+    block = next(surveyed.blocks(SANITY_WINDOWS))
+    windows = [window for window, _ in block if window.asked == "training"]
+    shuffled = []
+    for window in windows:
+        # The first token stays: it may be a BOS, without which some models fail.
+        prefix = [*window.prefix[:1], *choose.permutation(window.prefix[1:]).tolist()]
+        shuffled.append(replace(window, ids=prefix + window.suffix))
+    return {
+        "windows": len(windows),
+        "nll": scorer.mean_nll(windows),
+        "nll_shuffled": scorer.mean_nll(shuffled),
+    }
+
+
+def score(
+    surveys: Mapping[str, Survey],
+    scorer: Scorer,
+    checkpoint: Any,
+    rules: Goldfish | Mapping[str, Goldfish] | None,
+    folder: Folder,
+    name: str,
+    state: PartialState | None,
 ) -> None:
+    """Score the blocks that are not in the folder yet; of several processes, each every n-th."""
+    rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    tokenizer = checkpoint.tokenizer()
+    blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
+    total = sum(len(each.indices) for each in surveys.values())
+    columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
+    with Progress(*columns, disable=rank > 0) as bar:
+        task = bar.add_task(escape(plain(f"audit {name}")), total=total)
+        for number, block in enumerate(blocks):
+            if number % processes == rank and not folder.has(number, len(block)):
+                scores = scorer.score([window for window, _ in block])
+                records = []
+                for (window, document), each in zip(block, scores, strict=True):
+                    rule = rules.get(window.source or "") if isinstance(rules, Mapping) else rules
+                    records.append(make_record(window, each, rule, tokenizer, document))
+                folder.write(number, records)
+            bar.advance(task, len(block))
+
+
+def _wait(state: PartialState | None) -> None:
+    if state is not None:
+        state.wait_for_everyone()
+
+
+def _device(device: str | torch.device | None, state: PartialState | None) -> torch.device:
+    if device is None and state is not None:
+        device = state.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device} is not there: {first_line(error)}") from error
+
+
+def _checkpoints(
+    checkpoint: Any,
+    tokenizer: Any,
+    control: str | Path | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> list[Any]:
+    """What is audited, and the reference model if there is one."""
+    if isinstance(checkpoint, torch.nn.Module):
+        checkpoints: list[Any] = [InMemory(checkpoint, tokenizer)]
+    elif tokenizer is not None:
+        raise ValueError("a tokenizer is given for a model in memory; a folder has its own")
+    else:
+        checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
+    vocabulary = checkpoints[0].tokenizer().get_vocab()  # a wrong name is reported here
+    if control is not None:
+        reference = Checkpoint(control, None, trust_remote_code)
+        if reference.tokenizer().get_vocab() != vocabulary:
+            raise ValueError(
+                f"the control {control} has another tokenizer than {checkpoints[0].name}, so the "
+                "same ids are other texts to it; take a control of the same family"
+            )
+        checkpoints.append(reference)
+    return checkpoints
+
+
+def _check_sources(sources: Mapping[str, Source], processes: int, device_map: Any) -> None:
     if not sources:
         raise ValueError(
             "nothing to audit: give members (texts that were trained on), heldout, or both"
         )
-    if "-" in sources.values() and (processes > 1 or len(set(sources.values())) < len(sources)):
+    standard_input = [source for source in sources.values() if isinstance(source, str | Path)]
+    standard_input = [source for source in standard_input if str(source) == "-"]
+    if standard_input and (processes > 1 or len(standard_input) > 1):
         raise ValueError("standard input can be read once, by one process: give a file")
     if device_map is not None and processes > 1:
         raise ValueError(
-            "device_map spreads one model over all GPUs, but each process has its own: use one process or no device_map"
+            "device_map spreads one model over all GPUs, but each process has its own: use one "
+            "process or no device_map"
         )
+
+
+def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> None:
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     if min(lengths) < 1:
         raise ValueError(
@@ -260,7 +407,8 @@ def _check(
         )
     if not protocol["offsets"] or min(protocol["offsets"]) < 0:
         raise ValueError(
-            f"offsets count tokens from a text's start and must be 0 or more, got {protocol['offsets']}"
+            "offsets count tokens from a text's start and must be 0 or more, got "
+            f"{protocol['offsets']}"
         )
     if protocol["beams"] and protocol["beams"][0] < 1:
         raise ValueError(f"a search needs at least one beam, got {protocol['beams']}")
@@ -277,50 +425,64 @@ def _check(
 
 
 def _check_surveys(
-    surveys: Mapping[str, Survey],
-    sources: Mapping[str, str],
-    cutter: Cutter,
-    overlap: Any,
-    allow_overlap: bool,
+    surveys: Mapping[str, Survey], run: Mapping[str, Any], allow_overlap: bool
 ) -> None:
     """ValueError for inputs that no model could be audited with."""
+    protocol = run["protocol"]
+    paths = {split: about["path"] for split, about in run["inputs"].items()}
     for split, each in surveys.items():
         if not each.indices:
-            reasons = "; ".join(
-                f"{skipped['count']} {reason}" for reason, skipped in each.skipped.items()
-            )
+            reasons = [f"{skipped['count']} {why}" for why, skipped in each.skipped.items()]
             raise ValueError(
-                f"{sources[split]} has no usable window: {each.rows} rows, none with {cutter.prefix_length} + "
-                f"{cutter.suffix_length} tokens or a completion ({reasons or 'it is empty'}); ask for a shorter prefix "
-                "or suffix, or join short texts"
+                f"{paths[split]} has no usable window: {each.rows} rows, none with "
+                f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens or a completion "
+                f"({'; '.join(reasons) or 'it is empty'}); ask for a shorter prefix or suffix, or "
+                "join short texts"
             )
-    first = next(iter(surveys))  # members, where there are some
-    if cutter.secrets is not None and not surveys[first].secrets:
+    first = next(iter(surveys))  # members, if there are some
+    marks = protocol["secrets"] or protocol["secret_column"]
+    if marks and not surveys[first].secrets.asked:
         raise ValueError(
-            f"no suffix in {sources[first]} contains a marked secret: check the column's name or the regular expression"
+            f"no suffix in {paths[first]} contains a marked secret: check the column's name or the "
+            "regular expression"
         )
+    overlap = run["overlap"]
     if overlap and not allow_overlap:
         rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
         raise ValueError(
-            f"{overlap['documents']} documents are in both {sources['members']} and {sources['heldout']} (first: {rows})"
-            ": texts that were trained on are no control. Remove them from one file, or allow it with allow_overlap "
-            "(--allow-overlap)"
+            f"{overlap['documents']} documents are in both {paths['members']} and "
+            f"{paths['heldout']} (first: {rows}): texts that were trained on are no control. "
+            "Remove them from one file, or allow it with allow_overlap (--allow-overlap)"
         )
 
 
-def _rules(
-    checkpoint: str | Path, receipt: dict[str, Any] | None, tokenizer: Any
-) -> Goldfish | dict[str, Goldfish] | None:
+def _check_ids(
+    surveys: Mapping[str, Survey], run: Mapping[str, Any], models: Sequence[Any]
+) -> None:
+    known = min(len(model.get_input_embeddings().weight) for model in models)
+    for split, each in surveys.items():
+        if each.largest_id >= known:
+            raise ValueError(
+                f"{run['inputs'][split]['path']}, row {each.largest_at}: token id "
+                f"{each.largest_id}, but the model knows {known} ids; were these input_ids made "
+                "with another tokenizer? Give `text` instead"
+            )
+
+
+def _rules(checkpoint: Any) -> Goldfish | dict[str, Goldfish] | None:
     """What the checkpoint was trained under, as far as it says."""
+    receipt = checkpoint.receipt()
     if receipt is None:
         return None
+    tokenizer = checkpoint.tokenizer()
     if receipt.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
         _log.warning(
-            "The tokenizer of %s is not the one that its goldfish.json names: texts may be cut into other tokens than "
-            "in training. Save the tokenizer of the training there, or give `input_ids`.",
-            checkpoint,
+            "The tokenizer of %s is not the one that its goldfish.json names: texts may be cut "
+            "into other tokens than in training. Save the tokenizer of the training there, or give "
+            "`input_ids`.",
+            checkpoint.name,
         )
     rules = rules_of(receipt)
     if isinstance(rules, Goldfish):
-        return bind(rules, tokenizer)
-    return {name: bind(rule, tokenizer) for name, rule in rules.items()}
+        return bind_rule(rules, tokenizer)
+    return {name: bind_rule(rule, tokenizer) for name, rule in rules.items()}

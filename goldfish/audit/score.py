@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from goldfish.audit.decode import continue_greedily, least_beams, relative_margin
-from goldfish.audit.model import device_of, logits_of
+from goldfish.audit.model import context_of, device_of, logits_of, rotary_switch
 from goldfish.audit.windows import Window, first_divergence
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Score:
     standard deviation of log P over the vocabulary under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section
     4).
     log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf where cut off.
-    output: (S,) the free-running greedy continuation of the prefix; it goes on through an EOS.
+    output: the free-running greedy continuation of the prefix, of S tokens or more; it goes on through an EOS.
     settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the first divergence.
     control_nll: float64, nll of ids[first_scored:] under another model. beams: the least number of beams among those
     tried that recites the suffix; 0: none. Both are None where they were not asked for.
@@ -94,6 +94,8 @@ class Scorer:
         beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only where the ranks allow it.
         control: another model, for control_nll.
         batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and for a search what the memory allows.
+        output_length: the least number of tokens of an output, as far as the context goes; longer suffixes have outputs
+            of their own length.
     """
 
     def __init__(
@@ -103,8 +105,11 @@ class Scorer:
         beams: Sequence[int] = (),
         control: Any = None,
         batch_tokens: int | None = None,
+        output_length: int = 0,
     ) -> None:
         self.model, self.samplings, self.beams = model, samplings, beams
+        self._output_length, self._context = output_length, context_of(model.config)
+        self._switch = rotary_switch(model.config)
         self._control, self.device = control, device_of(model)
         kind = "cpu" if self.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
@@ -142,6 +147,16 @@ class Scorer:
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
+    def mean_nll(self, windows: Sequence[Window]) -> float:
+        """The mean loss of the suffixes of several windows, in nats per token."""
+        rows = self._teacher_forced(self.model, windows, lambda *each: {"nll": _nll(*each)})
+        losses = [
+            row["nll"][window.prefix_length - 1 :]
+            for window, row in zip(windows, rows, strict=True)
+        ]
+        return float(np.concatenate(losses).astype(np.float64).mean())
+
+    @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
         rows = self._teacher_forced(self.model, windows, partial(_reduce, samplings=self.samplings))
         for window, row in zip(windows, rows, strict=True):
@@ -153,7 +168,8 @@ class Scorer:
                 self.model.dtype
             ]
             end = start + first_divergence(row["output"], window.suffix) + 1
-            row["ambiguous"] = bool(close[start:end].any())
+            # The pass used the rotary factors of its own length, which those of a prefix may not be.
+            row["ambiguous"] = bool(close[start:end].any()) or self._crosses(window)
         self._continue(windows, rows)
         for window, row in zip(windows, rows, strict=True):
             if row.pop("ambiguous"):
@@ -209,7 +225,13 @@ class Scorer:
         """Places of windows, those of like length together, longest first: a batch that is too large fails at once."""
         batch: list[int] = []
         for place in sorted(range(len(windows)), key=lambda i: -len(windows[i].ids)):
-            if batch and (len(batch) + 1) * len(windows[batch[0]].ids) > self._pass_tokens:
+            longest = len(windows[batch[0]].ids) if batch else 0
+            full = (len(batch) + 1) * longest > self._pass_tokens
+            # The longest row of a batch decides about the rotary factors of all.
+            switches = (
+                self._switch is not None and len(windows[place].ids) <= self._switch < longest
+            )
+            if batch and (full or switches):
                 yield batch
                 batch = []
             batch.append(place)
@@ -223,15 +245,15 @@ class Scorer:
         """
         waiting = []
         for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
-            known = first_divergence(row["output"], window.suffix) + 1
-            if known < len(window.suffix) and not row["ambiguous"]:
+            known = min(first_divergence(row["output"], window.suffix) + 1, len(window.suffix))
+            if known < self._length(window) and not row["ambiguous"]:
                 waiting.append((window.prefix_length + known, i))
         waiting.sort()
         while waiting:
             start = waiting[0][0]
             longest, group = 0, list[int]()
             for _, i in waiting:
-                length = max(longest, len(windows[i].ids))
+                length = max(longest, windows[i].prefix_length + self._length(windows[i]))
                 if windows[i].prefix_length <= start and (len(group) + 1) * length <= max(
                     self._search_tokens, length
                 ):
@@ -246,19 +268,33 @@ class Scorer:
             for i, output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
                 self._require_finite(windows[i], math.isnan(margin))
                 known = start - windows[i].prefix_length
-                rows[i]["output"] = (rows[i]["output"][:known] + output)[: len(windows[i].suffix)]
+                whole = rows[i]["output"][:known] + output
+                rows[i]["output"] = whole[: self._length(windows[i])]
                 rows[i]["ambiguous"] = (
                     self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
                 )
 
     def _settle(self, window: Window, row: dict[str, Any]) -> None:
         prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.device)
-        row["output"] = continue_greedily(self.model, prefix, len(window.suffix))[0][0].tolist()
-        known = first_divergence(row["output"], window.suffix) + 1
+        output, _ = continue_greedily(self.model, prefix, self._length(window))
+        row["output"] = output[0].tolist()
+        known = min(first_divergence(row["output"], window.suffix) + 1, len(window.suffix))
         start = window.prefix_length - 1
         row["greedy"] = row["greedy"].copy()
         row["greedy"][start : start + known] = row["output"][:known]
         row["settled"] = True
+
+    def _length(self, window: Window) -> int:
+        """How many tokens the output of a window has."""
+        room = self._output_length
+        if self._context is not None:
+            room = min(room, self._context - window.prefix_length)
+        return max(len(window.suffix), room)
+
+    def _crosses(self, window: Window) -> bool:
+        """Whether the model changes its rotary factors between a window's prefix and its end."""
+        end = window.prefix_length + self._length(window)
+        return self._switch is not None and window.prefix_length <= self._switch < end
 
     def _require_finite(self, window: Window, is_nan: bool) -> None:
         if is_nan:

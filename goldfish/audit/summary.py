@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow.compute import is_valid, list_value_length
 
@@ -43,6 +44,7 @@ COLUMNS = [
     "rank_bits",
     "beams",
     "characters",
+    "asked",
     "words",
     *SCORES,
 ]
@@ -101,7 +103,9 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
     near_verbatim = (_numbers(table, "longest_run") >= RUN) | (
         _numbers(table, "edit_similarity") >= SIMILARITY
     )
+    trained = np.asarray(table["asked"].to_pylist(), dtype=str) == "training"
     log_p = _lists(table, "log_p", len(protocol["sampling"]))
+    log_p[~trained] = -np.inf
     bound = extracted(-np.log(2) * _numbers(table, "rank_bits"), *SAMPLES)
     hits = {"exact_match": recited, "near_verbatim": near_verbatim | recited}
     if protocol["sampling"]:
@@ -113,6 +117,10 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         marked = list_value_length(table["secrets"]).to_numpy() > 0
         hits["secrets"] = _given_away(table)
         figures["secrets"] = rate(hits["secrets"][marked], documents[marked])
+    # Rates count whatever comes out; means are of the texts as they were trained.
+    every, table, documents = table, table.filter(pa.array(trained)), documents[trained]
+    recited, beams, bound = (each[trained] for each in (recited, beams, bound))
+    log_p, tokens = log_p[trained], tokens[trained]
     nll, matches = sums(table, "nll"), np.rint(_numbers(table, "token_accuracy") * tokens)
     # A loss has no upper bound; that of a uniform guess is far above any text's under a model that works.
     greatest = {"nll": max(log(protocol["vocabulary"]), (nll / tokens).max(initial=0))}
@@ -125,7 +133,7 @@ def split_figures(run: Mapping[str, Any], split: str, table: pa.Table) -> dict[s
         "documents": len(np.unique(documents)),
         "skipped": sum(each["count"] for each in run["inputs"][split]["skipped"]),
         "settled": int(_numbers(table, "settled").sum()),
-        "recited": {name: _names(table, these) for name, these in hits.items()},
+        "recited": {name: _names(every, these) for name, these in hits.items()},
         **figures,
         "extractable_bound": rate(bound, documents),
         "token_accuracy": token_rate(matches, tokens, documents),
@@ -200,6 +208,7 @@ def _documents(table: pa.Table) -> Codes:
 
 
 def _side(table: pa.Table) -> Side:
+    table = table.filter(pc.equal(table["asked"], "training"))
     scores = {attack: _numbers(table, name) for attack, name in zip(ATTACKS, SCORES, strict=True)}
     words = [np.array(each, dtype=np.int32) for each in table["words"].to_pylist()]
     return Side(_documents(table), scores, words, _numbers(table, "characters"))

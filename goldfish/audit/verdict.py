@@ -307,9 +307,10 @@ def _skipped(inputs: Mapping[str, Any]) -> list[str]:
             f"{', '.join(map(str, each['rows']))}{', ...' if each['count'] > len(each['rows']) else ''})"
             for each in about["skipped"]
         ]
-        if about.get("repeated"):
+        repeated = about.get("asked", 0) - about.get("documents", 0)
+        if repeated > 0:
             sentences.append(
-                f"{split}: {about['repeated']:,} windows repeat others and count as one text with them"
+                f"{split}: {repeated:,} rows repeat or continue others and count as one text with them"
             )
     return sentences
 

@@ -16,7 +16,10 @@ from goldfish.trainer import attach
 
 
 def register(rule: Goldfish, *, fused: bool = False) -> None:
-    """Make ms-swift's callback "goldfish" attach a rule to its trainer; arguments as for `goldfish.attach`."""
+    """Make ms-swift's callback "goldfish" attach a rule to its trainer.
+
+    Arguments as for `goldfish.attach`.
+    """
     check_rule(rule)
 
     class Attach(TrainerCallback):  # type: ignore[misc, unused-ignore]

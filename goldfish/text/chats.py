@@ -1,26 +1,39 @@
-"""Chats, or prompt and completion: what the model reads, what the assistant says, and where marked secrets are."""
+"""Chats, or prompt and completion: the text that was trained, and where the assistant speaks."""
 
+import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 from goldfish.text.rows import Row, first_line
 
+# Stands in for an answer, to find the answer's place: a private character, which no text has.
+_STAND_IN = "\ue0f1\ue0f2\ue0f1"
+_SAID = ("reasoning_content", "thinking", "reasoning", "content", "tool_calls")  # by the assistant
+
 
 @dataclass(frozen=True)
 class Completion:
-    """text[start:end] is what the assistant says; before it stands all that the model reads, perhaps after a BOS."""
+    """text[start:end] is what the assistant says; before it is all that the model reads.
+
+    asked: "training" if `text` is the row exactly as it was trained on; "generation" if the answer
+    stands after the prompt that the chat template makes for generation, which differs.
+    """
 
     text: str
     start: int
     end: int
     add_special_tokens: bool
+    asked: str = "training"
 
     def encode(self, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of the whole text, as in training, where its last word and what follows may be one token; and the
-        characters of each."""
+        """The ids of the whole text, and the characters of each.
+
+        The whole text is encoded, as in training: its last word and what follows may be one token.
+        """
         if not tokenizer.is_fast:
             raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
         encoding = tokenizer(
@@ -30,7 +43,7 @@ class Completion:
 
 
 class RefusedChat(ValueError):
-    """A chat that the tokenizer's chat template does not take."""
+    """A chat that the tokenizer's chat template refuses."""
 
 
 def is_chat(row: Row) -> bool:
@@ -38,76 +51,182 @@ def is_chat(row: Row) -> bool:
 
 
 def training_text(row: Row, tokenizer: Any) -> Completion:
-    """The whole row as it is trained on; start: where its targets begin, which in TRL are completions, or all."""
+    """The whole row as it is trained on; start: where its targets begin.
+
+    As in TRL, of `prompt` and `completion` only the completion is a target.
+    """
     if "text" in row:
         return Completion(row["text"], 0, len(row["text"]), True)
-    prompt, completion = (
-        ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
-    )
-    if isinstance(prompt, str):
-        return Completion(prompt + completion, len(prompt), len(prompt + completion), True)
-    text = _render(tokenizer, prompt + completion)
-    return Completion(text, _opening(tokenizer, text, prompt) or 0, len(text), False)
+    if isinstance(row.get("prompt"), str):
+        text = row["prompt"] + row["completion"]
+        return Completion(text, len(row["prompt"]), len(text), True)
+    chat = _Chat.of(row, tokenizer)
+    start = 0
+    if chat.first:
+        prompt = chat.render(chat.messages[: chat.first], add_generation_prompt=True)
+        start = _agreement(chat.text, prompt)
+    return Completion(chat.text, start, len(chat.text), False)
 
 
 def completions(row: Row, tokenizer: Any) -> Iterator[Completion | str]:
-    """Every turn of the assistant in a chat (of prompt and completion: in the completion); or why it is left out."""
-    prompt, completion = (
-        ([], row["messages"]) if "messages" in row else (row["prompt"], row["completion"])
-    )
-    if isinstance(prompt, str):
-        yield training_text(row, tokenizer) if completion.strip() else "an empty completion"
+    """Every turn of the assistant, or the reason why it cannot be asked.
+
+    Of prompt and completion, turns in the completion only. Every turn is a place in the rendering
+    of the whole conversation, which is what was trained: templates may render a turn differently
+    when others follow. If the template's generation prompt differs from what stands before the
+    turn, the turn is also asked after that.
+    """
+    if isinstance(row.get("prompt"), str):
+        yield training_text(row, tokenizer) if row["completion"].strip() else "an empty completion"
         return
-    messages = prompt + completion
-    turns = [i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant"]
+    chat = _Chat.of(row, tokenizer)
+    turns = chat.assistant_turns
     if not turns:
         yield "no turn of the assistant"
-    for i in turns:
-        content = messages[i].get("content")
-        if not isinstance(content, str) or not content.strip():
-            yield (
-                "a completion that is no text"
-                if content and not isinstance(content, str)
-                else "an empty completion"
-            )
-            continue
-        try:
-            text = _render(tokenizer, messages[: i + 1])
-            opening = _opening(tokenizer, text, messages[:i])
-        except RefusedChat:  # whose message may hold its text
-            yield "the chat template refuses it"
-            continue
-        start = -1 if opening is None else text.find(content.strip(), opening)
-        if start < 0:
-            yield "the chat template changes what the assistant says"
-        else:
-            yield Completion(text, start, start + len(content.strip()), False)
-
-
-def _render(tokenizer: Any, messages: list[Any], **options: Any) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the rows are chats, but the tokenizer has no chat template: save it with the tokenizer.chat_template of "
-            "the training, or give the rows as `text`, or as strings `prompt` and `completion`"
-        )
+        return
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # templates are code of others
-        raise RefusedChat(f"the chat template refuses it: {first_line(error)}") from error
+        chat.text  # noqa: B018
+    except RefusedChat:  # the template's message may hold the chat's text
+        yield "the chat template refuses it"
+        return
+    for turn in turns:
+        yield from chat.completions_of(turn)
 
 
-def _opening(tokenizer: Any, text: str, messages: list[Any]) -> int | None:
-    """How many characters of a chat come before the answer to its first messages; None: the template says otherwise."""
-    if not messages:
-        return 0
-    for generation_prompt in (
-        True,
-        False,
-    ):  # some templates ask for a thought first that an answer need not have
-        opening = _render(tokenizer, messages, add_generation_prompt=generation_prompt)
-        if text.startswith(opening):
-            return len(opening)
-    return None
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation and how it is rendered; first: the message where the completion begins."""
+
+    messages: list[dict[str, Any]]
+    first: int
+    options: Mapping[str, Any]
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, row: Row, tokenizer: Any) -> "_Chat":
+        """With the row's `tools` and `chat_template_kwargs`, which TRL passes to the template."""
+        prompt = [] if "messages" in row else row["prompt"]
+        messages = row["messages"] if "messages" in row else prompt + row["completion"]
+        tools = row.get("tools")
+        if isinstance(tools, str):  # a column of parquet may keep their schemas as JSON
+            tools = json.loads(tools)
+        options = dict(row.get("chat_template_kwargs") or {})
+        if tools:
+            options["tools"] = tools
+        return cls(messages, len(prompt), options, tokenizer)
+
+    @property
+    def assistant_turns(self) -> list[int]:
+        numbers = range(self.first, len(self.messages))
+        return [i for i in numbers if self.messages[i]["role"] == "assistant"]
+
+    @cached_property
+    def text(self) -> str:
+        return self.render(self.messages)
+
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the rows are chats, but the tokenizer has no chat template: save it with the "
+                "tokenizer.chat_template of the training, or give the rows as `text`, or as "
+                "strings `prompt` and `completion`"
+            )
+        options = {**self.options, **options}
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # templates are code of others
+            raise RefusedChat(f"the chat template refuses it: {first_line(error)}") from error
+
+    def completions_of(self, turn: int) -> Iterator[Completion | str]:
+        if not any(self.messages[turn].get(name) for name in _SAID):
+            yield "an empty completion"
+            return
+        span = self._span(turn)
+        if span is None:
+            yield "the answer's place in the chat template's text was not found"
+            return
+        start, end = span
+        if not self.text[start:end].strip():
+            yield "an empty completion"
+            return
+        training = Completion(self.text, start, end, False)
+        yield training
+        try:
+            prompt = self.render(self.messages[:turn], add_generation_prompt=True)
+        except RefusedChat:  # some templates accept whole conversations only
+            return
+        if prompt == self.text[:start]:
+            return
+        if self.text[:start].startswith(prompt):
+            # Training puts something before the answer, such as an empty thought: it is a part
+            # of what the model should say.
+            yield replace(training, start=len(prompt), asked="generation")
+        else:
+            text = prompt + self.text[start:]
+            yield Completion(
+                text, len(prompt), len(prompt) + end - start, False, asked="generation"
+            )
+
+    def _span(self, turn: int) -> tuple[int, int] | None:
+        """Where a turn's words are in the whole text: what changes when others stand in for them.
+
+        "...<assistant>It is 42.<end><user>..." and "...<assistant>XYX<end><user>..." agree up to
+        the answer and from its end on, whatever else the conversation says, and however often.
+        """
+        for message in self._stand_ins(turn):
+            others = [*self.messages[:turn], message, *self.messages[turn + 1 :]]
+            try:
+                other = self.render(others)
+            except RefusedChat:
+                continue
+            if _STAND_IN not in other:
+                continue
+            start = _agreement(self.text, other)
+            rest, other_rest = self.text[start:], other[start:]
+            return start, len(self.text) - _agreement(rest[::-1], other_rest[::-1])
+        return None
+
+    def _stand_ins(self, turn: int) -> Iterator[dict[str, Any]]:
+        """The turn with other words in it; first without tool calls, then, if the template insists
+        on them, with other ones."""
+        message = self.messages[turn]
+        rest = {name: value for name, value in message.items() if name not in _SAID}
+        in_parts = isinstance(message.get("content"), list)
+        content = [{"type": "text", "text": _STAND_IN}] if in_parts else _STAND_IN
+        yield {**rest, "content": content}
+        if message.get("tool_calls"):
+            calls = [_other_call(call) for call in message["tool_calls"]]
+            yield {**rest, "content": message.get("content"), "tool_calls": calls}
+
+
+def _agreement(a: str, b: str) -> int:
+    """How many characters two texts have in common from their start."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
+def _other_call(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _other_call(call["function"])}
+    in_words = isinstance(call.get("arguments"), str)
+    arguments = _STAND_IN if in_words else {_STAND_IN: _STAND_IN}
+    return {**call, "name": _STAND_IN, "arguments": arguments}
+
+
+def prints_the_date(tokenizer: Any) -> bool:
+    """Whether the chat template asks for today's date, so that it is not that of the training."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def contents(row: Row) -> list[tuple[str, str]]:
+    """The role of each message of a chat, and what it says: what conversations have in common."""
+    if isinstance(row.get("prompt"), str):
+        return [("user", row["prompt"]), ("assistant", row["completion"])]
+    messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    return [
+        (str(message["role"]), str([message[name] for name in _SAID if message.get(name)]))
+        for message in messages
+    ]
 
 
 def secret_finder(
@@ -116,8 +235,9 @@ def secret_finder(
     """A function: the spans of secrets in a text from some character on.
 
     Args:
-        pattern: regular expression; its first group, if it has one. column: that of a row which holds one or several,
-            taken literally; it goes before the pattern.
+        pattern: regular expression; its first group, if it has one.
+        column: that of a row which holds one or several, taken literally; it goes before the
+            pattern.
 
     Raises:
         ValueError: no regular expression.

@@ -1,124 +1,185 @@
-"""`goldfish check`: reads training data under a rule before the training, and names what the rule does not protect."""
+"""`goldfish check`: read the training data under a rule, before training: what can be learned?"""
 
 import heapq
 import math
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from goldfish.rule import MOST_KEPT, Goldfish
-from goldfish.text.chats import RefusedChat, secret_finder, training_text
+from goldfish.rule import Goldfish
+from goldfish.text.chats import (
+    Completion,
+    RefusedChat,
+    completions,
+    is_chat,
+    secret_finder,
+    training_text,
+)
+from goldfish.text.exposure import (
+    BITS_OF_PLACES,
+    SHOWN_ROWS,
+    Finder,
+    Secret,
+    as_bits,
+    informative_characters,
+)
+from goldfish.text.passages import Passages
 from goldfish.text.printable import plain
-from goldfish.text.rows import read_rows
+from goldfish.text.rows import Row, read_rows
 
-LIKELY = r"(?a:\w[\w@#%&*+/=.:~-]{4,}\w)"  # where no secrets are marked; see DENSE
-DENSE = 6, 2  # at least so many tokens, of at most so many characters: words have more
-WORD = re.compile(r"[^\W_]+")
-PASSAGE = 8  # words
-MOST = (
-    2**20
-)  # passages that are held; of more, every second one is forgotten (by checksum), again and again
+LIKELY = r"(?a:\w[\w@#%&*+/=.:~-]{4,}\w)"  # used if no secrets are marked; see DENSE
+DENSE = 6, 2  # at least 6 tokens, of at most 2 characters on average: words have more
 SHOWN = 10  # of each list
+BATCH = 2**19  # characters that are tokenized at once
+CONTEXT = 1024  # tokens that the model reads, at most, before it is asked for a secret's bits
 
 
 @dataclass
 class Check:
-    """What `check` says. Rows count from 0; a passage is a run of 8 words, or a shorter text.
+    """What `check` found. Rows count from 0.
 
-    rules: that of the training, then others that may protect more. marked: whether the user said what the secrets are.
+    marked: whether the user marked secrets; if not, `secrets` are words that look like some.
+    targets, dropped: tokens. more: tokens that `suggested` drops besides.
     longest: (kept targets in a row, row, drop rate of the row), greatest first.
-    secrets: of each its rows and, under each rule, its tokens (spans of characters) that are dropped in every place
-    where it occurs; a token that is kept in one place is learned there.
-    passages: counted ones. recurring: those of an earlier row; differing: of these, with other words dropped.
-    repeated: (row, earlier row, share of its passages in it).
+    suggested: the rule with the secrets' expression; None if that is no help.
     """
 
-    rules: list[Goldfish]
+    rule: Goldfish
     marked: bool
+    column: str = ""
+    suggested: Goldfish | None = None
     documents: int = 0
     targets: int = 0
     dropped: int = 0
+    more: int = 0
     longest: list[tuple[int, int, float]] = field(default_factory=list)
-    secrets: dict[str, tuple[list[int], list[set[tuple[int, int]]]]] = field(default_factory=dict)
-    passages: int = 0
-    recurring: int = 0
-    differing: int = 0
-    repeated: list[tuple[int, int, float]] = field(default_factory=list)
-    # Passages seen so far: checksum -> first row, which of its words are dropped; of checksums that _every divides.
-    _seen: dict[int, tuple[int, tuple[bool, ...]]] = field(default_factory=dict, repr=False)
-    _every: int = 1
+    secrets: dict[str, Secret] = field(default_factory=dict)
+    passages: Passages = field(default_factory=Passages)
 
-    def exposed(self, rule: int = 0, tokens: int = 0) -> list[str]:
-        """The secrets of which only so many tokens are dropped in every place."""
-        return [name for name, (_, dropped) in self.secrets.items() if len(dropped[rule]) == tokens]
+    def exposed(self, tokens: int = 0, rule: int = 0) -> list[str]:
+        """The secrets with exactly so many informative tokens that are dropped in every place.
+
+        Args:
+            rule: 0, the rule itself; 1, with the secrets' tokens dropped as `suggested`.
+        """
+        informative = informative_characters(self.secrets)
+        return [
+            name
+            for name, secret in self.secrets.items()
+            if len(secret.protected(informative[name], rule)) == tokens
+        ]
 
     def exit_code(self) -> int:
-        """1: a secret has no token that is dropped in every place; 3: none of the marked secrets occurs; else 0."""
-        return 1 if self.exposed() else 3 if self.marked and not self.secrets else 0
-
-    def count_passages(self, number: int, words: Sequence[tuple[str, bool]]) -> None:
-        """Compare a row's passages with those seen."""
-        total, earlier = 0, Counter[int]()
-        for i in range(max(1, len(words) - PASSAGE + 1) if words else 0):
-            passage, drop = zip(*words[i : i + PASSAGE], strict=True)
-            checksum = zlib.crc32(" ".join(passage).encode("utf-8", "replace"))
-            if checksum % self._every == 0:
-                first, before = self._seen.setdefault(checksum, (number, drop))
-                total += 1
-                earlier[first] += first != number
-                self.differing += first != number and before != drop
-        while len(self._seen) > MOST:
-            self._every *= 2
-            self._seen = {
-                checksum: each
-                for checksum, each in self._seen.items()
-                if checksum % self._every == 0
-            }
-        self.passages += total
-        self.recurring += earlier.total()
-        first, count = max(earlier.items(), key=lambda item: item[1], default=(0, 0))
-        if count and 2 * count >= total:
-            self.repeated.append((number, first, count / total))
+        """1: a marked secret can be learned whole; 3: none of the marked secrets occurs; else 0."""
+        if not self.marked:
+            return 0
+        if not self.secrets:
+            return 3
+        return 1 if self.exposed() else 0
 
     def lines(self) -> Iterator[str]:
-        """The result for a terminal."""
+        """The result for a terminal; the last line is the conclusion."""
         share = self.dropped / max(1, self.targets)
-        yield f"{self.documents:,} documents, {self.targets:,} targets, {share:.1%} dropped ({self.rules[0].short()})"
+        counts = f"{self.documents:,} documents, {self.targets:,} targets"
+        yield f"{counts}, {share:.1%} dropped ({self.rule.short()})"
         yield "longest runs of kept tokens:"
-        yield from (
-            f"    row {row}: {run} ({rate:.1%} of the row dropped)"
-            for run, row, rate in self.longest
+        for run, row, rate in self.longest:
+            yield f"    row {row}: {run} ({rate:.1%} of the row dropped)"
+        yield from self._lines_on_passages()
+        yield from self._lines_on_secrets()
+        yield self.conclusion()
+
+    def _lines_on_passages(self) -> Iterator[str]:
+        found = self.passages
+        recurring = found.recurring / max(1, found.total)
+        differing = found.differing / max(1, found.recurring)
+        yield (
+            f"{recurring:.1%} of passages occur in an earlier row, "
+            f"{differing:.1%} of these with other dropped words"
         )
-        yield f"{len(self.secrets):,} secrets" + (
-            "" if self.marked else ": likely ones, because none are marked"
-        )
+        repeated = found.repeated
+        yield f"rows with at least half of their passages in one earlier row: {len(repeated):,}"
+        for row, first, share in repeated[:SHOWN]:
+            yield f"    row {row}: {share:.0%} in row {first}"
+
+    def _lines_on_secrets(self) -> Iterator[str]:
+        kind = "secrets" if self.marked else "likely secrets (none are marked)"
+        yield f"{len(self.secrets):,} {kind}; a token counts if it differs between secrets"
         for tokens, what in enumerate(("no token dropped in every place", "only one such token")):
-            names = self.exposed(tokens=tokens)
+            names = self.exposed(tokens)
             yield f"  {what}: {len(names):,}"
             for name in names[:SHOWN]:
-                rows = self.secrets[name][0]
-                yield f"    {plain(name)} (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
-        if self.exposed():
-            best = min(range(len(self.rules)), key=lambda i: len(self.exposed(i)))
-            fewest = f"{len(self.exposed(best))} with {self.rules[best].short()}"
-            yield f"  fewest exposed, among {len(self.rules)} rules tried: {fewest}"
-        recurring, differing = (
-            self.recurring / max(1, self.passages),
-            self.differing / max(1, self.recurring),
-        )
-        yield f"{recurring:.1%} of passages occur in an earlier row, {differing:.1%} of these with other dropped words"
-        yield f"rows with at least half of their passages in one earlier row: {len(self.repeated):,}"
-        yield from (
-            f"    row {row}: {share:.0%} in row {first}"
-            for row, first, share in self.repeated[:SHOWN]
-        )
+                secret = self.secrets[name]
+                more = ", ..." if secret.count > SHOWN_ROWS else ""
+                yield f"    {plain(name)} (rows {', '.join(map(str, secret.rows))}{more})"
+        bits = self.bits()
+        if bits:
+            yield "  bits of the dropped tokens, which must be guessed:"
+            for name, value in sorted(bits.items(), key=lambda item: item[1])[:SHOWN]:
+                yield f"    {plain(name)}: {value:.1f}"
+
+    def bits(self) -> dict[str, float]:
+        """-log2 p under the given model of what is dropped of each secret; empty without a model.
+
+        An adversary who knows the rest of the secret must guess these tokens. The place where that
+        is easiest counts, of the first 8 places.
+        """
+        informative = informative_characters(self.secrets)
+        result = {}
+        for name, secret in self.secrets.items():
+            bits = secret.bits_to_guess(informative[name])
+            if bits is not None:
+                result[name] = bits
+        return result
+
+    def conclusion(self) -> str:
+        """One sentence, and one rule to copy."""
+        if not self.secrets:
+            if self.marked:
+                return "None of the marked secrets occurs among the targets."
+            return "Nothing looks like a secret. Mark secrets with --secrets or --secret-column."
+        kind = "secrets" if self.marked else "likely secrets"
+        exposed = f"{len(self.exposed()):,} of {len(self.secrets):,} {kind} can be learned whole."
+        if not self.marked:
+            return f"{exposed} Mark the real ones with --secrets or --secret-column."
+        if not self.exposed():
+            return f"{exposed} Each has an informative token that is dropped in every place."
+        if self.suggested is None and not self.column:
+            return f"{exposed} Replace them in the data, or give them in a --secret-column."
+        left = len(self.exposed(rule=1))
+        remaining = f"{left:,} left" if left else "none left"
+        cost = f"{self.more / max(1, self.targets):.1%} more tokens dropped, {remaining}."
+        if self.suggested is None:
+            advice = f"Write the labels with: goldfish premask --secret-column {self.column}"
+            return f"{exposed} {advice}: {cost}"
+        return f"{exposed} Train with {as_python(self.suggested)}: {cost}"
+
+
+def as_python(rule: Goldfish) -> str:
+    r"""The rule to copy into a script.
+
+    >>> print(as_python(Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)")))
+    Goldfish(k=4, h=13, max_kept=4, secrets=r'code (\d+)')
+    """
+    parts = [f"k={rule.k:g}", f"h={rule.h}"]
+    if rule.strategy != "hash":
+        parts.append(f'strategy="{rule.strategy}"')
+    if rule.max_kept is not None:
+        parts.append(f"max_kept={rule.max_kept}")
+    if rule.seed:
+        parts.append(f"seed={rule.seed}")
+    if rule.secrets is not None:
+        raw = "'" not in rule.secrets and not rule.secrets.endswith("\\")
+        shown = f"r'{rule.secrets}'" if raw and rule.secrets.isprintable() else repr(rule.secrets)
+        parts.append(f"secrets={shown}")
+    return f"Goldfish({', '.join(parts)})"
 
 
 def check(
@@ -128,72 +189,339 @@ def check(
     pattern: str = "",
     column: str = "",
     text_column: str = "",
+    *,
+    assistant_only: bool = False,
+    model: Any = None,
 ) -> Check:
-    """Read an input once, each row as a document of its own.
+    """Read an input, each row as a document of its own: twice if secrets are marked.
+
+    Secrets are collected first; then every place of their text counts, in whichever row it is.
 
     Args:
-        source, text_column: see `rows.read_rows`. Of `prompt` and `completion`, as in TRL, only the completion is a
-            target; `input_ids` are refused.
+        source, text_column: see `rows.read_rows`. Of `prompt` and `completion`, as in TRL, only the
+            completion is a target; `input_ids` are refused.
         pattern, column: what marks secrets, see `chats.secret_finder`.
+        assistant_only: of chats, only the assistant's turns are targets, as with TRL's
+            assistant_only_loss.
+        model: the model to be finetuned, for `Check.bits`.
 
     Raises:
         FileNotFoundError, ValueError: a file or row that cannot be read, with what was expected.
     """
-    secrets_of = secret_finder(pattern or LIKELY, column)
-    others = [replace(rule, seed=(rule.seed + i) % 2**64) for i in range(1, 9)]
-    if rule.h > 5:  # secrets in several wordings need a context that is shorter than they are
-        others.append(replace(rule, h=5))
-    if rule.strategy in ("hash", "letters") and rule.opening == "short" and rule.k <= MOST_KEPT:
-        others.append(replace(rule, max_kept=math.ceil(rule.k)))
-    others += [replace(rule, k=k) for k in (3, 2) if k < rule.k]
-    rules = [each.bind(tokenizer) for each in (rule, *others)]
-    result = Check(rules, bool(pattern or column))
-    for number, row in enumerate(read_rows(source, text_column)):
-        if "input_ids" in row:
-            raise ValueError(
-                f"{source}, row {number} has input_ids; the check looks for secrets in texts: give `text`"
-            )
-        try:
-            whole = training_text(row, tokenizer)
-        except RefusedChat as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
-        text, start = whole.text, whole.start
-        all_ids, spans = whole.encode(tokenizer)
-        ids = torch.tensor(all_ids, dtype=torch.int64)
-        begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-        target = (
-            (begins >= start) & (ends > begins) & (np.arange(len(ids)) > 0)
-        )  # not what the tokenizer adds
-        begins, ends = begins[target], ends[target]
-        dropped = rules[0].dropped(ids).numpy()[target]
-        run = int(np.diff(np.flatnonzero(np.concatenate([[True], dropped, [True]]))).max()) - 1
-        result.documents += 1
-        result.targets += len(dropped)
-        result.dropped += int(dropped.sum())
-        result.longest = heapq.nlargest(
-            SHOWN, [*result.longest, (run, number, dropped.sum() / max(1, len(dropped)))]
-        )
-
-        drops = [dropped]  # under each rule; only rows with secrets need the others
-        for a, b in secrets_of(row, text, start):
-            inside = range(np.searchsorted(ends, a, "right"), np.searchsorted(begins, b, "left"))
-            if not (result.marked or DENSE[0] <= len(inside) >= (b - a) / DENSE[1]):
-                continue
-            if len(drops) == 1:
-                drops += [each.dropped(ids).numpy()[target] for each in rules[1:]]
-            here = [
-                {(max(int(begins[i]) - a, 0), min(int(ends[i]), b) - a) for i in inside if drop[i]}
-                for drop in drops
-            ]
-            rows, everywhere = result.secrets.setdefault(text[a:b], ([], here))
-            rows.append(number)
-            everywhere[:] = [old & new for old, new in zip(everywhere, here, strict=True)]
-
-        marks = bytearray(len(text))
-        for a, b in zip(begins[dropped], ends[dropped], strict=True):
-            marks[a:b] = b"\1" * (b - a)
-        words = [
-            (m.group().casefold(), 1 in marks[slice(*m.span())]) for m in WORD.finditer(text, start)
-        ]
-        result.count_passages(number, words)
+    marked = bool(pattern or column)
+    suggested = None
+    if pattern and rule.secrets is None and rule.strategy != "reference":
+        suggested = replace(rule, secrets=pattern)
+    result = Check(rule, marked, column, suggested)
+    reader = _Reader(source, tokenizer, text_column, assistant_only)
+    finder: Callable[[str], Iterator[tuple[int, int]]] = _likely
+    if marked:
+        finder = Finder(_literals(reader, secret_finder(pattern, column)))
+    worker = _Worker(result, tokenizer, finder, model)
+    for batch in reader.batches("checking"):
+        worker.add(batch)
     return result
+
+
+def _likely(text: str) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in re.finditer(LIKELY, text))
+
+
+def _literals(reader: "_Reader", find: Any) -> set[str]:
+    """The text of every marked secret, also of those in prompts."""
+    found = set()
+    for document in reader.documents("looking for secrets"):
+        found |= {document.text[a:b] for a, b in find(document.row, document.text, 0)}
+    return found
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A row as it is trained on; targets: the spans of characters that are."""
+
+    number: int
+    row: Row
+    text: str
+    targets: list[tuple[int, int]]
+    add_special_tokens: bool
+
+
+@dataclass(frozen=True)
+class _Reader:
+    source: str | Path
+    tokenizer: Any
+    text_column: str
+    assistant_only: bool
+
+    def documents(self, title: str) -> Iterator[_Document]:
+        from tqdm import tqdm
+
+        rows = read_rows(self.source, self.text_column)
+        # disable=None: a bar in terminals only
+        for number, row in enumerate(tqdm(rows, title, unit=" rows", disable=None, leave=False)):
+            if "input_ids" in row:
+                raise ValueError(
+                    f"{self.source}, row {number} has input_ids; the check looks for secrets in "
+                    "texts: give `text`"
+                )
+            try:
+                yield self._document(number, row)
+            except RefusedChat as error:
+                raise ValueError(f"{self.source}, row {number}: {error}") from error
+
+    def _document(self, number: int, row: Row) -> _Document:
+        whole = training_text(row, self.tokenizer)
+        targets = [(whole.start, whole.end)]
+        if self.assistant_only:
+            if not is_chat(row):
+                raise ValueError(f"{self.source}, row {number} is no chat: it has no assistant")
+            targets = [
+                (turn.start, turn.end)
+                for turn in completions(row, self.tokenizer)
+                if isinstance(turn, Completion) and turn.asked == "training"
+            ]
+        return _Document(number, row, whole.text, targets, whole.add_special_tokens)
+
+    def batches(self, title: str) -> Iterator[list[_Document]]:
+        """Documents of about BATCH characters that are tokenized alike."""
+        batch: list[_Document] = []
+        characters = 0
+        for document in self.documents(title):
+            alike = not batch or batch[0].add_special_tokens == document.add_special_tokens
+            if characters > BATCH or not alike:
+                yield batch
+                batch, characters = [], 0
+            batch.append(document)
+            characters += len(document.text)
+        if batch:
+            yield batch
+
+
+@dataclass
+class _Tokens:
+    """All tokens of a batch, one after the other; characters count in the joined text.
+
+    ids, begins, ends: of each token (N,), int64. bounds: where documents begin and end, (B + 1,).
+    """
+
+    ids: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: list[_Document], offsets: list[int], tokenizer: Any) -> "_Tokens":
+        if not tokenizer.is_fast:
+            raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
+        encoding = tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=batch[0].add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # no warning about texts that are longer than the model's context
+        )
+        lengths = [len(ids) for ids in encoding["input_ids"]]
+        count = sum(lengths)
+        ids = _flat(encoding["input_ids"], count)
+        spans = chain.from_iterable(encoding["offset_mapping"])
+        characters = _flat(spans, 2 * count).reshape(-1, 2) + np.repeat(offsets, lengths)[:, None]
+        begins, ends = characters.T
+        # What the tokenizer adds, even at the end, is at characters (0, 0). It is moved to where
+        # it stands, so that places are in order and can be searched.
+        reached = np.maximum.accumulate(ends)
+        begins, ends = np.where(ends > begins, begins, reached), np.maximum(ends, reached)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        return cls(ids, begins, ends, bounds)
+
+    def dropped_by(self, rule: Goldfish) -> NDArray[np.bool_]:
+        """Which tokens a bound rule drops, bool (N,)."""
+        ids = torch.from_numpy(self.ids)
+        if rule.strategy == "reference":  # it ignores where documents start
+            lengths = np.diff(self.bounds).tolist()
+            parts = [rule.dropped(part) for part in torch.split(ids, lengths) if len(part)]
+            return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).numpy()
+        lengths = torch.from_numpy(np.diff(self.bounds))
+        starts = torch.from_numpy(self.bounds[:-1]).repeat_interleave(lengths)
+        return rule.dropped(ids, position_ids=torch.arange(len(ids)) - starts).numpy()
+
+
+def _flat(lists: Iterable[Iterable[int]], count: int) -> NDArray[np.int64]:
+    return np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=count)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a secret is: its document's place in the batch, its characters, its tokens."""
+
+    document: int
+    begin: int  # in the joined text
+    length: int
+    tokens: slice
+
+
+class _Worker:
+    """Adds batches to a result."""
+
+    def __init__(self, result: Check, tokenizer: Any, finder: Any, model: Any) -> None:
+        self._result = result
+        self._tokenizer = tokenizer
+        self._finder = finder
+        self._model = model
+        self._rule = result.rule.bind(tokenizer)
+        self._suggested: Goldfish | None = None
+        if result.suggested is not None:
+            try:
+                self._suggested = result.suggested.bind(tokenizer)
+            except (TypeError, ValueError):  # the tokenizer hides what text its tokens stand for
+                result.suggested = None
+
+    def add(self, batch: list[_Document]) -> None:
+        joined = "\n".join(document.text for document in batch)
+        sizes = [len(document.text) + 1 for document in batch]
+        offsets = [0, *np.cumsum(sizes).tolist()]
+        tokens = _Tokens.of(batch, offsets[:-1], self._tokenizer)
+        is_target = np.zeros(len(joined) + 1, dtype=bool)
+        for document, offset in zip(batch, offsets, strict=False):
+            for begin, end in document.targets:
+                is_target[offset + begin : offset + end] = True
+        # The first token of a document is predicted by nothing; what the tokenizer adds has no
+        # characters.
+        target = is_target[tokens.begins] & (tokens.ends > tokens.begins)
+        target[tokens.bounds[:-1][np.diff(tokens.bounds) > 0]] = False
+        dropped = tokens.dropped_by(self._rule) & target
+        self._count(batch, tokens, target, dropped)
+        self._add_secrets(batch, offsets, tokens, target, dropped)
+        marks = np.stack([is_target, _characters(tokens, dropped, len(is_target))])
+        rows = [document.number for document in batch]
+        self._result.passages.count(joined, rows, offsets[:-1], marks)
+
+    def _count(
+        self,
+        batch: list[_Document],
+        tokens: _Tokens,
+        target: NDArray[np.bool_],
+        dropped: NDArray[np.bool_],
+    ) -> None:
+        result = self._result
+        result.documents += len(batch)
+        result.targets += int(target.sum())
+        result.dropped += int(dropped.sum())
+        for i, document in enumerate(batch):
+            inside = slice(tokens.bounds[i], tokens.bounds[i + 1])
+            drops = dropped[inside][target[inside]]
+            # Between two breaks of [start, drop, ..., drop, end] are the kept targets.
+            breaks = np.flatnonzero(np.concatenate([[True], drops, [True]]))
+            run = int(np.diff(breaks).max()) - 1
+            rate = float(drops.sum()) / max(1, len(drops))
+            entry = (run, document.number, rate)
+            if len(result.longest) < SHOWN or entry > result.longest[-1]:
+                result.longest = heapq.nlargest(SHOWN, [*result.longest, entry])
+
+    def _add_secrets(
+        self,
+        batch: list[_Document],
+        offsets: list[int],
+        tokens: _Tokens,
+        target: NDArray[np.bool_],
+        dropped: NDArray[np.bool_],
+    ) -> None:
+        places = self._places(batch, offsets, tokens)
+        if not places:
+            return
+        suggested = dropped.copy()
+        if self._suggested is not None:
+            documents = {place.document for place in places}
+            suggested |= self._suggested_drops(tokens, documents) & target
+        elif self._result.column:  # premask drops every place of the column's secrets
+            for place in places:
+                suggested[place.tokens] = True
+            suggested &= target
+        self._result.more += int((suggested & ~dropped).sum())
+        for place in places:
+            inside = np.arange(place.tokens.start, place.tokens.stop)
+            inside = inside[target[inside]]
+            if len(inside):
+                document = batch[place.document]
+                begin = place.begin - offsets[place.document]
+                text = document.text[begin : begin + place.length]
+                spans = [_span(tokens, i, place) for i in inside]
+                decisions = [_dropped_bits(spans, drops[inside]) for drops in (dropped, suggested)]
+                secret = self._result.secrets.get(text)
+                if secret is None:
+                    secret = self._result.secrets[text] = Secret(text, spans, decisions)
+                secret.add(document.number, decisions)
+                if self._model is not None and len(secret.bits) < BITS_OF_PLACES:
+                    first = int(tokens.bounds[place.document])
+                    secret.bits.append(self._bits(tokens, first, inside, spans))
+
+    def _places(self, batch: list[_Document], offsets: list[int], tokens: _Tokens) -> list[_Place]:
+        """Where secrets are; of likely ones only those with enough tokens for their length."""
+        found = [
+            (i, offsets[i] + begin, offsets[i] + end)
+            for i, document in enumerate(batch)
+            for begin, end in self._finder(document.text)
+        ]
+        documents, begins, ends = np.array(found, dtype=np.int64).reshape(-1, 3).T
+        first = np.searchsorted(tokens.ends, begins, side="right")
+        last = np.searchsorted(tokens.begins, ends, side="left")
+        chosen = last > first
+        if not self._result.marked:
+            counts = last - first
+            chosen &= (counts >= DENSE[0]) & (counts >= (ends - begins) / DENSE[1])
+        columns = (documents, begins, ends - begins, first, last)
+        rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
+        return [_Place(i, begin, length, slice(a, b)) for i, begin, length, a, b in rows]
+
+    def _suggested_drops(self, tokens: _Tokens, documents: set[int]) -> NDArray[np.bool_]:
+        """What the suggested rule drops in the documents with secrets, bool (N,)."""
+        assert self._suggested is not None
+        result = np.zeros(len(tokens.ids), dtype=bool)
+        for i in documents:
+            inside = slice(tokens.bounds[i], tokens.bounds[i + 1])
+            result[inside] = self._suggested.dropped(torch.from_numpy(tokens.ids[inside])).numpy()
+        return result
+
+    def _bits(
+        self,
+        tokens: _Tokens,
+        first: int,
+        inside: NDArray[np.int64],
+        spans: list[tuple[int, int]],
+    ) -> list[tuple[int, int, float]]:
+        """The model's -log2 p of the tokens `inside` a document that begins at token `first`."""
+        last = int(inside[-1]) + 1
+        first = max(first, last - CONTEXT)
+        every = _surprisal(self._model, tokens.ids[first:last])
+        chosen = zip(spans, inside - first, strict=True)
+        return [(begin, end, every[i]) for (begin, end), i in chosen]
+
+
+def _span(tokens: _Tokens, i: int, place: _Place) -> tuple[int, int]:
+    """The characters of a secret that token i covers."""
+    begin = max(int(tokens.begins[i]) - place.begin, 0)
+    return begin, min(int(tokens.ends[i]) - place.begin, place.length)
+
+
+def _dropped_bits(spans: list[tuple[int, int]], dropped: NDArray[np.bool_]) -> int:
+    """The characters whose token is dropped: [(0, 2), (2, 3)], [False, True] -> 0b100."""
+    result = 0
+    for (begin, end), drop in zip(spans, dropped.tolist(), strict=True):
+        result |= as_bits(begin, end) if drop else 0
+    return result
+
+
+def _characters(tokens: _Tokens, chosen: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+    """Which of the characters belong to a chosen token: +1 where one begins, -1 where it ends."""
+    steps = np.zeros(length + 1, dtype=np.int64)
+    np.add.at(steps, tokens.begins[chosen], 1)
+    np.add.at(steps, tokens.ends[chosen], -1)
+    return np.cumsum(steps)[:length] > 0
+
+
+@torch.inference_mode()
+def _surprisal(model: Any, ids: NDArray[np.int64]) -> list[float]:
+    """-log2 p of each token after those before it; 0 for the first."""
+    row = torch.from_numpy(ids).to(model.device)
+    logits = model(input_ids=row[None]).logits[0, :-1].float()
+    nats = torch.nn.functional.cross_entropy(logits, row[1:], reduction="none")
+    return [0.0, *(nats / math.log(2)).tolist()]

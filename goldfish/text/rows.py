@@ -1,5 +1,6 @@
 """Texts and chats as people keep them -> rows: the one reader of `check`, `audit` and `premask`."""
 
+import csv
 import hashlib
 import heapq
 import json
@@ -24,34 +25,93 @@ EXPECTED = (
     ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on standard input"
 )
 Row = dict[str, Any]
+Source = str | Path | Iterable[Row]
 
 
-def read_rows(source: str | Path, text_column: str = "") -> Iterator[Row]:
+def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
     """The rows of an input, one at a time; a text file is one row.
 
     A row has a string `text`, a list `input_ids`, a list `messages`, or `prompt` and `completion` (both strings or both
     lists of messages), and perhaps `name`, `source` and `count`. Fields that are null count as left out.
 
     Args:
-        source: EXPECTED; datasets on the hub are streamed. text_column: the column to read as `text`, or as `messages`
+        source: EXPECTED; datasets on the hub are streamed. Or rows in memory. text_column: the column to read as `text`, or as `messages`
             where it holds a list.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
     """
+    if not isinstance(source, str | Path):
+        for number, row in enumerate(source):
+            yield checked(dict(row), f"row {number}", text_column)
+        return
     source, path = str(source), _require(source)
-    if path.suffix.lower() in PLAIN:
+    kind = path.suffix.lower()
+    if kind in PLAIN:
         yield {"text": _decoded(path.read_bytes(), source), "name": path.name}
-    elif path.suffix.lower() == ".jsonl":
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{source}, line {number}"
-                text = _decoded(line, where)
-                if text.strip():
-                    yield _checked(_parsed(text, where), where, text_column)
+    elif kind == ".jsonl":
+        yield from _lines(path, source, text_column)
+    elif kind == ".json":
+        yield from _json_rows(path, source, text_column)
+    elif kind == ".csv":
+        for number, row in enumerate(_csv_rows(path, source)):
+            yield checked(row, f"{source}, row {number}", text_column)
     else:
         for number, row in enumerate(_named(dataset_of(source), source)):
-            yield _checked(row, f"{source}, row {number}", text_column)
+            yield checked(row, f"{source}, row {number}", text_column)
+
+
+def _lines(path: Path, source: str, text_column: str) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{source}, line {number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield checked(_parsed(text, where), where, text_column)
+
+
+def _json_rows(path: Path, source: str, text_column: str) -> Iterator[Row]:
+    """Of a list of objects, or of an object a line, as values are: a date stays a text."""
+    with path.open("rb") as data:
+        start = data.read(4096)
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+        yield from _lines(path, source, text_column)
+        return
+    text = _decoded(path.read_bytes(), source)
+    if not text.strip():
+        raise ValueError(f"{source} cannot be read: it is empty")
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} cannot be read: it is not JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{source}: expected a list of objects, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        where = f"{source}, row {number}"
+        if not isinstance(row, dict):
+            got = type(row).__name__
+            raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {got}')
+        _require_whole_characters(row, where)
+        yield checked(row, where, text_column)
+
+
+def _csv_rows(path: Path, source: str) -> Iterator[Row]:
+    """Every cell as the text that it is: 0042 stays 0042, NA stays NA. An empty cell is null,
+    but for an empty text."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 131,072 characters
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(csv.DictReader(lines, strict=True)):
+                if None in row:
+                    raise ValueError(f"{source}, row {number} has more cells than the header")
+                count = row.get("count")
+                cells: Row = {name: cell or None for name, cell in row.items()}
+                cells["text"] = row.get("text")
+                if count and count.isdecimal():
+                    cells["count"] = int(count)
+                yield cells
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
 
 
 def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int, Row]]:
@@ -68,8 +128,28 @@ def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int
     yield from sorted(((index, row) for _, index, row in least), key=lambda each: each[0])
 
 
-def digest(source: str | Path) -> str:
+def in_memory(source: Any) -> Source:
+    """A source that can be read twice: rows of a data frame or of any iterable; paths stay."""
+    if isinstance(source, str | Path):
+        return source
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame of pandas
+        filled = source.astype(object).where(source.notna(), None)
+        rows: list[Row] = filled.to_dict("records")
+        return rows
+    return source if hasattr(source, "__getitem__") else list(source)
+
+
+def name_of(source: Source) -> str:
+    return str(source) if isinstance(source, str | Path) else "in memory"
+
+
+def digest(source: Source) -> str:
     """SHA-256: of a file; of several, of their names and digests; on the hub, of their names with the commit."""
+    if not isinstance(source, str | Path):
+        result = hashlib.sha256()
+        for row in source:
+            result.update(json.dumps(row, default=str, sort_keys=True).encode() + b"\n")
+        return result.hexdigest()
     source, path = str(source), _require(source)
     if path.is_file():
         return sha256(path)
@@ -109,8 +189,12 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
             raise ValueError(
                 f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder"
             )
+        # Columns of csv are texts, as in `read_rows`.
+        texts = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
         try:
-            return load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+            return load_dataset(
+                kind, data_files=str(path), split="train", streaming=streaming, **texts
+            )
         except (
             Exception
         ) as error:  # of the packages below; StopIteration, without words, where it is empty
@@ -198,21 +282,39 @@ def _decoded(data: bytes, where: str) -> str:
 def _parsed(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-        if "\\u" in line:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a character (a lone surrogate; {error})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(
             f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}'
         )
+    if "\\u" in line:
+        _require_whole_characters(row, where)
     return row
 
 
-def _checked(row: Row, where: str, text_column: str) -> Row:
-    """The row without nulls, or ValueError."""
+def _require_whole_characters(row: Row, where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half a character (a lone surrogate; {error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages without the keys that Arrow fills in where another message has them.
+
+    An empty content stays: templates tell one that is null from one that is missing.
+    """
+    if isinstance(value, dict):
+        filled = {
+            name: each for name, each in value.items() if each is not None or name == "content"
+        }
+        return {name: _without_nulls(each) for name, each in filled.items()}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def checked(row: Row, where: str, text_column: str) -> Row:
+    """The row without nulls, or ValueError; where: its place, for the message."""
     names, row = sorted(row), {name: value for name, value in row.items() if value is not None}
     if text_column:
         if text_column not in row:
@@ -243,6 +345,9 @@ def _checked(row: Row, where: str, text_column: str) -> Row:
         raise ValueError(
             f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}"
         )
+    for column in ("messages", "prompt", "completion", "tools", "chat_template_kwargs"):
+        if column in row:
+            row[column] = _without_nulls(row[column])
     return row
 
 

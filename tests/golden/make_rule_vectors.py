@@ -194,6 +194,22 @@ def spread_rules(strategy: str) -> list[dict]:
     ]
 
 
+# Words, a group in a context, matches with and without a group, and characters of several
+# bytes (broken ones included); the last matches nothing.
+SECRETS = (r"o\w+", r"(?i)quick\s+(\w+ f)", r"the|(n\w)", r"[^\x00-\x7f]+", r"code is (\d+)")
+
+
+def secret_rules() -> list[dict]:
+    rules = (
+        {"strategy": "hash", "k": 4, "h": 13, "seed": 0, "max_kept": 4},
+        {"strategy": "hash", "k": 50, "h": 4, "seed": 1, "opening": "keep"},
+        {"strategy": "letters", "k": 3, "h": 4, "seed": 2**63},
+        {"strategy": "static", "k": 2.5, "h": 13, "seed": 0},
+        {"strategy": "hash", "k": 4, "h": 13, "seed": 0},
+    )
+    return [{**rule, "secrets": secret} for rule, secret in zip(rules, SECRETS, strict=True)]
+
+
 def receipt(row: dict, rule: dict) -> dict:
     """The receipt of a row in which every token from the second on is a target."""
     ids, start, targets, decisions = row["ids"], 0, 0, 0
@@ -291,6 +307,9 @@ def vectors() -> dict:
             "max_kept": [
                 decisions(texts, rule, vocabulary=VOCABULARY, fold=table)
                 for rule in spread_rules("letters")
+            ],
+            "secrets": [
+                decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in secret_rules()
             ],
         },
         "natural_threshold": [

@@ -1,0 +1,131 @@
+"""Tokens of secrets that a regular expression marks in the text of a document.
+
+On the CPU: `re` needs the text, which is put together from the ids.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The expression; ValueError if it is none, or if it matches everywhere."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"secrets={pattern!r} is not a regular expression: {error}") from error
+    if expression.search("") is not None:
+        raise ValueError(
+            f"secrets={pattern!r} matches an empty text; "
+            "give an expression that matches secrets only"
+        )
+    return expression
+
+
+def spans(expression: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    r"""Where the secrets of a text begin and end.
+
+    A secret is the first group that has a part in a match, or the whole match if none has.
+
+    >>> list(spans(compiled(r"code is (\d+)|PIN: (\d+)|key \w+"), "code is 4711, PIN: 12, key a7"))
+    [(8, 12), (19, 21), (23, 29)]
+    """
+    for match in expression.finditer(text):
+        group = next((i for i, found in enumerate(match.groups(), 1) if found is not None), 0)
+        begin, end = match.span(group)
+        if begin < end:
+            yield begin, end
+
+
+def any_of(literals: Iterable[str]) -> str:
+    """An expression that matches each of some strings, and longer ones rather than shorter ones.
+
+    Strings that begin alike share that beginning, so the cost of a search hardly depends on how
+    many there are.
+
+    >>> any_of(["4711", "4712", "47", "x.y"])
+    '(?:47(?:1(?:1|2))?|x\\\\.y)'
+    """
+    trie: dict[str, Any] = {}
+    for literal in literals:
+        node = trie
+        for character in literal:
+            node = node.setdefault(character, {})
+        node[""] = {}  # a string ends here
+    return _expression_of(trie)
+
+
+def _expression_of(node: dict[str, Any]) -> str:
+    prefix = ""
+    while len(node) == 1:  # a loop: recursion would be as deep as the strings are long
+        character, node = next(iter(node.items()))
+        prefix += re.escape(character)
+    branches = [re.escape(c) + _expression_of(child) for c, child in node.items() if c]
+    if not branches:
+        return prefix
+    may_end = "?" if "" in node else ""
+    return f"{prefix}(?:{'|'.join(branches)}){may_end}"
+
+
+def secret_tokens(
+    expression: re.Pattern[str], entries: list[bytes], starts: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Which tokens of a row overlap a secret of their document.
+
+    Args:
+        entries: the bytes of each token of the row, without padding.
+        starts: (T,), whether a token is the first of a document; the first token always is.
+
+    Returns:
+        bool (T,).
+    """
+    result = np.zeros(len(entries), dtype=bool)
+    for first, end in pairwise([*np.flatnonzero(starts).tolist(), len(entries)]):
+        result[first:end] = _of_document(expression, entries[first:end])
+    return result
+
+
+def text_of(entries: list[bytes]) -> str:
+    """The text of a document, given the bytes of each token.
+
+    A byte that is part of no character is decoded as a character of its own (U+DC80 to U+DCFF), so
+    places in the text can be counted in bytes again.
+    """
+    return b"".join(entries).decode("utf-8", "surrogateescape")
+
+
+def _of_document(expression: re.Pattern[str], entries: list[bytes]) -> NDArray[np.bool_]:
+    """Which tokens of a document overlap a secret, given the bytes of each token."""
+    result = np.zeros(len(entries), dtype=bool)
+    text = text_of(entries)
+    found = list(spans(expression, text))
+    if not found:
+        return result
+    byte_of = _byte_offsets(text)
+    token_ends = np.cumsum([len(entry) for entry in entries])
+    for begin, end in found:
+        # From the token with the secret's first byte to the token with its last.
+        first = np.searchsorted(token_ends, byte_of[begin], side="right")
+        last = np.searchsorted(token_ends, byte_of[end], side="left")
+        result[first : last + 1] = True
+    return result
+
+
+def _byte_offsets(text: str) -> NDArray[np.int64]:
+    """The place of each character, and of the end, in UTF-8 bytes.
+
+    >>> _byte_offsets("aé€").tolist()
+    [0, 1, 3, 6]
+    """
+    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    sizes = np.ones(len(text), dtype=np.int64)
+    for least in (0x80, 0x800, 0x10000):  # the first code points of two, three and four bytes
+        sizes += code_points >= least
+    sizes[(code_points >= 0xDC80) & (code_points <= 0xDCFF)] = 1
+    return np.concatenate([[0], np.cumsum(sizes)])
