@@ -170,14 +170,22 @@ def right(result: Result) -> list[int]:
     return [int(bit) for bit in result["ordinary"]]
 
 
+def best_epoch(result: Result) -> int:
+    """The epoch with the lowest held-out loss, of those with training.
+
+    Near-duplicates teach nothing about other text: there the untrained model would be the best.
+    """
+    losses = result["heldout_loss"]
+    return min(range(1, len(losses)), key=losses.__getitem__) if len(losses) > 1 else 0
+
+
 def best(result: Result) -> float:
-    return float(min(result["heldout_loss"]))
+    return float(result["heldout_loss"][best_epoch(result)])
 
 
 def at_best(result: Result) -> dict[str, float]:
     """Calibration at the epoch with the lowest held-out loss."""
-    epoch = result["heldout_loss"].index(best(result))
-    values: dict[str, float] = result["calibration"][epoch]
+    values: dict[str, float] = result["calibration"][best_epoch(result)]
     return values
 
 
