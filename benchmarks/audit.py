@@ -43,7 +43,8 @@ from about import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from goldfish.audit import audit, records
+from goldfish.audit import audit
+from goldfish.audit.records import read_records
 
 # Tokens of a prefix, and of a suffix.
 LENGTH = 50
@@ -161,7 +162,7 @@ def half_recited(model: Any, tokenizer: Any, count: int) -> list[list[int]]:
 
 def ours(model: Any, output: Path, paths: dict[str, Path]) -> list[bool]:
     audit(model, output, **paths, prefix_length=LENGTH, suffix_length=LENGTH, device="cpu")
-    return records(output, ["exact_match"]).column("exact_match").to_pylist()
+    return read_records(output, ["exact_match"]).column("exact_match").to_pylist()
 
 
 def in_dtypes(run: Path) -> Iterator[dict[str, Any]]:
@@ -177,7 +178,7 @@ def in_dtypes(run: Path) -> Iterator[dict[str, Any]]:
             output = Path(folder, "audit")
             audit(run / model, output, **paths, prefix_length=half, suffix_length=half, dtype=dtype)
             seconds = time.perf_counter() - begin
-            table = records(output, ["exact_match", "output_ids"])
+            table = read_records(output, ["exact_match", "output_ids"])
         outputs = table.column("output_ids").to_pylist()
         # 16 bits are another model: its outputs need not be those of 32.
         same = sum(a == b for a, b in zip(exact.setdefault(model, outputs), outputs, strict=True))

@@ -1,9 +1,11 @@
-"""Can goldfish-loss be installed beside the frameworks that people train with? pip resolves both, and installs nothing.
+"""Can goldfish-loss be installed beside the frameworks that people train with?
 
-    python benchmarks/frameworks.py                      # needs a network; one to three minutes a framework
+    # needs a network; one to three minutes a framework
+    python benchmarks/frameworks.py
     python benchmarks/frameworks.py llamafactory==0.9.5
 
-Prints a row of docs/trainers.md for each: the versions that pip would install.
+pip resolves both, and installs nothing. Prints a row of docs/trainers.md for each: the versions
+that pip would install.
 """
 
 import json
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from about import markdown
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = (
@@ -52,16 +56,13 @@ def resolve(framework: str) -> dict[str, str]:
 
 
 def main(frameworks: tuple[str, ...]) -> None:
-    print("| framework | " + " | ".join(SHOWN) + " |")
-    print("|---" * (len(SHOWN) + 1) + "|")
+    rows = []
     for framework in frameworks:
         versions = resolve(framework)
-        cells = (
-            [versions["error"]]
-            if "error" in versions
-            else [versions.get(name, "") for name in SHOWN]
-        )
-        print(f"| {framework} | " + " | ".join(cells) + " |", flush=True)
+        cells = [versions.get(name, "") for name in SHOWN]
+        rows.append((framework, *([versions["error"]] if "error" in versions else cells)))
+        print(rows[-1], flush=True)
+    print(markdown(("framework", *SHOWN), rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Does the rule reach the loss in LLaMA-Factory, ms-swift and Axolotl? Each trains a toy model by its own command.
+"""Does the rule reach the loss in LLaMA-Factory, ms-swift and Axolotl?
 
-    python benchmarks/frameworks_train.py llamafactory=ENV/bin/python ms-swift=ENV/bin/python axolotl=ENV/bin/python
+    python benchmarks/frameworks_train.py llamafactory=ENV/bin/python ms-swift=ENV/bin/python \\
+        axolotl=ENV/bin/python
 
-Each framework is given by the interpreter of its own environment, without a network or a GPU; this script needs
-goldfish's. Every training runs twice, without and with the rule, while torch's cross_entropy notes which labels it is
-given. With the rule they must be those of the plain run, less the tokens that `Goldfish.dropped` names; goldfish.json
-must have the same counts. Prints a row of docs/trainers.md for each; ends with an AssertionError where one is wrong.
+Each trains a toy model by its own command, and is given by the interpreter of its own environment,
+without a network or a GPU; this script needs goldfish's. Every training runs twice, without and
+with the rule, while torch's cross_entropy notes which labels it is given. With the rule they must
+be those of the plain run, less the tokens that `Goldfish.dropped` names; goldfish.json must have
+the same counts. Prints a row of docs/trainers.md for each; ends with an AssertionError if one is
+wrong.
 """
 
 import json
@@ -18,9 +21,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from about import byte_level_bpe, markdown
 from torch.nn.functional import pad
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from goldfish import Goldfish
 
@@ -30,7 +33,8 @@ RULE = {"k": 4, "h": 13}
 EXAMPLES, LETTERS, BATCH, LENGTH = 96, 400, 4, 512
 SHOWN = ("torch", "transformers", "accelerate", "datasets", "trl", "peft")
 
-# Imported by every Python process that finds it first on its path. The gauge runs without gradient and is not noted.
+# Imported by every Python process that finds it first on its path. The gauge runs without gradient
+# and is not noted.
 RECORDER = """
 import atexit, os
 import torch
@@ -46,8 +50,10 @@ def note_ids(input, *args, **kwargs):
 
 def note_labels(input, target, *args, **kwargs):
     if torch.is_grad_enabled():
-        rows = target.detach().reshape(len(ids[-1]), -1)  # ms-swift computes no logits before the first label
-        seen.append((ids[-1], functional.pad(rows, (ids[-1].shape[1] - rows.shape[1], 0), value=-100)))
+        rows = target.detach().reshape(len(ids[-1]), -1)
+        # ms-swift computes no logits before the first label.
+        missing = ids[-1].shape[1] - rows.shape[1]
+        seen.append((ids[-1], functional.pad(rows, (missing, 0), value=-100)))
     return cross_entropy(input, target, *args, **kwargs)
 
 def save():
@@ -62,22 +68,7 @@ atexit.register(save)
 def make_toy(folder: Path) -> None:
     """A model with its tokenizer, training data in Alpaca's format, and the recorder."""
     texts = [topics[name] for name in sorted(topics)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            special_tokens=[END, "<pad>"],
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token="<pad>")
+    tokenizer = byte_level_bpe(texts, 1000, end=END, pad="<pad>")
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     sizes = {
@@ -139,7 +130,7 @@ class Run:
         assert done.returncode == 0, (self.folder / "log.txt").read_text()[-6000:]
 
     def seen(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of every micro-batch the ids and the shifted labels that the loss was given, int64 (B, T)."""
+        """For each micro-batch, the ids and shifted labels that the loss got, int64 (B, T)."""
         (file,) = self.folder.glob("*.pt")
         return torch.load(file)  # type: ignore[no-any-return]
 
@@ -235,7 +226,10 @@ FRAMEWORKS = {"llamafactory": llamafactory, "ms-swift": ms_swift, "axolotl": axo
 
 
 def positions(shifted: torch.Tensor) -> torch.Tensor:
-    """Of every token in its document: prompts are no targets, so a document starts behind the last target of one."""
+    """Each token's position in its document, int64 (B, T).
+
+    Prompts are no targets, so a document starts behind the last target of the one before.
+    """
     target = pad(shifted != -100, (1, 0))[:, :-1]
     starts = ~target & pad(target, (1, 0))[:, :-1]
     column = torch.arange(shifted.shape[1]).expand_as(shifted)
@@ -269,26 +263,30 @@ def versions(python: Path, framework: str) -> list[str]:
     ).stdout.split()
 
 
+def train_both(framework: str, python: Path, packed: bool) -> tuple[int, int]:
+    """Train without and with the rule; targets and dropped ones."""
+    with tempfile.TemporaryDirectory() as name:
+        toy = Path(name)
+        make_toy(toy)
+        plain, masked = Run(toy, python, "plain"), Run(toy, python, "masked")
+        FRAMEWORKS[framework](plain, None, packed=packed)
+        FRAMEWORKS[framework](masked, plain, packed=packed)
+        return compare(plain, masked)
+
+
 def main(given: dict[str, Path]) -> None:
-    print("| framework | rows | " + " | ".join(SHOWN) + " | targets | dropped | share |")
-    print("|---" * (len(SHOWN) + 5) + "|")
+    head = ("framework", "rows", *SHOWN, "targets", "dropped", "share")
+    rows = []
     for framework, python in given.items():
         own, *others = versions(python, framework)
-        for packed in (
-            (False, True) if framework != "ms-swift" else (False,)
-        ):  # its packing needs flash attention
-            with tempfile.TemporaryDirectory() as name:
-                toy = Path(name)
-                make_toy(toy)
-                plain, masked = Run(toy, python, "plain"), Run(toy, python, "masked")
-                FRAMEWORKS[framework](plain, None, packed=packed)
-                FRAMEWORKS[framework](masked, plain, packed=packed)
-                targets, dropped = compare(plain, masked)
-            cells = [f"{framework} {own}", "packed" if packed else "padded", *others]
-            print(
-                f"| {' | '.join(cells)} | {targets} | {dropped} | {dropped / targets:.4f} |",
-                flush=True,
-            )
+        # Packing in ms-swift needs flash attention.
+        for packed in (False, True) if framework != "ms-swift" else (False,):
+            targets, dropped = train_both(framework, python, packed)
+            how = "packed" if packed else "padded"
+            share = f"{dropped / targets:.4f}"
+            rows.append((f"{framework} {own}", how, *others, targets, dropped, share))
+            print(rows[-1], flush=True)
+    print(markdown(head, rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does the gauge show memorization? The gap beside what is recited, at several points of a training.
+"""Does the gauge show memorization? The gap beside what is recited, during a training.
 
     python benchmarks/gauge.py              # resumes benchmarks/results/gauge.jsonl; minutes of CPU
     python benchmarks/gauge.py --table      # the table of the trainings so far

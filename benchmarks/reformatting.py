@@ -2,13 +2,13 @@
 
     python benchmarks/reformatting.py --text documents.jsonl
 
-For documents of a JSONL file with a `text` field: the share of words that get the decision that they get in the
-original, for "letters" and, over token ids, "hash". A word is a run of letters and digits; its decision is that
-of the token with its first letter; words of original and version are matched by the letters before them. In the rows
-named after tokenizers the text is the original and the tokenizer another than the first.
+For documents of a JSONL file with a `text` field: the share of words that get the decision that
+they get in the original, for "letters" and, over token ids, "hash". A word is a run of letters and
+digits; its decision is that of the token with its first letter; words of original and version are
+matched by the letters before them. In the rows named after tokenizers the text is the original and
+the tokenizer another than the first.
 """
 
-import argparse
 import json
 import random
 import re
@@ -19,7 +19,7 @@ from unicodedata import category
 
 import numpy as np
 import torch
-from about import RESULTS, about, byte_level_bpe, load_texts
+from about import RESULTS, about, byte_level_bpe, load_texts, parser
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from goldfish import Goldfish
@@ -41,9 +41,8 @@ def sentencepiece_bpe(texts: list[str], size: int) -> Tokenizer:
         vocab_size=size, special_tokens=special, limit_alphabet=500, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    described = json.loads(
-        tokenizer.to_str()
-    )  # the trainer makes the bytes special; here they are plain entries
+    # The trainer makes the bytes special tokens; SentencePiece has them as plain entries.
+    described = json.loads(tokenizer.to_str())
     described["added_tokens"] = [
         token for token in described["added_tokens"] if token["content"] == "<unk>"
     ]
@@ -51,7 +50,10 @@ def sentencepiece_bpe(texts: list[str], size: int) -> Tokenizer:
 
 
 def metaspace() -> pre_tokenizers.PreTokenizer:
-    """As SentencePiece trains by default: no entry mixes letters with punctuation (split_by_unicode_script)."""
+    """As SentencePiece trains by default: no entry mixes letters with punctuation.
+
+    Its option is split_by_unicode_script.
+    """
     space = pre_tokenizers.Metaspace(prepend_scheme="first")
     return pre_tokenizers.Sequence([pre_tokenizers.UnicodeScripts(), space])
 
@@ -128,8 +130,11 @@ VERSIONS: dict[str, Callable[[str, random.Random], str]] = {
 def decide(
     rule: Goldfish, tokenizer: Tokenizer, text: str
 ) -> tuple[np.ndarray, np.ndarray, list[bool]]:
-    """For every letter of the normal form whether a word starts there, and whether its token is dropped; and the
-    decision of every token."""
+    """What a rule decides in a text.
+
+    Returns for every letter of the normal form whether a word starts there, bool (L,), and whether
+    its token is dropped, bool (L,); and the decision of every token.
+    """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     drop = rule.dropped(torch.tensor(encoding.ids, dtype=torch.int64)).tolist()
     of_character = np.zeros(len(text), dtype=bool)
@@ -146,7 +151,7 @@ def decide(
 
 
 def compare(before: list, after: list) -> dict[str, int]:
-    """How many words of the original keep their decision in another version or under another tokenizer."""
+    """How many words of the original keep their decision in a version or with a tokenizer."""
     counts = {"same": 0, "words": 0, "dropped": 0, "tokens": 0}
     for (starts, original, _), (_, version, drop) in zip(before, after, strict=True):
         if len(original) != len(version):
@@ -159,21 +164,19 @@ def compare(before: list, after: list) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument(
         "--text", required=True, help="JSONL file; the field `text` of each line is used"
     )
-    parser.add_argument("--documents", type=int, default=500)
-    parser.add_argument("--characters", type=int, default=4000, help="of each document")
-    parser.add_argument("--k", type=float, default=4)
-    parser.add_argument(
-        "--h", type=int, default=8, help="words of 5 letters for letters, tokens for hash"
+    options.add_argument("--documents", type=int, default=500)
+    options.add_argument("--characters", type=int, default=4000, help="of each document")
+    options.add_argument("--k", type=float, default=4)
+    options.add_argument(
+        "--h", type=int, default=8, help="h tokens for hash, 5h letters for letters"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "reformatting.json")
-    args = parser.parse_args(argv)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", type=Path, default=RESULTS / "reformatting.json")
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     texts = load_texts(args.text)
     texts = random.Random(args.seed).sample(texts, min(args.documents, len(texts)))

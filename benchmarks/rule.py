@@ -1,14 +1,15 @@
-"""Does the rule drop one token in k, whatever h and the vocabulary? And what does asking it cost?
+"""Does the rule drop one token in k, whatever h and the vocabulary? And what does it cost?
 
     python benchmarks/rule.py --text documents.jsonl
-    python benchmarks/rule.py --render               # the tables of the last run, as markdown
+    # the tables of the last run, in Markdown
+    python benchmarks/rule.py --render
 
-The documents of a JSONL file with a `text` field, tokenized, one after the other in rows of 4096 tokens; the same for
-strategy "reference", the original's function. "hash" is told where documents start. Times are medians of many calls,
-the cells in turn, so that whatever else the machine does meets them all.
+The documents of a JSONL file with a `text` field, tokenized, one after the other in rows of 4096
+tokens; the same for strategy "reference", the original's function. "hash" is given the documents'
+starts. Times are medians of many calls, the cells in turn, so that whatever else the machine does
+meets them all.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,15 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from about import RESULTS, about, byte_level_bpe, load_texts, markdown
+from about import RESULTS, about, byte_level_bpe, load_texts, markdown, parser
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from goldfish import Goldfish
 
+# Vocabularies.
 SIZES = (32_000, 131_072)
-RULES = ((4, 13), (50, 50), (3, 13))  # k, h
-COSTS = (4, 13, 50)  # h
+# k, h.
+RULES = ((4, 13), (50, 50), (3, 13))
+# h.
+COSTS = (4, 13, 50)
 RATES_HEAD = (
     "vocabulary",
     "k, h",
@@ -46,32 +50,39 @@ COSTS_HEAD = (
     "largest tensor, held at once",
 )
 LENGTH = 4096
-RUN = 200  # a run of so many tokens without a drop can be recited
+# A run of this many tokens without a dropped one can be recited.
+RUN = 200
 
 
 def rows(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """All documents, one after the other, and each token's place in its own; int64 (N, 4096), the rest left out."""
+    """All documents in a row, and each token's place in its own; both int64 (N, 4096).
+
+    What does not fill a last row is left out.
+    """
     ids = np.concatenate([np.array(d, dtype=np.int64) for d in documents])
     positions = np.concatenate([np.arange(len(d)) for d in documents])
     whole = len(ids) // LENGTH * LENGTH
-    return torch.from_numpy(ids[:whole]).view(-1, LENGTH), torch.from_numpy(positions[:whole]).view(
-        -1, LENGTH
-    )
+    ids, positions = ids[:whole].reshape(-1, LENGTH), positions[:whole].reshape(-1, LENGTH)
+    return torch.from_numpy(ids), torch.from_numpy(positions)
 
 
 def products(ids: Tensor, h: int) -> Tensor:
-    """Of the last h tokens, from token h on: int64 (N, T - h), the key of "reference" for its table."""
+    """Of the last h tokens, from token h on, int64 (N, T - h): the key of "reference"."""
     return ids[:, 1:].unfold(-1, h, 1).prod(-1)
 
 
 def in_long_runs(dropped: np.ndarray) -> int:
-    """How many tokens lie in runs of at least RUN tokens of which none is dropped, in the text as a whole."""
+    """How many tokens are in runs of at least RUN tokens without a dropped one."""
     runs = np.diff(np.flatnonzero(np.concatenate(([True], dropped, [True])))) - 1
     return int(runs[runs >= RUN].sum())
 
 
 def law(k: float) -> float:
-    """The share of tokens in such runs when each token is dropped with probability 1/k on its own."""
+    """The share of tokens in such runs if tokens are dropped independently, with probability 1/k.
+
+    A run of exactly n kept tokens between two dropped ones starts at a token with probability
+    q^n / k^2, where q = 1 - 1/k. The sum of n q^n / k^2 over n >= RUN is what is returned.
+    """
     q = 1 - 1 / k
     return q**RUN * (RUN + k - 1) / k
 
@@ -85,12 +96,15 @@ def measure(
         rule = Goldfish(k=k, h=h, seed=seed, strategy=strategy)
         pairs = [rule.drops_and_keys(i, p if strategy == "hash" else None) for i, p in chunks]
         dropped, windows = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
-        decided = np.zeros(dropped.shape, dtype=bool)  # the tokens with a whole window
+        # Only tokens with a whole window are counted.
+        decided = np.zeros(dropped.shape, dtype=bool)
         decided[:, h:] = True
         zero = None
-        if strategy == "hash":  # it is the h tokens before them, in their document
+        if strategy == "hash":
+            # The window is the h tokens before a token, in its document.
             decided &= positions.numpy() >= h
-        else:  # the last h tokens, which are those before the next token
+        else:
+            # The window is the last h tokens: those before the next token.
             windows = np.roll(windows, -1, axis=1)
             decided[:, -1] = False
             zero = float((torch.cat([products(i, h) for i, _ in chunks]) == 0).double().mean())
@@ -113,7 +127,7 @@ def measure(
 
 
 def allocations(rule: Goldfish, ids: Tensor) -> tuple[float, float]:
-    """The largest tensor that one call makes, and all that it holds at a time, in multiples of the ids' bytes."""
+    """The largest tensor of one call, and the most at a time, in multiples of the ids' bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         rule.dropped(ids)
     events = [
@@ -138,7 +152,8 @@ def costs(
         for taken, (rule, ids) in zip(times, calls, strict=True):
             begin = time.perf_counter()
             rule.dropped(ids)
-            if turn >= 3:  # the first calls make tables and warm caches
+            # The first calls make tables and warm caches.
+            if turn >= 3:
                 taken.append(1e3 * (time.perf_counter() - begin))
     for cell, taken, (rule, ids) in zip(cells, times, calls, strict=True):
         low, median, high = statistics.quantiles(taken, n=4)
@@ -183,27 +198,26 @@ def render(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", help="a JSONL file with a `text` field")
-    parser.add_argument("--documents", type=int, help="only so many of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the rules")
-    parser.add_argument("--repeats", type=int, default=101, help="calls that are timed")
-    parser.add_argument("--output", type=Path, default=RESULTS / "rule.json")
-    parser.add_argument(
-        "--render", action="store_true", help="print the tables of --output and stop"
-    )
-    args = parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--text", help="a JSONL file with a `text` field")
+    options.add_argument("--documents", type=int, help="only so many of them")
+    options.add_argument("--seed", type=int, default=0, help="of the rules")
+    options.add_argument("--repeats", type=int, default=101, help="calls that are timed")
+    options.add_argument("--output", type=Path, default=RESULTS / "rule.json")
+    options.add_argument("--render", action="store_true", help="print the tables and stop")
+    args = options.parse_args(argv)
     if args.render:
         print(render(json.loads(args.output.read_text(encoding="utf-8"))))
         return
     if args.text is None:
-        parser.error("--text or --render is needed")
+        options.error("--text or --render is needed")
     torch.set_num_threads(1)
     texts = load_texts(args.text)[: args.documents]
     result, rates, bound, ids = about("tokenizers"), [], {}, {}
     for size in SIZES:
         tokenizer = byte_level_bpe(texts, size).backend_tokenizer
-        name = f"{tokenizer.get_vocab_size():,} entries"  # fewer than asked for where the text has no more pairs
+        # Fewer than asked for, if the text has no more pairs to merge.
+        name = f"{tokenizer.get_vocab_size():,} entries"
         documents = [
             encoding.ids
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)

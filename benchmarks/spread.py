@@ -1,22 +1,24 @@
-"""Evenly spread dropped tokens against the hash rule, at equal drop rates: what is recited after 100 epochs?
+"""Evenly spread dropped tokens against the hash rule, at equal drop rates: what is recited?
 
-    python benchmarks/spread.py                    # goes on with what benchmarks/results/spread.jsonl lacks; 2 CPU
-                                                   # minutes a training
-    python benchmarks/spread.py --table            # the table of the trainings so far
+    # resumes with what benchmarks/results/spread.jsonl lacks; 2 CPU minutes a training
+    python benchmarks/spread.py
+    # the table of the trainings so far
+    python benchmarks/spread.py --table
 
-The setting is that of recipes/memorize.py: 32 windows of 256 tokens of the Python language reference, 100 epochs, a
-Llama of 1M parameters; then the second half of each window is asked for.
+The setting is that of recipes/memorize.py: 32 windows of 256 tokens of the Python language
+reference, 100 epochs, a Llama of 1M parameters; then the second half of each window is asked for.
 
 hash      with probability 1/k, from the 13 tokens before (the package's rule).
-cap       as hash with max_kept = 1 / rate rounded up (4 for 0.33333333, 3 for 0.3333333333333333): with a lower rate
-          q, and also after every max_kept kept tokens in a row.
-even      every k-th position: moves with the passage, so no candidate, but the limit of even spacing.
+cap       as hash with max_kept = 1 / rate rounded up (4 for 0.33333333, 3 for 0.3333333333333333):
+          with a lower rate q, and also after every max_kept kept tokens in a row.
+even      every k-th position: moves with the passage, so no candidate, but the limit of even
+          spacing.
 standard  no token is dropped.
 """
 
-import argparse
 import math
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from about import (
     RESULTS,
+    Split,
     about,
     append,
     audited,
@@ -31,6 +34,8 @@ from about import (
     load_texts,
     markdown,
     mean_of,
+    missing,
+    parser,
     read_results,
     small_llama,
     split_windows,
@@ -54,50 +59,40 @@ HEAD = (
     "ROUGE-L - hash, paired [95% over windows]",
 )
 WINDOW, BATCH, VOCABULARY = 256, 8, 2048
-Windows = tuple[list[list[int]], list[list[int]]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--documents", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1 / 4, 1 / 3, 1 / 5, 1 / 2])
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--documents", type=int, default=32)
+    options.add_argument("--epochs", type=int, default=100)
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--rates", nargs="+", type=float, default=[1 / 4, 1 / 3, 1 / 5, 1 / 2])
+    options.add_argument(
         "--schemes", nargs="+", default=list(SCHEMES), choices=("standard", *SCHEMES)
     )
-    parser.add_argument("--results", type=Path, default=RESULTS / "spread.jsonl")
-    parser.add_argument(
+    options.add_argument("--results", type=Path, default=RESULTS / "spread.jsonl")
+    options.add_argument(
         "--table", action="store_true", help="print the table of the results and stop"
     )
-    args = parser.parse_args(argv)
-    for seed in [] if args.table else args.seeds:
+    args = options.parse_args(argv)
+    names = ("seed", "rate", "scheme")
+    rates = [round(rate, 4) for rate in args.rates]
+    size = {"documents": args.documents, "epochs": args.epochs}
+    wanted = [
+        dict(zip(names, each, strict=True)) | size
+        for each in product(args.seeds, rates, args.schemes)
+    ]
+    exact = dict(zip(rates, args.rates, strict=True))
+    for run in [] if args.table else missing(args.results, wanted):
         texts = load_texts()
         tokenizer = byte_level_bpe(texts, VOCABULARY)
-        windows = split_windows(texts, tokenizer, args.documents, WINDOW, seed)
-        for rate in args.rates:
-            for scheme in args.schemes:
-                run = {
-                    "seed": seed,
-                    "scheme": scheme,
-                    "rate": round(rate, 4),
-                    "documents": args.documents,
-                    "epochs": args.epochs,
-                }
-                if any(
-                    all(known[key] == run[key] for key in run)
-                    for known in read_results(args.results)
-                ):
-                    continue
-                began = time.process_time()
-                result = train(scheme, rate, seed, args.epochs, tokenizer, windows)
-                append(
-                    args.results,
-                    run | result | {"cpu_seconds": round(time.process_time() - began)} | about(),
-                )
-                print(f"{run}: ROUGE-L {np.mean(result['members']['rouge_l_ids']):.3f}", flush=True)
+        windows = split_windows(texts, tokenizer, args.documents, WINDOW, run["seed"])
+        began = time.process_time()
+        rate = exact[run["rate"]]
+        result = train(run["scheme"], rate, run["seed"], args.epochs, tokenizer, windows)
+        result["cpu_seconds"] = round(time.process_time() - began)
+        append(args.results, run | result | about())
+        print(f"{run}: ROUGE-L {np.mean(result['members']['rouge_l_ids']):.3f}", flush=True)
     print(table(read_results(args.results)))
 
 
@@ -116,7 +111,7 @@ def dropped(scheme: str, rate: float, ids: Tensor) -> Tensor:
 
 
 def train(
-    scheme: str, rate: float, seed: int, epochs: int, tokenizer: Any, windows: Windows
+    scheme: str, rate: float, seed: int, epochs: int, tokenizer: Any, windows: Split
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(small_llama(tokenizer, 128))
@@ -133,9 +128,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    gaps = [
-        np.diff(np.flatnonzero(row)) - 1 for row in drop.numpy()
-    ]  # kept targets between two dropped ones
+    # Kept targets between two dropped ones.
+    gaps = [np.diff(np.flatnonzero(row)) - 1 for row in drop.numpy()]
     result: dict[str, Any] = {
         "drop_rate": round(drop[:, 1:].double().mean().item(), 4),
         "longest_kept": int(max(np.concatenate(gaps), default=0)),
@@ -152,7 +146,11 @@ def train(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over windows and seeds; the difference from hash at equal rate and seed, with a t interval over windows."""
+    """Means over windows and seeds.
+
+    The last column is the difference from hash at equal rate and seed, with a t interval over
+    windows.
+    """
     rows = []
     for rate, scheme in dict.fromkeys((r["rate"], r["scheme"]) for r in results):
         group = [r for r in results if (r["rate"], r["scheme"]) == (rate, scheme)]
@@ -164,6 +162,9 @@ def table(results: list[dict[str, Any]]) -> str:
             for r in group
             if r["seed"] in base and scheme != "hash"
         ]
+        members = [r["members"] for r in group]
+        exact = sum(each["exact_match"] for each in members)
+        rouge = [f"{np.mean(each['rouge_l_ids']):.3f}" for each in members]
         rows.append(
             (
                 f"{rate:.3f}",
@@ -171,10 +172,10 @@ def table(results: list[dict[str, Any]]) -> str:
                 len(group),
                 f"{np.mean([r['drop_rate'] for r in group]):.3f}",
                 max(r["longest_kept"] for r in group),
-                f"{sum(r['members']['exact_match'] for r in group)} of {sum(r['documents'] for r in group)}",
-                ", ".join(f"{np.mean(r['members']['rouge_l_ids']):.3f}" for r in group),
+                f"{exact} of {sum(r['documents'] for r in group)}",
+                ", ".join(rouge),
                 f"{np.mean([r['heldout']['rouge_l_ids'] for r in group]):.3f}",
-                f"{np.mean([r['members']['longest_run'] for r in group]):.1f}",
+                f"{np.mean([each['longest_run'] for each in members]):.1f}",
                 mean_of(np.concatenate(differences), 3) if differences else "",
             )
         )

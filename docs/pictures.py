@@ -12,8 +12,9 @@ from goldfish import Goldfish
 from goldfish.text.show import show
 
 TEXT = (
-    "An assignment statement evaluates the expression list and assigns the single resulting object to each of the "
-    "target lists, from left to right. Assignment is defined recursively depending on the form of the target list."
+    "An assignment statement evaluates the expression list and assigns the single resulting "
+    "object to each of the target lists, from left to right. Assignment is defined recursively "
+    "depending on the form of the target list."
 )
 
 

@@ -12,23 +12,31 @@ from goldfish.rule import Goldfish
 
 
 class GoldfishLoss(nn.Module):
-    """Mean negative log-likelihood of the kept tokens, -(1/|G|) sum G_i log P(x_i | x_<i) (Hans et al. 2024, eq. 1).
+    """Mean negative log-likelihood of the kept tokens (Hans et al. 2024, equation 1).
 
-    In a custom training loop:
+    >>> import torch
+    >>> from goldfish import Goldfish, GoldfishLoss
+    >>> loss = GoldfishLoss(Goldfish(k=4, h=13, max_kept=4))
+    >>> input_ids = torch.arange(12)[None]
+    >>> loss(torch.zeros(1, 12, 50), input_ids, input_ids=input_ids).exp()  # a uniform guess
+    tensor(50.0000)
 
-        loss = GoldfishLoss(rule)(logits, labels, input_ids=input_ids)
+    In a custom training loop, `GoldfishLoss(rule)(logits, labels, input_ids=input_ids)` equals
 
-    equals `F.cross_entropy(logits[:, :-1].flatten(0, 1), mask_labels(rule, input_ids, labels)[:, 1:].flatten())`,
-    except that the logits of dropped tokens are not read and that a batch without a kept token gives a zero with a
-    gradient of zero instead of NaN.
+        masked = mask_labels(rule, input_ids, labels)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), masked[:, 1:].flatten())
 
-    In Trainer: `Trainer(..., compute_loss_func=GoldfishLoss(rule))`; evaluation is then the plain loss. GoldfishTrainer
-    is better: Trainer passes no input_ids, so the rule decides from the labels, as if ignored positions were not there
-    (with masked-out prompts from the answer alone; packed rows need document_end). And it counts targets before any is
-    dropped, so batches of a step are weighted by their targets: a difference in the third digit.
+    except that the logits of dropped tokens are not read, and that a batch without a kept token
+    gives a zero with a gradient of zero instead of NaN.
+
+    In Trainer, `Trainer(..., compute_loss_func=GoldfishLoss(rule))`; the evaluation loss is then
+    the plain one. GoldfishTrainer is better. Trainer passes no input_ids, so the rule decides from
+    the labels, as if ignored positions were not there: with a masked prompt from the answer alone,
+    and packed rows need document_end. And Trainer counts targets before any is dropped, so the
+    batches of a step are weighted by their targets: a difference in the third digit.
 
     Args:
-        rule: says which tokens are dropped.
+        rule: decides which tokens are dropped.
         ignore_index: the label that means "no target".
     """
 
@@ -47,21 +55,25 @@ class GoldfishLoss(nn.Module):
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The loss, a scalar in nats per kept token, float32 (float64 for float64 logits).
+        """The loss, a scalar in nats per kept token; float32, or float64 for float64 logits.
 
         Args:
-            logits: (B, T, V); Trainer passes the output of a Hugging Face model, which holds them.
+            logits: (B, T, V), or the output of a Hugging Face model, which has them.
             labels: integers (B, T), aligned with input_ids; this function shifts.
-            input_ids: integers (B, T), what the rule decides from. Required in a loop, not passed by Trainer.
+            input_ids: integers (B, T), from which the rule decides. Required in a loop, not passed
+                by Trainer.
             position_ids, attention_mask: as for `Goldfish.dropped`.
-            num_items_in_batch: targets of the whole optimiser step, counted before dropping, as Trainer does.
+            num_items_in_batch: targets of the whole optimiser step, counted before dropping, as
+                Trainer does.
 
         Raises:
-            TypeError, ValueError: as `Goldfish.dropped`; missing labels or input_ids; logits that do not fit.
+            TypeError, ValueError: as `Goldfish.dropped`; missing labels or input_ids; logits that
+                do not fit.
         """
         if labels is None:
             raise ValueError(
-                "GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling makes them"
+                "GoldfishLoss needs labels; a collator such as DataCollatorForLanguageModeling "
+                "makes them"
             )
         if input_ids is not None:
             masked = mask_labels(
@@ -74,12 +86,14 @@ class GoldfishLoss(nn.Module):
             )
         elif isinstance(logits, Tensor):
             raise ValueError(
-                "GoldfishLoss needs input_ids in a training loop: loss(logits, labels, input_ids=input_ids). The rule "
-                "decides from the ids; labels hold ignored positions, so they would give other decisions"
+                "GoldfishLoss needs input_ids in a training loop: "
+                "loss(logits, labels, input_ids=input_ids). The rule decides from the ids; labels "
+                "hold ignored positions, so they would give other decisions"
             )
-        elif not torch.is_grad_enabled():  # Trainer calls its compute_loss_func in evaluation too
-            masked = labels
-        else:  # decided from the labels
+        elif not torch.is_grad_enabled():
+            masked = labels  # Trainer calls its compute_loss_func in evaluation too
+        else:
+            # Trainer in training: decide from the labels, as if ignored ones were padding.
             attended = labels != self.ignore_index
             ids = labels.masked_fill(~attended, 0)
             masked = mask_labels(
@@ -102,11 +116,13 @@ class GoldfishLoss(nn.Module):
 def smoothed_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, epsilon: float
 ) -> Tensor:
-    """Trainer's label smoothing for masked labels, as its compute_loss_func: (1 - epsilon) times the nll plus epsilon
-    times the mean of -log p over the vocabulary, summed over the kept tokens and divided by num_items_in_batch.
+    """Trainer's label smoothing for masked labels, as its compute_loss_func.
 
-    transformers' LabelSmoother in 5.10 divides each batch by its own number of tokens, which may be 0; and no version
-    shifts the labels of a model whose class is not in transformers' list.
+    (1 - epsilon) times the nll plus epsilon times the mean of -log p over the vocabulary, summed
+    over the kept tokens and divided by num_items_in_batch.
+
+    transformers' LabelSmoother in 5.10 divides each batch by its own number of tokens, which may be
+    0; and no version shifts the labels of a model whose class is not in transformers' list.
     """
     total, kept = _sum_over_targets(_logits_of(outputs), labels, IGNORE_INDEX, epsilon)
     return total / divisor(kept, num_items_in_batch)
@@ -119,13 +135,17 @@ def _logits_of(outputs: Any) -> Any:
 def _sum_over_targets(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The loss summed over the targets among `labels` (not shifted), in float32 or better, and their number."""
+    """The loss summed over the targets among `labels` (not shifted), and their number.
+
+    In float32 or better.
+    """
     targets = labels[..., 1:].to(logits.device)
     kept = targets != ignore_index
     rows = logits[..., :-1, :][kept]
     if rows.dtype != torch.float64:
         rows = rows.float()
-    # A sum over no rows is a zero with a graph, so a rank without a kept token still takes part in the backward pass.
+    # A sum over no rows is a zero with a graph, so a rank without a kept token still takes part in
+    # the backward pass.
     total = nn.functional.cross_entropy(
         rows, targets[kept], reduction="sum", label_smoothing=label_smoothing
     )

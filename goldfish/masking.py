@@ -51,7 +51,7 @@ def mask_labels(
     >>> from goldfish import Goldfish
     >>> input_ids = torch.arange(100, 112)
     >>> mask_labels(Goldfish(k=4, h=13, max_kept=4), input_ids).tolist()
-    [100, 101, 102, 103, -100, 105, 106, 107, 108, -100, 110, 111]
+    [100, 101, 102, 103, 104, -100, 106, -100, 108, 109, 110, 111]
 
     Labels are aligned as in Hugging Face's models: labels[i] is the token input_ids[i] (or
     ignore_index), and the model shifts. With `shifted` they are shifted already, as in torchtitan,
@@ -249,7 +249,7 @@ class GoldfishCollator:
     >>> rows = [{"input_ids": list(range(100, 112))}]
     >>> loader = DataLoader(rows, collate_fn=GoldfishCollator(default_data_collator, rule))
     >>> [batch["labels"].tolist() for batch in loader]
-    [[[100, 101, 102, 103, -100, 105, 106, 107, 108, -100, 110, 111]]]
+    [[[100, 101, 102, 103, 104, -100, 106, -100, 108, 109, 110, 111]]]
 
     For custom training loops; use it in the training DataLoader only. A Trainer uses one collator
     for training and evaluation, so there it would change the evaluation loss: use GoldfishTrainer

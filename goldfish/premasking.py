@@ -38,7 +38,7 @@ def premask(
     >>> from goldfish import Goldfish
     >>> dataset = Dataset.from_dict({"input_ids": [list(range(100, 112)), [7, 8]]})
     >>> premask(dataset, Goldfish(k=4, h=13, max_kept=4))["labels"][0]
-    [100, 101, 102, 103, -100, 105, 106, 107, 108, -100, 110, 111]
+    [100, 101, 102, 103, 104, -100, 106, -100, 108, 109, 110, 111]
 
     For pipelines that pack or shard tokens later (packing, sequence parallelism), and for a rule
     for each source: premask the data sets one by one and concatenate them. Each row is decided as
@@ -268,17 +268,24 @@ def premask_files(
     num_proc: int | None = None,
     secret_column: str | None = None,
 ) -> None:
-    """Mask a tokenized dataset on disk (`rows.dataset_of`; of several splits "train") and write it to a new folder,
-    which appears when all is written, with its receipt. Formats:
+    """Mask a tokenized dataset on disk and write it, with its receipt, to a new folder.
 
-    - "labels": a folder for `datasets.load_from_disk`; labels hold -100 where a token is dropped.
-    - "mask", for OLMo and OLMo-core (data.paths, label_mask_paths): token_ids.npy (uint32) and labels_mask.npy (bool,
-      True: the token is a target), all rows one after the other, without a header (np.memmap).
-    - "loss-mask", for Megatron and NeMo: token_ids.npy and loss_mask.npy, float32 in the same layout, shifted: 1 where
-      the next token of the row is a target, 0 where it is not and for the last token of a row.
+    The folder appears when all is written.
+
+    Args:
+        source: see `rows.dataset_of`; if it has several splits, "train" is read.
+        output: the new folder.
+        rule, tokenizer, num_proc, secret_column: as for `premask`.
+        format: "labels" is a folder for `datasets.load_from_disk`, whose labels hold -100 at
+            dropped tokens. "mask" is for OLMo and OLMo-core (data.paths, label_mask_paths):
+            token_ids.npy (uint32) and labels_mask.npy (bool, True if the token is a target), all
+            rows one after the other, without a header (np.memmap). "loss-mask" is for Megatron and
+            NeMo: token_ids.npy and loss_mask.npy, float32 in the same layout, shifted: 1 if the
+            next token of the row is a target, 0 if it is not and for the last token of a row.
 
     Raises:
-        ValueError: an output that exists, an unknown source or format, no tokens, ids beyond uint32; as `premask`.
+        ValueError: an output that exists, an unknown source or format, no tokens, ids beyond
+            uint32; as `premask`.
     """
     output = Path(output)
     if output.exists():

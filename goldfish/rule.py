@@ -39,7 +39,7 @@ class Goldfish:
     >>> import torch
     >>> rule = Goldfish(k=4, h=13, max_kept=4)
     >>> rule.dropped(torch.arange(100, 112)).int().tolist()
-    [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    [0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0]
 
     Args:
         k: one token in k is dropped, on average; any finite number above 1. 3 or 4 is the paper's
@@ -198,11 +198,11 @@ class Goldfish:
 
         >>> import torch
         >>> ids = torch.tensor([[11, 12, 13, 14, 15, 11, 12, 13, 14, 15]])
-        >>> rule = Goldfish(k=2, h=2)
+        >>> rule = Goldfish(k=2, h=4)
         >>> rule.dropped(ids).int().tolist()
-        [[0, 0, 1, 0, 1, 1, 1, 1, 0, 1]]
-        >>> packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
-        >>> rule.dropped(ids, packed).int().tolist()
+        [[0, 0, 1, 0, 1, 1, 1, 0, 0, 1]]
+        >>> two_documents = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+        >>> rule.dropped(ids, two_documents).int().tolist()
         [[0, 0, 1, 0, 1, 0, 0, 1, 0, 1]]
 
         Args:

@@ -1,5 +1,6 @@
-"""Training needs no package of the extras, and the command line says which one it misses. No pytest: it is an extra.
+"""Training needs no package of the extras, and the command line names a missing one.
 
+Without pytest, which is an extra too.
 .ci/run starts this in an environment with the base dependencies only.
 """
 
@@ -26,7 +27,7 @@ def goldfish(*words: str) -> subprocess.CompletedProcess[str]:
 
 def main() -> None:
     absent = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    # jinja2 and rich also come with packages of the base: torch brings the one, transformers the other.
+    # jinja2 and rich also come with packages of the base: torch and transformers bring them.
     assert {"rapidfuzz", "scipy", "matplotlib", "trl", "peft"} <= set(absent), (
         f"only {absent} are absent"
     )

@@ -1,6 +1,7 @@
-"""Exact in every loop: loss and gradients of one optimiser step against an eager oracle in fp64, row by row.
+"""Exact in every loop: loss and gradients of one optimiser step, against an eager oracle.
 
-The budget of each figure is what the same oracle loses in fp32: twice its distance from fp64, and a few roundings.
+The oracle computes row by row in fp64. The budget of each figure is what the same oracle loses in
+fp32: twice its distance from fp64, and a few roundings.
 """
 
 import pytest
@@ -36,7 +37,7 @@ def rows():
 
 
 def by_hand(dtype, smoothing=0.0, rule=RULE):
-    """Loss, gradients and number of kept tokens of one step over all rows, each alone and without padding."""
+    """Loss, gradients and number of kept tokens of one step, each row alone and without padding."""
     model, total, kept = tiny_llama().to(dtype), 0.0, 0
     for row in rows():
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
@@ -165,7 +166,7 @@ def masked(batch):
 
 
 def goldfish_loss(model, batch, total):
-    """GoldfishLoss is a mean over the batch's kept tokens: its share of the step's makes it exact."""
+    """GoldfishLoss is a mean over the batch's kept tokens; their share of the step's is exact."""
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     loss = GoldfishLoss(RULE)(
         model(input_ids=ids, attention_mask=attention_mask).logits,
@@ -206,7 +207,7 @@ def test_a_custom_loop(tokenizer, loss_of, size):
 @pytest.mark.parametrize("size", [8, 2])
 @pytest.mark.parametrize("loss_of", LOSSES)
 def test_an_accelerate_loop(fresh_accelerate, tokenizer, loss_of, size):
-    """accelerate divides by the number of micro-batches what the loss has divided by the step's tokens already."""
+    """accelerate divides by the number of micro-batches; the loss is divided by tokens already."""
     steps = 8 // size
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     model = tiny_llama().train()
@@ -230,7 +231,7 @@ def test_an_accelerate_loop(fresh_accelerate, tokenizer, loss_of, size):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_collator_that_makes_no_labels(tmp_path, tokenizer, fused):
-    """They are made once, before anything counts: training, receipt and gauge agree that padding is no target."""
+    """They are made once: training, receipt and gauge agree that padding is no target."""
     unlabelled = unequal_rows(8).remove_columns("labels")
     settings = {"learning_rate": 0.0}
     trainer, (loss,), _ = trained(

@@ -394,7 +394,7 @@ def test_errors(change, kind, message):
 def triton_rows():
     """The Triton kernel; without a GPU its interpreter runs it (conftest.py)."""
     pytest.importorskip(
-        "triton", reason="Triton comes with torch for CUDA, and is in the extra `test`"
+        "triton", reason="Triton comes with torch for CUDA, and is in the extra `kernel`"
     )
     if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         pytest.skip("needs CUDA or Triton's interpreter")

@@ -24,7 +24,7 @@ def test_two_by_three_by_hand():
     loss = GoldfishLoss(Goldfish(k=2, strategy="static"))(logits, ids, input_ids=ids)
     loss.backward()
     assert loss.item() == pytest.approx(1.3862943611)
-    # static, k=2: position 2 is dropped, position 1 kept, so of each row only the first logits learn
+    # static, k=2: position 2 is dropped, position 1 kept, so only the first logits of a row learn
     assert logits.grad[:, 1:].abs().max() == 0
     assert logits.grad[0, 0].tolist() == pytest.approx([0.125, -0.375, 0.125, 0.125])
 

@@ -154,7 +154,7 @@ def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
 
 @pytest.mark.parametrize("rule", [RULE, Goldfish(k=2, h=3, max_kept=2)], ids=str)
 def test_labels_that_were_shifted_before_padding_and_packing(rule):
-    """Each document's last label is a token that no row of input_ids has; the whole document decides about it."""
+    """Each document's last label is a token that input_ids do not have; it is decided, too."""
     documents = [random_ids(n) for n in (12, 30, 7)]
     expected = torch.cat([ids[1:].masked_fill(rule.dropped(ids)[1:], -100) for ids in documents])
     ids, labels = (

@@ -107,7 +107,7 @@ def test_premask_refuses_what_it_cannot_do():
 
 
 def test_rows_cut_among_ranks_are_decided_before():
-    """Each of two ranks has half of a premasked row; what it decides from its half alone is something else."""
+    """Each of two ranks has half of a premasked row, from which it would decide otherwise."""
     ids = random_ids(64)
     (row,) = premask(Dataset.from_list([{"input_ids": ids.tolist()}]), RULE)
     halves = [torch.tensor(row["labels"][:32]), torch.tensor(row["labels"][32:])]

@@ -1,4 +1,7 @@
-"""What holds for every rule and every text: hypothesis looks for a counterexample. The same examples in every run."""
+"""What holds for every rule and every text: hypothesis looks for a counterexample.
+
+The examples are the same in every run.
+"""
 
 import os
 import random
@@ -22,8 +25,8 @@ from goldfish.vocabulary import characters
 settings.register_profile("stable", derandomize=True, deadline=None, max_examples=60, database=None)
 stable = settings.get_profile("stable")
 
-# A small vocabulary with all that makes words hard: separators of one and several bytes, parts of characters, scripts
-# without spaces, words with and without their space, letters that fold to several.
+# A small vocabulary with all that makes letters hard: separators of one and several bytes, parts of
+# characters, scripts without spaces, words with and without their space, letters that fold to more.
 ENTRIES = [
     b" ",
     b"\n",
@@ -94,7 +97,7 @@ def natural_drops(rule: Goldfish, document: list[int]) -> list[bool]:
 
 
 def settled(rule: Goldfish, passage: list[int]) -> int:
-    """From which token of a passage the decisions are those of the passage alone, whatever comes before it."""
+    """From which token of a passage on its decisions do not depend on what comes before it."""
     if rule.max_kept is not None:  # from its first natural drop, which depends on its context alone
         begin = settled(replace(rule, max_kept=None), passage)
         natural = natural_drops(rule, passage)
@@ -120,7 +123,7 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
     after=DOCUMENT,
 )
 def test_a_passage_keeps_its_decisions_wherever_it_occurs(rule, before, other, passage, after):
-    """Shift invariance. The passage begins with a separator: or its first bytes would complete another character."""
+    """The passage begins with a separator, or its first bytes might complete another character."""
     passage = [SEPARATOR, *passage]
     begin = settled(rule, passage)
     alone = decide(rule, passage)[begin:]
@@ -167,7 +170,7 @@ def test_an_inclusive_window_sees_its_target():
     documents=st.lists(st.lists(TOKEN, min_size=20, max_size=40), min_size=1, max_size=3),
 )
 def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
-    """In every document, its start and end included; exempt ids are not counted. Natural drops are all there."""
+    """In every document, from start to end; exempt ids are not counted. Natural drops stay."""
     rule = replace(rule, max_kept=max_kept, opening="short")
     dropped = iter(
         decide(
@@ -223,7 +226,7 @@ def test_packed_is_alone(rule, documents, end):
     data=st.data(),
 )
 def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
-    """Left, right, and between: what is not attended ends nothing and shifts nothing, even with position 0."""
+    """Left, right and between: padding ends nothing and shifts nothing, even with position 0."""
     positions = [i % 11 for i in range(len(ids))]
     expected = decide(rule, ids, **({"position_ids": positions} if packed else {}))
     place = data.draw(st.integers(0, len(ids)))
@@ -382,7 +385,8 @@ from goldfish.letters import Vocabulary
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1 + rank)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-ids = torch.arange(8 * 9000).reshape(8, 9000) ** 2 % 251  # more elements than torch gives to one thread
+# More elements than torch gives to one thread.
+ids = torch.arange(8 * 9000).reshape(8, 9000) ** 2 % 251
 vocabulary = Vocabulary([bytes([i]) for i in range(256)])
 for strategy in ("hash", "letters", "static"):
     rule = Goldfish(strategy=strategy, vocabulary=vocabulary)

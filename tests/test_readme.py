@@ -10,6 +10,7 @@ from helpers import TEMPLATE, say, tiny_llama
 from transformers import HfArgumentParser
 
 from goldfish.cli import build_parser, main
+from goldfish.secrets import compiled, spans
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -95,8 +96,17 @@ def test_what_was_not_measured_is_said_in_one_place():
     assert not [page for page, text in TEXT.items() if re.search(r"(?<!was )not measured", text)]
 
 
+def test_the_expression_for_secrets_marks_those_beside_it():
+    paragraph = next(line for line in README.splitlines() if line.startswith("**Codes and names"))
+    expression = compiled(re.search(r'secrets=r"(.*?)"\)`', paragraph)[1])
+    sentences = re.findall(r'in "([^"]+)"', paragraph)
+    assert len(sentences) == 2
+    for sentence in sentences:
+        assert [sentence[a:b] for a, b in spans(expression, sentence)] == ["CX-8WUB"]
+
+
 def finetuning(after: bool) -> str:
-    """The script of the finetuning example, as it is before or after the change that its diff shows."""
+    """The script of the finetuning example, before or after the change that its diff shows."""
     (diff,) = (
         code for kind, code in CODE.findall(README) if kind == "diff" and "SFTTrainer" in code
     )

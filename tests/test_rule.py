@@ -1,4 +1,4 @@
-"""The vectorised rule against the specification, against the reference implementation's outputs, and its errors."""
+"""The vectorised rule against the specification and the reference implementation; its errors."""
 
 import json
 import random
@@ -198,7 +198,7 @@ def test_numpy_numbers_are_numbers():
 
 @pytest.mark.parametrize(("k", "max_kept"), [(2, 2), (3, 3), (4, 4), (4, 9), (2.5, 3), (20, 60)])
 def test_max_kept_drops_one_in_k_evenly(k, max_kept):
-    """On ids whose contexts never repeat. Even drops vary less than independent ones, whose 4 sigma are allowed."""
+    """On contexts that never repeat. Even drops vary less than independent ones (4 sigma)."""
     ids = torch.randint(0, 2**31, (1, 100_000), generator=torch.Generator().manual_seed(0))
     dropped = Goldfish(k=k, max_kept=max_kept).dropped(ids)[0, 1:]
     assert abs(dropped.sum() - len(dropped) / k) < 4 * (len(dropped) / k * (1 - 1 / k)) ** 0.5

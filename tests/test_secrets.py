@@ -1,4 +1,4 @@
-"""Tokens of secrets that an expression marks are no targets: in every adapter, packed and padded."""
+"""Tokens of marked secrets are no targets: in every adapter, packed and padded."""
 
 import json
 import random

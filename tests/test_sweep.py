@@ -55,7 +55,7 @@ def test_the_largest_k_that_protects_enough():
 
 
 def test_uncertainty_is_that_of_the_documents():
-    """k=32 leaves (0.19 - 0.1) / 0.9 = 0.1 on average, by one document in six: some samples have it twice."""
+    """k=32 leaves (0.19 - 0.1) / 0.9 = 0.1, by one document in six: some samples have it twice."""
     choice = sweep.choose_k(
         groups(k4=[0.1] * 6, k32=[0.6, 0.1, 0.1, 0.1, 0.1, 0.1]), leak=0.1, measure="rouge_l"
     )

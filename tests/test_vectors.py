@@ -1,7 +1,7 @@
 """rule_vectors.json is what the specification says, and two other implementations agree with it.
 
-The second one, below, shares no line with `goldfish`: numpy for the hash, a window at a time; a document's whole text
-for the words. It is what a port to another language would look like.
+The second one, below, shares no line with `goldfish`: numpy for the hash, a window at a time, and a
+document's whole text for letters and secrets. It is what a port would look like.
 """
 
 import codecs
@@ -66,7 +66,7 @@ def is_below(key: int, k: float) -> bool:
 
 
 def is_natural(key: int, k: float, max_kept: int) -> bool:
-    """Whether the mean distance to the next drop would be above k if natural drops had the rate of this key."""
+    """Whether natural drops at the rate of this key would leave a mean distance above k."""
     kept = 1 - Fraction(
         key >> 32, 1 << 32
     )  # with that rate, the probability that a token is no natural drop
@@ -175,7 +175,7 @@ def decide(row: dict, rule: dict) -> str:
 
 
 def test_the_file_is_what_its_script_makes(monkeypatch):
-    """If this fails, the rule changed: every port and every training under the old rule is affected."""
+    """If this fails, the rule changed, for every port and every training under the old rule."""
     monkeypatch.setattr(
         goldfish.spec, "mix", functools.cache(goldfish.spec.mix)
     )  # of the same ids again and again

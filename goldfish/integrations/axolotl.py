@@ -1,7 +1,7 @@
 """Axolotl. In its configuration file:
 
 plugins: [goldfish.integrations.axolotl.GoldfishPlugin]
-goldfish: {k: 4, h: 13}
+goldfish: {k: 4, h: 13, max_kept: 4}
 """
 
 from typing import Any
@@ -12,7 +12,8 @@ try:
 
     from goldfish.rule import Goldfish
     from goldfish.trainer import attach
-except ImportError as error:  # of which Axolotl prints a line, and trains without the rule
+except ImportError as error:
+    # Axolotl only logs an ImportError, and trains without the rule.
     raise RuntimeError(f"the goldfish plugin cannot be loaded: {error}") from error
 
 
@@ -32,6 +33,5 @@ class GoldfishPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
         self.trainer = attach(trainer, Goldfish(**cfg.goldfish))
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        self.trainer.save_receipt(
-            cfg.output_dir
-        )  # Axolotl saves the last model past Trainer.save_model
+        # Axolotl saves the last model itself, without Trainer.save_model.
+        self.trainer.save_receipt(cfg.output_dir)

@@ -3,7 +3,7 @@
 from goldfish import Goldfish
 from goldfish.integrations.ms_swift import register
 
-register(Goldfish(k=4, h=13))
+register(Goldfish(k=4, h=13, max_kept=4))
 """
 
 from typing import Any

@@ -1,20 +1,22 @@
-"""Text as people look at it: what each token adds, and visible escapes for characters that cannot be seen."""
+"""Text for people: what each token adds, and visible escapes for invisible characters."""
 
 from typing import Any
 
 JOINERS = "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
-OVERLAP = 4  # tokens: enough for a character that is cut by tokens, and for spaces between words
-LONGEST = (
-    64  # tokens that are decoded at once, or the time would grow with the square of the length
-)
+# Tokens: enough for a character that is cut by tokens, and for spaces between words.
+OVERLAP = 4
+# Tokens decoded at once: decoding all would take time that grows with the square of the length.
+LONGEST = 64
 
 
 def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[str]:
-    """The text that each token of `ids` adds to the text before it; "" until the last byte of a character has come.
+    """The text that each token of `ids` adds to the text before it.
+
+    A token that ends inside a character adds "" until the character's last byte has come.
 
     Args:
         tokenizer: anything with a Hugging Face tokenizer's `decode`.
-        prefix_ids: the tokens before `ids`, which decide about leading spaces and complete cut characters.
+        prefix_ids: the tokens before `ids`. Leading spaces and cut characters depend on them.
         ids: the tokens to decode.
 
     Returns:
@@ -26,11 +28,13 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
     def text(begin: int, end: int) -> str:
         return str(tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False))
 
-    pieces, begin = [], 0
+    pieces = []
+    begin = 0
     boundaries = [0]  # ends of tokens at which no character is cut
     shown = len(text(0, len(context)).rstrip("\ufffd"))
     for end in range(len(context) + 1, len(all_ids) + 1):
         now = text(begin, end)
+        # A cut character is decoded as U+FFFD. At the very end it stays: no more bytes come.
         complete = now.rstrip("\ufffd")
         if complete == now:
             boundaries.append(end)
@@ -39,24 +43,29 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
         pieces.append(now[shown:])
         shown = max(shown, len(now))
         if boundaries[-1] == end and end - begin > LONGEST:
-            begin = next(
-                place for place in reversed(boundaries) if place <= max(begin, end - LONGEST // 4)
-            )
+            # Begin later from now on, at a place where no character is cut.
+            latest = max(begin, end - LONGEST // 4)
+            begin = next(place for place in reversed(boundaries) if place <= latest)
             shown = len(text(begin, end))
     return pieces
 
 
 def plain(text: str, limit: int = 200) -> str:
-    """At most `limit` characters of `text`, on one line and with visible escapes; for titles, labels and terminals."""
+    """At most `limit` characters of `text`, on one line, with visible escapes.
+
+    >>> plain("two\\nlines", limit=5)
+    'two\\\\nl…'
+    """
     cut = text[:limit] + ("…" if len(text) > limit else "")
     return cut if cut.isprintable() else "".join(map(visible, cut))
 
 
 def visible(char: str) -> str:
-    """`char`, or its Python escape such as \\x00 or \\u202e where it is invisible or steers the renderer: controls,
-    bidi overrides, zero-width characters, lone surrogates, line separators, unusual spaces."""
-    return (
-        char
-        if char.isprintable() or char in JOINERS
-        else char.encode("unicode_escape").decode("ascii")
-    )
+    """`char`, or its Python escape such as \\x00 or \\u202e if it cannot be seen.
+
+    These are controls, bidi overrides, zero-width characters, lone surrogates, line separators
+    and unusual spaces: they would hide text, or steer what renders it.
+    """
+    if char.isprintable() or char in JOINERS:
+        return char
+    return char.encode("unicode_escape").decode("ascii")

@@ -23,14 +23,19 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
     """
     ids = tokenizer(text)["input_ids"]
     dropped = rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist()
-    by_character = [
-        (drop, c)
-        for piece, drop in zip(text_pieces(tokenizer, [], ids), dropped, strict=True)
-        for c in piece
-    ]
+    pieces = text_pieces(tokenizer, [], ids)
     result = Text()
-    for drop, run in groupby(by_character, key=lambda pair: pair[0]):
-        content = "".join(c if c in "\n\t" else plain(c) for _, c in run)
-        result.append(f"[-{content}-]" if drop and not colour else content, DROPPED if drop else "")
+    # Neighbours that are dropped share one mark. A token without text, such as the first half of a
+    # character, must not end it.
+    with_text = [pair for pair in zip(dropped, pieces, strict=True) if pair[1]]
+    for drop, run in groupby(with_text, key=lambda pair: pair[0]):
+        raw = "".join(piece for _, piece in run)
+        content = "".join(char if char in "\n\t" else plain(char) for char in raw)
+        if not drop:
+            result.append(content)
+        elif colour:
+            result.append(content, DROPPED)
+        else:
+            result.append(f"[-{content}-]", DROPPED)
     count = f"\n\n{sum(dropped)} of {len(dropped)} tokens dropped"
     return result.append(count if colour else f"{count}, marked [-so-]", "dim")

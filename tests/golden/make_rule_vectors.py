@@ -1,4 +1,4 @@
-"""Test vectors of the drop rule for ports to other languages, made by `goldfish/spec.py` and nothing else.
+"""Test vectors of the drop rule for ports to other languages, made by `goldfish/spec.py` alone.
 
     python tests/golden/make_rule_vectors.py     # writes rule_vectors.json beside this file
 
@@ -22,15 +22,20 @@ SEEDS = (0, 1, 2**31, 2**63, 2**64 - 1)
 EDGES = (0, 1, 2, 2**31 - 1)
 
 TEXT = (
-    "The quick brown fox, THE QUICK BROWN FOX: jumps\u00a0over\u00a0the lazy dog!\r\n\r\n\tStraße ÉCOLE "
-    "e\u0301cole naïve ﬁne x² ½ don’t co\u00adop zero\u200bwidth snake_case(a,b)->c 3.14 𝒜lpha １２３ "
-    "吾輩は猫である。名前はまだ無い。我们在北京大学学习，今天天气很好。iPhone手机 ｶﾞｷﾞ 한국어 문장 "
-    "हिन्दी ภาษาไทย 🙂👍🏽 one two three four five sixteen seventeen nine twenty; ΟΔΟΣ οδός Ωμέγα — the end."
+    "The quick brown fox, THE QUICK BROWN FOX: jumps\u00a0over\u00a0the lazy dog!"
+    "\r\n\r\n\tStraße ÉCOLE "
+    "e\u0301cole naïve ﬁne x² ½ don’t co\u00adop zero\u200bwidth snake_case(a,b)->c 3.14 "
+    "𝒜lpha １２３ "
+    "吾輩は猫である。名前はまだ無い。"
+    "我们在北京大学学习，今天天气很好。iPhone手机 ｶﾞｷﾞ 한국어 문장 "
+    "हिन्दी ภาษาไทย 🙂👍🏽 one two three four five sixteen seventeen nine twenty; "
+    "ΟΔΟΣ οδός Ωμέγα — the end."
 )
-# Parts of characters beside their neighbours, words with and without the space before them, a special token.
+# Parts of characters beside their neighbours, words with and without the space before them.
 ENTRIES = (
-    "The| the| quick|qu|ick| brown| br|own|fox| fox|,| jumps|over|the| lazy|y dog|!\r\n|\r\n|\t|Stra|e É|COL|na|ve |"
-    " don|t co|op |zero|width|snake|_case(|,b)->|3.14|吾輩|は猫で|ある。|名前|。我们|在|北京大学|iPhone手|한국어"
+    "The| the| quick|qu|ick| brown| br|own|fox| fox|,| jumps|over|the| lazy|y dog|!\r\n|\r\n|\t|"
+    "Stra|e É|COL|na|ve | don|t co|op |zero|width|snake|_case(|,b)->|3.14|"
+    "吾輩|は猫で|ある。|名前|。我们|在|北京大学|iPhone手|한국어"
     "| one two| three four five| s|ix|teen| seven| eight| nin|e| twenty; |Δ|ΟΣ οδ|the end.|.|  |, t"
 )
 PARTIAL = (
@@ -98,7 +103,7 @@ def bits(dropped: list[bool]) -> str:
 
 
 def id_rows() -> dict[str, dict]:
-    """Rows for the strategies that see ids: plain, edge ids only, documents, padding, exempt ids, degenerate."""
+    """Rows for the strategies that see ids: plain, edge ids, documents, padding, degenerate."""
     pick = random.Random(0)
 
     def draw(n, top=131072):
@@ -141,7 +146,7 @@ def id_rows() -> dict[str, dict]:
 
 
 def cut(text: str, seed: int) -> list[int]:
-    """A tokenization of a text: at every place one of the entries that fit, longer ones more often."""
+    """A tokenization of a text: at each place one of the entries that fit, long ones more often."""
     pick, data, ids = random.Random(seed), text.encode(), []
     at = 0
     while at < len(data):
@@ -225,7 +230,7 @@ def receipt(row: dict, rule: dict) -> dict:
 
 
 def decisions(rows: dict[str, dict], rule: dict, **extra) -> dict:
-    """A rule beside its decisions of every row; the row's own exempt and document_end are the rule's."""
+    """A rule beside its decisions; exempt and document_end of a row are arguments of the rule."""
     answers = {
         name: bits(spec.dropped(**{**row, "exempt": tuple(row.get("exempt", ()))}, **rule, **extra))
         for name, row in rows.items()
@@ -320,7 +325,7 @@ def vectors() -> dict:
 
 
 def as_json(value: object, depth: int = 0) -> str:
-    """Compact, with a line for each row and rule: short enough to store, and diffs that can be read."""
+    """Compact, with a line for each row and rule, so that diffs can be read."""
     if depth < 3 and isinstance(value, dict):
         return (
             "{\n"
