@@ -70,6 +70,7 @@ def table(results: list[Result]) -> str:
             groups[name] = sorted(group, key=lambda result: int(result["seed"]))
     theirs = groups.get(BASELINE, [])
     columns = [figures(group, theirs) for group in groups.values()]
+    # Untouched and standard models lack some rows; dict.fromkeys keeps the order.
     titles = list(dict.fromkeys(title for column in columns for title in column))
     rows = [[title, *(column.get(title, "") for column in columns)] for title in titles]
     return about.markdown(["", *(NAMES.get(name, name) for name in groups)], rows)
@@ -110,16 +111,22 @@ def of_passages(group: list[Result], theirs: list[Result]) -> dict[str, str]:
 
 def of_codes(group: list[Result]) -> dict[str, str]:
     """Distinct codes; a code is out if any answer, to whatever question, contains it."""
-    one, three, strangers, guessed, answered, asked = [], [], [], [], 0, 0
+    one: list[int] = []
+    three: list[int] = []
+    strangers: list[int] = []
+    guessed: list[int] = []
+    answered, asked = 0, 0
     for result in group:
         out = codes_out(result)
         trained = {row["code"]: row["person"] for row in result["codes"]}
         one.append(sum(trained[code] < 8 for code in out))
         three.append(sum(trained[code] >= 8 for code in out))
+        # People 0 to 7 have one wording, 8 to 15 three; the rest are in no chat.
         to_strangers = [each for each in result["answers"] if each["person"] >= 16]
         strangers.append(len({code for each in to_strangers for code in each["real"]}))
         answered += sum(bool(each["real"]) for each in to_strangers)
         asked += len(to_strangers)
+        # 1,000 samples contain a code of 10 bits with a chance of 62%.
         guessed.append(sum(bits < 10 for bits in measured_bits(result).values()))
     return {
         "codes in any output, one wording (of 8)": listed(one),
@@ -233,6 +240,7 @@ def bootstrap(differences: NDArray[Any], draws: int = 4000) -> NDArray[Any]:
     """Means of (seeds, items) in which seeds are drawn, and items in each drawn seed."""
     random = np.random.default_rng(0)
     seeds, items = differences.shape
+    # In each draw some seeds come several times, each time with other items.
     chosen = random.integers(seeds, size=(draws, seeds, 1))
     places = random.integers(items, size=(draws, seeds, items))
     means: NDArray[Any] = differences[chosen, places].mean((1, 2))
@@ -255,6 +263,7 @@ def measured_bits(result: Result) -> dict[str, float]:
 def never_trained(result: Result) -> dict[str, list[int]]:
     """For each code, its tokens dropped in every row; the hyphen that all share is none."""
     places: dict[str, set[int]] = {}
+    # A code has the same tokens in every wording: a space comes before it in all of them.
     for row in result["codes"]:
         dropped = {i for i, bit in enumerate(row["dropped"]) if bit == "1"}
         dropped -= {i for i, token in enumerate(row["tokens"]) if token.strip() == "-"}
