@@ -1,6 +1,7 @@
 """The audit as one call: a checkpoint and texts in, a folder of records and their summary out.
 
-survey (inputs -> windows) -> load (model) -> score (windows -> records) -> publish (figures, verdict)
+survey (inputs -> windows) -> load (model) -> score (windows -> records) -> publish (figures,
+verdict)
 """
 
 import logging
