@@ -40,7 +40,7 @@ BLOCK = 256  # windows that are scored, and written to disk, together; a killed 
 # Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
 # other words ("Of course, dear user, ...") still comes to the secret.
 MARGIN = 32
-SANITY_WINDOWS = 32
+SANITY_WINDOWS = 16
 _log = logging.getLogger(__name__)
 
 
