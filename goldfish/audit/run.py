@@ -63,6 +63,7 @@ def audit(
     sampling: Sequence[Sampling] = (Sampling(), Sampling(top_k=40)),
     beams: Sequence[int] = (),
     control: str | Path | None = None,
+    rule: Goldfish | None = None,
     name: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
@@ -106,6 +107,7 @@ def audit(
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
         control: a reference model: a checkpoint with the same tokenizer that never saw the members
             (one more pass).
+        rule: that of the training, for a checkpoint without goldfish.json.
         name: what tables and reports call this checkpoint; by default its folder's name.
         revision: of a checkpoint on the hub.
         dtype: float32, bfloat16 (bf16) or float16 (fp16); a model in memory has its own. In 16
@@ -156,7 +158,7 @@ def audit(
     protocol["dtype"] = checkpoints[0].dtype or protocol["dtype"]
     protocol["device"] = target.type
     protocol["ambiguous_margin"] = AMBIGUOUS[getattr(torch, protocol["dtype"])]
-    rules = _rules(checkpoints[0])
+    rules = _rules(checkpoints[0], rule)
     run: dict[str, Any] = {"revision": revision, "command": command}
     run |= _description(checkpoints, sources, protocol, name)
     run["rule"] = rules.to_dict() if isinstance(rules, Goldfish) else None
@@ -470,11 +472,16 @@ def _check_ids(
             )
 
 
-def _rules(checkpoint: Any) -> Goldfish | dict[str, Goldfish] | None:
-    """What the checkpoint was trained under, as far as it says."""
+def _rules(checkpoint: Any, rule: Goldfish | None) -> Goldfish | dict[str, Goldfish] | None:
+    """What the checkpoint was trained under: what its receipt names, or else the user."""
     receipt = checkpoint.receipt()
     if receipt is None:
-        return None
+        return None if rule is None else bind_rule(rule, checkpoint.tokenizer())
+    if rule is not None:
+        raise ValueError(
+            f"{checkpoint.name} has a goldfish.json, which names the rule of its training: leave "
+            "out rule (--rule)"
+        )
     tokenizer = checkpoint.tokenizer()
     if receipt.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
         _log.warning(
