@@ -47,7 +47,7 @@ ORDER = [
     "audit.score",
     "audit.estimate",
     "audit.metrics",
-    "audit.records",
+    "audit.records", "audit.leaks",
     "audit.sampling",
     "audit.attribution",
     "audit.membership",

@@ -96,7 +96,8 @@ def audit(
         tokenizer: of a model in memory; else that of the checkpoint.
         text_column: the column that holds the text.
         max_rows: audit so many rows of each, drawn with `seed`.
-        complete: `members` is everything that was trained on.
+        complete: `members` is everything that was trained on, so that no sampling error is left;
+            with max_rows it is a sample all the same.
         secrets, secret_column: a regular expression, or a column, for secrets in what is to be
             recited; see `chats.secret_finder`.
         prefix_length, suffix_length: tokens that the model is given, and tokens that should follow.
