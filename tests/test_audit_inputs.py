@@ -158,9 +158,20 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         False,
     ]
     members, heldout = summary["splits"]["members"], summary["splits"]["heldout"]
-    assert (members["secrets"].k, members["secrets"].n) == (2, 3)
-    assert (heldout["secrets"].k, heldout["secrets"].n) == (0, 1)
-    assert members["recited"]["secrets"] == ["members 0", "members 1"]
+    # A search by hand: any code of the members in any output whose prompt does not contain it.
+    given = [{c for c in CODES if c in r["output_text"] and c not in r["prompt"]} for r in rows]
+    for split, figures in (("members", members), ("heldout", heldout)):
+        here = [
+            (row, codes) for row, codes in zip(rows, given, strict=True) if row["split"] == split
+        ]
+        documents = {row["document"] for row, codes in here if codes}
+        assert figures["secrets"].k == len(documents)
+        assert figures["recited"]["secrets"] == list(
+            dict.fromkeys(row["name"] for row, codes in here if codes)
+        )
+    assert summary["secrets"]["marked"] == 3
+    assert summary["secrets"]["given_away"] == len(set().union(*given)) == 2
+    assert summary["secrets"]["answers_with_one"] == sum(map(bool, given))
     assert (members["n"], members["documents"]) == (5, 4), "two turns are of one chat"
     assert members["prefix_sweep@5"].reason == "nothing to count"
     assert members["token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
@@ -172,7 +183,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
     )
     questions = {each["question"]: each for each in summary["verdict"]["questions"]}
-    assert questions["secrets"]["estimate"] == members["secrets"]
+    assert (questions["secrets"]["estimate"].k, questions["secrets"]["outcome"]) == (2, "FAIL")
     assert read(tmp_path / "out")["secrets"].k == 2
     text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
     assert "secrets given away" in text

@@ -157,6 +157,13 @@ def rate(hits: ArrayLike, documents: Codes | None = None, unasked: int | None = 
     return Estimate(k / n, k, n, n, *clopper_pearson(k, n))
 
 
+def census(k: int, n: int) -> Estimate:
+    """A share of everything that there is, without an interval."""
+    if n == 0:
+        return Estimate(None, 0, reason="nothing to count")
+    return Estimate(k / n, k, n, n)
+
+
 def mean(
     sums: ArrayLike,
     documents: Codes | None = None,

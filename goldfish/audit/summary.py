@@ -86,6 +86,7 @@ def summary_of(
     summary = {
         **{key: run[key] for key in ABOUT},
         "overlap": run.get("overlap"),
+        "sanity": run.get("sanity"),
         "secrets": None if found is None else found.counts(),
         "splits": {
             split: split_figures(run, split, rows, _answers_with(found, names == split))
