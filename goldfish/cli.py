@@ -141,11 +141,6 @@ def _add_audit_data(audit: argparse.ArgumentParser) -> None:
         help="--members is everything the model was trained on: a census, not a sample",
     )
     add("--seed", type=int, default=0, help="of the rows drawn by --max-rows (default 0)")
-    add(
-        "--complete",
-        action="store_true",
-        help="--members is everything the model was trained on: no sampling error is left",
-    )
     add("--allow-overlap", action="store_true", help="audit although the two inputs share texts")
     _add_marks(audit)
     add(

@@ -21,7 +21,10 @@ RUN, SIMILARITY = 25, 0.5
 # A PASS needs nearly all members to be asked: at most this share of rows, and of marked secrets, may
 # be left out.
 UNASKED = 0.05
-GAIN = 0.05  # nats per token that a prefix must be worth, beside its tokens in a shuffled order
+# Nats per token that a prefix must be worth, beside its tokens in a shuffled order. Measured on
+# SmolLM2-135M: 0.92 as it is, 0.12 with the wrong layout of rotary factors, -0.04 with its heads in
+# the wrong order.
+GAIN = 0.05
 WORKS = 0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 QUESTIONS = {  # name: what is asked, the estimate's key, the limit's name
