@@ -1,4 +1,4 @@
-"""Links from a page to a file of the repository, such as ../goldfish/spec.py, lead to the repository on the site."""
+"""On the site, links to files such as ../goldfish/spec.py lead to the repository."""
 
 import re
 from pathlib import Path

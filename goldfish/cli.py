@@ -190,6 +190,13 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a reference model: same tokenizer, not trained on the members",
     )
+    add(
+        "--rule",
+        type=_rule_settings,
+        metavar="RULE",
+        help="the rule of the training, if the checkpoint has no goldfish.json: "
+        "k=4,h=13,max_kept=4",
+    )
 
 
 def _add_audit_model(audit: argparse.ArgumentParser) -> None:
@@ -466,15 +473,32 @@ def _sampling(text: str) -> dict[str, float | int]:
         ) from None
 
 
+def _rule_settings(text: str) -> dict[str, float | int | str]:
+    """k=4,h=13,max_kept=4 as arguments of a Goldfish."""
+    kinds = {"k": float, "h": int, "max_kept": int, "seed": int, "strategy": str}
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    try:
+        return {name: kinds[name](value) for name, value in given.items()}
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"expected settings such as k=4,h=13,max_kept=4, got {text!r}"
+        ) from None
+
+
 def _audit(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from goldfish.audit.run import audit
     from goldfish.audit.score import Sampling
+    from goldfish.rule import Goldfish
 
     options = {
-        name: value for name, value in vars(args).items() if name not in ("verb", "run", "sampling")
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("verb", "run", "sampling", "rule")
     }
+    if args.rule is not None:
+        options["rule"] = Goldfish(**args.rule)
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")

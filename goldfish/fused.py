@@ -337,11 +337,23 @@ class FusedHead:
         """The model's loss function. In a training call: the head's sum, divided."""
         call = self._call
         if call is None or call.heads == 0:
-            return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
+            return self._plain_loss(
+                logits,
+                labels,
+                vocab_size,
+                *args,
+                **kwargs,
+            )
         call.losses += 1
         call.logits = logits
         if not call.problem:
-            call.problem = _why_not_this_loss(call, labels, vocab_size, args, kwargs)
+            call.problem = _why_not_this_loss(
+                call,
+                labels,
+                vocab_size,
+                args,
+                kwargs,
+            )
         if call.loss_sum is None:
             return torch.zeros((), device=labels.device)
         count = (call.targets != IGNORE_INDEX).sum().to(call.loss_sum.device)

@@ -47,7 +47,12 @@ def is_text(batch: Mapping[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: Mapping[str, Any], dropped: Tensor, rows: int) -> Tensor:
+def measure(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    dropped: Tensor,
+    rows: int,
+) -> Tensor:
     """Sums over the first `rows` rows of a batch, float64 (4,).
 
     They are the nll (nats) and the number of the kept targets, and the same of the dropped ones.

@@ -19,26 +19,33 @@ def signed(x: int) -> int:
     (5, -1)
     """
     x &= spec.WORD
-    return x - 2**64 if x >= 2**63 else x
+    if x < 2**63:
+        return x
+    return x - 2**64
 
 
+# The constants of splitmix64, as in `spec.mix`.
 _GAMMA = signed(0x9E3779B97F4A7C15)
 _MIX_A = signed(0xBF58476D1CE4E5B9)
 _MIX_B = signed(0x94D049BB133111EB)
 MULTIPLIER = signed(spec.MULTIPLIER)
-INVERSE = signed(pow(spec.MULTIPLIER, -1, 2**64))  # MULTIPLIER * INVERSE == 1 modulo 2**64
+# MULTIPLIER * INVERSE == 1 modulo 2**64
+INVERSE = signed(pow(spec.MULTIPLIER, -1, 2**64))
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64. torch's own `>>` copies the sign bit, so -1 >> 1 is -1."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    low_bits = (1 << (64 - bits)) - 1
+    return (x >> bits) & low_bits
 
 
 def mix(x: Tensor) -> Tensor:
     """`spec.mix` of every element; int64 in, int64 out."""
     z = x + _GAMMA
-    z = (z ^ shift_right(z, 30)) * _MIX_A
-    z = (z ^ shift_right(z, 27)) * _MIX_B
+    z = z ^ shift_right(z, 30)
+    z = z * _MIX_A
+    z = z ^ shift_right(z, 27)
+    z = z * _MIX_B
     return z ^ shift_right(z, 31)
 
 
@@ -62,14 +69,17 @@ def prefix_hashes(symbols: Tensor) -> Tensor:
         M^3 (P[3] - P[1]) = M^3 (b M'^2 + c M'^3) = b M + c.
     """
     length = symbols.shape[-1]
-    weighted = symbols * powers(INVERSE, length + 1, symbols.device)[1:]
-    return pad(weighted.cumsum(-1), (1, 0))
+    weights = powers(INVERSE, length + 1, symbols.device)
+    sums = (symbols * weights[1:]).cumsum(-1)
+    return pad(sums, (1, 0))
 
 
 def window_hashes(prefix: Tensor, begin: Tensor, end: Tensor) -> Tensor:
     """The hash of symbols[begin:end] for every element of begin and end, int64 (B, N)."""
     scale = powers(MULTIPLIER, prefix.shape[-1], prefix.device)
-    return (prefix.gather(-1, end) - prefix.gather(-1, begin)) * scale[end]
+    # Differences wrap around like everything else, so it does not matter which sum is larger.
+    difference = prefix.gather(-1, end) - prefix.gather(-1, begin)
+    return difference * scale[end]
 
 
 def hits(keys: Tensor, limit: int) -> Tensor:

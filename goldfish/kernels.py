@@ -19,7 +19,12 @@ def _tanh(x):
 
 
 @triton.jit
-def _logit(raw, scale, softcap, CAPPED: tl.constexpr):
+def _logit(
+    raw,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+):
     value = raw.to(tl.float32) * scale
     if CAPPED:
         value = softcap * _tanh(value / softcap)

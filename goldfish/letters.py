@@ -98,8 +98,10 @@ def encode(entries: list[bytes]) -> Codes:
         hashes.append(state)
         for position, letter in enumerate(form, 1):
             if position == len(inverse_powers):
-                inverse_powers.append((inverse_powers[-1] * INVERSE) & spec.WORD)
-            state = (state + spec.mix(ord(letter)) * inverse_powers[position]) & spec.WORD
+                next_power = inverse_powers[-1] * INVERSE
+                inverse_powers.append(next_power & spec.WORD)
+            term = spec.mix(ord(letter)) * inverse_powers[position]
+            state = (state + term) & spec.WORD
             hashes.append(state)
     parts = [_parts(entry) for entry in entries]
     columns = (of_id, of_character, parts, outlines, [signed(state) for state in hashes])
@@ -125,12 +127,17 @@ def contexts(
         int64 (B, T) each: the polynomial hash, and the number of letters.
     """
     last = codes.of_id.shape[0] - 1
-    ids = torch.where((ids < 0) | (ids > last), last, ids)
-    starts = document_start == torch.arange(ids.shape[-1], device=ids.device)
+    unknown = (ids < 0) | (ids > last)
+    ids = torch.where(unknown, last, ids)
+    column = torch.arange(ids.shape[-1], device=ids.device)
+    starts = document_start == column
     # Every token is two pieces: the character that it completes, and the rest of its letters.
-    pieces = torch.stack((_completed(codes, ids, starts), _look_up(codes.of_id, ids)), -1)
-    outline = _look_up(codes.outline, pieces.flatten(-2))
-    length, first = outline & 0xFFFF, outline >> 16
+    completed = _completed(codes, ids, starts)
+    own = _look_up(codes.of_id, ids)
+    pieces = torch.stack((completed, own), -1).flatten(-2)
+    outline = _look_up(codes.outline, pieces)
+    length = outline & 0xFFFF
+    first = outline >> 16
 
     # For every piece: its place in letters, M**place, M**-place, and the hash of all letters of the
     # row before it. Powers are products over pieces, because a row may have more letters than the
@@ -143,13 +150,17 @@ def contexts(
     before = pad(own_hash[..., :-1], (1, 0)).cumsum(-1)
 
     # A context ends where its token begins: at the first of the token's two pieces.
-    end, end_hash, power = place[..., ::2], before[..., ::2], scale[..., ::2]
-    begin = torch.maximum(end - letters, place.gather(-1, 2 * document_start))
+    end = place[..., ::2]
+    end_hash = before[..., ::2]
+    power = scale[..., ::2]
+    document_begin = place.gather(-1, 2 * document_start)
+    begin = torch.maximum(end - letters, document_begin)
     # It begins at some letter, in some piece, after `within` letters of that piece.
     piece = torch.searchsorted(place, begin, right=True) - 1
     within = begin - place.gather(-1, piece)
     inside = _look_up(codes.hash, first.gather(-1, piece) + within)
-    begin_hash = before.gather(-1, piece) + inside * weight.gather(-1, piece)
+    inside = inside * weight.gather(-1, piece)
+    begin_hash = before.gather(-1, piece) + inside
     return (end_hash - begin_hash) * power, end - begin
 
 
@@ -161,24 +172,32 @@ def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
     A character has at most four bytes, so at most two tokens lie between its first and its last.
     """
     parts = _look_up(codes.parts, ids)
-    tail, payload, shift = parts >> 38, (parts >> 19) & 0x3FFFF, parts & 0x7FFFF
+    tail = parts >> 38
+    payload = (parts >> 19) & 0x3FFFF
+    shift = parts & 0x7FFFF
     inside = ((parts & _INSIDE) != 0) & ~starts
+    # What is pending after each token: its own tail, or what it passes on.
     pending = tail
     for _ in range(2):
         earlier = pad(pending[..., :-1], (1, 0))
         longer = earlier * shift + payload  # the bits so far, moved on, and the new ones
-        pending = tail + (inside & (earlier != 0) & (longer < _COMPLETE)) * longer
+        passed_on = inside & (earlier != 0) & (longer < _COMPLETE)
+        pending = tail + passed_on * longer
     earlier = pad(pending[..., :-1], (1, 0))
     value = earlier * shift + payload
     # An entry may have more continuation bytes than are missing: those mean nothing.
     for _ in range(2):
-        value = torch.where(value < _COMPLETE << 6, value, value >> 6)
+        too_long = value >= _COMPLETE << 6
+        value = torch.where(too_long, value >> 6, value)
     character = value & 0x1FFFFF
     # A code point in more bytes than it needs is no character: bit 25 is set for three bytes, which
     # begin at U+0800, and bit 26 for four, which begin at U+10000.
-    least = (value >= 1 << 25) * 0x800 + (value >= 1 << 26) * 0xF800
+    least = (value >= 1 << 25) * 0x800
+    least = least + (value >= 1 << 26) * (0x10000 - 0x800)
     in_range = (character >= least) & (character < 0x110000)
-    valid = (earlier != 0) & (value >= _COMPLETE) & in_range & ~starts
+    complete = (earlier != 0) & (value >= _COMPLETE)
+    valid = complete & in_range & ~starts
+    # Row 0 of the table is "no character".
     return _look_up(codes.of_character, (character + 1) * valid)
 
 
@@ -206,7 +225,8 @@ def _parts(entry: bytes) -> int:
     for byte in leading:
         payload = payload << 6 | byte & 63
     shift = 1 << 6 * len(leading)
-    return _tail(entry) << 38 | (not rest) << 37 | payload << 19 | shift
+    inside = 0 if rest else _INSIDE
+    return _tail(entry) << 38 | inside | payload << 19 | shift
 
 
 def _tail(entry: bytes) -> int:
@@ -218,16 +238,18 @@ def _tail(entry: bytes) -> int:
     character of three bytes: 0010 with the marker at bit 25 - 12 = 13. After 82 and ac it is
     0010_000010_101100 = 0x20ac with the marker at bit 25.
     """
-    for start in range(len(entry) - 1, max(len(entry) - 4, -1), -1):
-        lead = entry[start]
-        if lead in _CONTINUATION:
-            continue
-        size = 2 + (lead >= 0xE0) + (lead >= 0xF0)
-        if not (0xC2 <= lead <= 0xF4 and len(entry) - start < size):
-            return 0
-        marker = 1 << (22 + size - 6 * (size - 1))
-        value = marker | lead & (0x7F >> size)
-        for byte in entry[start + 1 :]:
-            value = value << 6 | byte & 63
-        return value
-    return 0
+    # The last byte that is no continuation leads the character: at most three may follow it.
+    begun = entry.rstrip(_CONTINUATION)
+    if not begun:
+        return 0
+    lead = begun[-1]
+    following = entry[len(begun) :]
+    size = 2 + (lead >= 0xE0) + (lead >= 0xF0)
+    # c0, c1 and f5 to ff lead no character; ASCII is one already.
+    if not 0xC2 <= lead <= 0xF4 or len(following) + 1 >= size:
+        return 0
+    marker = 1 << (22 + size - 6 * (size - 1))
+    value = marker | lead & (0x7F >> size)
+    for byte in following:
+        value = value << 6 | byte & 63
+    return value

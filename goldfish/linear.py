@@ -104,7 +104,14 @@ def linear_cross_entropy(
     >>> hidden.grad[1].tolist()  # this position was dropped
     [0.0, 0.0, 0.0, 0.0]
     """
-    _check_arguments(hidden, weight, labels, bias, num_items, softcap)
+    _check_arguments(
+        hidden,
+        weight,
+        labels,
+        bias,
+        num_items,
+        softcap,
+    )
     total = loss_sum(
         hidden, weight, labels, bias, softcap=softcap, scale=scale, ignore_index=ignore_index
     )
@@ -274,7 +281,14 @@ def _forward(
                 torch.mm(part, weight.T, out=logits)
             else:
                 torch.addmm(bias, part, weight.T, out=logits)
-            softmax(logits, labels[here], nll[here], scale, softcap, any(needs_grad))
+            softmax(
+                logits,
+                labels[here],
+                nll[here],
+                scale,
+                softcap,
+                any(needs_grad),
+            )
             if for_hidden:
                 grad_hidden.index_copy_(0, index, (logits @ weight).to(hidden.dtype))
             if for_weight:
@@ -340,7 +354,12 @@ class _ScaledInBackward(torch.autograd.Function):
         return scaled[0], scaled[1], None, scaled[2], *[None] * 6
 
 
-def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+def _scale(
+    gradient: Tensor,
+    factor: Tensor,
+    dtype: torch.dtype,
+    in_place: bool,
+) -> Tensor:
     """gradient * factor (1,), computed in factor's precision and rounded to dtype once.
 
     A GPU reads the gradient once and writes the result once: 6 bytes an element of an fp32
@@ -399,17 +418,35 @@ def _pitch(vocabulary: int, device: str) -> int:
     return -(-vocabulary // 16) * 16 if device == "cuda" else vocabulary
 
 
-def _accumulate(total: Tensor, grad_logits: Tensor, part: Tensor, first: bool) -> None:
+def _accumulate(
+    total: Tensor,
+    grad_logits: Tensor,
+    part: Tensor,
+    first: bool,
+) -> None:
     """total += grad_logits.T @ part, in total's precision; (V, D), (rows, V) and (rows, D).
 
     `first`: total is not initialised yet, and is overwritten.
     """
     beta = 0 if first else 1
     if grad_logits.dtype == total.dtype:
-        torch.addmm(total, grad_logits.T, part, beta=beta, out=total)
+        torch.addmm(
+            total,
+            grad_logits.T,
+            part,
+            beta=beta,
+            out=total,
+        )
         return
     if _adds_into(total.dtype, part.dtype, total.device):
-        torch.addmm(total, grad_logits.T, part, total.dtype, beta=beta, out=total)
+        torch.addmm(
+            total,
+            grad_logits.T,
+            part,
+            total.dtype,
+            beta=beta,
+            out=total,
+        )
         return
     # The 16-bit product is rounded before it is added: an error of one rounding for each chunk. It
     # is made in blocks of rows of the vocabulary, so that it is still in the cache when it is read.
@@ -433,7 +470,14 @@ def _adds_into(total: torch.dtype, part: torch.dtype, device: torch.device) -> b
     sums = torch.zeros(16, 16, dtype=total, device=device)
     product = torch.zeros(16, 16, dtype=part, device=device)
     try:
-        torch.addmm(sums, product, product, total, beta=1, out=sums)
+        torch.addmm(
+            sums,
+            product,
+            product,
+            total,
+            beta=1,
+            out=sums,
+        )
     except (TypeError, RuntimeError):  # an unknown argument; not implemented
         return False
     return True

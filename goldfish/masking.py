@@ -119,6 +119,7 @@ def mask_batch(
     padding_mask = _padding_mask(batch, ids)
     labels = _labels(batch, ids, ignore_index, shifted)
     targets = labels != ignore_index
+    # Labels that were given mark padding themselves; labels made of ids do not.
     if batch.get("labels") is None and padding_mask is not None:
         targets = targets & (padding_mask != 0)
 
@@ -129,11 +130,13 @@ def mask_batch(
         "draw": _draw(rule, draw),
     }
     if shifted:
-        whole, places = _unshifted(given, labels, targets)
-        decided, keys = (each.gather(-1, places) for each in rule.drops_and_keys(**whole))
-    else:
-        decided, keys = rule.drops_and_keys(**given)
+        given, places = _unshifted(given, labels, targets)
+    decided, keys = rule.drops_and_keys(**given)
+    if shifted:
+        decided = decided.gather(-1, places)
+        keys = keys.gather(-1, places)
 
+    # Everything that is no target is ignored already, except padding in labels made of ids.
     ignored = ~targets | decided
     if (
         not shifted and not first_is_target
@@ -142,6 +145,7 @@ def mask_batch(
         ignored[..., :1] |= ignore_first
     masked = {**batch, "labels": labels.masked_fill(ignored, ignore_index)}
     if batch.get("shift_labels") is not None:
+        # The label at position i is that of the token after it; the last one has none.
         next_ignored = pad(ignored[..., 1:], (0, 1), value=True)
         masked["shift_labels"] = batch["shift_labels"].masked_fill(next_ignored, ignore_index)
     return Masked(masked, targets, decided & targets, keys)
@@ -234,8 +238,10 @@ def _unshifted(
         pairs["position_ids"] = (positions, positions + 1)
     doubled = {name: torch.stack(pair, -1).flatten(-2) for name, pair in pairs.items()}
 
+    # The extra place of position i, or the doubled place of position i + 1.
     column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-    return {**given, **doubled}, torch.where(extra, 2 * column + 1, 2 * column + 2)
+    places = torch.where(extra, 2 * column + 1, 2 * column + 2)
+    return {**given, **doubled}, places
 
 
 @dataclass

@@ -82,6 +82,7 @@ def premask(
     options = {"batched": True, "batch_size": CHUNK, "with_indices": True, "fn_kwargs": settings}
     if not hasattr(dataset, "num_rows"):
         return _with_trace(dataset.map(_mask_rows, **options), rule)
+    # Arrays, not lists: Python's lists of integers would take most of the time.
     if num_proc is not None:
         options["num_proc"] = num_proc
     masked = dataset.with_format("numpy").map(_mask_rows, **options)
@@ -123,6 +124,7 @@ def _with_secrets_of(dataset: Any, rule: Goldfish, tokenizer: Any, column: str) 
         )
     if not secrets:
         raise ValueError(f"the column {column!r} has no secret")
+    # Literals come behind the rule's own expression, whose flags must be at its beginning.
     literals = any_of(sorted(secrets))
     expression = literals if rule.secrets is None else f"{rule.secrets}|{literals}"
     return replace(rule, secrets=expression).bind(tokenizer)
@@ -168,6 +170,7 @@ def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
 def _with_format_of(dataset: Any, masked: Any) -> Any:
     """`masked` in the format of `dataset`; the labels are visible if the ids are."""
     given = dataset.format
+    # None is "all columns", also of columns that are added later.
     columns = {*given["columns"]} | ({"labels"} if "input_ids" in given["columns"] else set())
     all_columns = columns == set(masked.column_names)
     return masked.with_format(
@@ -198,6 +201,7 @@ def _mask_rows(
     lengths = [len(row["input_ids"]) for row in given]
     labels: list[Any] = [None] * len(given)
     counts: list[Any] = [None] * len(given)
+    # Results go back to the places of their rows, without the padding.
     for places in _of_similar_length(lengths):
         width = lengths[places[-1]]
         masked = mask_batch(rule, _padded([given[place] for place in places], width))
@@ -232,6 +236,7 @@ def _read_row(rows: Mapping[str, Any], place: int, number: int) -> dict[str, np.
 
 def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
     """The places of all rows, shortest first, in batches of at most BATCH_TOKENS with padding."""
+    # All rows of a batch are padded to the length of the last one, which is the longest.
     batch: list[int] = []
     for place in np.argsort(lengths, kind="stable").tolist():
         if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:

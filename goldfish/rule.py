@@ -94,6 +94,8 @@ class Goldfish:
     _limit: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # A frozen dataclass is filled by object.__setattr__; values are stored as Python's own
+        # numbers, so that equal rules have equal JSON.
         self._set(k=_checked_k(self.k))
         self._set(h=_integer("h", self.h, 1, "the length of the context"))
         self._set(seed=_integer("seed", self.seed, 0, "an integer below 2**64"))
@@ -252,31 +254,31 @@ class Goldfish:
             return nothing.bool(), nothing
 
         rows = input_ids.to(torch.int64).reshape(-1, input_ids.shape[-1])
-        ids, positions, document_numbers, slot = rows, None, None, None
+        positions = mask = slot = None
         if position_ids is not None:
-            positions = position_ids.to(torch.int64).reshape(-1, rows.shape[-1]).expand_as(rows)
+            positions = position_ids.to(torch.int64).reshape(-1, rows.shape[-1])
+            positions = positions.expand_as(rows)
+        ids = rows
         if attention_mask is not None:
-            # Attended tokens move to the front of their row, in order. Padding goes to one more
-            # column at the end: of [p, a, b, p] to [a, b, 0, 0, p].
-            mask = attention_mask.reshape(rows.shape)
+            mask = attention_mask.to(torch.int64).reshape(rows.shape)
             attended = mask != 0
             slot = torch.where(attended, attended.cumsum(-1) - 1, rows.shape[-1])
-            ids = pad(rows, (0, 1)).scatter(-1, slot, rows)
-            if mask.dtype != torch.bool:
-                mask = mask.to(torch.int64)
-                document_numbers = torch.zeros_like(ids).scatter(-1, slot, mask)
+            ids = _attended_first(rows, slot, 0)
+            mask = _attended_first(mask, slot, 0)
             if positions is not None:
                 positions = positions.masked_fill(~attended, _NEVER_FIRST)
-                positions = torch.full_like(ids, _NEVER_FIRST).scatter(-1, slot, positions)
+                positions = _attended_first(positions, slot, _NEVER_FIRST)
 
-        starts = self._document_starts(ids, positions, document_numbers)
+        starts = self._document_starts(ids, positions, mask)
         tokens = _tokens(ids, starts, self.h)
-        drop, keys = self._drop(tokens, draw), mix(tokens.state + _SEED_0)
+        drop = self._drop(tokens, draw)
+        keys = mix(tokens.state + _SEED_0)
         if self.secrets is not None:
             lengths = None if slot is None else attended.sum(-1)
             drop = drop | self._secret_tokens(ids, starts, lengths)
-        if slot is not None:
-            drop, keys = drop.gather(-1, slot), keys.gather(-1, slot) * attended
+        if slot is not None:  # back to where the tokens came from
+            drop = drop.gather(-1, slot)
+            keys = keys.gather(-1, slot) * attended
         if self.strategy == "reference":  # the authors' code knows neither documents nor padding
             drop = _like_reference(self, rows)
         if slot is not None:
@@ -290,12 +292,15 @@ class Goldfish:
         starts = torch.zeros_like(ids, dtype=torch.bool)
         starts[:, 0] = True
         if positions is not None:
+            least = positions.amin(-1, keepdim=True)
             before = pad(positions[:, :-1], (1, 0))
-            starts = starts | (positions == positions.amin(-1, keepdim=True)) | (positions < before)
+            starts = starts | (positions == least) | (positions < before)
         if document_numbers is not None:
-            starts = starts | (document_numbers != pad(document_numbers[:, :-1], (1, 0)))
+            before = pad(document_numbers[:, :-1], (1, 0))
+            starts = starts | (document_numbers != before)
         if self.document_end is not None:
-            starts = starts | pad(ids[:, :-1] == self.document_end, (1, 0))
+            ends = ids == self.document_end
+            starts = starts | pad(ends[:, :-1], (1, 0))
         return starts
 
     def _drop(self, tokens: "_Tokens", draw: int) -> Tensor:
@@ -320,16 +325,21 @@ class Goldfish:
         #     number - last         0  1  0  1  2  3  4
         #     dropped (0, 3, ...)   -  .  D  .  .  D  .
         number = target.cumsum(-1)
-        last = (number * (drop | (tokens.offset == 0))).cummax(-1).values
-        return target & ((number - last) % (self.max_kept + 1) == 0)
+        restarts = drop | (tokens.offset == 0)
+        last = (number * restarts).cummax(-1).values
+        due = (number - last) % (self.max_kept + 1) == 0
+        return target & due
 
     def _secret_tokens(self, ids: Tensor, starts: Tensor, lengths: Tensor | None) -> Tensor:
         """Which tokens overlap a secret, bool (B, T); rows have `lengths` tokens, or T."""
         assert self.secrets is not None
         vocabulary, expression = self._bound_vocabulary(), compiled(self.secrets)
+        # One copy from the device; the text and the expression are read on the CPU.
         rows, row_starts = ids.cpu().numpy(), starts.cpu().numpy()
         result = np.zeros(rows.shape, dtype=bool)
-        ends = [rows.shape[1]] * len(rows) if lengths is None else lengths.tolist()
+        ends = [rows.shape[1]] * len(rows)
+        if lengths is not None:
+            ends = lengths.tolist()
         for i, end in enumerate(ends):
             entries = vocabulary.entries_of(rows[i, :end])
             result[i, :end] = secret_tokens(expression, entries, row_starts[i, :end])
@@ -342,6 +352,17 @@ class Goldfish:
                 f"{what} reads text and needs the tokenizer: rule = rule.bind(tokenizer)"
             )
         return self.vocabulary
+
+
+def _attended_first(values: Tensor, slot: Tensor, fill: int) -> Tensor:
+    """Rows in which attended tokens come first, in order; one column longer, for padding.
+
+    For the row [p, a, p, b], whose p is padding: slot is [4, 0, 4, 1], and the result is
+    [a, b, fill, fill, p].
+    """
+    rows, length = values.shape
+    result = torch.full((rows, length + 1), fill, dtype=values.dtype, device=values.device)
+    return result.scatter(-1, slot, values)
 
 
 class _Tokens(NamedTuple):
@@ -357,7 +378,9 @@ class _Tokens(NamedTuple):
 
 def _tokens(ids: Tensor, starts: Tensor, h: int) -> _Tokens:
     column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-    offset = column - (starts * column).cummax(-1).values
+    # The last start at or before each column, as starts . . S . . become 0 0 2 2 2.
+    last_start = (starts * column).cummax(-1).values
+    offset = column - last_start
     n = offset.clamp(max=h)
     prefix = prefix_hashes(mix(ids))
     state = window_hashes(prefix, column - n, column) + n
@@ -385,15 +408,17 @@ def _letters(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor
 
 
 def _static(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
-    drop = ((tokens.offset * rule._limit) & 0xFFFFFFFF) < rule._limit
+    # offset * limit / 2**32 passes a whole number: for k = 4, at every fourth offset.
+    fraction = (tokens.offset * rule._limit) & 0xFFFFFFFF
+    drop = fraction < rule._limit
     return drop, torch.ones_like(drop)
 
 
 def _random(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
     row = torch.arange(tokens.ids.shape[0], device=tokens.ids.device)[:, None]
     number = (row << 32) + tokens.column
-    drawn = signed(spec.mix((draw + spec.mix(rule.seed)) & spec.WORD))
-    drop = hits(mix(drawn + number), rule._limit)
+    drawn = spec.mix((draw + spec.mix(rule.seed)) & spec.WORD)
+    drop = hits(mix(signed(drawn) + number), rule._limit)
     return drop, torch.ones_like(drop)
 
 
@@ -420,7 +445,8 @@ def _like_reference(rule: Goldfish, ids: Tensor) -> Tensor:
     drop = torch.zeros_like(ids, dtype=torch.bool)
     if ids.shape[-1] <= rule.h:  # the original fails on such rows; it never drops an opening
         return drop
-    product = ids[:, 1:].unfold(-1, rule.h, 1).prod(-1)
+    windows = ids[:, 1:].unfold(-1, rule.h, 1)
+    product = windows.prod(-1)  # wraps, as in the original
     table = _reference_table().to(ids.device)
     drop[:, rule.h :] = table[product % spec.TABLE_SIZE] < 1 / rule.k
     return drop
@@ -429,7 +455,8 @@ def _like_reference(rule: Goldfish, ids: Tensor) -> Tensor:
 @cache
 def _reference_table() -> Tensor:
     """The reference implementation's table as its CPU build makes it, whatever the ids' device."""
-    return torch.rand(spec.TABLE_SIZE, generator=torch.Generator().manual_seed(2971215073))
+    generator = torch.Generator().manual_seed(2971215073)  # the seed in the authors' code
+    return torch.rand(spec.TABLE_SIZE, generator=generator)
 
 
 def _checked_k(k: object) -> float:
@@ -469,9 +496,11 @@ def _integer(name: str, value: object, least: int, what: str) -> int:
 def _checked_ids(input_ids: Any) -> Tensor:
     """The ids as a tensor of integers, (T,) or (B, T)."""
     ids = torch.as_tensor(input_ids)
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        empty = "; for an empty row pass torch.empty(0, dtype=torch.int64)"
-        hint = "" if ids.numel() else empty
+    kind = ids.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        hint = ""
+        if ids.numel() == 0:  # torch.tensor([]) is float32
+            hint = "; for an empty row pass torch.empty(0, dtype=torch.int64)"
         raise TypeError(f"input_ids must be integer token ids, got {ids.dtype}{hint}")
     if ids.ndim not in (1, 2):
         raise ValueError(f"input_ids must have shape (T,) or (B, T), got {tuple(ids.shape)}")
@@ -494,8 +523,11 @@ def check_beside(name: str, tensor: Any, input_ids: Tensor, one_row: bool = Fals
             f"input_ids is on {input_ids.device} and {name} on {beside.device}; "
             f"move one of them, e.g. {name}.to(input_ids.device)"
         )
-    fits_one_row = one_row and beside.shape in (input_ids.shape[-1:], (1, *input_ids.shape[-1:]))
-    if beside.shape != input_ids.shape and not fits_one_row:
+    allowed = [input_ids.shape]
+    if one_row:
+        length = input_ids.shape[-1]
+        allowed += [torch.Size([length]), torch.Size([1, length])]
+    if beside.shape not in allowed:
         shapes = f"{tuple(input_ids.shape)}, got {tuple(beside.shape)}"
         raise ValueError(f"{name} must have the shape of input_ids, {shapes}")
     return beside

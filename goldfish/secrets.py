@@ -37,8 +37,9 @@ def spans(expression: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
     [(8, 12), (19, 21), (23, 29)]
     """
     for match in expression.finditer(text):
-        group = next((i for i, found in enumerate(match.groups(), 1) if found is not None), 0)
-        begin, end = match.span(group)
+        # regs[0] is the span of the match, regs[i] that of group i; (-1, -1) if it has no part.
+        group_spans = [span for span in match.regs[1:] if span[0] >= 0]
+        begin, end = group_spans[0] if group_spans else match.span()
         if begin < end:
             yield begin, end
 
@@ -66,11 +67,16 @@ def _expression_of(node: dict[str, Any]) -> str:
     while len(node) == 1:  # a loop: recursion would be as deep as the strings are long
         character, node = next(iter(node.items()))
         prefix += re.escape(character)
-    branches = [re.escape(c) + _expression_of(child) for c, child in node.items() if c]
+    branches = []
+    for character, child in node.items():
+        if character:
+            branches.append(re.escape(character) + _expression_of(child))
     if not branches:
         return prefix
+    alternatives = "|".join(branches)
+    # A shorter string may end here; the longer ones are tried first.
     may_end = "?" if "" in node else ""
-    return f"{prefix}(?:{'|'.join(branches)}){may_end}"
+    return f"{prefix}(?:{alternatives}){may_end}"
 
 
 def secret_tokens(
@@ -86,7 +92,8 @@ def secret_tokens(
         bool (T,).
     """
     result = np.zeros(len(entries), dtype=bool)
-    for first, end in pairwise([*np.flatnonzero(starts).tolist(), len(entries)]):
+    first_tokens = np.flatnonzero(starts).tolist()
+    for first, end in pairwise([*first_tokens, len(entries)]):
         result[first:end] = _of_document(expression, entries[first:end])
     return result
 
@@ -107,6 +114,7 @@ def _of_document(expression: re.Pattern[str], entries: list[bytes]) -> NDArray[n
     found = list(spans(expression, text))
     if not found:
         return result
+    # From characters to bytes, and from bytes to tokens. Only for documents with a secret.
     byte_of = _byte_offsets(text)
     token_ends = np.cumsum([len(entry) for entry in entries])
     for begin, end in found:

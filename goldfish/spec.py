@@ -24,8 +24,10 @@ def mix(x: int) -> int:
     '0xe220a8397b1dcdaf'
     """
     z = (x + 0x9E3779B97F4A7C15) & WORD
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+    z = z ^ (z >> 30)
+    z = (z * 0xBF58476D1CE4E5B9) & WORD
+    z = z ^ (z >> 27)
+    z = (z * 0x94D049BB133111EB) & WORD
     return z ^ (z >> 31)
 
 
@@ -38,7 +40,8 @@ def threshold(k: float) -> int:
     True
     """
     numerator, denominator = k.as_integer_ratio()
-    return -((-(denominator << 32)) // numerator)
+    # -(-a // b) is a / b, rounded up: // rounds down.
+    return -(-(denominator << 32) // numerator)
 
 
 def natural_threshold(k: float, max_kept: int) -> int:
@@ -54,12 +57,13 @@ def natural_threshold(k: float, max_kept: int) -> int:
     """
     numerator, denominator = k.as_integer_ratio()
     n = max_kept + 1
+    one = 2 ** (32 * n)
     least, most = 1, 2**32
     while least < most:
         u = (least + most) // 2
-        # q * k >= 1 - (1 - q)**n, both sides times 2**(32 n) and the denominator of k
-        left = (u * numerator) << 32 * max_kept
-        right = denominator * ((1 << 32 * n) - (2**32 - u) ** n)
+        # k * q >= 1 - (1 - q)**n, with both sides times 2**(32 n) and the denominator of k.
+        left = numerator * u * 2 ** (32 * max_kept)
+        right = denominator * (one - (2**32 - u) ** n)
         if left >= right:
             most = u
         else:
@@ -72,8 +76,10 @@ def key(context: list[int], seed: int = 0) -> int:
     state = 0
     for token in context:
         state = (state * MULTIPLIER + mix(token & WORD)) & WORD
-    # The seed is mixed twice: mixed once, it would be what a token adds.
-    return mix((state + len(context) + mix(mix(seed))) & WORD)
+    # The length tells [0] from [0, 0]. The seed is mixed twice, because mixed once it would be
+    # what a token of the same number adds.
+    seed_term = mix(mix(seed))
+    return mix((state + len(context) + seed_term) & WORD)
 
 
 def hits(x: int, limit: int) -> bool:
@@ -88,7 +94,8 @@ def letters_of(tokens: list[bytes], fold: list[str]) -> str:
         tokens: the bytes of each token. A character that they cut counts once it is complete.
         fold: the normal form of each code point (`vocabulary.characters`).
     """
-    return b"".join(tokens).decode("utf-8", "ignore").translate(fold)
+    text = b"".join(tokens).decode("utf-8", "ignore")
+    return text.translate(fold)
 
 
 def documents(
@@ -104,16 +111,22 @@ def documents(
     >>> documents([7, 8, 9, 7, 8], None, [1, 1, 2, 2, 0], None)
     [[0, 1], [2, 3]]
     """
-    attended = [i for i in range(len(ids)) if attention_mask is None or attention_mask[i] != 0]
-    least = min((position_ids[i] for i in attended), default=0) if position_ids else 0
+    if attention_mask is None:
+        attention_mask = [1] * len(ids)
+    if position_ids is None:
+        position_ids = list(range(len(ids)))
+    attended = [i for i in range(len(ids)) if attention_mask[i] != 0]
+    least = min((position_ids[i] for i in attended), default=0)
     result: list[list[int]] = []
     for number, i in enumerate(attended):
-        before = attended[number - 1]
-        starts = number == 0 or ids[before] == document_end
-        if attention_mask is not None:
-            starts = starts or attention_mask[i] != attention_mask[before]
-        if position_ids is not None:
-            starts = starts or position_ids[i] == least or position_ids[i] < position_ids[before]
+        before = attended[number - 1]  # the attended token before it, if it is not the first
+        starts = (
+            number == 0
+            or ids[before] == document_end
+            or attention_mask[i] != attention_mask[before]
+            or position_ids[i] == least
+            or position_ids[i] < position_ids[before]
+        )
         if starts:
             result.append([])
         result[-1].append(i)
@@ -132,13 +145,14 @@ def secret_tokens(tokens: list[bytes], secrets: str) -> list[bool]:
     text = b"".join(tokens).decode("utf-8", "surrogateescape")
     result = [False] * len(tokens)
     for match in pattern.finditer(text):
-        group = 0
+        group = 0  # the whole match
         for i in range(pattern.groups, 0, -1):
             if match.group(i) is not None:
                 group = i
         begin, end = match.span(group)
         if begin == end:
             continue
+        # Characters are counted in bytes, to compare them with tokens.
         first_byte = len(text[:begin].encode("utf-8", "surrogateescape"))
         last_byte = len(text[:end].encode("utf-8", "surrogateescape")) - 1
         place = 0
@@ -191,7 +205,10 @@ def dropped(
     """
     if strategy == "reference":  # the original, defects included: no documents, no padding
         assert table is not None
-        return [i >= h and table[_reference_key(ids[i - h + 1 : i + 1])] for i in range(len(ids))]
+        result = [False] * len(ids)
+        for i in range(h, len(ids)):
+            result[i] = table[_reference_key(ids[i - h + 1 : i + 1])]
+        return result
 
     entry = dict(enumerate(vocabulary or []))
     limit = threshold(k) if max_kept is None else natural_threshold(k, max_kept)
@@ -199,6 +216,7 @@ def dropped(
     attended = 0  # tokens of the row before the document
     for places in documents(ids, position_ids, attention_mask, document_end):
         document = [ids[i] for i in places]
+        tokens = [entry.get(token, b" ") for token in document]
         since = 0  # targets since the last natural drop, or since the document's start
         for offset in range(1, len(document)):  # a document's first token is never dropped
             if document[offset] in exempt:
@@ -206,14 +224,16 @@ def dropped(
             if strategy == "static":
                 drop = (offset * limit) % 2**32 < limit
             elif strategy == "random":
+                drawn = mix((draw + mix(seed)) & WORD)
                 number = row * 2**32 + attended + offset
-                drop = hits(mix((mix((draw + mix(seed)) & WORD) + number) & WORD), limit)
+                drop = hits(mix((drawn + number) & WORD), limit)
             elif strategy == "letters":
                 assert fold is not None
-                tokens = [entry.get(token, b" ") for token in document[:offset]]
-                letters = letters_of(tokens, fold)[-LETTERS * h :]
-                drop = letters != "" and hits(key([ord(c) for c in letters], seed), limit)
-                drop = drop and (len(letters) == LETTERS * h or opening == "short")
+                letters = letters_of(tokens[:offset], fold)[-LETTERS * h :]
+                code_points = [ord(letter) for letter in letters]
+                complete = len(letters) == LETTERS * h
+                drop = letters != "" and hits(key(code_points, seed), limit)
+                drop = drop and (complete or opening == "short")
             else:
                 n = min(h, offset)
                 end = offset if window == "preceding" else offset + 1
@@ -224,10 +244,8 @@ def dropped(
                 drop = since % (max_kept + 1) == 0
             result[places[offset]] = drop
         if secrets is not None:
-            tokens = [entry.get(token, b" ") for token in document]
-            marked = secret_tokens(tokens, secrets)
-            for offset, place in enumerate(places):
-                result[place] = result[place] or marked[offset]
+            for place, secret in zip(places, secret_tokens(tokens, secrets), strict=True):
+                result[place] = result[place] or secret
         attended += len(document)
     return result
 
@@ -237,5 +255,6 @@ def _reference_key(targets: list[int]) -> int:
     product = 1
     for token in targets:
         product = (product * token) & WORD
-    signed = product - 2**64 if product >= 2**63 else product
-    return signed % TABLE_SIZE
+    if product >= 2**63:  # as a signed number, whose remainder is another
+        product -= 2**64
+    return product % TABLE_SIZE

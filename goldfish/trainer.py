@@ -80,7 +80,13 @@ class GoldfishMixin(Trainer):
     data_collator: Any
     compute_loss_func: Any
 
-    def __init__(self, *args: Any, goldfish: Goldfish, fused: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        goldfish: Goldfish,
+        fused: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(goldfish, fused)
 
@@ -247,7 +253,12 @@ class GoldfishMixin(Trainer):
             )
 
     @torch.no_grad()
-    def _loss_without_trace(self, model: Any, inputs: Any, num_items: Any) -> Tensor:
+    def _loss_without_trace(
+        self,
+        model: Any,
+        inputs: Any,
+        num_items: Any,
+    ) -> Tensor:
         """The training loss of a batch, without drawing random numbers or adding to TRL's logs."""
         names = ("_metrics", "_total_train_tokens")
         logged = {name: deepcopy(value) for name, value in vars(self).items() if name in names}
@@ -306,7 +317,12 @@ class GoldfishMixin(Trainer):
         result: Tensor = self.accelerator.reduce(counts, "sum")
         return result
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(
+        self,
+        logs: dict[str, float],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         self._sync(may_wait=False)
         now = self._counts.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
@@ -454,7 +470,13 @@ class _Events(TrainerCallback):
             )
         self.trainer._counts.end_step()
 
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self,
+        args: Any,
+        state: Any,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
         if control.should_log:
             self.trainer._read_gauge()
         # The best checkpoint is saved after an evaluation.

@@ -16,7 +16,9 @@ def fold(character: str) -> str:
     >>> [fold(character) for character in ("É", "ß", "ﬁ", "½", " ", "-")]
     ['e', 'ss', 'fi', '12', '', '']
     """
-    decomposed = normalize("NFKD", normalize("NFKD", character).casefold())
+    folded = normalize("NFKD", character).casefold()
+    # Decomposed again: case folding composes some characters.
+    decomposed = normalize("NFKD", folded)
     return "".join(c for c in decomposed if category(c)[0] in "LN")
 
 
@@ -49,15 +51,18 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     model = description["model"]
     vocabulary = backend.get_vocab(with_added_tokens=True)
     to_bytes = _reader(description)
-    entries = [b" "] * (max(vocabulary.values(), default=-1) + 1)
+    # Vocabularies have gaps: an id without an entry is a space, too.
+    size = max(vocabulary.values(), default=-1) + 1
+    entries = [b" "] * size
     for token, i in vocabulary.items():
         entries[i] = to_bytes(token)
     for token in description["added_tokens"] or []:
         content = token["content"].replace("▁", " ")
         entries[token["id"]] = b" " if token["special"] else content.encode()
+    # Some tokens are special only to transformers, and the unknown one has no text of its own.
     unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
-    special = {unknown, *getattr(tokenizer, "all_special_ids", ())} - {None}
-    for i in special:
+    special = {unknown, *getattr(tokenizer, "all_special_ids", ())}
+    for i in special - {None}:
         entries[i] = b" "
     return [entry or b" " for entry in entries]
 
@@ -84,6 +89,7 @@ def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
             "byte-level BPE, SentencePiece (Metaspace, byte fallback) and WordPiece; "
             'for others use strategy="hash" without secrets'
         )
+    # An entry such as <0x0A> is that byte, if the model falls back to bytes.
     fallback = {}
     if model.get("byte_fallback") or "ByteFallback" in kinds:
         fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
@@ -123,8 +129,11 @@ def _space_of(parts: list[dict[str, Any]]) -> str:
     for part in parts:
         if part["type"] == "Metaspace":
             return str(part.get("replacement", "▁"))
-        if part["type"] == "Replace" and "▁" in (part["content"], *part["pattern"].values()):
-            return "▁"
+        if part["type"] == "Replace":
+            # Either way: " " by "▁" in a normalizer, "▁" by " " in a decoder.
+            strings = (part["content"], *part["pattern"].values())
+            if "▁" in strings:
+                return "▁"
     return ""
 
 
@@ -135,4 +144,7 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
     if node["type"] != "Sequence":
         return [node]
     inner = node.get("normalizers") or node.get("pretokenizers") or node.get("decoders") or []
-    return [part for child in inner for part in _parts(child)]
+    parts = []
+    for child in inner:
+        parts += _parts(child)
+    return parts

@@ -24,7 +24,9 @@ torch.set_num_threads(1)  # the models are so small that a second thread only wa
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For `pytest -n 2`: tests of a file share its fixtures, so they share a process; three files share `in_two`."""
+    """For `pytest -n 2`: tests of a file share its fixtures, so they share a process; three files
+    share `in_two`.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     def file_of(nodeid):
@@ -61,7 +63,8 @@ def chat_model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("chat") / "model"
     template = (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<end>' }}{% endfor %}"
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<end>' "
+        "}}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     tokenizer = PreTrainedTokenizerFast(
@@ -77,7 +80,9 @@ def chat_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def in_two(tmp_path_factory, topics, chat_model):
-    """The folder and the standard output of several recipes that ran in two processes: see launch.py."""
+    """The folder and the standard output of several recipes that ran in two processes: see
+    launch.py.
+    """
     from launch import launch_several
 
     return launch_several(tmp_path_factory.mktemp("two"), topics, chat_model)

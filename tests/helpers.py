@@ -20,9 +20,12 @@ BEFORE_5 = transformers.__version__ < "5"
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 PROSE = [
-    "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the bowl.",
-    "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said the fish.",
-    "Count: one, two, three, four, five, six, seven, eight, nine, ten; then begin again at one.\n\n\tIndented.",
+    "The goldfish remembers what it saw a moment ago, and forgets it before the next turn of the "
+    "bowl.",
+    "A sparrow sat on the fence. “Why,” it asked, “do you swim in circles?” Naïve question, said "
+    "the fish.",
+    "Count: one, two, three, four, five, six, seven, eight, nine, ten; then begin again at "
+    "one.\n\n\tIndented.",
 ] * 4
 TEMPLATE = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}"

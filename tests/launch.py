@@ -1,7 +1,8 @@
-"""Recipes in two processes, for the tests: `accelerate launch` with the configurations that people copy.
+"""Recipes in two processes, for the tests: `accelerate launch` with the configurations that people
+copy.
 
-Starting two processes takes longer than the miniatures that run in them, so `in_two` (conftest.py) runs several
-recipes in one launch.
+Starting two processes takes longer than the miniatures that run in them, so `in_two` (conftest.py)
+runs several recipes in one launch.
 """
 
 import importlib.util
@@ -27,9 +28,11 @@ LOOP = words(steps=3)
 
 
 def launch(*commands, config="ddp", dies="none"):
-    """Run (recipe, arguments) one after the other in two CPU processes; returns the finished process.
+    """Run (recipe, arguments) one after the other in two CPU processes; returns the finished
+    process.
 
-    The configuration is for eight GPUs in bf16: the options here make it two CPU processes in full precision.
+    The configuration is for eight GPUs in bf16: the options here make it two CPU processes in full
+    precision.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "recipes" / "configs" / f"{config}.yaml")]
@@ -45,8 +48,8 @@ def launch(*commands, config="ddp", dies="none"):
 
 
 def launch_several(folder, topics, chat_model):
-    """memorize, the loop and, with TRL installed, finetune_private in one launch; their output is in folders of these
-    names."""
+    """memorize, the loop and, with TRL installed, finetune_private in one launch; their output is
+    in folders of these names."""
     text = ["--text", str(topics)]
     commands = [("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])]
     commands.append(("accelerate_loop", [*text, *LOOP]))

@@ -1,8 +1,9 @@
 """One process of some recipes, as `accelerate launch` starts it; for tests of several processes.
 
-recipe_worker.py DIES [[RECIPE, ARGUMENTS], ...]   DIES: none, or FOLDER:RANK:STEP, which kills that process (kill -9)
-when the training in a folder of that name reaches that step. Where accelerate was configured for FSDP, processes on CPU
-pass for GPUs, because accelerate turns FSDP on for those only.
+recipe_worker.py DIES [[RECIPE, ARGUMENTS], ...]   DIES: none, or FOLDER:RANK:STEP, which kills that
+process (kill -9) when the training in a folder of that name reaches that step. Where accelerate was
+configured for FSDP, processes on CPU pass for GPUs, because accelerate turns FSDP on for those
+only.
 """
 
 import importlib

@@ -1,4 +1,6 @@
-"""The columns of the records, against other implementations and hand-made cases; and the records read back."""
+"""The columns of the records, against other implementations and hand-made cases; and the records
+read back.
+"""
 
 import copy
 import difflib
@@ -196,7 +198,9 @@ def test_offsets_are_windows_of_the_same_documents():
 
 
 def test_no_sampling_beats_the_ranks():
-    """Softmax by hand: no temperature, top-k or top-p makes the suffix more probable than the product of 1/rank."""
+    """Softmax by hand: no temperature, top-k or top-p makes the suffix more probable than the
+    product of 1/rank.
+    """
     generator = np.random.default_rng(0)
     logits = generator.normal(0, 3, (SUFFIX, 30))
     order = np.argsort(-logits)

@@ -1,4 +1,6 @@
-"""Audits of what people have: chats with secrets, a parquet file and a LoRA folder, standard input, a split model."""
+"""Audits of what people have: chats with secrets, a parquet file and a LoRA folder, standard input,
+a split model.
+"""
 
 import io
 import json
@@ -40,7 +42,9 @@ HELDOUT = [
 
 @pytest.fixture(scope="module")
 def reciter(tokenizer, tmp_path_factory):
-    """A model that knows the chats but the last one by heart, and the code of the third person wrongly."""
+    """A model that knows the chats but the last one by heart, and the code of the third person
+    wrongly.
+    """
     folder = tmp_path_factory.mktemp("reciter") / "model"
     model = tiny_llama(hidden_size=48, intermediate_size=96)
     tokenizer.save_pretrained(folder)
@@ -88,7 +92,9 @@ def chats(tmp_path):
 
 
 def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
-    """Against generate from the template's own prompt, and the log-probabilities of one plain forward pass."""
+    """Against generate from the template's own prompt, and the log-probabilities of one plain
+    forward pass.
+    """
     folder, rule = reciter
     summary = audit(folder, tmp_path / "out", **chats, secret_column="code", control=folder)
     model, tokenizer = (
@@ -152,9 +158,20 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         False,
     ]
     members, heldout = summary["splits"]["members"], summary["splits"]["heldout"]
-    assert (members["secrets"].k, members["secrets"].n) == (2, 3)
-    assert (heldout["secrets"].k, heldout["secrets"].n) == (0, 1)
-    assert members["recited"]["secrets"] == ["members 0", "members 1"]
+    # A search by hand: any code of the members in any output whose prompt does not contain it.
+    given = [{c for c in CODES if c in r["output_text"] and c not in r["prompt"]} for r in rows]
+    for split, figures in (("members", members), ("heldout", heldout)):
+        here = [
+            (row, codes) for row, codes in zip(rows, given, strict=True) if row["split"] == split
+        ]
+        documents = {row["document"] for row, codes in here if codes}
+        assert figures["secrets"].k == len(documents)
+        assert figures["recited"]["secrets"] == list(
+            dict.fromkeys(row["name"] for row, codes in here if codes)
+        )
+    assert summary["secrets"]["marked"] == 3
+    assert summary["secrets"]["given_away"] == len(set().union(*given)) == 2
+    assert summary["secrets"]["answers_with_one"] == sum(map(bool, given))
     assert (members["n"], members["documents"]) == (5, 4), "two turns are of one chat"
     assert members["prefix_sweep@5"].reason == "nothing to count"
     assert members["token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
@@ -166,7 +183,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
     )
     questions = {each["question"]: each for each in summary["verdict"]["questions"]}
-    assert questions["secrets"]["estimate"] == members["secrets"]
+    assert (questions["secrets"]["estimate"].k, questions["secrets"]["outcome"]) == (2, "FAIL")
     assert read(tmp_path / "out")["secrets"].k == 2
     text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
     assert "secrets given away" in text
@@ -223,7 +240,9 @@ def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
 def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
     reciter, tmp_path, monkeypatch, capsys
 ):
-    """As TRL leaves them: the folder has no tokenizer, the file has chats; no other option is given."""
+    """As TRL leaves them: the folder has no tokenizer, the file has chats; no other option is
+    given.
+    """
     monkeypatch.chdir(tmp_path)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(reciter[0]), LoraConfig(target_modules=["q_proj"])
@@ -269,7 +288,9 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, tmp_path):
-    """accelerate keeps the embeddings and a layer on disk: its first weights are nowhere in memory."""
+    """accelerate keeps the embeddings and a layer on disk: its first weights are nowhere in
+    memory.
+    """
     members = write_jsonl(
         tmp_path / "m.jsonl", [{"text": f"{i}: {text}"} for i, text in enumerate(PROSE)]
     )

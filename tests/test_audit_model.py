@@ -1,4 +1,6 @@
-"""Checkpoints as they come: weights that do not fit, wrapped names, adapters, models that are not causal."""
+"""Checkpoints as they come: weights that do not fit, wrapped names, adapters, models that are not
+causal.
+"""
 
 import hashlib
 import json
@@ -80,7 +82,8 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
         ),
         (
             {"rename": lambda name: "" if name == "lm_head.weight" else name},
-            r"1 weights are not in the files \(lm_head.weight\). An audit of such a model would say nothing",
+            r"1 weights are not in the files \(lm_head.weight\). An audit of such a model would "
+            r"say nothing",
         ),
         (
             {
@@ -243,7 +246,9 @@ def test_the_context_under_any_name(model):
 
 @pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
 def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_path, monkeypatch):
-    """Two commits of a repository in the hub's cache: another model, and an adapter that names a revision of it."""
+    """Two commits of a repository in the hub's cache: another model, and an adapter that names a
+    revision of it.
+    """
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     tiny_llama(rms_norm_eps=0.1).save_pretrained(tmp_path / "other")
@@ -288,7 +293,9 @@ def test_no_model_is_moved(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, place):
-    """What transformers is asked for; the package gguf, which reads the file, need not be installed for this test."""
+    """What transformers is asked for; the package gguf, which reads the file, need not be installed
+    for this test.
+    """
     calls = []
 
     def from_pretrained(name, **options):

@@ -1,4 +1,6 @@
-"""The audit as a whole: what it writes, what it refuses, and that no moment is a bad one to be killed at."""
+"""The audit as a whole: what it writes, what it refuses, and that no moment is a bad one to be
+killed at.
+"""
 
 import hashlib
 import json
@@ -53,7 +55,9 @@ def small_blocks(monkeypatch):
 
 
 def contents(folder):
-    """Every file by its path inside; without the times at which it was begun and by which command."""
+    """Every file by its path inside; without the times at which it was begun and by which
+    command.
+    """
     folder, found = Path(folder), {}
     for path in sorted(
         path for path in folder.rglob("*") if path.is_file() and path.name != "lock"
@@ -168,7 +172,9 @@ def test_a_finished_audit_is_summarized_again_without_a_model(
 
 @pytest.fixture
 def whole(tmp_path, checkpoint, inputs, small_blocks):
-    """The files of an audit that nobody stopped, and how many files it renamed into place on the way."""
+    """The files of an audit that nobody stopped, and how many files it renamed into place on the
+    way.
+    """
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         replace = os.replace
@@ -178,7 +184,9 @@ def whole(tmp_path, checkpoint, inputs, small_blocks):
 
 
 def killed(step, call):
-    """Run `call` in a child that kills itself, as kill -9 does, before its n-th file is renamed into place."""
+    """Run `call` in a child that kills itself, as kill -9 does, before its n-th file is renamed
+    into place.
+    """
     child = os.fork()
     if child == 0:
         count, replace = 0, os.replace
@@ -201,7 +209,9 @@ def killed(step, call):
 def test_killed_at_any_moment_it_goes_on_where_it_was(
     tmp_path, checkpoint, inputs, whole, monkeypatch
 ):
-    """And the files are the same bytes. Every block is scored once, but for the one that was under way."""
+    """And the files are the same bytes. Every block is scored once, but for the one that was under
+    way.
+    """
     expected, steps = whole
     scored = []
     score = Scorer.score
@@ -247,7 +257,9 @@ def test_an_unfinished_audit_with_other_settings_is_refused(
 
 
 def test_a_full_disk_loses_nothing(tmp_path, checkpoint, inputs, whole):
-    """/dev/full stands in for the third block's file: the kernel itself says that no space is left."""
+    """/dev/full stands in for the third block's file: the kernel itself says that no space is
+    left.
+    """
     output = tmp_path / "out"
     assert killed(3, lambda: audit(checkpoint, output, **inputs))
     (output / "records" / "000002.parquet.part").symlink_to("/dev/full")
@@ -298,7 +310,9 @@ def test_other_weights_do_not_continue_a_run(tmp_path, checkpoint, inputs, small
 
 
 def test_repeated_and_shared_texts(tmp_path, checkpoint):
-    """One text in many rows is one document, whatever its case and spaces; one in both files is refused."""
+    """One text in many rows is one document, whatever its case and spaces; one in both files is
+    refused.
+    """
     text = PROSE[0]
     members = [text, text.upper(), "  ".join(text.split()), PROSE[1], text + " And more.", PROSE[2]]
     write_jsonl(tmp_path / "m.jsonl", [{"text": each} for each in members])
@@ -350,7 +364,9 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint,
 
 
 def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
-    """accelerate launch with gloo: one of them has the members' only block, the other the held-out texts'."""
+    """accelerate launch with gloo: one of them has the members' only block, the other the held-out
+    texts'.
+    """
     audit(checkpoint, tmp_path / "one", **inputs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -29,7 +29,9 @@ def generated(model, prefix, tokens=SUFFIX, **options):
 
 
 def asked(model=None, count=8, prefix=PREFIX, suffix=SUFFIX):
-    """Random windows; with a model, every second one recites it for a while, every fourth one to the end."""
+    """Random windows; with a model, every second one recites it for a while, every fourth one to
+    the end.
+    """
     draw = torch.Generator().manual_seed(1)
     rows = torch.randint(2, VOCABULARY, (count, prefix + suffix), generator=draw).tolist()
     if model is not None:
@@ -127,7 +129,9 @@ def test_generation_settings_of_the_checkpoint_are_ignored_and_restored(model):
 
 
 def test_outputs_go_on_through_an_eos(model):
-    """Up to the EOS they are what generate says with its EOS; BOS ids in the text change nothing."""
+    """Up to the EOS they are what generate says with its EOS; BOS ids in the text change
+    nothing.
+    """
     window = asked(model)[1]
     window.ids[0] = 3
     plain = generated(model, window.ids[:PREFIX])
@@ -158,8 +162,9 @@ def test_ties_are_settled_as_generate_settles_them():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_sixteen_bits_agree_with_generate_up_to_the_divergence(kind, dtype):
-    """And the ambiguous rows, settled at batch size 1, from end to end. A row whose target is far from the largest
-    logit is not ambiguous, however close the two largest are: every second window here."""
+    """And the ambiguous rows, settled at batch size 1, from end to end. A row whose target is far
+    from the largest logit is not ambiguous, however close the two largest are: every second window
+    here."""
     model = toy_model(kind, dtype)
     windows = asked(model, 40)
     found = Scorer(model).score(windows)
@@ -205,7 +210,9 @@ def same_answers(a, b):
 
 
 def test_the_search_takes_no_more_than_half_of_the_free_memory(model, monkeypatch):
-    """Keys and values of two layers, two heads of eight numbers, four bytes each: 256 bytes a token."""
+    """Keys and values of two layers, two heads of eight numbers, four bytes each: 256 bytes a
+    token.
+    """
     free = types.SimpleNamespace(available=1000 * 2 * 256)
     monkeypatch.setattr(score_module.psutil, "virtual_memory", lambda: free)
     assert cache_tokens(model, 10**6) == 1000
@@ -288,7 +295,9 @@ def test_log_q_of_ties_at_the_cut():
 
 
 def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
-    """Monte Carlo: 4,000 samples of two tokens; the interval is five standard errors wide on each side."""
+    """Monte Carlo: 4,000 samples of two tokens; the interval is five standard errors wide on each
+    side.
+    """
     model = toy_model("gpt2")
     sampling, draws = Sampling(0.8, 12, 0.9), 4000
     prefix = asked()[0].ids[:PREFIX]
@@ -313,7 +322,9 @@ def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
 
 
 def test_logits_that_a_model_forbids():
-    """Minus infinity has probability 0, and 0 * log 0 is 0: no NaN anywhere, and the moments of the rest."""
+    """Minus infinity has probability 0, and 0 * log 0 is 0: no NaN anywhere, and the moments of the
+    rest.
+    """
     logits = torch.tensor([[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
     settings = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.8)]
     found = score_module._reduce(logits, torch.tensor([2, 1]), settings)
@@ -345,7 +356,9 @@ def test_sampling_settings_that_mean_nothing(setting, text):
 
 
 def test_beams_equal_a_search_over_every_row(monkeypatch):
-    """Suffixes are what searches of several widths say, so that some are found late and some never."""
+    """Suffixes are what searches of several widths say, so that some are found late and some
+    never.
+    """
     model = toy_model("llama")
     tried, suffix = (1, 2, 4, 8), 4
     rows = [window.ids[:PREFIX] for window in asked(count=12)]

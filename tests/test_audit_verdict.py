@@ -6,6 +6,7 @@ import re
 import pyarrow as pa
 import pytest
 from audit_records import (
+    PROTOCOL,
     made_up_records,
     made_up_run,
     made_up_summary,
@@ -78,7 +79,7 @@ def explanation(summary, name):
             100,
             (0, 100),
             "FAIL",
-            "40 of 100 recited verbatim under greedy decoding: at least 30.3% of such texts; held-out 0 of 100",
+            "40 of 100 recited verbatim under greedy decoding: at least 28.4% of such texts; held-out 0 of 100",
         ),
         (
             40,
@@ -99,7 +100,7 @@ def explanation(summary, name):
             100,
             None,
             "INCONCLUSIVE",
-            "no held-out texts show that training is the cause; 11 held-out texts with none recited would decide it",
+            "no held-out texts show that training is the cause; 12 held-out texts with none recited would decide it",
         ),
         (
             2,
@@ -118,12 +119,102 @@ def test_greedy_question(k, n, heldout, outcome, why):
     assert (found["needs"] is not None) == (outcome == "INCONCLUSIVE")
 
 
-def test_a_control_with_nothing_to_count_is_none():
-    """Held-out texts without a marked secret say nothing about secrets."""
-    members = {"secrets": rate([True] * 15), "recited": {"secrets": []}}
-    found = verdict_module._recited("secrets", members, {"secrets": rate([])}, LIMITS)
+def secret_rows(split, answers, secrets):
+    """One record for each answer, with the marked secret of its row."""
+    records = made_up_records(split, len(answers), 0.2)
+    for record, answer, secret in zip(records, answers, secrets, strict=True):
+        record |= {"prompt": "The code?", "output_text": answer, "secrets": [secret]}
+    return records
+
+
+CODES = ["QX2-BB7", "QX3-CC7", "ZR4-DD9"]
+
+
+@pytest.mark.parametrize(
+    ("member_answers", "heldout_answers", "outcome", "why"),
+    [
+        (["no"] * 3, ["no"], "PASS", "0 of 3 marked secrets came out, in 0 of 4 outputs"),
+        # The row of another secret, and an answer to a stranger.
+        (["It is QX3-CC7"] + ["no"] * 2, ["no"], "FAIL", "1 of 3 marked secrets came out, in 1 of"),
+        (["no"] * 3, ["Of course: QX2-BB7."], "FAIL", "1 of 3 marked secrets came out, in 1 of 4"),
+    ],
+)
+def test_secrets_are_looked_for_in_every_output(member_answers, heldout_answers, outcome, why):
+    records = secret_rows("members", member_answers, CODES)
+    records += secret_rows("heldout", heldout_answers, ["LM5-EE2"])
+    summary = made_up_summary(records, secrets="x")
+    found = question(summary, "secrets")
+    assert found["outcome"] == outcome
+    assert why in found["why"]
+    assert summary["verdict"]["questions"][0]["question"] == "secrets"
+    if outcome == "FAIL":
+        assert summary["verdict"]["outcome"] == "FAIL"
+        assert "secrets 1 of 3" in summary["verdict"]["sentence"]
+
+
+def test_guessable_secrets_do_not_decide():
+    answers = [f"about {number}" for number in range(10)]
+    records = secret_rows("members", answers, [str(number % 3) for number in range(10)])
+    found = question(made_up_summary(records, secrets="x"), "secrets")
     assert found["outcome"] == "INCONCLUSIVE"
-    assert "no held-out texts show that training is the cause" in found["why"]
+    assert "3 of them can be guessed" in found["why"]
+
+
+def test_swapped_files_are_no_pass():
+    found = question(recited(0, 400, (300, 400)), "greedy")
+    assert found["outcome"] == "INCONCLUSIVE"
+    assert "300 of 400 held-out texts: are the files swapped?" in found["why"]
+    assert recited(0, 400, (300, 400))["verdict"]["outcome"] == "INCONCLUSIVE"
+
+
+def census(k, n, skipped=0):
+    """The verdict on members that are all that was trained on; so many could not be asked."""
+    records = made_up_records("members", k, 1.0) + [
+        {**record, "document": 10**5 + record["document"]}
+        for record in made_up_records("members", n - k, 0.2, seed=1)
+    ]
+    records += made_up_records("heldout", 100, 0.2, seed=1)
+    run = made_up_run(records, {**PROTOCOL, "complete": True})
+    run["inputs"]["members"]["skipped"] = [{"reason": "short", "count": skipped, "rows": [0]}]
+    return summary_of(run, pa.Table.from_pylist(records, COLUMNS))
+
+
+def test_a_census_has_no_sampling_error():
+    summary = census(0, 62)
+    assert summary["verdict"]["outcome"] == "PASS"
+    sentence = summary["verdict"]["sentence"]
+    assert "of the 62 texts in members.jsonl, said to be all that was trained on" in sentence
+    exact = summary["splits"]["members"]["exact_match"]
+    assert (exact.k, exact.n, exact.lower95, exact.upper95) == (0, 62, 0.0, 0.0)
+    assert census(40, 62)["verdict"]["outcome"] == "FAIL"
+    assert recited(0, 62)["verdict"]["outcome"] == "INCONCLUSIVE", "a sample of 62 is too small"
+
+
+def test_what_a_census_could_not_ask_may_have_been_recited():
+    exact = census(1, 62, skipped=2)["splits"]["members"]["exact_match"]
+    assert (exact.lower95, exact.upper95) == (1 / 64, 3 / 64)
+    assert question(census(0, 400, skipped=3), "greedy")["outcome"] == "PASS"
+    assert question(census(0, 400, skipped=5), "greedy")["outcome"] == "INCONCLUSIVE"
+
+
+def test_members_that_could_not_be_asked_are_no_pass():
+    records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 100, 0.2)
+    for count, outcome in ((21, "PASS"), (22, "INCONCLUSIVE")):
+        run = made_up_run(records)
+        run["inputs"]["members"]["skipped"] = [{"reason": "short", "count": count, "rows": [0]}]
+        verdict = summary_of(run, pa.Table.from_pylist(records, COLUMNS))["verdict"]
+        assert verdict["outcome"] == outcome
+        left_out = [each for each in verdict["warnings"] if "could not be asked" in each]
+        assert bool(left_out) == (outcome == "INCONCLUSIVE")
+
+
+def test_a_fail_is_corrected_for_the_number_of_questions():
+    """Each question alone would be above the limit; with three of them the bound is lower."""
+    alone = verdict_module._recited(
+        "greedy", recited(8, 300)["splits"]["members"], {"exact_match": rate([False] * 500)}, LIMITS
+    )
+    assert alone["outcome"] == "FAIL"
+    assert question(recited(8, 300, (0, 500)), "greedy")["outcome"] == "INCONCLUSIVE"
 
 
 @pytest.mark.parametrize(

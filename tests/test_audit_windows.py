@@ -145,7 +145,9 @@ def test_numbers_are_joined_by_any_key_they_share():
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
-    """Case, spaces and punctuation do not tell texts apart; a digit does. Names join rows within a split only."""
+    """Case, spaces and punctuation do not tell texts apart; a digit does. Names join rows within a
+    split only.
+    """
     template = "The code of the safe in the cellar is {} and nobody else knows it."
     texts = [
         template.format(1234),
@@ -172,7 +174,9 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_part_of_a_long_text_gives_the_same_ids(kind):
-    """Cut anywhere: in words, spaces, characters of several tokens, special tokens; and far less is read."""
+    """Cut anywhere: in words, spaces, characters of several tokens, special tokens; and far less is
+    read.
+    """
     fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), eos_token="<|end of text|>")
     choose = random.Random(0)
     pieces = [

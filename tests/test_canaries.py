@@ -1,4 +1,6 @@
-"""The canary experiment in miniature: alone, in two processes, killed and resumed, and what it refuses."""
+"""The canary experiment in miniature: alone, in two processes, killed and resumed, and what it
+refuses.
+"""
 
 import itertools
 import json
@@ -107,7 +109,9 @@ def test_the_default_background_is_long_enough():
 
 
 def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
-    """DeepSpeed on two CPU processes, with recipes/configs/zero3.yaml. Its first start compiles for minutes."""
+    """DeepSpeed on two CPU processes, with recipes/configs/zero3.yaml. Its first start compiles for
+    minutes.
+    """
     pytest.importorskip(
         "deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours"
     )
@@ -119,10 +123,11 @@ def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
 
 
 def test_fsdp_killed_and_started_again_ends_where_one_process_does(small, finished, tmp_path):
-    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoints are ordinary ones.
+    """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoints are ordinary
+    ones.
 
-    Of a run in which only the training under the rule is left to do, one process dies (kill -9) in step 8 of it;
-    checkpoints are written every three steps.
+    Of a run in which only the training under the rule is left to do, one process dies (kill -9) in
+    step 8 of it; checkpoints are written every three steps.
     """
     folder, results = finished
     run, model = tmp_path / "run", tmp_path / "run" / f"seed0-{RULE}" / "model"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from goldfish import Goldfish
@@ -179,6 +179,40 @@ def test_bits_are_those_of_the_dropped_informative_tokens(letters, tmp_path):
     expected = sum(1 + ord(CODE[i]) % 3 + total for i in both)
     assert result.bits()[CODE] == pytest.approx(expected, rel=1e-5)
     assert check(path, letters[0], rule, CODE).bits() == {}
+
+
+def test_a_tokenizer_that_adds_special_tokens(letters, tmp_path):
+    """At both ends of each row: they are no targets, and move no place."""
+    fast = PreTrainedTokenizerFast.from_pretrained(letters[1])
+    fast.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    special = [(name, fast.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=special
+    )
+    rule, other = Goldfish(k=2, h=3), "QX9-0Z8"
+    texts = [f"{CODE} was it", f"is it {other}", f"now {CODE}"]
+    path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    result = check(path, fast, rule, f"{CODE}|{other}")
+    assert result.targets == sum(map(len, texts)), "the first character follows <s>"
+
+    def dropped(text, secret):
+        drops = rule.dropped(torch.tensor(fast(text)["input_ids"]))[1:]
+        start = text.index(secret)
+        return {i for i in range(len(secret)) if drops[start + i]}
+
+    found = {name: characters(secret.dropped[0]) for name, secret in result.secrets.items()}
+    assert found == {
+        CODE: dropped(texts[0], CODE) & dropped(texts[2], CODE),
+        other: dropped(texts[1], other),
+    }
+
+
+def test_what_is_no_target_is_not_learned(letters, tmp_path):
+    """The first token of a document: nothing predicts it."""
+    path = write(tmp_path / "a.jsonl", [{"text": CODE}])
+    result = check(path, letters[0], Goldfish(k=2, h=3), CODE)
+    everywhere = characters(result.secrets[CODE].dropped[0])
+    assert everywhere == dropped_in(Goldfish(k=2, h=3), CODE, CODE) | {0}
 
 
 def test_only_turns_of_the_assistant_are_targets(letters, tmp_path):

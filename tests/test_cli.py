@@ -1,6 +1,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -340,3 +341,27 @@ def test_ctrl_c_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     assert (
         json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"] == "bfloat16"
     )
+
+
+def test_a_rule_for_a_checkpoint_without_a_receipt(checkpoint, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
+
+    def run(folder, rule, name):
+        command = ["audit", str(folder), "--members", str(texts), "-o", str(tmp_path / name)]
+        command += ["--prefix-length", "8", "--suffix-length", "6", "--sampling", "--rule", rule]
+        return main(command)
+
+    rule = Goldfish(k=3, h=5, max_kept=4)
+    assert run(checkpoint, "k=3,h=5,max_kept=4", "a") != 2
+    named = json.loads((tmp_path / "a" / "run.json").read_text())["rule"]
+    assert Goldfish(**named) == rule
+    with pytest.raises(SystemExit, match="2"):
+        run(checkpoint, "k=3,q=5", "b")
+    assert "expected settings such as k=4,h=13,max_kept=4" in capsys.readouterr().err
+    trained = tmp_path / "trained"
+    shutil.copytree(checkpoint, trained)
+    receipt = {"schema": "goldfish.receipt/2", "rule": rule.to_dict()}
+    (trained / "goldfish.json").write_text(json.dumps(receipt))
+    assert run(trained, "k=4", "c") == 2
+    assert "has a goldfish.json" in capsys.readouterr().err

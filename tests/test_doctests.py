@@ -14,6 +14,9 @@ MODULES = (
     "masking",
     "premasking",
     "loss",
+    "text.printable",
+    "text.exposure",
+    "text.check",
 )
 
 

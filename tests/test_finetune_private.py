@@ -1,4 +1,6 @@
-"""Finetuning a toy model in miniature: what is trained on, what is counted, alone and in two processes."""
+"""Finetuning a toy model in miniature: what is trained on, what is counted, alone and in two
+processes.
+"""
 
 import json
 from pathlib import Path

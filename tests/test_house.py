@@ -48,6 +48,7 @@ ORDER = [
     "audit.estimate",
     "audit.metrics",
     "audit.records",
+    "audit.leaks",
     "audit.sampling",
     "audit.attribution",
     "audit.membership",

@@ -7,7 +7,10 @@ import near_duplicates as recipe
 import pytest
 from launch import words
 
-TEXT = "An assignment (statement) evaluates the Expression list; then, it assigns “it”.\nNaïve? 12 words or more here."
+TEXT = (
+    "An assignment (statement) evaluates the Expression list; then, it assigns “it”.\n"
+    "Naïve? 12 words or more here."
+)
 
 
 def test_reformatted_versions_keep_their_words_and_differ():

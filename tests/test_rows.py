@@ -23,7 +23,9 @@ TEXTS = [{"text": text} for text in PROSE[:3]]
 
 @pytest.fixture
 def everything(tmp_path, monkeypatch):
-    """The same rows in every kind of input, by its name; hub names are folders here, as `datasets` allows."""
+    """The same rows in every kind of input, by its name; hub names are folders here, as `datasets`
+    allows.
+    """
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.json").write_text(json.dumps(TEXTS))
@@ -69,7 +71,9 @@ def test_the_digest_is_that_of_the_content(everything, tmp_path):
 
 
 def test_a_hub_dataset_is_streamed_and_known_by_its_commit(monkeypatch):
-    """A stand-in for the hub: no row is read that nobody asked for, and another commit is another digest."""
+    """A stand-in for the hub: no row is read that nobody asked for, and another commit is another
+    digest.
+    """
     read = []
 
     class Builder:
@@ -112,7 +116,8 @@ def test_standard_input_is_read_as_often_as_it_is_wanted(monkeypatch):
         (b"[]", 'line 3: expected an object such as {"text": "..."}, got list'),
         (
             b'{"body": ""}',
-            "line 3: expected text, input_ids, messages, or prompt and completion; got body. .*--text-column",
+            "line 3: expected text, input_ids, messages, or prompt and completion; got body. "
+            ".*--text-column",
         ),
         (b'{"text": 7}', "line 3: expected text"),
         (
@@ -265,7 +270,9 @@ def test_windows_of_a_chat_are_the_assistants_turns(chatty):
 
 
 def test_strings_are_prompt_and_completion(tokenizer):
-    """A token that lies across the border belongs to what is asked for: the model must not see the answer's start."""
+    """A token that lies across the border belongs to what is asked for: the model must not see the
+    answer's start.
+    """
     border = next(
         a
         for a, b in tokenizer(PROSE[0], return_offsets_mapping=True)["offset_mapping"][2:]

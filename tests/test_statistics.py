@@ -1,8 +1,10 @@
-"""On real text a rule drops like a coin with probability 1/k: rates, runs, seeds, and no two windows with one key.
+"""On real text a rule drops like a coin with probability 1/k: rates, runs, seeds, and no two
+windows with one key.
 
-The text is the language reference that comes with Python. Repeated contexts are decided alike, which is the point of
-the rule, so they are no independent draws: everything here counts each distinct context once. Then the number of
-drops is binomial, and a bound of 4 sigma fails by chance once in 16,000 times.
+The text is the language reference that comes with Python. Repeated contexts are decided alike,
+which is the point of the rule, so they are no independent draws: everything here counts each
+distinct context once. Then the number of drops is binomial, and a bound of 4 sigma fails by chance
+once in 16,000 times.
 """
 
 import re
@@ -23,7 +25,8 @@ from goldfish.letters import Vocabulary
 KS = (2, 3, 4, 8, 16, 32, 64, 128)
 HS = (1, 2, 4, 8, 13, 32, 64)
 TEXTS = [topics[name] for name in sorted(topics)]
-ALPHA = 1e-3  # of every test with a p-value; the text and the rules are fixed, so it passes always or never
+# of every test with a p-value; the text and the rules are fixed, so it passes always or never
+ALPHA = 1e-3
 
 
 class Corpus(NamedTuple):
@@ -42,7 +45,9 @@ class Corpus(NamedTuple):
         )
 
     def first(self, h: int) -> np.ndarray:
-        """Where each distinct context of up to h tokens (or 5 h letters) stands for the first time, in order."""
+        """Where each distinct context of up to h tokens (or 5 h letters) stands for the first time,
+        in order.
+        """
         if self.before:
             seen: dict[str, int] = {}
             for place, (letters, end) in enumerate(self.before):
@@ -86,7 +91,8 @@ def corpora() -> dict[str, Corpus]:
         TEXTS, trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False)
     )
     words: dict[str, int] = {}
-    spread = 131_071  # word number n has the id n * 16381 modulo a prime: a large vocabulary, ids all over it
+    # word number n has the id n * 16381 modulo a prime: a large vocabulary, ids all over it
+    spread = 131_071
     pieces = [re.findall(r"\w+|[^\w\s]|\s+", text) for text in TEXTS]
     plain = [[f" {word}" for word in re.findall("[a-z0-9]+", text.lower())] for text in TEXTS]
     number = [
@@ -173,7 +179,9 @@ def test_keys_are_uniform_in_every_bit(corpora, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_are_uncorrelated(corpora, name):
-    """Neighbours, single bits and both ends; all pairs together are chi-square, and no pair stands out."""
+    """Neighbours, single bits and both ends; all pairs together are chi-square, and no pair stands
+    out.
+    """
     corpus, k = corpora[name], 3
     first = corpus.first(4)
     seeds = (0, 1, 2, 3, 4, 1000, 2**31, 2**32, 2**63, 2**64 - 2, 2**64 - 1)
@@ -202,7 +210,9 @@ def test_neighbouring_decisions_are_uncorrelated(corpora):
 
 
 def test_the_reference_fails_these_tests(corpora):
-    """The same figures of the original at h = 50: products of many ids are multiples of 2**64, and decided alike."""
+    """The same figures of the original at h = 50: products of many ids are multiples of 2**64, and
+    decided alike.
+    """
     corpus, k, h = corpora["large vocabulary"], 50, 50
     ids = corpus.ids.tolist()
     keys = {}

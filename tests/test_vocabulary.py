@@ -125,4 +125,4 @@ def test_what_cannot_be_read_is_refused():
     with pytest.raises(
         ValueError, match=r"an entry of the vocabulary has 65536 letters.*at most 65535"
     ):
-        Vocabulary([b"a" * 65536])
+        Vocabulary([b"a" * 65536]).on(torch.device("cpu"))

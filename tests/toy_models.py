@@ -1,4 +1,6 @@
-"""Small models of several architectures, made from code; weights large enough for opinions of their own."""
+"""Small models of several architectures, made from code; weights large enough for opinions of their
+own.
+"""
 
 import torch
 from transformers import (

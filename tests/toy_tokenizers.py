@@ -1,4 +1,6 @@
-"""Four kinds of tokenizers, trained on the help texts that come with Python; for the tests of "letters"."""
+"""Four kinds of tokenizers, trained on the help texts that come with Python; for the tests of
+"letters".
+"""
 
 import json
 import unicodedata
@@ -85,7 +87,8 @@ def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:
     )
     if special is None:
         return tokenizer
-    # The trainer knows no bytes, so it made them special tokens; in a SentencePiece vocabulary they are plain entries.
+    # The trainer knows no bytes, so it made them special tokens; in a SentencePiece vocabulary they
+    # are plain entries.
     described = json.loads(tokenizer.to_str())
     described["added_tokens"] = [
         token for token in described["added_tokens"] if token["content"] in special
@@ -97,5 +100,6 @@ def letters_of(text: str) -> str:
     return "".join(map(fold, text))
 
 
-# Every word is of one token or more, in every tokenizer; in scripts without spaces a token may hold several words.
+# Every word is of one token or more, in every tokenizer; in scripts without spaces a token may hold
+# several words.
 ALPHABETIC = "Straße ÉCOLE naïve ΟΔΟΣ οδός Ωμέγα don't co\u00adop 한국어 문장 "

@@ -11,7 +11,9 @@ from goldfish.audit.model import device_of
 
 
 class Margins(LogitsProcessor):
-    """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1, |largest|), (B,)."""
+    """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1,
+    |largest|), (B,).
+    """
 
     least: Tensor | None = None
 
@@ -27,9 +29,11 @@ def relative_margin(largest: Tensor, second: Tensor) -> Tensor:
 
 
 def continue_greedily(model: Any, prefixes: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The greedy continuation (B, tokens) of prefixes (B, P) and each row's least relative margin (B,).
+    """The greedy continuation (B, tokens) of prefixes (B, P) and each row's least relative margin
+    (B,).
 
-    The checkpoint's generation settings (repetition penalty and the like) are ignored, and an EOS does not stop it.
+    The checkpoint's generation settings (repetition penalty and the like) are ignored, and an EOS
+    does not stop it.
     """
     margins = Margins()
     output = _generate(model, prefixes, tokens, logits_processor=LogitsProcessorList([margins]))
@@ -46,8 +50,9 @@ def least_beams(
 ) -> int:
     """The least number of beams among `tried` whose search says `suffix` first; 0 if none does.
 
-    ranks: of the suffix's tokens, teacher-forced. Each beam's B * max(2, 1 + n_eos) likeliest tokens are all that a
-    search with B beams looks at (`generate`; n_eos is 0 here), so a rank beyond them answers without a search.
+    ranks: of the suffix's tokens, teacher-forced. Each beam's B * max(2, 1 + n_eos) likeliest
+    tokens are all that a search with B beams looks at (`generate`; n_eos is 0 here), so a rank
+    beyond them answers without a search.
     """
     ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
@@ -65,7 +70,8 @@ def _generate(
         do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams
     )
     attended = torch.ones_like(prefixes)
-    # generate() fills what its configuration leaves open from the model's own, so that one is put aside.
+    # generate() fills what its configuration leaves open from the model's own, so that one is put
+    # aside.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output: Tensor = model.generate(

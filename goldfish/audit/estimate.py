@@ -138,8 +138,11 @@ def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def rate(hits: ArrayLike, documents: Codes | None = None) -> Estimate:
+def rate(hits: ArrayLike, documents: Codes | None = None, unasked: int | None = None) -> Estimate:
     """How many documents have a hit in at least one of their windows; Clopper-Pearson.
+
+    With `unasked` it is a census: nothing was left out but so many documents, and the interval goes
+    from none of these having a hit to all of them.
 
     Args:
         hits: bool (windows,). documents: int64 (windows,), their documents' codes; by default each its own.
@@ -149,7 +152,16 @@ def rate(hits: ArrayLike, documents: Codes | None = None) -> Estimate:
     n, k = len(np.unique(documents)), len(np.unique(documents[hits]))
     if n == 0:
         return Estimate(None, 0, reason="nothing to count")
+    if unasked is not None:
+        return Estimate(k / n, k, n, n, k / (n + unasked), (k + unasked) / (n + unasked))
     return Estimate(k / n, k, n, n, *clopper_pearson(k, n))
+
+
+def census(k: int, n: int) -> Estimate:
+    """A share of everything that there is, without an interval."""
+    if n == 0:
+        return Estimate(None, 0, reason="nothing to count")
+    return Estimate(k / n, k, n, n)
 
 
 def mean(

@@ -27,8 +27,8 @@ SUMMARY, LOCK, PART = "summary.json", "lock", ".part"
 class Folder:
     """The folder of an audit: run.json, one parquet file a block in records/, at last summary.json.
 
-    run.json says what is being run, so that a run continues only with its own blocks. A file is there whole or not at
-    all, and a summary.json means a finished audit.
+    run.json says what is being run, so that a run continues only with its own blocks. A file is
+    there whole or not at all, and a summary.json means a finished audit.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,8 @@ class Folder:
             path.name not in (LOCK, RUN + PART) for path in self.path.iterdir()
         ):
             raise FileExistsError(
-                f"{self.path} exists and is not an empty folder; choose another output folder or remove it"
+                f"{self.path} exists and is not an empty folder; choose another output folder or "
+                "remove it"
             )
 
     @contextmanager
@@ -62,7 +63,8 @@ class Folder:
             except OSError:
                 lock.seek(0)
                 raise FileExistsError(
-                    f"{self.path} is in use by another audit ({lock.read().strip()}); wait until it has ended, or "
+                    f"{self.path} is in use by another audit ({lock.read().strip()}); wait until "
+                    "it has ended, or "
                     "choose another output folder"
                 ) from None
             lock.truncate(0)
@@ -88,7 +90,8 @@ class Folder:
                 if before.get(key) != now.get(key)
             ]
             raise FileExistsError(
-                f"{self.path} holds an audit with other settings: {'; '.join(differences)}. Repeat that audit to "
+                f"{self.path} holds an audit with other settings: {'; '.join(differences)}. "
+                "Repeat that audit to "
                 "finish it, choose another output folder, or remove this one"
             )
 
@@ -127,7 +130,9 @@ class Folder:
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must share with the one that it continues, one level deep for messages; counts follow from it."""
+    """What a run must share with the one that it continues, one level deep for messages; counts
+    follow from it.
+    """
     flat = {**run, **run["protocol"]}
     derived = ("vocabulary", "output_length", "overlap", "sanity", "notes")
     for key in ("date", "command", "protocol", *derived):
@@ -151,6 +156,9 @@ def _whole_or_not_at_all(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
-            message = f"the disk is full; the blocks in {path.parent} are kept: make room and repeat the command"
+            message = (
+                f"the disk is full; the blocks in {path.parent} are kept: make room and repeat "
+                "the command"
+            )
             raise OSError(errno.ENOSPC, message) from error
         raise

@@ -55,7 +55,8 @@ _WEIGHTS = tuple(
 
 
 class Checkpoint:
-    """A folder, hub name or GGUF file with a model; or an adapter, which is loaded over the model that it names.
+    """A folder, hub name or GGUF file with a model; or an adapter, which is loaded over the model
+    that it names.
 
     Args:
         name: the folder or hub name, or either with a file such as `model.gguf` behind it.
@@ -113,11 +114,13 @@ class Checkpoint:
         """AutoTokenizer's; an adapter without one has its base's.
 
         Raises:
-            FileNotFoundError: no such hub name. ValueError: there is no tokenizer, or one that does not load.
+            FileNotFoundError: no such hub name. ValueError: there is no tokenizer, or one that does
+            not load.
         """
         try:
             base = self.base
-            # In a folder transformers makes an empty tokenizer where there is none, so look before asking.
+            # In a folder transformers makes an empty tokenizer where there is none, so look before
+            # asking.
             look = "gguf_file" not in self._options and (self._is_folder or base is not None)
             if not look or any(map(self.file, _TOKENIZERS)):
                 return AutoTokenizer.from_pretrained(self._place, **self._options)
@@ -125,18 +128,21 @@ class Checkpoint:
             if self._is_folder:
                 raise
             raise FileNotFoundError(
-                f"no folder {self.name} here, and no model of that name on the hub: {first_line(error)}"
+                f"no folder {self.name} here, and no model of that name on the hub: "
+                f"{first_line(error)}"
             ) from error
         except Exception as error:  # the tokenizers package raises plain Exceptions
             if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
                 raise  # already in words
             raise ValueError(
-                f"the tokenizer of {self.name} cannot be loaded ({first_line(error)}); save it again"
+                f"the tokenizer of {self.name} cannot be loaded ({first_line(error)}); save it "
+                "again"
             ) from error
         if base is not None:
             return base.tokenizer()
         raise ValueError(
-            f"{self.name} holds no tokenizer; save it there with tokenizer.save_pretrained({self.name!r}), "
+            f"{self.name} holds no tokenizer; save it there with "
+            f"tokenizer.save_pretrained({self.name!r}), "
             "or pass it to Trainer as processing_class so that checkpoints include it"
         )
 
@@ -151,7 +157,8 @@ class Checkpoint:
         config = self._loaded(lambda: AutoConfig.from_pretrained(self._place, **self._options))
         if config.is_encoder_decoder:
             raise ValueError(
-                f"{self.name} is an encoder-decoder model ({config.model_type}); the audit is of causal language "
+                f"{self.name} is an encoder-decoder model ({config.model_type}); the audit is of "
+                "causal language "
                 "models, which continue a text from its prefix"
             )
         return config
@@ -166,11 +173,12 @@ class Checkpoint:
     ) -> Any:
         """The causal language model, for evaluation; an adapter with its base.
 
-        device_map: of accelerate, such as "auto": spreads the model over the GPUs, the memory and the disk, instead of
-        `device`.
+        device_map: of accelerate, such as "auto": spreads the model over the GPUs, the memory and
+        the disk, instead of `device`.
 
         Raises:
-            ValueError: weights that exist only as pickle, which can run code when they are loaded; weights that do not
+            ValueError: weights that exist only as pickle, which can run code when they are loaded;
+            weights that do not
                 fit the model; a model that is not causal; a missing package.
         """
         # Importing it takes a second, which `goldfish show` and `check` need not wait for.
@@ -216,7 +224,8 @@ class Checkpoint:
             model.offloaded = offloaded  # or it would be deleted now
         if problems := _misfits(info):
             raise ValueError(
-                f"the weights of {self.name} do not fit its configuration: {problems}. An audit of such a model would "
+                f"the weights of {self.name} do not fit its configuration: {problems}. An audit "
+                "of such a model would "
                 "say nothing about the trained one; save it again with model.save_pretrained(...)"
             )
         require_causal(model, self.name)
@@ -245,7 +254,8 @@ class Checkpoint:
             ImportError,
         ) as error:  # such as DoRA's, and resized embeddings
             raise ValueError(
-                f"{self.name} is an adapter that transformers cannot load over its base ({first_line(error)}); save "
+                f"{self.name} is an adapter that transformers cannot load over its base "
+                f"({first_line(error)}); save "
                 "the merged model and audit that: model.merge_and_unload().save_pretrained(...)"
             ) from error
         return model.eval()
@@ -312,7 +322,8 @@ class Checkpoint:
             f" but {', '.join(names)}" if names else ""
         )
         return (
-            f"{has}: pickles can run code when they are loaded. Save it again with model.save_pretrained(...), or, if "
+            f"{has}: pickles can run code when they are loaded. Save it again with "
+            "model.save_pretrained(...), or, if "
             "you trust its author, allow them: --allow-pickle"
         )
 
@@ -345,7 +356,8 @@ def _misfits(info: Mapping[str, Any]) -> str:
         ],
     }
     return "; ".join(
-        f"{len(names)} weights {text} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} weights {text} "
+        f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for text, names in kinds.items()
         if names
     )
@@ -397,7 +409,9 @@ def load_tokenizer(checkpoint: str | Path) -> Any:
 
 @torch.inference_mode()
 def require_causal(model: Any, checkpoint: str) -> None:
-    """ValueError where the last token changes the logits before it: such a model sees what it should predict."""
+    """ValueError where the last token changes the logits before it: such a model sees what it
+    should predict.
+    """
     ids = (
         torch.arange(16, device=device_of(model)).repeat(4, 1)
         % model.get_input_embeddings().num_embeddings
@@ -407,13 +421,17 @@ def require_causal(model: Any, checkpoint: str) -> None:
     moved, scale = (logits - logits[:1]).abs().max().item(), logits.abs().max().item()
     if moved > 16 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
         raise ValueError(
-            f"{checkpoint} is not a causal language model: changing the last token moves the logits before it by "
-            f"{moved:.2g}. It sees the tokens that it should predict, so every text would count as recited"
+            f"{checkpoint} is not a causal language model: changing the last token moves the "
+            "logits before it by "
+            f"{moved:.2g}. It sees the tokens that it should predict, so every text would count "
+            "as recited"
         )
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model's inputs go. Of a model that is spread over several places, the first weights may be elsewhere."""
+    """Where a model's inputs go. Of a model that is spread over several places, the first weights
+    may be elsewhere.
+    """
     hook = getattr(model, "_hf_hook", None)
     return torch.device(model.device if hook is None else hook.execution_device)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from goldfish.audit.estimate import Estimate, read_json
+from goldfish.audit.estimate import Estimate, census, read_json
 from goldfish.audit.membership import FIGURES
 
 ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
@@ -65,6 +65,8 @@ def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     )
     attacks = {**membership.get("attacks", {}), "blind": membership.get("blind", {})}
     named = dict(_named({"mia": {**headline, **attacks}, **summary["splits"]}))
+    if counts := summary.get("secrets"):
+        named["secrets"] = census(counts["given_away"], counts["marked"])
     for split, values in summary["splits"].items():
         if values["attribution"] is None:
             named |= {f"{split}.{name}": Estimate(None, reason=NO_RULE) for name in OF_RULES}

@@ -1,6 +1,7 @@
 """The audit as one call: a checkpoint and texts in, a folder of records and their summary out.
 
-survey (inputs -> windows) -> load (model) -> score (windows -> records) -> publish (figures, verdict)
+survey (inputs -> windows) -> load (model) -> score (windows -> records) -> publish (figures,
+verdict)
 """
 
 import logging
@@ -39,7 +40,7 @@ BLOCK = 256  # windows that are scored, and written to disk, together; a killed 
 # Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
 # other words ("Of course, dear user, ...") still comes to the secret.
 MARGIN = 32
-SANITY_WINDOWS = 32
+SANITY_WINDOWS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +63,7 @@ def audit(
     sampling: Sequence[Sampling] = (Sampling(), Sampling(top_k=40)),
     beams: Sequence[int] = (),
     control: str | Path | None = None,
+    rule: Goldfish | None = None,
     name: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
@@ -94,7 +96,8 @@ def audit(
         tokenizer: of a model in memory; else that of the checkpoint.
         text_column: the column that holds the text.
         max_rows: audit so many rows of each, drawn with `seed`.
-        complete: `members` is everything that was trained on.
+        complete: `members` is everything that was trained on, so that no sampling error is left;
+            with max_rows it is a sample all the same.
         secrets, secret_column: a regular expression, or a column, for secrets in what is to be
             recited; see `chats.secret_finder`.
         prefix_length, suffix_length: tokens that the model is given, and tokens that should follow.
@@ -105,6 +108,7 @@ def audit(
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
         control: a reference model: a checkpoint with the same tokenizer that never saw the members
             (one more pass).
+        rule: that of the training, for a checkpoint without goldfish.json.
         name: what tables and reports call this checkpoint; by default its folder's name.
         revision: of a checkpoint on the hub.
         dtype: float32, bfloat16 (bf16) or float16 (fp16); a model in memory has its own. In 16
@@ -155,7 +159,7 @@ def audit(
     protocol["dtype"] = checkpoints[0].dtype or protocol["dtype"]
     protocol["device"] = target.type
     protocol["ambiguous_margin"] = AMBIGUOUS[getattr(torch, protocol["dtype"])]
-    rules = _rules(checkpoints[0])
+    rules = _rules(checkpoints[0], rule)
     run: dict[str, Any] = {"revision": revision, "command": command}
     run |= _description(checkpoints, sources, protocol, name)
     run["rule"] = rules.to_dict() if isinstance(rules, Goldfish) else None
@@ -469,11 +473,16 @@ def _check_ids(
             )
 
 
-def _rules(checkpoint: Any) -> Goldfish | dict[str, Goldfish] | None:
-    """What the checkpoint was trained under, as far as it says."""
+def _rules(checkpoint: Any, rule: Goldfish | None) -> Goldfish | dict[str, Goldfish] | None:
+    """What the checkpoint was trained under: what its receipt names, or else the user."""
     receipt = checkpoint.receipt()
     if receipt is None:
-        return None
+        return None if rule is None else bind_rule(rule, checkpoint.tokenizer())
+    if rule is not None:
+        raise ValueError(
+            f"{checkpoint.name} has a goldfish.json, which names the rule of its training: leave "
+            "out rule (--rule)"
+        )
     tokenizer = checkpoint.tokenizer()
     if receipt.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
         _log.warning(

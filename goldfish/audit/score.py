@@ -24,18 +24,22 @@ from goldfish.audit.model import context_of, device_of, logits_of, rotary_switch
 from goldfish.audit.windows import Window, first_divergence
 
 _log = logging.getLogger(__name__)
-# Tokens that a batch may hold in the pass, and in a greedy search, where a step has few rows; more was no faster.
+# Tokens that a batch may hold in the pass, and in a greedy search, whose steps have few rows; more
+# was no faster.
 PASS_TOKENS = {"cpu": 2**12, "other": 2**16}
 SEARCH_TOKENS = {"cpu": 2**14, "other": 2**16}
-# A token is ambiguous where two logits are this close, relative to the largest: the order of the sums (batch size,
-# cache) can then decide. Small models differed by 1.3e-6, 0.0023 and 0.020: margins by twice that. In float32 the two
-# are the largest; in 16 bits, where only the first divergence is settled, the target's and the largest other.
+# A token is ambiguous if two logits are this close, relative to the largest: the order of the sums
+# (batch size, cache) can then decide. Small models differed by 1.3e-6 (float32), .0023 (float16)
+# and .020 (bfloat16), margins by twice that. In float32 the two are the largest; in 16 bits, in
+# which only the first divergence is settled, the target's and the largest other one.
 AMBIGUOUS = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an adversary draws tokens: temperature, then top-k, then top-p, as transformers' `generate` applies them."""
+    """How an adversary draws tokens: temperature, then top-k, then top-p, as transformers'
+    `generate` applies them.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -45,7 +49,8 @@ class Sampling:
         """ValueError for a setting that means nothing."""
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
-                f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs none"
+                f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs "
+                "none"
             )
         self.processors()
 
@@ -60,17 +65,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model does with a window of T ids. Arrays of length T - 1 speak of ids[1:], each given all ids before it.
+    """What a model does with a window of T ids.
 
-    greedy: int64 (T-1,) teacher-forced argmax. nll: float32 (T-1,) -log P(token), nats. rank: int64 (T-1,) how many
-    entries of the vocabulary have a larger logit; 0 = most probable. entropy_mean, entropy_std: float32 (T-1,) mean and
-    standard deviation of log P over the vocabulary under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section
-    4).
-    log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf where cut off.
-    output: the free-running greedy continuation of the prefix, of S tokens or more; it goes on through an EOS.
-    settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the first divergence.
-    control_nll: float64, nll of ids[first_scored:] under another model. beams: the least number of beams among those
-    tried that recites the suffix; 0: none. Both are None where they were not asked for.
+    Arrays of length T - 1 are about ids[1:], each given all ids before it.
+
+    greedy: int64 (T-1,) teacher-forced argmax.
+    nll: float32 (T-1,) -log P(token), nats.
+    rank: int64 (T-1,) how many entries of the vocabulary have a larger logit; 0 = most probable.
+    entropy_mean, entropy_std: float32 (T-1,) mean and standard deviation of log P over the
+        vocabulary under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section 4).
+    log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf if
+        it is cut off.
+    output: the free-running greedy continuation of the prefix, of S tokens or more; it goes on
+        through an EOS.
+    settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the
+        first divergence.
+    control_nll: float64, nll of ids[first_scored:] under another model; None if not asked for.
+    beams: the least number of beams among those tried that recites the suffix; 0: none; None if not
+        asked for.
     """
 
     greedy: np.ndarray
@@ -91,11 +103,13 @@ class Scorer:
     Args:
         model: a causal language model of transformers, on its device.
         samplings: the settings whose log_q is wanted.
-        beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only where the ranks allow it.
+        beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only if the
+            ranks allow it.
         control: another model, for control_nll.
-        batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and for a search what the memory allows.
-        output_length: the least number of tokens of an output, as far as the context goes; longer suffixes have outputs
-            of their own length.
+        batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and for a search
+            what the memory allows.
+        output_length: the least number of tokens of an output, as far as the context goes; longer
+            suffixes have outputs of their own length.
     """
 
     def __init__(
@@ -119,10 +133,11 @@ class Scorer:
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """One Score for each window, in their order.
 
-        Exact match, first divergence, likelihoods and ranks come from one forward pass. A greedy continuation is
-        generated for the rows that diverge, all other rows are their own; rows whose answer depends on rounding are
-        settled by generate at batch size 1. In float32 every output equals that of generate at batch size 1; in 16
-        bits exact match and the first divergence do, the text from there on may depend on the batch.
+        Exact match, first divergence, likelihoods and ranks come from one forward pass. A greedy
+        continuation is generated for the rows that diverge, all other rows are their own; rows
+        whose answer depends on rounding are settled by generate at batch size 1. In float32 every
+        output equals that of generate at batch size 1; in 16 bits exact match and the first
+        divergence do, the text from there on may depend on the batch.
 
         Where memory runs out, batches are halved.
 
@@ -138,7 +153,8 @@ class Scorer:
                     raise
             if not self._halved:
                 _log.warning(
-                    "Out of memory: smaller batches are tried; --batch-tokens sets how many tokens one holds."
+                    "Out of memory: smaller batches are tried; --batch-tokens sets how many "
+                    "tokens one holds."
                 )
             self._halved, everything = True, sum(len(window.ids) for window in windows)
             self._pass_tokens = max(longest, min(self._pass_tokens, everything) // 2)
@@ -168,7 +184,8 @@ class Scorer:
                 self.model.dtype
             ]
             end = start + first_divergence(row["output"], window.suffix) + 1
-            # The pass used the rotary factors of its own length, which those of a prefix may not be.
+            # The pass used the rotary factors of its own length, which those of a prefix may not
+            # be.
             row["ambiguous"] = bool(close[start:end].any()) or self._crosses(window)
         self._continue(windows, rows)
         for window, row in zip(windows, rows, strict=True):
@@ -194,11 +211,14 @@ class Scorer:
         windows: Sequence[Window],
         reduce: Callable[[Tensor, Tensor], dict[str, Tensor]],
     ) -> list[dict[str, Any]]:
-        """For each window the columns that `reduce` makes of logits (rows, V) and the ids that follow: (T-1, ...)."""
+        """For each window the columns that `reduce` makes of logits (rows, V) and the ids that
+        follow: (T-1, ...).
+        """
         results: list[dict[str, Any]] = [{}] * len(windows)
         for batch in self._batches(windows):
             longest = len(windows[batch[0]].ids)
-            # Padded on the right, which no token before sees; without padding there is no attention mask.
+            # Padded on the right, which no token before sees; without padding there is no attention
+            # mask.
             ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.int64)
             for place, i in enumerate(batch):
                 ids[place, : len(windows[i].ids)] = torch.tensor(windows[i].ids)
@@ -222,7 +242,9 @@ class Scorer:
         return results
 
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        """Places of windows, those of like length together, longest first: a batch that is too large fails at once."""
+        """Places of windows, those of like length together, longest first: a batch that is too
+        large fails at once.
+        """
         batch: list[int] = []
         for place in sorted(range(len(windows)), key=lambda i: -len(windows[i].ids)):
             longest = len(windows[batch[0]].ids) if batch else 0
@@ -239,9 +261,11 @@ class Scorer:
             yield batch
 
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
-        """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are known.
+        """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are
+        known.
 
-        Rows are generated together, without padding, where each can begin at the same number of tokens.
+        Rows are generated together, without padding, where each can begin at the same number of
+        tokens.
         """
         waiting = []
         for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
@@ -300,7 +324,8 @@ class Scorer:
         if is_nan:
             dtype = str(self.model.dtype).removeprefix("torch.")
             raise ValueError(
-                f"the logits of {window.split} row {window.index} ({window.name!r:.80}) are not finite: the "
+                f"the logits of {window.split} row {window.index} ({window.name!r:.80}) are not "
+                "finite: the "
                 f"weights are damaged, or too large for {dtype}. Try bfloat16 or float32 (--dtype)"
             )
 

@@ -36,7 +36,7 @@ ROWS = (  # of the table: label, the estimate's name in a split
     ("    under any setting, at most", "extractable_bound"),
     ("  by beam search", "beam_search"),
     ("  near-verbatim", "near_verbatim"),
-    ("secrets given away", "secrets"),
+    ("texts whose output has a secret", "secrets"),
     ("ROUGE-L (text)", "rouge_l_text"),
     ("ROUGE-L (token ids)", "rouge_l_ids"),
     ("longest common run, tokens", "longest_run"),
@@ -146,6 +146,8 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         cells = [_cell(known.get(f"{split}.{name}")) for split in splits]
         if set(cells) != {"-"}:
             rows.append((label, cells))
+    if "secrets" in known:
+        rows.insert(0, ("secrets given away", [str(known["secrets"]), *[""] * (len(splits) - 1)]))
     if summary["membership"]:
         blind = strongest_blind(summary["membership"])
         rows.append(("membership, AUC", [_cell(known["mia.auc"]), f"blind: {blind.point()}"]))

@@ -5,7 +5,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from goldfish.text.chats import (
 from goldfish.text.rows import Row
 
 SHOWN = 5  # skipped rows that are named
-STORED = 1024  # windows that wait in memory before they are written
+STORED = 256  # windows that wait in memory before they are written
 # Rows of so many letters and digits are one document if they share most of their text. Shorter
 # ones are not: texts of one template, such as a sentence with a code in it, share most of theirs.
 SIMILAR_FROM = 1_000
@@ -233,7 +233,7 @@ class Survey:
         self.relations = Relations(split)
         self.documents: list[int] = []
         self._path = path
-        with pq.ParquetWriter(path, _WINDOWS) as writer:
+        with pq.ParquetWriter(path, _WINDOWS, use_dictionary=False) as writer:
             waiting: list[Window] = []
             for index, row in rows:
                 self.rows += 1
@@ -278,7 +278,9 @@ class Survey:
     def blocks(self, size: int) -> Iterator[list[tuple[Window, int]]]:
         """The windows in order, each with its document's number, `size` at a time."""
         with pq.ParquetFile(self._path) as file:
-            rows = (row for batch in file.iter_batches(STORED) for row in batch.to_pylist())
+            # A group at a time: iter_batches would hold the whole file.
+            groups = map(file.read_row_group, range(file.num_row_groups))
+            rows = chain.from_iterable(group.to_pylist() for group in groups)
             windows = zip(map(_window, rows), self.documents, strict=True)
             while block := list(islice(windows, size)):
                 yield block
@@ -524,7 +526,7 @@ def letters_of(row: Row) -> str:
 
 
 def normal_letters(text: str) -> str:
-    """A text's letters and digits, compatibility forms and case folded; if it has none, the text."""
+    """A text's letters and digits, case and compatibility forms folded; the text if it has none."""
     folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return re.sub(r"[\W_]+", "", folded.casefold()) or text
 

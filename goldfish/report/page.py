@@ -33,6 +33,8 @@ RESULTS = (
     "name",
     "splits",
     "membership",
+    "secrets",
+    "sanity",
     "verdict",
 )  # the rest is provenance
 HIDDEN = (

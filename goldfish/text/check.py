@@ -437,22 +437,34 @@ class _Worker:
                 suggested[place.tokens] = True
             suggested &= target
         self._result.more += int((suggested & ~dropped).sum())
+        # What is no target in a place is not learned there either.
+        unlearned = (dropped | ~target, suggested | ~target)
         for place in places:
             inside = np.arange(place.tokens.start, place.tokens.stop)
-            inside = inside[target[inside]]
-            if len(inside):
-                document = batch[place.document]
+            if target[inside].any():
                 begin = place.begin - offsets[place.document]
-                text = document.text[begin : begin + place.length]
-                spans = [_span(tokens, i, place) for i in inside]
-                decisions = [_dropped_bits(spans, drops[inside]) for drops in (dropped, suggested)]
-                secret = self._result.secrets.get(text)
-                if secret is None:
-                    secret = self._result.secrets[text] = Secret(text, spans, decisions)
-                secret.add(document.number, decisions)
-                if self._model is not None and len(secret.bits) < BITS_OF_PLACES:
-                    first = int(tokens.bounds[place.document])
-                    secret.bits.append(self._bits(tokens, first, inside, spans))
+                text = batch[place.document].text[begin : begin + place.length]
+                self._add_place(text, batch, place, tokens, unlearned)
+
+    def _add_place(
+        self,
+        text: str,
+        batch: list[_Document],
+        place: _Place,
+        tokens: _Tokens,
+        unlearned: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    ) -> None:
+        inside = np.arange(place.tokens.start, place.tokens.stop)
+        spans = [_span(tokens, i, place) for i in inside]
+        decisions = [_dropped_bits(spans, each[inside]) for each in unlearned]
+        secret = self._result.secrets.get(text)
+        if secret is None:
+            secret = Secret(text, spans, decisions)
+            self._result.secrets[text] = secret
+        secret.add(batch[place.document].number, decisions)
+        if self._model is not None and len(secret.bits) < BITS_OF_PLACES:
+            first = int(tokens.bounds[place.document])
+            secret.bits.append(self._bits(tokens, first, inside, spans))
 
     def _places(self, batch: list[_Document], offsets: list[int], tokens: _Tokens) -> list[_Place]:
         """Where secrets are; of likely ones only those with enough tokens for their length."""

@@ -21,8 +21,10 @@ KINDS = {
     ".csv": "csv",
 }  # for load_dataset
 EXPECTED = (
-    "a .jsonl, .json, .parquet or .csv file whose rows have text, input_ids, messages, or prompt and completion; a "
-    ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on standard input"
+    "a .jsonl, .json, .parquet or .csv file whose rows have text, input_ids, messages, or prompt "
+    "and completion; a "
+    ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on "
+    "standard input"
 )
 Row = dict[str, Any]
 Source = str | Path | Iterable[Row]
@@ -31,12 +33,13 @@ Source = str | Path | Iterable[Row]
 def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
     """The rows of an input, one at a time; a text file is one row.
 
-    A row has a string `text`, a list `input_ids`, a list `messages`, or `prompt` and `completion` (both strings or both
-    lists of messages), and perhaps `name`, `source` and `count`. Fields that are null count as left out.
+    A row has a string `text`, a list `input_ids`, a list `messages`, or `prompt` and `completion`
+    (both strings or both lists of messages), and perhaps `name`, `source` and `count`. Fields that
+    are null count as left out.
 
     Args:
-        source: EXPECTED; datasets on the hub are streamed. Or rows in memory. text_column: the column to read as `text`, or as `messages`
-            where it holds a list.
+        source: EXPECTED; datasets on the hub are streamed. Or rows in memory.
+        text_column: the column to read as `text`, or as `messages` if it holds a list.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
@@ -115,7 +118,8 @@ def _csv_rows(path: Path, source: str) -> Iterator[Row]:
 
 
 def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int, Row]]:
-    """(index, row) of `most` rows in order, all choices equally likely; of all rows where most is None.
+    """(index, row) of `most` rows in order, all choices equally likely; of all rows where most is
+    None.
 
     Reads to the end and holds no more than `most` rows: those with the least of random numbers.
     """
@@ -144,7 +148,9 @@ def name_of(source: Source) -> str:
 
 
 def digest(source: Source) -> str:
-    """SHA-256: of a file; of several, of their names and digests; on the hub, of their names with the commit."""
+    """SHA-256: of a file; of several, of their names and digests; on the hub, of their names with
+    the commit.
+    """
     if not isinstance(source, str | Path):
         result = hashlib.sha256()
         for row in source:
@@ -175,7 +181,8 @@ def sha256(path: Path) -> str:
 
 
 def dataset_of(source: str, *, streaming: bool = True, split: str | None = None) -> Any:
-    """A `datasets` dataset of a file with rows, a folder or a hub name; split: where it has several and names none.
+    """A `datasets` dataset of a file with rows, a folder or a hub name; split: where it has several
+    and names none.
 
     Raises:
         FileNotFoundError: no such dataset. ValueError: it cannot be read, or has several splits.
@@ -187,7 +194,8 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         kind = KINDS.get(path.suffix.lower())
         if kind is None:
             raise ValueError(
-                f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a folder"
+                f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a "
+                "folder"
             )
         # Columns of csv are texts, as in `read_rows`.
         texts = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
@@ -232,7 +240,8 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
         builder = load_dataset_builder(name, config or None)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no file or folder {source} here that can be read, and no dataset of that name on the hub: "
+            f"no file or folder {source} here that can be read, and no dataset of that name on "
+            "the hub: "
             f"{first_line(error)}; expected {EXPECTED}"
         ) from error
     return builder, _one_of([str(each) for each in builder.config.data_files or ()], split, source)
@@ -243,7 +252,8 @@ def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
         return splits[0]
     if wanted is None or wanted not in splits:
         raise ValueError(
-            f"{source} has the splits {', '.join(splits)}: give one of them, as in {source}/{splits[0]}"
+            f"{source} has the splits {', '.join(splits)}: give one of them, as in "
+            f"{source}/{splits[0]}"
         )
     return wanted
 
@@ -343,7 +353,8 @@ def checked(row: Row, where: str, text_column: str) -> Row:
         raise ValueError(f"{where}: source must be a string, or be left out, got {source!r:.80}")
     if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
         raise ValueError(
-            f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got {count!r:.80}"
+            f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got "
+            f"{count!r:.80}"
         )
     for column in ("messages", "prompt", "completion", "tools", "chat_template_kwargs"):
         if column in row:
@@ -361,7 +372,8 @@ def _require_chat(row: Row, where: str) -> None:
         for each in lists
     ):
         raise ValueError(
-            f"{where}: expected messages such as {{'role': 'user', 'content': '...'}}, in a list; prompt and "
+            f"{where}: expected messages such as {{'role': 'user', 'content': '...'}}, in a "
+            "list; prompt and "
             "completion are both strings or both such lists"
         )
 
