@@ -66,7 +66,8 @@ class DropCounts:
         self.rule = rule
         # Of all processes, as of the last `sync`: targets, dropped targets, decisions.
         self.total = torch.zeros(3, dtype=torch.int64)
-        # Of this process since then, in steps that the optimizer has taken.
+        # Of this process since then, in steps that the optimizer has taken. int64 wraps around,
+        # which is the sum modulo 2**64 that the decisions need.
         self._taken = torch.zeros(3, dtype=torch.int64, device=device)
         # In the step that comes.
         self._step = self._taken.clone()
