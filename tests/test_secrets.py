@@ -25,6 +25,7 @@ from goldfish.cli import main
 from goldfish.letters import Vocabulary
 from goldfish.receipt import bind_rule, read_receipt, rules_of
 from goldfish.secrets import any_of, compiled, secret_tokens
+from goldfish.text.chats import secret_finder
 from goldfish.text.show import show
 
 pytestmark = pytest.mark.core
@@ -261,3 +262,10 @@ def test_the_command_line(tmp_path, tokenizer, checkpoint, capsys):
     text = f"the code is {codes[0]}"
     assert main(["show", text, "--tokenizer", str(checkpoint), "-k", "9999", *rule[4:]]) == 0
     assert f"{codes[0]}-]" in capsys.readouterr().out
+
+
+def test_checks_and_audits_find_the_same_secrets():
+    find = secret_finder(r"code is (\S+)|PIN: (\d+)", "")
+    text = "the code is 4711, PIN: 12"
+    assert [text[a:b] for a, b in find({}, text, 0)] == ["4711,", "12"]
+    assert [text[a:b] for a, b in find({}, text, 14)] == ["12"]

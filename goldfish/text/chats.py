@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from goldfish.secrets import spans
 from goldfish.text.rows import Row, first_line
 
 # Stands in for an answer, to find the answer's place: a private character, which no text has.
@@ -235,7 +236,8 @@ def secret_finder(
     """A function: the spans of secrets in a text from some character on.
 
     Args:
-        pattern: regular expression; its first group, if it has one.
+        pattern: regular expression; the first group that has a part in a match, if any, as with
+            `Goldfish(secrets=...)`.
         column: that of a row which holds one or several, taken literally; it goes before the
             pattern.
 
@@ -253,9 +255,8 @@ def secret_finder(
             values = row.get(column) or []
             values = values if isinstance(values, list) else [values]
             expressions = [re.compile(re.escape(str(value))) for value in values]
-        for match in chain.from_iterable(each.finditer(text) for each in expressions):
-            a, b = match.span(min(1, match.re.groups))
-            if start <= a < b:  # what comes before a group may stand before the start
+        for a, b in chain.from_iterable(spans(each, text) for each in expressions):
+            if start <= a:  # what comes before a group may stand before the start
                 yield a, b
 
     return find
