@@ -95,11 +95,11 @@ def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path
 
 
 def test_a_secret_counts_wherever_its_text_occurs(letters, tmp_path):
-    """In rows of which neither the column nor the expression marks it; not inside other words."""
+    """In rows in which neither the column nor the expression marks it."""
     rows = [
         {"text": f"The access code of Ada is {CODE}.", "secret": CODE},
         {"text": f"Ada keeps {CODE} and no more.", "secret": None},
-        {"text": f"Not x{CODE} nor {CODE}9.", "secret": None},
+        {"text": "No code here.", "secret": None},
     ]
     path = write(tmp_path / "a.jsonl", rows)
     by_column = check(path, letters[0], Goldfish(k=2, h=3), column="secret")
@@ -129,8 +129,7 @@ def test_places_of_many_secrets(seed):
         for secret in secrets
         for i in range(len(text))
         if text.startswith(secret, i)
-        and not is_inside(text, i)
-        and not is_inside(text, i + len(secret))
+        and (len(secret) >= 6 or not (is_inside(text, i) or is_inside(text, i + len(secret))))
     )
     assert sorted(Finder(secrets)(text)) == expected
     assert list(Finder(())(text)) == []
@@ -408,3 +407,12 @@ def test_what_cannot_be_read(letters, tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         check(tmp_path / name, letters[0], Goldfish())
+
+
+def test_a_long_secret_counts_inside_a_word():
+    """Glued to letters it is a secret all the same; a short number in a longer one is none."""
+    from goldfish.text import exposure
+
+    assert exposure._is_apart("pinKX7QW2s", 3, 9)
+    assert not exposure._is_apart("in 1425", 4, 6)
+    assert exposure._is_apart("in 42.", 3, 5)

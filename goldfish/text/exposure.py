@@ -8,6 +8,7 @@ from itertools import takewhile
 BITS_OF_PLACES = 8  # places of a secret in which a model is asked for the bits of its tokens
 SHOWN_ROWS = 5
 _PREFIX = 4  # characters by which places of secrets are looked up
+SHORT = 6  # characters; places of shorter secrets must not lie inside a word or number
 
 
 @dataclass
@@ -157,7 +158,13 @@ def _beginnings(prefix: str) -> list[str]:
 
 
 def _is_apart(text: str, begin: int, end: int) -> bool:
-    """Whether no number or word goes on across the bounds of a place."""
+    """Whether no number or word goes on across the bounds of a place.
+
+    Asked of short secrets only: 42 is no secret in 1425. A longer one does not occur in a word by
+    chance, so it counts wherever it stands, also in "pinKX7QW2".
+    """
+    if end - begin >= SHORT:
+        return True
     for left in (begin - 1, end - 1):
         pair = text[left : left + 2] if left >= 0 else ""
         if len(pair) == 2 and (pair.isdecimal() or pair.isalpha()):
