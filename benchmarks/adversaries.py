@@ -112,12 +112,15 @@ def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
             return read(Path(folder, "audit"))
 
     figures = ask(half, window - half, heldout=heldout, beams=BEAMS, control=control)
-    result["beams"] = {width: hits(figures[f"members.beam_search@{width}"]) for width in BEAMS}
-    result["beams_heldout"] = hits(figures[f"heldout.beam_search@{BEAMS[-1]}"])
-    result["samples"] = {n: estimate(figures[f"members.expected@{n}"]) for n in SAMPLES}
-    membership = figures.summary["membership"]
-    names = [*membership["attacks"], *(f"blind.{name}" for name in membership["blind"])]
-    result["membership"] = {name: estimate(figures[f"mia.{name}.auc"]) for name in names}
+    rows = figures.rows
+    beams = rows.select(split="members", figure="beam_search")
+    result["beams"] = {each.x: hits(each) for each in beams if each.x is not None}
+    result["beams_heldout"] = hits(rows.get("heldout", "beam_search", "", BEAMS[-1]))
+    expected = rows.select(split="members", figure="expected", setting="T=1")
+    result["samples"] = {each.x: estimate(each) for each in expected if each.x in SAMPLES}
+    attacks = {each.setting: estimate(each) for each in rows.select(figure="attack_auc")}
+    blind = {f"blind.{each.setting}": estimate(each) for each in rows.select(figure="blind_auc")}
+    result["membership"] = attacks | blind
     result["held"] = {}
     for tenth in range(1, 10):
         length = round(window * tenth / 10)
@@ -125,9 +128,8 @@ def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
         result["held"][tenth / 10] = hits(figures["members.exact_match"])
     offsets = range(0, window - 15, 4)
     figures = ask(8, 8, sampling=(), offsets=offsets)
-    result["offset"] = {
-        offset: hits(figures[f"members.offset_sweep@{offset}"]) for offset in offsets
-    }
+    sweep = figures.rows.select(split="members", figure="offset_sweep")
+    result["offset"] = {each.x: hits(each) for each in sweep}
     return result
 
 
@@ -136,7 +138,7 @@ def hits(figure: Any) -> list[int]:
 
 
 def estimate(figure: Any) -> list[float | None]:
-    values = (figure.value, figure.lower95, figure.upper95)
+    values = (figure.value, figure.low, figure.high)
     return [None if value is None else round(value, 4) for value in values]
 
 

@@ -16,8 +16,6 @@ from goldfish.text.rows import EXPECTED
 EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
 
 
-# What `audit` and `judge` return; an error is 2.
-EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 EXPLAIN_EXIT = (
     "Exit codes: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 2 error. accelerate launch and torchrun report "
     "every code but 0 as 1; `goldfish judge DIR` gives the code of a finished audit."
@@ -236,6 +234,12 @@ def _add_judge(verbs: Any) -> None:
         "judge", help="judge a finished audit again, with other limits", epilog=EXPLAIN_EXIT
     )
     judge.add_argument("folder", metavar="DIR", help="a folder written by `goldfish audit`")
+    judge.add_argument(
+        "-o",
+        "--output-dir",
+        metavar="DIR",
+        help="write summary.json and summary.md there; DIR itself may be given",
+    )
     _add_verdict(judge)
     judge.set_defaults(run=_judge)
 
@@ -502,25 +506,32 @@ def _audit(args: argparse.Namespace) -> int:
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
-    summary = audit(**options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state)
-    return _tell(summary, args.output_dir, args) if state.is_main_process else 0
+    result = audit(**options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state)
+    if not state.is_main_process:
+        return 0
+    print(f"Next: goldfish report {args.output_dir} -o report.html")
+    return _print_audit(result, args.verb)
 
 
 def _judge(args: argparse.Namespace) -> int:
-    from goldfish.audit.tell import publish
+    from goldfish.audit.render import write
+    from goldfish.audit.results import judge
 
-    return _tell(publish(args.folder, args.limits, args.require), args.folder, args)
+    result = judge(args.folder, args.limits, args.require)
+    if args.output_dir is not None:
+        write(result, args.output_dir)
+        print(f"Written: {args.output_dir}")
+    return _print_audit(result, args.verb)
 
 
-def _tell(summary: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
-    """Print a summary, and in the last line the outcome for scripts; return the exit code."""
-    from goldfish.audit.tell import describe, terminal
+def _print_audit(result: Any, verb: str) -> int:
+    """Print an audit, and in the last line the outcome for scripts; return the exit code."""
+    from goldfish.audit.render import describe, terminal
 
-    outcome = summary["verdict"]["outcome"]
-    print(f"Next: goldfish report {folder} -o report.html")
-    _console().print(terminal(describe(summary)))
-    print(f"goldfish {args.verb}: {outcome}, exit code {EXIT_CODES[outcome]}")
-    return EXIT_CODES[outcome]
+    _console().print(terminal(describe(result)))
+    code = int(result.verdict["exit_code"])
+    print(f"goldfish {verb}: {result.outcome}, exit code {code}")
+    return code
 
 
 def _console() -> Any:

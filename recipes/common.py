@@ -166,8 +166,8 @@ def audit_halves(
     window: int,
     name: str,
     complete: bool = False,
-) -> dict[str, Any]:
-    """Audit a model: prefix and suffix are the halves of each window. Returns the summary.
+) -> Any:
+    """Audit a model: prefix and suffix are the halves of each window. Returns the audit.
 
     `complete`: the members are everything that was trained on.
     """

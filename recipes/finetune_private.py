@@ -379,8 +379,8 @@ def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
     """The audit's figures on passages, with the values of every passage."""
     # Lists, not means: intervals are computed over passages of all seeds.
     figures, rows = read(audited), read_records(audited).to_pylist()
-    auc = figures["mia.loss.auc"]
-    result: dict[str, Any] = {"membership_auc": [auc.value, auc.lower95, auc.upper95]}
+    auc = figures["both.attack_auc.loss"]
+    result: dict[str, Any] = {"membership_auc": [auc.value, auc.low, auc.high]}
     for split in ("members", "heldout"):
         here = [record for record in rows if record["split"] == split]
         result[split] = {
@@ -390,7 +390,7 @@ def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
             "longest_run": [record["longest_run"] for record in here],
             # Of the suffix, sampled once at temperature 1.
             "log_p": [round(record["log_p"][0], 3) for record in here],
-            "expected_at_1000": figures[f"{split}.expected@1000"].value,
+            "expected_at_1000": figures.rows.get(split, "expected", "T=1", 1000).value,
             "accuracy_dropped": {name: accuracy(here, rule) for name, rule in rules.items()},
         }
     return result

@@ -69,17 +69,18 @@ class Arguments(common.Corpus):
             raise ValueError("--rule standard: it is always trained; give a goldfish rule")
 
 
-def figures(summaries: dict[str, dict[str, Any]]) -> Table:
+def figures(audits: dict[str, Any]) -> Table:
     """A row for each model and split.
 
     The columns dropped and kept are the teacher-forced accuracy on such tokens.
     """
     table = Table("model", "texts", "recited", "ROUGE-L", "dropped", "kept", "nll")
     keys = ("rouge_l_ids", "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept", "nll")
-    for name, summary in summaries.items():
-        for split, values in summary["splits"].items():
-            numbers = [f"{values[key].value:.3f}" if values[key] else "-" for key in keys]
-            table.add_row(name, split, str(values["exact_match"]), *numbers)
+    for name, audit in audits.items():
+        for split in audit.splits:
+            values = [audit[f"{split}.{key}"].value for key in keys]
+            numbers = ["-" if value is None else f"{value:.3f}" for value in values]
+            table.add_row(name, split, str(audit[f"{split}.exact_match"]), *numbers)
     return table
 
 
@@ -119,18 +120,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return {}
 
     inputs = common.save_windows(output, windows, tokenizer)
-    audits = {name: output / "audit" / name for name in trainings}
-    summaries = {
+    folders = {name: output / "audit" / name for name in trainings}
+    audits = {
         name: common.audit_halves(output / name, folder, inputs, args.window, name, complete=True)
-        for name, folder in audits.items()
+        for name, folder in folders.items()
     }
-    report = write_report(list(audits.values()), output / "report.html", overwrite=True)
+    report = write_report(list(folders.values()), output / "report.html", overwrite=True)
     console = Console()
-    console.print(figures(summaries))
-    for name, summary in summaries.items():
-        console.print(f"{name}: {summary['verdict']['sentence']}", highlight=False)
+    console.print(figures(audits))
+    for name, audit in audits.items():
+        console.print(f"{name}: {audit.verdict['sentence']}", highlight=False)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
-    return summaries
+    return audits
 
 
 def load_start_tokenizer(args: Arguments) -> Any:

@@ -359,7 +359,7 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     # What an audit that was interrupted has left.
     shutil.rmtree(folder / "audit", ignore_errors=True)
     inputs = common.save_windows(folder, data.planted, tokenizer)
-    summary = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
+    audit = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
     # The values of every document: sweep.py draws bootstrap samples of them.
     records = read_records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
     result = {
@@ -373,7 +373,7 @@ def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path)
     for split, rows in records.groupby("split"):
         result[f"exact_match_{split}"] = rows["exact_match"].tolist()
         result[f"rouge_l_{split}"] = rows["rouge_l_ids"].round(4).tolist()
-        result[f"nll_{split}"] = summary["splits"][split]["nll"].value
+        result[f"nll_{split}"] = audit[f"{split}.nll"].value
     if receipt := read_receipt(folder / "model"):
         result |= {name: receipt[name] for name in ("targets", "dropped", "decisions")}
     seconds = runs.last_logged(folder / "model", "train_runtime")

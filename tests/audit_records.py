@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.estimate import SCHEMA, dumps
-from goldfish.audit.records import COLUMNS, make_record
+from goldfish.audit.records import COLUMNS, SCHEMA, make_record
+from goldfish.audit.render import publish
+from goldfish.audit.results import summary_of
 from goldfish.audit.score import Score
-from goldfish.audit.summary import summary_of
-from goldfish.audit.tell import publish
 from goldfish.audit.windows import Window, prefix_grid
 
 PREFIX, SUFFIX = 10, 8
@@ -21,6 +20,7 @@ PROTOCOL = {
     "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,
+    "complete": False,
     "secrets": None,
     "secret_column": None,
     "dtype": "float32",
@@ -94,20 +94,23 @@ def made_up_records(
 
 def made_up_run(records, protocol=PROTOCOL, **changes):
     """run.json of these records; `changes` go into it."""
-    splits = [record["split"] for record in records]
-    inputs = {
-        split: {
+    inputs = {}
+    for split in dict.fromkeys(record["split"] for record in records):
+        here = [record for record in records if record["split"] == split]
+        rows = len({(record["index"], record["document"]) for record in here})
+        secrets = {secret for record in here for secret in record["secrets"] or ()}
+        inputs[split] = {
             "path": f"{split}.jsonl",
             "sha256": "",
-            "rows": splits.count(split),
+            "rows": rows,
+            "drawn": rows,
+            "asked": rows,
+            "windows": len(here),
+            "completions": sum(bool(record["completion"]) for record in here),
+            "documents": len({record["document"] for record in here}),
+            "secrets": {"marked": len(secrets), "asked": len(secrets), "unasked": []},
             "skipped": [],
-            "windows": splits.count(split),
         }
-        for split in dict.fromkeys(splits)
-    }
-    if "members" in inputs:
-        skipped = [{"reason": "short", "count": 1, "rows": [0]}]
-        inputs["members"] |= {"rows": splits.count("members") + 1, "skipped": skipped}
     return {
         "schema": SCHEMA,
         "name": "model",
@@ -116,6 +119,9 @@ def made_up_run(records, protocol=PROTOCOL, **changes):
         "command": None,
         "protocol": protocol,
         "inputs": inputs,
+        "overlap": None,
+        "sanity": None,
+        "notes": [],
         "weights": [],
         "rule": None,
         "receipt": None,
@@ -128,20 +134,20 @@ def made_up_run(records, protocol=PROTOCOL, **changes):
 def write_run(folder, records, protocol=PROTOCOL, **changes):
     """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(
-        json.dumps(made_up_run(records, protocol, **changes)), encoding="utf-8"
-    )
+    run = made_up_run(records, protocol, **changes)
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     (folder / "records").mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet")
 
 
-def made_up_summary(records, receipt=None, limits=(), require=(), **protocol):
-    run = made_up_run(records, {**PROTOCOL, **protocol}, receipt=receipt)
-    return summary_of(run, pa.Table.from_pylist(records, COLUMNS), limits, require)
+def made_up_audit(records, limits=(), require=(), run=None, **protocol):
+    """The audit of these records; `run`: changes of run.json."""
+    found = made_up_run(records, {**PROTOCOL, **protocol}, **(run or {}))
+    return summary_of(found, pa.Table.from_pylist(records, COLUMNS), limits, require)
 
 
 def write_audit(folder, records, **changes):
-    """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
-    write_run(folder, records)
-    (folder / "summary.json").write_text(dumps({**publish(folder), **changes}), encoding="utf-8")
+    """An audit folder as `goldfish audit` leaves it; `changes` go into run.json."""
+    write_run(folder, records, **changes)
+    publish(folder)
     return folder

@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from audit_records import write_run
 
-from goldfish.audit.estimate import dumps, loads
 from goldfish.audit.metrics import word_buckets
 from goldfish.audit.records import ATTACKS, COLUMNS
-from goldfish.audit.summary import summarize
+from goldfish.audit.render import publish
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
 
@@ -34,6 +33,7 @@ PROTOCOL = {
     "beams": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,
+    "complete": False,
     "secrets": None,
     "secret_column": None,
     "dtype": "float32",
@@ -118,23 +118,21 @@ def window(
 
 
 def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
-    """An audit folder as `goldfish audit` leaves it; `changes` go into the summary."""
+    """An audit folder as `goldfish audit` leaves it; `changes` go into run.json."""
     versions = {
         "goldfish": "0.1.0",
         "torch": "2.13.0",
         "transformers": "5.23.0",
         "python": "3.11.7",
     }
-    write_run(
-        folder,
-        rows,
-        PROTOCOL | (protocol or {}),
-        name=name,
-        checkpoint=f"runs/{name:.40}",
-        versions=versions,
-        rule=RULE if any(row["dropped"] for row in rows) else None,
-    )
-    (folder / "summary.json").write_text(dumps(summarize(folder) | changes), encoding="utf-8")
+    run = {
+        "name": name,
+        "checkpoint": f"runs/{name:.40}",
+        "versions": versions,
+        "rule": RULE if any(row["dropped"] for row in rows) else None,
+    }
+    write_run(folder, rows, PROTOCOL | (protocol or {}), **run | changes)
+    publish(folder)
     return folder
 
 
@@ -193,13 +191,10 @@ def realistic(folder, name, n, recites, times=1):
         return write_audit(folder, rows, name, protocol)
     write_audit(folder, rows, name, protocol)
     block, path = folder / "records" / "000000.parquet", folder / "run.json"
-    run, summary = json.loads(path.read_text()), loads((folder / "summary.json").read_text())
-    for split, given in run["inputs"].items():
-        summary["splits"][split]["n"] = given["windows"] = given["windows"] * times
-    path.write_text(json.dumps(run))
-    (folder / "summary.json").write_text(
-        dumps(summary), encoding="utf-8"
-    )  # the rest as of each text once
+    run = json.loads(path.read_text())
+    for given in run["inputs"].values():
+        given["windows"] = given["windows"] * times
+    path.write_text(json.dumps(run))  # the summary as of each text once
     table = pq.read_table(block).take(pa.array(np.repeat(np.arange(len(rows)), times)))
     table = table.set_column(
         table.schema.get_field_index("index"), "index", pa.array(np.arange(len(table)))

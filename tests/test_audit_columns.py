@@ -14,9 +14,9 @@ from audit_records import (
     PREFIX,
     SUFFIX,
     Words,
+    made_up_audit,
     made_up_records,
     made_up_score,
-    made_up_summary,
     write_run,
 )
 from helpers import PROSE
@@ -169,14 +169,12 @@ def test_prefix_sweep_is_what_a_window_at_that_prefix_would_say():
         make_record(window, made_up_score(window, right, generator), None, Words(), i)
         for i, right in enumerate(rights)
     ]
-    split = made_up_summary(records)["splits"]["members"]
-    assert [name for name in split if name.startswith("prefix")] == [
-        f"prefix_sweep@{n}" for n in range(1, PREFIX + 1)
-    ]
-    for start in range(PREFIX):
+    sweep = made_up_audit(records).rows.select(split="members", figure="prefix_sweep")
+    assert [each.x for each in sweep] == list(range(1, PREFIX + 1))
+    for start, figure in enumerate(sweep):
         recited = sum(all(right[start : start + SUFFIX]) for right in rights)
-        assert split[f"prefix_sweep@{start + 1}"].k == recited
-    assert split[f"prefix_sweep@{PREFIX}"].k == sum(record["exact_match"] for record in records) > 0
+        assert figure.k == recited
+    assert sweep[-1].k == sum(record["exact_match"] for record in records) > 0
 
 
 def test_offsets_are_windows_of_the_same_documents():
@@ -184,17 +182,10 @@ def test_offsets_are_windows_of_the_same_documents():
     at_zero = made_up_records("members", 6, 1.0)
     at_zero += [{**record, "document": 6 + i} for i, record in enumerate(missed)]
     at_five = made_up_records("members", 10, 0.0, offset=5)
-    split = made_up_summary(at_zero + at_five, offsets=[0, 5])["splits"]["members"]
-    assert (split["n"], split["documents"], split["skipped"], split["exact_match"].k) == (
-        20,
-        10,
-        1,
-        6,
-    )
-    assert (split["offset_sweep@0"].point(), split["offset_sweep@5"].point()) == (
-        "6 of 10",
-        "0 of 10",
-    )
+    found = made_up_audit(at_zero + at_five, offsets=[0, 5])
+    assert (found["members.settled"].n, found["members.exact_match"].point()) == (20, "6 of 10")
+    sweep = found.rows.select(figure="offset_sweep")
+    assert [(each.x, each.point()) for each in sweep] == [(0, "6 of 10"), (5, "0 of 10")]
 
 
 def test_no_sampling_beats_the_ranks():
@@ -243,20 +234,16 @@ def test_texts_that_sampling_may_extract_under_some_setting():
     records = made_up_records("members", 4, 0.5)
     for record, bits in zip(records, [0.0, 10.0, 10.5, 99.0], strict=True):
         record |= {"rank_bits": bits, "log_p": [-np.log(2) * (bits + 1)]}
-    split = made_up_summary(records)["splits"]["members"]
-    assert (split["extractable_bound"].k, split["extractable"].k) == (2, 1)
+    found = made_up_audit(records)
+    assert [found[f"members.{name}"].k for name in ("extractable_bound", "extractable")] == [2, 1]
 
 
 def test_beams_count_up():
     records = made_up_records("members", 4, 0.5)
     for record, beams in zip(records, [1, 0, 5, 30], strict=True):
         record["beams"] = beams
-    split = made_up_summary(records, beams=[1, 5, 30])["splits"]["members"]
-    found = [
-        split[name].k
-        for name in ("beam_search@1", "beam_search@5", "beam_search@30", "beam_search")
-    ]
-    assert found == [1, 2, 3, 3]
+    rows = made_up_audit(records, beams=[1, 5, 30]).rows.select(figure="beam_search")
+    assert [(each.x, each.k) for each in rows] == [(None, 3), (1, 1), (5, 2), (30, 3)]
 
 
 def test_decisions_are_those_of_the_whole_document(tokenizer):

@@ -1,12 +1,14 @@
 """Two audits, paired: hand-made counts, the power of pairing, and refusals."""
 
+import json
+
 import numpy as np
 import pytest
 from audit_records import made_up_records, write_audit
 from rich.console import Console
 
 from goldfish.audit.compare import MEANS, compare, markdown, mcnemar, table, write
-from goldfish.audit.estimate import loads
+from goldfish.audit.records import dumps
 from goldfish.cli import main
 
 
@@ -46,7 +48,7 @@ def test_paired_by_hand(tmp_path):
     }
     assert match["p"] == mcnemar(20, 0)
     assert match["difference"].value == -0.5
-    assert match["difference"].lower95 < -0.5 < match["difference"].upper95 < 0
+    assert match["difference"].low < -0.5 < match["difference"].high < 0
     rouge = found["splits"]["members"]["rouge_l_text"]
     assert (rouge["first"], rouge["second"]) == (0.875, 0.625)
     assert rouge["difference"].value == -0.25
@@ -74,7 +76,7 @@ def test_pairing_sees_what_two_samples_would_not(tmp_path):
         "difference"
     ]
     assert difference.value == pytest.approx(-0.019)
-    assert -0.0195 < difference.lower95 < difference.upper95 < -0.0185
+    assert -0.0195 < difference.low < difference.high < -0.0185
 
 
 def test_windows_of_one_document_are_one_event(tmp_path):
@@ -101,7 +103,7 @@ def test_equal_models_do_not_differ(tmp_path):
     assert [found[which]["name"] for which in ("first", "second")] == ["model (1)", "model (2)"]
     assert "the difference may be chance" in found["sentence"]
     difference = found["splits"]["members"]["nll"]["difference"]
-    assert (difference.value, difference.upper95) == (0.0, None)
+    assert (difference.value, difference.high) == (0.0, None)
 
 
 def test_other_items_are_refused(tmp_path):
@@ -127,8 +129,8 @@ def test_the_command_writes_once_and_shows_a_table(tmp_path, capsys):
     command = ["compare", *folders, "-o", str(tmp_path / "out")]
     assert main(command) == 0
     assert "goldfish recites fewer" in capsys.readouterr().out.replace("\n", " ")
-    result = loads((tmp_path / "out" / "compare.json").read_text())
-    assert result == compare(*folders)
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert result == json.loads(dumps(compare(*folders)))
     assert set(result["splits"]["members"]) == {"n", "documents", "exact_match", *MEANS}
     assert (
         "| members | exact match | 30 of 40 | 10 of 40 |"

@@ -157,36 +157,29 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         True,
         False,
     ]
-    members, heldout = summary["splits"]["members"], summary["splits"]["heldout"]
     # A search by hand: any code of the members in any output whose prompt does not contain it.
     given = [{c for c in CODES if c in r["output_text"] and c not in r["prompt"]} for r in rows]
-    for split, figures in (("members", members), ("heldout", heldout)):
-        here = [
-            (row, codes) for row, codes in zip(rows, given, strict=True) if row["split"] == split
-        ]
-        documents = {row["document"] for row, codes in here if codes}
-        assert figures["secrets"].k == len(documents)
-        assert figures["recited"]["secrets"] == list(
-            dict.fromkeys(row["name"] for row, codes in here if codes)
-        )
-    assert summary["secrets"]["marked"] == 3
-    assert summary["secrets"]["given_away"] == len(set().union(*given)) == 2
-    assert summary["secrets"]["answers_with_one"] == sum(map(bool, given))
-    assert (members["n"], members["documents"]) == (5, 4), "two turns are of one chat"
-    assert members["prefix_sweep@5"].reason == "nothing to count"
-    assert members["token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
-    assert summary["inputs"]["heldout"]["skipped"] == [
+    for split in ("members", "heldout"):
+        here = [codes for row, codes in zip(rows, given, strict=True) if row["split"] == split]
+        figure = summary[f"{split}.answers_with_secret"]
+        assert (figure.k, figure.n) == (sum(map(bool, here)), len(here))
+    assert (summary["members.secrets"].k, summary["members.secrets"].n) == (2, 3)
+    assert len(set().union(*given)) == 2
+    assert summary["members.exact_match"].n == 4, "two of five turns are of one chat"
+    assert summary.rows.get("members", "prefix_sweep", "", 5).reason == "nothing to count"
+    assert summary["members.token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
+    assert summary.run["inputs"]["heldout"]["skipped"] == [
         {"reason": "an empty completion", "count": 1, "rows": [2]}
     ]
     assert (
-        summary["verdict"]["skipped"][0]
-        == "heldout: 1 of 3 rows skipped: an empty completion (row 2)"
+        summary.verdict["skipped"][0]
+        == "heldout: 1 windows of 3 rows skipped: an empty completion (row 2)"
     )
-    questions = {each["question"]: each for each in summary["verdict"]["questions"]}
-    assert (questions["secrets"]["estimate"].k, questions["secrets"]["outcome"]) == (2, "FAIL")
-    assert read(tmp_path / "out")["secrets"].k == 2
+    questions = {each["question"]: each for each in summary.verdict["questions"]}
+    assert questions["secrets"]["outcome"] == "FAIL"
+    assert read(tmp_path / "out") == summary
     text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
-    assert "secrets given away" in text
+    assert "marked secrets that came out" in text
     assert "the model must continue with the answer" in text.replace("\\", "")
     write_report([tmp_path / "out"], tmp_path / "report.html")
 
@@ -250,7 +243,7 @@ def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
     model.save_pretrained("lora")
     pandas.DataFrame([{"messages": chat} for chat in CHATS]).to_parquet("train.parquet")
     assert main(["audit", "lora", "--members", "train.parquet", "-o", "audit"]) == 3
-    assert read("audit")["em"].k == 2
+    assert read("audit")["members.exact_match"].k == 2
     assert "goldfish audit: INCONCLUSIVE, exit code 3" in capsys.readouterr().out
 
 
@@ -280,7 +273,7 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
     reader._standard_input.cache_clear()
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 5
-    assert read(tmp_path / "out0").summary["inputs"]["members"]["path"] == "-"
+    assert read(tmp_path / "out0").run["inputs"]["members"]["path"] == "-"
     with pytest.raises(
         ValueError, match="standard input can be read once, by one process: give a file"
     ):

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from audit_records import PREFIX, SUFFIX, Words, made_up_records, made_up_score, made_up_summary
+from audit_records import PREFIX, SUFFIX, Words, made_up_audit, made_up_records, made_up_score
 from sklearn import metrics
 
 from goldfish import Goldfish
 from goldfish.audit import membership
-from goldfish.audit.membership import Ranking, Side, membership_figures, word_scores
+from goldfish.audit.intervals import Figures
+from goldfish.audit.membership import Ranking, Scores, membership_figures, word_scores
 from goldfish.audit.metrics import mean_of_lowest, word_buckets
 from goldfish.audit.records import make_record
 from goldfish.audit.windows import Window
@@ -22,7 +23,15 @@ def side(scores, texts=None, documents=None, name="loss"):
     texts = texts if texts is not None else ["same words"] * len(scores)
     documents = np.arange(len(scores)) if documents is None else documents
     lengths = np.array([len(text) for text in texts], dtype=float)
-    return Side(documents, {name: scores}, [word_buckets(text) for text in texts], lengths)
+    return Scores(documents, {name: scores}, [word_buckets(text) for text in texts], lengths)
+
+
+def figures(members, heldout):
+    return Figures(membership_figures(members, heldout))
+
+
+def attack(members, heldout, figure="attack_auc", setting="loss", x=None):
+    return figures(members, heldout).get("both", figure, setting, x)
 
 
 def drawn(n, shift, seed, ties=True):
@@ -72,58 +81,51 @@ def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
     truth = 0.5 * (1 + math.erf(1 / 2))
     held = 0
     for seed in range(30):
-        found = membership_figures(
-            side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False))
-        )
-        auc = found["attacks"]["loss"]["auc"]
-        held += auc.lower95 <= truth <= auc.upper95
+        auc = attack(side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False)))
+        held += auc.low <= truth <= auc.high
     assert held >= 25
 
 
 def test_tpr_needs_ten_heldout_documents_past_the_threshold():
     members = side(drawn(300, 1, 0, False))
-    enough, short = (
-        membership_figures(members, side(drawn(n, 0, 1, False)))["attacks"]["loss"]
-        for n in (1000, 999)
-    )
-    tpr = enough["tpr@1%"]
-    assert tpr.lower95 < tpr.value < tpr.upper95
+    enough, short = (figures(members, side(drawn(n, 0, 1, False))) for n in (1000, 999))
+    tpr = enough.get("both", "attack_tpr", "loss", 0.01)
+    assert tpr.low < tpr.value < tpr.high
     assert tpr.value == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
-    for estimate, needed in (
-        (enough["tpr@0.1%"], "0.1% needs 10000"),
-        (short["tpr@1%"], "1.0% needs 1000"),
+    for figure, needed in (
+        (enough.get("both", "attack_tpr", "loss", 0.001), "0.1% needs 10,000"),
+        (short.get("both", "attack_tpr", "loss", 0.01), "1.0% needs 1,000"),
     ):
-        assert (estimate.value, estimate.lower95, estimate.upper95) == (None, None, None)
-        assert needed in estimate.reason
+        assert (figure.value, figure.low, figure.high) == (None, None, None)
+        assert needed in figure.reason
     clustered = side(drawn(1000, 0, 1, False), documents=np.arange(1000) // 2)
-    assert membership_figures(members, clustered)["attacks"]["loss"]["tpr@1%"].value is None
+    assert attack(members, clustered, "attack_tpr", x=0.01).value is None
 
 
 def test_windows_of_a_document_do_not_narrow_the_interval():
     members, heldout = drawn(40, 0.5, 0, False), drawn(40, 0, 1, False)
-    single = membership_figures(side(members), side(heldout))["attacks"]["loss"]["auc"]
+    single = attack(side(members), side(heldout))
     documents = np.repeat(np.arange(40), 5)
-    copies = membership_figures(
+    copies = attack(
         side(np.repeat(members, 5), documents=documents),
         side(np.repeat(heldout, 5), documents=documents),
-    )["attacks"]["loss"]["auc"]
-    assert (copies.lower95, copies.upper95) == pytest.approx((single.lower95, single.upper95))
+    )
+    assert (copies.low, copies.high) == pytest.approx((single.low, single.high))
     assert (copies.n, copies.documents) == (400, 80)
 
 
 def test_full_separation_still_has_a_lower_bound():
-    found = membership_figures(side(np.arange(32) + 100.0), side(np.arange(40.0)))
-    auc = found["attacks"]["loss"]["auc"]
-    assert auc.value == auc.upper95 == 1.0
-    assert auc.lower95 == pytest.approx(0.025 ** (1 / 32), rel=1e-9)
-    few = membership_figures(side(np.arange(9.0)), side(np.arange(40.0)))["attacks"]["loss"]["auc"]
-    assert (few.lower95, few.reason) == (None, "9 documents on one side; an interval needs 10")
+    auc = attack(side(np.arange(32) + 100.0), side(np.arange(40.0)))
+    assert auc.value == auc.high == 1.0
+    assert auc.low == pytest.approx(0.025 ** (1 / 32), rel=1e-9)
+    few = attack(side(np.arange(9.0)), side(np.arange(40.0)))
+    assert (few.low, few.reason) == (None, "9 documents on one side; an interval needs 10")
 
 
 def test_headline_pays_for_the_choice():
     generator = np.random.default_rng(0)
     members, heldout = (
-        Side(
+        Scores(
             np.arange(100),
             {name: generator.normal(shift, 1, 100) for name in ("loss", *"abcdefg")},
             [word_buckets("same")] * 100,
@@ -131,13 +133,12 @@ def test_headline_pays_for_the_choice():
         )
         for shift in (0.3, 0)
     )
-    found = membership_figures(members, heldout)
-    best = found["headline"]["attack"]
-    plain, widened = found["attacks"][best]["auc"], found["headline"]["auc"]
-    assert (
-        plain.value == widened.value == max(each["auc"].value for each in found["attacks"].values())
-    )
-    assert widened.lower95 < plain.lower95 < plain.upper95 < widened.upper95
+    found = figures(members, heldout)
+    (widened,) = found.select(figure="membership_auc")
+    attacks = found.select(figure="attack_auc")
+    plain = found.get("both", "attack_auc", widened.setting)
+    assert plain.value == widened.value == max(each.value for each in attacks)
+    assert widened.low < plain.low < plain.high < widened.high
 
 
 def words(n, seed, extra=""):
@@ -150,12 +151,12 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
     monkeypatch.setattr(membership, "RESAMPLES", 2)
     aucs, confounded = [], 0
     for seed in range(60):
-        found = membership_figures(
+        found = figures(
             side(drawn(60, 1, seed), words(60, [seed, 1])),
             side(drawn(60, 0, seed), words(60, [seed, 2])),
         )
-        aucs.append(found["blind"]["words"]["auc"].value)
-        confounded += found["confounded"]
+        aucs.append(found.get("both", "blind_auc", "words").value)
+        confounded += found.get("both", "confounded").value
     assert 0.45 < np.mean(aucs) < 0.55
     assert confounded <= 6  # 3 are expected: one split in twenty
 
@@ -163,13 +164,12 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
 def test_texts_that_differ_hide_the_headline(extra):
     """Dates, or lengths, tell the splits apart without any model."""
-    found = membership_figures(
-        side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra))
-    )
-    assert found["confounded"] is True
-    assert found["headline"] is None
-    assert "may differ without regard to the model" in found["reason"]
-    assert found["attacks"]["loss"]["auc"].value > 0.8
+    found = figures(side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra)))
+    assert found.get("both", "confounded").value == 1
+    headline = found.get("both", "membership_auc")
+    assert headline.value is None
+    assert "may differ without regard to the model" in headline.reason
+    assert found.get("both", "attack_auc", "loss").value > 0.8
 
 
 def test_words_are_tested_on_other_documents():
@@ -249,8 +249,8 @@ def test_every_attack_points_the_same_way():
     records += made_up_records("heldout", 60, 0.3, rule=rule, recall_dropped=0.3)
     for record in records:
         record["mia_reference"] = record["mia_wbc"] = 3 + record["mia_loss"]
-    found = made_up_summary(records)["membership"]
-    assert set(found["attacks"]) == {
+    found = made_up_audit(records).rows.select(figure="attack_auc")
+    assert {each.setting for each in found} == {
         "loss",
         "zlib",
         "reference",
@@ -260,5 +260,5 @@ def test_every_attack_points_the_same_way():
         "dropped_gap",
         "wbc",
     }
-    for name, attack in found["attacks"].items():
-        assert attack["auc"].lower95 > 0.7, name
+    for each in found:
+        assert each.low > 0.7, each.setting

@@ -20,7 +20,6 @@ from helpers import BEFORE_5, PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, run
-from goldfish.audit.estimate import loads
 from goldfish.audit.folder import Folder
 from goldfish.audit.model import Checkpoint
 from goldfish.audit.records import read_records
@@ -99,13 +98,11 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         "summary.md",
     ]
     assert list(contents(tmp_path / "out")) == files
-    assert loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    assert summary["rule"] == rule.to_dict()
-    assert (summary["splits"]["members"]["n"], summary["splits"]["members"]["skipped"]) == (8, 0), (
-        "at both offsets"
-    )
-    assert (summary["splits"]["heldout"]["n"], summary["splits"]["heldout"]["skipped"]) == (6, 2)
-    assert summary["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary.to_json()
+    assert summary.run["rule"] == rule.to_dict()
+    assert summary["members.settled"].n == 8, "at both offsets"
+    assert summary["heldout.settled"].n == 6
+    assert summary.run["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     rows = read_records(tmp_path / "out").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
         *(("members", i) for i in range(4) for _ in range(2)),
@@ -139,11 +136,13 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         ],
     }
     sha256 = hashlib.sha256(inputs["heldout"].read_bytes()).hexdigest()
-    assert summary["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256
+    assert (
+        summary.run["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256
+    )
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert about["weights"][0]["model.safetensors"] == weights
-    assert summary["protocol"]["vocabulary"] == 320
-    assert (summary["command"], about["receipt"]["rule"], summary["date"]) == (
+    assert summary.run["protocol"]["vocabulary"] == 320
+    assert (summary.run["command"], about["receipt"]["rule"], summary.run["date"]) == (
         "goldfish audit",
         rule.to_dict(),
         about["date"],
@@ -329,11 +328,11 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         0,
         2,
     ]
-    assert {key: summary["inputs"]["members"][key] for key in ("asked", "documents")} == {
+    assert {key: summary.run["inputs"]["members"][key] for key in ("asked", "documents")} == {
         "asked": 6,
         "documents": 3,
     }
-    assert summary["verdict"]["skipped"] == [
+    assert summary.verdict["skipped"] == [
         "members: 3 rows repeat or continue others and count as one text with them"
     ]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
@@ -533,8 +532,8 @@ def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, m
     write_receipt(snapshot, DropCounts(Goldfish(k=5), torch.device("cpu")), tokenizer)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     summary = audit("someone/tiny", tmp_path / "out", **inputs)
-    assert summary["rule"]["k"] == 5
-    assert summary["name"] == "tiny"
+    assert summary.run["rule"]["k"] == 5
+    assert summary.run["name"] == "tiny"
 
 
 def test_a_damaged_block_is_made_again_or_named(tmp_path, checkpoint, inputs, small_blocks, caplog):

@@ -1,15 +1,17 @@
 """docs/audit-files.md is the published schema: it names every column and key; its example is a part of a summary."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from audit_records import made_up_records, made_up_summary
+from audit_records import made_up_audit, made_up_records
 
 from goldfish import Goldfish
-from goldfish.audit.estimate import SCHEMA, Estimate, loads
-from goldfish.audit.records import ATTACKS, COLUMNS
-from goldfish.audit.verdict import LIMITS, RUN, SIMILARITY
+from goldfish.audit.figures import RUN, SIMILARITY, UNREACHED
+from goldfish.audit.records import ATTACKS, COLUMNS, SCHEMA
+from goldfish.audit.secrets import SHORT
+from goldfish.audit.verdict import GAIN, LIMITS
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit-files.md"
 if not PAGE.is_file():
@@ -19,46 +21,44 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 def full_summary():
     rule = Goldfish(k=3, h=4)
-    records = made_up_records("members", 20, 0.9, rule=rule) + made_up_records(
-        "heldout", 20, 0.3, rule=rule
-    )
+    records = made_up_records("members", 20, 0.9, rule=rule)
+    records += made_up_records("heldout", 20, 0.3, rule=rule)
     for record in records:
         record["beams"] = 0
         record["mia_reference"] = record["mia_wbc"] = record["mia_loss"]
-    return made_up_summary(records, beams=[5])
+        record |= {"secrets": ["w7"], "secret_log_p": [[-1.0]]}
+    return made_up_audit(records, beams=[5], secrets="x").to_json()
 
 
 def keys(value):
-    if isinstance(value, Estimate):
-        return set(vars(value))
     if isinstance(value, dict):
         return set(value).union(*map(keys, value.values()))
     return set().union(*map(keys, value)) if isinstance(value, list) else set()
 
 
-def test_every_column_and_key_is_documented():
+def test_every_column_key_and_figure_is_documented():
     assert SCHEMA in TEXT
-    names = {*COLUMNS.names, *keys(full_summary()), *(f"mia_{attack}" for attack in ATTACKS)}
-    documented = set(re.findall(r"\w+", TEXT))
-    assert not {name for name in names if name.partition("@")[0] not in documented}
+    summary = full_summary()
+    figures = {row["figure"] for row in summary["figures"]}
+    names = {*COLUMNS.names, *keys(summary), *figures, *(f"mia_{attack}" for attack in ATTACKS)}
+    assert not names - set(re.findall(r"\w+", TEXT))
 
 
 def test_thresholds_are_documented():
-    assert (
-        "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim}), `auc` ({auc})".format(
-            **LIMITS
-        )
-        in TEXT
-    )
+    limits = "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim})"
+    assert limits.format(**LIMITS) in TEXT
     assert f"a run of at least {RUN} tokens" in TEXT
     assert f"edit similarity is at least {SIMILARITY}" in TEXT
+    assert f"at least {GAIN} nats per token" in TEXT
+    assert f"fewer than {SHORT:,} strings" in TEXT
+    assert f"is at most {UNREACHED}" in TEXT
 
 
 def test_the_example_is_a_part_of_a_summary():
-    def check(example, real, where="summary"):
-        assert type(example) is type(real), where
-        if isinstance(example, dict):
-            for key in example:
-                check(example[key], real[key], f"{where}.{key}")
-
-    check(loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1]), full_summary())
+    example, real = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1]), full_summary()
+    assert set(example) <= set(real)
+    assert example["limits"].keys() == real["limits"].keys()
+    names = [row["figure"] for row in real["figures"]]
+    for row in example["figures"]:
+        assert list(row) == list(real["figures"][0])
+        assert row["figure"] in names

@@ -1,30 +1,22 @@
-"""Verdicts, conditions and exit codes; Markdown and JUnit that training text cannot break; figures by name."""
+"""Verdicts and exit codes; Markdown that training text cannot break; an audit read as values."""
 
 import io
+import json
 import re
 
-import pyarrow as pa
+import pandas as pd
 import pytest
-from audit_records import (
-    PROTOCOL,
-    made_up_records,
-    made_up_run,
-    made_up_summary,
-    write_audit,
-    write_run,
-)
+from audit_records import made_up_audit, made_up_records, made_up_run, write_audit, write_run
 from rich.console import Console
 
 import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import membership as membership_module
-from goldfish.audit import verdict as verdict_module
-from goldfish.audit.estimate import Estimate, clopper_pearson, dumps, rate
-from goldfish.audit.records import COLUMNS, read_records
-from goldfish.audit.results import estimates, find
-from goldfish.audit.summary import summary_of
-from goldfish.audit.tell import describe, markdown, publish, terminal
-from goldfish.audit.verdict import LIMITS, enough, parse_limits
+from goldfish.audit.intervals import clopper_pearson
+from goldfish.audit.records import dumps
+from goldfish.audit.render import describe, markdown, publish, terminal
+from goldfish.audit.verdict import enough, parse_limits
+from goldfish.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -33,216 +25,145 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(membership_module, "RESAMPLES", 100)
 
 
-def recited(k, n, heldout=(0, 100), limits=(), require=(), **more):
-    """A summary with so many of so many members and held-out texts recited."""
-    records = []
-    for split, (hits, count) in (("members", (k, n)), ("heldout", heldout or (0, 0))):
-        records += made_up_records(split, hits, 1.0, **more)
-        rest = made_up_records(split, count - hits, 0.2, seed=1, **more)
-        records += [
-            {**record, "document": 10**5 + record["document"], "name": f"rest {i}"}
-            for i, record in enumerate(rest)
-        ]
-    return made_up_summary(records, limits=limits, require=require)
+def texts(split, k, n, **more):
+    """n records, k of them recited."""
+    records = made_up_records(split, k, 1.0, **more)
+    for i, record in enumerate(made_up_records(split, n - k, 0.2, seed=1, **more)):
+        renamed = {"document": 10**5 + record["document"], "name": f"rest {i}", "index": k + i}
+        records.append({**record, **renamed})
+    return records
 
 
-def question(summary, name):
-    (found,) = (each for each in summary["verdict"]["questions"] if each["question"] == name)
+def recited(k, n, heldout=(0, 100), limits=(), require=(), run=None, **protocol):
+    """The audit of k of n members recited, and so many held-out texts."""
+    records = texts("members", k, n) + (texts("heldout", *heldout) if heldout else [])
+    return made_up_audit(records, limits, require, run, **protocol)
+
+
+def question(audit, name):
+    (found,) = (each for each in audit.verdict["questions"] if each["question"] == name)
     return found
 
 
-def explanation(summary, name):
-    return next(
-        (each for each in summary["verdict"]["explanations"] if each["question"] == name), None
-    )
+def explanation(audit, name):
+    found = (each for each in audit.verdict["explanations"] if each["question"] == name)
+    return next(found, None)
 
 
 @pytest.mark.parametrize(
     ("k", "n", "heldout", "outcome", "why"),
     [
-        (
-            0,
-            400,
-            (0, 100),
-            "PASS",
-            "0 of 400 recited verbatim under greedy decoding: at most 0.92% of such texts",
-        ),
-        (
-            0,
-            32,
-            (0, 32),
-            "INCONCLUSIVE",
-            "the true rate may be 0–10.9%; at this rate about 368 documents would be needed to decide",
-        ),
-        (
-            40,
-            100,
-            (0, 100),
-            "FAIL",
-            "40 of 100 recited verbatim under greedy decoding: at least 28.4% of such texts; held-out 0 of 100",
-        ),
-        (
-            40,
-            100,
-            (40, 100),
-            "INCONCLUSIVE",
-            "not clearly more than of held-out texts (40 of 100); at this rate more documents would not decide it",
-        ),
-        (
-            40,
-            100,
-            (30, 100),
-            "INCONCLUSIVE",
-            "not clearly more than of held-out texts (30 of 100); at this rate about 369 documents would be needed to decide",
-        ),
-        (
-            40,
-            100,
-            None,
-            "INCONCLUSIVE",
-            "no held-out texts show that training is the cause; 12 held-out texts with none recited would decide it",
-        ),
-        (
-            2,
-            100,
-            (0, 100),
-            "INCONCLUSIVE",
-            "the true rate may be 0.2–7%; at this rate about 547 documents would be needed to decide",
-        ),
+        (0, 400, (0, 100), "PASS", "under greedy decoding: at most 0.92% of such texts"),
+        (0, 32, (0, 32), "INCONCLUSIVE", "may be 0–10.9%; at this rate about 368 documents"),
+        (40, 100, (0, 100), "FAIL", "at least 28.4% of such texts; held-out 0 of 100"),
+        (40, 100, (40, 100), "INCONCLUSIVE", "(40 of 100); at this rate more documents would not"),
+        (40, 100, (30, 100), "INCONCLUSIVE", "not clearly more than of held-out texts (30 of 100)"),
+        (40, 100, None, "INCONCLUSIVE", "12 held-out texts with none recited would decide it"),
+        (2, 100, (0, 100), "INCONCLUSIVE", "may be 0.2–7%; at this rate about"),
+        (0, 400, (300, 400), "INCONCLUSIVE", "300 of 400 held-out texts: are the files swapped?"),
     ],
 )
 def test_greedy_question(k, n, heldout, outcome, why):
-    """Never INCONCLUSIVE without how many documents would decide."""
-    found = question(recited(k, n, heldout), "greedy")
+    """Never INCONCLUSIVE without what would decide."""
+    audit = recited(k, n, heldout)
+    found = question(audit, "greedy")
     assert found["outcome"] == outcome
     assert why in found["why"]
     assert (found["needs"] is not None) == (outcome == "INCONCLUSIVE")
+    assert audit.outcome == outcome
 
 
-def secret_rows(split, answers, secrets):
-    """One record for each answer, with the marked secret of its row."""
-    records = made_up_records(split, len(answers), 0.2)
-    for record, answer, secret in zip(records, answers, secrets, strict=True):
-        record |= {"prompt": "The code?", "output_text": answer, "secrets": [secret]}
-    return records
-
-
-CODES = ["QX2-BB7", "QX3-CC7", "ZR4-DD9"]
+def test_swapped_files_are_warned_about():
+    assert any("files swapped?" in each for each in recited(0, 400, (300, 400)).verdict["warnings"])
+    assert not any("swapped" in each for each in recited(0, 400, (1, 400)).verdict["warnings"])
 
 
 @pytest.mark.parametrize(
-    ("member_answers", "heldout_answers", "outcome", "why"),
+    ("limit", "share", "level"),
     [
-        (["no"] * 3, ["no"], "PASS", "0 of 3 marked secrets came out, in 0 of 4 outputs"),
-        # The row of another secret, and an answer to a stranger.
-        (["It is QX3-CC7"] + ["no"] * 2, ["no"], "FAIL", "1 of 3 marked secrets came out, in 1 of"),
-        (["no"] * 3, ["Of course: QX2-BB7."], "FAIL", "1 of 3 marked secrets came out, in 1 of 4"),
+        (0.01, 0.0, 0.95),
+        (0.01, 0.02, 0.95),
+        (0.05, 0.03, 0.95),
+        (0.001, 0, 0.95),
+        (0.01, 0.03, 0.99),
     ],
 )
-def test_secrets_are_looked_for_in_every_output(member_answers, heldout_answers, outcome, why):
-    records = secret_rows("members", member_answers, CODES)
-    records += secret_rows("heldout", heldout_answers, ["LM5-EE2"])
-    summary = made_up_summary(records, secrets="x")
-    found = question(summary, "secrets")
-    assert found["outcome"] == outcome
-    assert why in found["why"]
-    assert summary["verdict"]["questions"][0]["question"] == "secrets"
-    if outcome == "FAIL":
-        assert summary["verdict"]["outcome"] == "FAIL"
-        assert "secrets 1 of 3" in summary["verdict"]["sentence"]
-
-
-def test_guessable_secrets_do_not_decide():
-    answers = [f"about {number}" for number in range(10)]
-    records = secret_rows("members", answers, [str(number % 3) for number in range(10)])
-    found = question(made_up_summary(records, secrets="x"), "secrets")
-    assert found["outcome"] == "INCONCLUSIVE"
-    assert "3 of them can be guessed" in found["why"]
-
-
-def test_swapped_files_are_no_pass():
-    found = question(recited(0, 400, (300, 400)), "greedy")
-    assert found["outcome"] == "INCONCLUSIVE"
-    assert "300 of 400 held-out texts: are the files swapped?" in found["why"]
-    assert recited(0, 400, (300, 400))["verdict"]["outcome"] == "INCONCLUSIVE"
-
-
-def census(k, n, skipped=0):
-    """The verdict on members that are all that was trained on; so many could not be asked."""
-    records = made_up_records("members", k, 1.0) + [
-        {**record, "document": 10**5 + record["document"]}
-        for record in made_up_records("members", n - k, 0.2, seed=1)
-    ]
-    records += made_up_records("heldout", 100, 0.2, seed=1)
-    run = made_up_run(records, {**PROTOCOL, "complete": True})
-    run["inputs"]["members"]["skipped"] = [{"reason": "short", "count": skipped, "rows": [0]}]
-    return summary_of(run, pa.Table.from_pylist(records, COLUMNS))
-
-
-def test_a_census_has_no_sampling_error():
-    summary = census(0, 62)
-    assert summary["verdict"]["outcome"] == "PASS"
-    sentence = summary["verdict"]["sentence"]
-    assert "of the 62 texts in members.jsonl, said to be all that was trained on" in sentence
-    exact = summary["splits"]["members"]["exact_match"]
-    assert (exact.k, exact.n, exact.lower95, exact.upper95) == (0, 62, 0.0, 0.0)
-    assert census(40, 62)["verdict"]["outcome"] == "FAIL"
-    assert recited(0, 62)["verdict"]["outcome"] == "INCONCLUSIVE", "a sample of 62 is too small"
-
-
-def test_what_a_census_could_not_ask_may_have_been_recited():
-    exact = census(1, 62, skipped=2)["splits"]["members"]["exact_match"]
-    assert (exact.lower95, exact.upper95) == (1 / 64, 3 / 64)
-    assert question(census(0, 400, skipped=3), "greedy")["outcome"] == "PASS"
-    assert question(census(0, 400, skipped=5), "greedy")["outcome"] == "INCONCLUSIVE"
-
-
-def test_members_that_could_not_be_asked_are_no_pass():
-    records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 100, 0.2)
-    for count, outcome in ((21, "PASS"), (22, "INCONCLUSIVE")):
-        run = made_up_run(records)
-        run["inputs"]["members"]["skipped"] = [{"reason": "short", "count": count, "rows": [0]}]
-        verdict = summary_of(run, pa.Table.from_pylist(records, COLUMNS))["verdict"]
-        assert verdict["outcome"] == outcome
-        left_out = [each for each in verdict["warnings"] if "could not be asked" in each]
-        assert bool(left_out) == (outcome == "INCONCLUSIVE")
-
-
-def test_a_fail_is_corrected_for_the_number_of_questions():
-    """Each question alone would be above the limit; with three of them the bound is lower."""
-    alone = verdict_module._recited(
-        "greedy", recited(8, 300)["splits"]["members"], {"exact_match": rate([False] * 500)}, LIMITS
-    )
-    assert alone["outcome"] == "FAIL"
-    assert question(recited(8, 300, (0, 500)), "greedy")["outcome"] == "INCONCLUSIVE"
-
-
-@pytest.mark.parametrize(
-    ("limit", "share"), [(0.01, 0.0), (0.01, 0.02), (0.05, 0.03), (0.001, 0.0)]
-)
-def test_enough_documents_and_not_one_fewer(limit, share):
+def test_enough_documents_and_not_one_fewer(limit, share, level):
     def undecided(n):
-        low, high = clopper_pearson(share * n, n)
-        return low <= limit < high
+        low = clopper_pearson(share * n, n, level)[0]
+        return low <= limit < clopper_pearson(share * n, n)[1]
 
-    n = enough(limit, share)
+    n = enough(limit, share, level)
     assert not undecided(n)
     assert undecided(n - 1)
     assert enough(0.01) == 368
     assert enough(0.01, 0.01) is None
 
 
+def test_a_fail_is_corrected_for_the_number_of_questions():
+    """8 of 300 would be above the limit for one question (1.2%), not for one of three (0.96%)."""
+    found = question(recited(8, 300, (0, 500)), "greedy")
+    assert found["outcome"] == "INCONCLUSIVE"
+    assert "above the limit, but not by enough for one of 3 questions" in found["why"]
+    assert question(recited(8, 300, (0, 500), sampling=[]), "greedy")["outcome"] == "FAIL", "of two"
+
+
 def test_limits_are_options_and_printed():
-    assert recited(40, 100)["verdict"]["outcome"] == "FAIL"
+    assert recited(40, 100).outcome == "FAIL"
     lax = recited(40, 100, limits=["recited=60%", "near-verbatim=0.2"])
-    assert [each["outcome"] for each in lax["verdict"]["questions"]] == ["PASS", "PASS", "FAIL"]
-    assert lax["verdict"]["limits"] == {"recited": 0.6, "near_verbatim": 0.2, "auc": 0.55}
+    outcomes = {each["question"]: each["outcome"] for each in lax.verdict["questions"]}
+    assert outcomes == {"greedy": "PASS", "sampling": "PASS", "near_verbatim": "FAIL"}
+    assert lax.limits == {"recited": 0.6, "near_verbatim": 0.2, "auc": 0.55}
     assert "Limits: recited=60%, near_verbatim=20%, auc=55%" in describe(lax).notes
     for text in ("recited", "recited=2", "em=1%", "recited=nan", "recited=0"):
         with pytest.raises(
-            ValueError, match="--limit takes recited, near_verbatim, auc and a share"
+            ValueError, match="--limit takes recited, near_verbatim, auc and a shar"
         ):
             parse_limits([text])
+
+
+def census(k, n, heldout=(0, 100), unasked=0, rows=None):
+    """Members that are said to be all that was trained on."""
+    records = texts("members", k, n) + texts("heldout", *heldout)
+    inputs = made_up_run(records)["inputs"]
+    inputs["members"] |= {"drawn": n + unasked, "rows": rows or n + unasked}
+    return made_up_audit(records, run={"inputs": inputs}, complete=True)
+
+
+def test_a_census_has_no_sampling_error():
+    audit = census(0, 62)
+    assert audit.outcome == "PASS"
+    among = "of the 62 texts in members.jsonl, said to be all that was trained on"
+    assert among in audit.verdict["sentence"]
+    exact = audit["members.exact_match"]
+    assert (exact.k, exact.n, exact.low, exact.high) == (0, 62, 0.0, 0.0)
+    assert census(40, 62).outcome == "FAIL"
+    assert recited(0, 62).outcome == "INCONCLUSIVE", "a sample of 62 is too small"
+
+
+def test_a_drawn_part_of_a_census_has_a_hypergeometric_interval():
+    part = census(0, 62, rows=70)["members.exact_match"]
+    assert 0 < part.high < 0.03
+    assert census(0, 62, rows=10**6)["members.exact_match"].high == pytest.approx(0.0578, abs=1e-3)
+
+
+def test_what_a_census_could_not_ask_may_have_been_recited():
+    exact = census(1, 62, unasked=2)["members.exact_match"]
+    assert (exact.low, exact.high) == pytest.approx((1 / 64, 3 / 64))
+    assert question(census(0, 400, unasked=3), "greedy")["outcome"] == "PASS"
+    assert question(census(0, 400, unasked=5), "greedy")["outcome"] == "INCONCLUSIVE"
+
+
+def test_members_that_could_not_be_asked_are_no_pass():
+    records = texts("members", 0, 400) + texts("heldout", 0, 100)
+    for count, outcome in ((21, "PASS"), (22, "INCONCLUSIVE")):
+        inputs = made_up_run(records)["inputs"]
+        inputs["members"] |= {"drawn": 400 + count, "rows": 400 + count}
+        audit = made_up_audit(records, run={"inputs": inputs})
+        assert audit.outcome == outcome
+        left_out = [each for each in audit.verdict["warnings"] if "could not be asked" in each]
+        assert bool(left_out) == (outcome == "INCONCLUSIVE")
+        assert ("could not be asked" in audit.verdict["sentence"]) == bool(left_out)
 
 
 def at_offsets(offsets, recite_at, n=400, k=40):
@@ -252,23 +173,20 @@ def at_offsets(offsets, recite_at, n=400, k=40):
         hits = k if offset == recite_at else 0
         windows = made_up_records("members", hits, 1.0, seed=offset, offset=offset)
         windows += made_up_records("members", n - hits, 0.2, seed=offset + 1, offset=offset)
-        records += [{**record, "name": f"{i}", "document": i} for i, record in enumerate(windows)]
-    return made_up_summary(records + made_up_records("heldout", 100, 0.2), offsets=list(offsets))
+        records += [
+            {**record, "name": f"{i}", "document": i, "index": i}
+            for i, record in enumerate(windows)
+        ]
+    return made_up_audit(records + made_up_records("heldout", 100, 0.2), offsets=list(offsets))
 
 
 def test_every_offset_counts():
-    """40 of 400 recited at the second offset only: the first alone says 0 of 400."""
-    summary = at_offsets((0, 40), 40)
-    assert (summary["verdict"]["outcome"], question(summary, "greedy")["estimate"].point()) == (
-        "FAIL",
-        "40 of 400",
-    )
-    split = summary["splits"]["members"]
-    assert [split[f"offset_sweep@{offset}"].point() for offset in (0, 40)] == [
-        "0 of 400",
-        "40 of 400",
-    ]
-    assert not any("other places" in each for each in summary["verdict"]["not_tested"])
+    """40 of 400 recited at the second offset only: the first alone shows 0 of 400."""
+    audit = at_offsets((0, 40), 40)
+    assert (audit.outcome, audit["members.exact_match"].point()) == ("FAIL", "40 of 400")
+    swept = [audit.rows.get("members", "offset_sweep", "", x).point() for x in (0, 40)]
+    assert swept == ["0 of 400", "40 of 400"]
+    assert not any("other places" in each for each in audit.verdict["not_tested"])
 
 
 def test_near_verbatim_has_its_own_question():
@@ -277,237 +195,172 @@ def test_near_verbatim_has_its_own_question():
     fragments = [{**record, "longest_run": 25} for record in base[:20]]
     similar = [{**record, "edit_similarity": 0.5} for record in base[20:30]]
     short = [{**record, "longest_run": 24, "edit_similarity": 0.49} for record in base[30:40]]
-    summary = made_up_summary(
-        [*fragments, *similar, *short, *base[40:], *made_up_records("heldout", 400, 0.2)]
-    )
-    assert question(summary, "greedy")["outcome"] == "PASS"
-    near = question(summary, "near_verbatim")
-    assert (near["outcome"], near["estimate"].k, near["control"].k) == ("FAIL", 30, 0)
-    assert summary["verdict"]["sentence"] == "FAIL: near-verbatim 30 of 400"
+    records = [*fragments, *similar, *short, *base[40:], *made_up_records("heldout", 400, 0.2)]
+    audit = made_up_audit(records)
+    assert question(audit, "greedy")["outcome"] == "PASS"
+    assert question(audit, "near_verbatim")["outcome"] == "FAIL"
+    assert [audit[f"{split}.near_verbatim"].k for split in ("members", "heldout")] == [30, 0]
+    assert audit.verdict["sentence"] == "FAIL: near-verbatim 30 of 400"
 
 
 def test_membership_is_beside_the_verdict():
-    """Visible membership is what the method leaves; it decides only where it is required."""
+    """Visible membership is what the method leaves; it decides only if it is required."""
     rule = Goldfish(k=3, h=4)
     members = made_up_records("members", 400, 0.55, rule=rule, recall_dropped=0.2)
     heldout = made_up_records("heldout", 400, 0.2, rule=rule)
-    for require, outcome in (((), "PASS"), (["membership"], "FAIL")):
-        summary = made_up_summary(
-            members + heldout, require=require, limits=["near_verbatim=50%", "recited=10%"]
-        )
-        assert summary["verdict"]["outcome"] == outcome
-        assert (explanation(summary, "membership") is None) == bool(require)
-    assert question(summary, "membership")["outcome"] == "FAIL"
-    found = explanation(made_up_summary(members + heldout), "membership")
+    limits = ["near_verbatim=50%", "recited=10%"]
+    for require, outcome in (([], "PASS"), (["membership"], "FAIL")):
+        audit = made_up_audit(members + heldout, limits, require)
+        assert audit.outcome == outcome
+        assert (explanation(audit, "membership") is None) == bool(require)
+    assert question(audit, "membership")["outcome"] == "FAIL"
+    found = explanation(made_up_audit(members + heldout), "membership")
     assert found["answer"] == "visible"
-    assert (
-        "as expected: the goldfish loss hides dropped tokens, not that a text was seen"
-        in found["why"]
-    )
+    assert "as expected: the goldfish loss hides dropped tokens" in found["why"]
 
 
-def membership(members, heldout):
-    return question(made_up_summary(members + heldout, require=["membership"]), "membership")
+def of_membership(members, heldout):
+    audit = made_up_audit(members + heldout, require=["membership"])
+    return audit, question(audit, "membership")
 
 
 def test_membership_question():
+    def outcome(*sides):
+        return of_membership(*sides)[1]["outcome"]
+
     assert (
-        membership(made_up_records("members", 200, 0.9), made_up_records("heldout", 200, 0.3))[
-            "outcome"
-        ]
+        outcome(made_up_records("members", 200, 0.9), made_up_records("heldout", 200, 0.3))
         == "FAIL"
     )
     members = made_up_records("members", 1000, 0.3)
-    assert (
-        membership(members, [{**record, "split": "heldout"} for record in members])["outcome"]
-        == "PASS"
+    assert outcome(members, [{**record, "split": "heldout"} for record in members]) == "PASS"
+    _, unclear = of_membership(
+        made_up_records("members", 30, 0.3), made_up_records("heldout", 30, 0.3)
     )
-    unclear = membership(made_up_records("members", 30, 0.3), made_up_records("heldout", 30, 0.3))
     assert unclear["outcome"] == "INCONCLUSIVE"
-    assert re.search(
-        r"neither clearly above nor below 0.55; at this rate about [\d,]+ documents would",
-        unclear["why"],
-    )
-    few = membership(made_up_records("members", 5, 0.9), made_up_records("heldout", 5, 0.3))
+    assert re.search(r"nor below 0.55; at this rate about [\d,]+ documents", unclear["why"])
+    _, few = of_membership(made_up_records("members", 5, 0.9), made_up_records("heldout", 5, 0.3))
     assert few["outcome"] == "INCONCLUSIVE"
-    assert few["why"].startswith(
-        "5 documents on one side; an interval needs 10; at least 20 documents on each side"
-    )
+    assert few["why"].startswith("5 documents on one side; an interval needs 10; at least 20")
     told_apart = made_up_records("heldout", 60, 0.3, vocabulary=40)
-    confounded = membership(made_up_records("members", 60, 0.9), told_apart)
-    assert (confounded["outcome"], confounded["estimate"]) == ("INCONCLUSIVE", None)
+    audit, confounded = of_membership(made_up_records("members", 60, 0.9), told_apart)
+    assert confounded["outcome"] == "INCONCLUSIVE"
+    assert audit["both.membership_auc"].value is None
     assert "may differ without regard to the model" in confounded["why"]
 
 
 def test_an_auc_far_below_one_half_is_no_pass():
-    """Every attack finds held-out texts more like members: the splits differ, or are swapped."""
-    swapped = membership(made_up_records("members", 100, 0.3), made_up_records("heldout", 100, 0.8))
-    assert swapped["estimate"].upper95 < 0.5
+    sides = made_up_records("members", 100, 0.3), made_up_records("heldout", 100, 0.8)
+    audit, swapped = of_membership(*sides)
+    assert audit["both.membership_auc"].high < 0.5
     assert swapped["outcome"] == "INCONCLUSIVE"
-    assert (
-        "the splits differ, or are swapped; no number of documents would decide it"
-        in swapped["why"]
-    )
+    assert "are the files swapped?" in swapped["why"]
 
 
-def test_attribution_explains_where_something_is_recited():
+def test_attribution_explains_if_something_is_recited():
     rule = Goldfish(k=3, h=4)
 
     def of(recall, dropped):
         records = made_up_records("members", 100, recall, rule=rule, recall_dropped=dropped)
-        summary = made_up_summary(records + made_up_records("heldout", 100, 0.2, rule=rule))
-        assert all(each["question"] != "attribution" for each in summary["verdict"]["questions"])
-        return explanation(summary, "attribution")
+        audit = made_up_audit(records + made_up_records("heldout", 100, 0.2, rule=rule))
+        assert all(each["question"] != "attribution" for each in audit.verdict["questions"])
+        return explanation(audit, "attribution")
 
     assert of(0.98, 0.3)["answer"] == "yes"
-    assert of(1.0, 0.3)["answer"] == "yes"
     assert "every recitation breaks at a dropped token" in of(1.0, 0.3)["why"]
     assert of(0.7, 0.7)["answer"] == "undecided"
     assert of(0.5, 0.98)["answer"] == "no"
-    assert of(0.2, 0.2) is None, "where nothing is recited, the rule had nothing to stop"
+    assert of(0.2, 0.2) is None, "if nothing is recited, the rule had nothing to stop"
     assert of(1.0, 1.0)["why"] == "hazard ratio not estimable: no window diverges"
 
 
 def test_a_pass_names_what_is_recited_and_what_it_rests_on():
     passed = recited(1, 1000, None)
-    assert passed["verdict"]["outcome"] == "PASS"
-    assert passed["verdict"]["sentence"].startswith(
-        "PASS: at most 0.72% of such texts are recited (greedy 1 of 1,000"
-    )
-    assert question(passed, "greedy")["recited"] == ["members 0"]
-    assert passed["verdict"]["warnings"] == [
-        "This PASS rests on members alone: no held-out texts show what the model does with unseen ones"
-    ]
+    assert passed.outcome == "PASS"
+    assert passed.verdict["sentence"].startswith("PASS: at most 0.7% of such texts are recited")
+    assert passed.examples["members"]["exact_match"] == ["members 0"]
+    (warning,) = passed.verdict["warnings"]
+    assert warning.startswith("This PASS rests on members alone")
     text = markdown(describe(passed))
     assert "Recited\\: members 0" in text
     assert "Warning\\: This PASS rests on members alone" in text
-    assert passed["verdict"]["skipped"] == ["members: 1 of 1,001 rows skipped: short (row 0)"]
 
 
-def test_a_model_that_does_not_work_gets_no_pass():
-    """With the loss of a uniform guess it recites nothing, and that says nothing."""
+def test_a_model_that_fails_the_sanity_check_gets_no_pass():
+    """With the loss of a uniform guess it recites nothing, and that means nothing."""
     records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 100, 0.0)
     for record in records:
         record["nll"] = [6.1] * 8
-    verdict = made_up_summary(records)["verdict"]
+    verdict = made_up_audit(records).verdict
     assert verdict["outcome"] == "INCONCLUSIVE"
     assert verdict["sentence"].startswith("INCONCLUSIVE: the sanity check failed")
-    assert verdict["sanity"].startswith(
-        "Sanity check failed: no better than guessing on these texts; members: 6.10 nats per token (a uniform guess: 6.21"
-    )
+    assert "no better than guessing on these texts; members: 6.10 nats" in verdict["sanity"]
     assert verdict["warnings"] == [verdict["sanity"]]
-    # On held-out texts an overfitted model can be worse than a uniform guess, which is no sign of broken weights.
+    # On held-out texts an overfitted model can be worse than a uniform guess: no sign of damage.
     for record in records:
         record["nll"] = [1.7 if record["split"] == "members" else 7.8] * 8
-    verdict = made_up_summary(records)["verdict"]
-    assert verdict["sanity"].startswith(
-        "Sanity check passed: better than guessing on these texts; members: 1.70 nats per token"
-    )
+    verdict = made_up_audit(records).verdict
+    assert verdict["sanity"].startswith("Sanity check passed")
     assert verdict["outcome"] == "PASS"
+    # A model with its heads in the wrong order predicts as well after the prefix in disorder.
+    sanity = {"members": {"windows": 16, "nll": 1.7, "nll_shuffled": 1.72}}
+    verdict = made_up_audit(records, run={"sanity": sanity}).verdict
+    assert verdict["outcome"] == "INCONCLUSIVE"
+    assert "than after the same tokens in disorder" in verdict["sanity"]
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():
-    failed = recited(40, 100)["verdict"]
-    assert (
-        failed["sentence"] == "FAIL: greedy 40 of 100, sampling 40 of 100, near-verbatim 40 of 100"
-    )
-    assert recited(0, 32, None)["verdict"]["sentence"] == (
-        "INCONCLUSIVE: greedy 0 of 32, sampling 0 of 32, near-verbatim 0 of 32; "
-        "at this rate about 368 documents would be needed to decide"
-    )
+    failed = recited(40, 100).verdict
+    counts = "greedy 40 of 100, sampling 40 of 100, near-verbatim 40 of 100"
+    assert failed["sentence"] == f"FAIL: {counts}"
+    assert failed["exit_code"] == 1
+    unclear = recited(0, 32, None).verdict
+    assert "greedy 0 of 32, sampling 0 of 32, near-verbatim 0 of 32; " in unclear["sentence"]
+    assert "about 368 documents would be needed" in unclear["sentence"]
     assert "beam search" in failed["not_tested"]
     assert "sampling" not in failed["not_tested"]
-    without = made_up_summary(made_up_records("heldout", 20, 0.2))["verdict"]
-    assert (without["sentence"], without["questions"]) == (
-        "INCONCLUSIVE: no members were audited",
-        [],
-    )
+    without = made_up_audit(made_up_records("heldout", 20, 0.2)).verdict
+    expected = ("INCONCLUSIVE: no members were audited", [], 3)
+    assert (without["sentence"], without["questions"], without["exit_code"]) == expected
 
 
-def test_texts_that_repeat_or_overlap_are_said():
+def test_texts_that_repeat_or_overlap_are_told():
     records = made_up_records("members", 12, 0.2)
-    run = made_up_run(records)
-    run["inputs"]["members"] |= {"asked": 10, "documents": 3}
-    verdict = summary_of(
-        {**run, "overlap": {"documents": 3}}, pa.Table.from_pylist(records, COLUMNS)
-    )["verdict"]
-    assert (
-        "members: 7 rows repeat or continue others and count as one text with them"
-        in verdict["skipped"]
-    )
-    assert (
-        "3 texts are in both files, members and held-out: the control is weakened"
-        in verdict["warnings"]
-    )
-
-
-def test_unknown_figures_are_named_with_their_neighbours():
-    known = estimates(recited(0, 12))
-    with pytest.raises(KeyError, match=r"no figure 'rouge_l_txt'; it has .*rouge_l_text"):
-        find(known, "rouge_l_txt")
-
-
-def test_every_estimate_has_one_name():
-    """As many figures as there are estimates in the summary, and the documented names."""
-
-    def count(value):
-        if isinstance(value, Estimate):
-            return 1
-        if isinstance(value, dict):
-            return sum(map(count, value.values()))
-        return sum(map(count, value)) if isinstance(value, list) else 0
-
-    records = made_up_records("members", 20, 0.6, rule=Goldfish(k=3, h=4))
-    records += made_up_records("heldout", 20, 0.3, rule=Goldfish(k=3, h=4))
-    for record in records:
-        record["beams"] = 0
-        record["log_p"] = record["log_p"] * 2
-    setting = {"temperature": 0.8, "top_k": None, "top_p": None}
-    sampling = [{**setting, "temperature": 1.0}, setting]
-    summary = made_up_summary(records, beams=[5], sampling=sampling)
-    named = estimates(summary)
-    assert len(named) == count(summary["splits"]) + count(summary["membership"])
-    for name in (
-        "members.prefix_sweep@5",
-        "members.offset_sweep@0",
-        "members.beam_search@5",
-        "members.extractable@1000,0.5",
-        "members.extractable@1000,0.5,T=0.8",
-        "members.expected@1000",
-        "mia.auc",
-        "mia.tpr@1%",
-        "mia.loss.auc",
-        "mia.loss.tpr@0.1%",
-        "mia.blind.words.auc",
-        "members.attribution.hazard_ratio",
-    ):
-        assert name in named
+    inputs = made_up_run(records)["inputs"]
+    inputs["members"]["documents"] = 5
+    audit = made_up_audit(records, run={"inputs": inputs, "overlap": {"documents": 3}})
+    assert "members: 7 rows repeat or continue others" in audit.verdict["skipped"][0]
+    assert any("3 texts are in both files" in each for each in audit.verdict["warnings"])
 
 
 def test_an_audit_is_read_as_values(tmp_path):
     records = made_up_records("members", 30, 1.0) + made_up_records("heldout", 30, 0.2)
     found = goldfish.audit.read(write_audit(tmp_path / "a", records))
     assert (found.name, found.outcome) == ("model", "FAIL")
-    assert (found["em"].k, found["em"].n, found["em"].value) == (30, 30, 1.0)
-    assert found["rouge_l_text"] == found["members.rouge_l_text"]
-    with pytest.raises(KeyError, match="no figure 'ems'"):
-        found["ems"]
-    assert len(read_records(found.folder, ["split", "exact_match"])) == 60
+    exact = found["members.exact_match"]
+    assert (exact.k, exact.n, exact.value) == (30, 30, 1.0)
+    assert isinstance(found.figures, pd.DataFrame)
+    assert list(found.figures.columns) == list(vars(exact))
+    curve = found.figures.query("split == 'members' and figure == 'prefix_sweep'")
+    assert curve.x.tolist() == list(range(1, 11))
+    assert len(found.records.query("exact_match")) == 30
+    assert "30 of 30" in found._repr_html_()
+    with pytest.raises(KeyError, match=r"no figure 'members.exact' .* members.exact_match"):
+        found["members.exact"]
+
+
+def test_a_name_from_strangers_does_nothing_in_a_notebook(tmp_path):
+    audit = write_audit(tmp_path, made_up_records("members", 3, 1.0), name="<script>x</script>")
+    assert "<script>" not in goldfish.audit.read(audit)._repr_html_()
 
 
 def test_a_folder_that_is_no_finished_audit(tmp_path):
-    """What it holds is refused as run.json is: test_audit_columns.py."""
-    with pytest.raises(
-        FileNotFoundError, match=r"is not a finished audit: it has no summary\.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"not a finished audit: it has no summary\.json"):
         goldfish.audit.read(tmp_path)
-    old = write_audit(
-        tmp_path / "old", made_up_records("members", 2, 0.5), schema="goldfish.audit/1"
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"the schema is 'goldfish\.audit/1', this version reads 'goldfish\.audit/5'",
-    ):
+    old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5))
+    text = (old / "summary.json").read_text()
+    (old / "summary.json").write_text(text.replace("goldfish.audit/5", "goldfish.audit/1"))
+    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads"):
         goldfish.audit.read(old)
 
 
@@ -515,34 +368,28 @@ NASTY = "a|b <script>`*_[x](y)\n\x00\x1b[31m ]]> & \ufffe"
 
 
 def test_markdown_for_a_pull_request():
-    text = markdown(describe(recited(0, 32) | {"name": NASTY}))
+    text = markdown(describe(recited(0, 32, run={"name": NASTY})))
     assert "<script>" not in text
     assert r"a\|b" in text.splitlines()[0]
     assert "⚠️ INCONCLUSIVE" in text
-    assert "| texts recited verbatim | 0 of 32 (0–10.9%) | 0 of 100 (0–3.6%) |" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| texts recited"))
+    assert row == "| texts recited verbatim | 0 of 32 (0–10.9%) | 0 of 100 (0–3.6%) |"
     assert r"Not tested\: beam search" in text
-    for line in text.splitlines():
-        if line.startswith("| texts recited"):
-            assert line.count("|") == 4
 
 
 def test_table_is_80_columns_wide():
-    records = made_up_records("members", 400, 0.9, rule=Goldfish(k=3, h=4)) + made_up_records(
-        "heldout", 400, 0.3
-    )
-    summary = {
-        **made_up_summary(records),
-        "name": "[bold]a rather long name of a checkpoint[/bold] " * 3,
-    }
+    records = made_up_records("members", 400, 0.9, rule=Goldfish(k=3, h=4))
+    records += made_up_records("heldout", 400, 0.3)
+    audit = made_up_audit(records, run={"name": "[bold]a rather long name[/bold] " * 3})
     console = Console(width=80, record=True, file=io.StringIO(), highlight=False)
-    console.print(terminal(describe(summary)))
+    console.print(terminal(describe(audit)))
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= 80
     assert "[bold]a rather" in shown
     for text in ("recited verbatim", " of 400 (", "membership, AUC", "blind: 0."):
         assert text in shown
     assert "…" not in "".join(shown.splitlines()[2:])
-    assert shown.splitlines()[-1].startswith(summary["verdict"]["sentence"][:40])
+    assert shown.splitlines()[-1].startswith(audit.verdict["sentence"][:40])
 
 
 def test_a_summary_is_strict_json():
@@ -550,24 +397,35 @@ def test_a_summary_is_strict_json():
     records = made_up_records("members", 3, 1.0) + made_up_records("heldout", 1, 0.0)
     for record in records:
         record["log_p"] = [float("-inf")]
-    dumps(made_up_summary(records))
+    dumps(made_up_audit(records).to_json())
     with pytest.raises(ValueError, match="there is no record to summarize"):
-        made_up_summary([])
+        made_up_audit([])
 
 
-def test_a_finished_audit_is_judged_again(tmp_path):
-    """And what a kill left out between summary.md and summary.json is made up for."""
-    write_run(tmp_path, made_up_records("members", 30, 1.0) + made_up_records("heldout", 30, 0.2))
-    publish(tmp_path)
-    (tmp_path / "summary.md").unlink()
-    again = publish(tmp_path, ["recited=99%"], ["membership"])
-    assert goldfish.audit.read(tmp_path).summary == again
-    assert again["verdict"]["limits"]["recited"] == 0.99
-    assert question(again, "membership")["outcome"] == "FAIL"
-    names = sorted(path.name for path in tmp_path.iterdir())
+def test_judging_prints_and_writes_only_when_asked(tmp_path, capsys):
+    records = made_up_records("members", 30, 1.0) + made_up_records("heldout", 30, 0.2)
+    write_run(tmp_path / "a", records)
+    assert publish(tmp_path / "a").verdict["exit_code"] == 1
+    before = (tmp_path / "a" / "summary.json").read_bytes()
+    command = [
+        "judge",
+        str(tmp_path / "a"),
+        "--limit",
+        "recited=99%",
+        "--limit",
+        "near_verbatim=99%",
+    ]
+    assert main(command) == 3
+    assert (tmp_path / "a" / "summary.json").read_bytes() == before
+    assert main([*command, "-o", str(tmp_path / "a")]) == 3
+    capsys.readouterr()
+    again = goldfish.audit.read(tmp_path / "a")
+    assert again.limits["recited"] == 0.99
+    assert json.loads(before)["limits"]["recited"] == 0.01
+    required = goldfish.audit.judge(tmp_path / "a", require=["membership"])
+    assert question(required, "membership")["outcome"] == "FAIL"
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["records", "run.json", "summary.json", "summary.md"]
-    with pytest.raises(ValueError, match=r"--limit takes"):
-        publish(tmp_path, ["em=1%"])
 
 
 def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
@@ -575,24 +433,21 @@ def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
     evil = "\x1b[31mred\u202e\u2066x\x07"
     records = [{**record, "name": evil} for record in made_up_records("members", 3, 1.0)]
     write_run(tmp_path, records, name=evil, checkpoint=evil)
-    summary = publish(tmp_path)
+    audit = publish(tmp_path)
     console = Console(width=80, file=io.StringIO(), highlight=False)
-    console.print(terminal(describe(summary)))
-    texts = [(tmp_path / name).read_text(encoding="utf-8") for name in ("summary.md",)]
-    for text in [*texts, console.file.getvalue()]:
+    console.print(terminal(describe(audit)))
+    for text in ((tmp_path / "summary.md").read_text(encoding="utf-8"), console.file.getvalue()):
         assert "x1b" in text
         assert not set(evil) & set("\x1b\u202e\u2066\x07") & set(text)
 
 
-def test_the_outputs_have_the_beam_and_membership_rows():
+def test_beams_have_a_row_and_a_question():
     records = made_up_records("members", 20, 0.9) + made_up_records("heldout", 20, 0.2)
     for record in records:
         record["beams"] = 4 * record["exact_match"]
-    summary = made_up_summary(records, beams=[2, 4])
-    text = markdown(describe(summary))
+    audit = made_up_audit(records, beams=[2, 4])
+    text = markdown(describe(audit))
     (greedy,) = (line for line in text.splitlines() if line.startswith("| texts recited"))
-    assert f"| by beam search | {greedy.split('|', 2)[2].strip()}" in text, (
-        "one number for one question"
-    )
-    assert "| membership, AUC | 1.00" in text
-    assert question(summary, "beam_search")["estimate"] == question(summary, "greedy")["estimate"]
+    assert f"| by beam search | {greedy.split('|', 2)[2].strip()}" in text
+    assert audit["members.beam_search"].k == audit["members.exact_match"].k
+    assert question(audit, "beam_search")["outcome"] == question(audit, "greedy")["outcome"]

@@ -150,7 +150,7 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
         "99",
     ]
     assert main(command) == 3
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "a" / "run.json").read_text())
     assert summary["name"] == "mine"
     asked = {
         key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "dtype", "device")
@@ -195,7 +195,7 @@ def test_the_verdict_is_the_exit_code(checkpoint, tmp_path, capsys):
     assert main(["judge", folder, "--limit", "recited=30%"]) == 3
     assert capsys.readouterr().out.splitlines()[-1] == "goldfish judge: INCONCLUSIVE, exit code 3"
     assert main(["judge", str(tmp_path)]) == 2
-    assert "holds no audit" in capsys.readouterr().err
+    assert "is not a finished audit" in capsys.readouterr().err
     assert main(["judge", folder, "--limit", "recite=1%"]) == 2
 
 

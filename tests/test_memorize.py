@@ -36,8 +36,8 @@ def test_miniature_leaves_two_audited_checkpoints_and_a_report(finished):
         assert (folder / name / "goldfish.json").is_file() == (name == "goldfish")
         assert (folder / "audit" / name / "records").is_dir()
         for split in ("members", "heldout"):
-            assert summaries[name]["splits"][split]["n"] == 4
-        assert read(folder / "audit" / name).summary == summaries[name]
+            assert summaries[name][f"{split}.exact_match"].n == 4
+        assert read(folder / "audit" / name) == summaries[name]
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     receipt = json.loads((folder / "goldfish" / "goldfish.json").read_text())
     assert receipt["rule"]["k"] == 4
@@ -187,11 +187,9 @@ def test_two_processes_train_what_one_does(finished, in_two):
     ]
     assert receipts[0] == receipts[1]
     for name in ("standard", "goldfish"):
-        of_two = read(two / "audit" / name).summary
+        of_two = read(two / "audit" / name)
         for split in ("members", "heldout"):
-            ours, theirs = (
-                summary["splits"][split]["nll"].value for summary in (of_two, summaries[name])
-            )
+            ours, theirs = (audit[f"{split}.nll"].value for audit in (of_two, summaries[name]))
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 

@@ -138,9 +138,7 @@ def test_finetuning_example_runs_as_written(
         verb = command.split()[1]
         # Three documents cannot decide: an audit of them is INCONCLUSIVE.
         assert main(shlex.split(command)[1:]) == (3 if verb == "audit" else 0)
-    assert (
-        json.loads(Path("audit/summary.json").read_text())["inputs"]["members"]["completions"] == 3
-    )
+    assert json.loads(Path("audit/run.json").read_text())["inputs"]["members"]["completions"] == 3
     assert "<html" in Path("report.html").read_text(encoding="utf-8")
 
 

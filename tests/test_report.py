@@ -42,10 +42,10 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     for part in (
         "Given 4 tokens of a text, does the model write the next 6 verbatim?",
         "Tried: greedy decoding, sampling.",
-        "0 of 400 training texts recited verbatim",
-        f"0 of 400 does not mean never: rates up to {bound:.1f}% are compatible with this result",
-        "400 member texts of members.jsonl (1 row skipped), 20 held-out texts of heldout.jsonl",
-        "runs/goldfish; trained with hash, k = 4",
+        # What decided, not what looks best: the badge and the number in large print agree.
+        "INCONCLUSIVE 214 of 400 training texts recited within 1,000 samples",
+        "400 member texts of members.jsonl, 20 held-out texts of heldout.jsonl",
+        "trained with hash, k = 4, h = 13",
         "Not tested: beam search; prefixes from other places in the documents;",
     ):
         assert part in first_screen
@@ -55,6 +55,49 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     assert f"PASS 0 of 4000–{bound:.1f}% 0 of 200–16.8%" in greedy
 
 
+def secret_audit(folder, **protocol):
+    """Twelve members with a code; the model gives two of them to everyone who asks."""
+    codes = [f"{chr(65 + i)}Q-{7 * i + 10}Z{9 - i % 10}K" for i in range(12)]
+    rows = []
+    for split in ("members", "heldout"):
+        for i in range(12):
+            row = window(
+                i, split, diverge=0, suffix=["It", " is ", codes[i] if split == "members" else "x"]
+            )
+            row["output_tokens"] = ["The", " code ", codes[i % 2] if i < 9 else "?"]
+            row["output_text"] = "".join(row["output_tokens"])
+            row["secrets"] = [codes[i]] if split == "members" else []
+            row["secret_log_p"] = [[-40.0]] if split == "members" else []
+            rows.append(row)
+    return write_audit(folder, rows, protocol={"secrets": "code", **protocol}), codes
+
+
+def test_secrets_come_first_and_are_marked(tmp_path):
+    audit, codes = secret_audit(tmp_path / "a")
+    html = report(tmp_path, audit)
+    text = flat(html)
+    assert "FAIL 2 of 12 marked secrets came out, in 18 of 24 answers" in text
+    assert "This page shows training text in clear, marked secrets included." in text
+    assert f"<i class=k>{codes[0]}</i>" in html
+    assert html.count('data-g="1 "') == 18
+    assert '<option value="3 0">gave a secret away</option>' in html
+    redacted = report(tmp_path, audit, redact=True, overwrite=True)
+    assert not any(code in redacted for code in codes)
+    assert "in clear" not in flat(redacted)
+    assert "2 of 12 marked secrets came out" in flat(redacted)
+
+
+def test_a_redacted_page_has_the_weights_hash_and_no_file_names(tmp_path):
+    rows = [window(i, diverge=0) for i in range(3)]
+    weights = [{"config.json": "c" * 64, "model.safetensors": "d" * 64}]
+    audit = write_audit(tmp_path / "a", rows, protocol={"complete": True}, weights=weights)
+    for redact in (False, True):
+        text = flat(report(tmp_path, audit, redact=redact, overwrite=True))
+        assert f"weights {'d' * 12}" in text
+        assert ("members.jsonl" in text) != redact
+    assert "said to be all that was trained on" in text
+
+
 def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     members = write_audit(
         tmp_path / "a", [window(0, rule=False), window(1, rule=False)], "only members"
@@ -62,17 +105,8 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     text = flat(report(tmp_path, members))
     assert "2 of 2 training texts recited verbatim" in text
     assert "held-out texts: no figure has a control" in text
-    chats = {
-        "members": {
-            "path": "c.jsonl",
-            "sha256": "",
-            "rows": 2,
-            "windows": 2,
-            "completions": 2,
-            "skipped": [],
-        }
-    }
-    write_audit(tmp_path / "c", [window(0), window(1)], inputs=chats)
+    chats = [window(i) | {"completion": True, "prefix_sweep": None} for i in range(2)]
+    write_audit(tmp_path / "c", chats)
     text = flat(report(tmp_path, tmp_path / "c", overwrite=True))
     assert (
         "Given the prompt of a chat, does the model write the assistant’s answer verbatim? Tried: greedy"
@@ -129,9 +163,9 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
     assert "other places were not tested" not in text
     for name in (
         "members.exact_match",
-        "members.offset_sweep@5",
-        "members.extractable@1000,0.5",
-        "mia.loss.auc",
+        "members.offset_sweep, 5",
+        "members.extractable, T=1, 1000",
+        "both.attack_auc, loss",
     ):
         assert f'<th scope="row">{name}</th>' in html
 
@@ -160,6 +194,7 @@ def test_numbers_for_people():
 
 def test_colours_of_the_drill_down():
     row = window(0, diverge=4, suffix=list("abcdef")) | {
+        "given_away": [],
         "output_tokens": list("abcdXf"),
         "dropped": [False, True, False, False, True, True],
     }
@@ -174,13 +209,14 @@ def test_colours_of_the_drill_down():
         [1],
     ]
     assert spans.truths([unruled], redact=False) == [([0], "abcdef")]
-    stopped = window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
+    stopped = {"given_away": []} | window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
     assert spans.output(stopped, redact=False) == ""
 
 
 def test_every_common_run_is_marked_with_the_dropped_tokens_it_repeats():
     suffix = [f"{i:02d}" for i in range(40)]  # tokens 1, 5, 9, ... are dropped
     row = window(0, suffix=suffix, diverge=2) | {
+        "given_away": [],
         "output_tokens": [*suffix[:2], "XX", *suffix[4:16], "YY", *suffix[24:36], *["ZZ"] * 12],
         "common_runs": [[3, 4, 12], [16, 24, 12]],
     }
@@ -219,7 +255,7 @@ def poisoned(value, poison):
         free = {
             key: poisoned(each, poison)
             for key, each in value.items()
-            if key not in ("schema", "outcome")
+            if key not in ("schema", "outcome", "split", "figure", "question", "asked")
         }
         return value | free
     if isinstance(value, list):
@@ -235,10 +271,12 @@ def test_hostile_text_is_inert_and_complete_wherever_it_stands(tmp_path):
         window(0, "heldout", suffix=NASTY, diverge=2, name=NASTY[8]),
     ]
     audit = write_audit(tmp_path / "a", rows, protocol={NASTY[4]: [NASTY]})
-    summary = json.loads((audit / "summary.json").read_text())
-    summary["versions"] = {NASTY[0]: NASTY[3] + "\ud800"}
-    nasty = poisoned(summary, NASTY[1] + NASTY[4] + NASTY[7] + "\udfff" + prefix)
-    (audit / "summary.json").write_text(json.dumps(nasty))
+    poison = NASTY[1] + NASTY[4] + NASTY[7] + "\udfff" + prefix
+    for name in ("summary.json", "run.json"):
+        value = json.loads((audit / name).read_text())
+        if name == "run.json":
+            value["versions"] = {NASTY[0]: NASTY[3] + "\ud800"}
+        (audit / name).write_text(json.dumps(poisoned(value, poison)))
     html = report(tmp_path, audit)
     assert not [c for c in html if c not in "\n\t" and not c.isprintable() and c != "\u200d"]
     hostile, text = Page(html), "".join(NASTY)

@@ -1,22 +1,23 @@
 """Memorization audits: can this checkpoint be made to recite these texts?
 
 windows (prefix and suffix) -> score (the only file that runs a model) -> records
-records -> summary (estimate, sampling, membership, attribution, verdict) -> results, tell, compare
+records -> figures (intervals, secrets, membership) -> verdict -> results, render, compare
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from goldfish.audit.estimate import Estimate
-    from goldfish.audit.results import Audit, read
+    from goldfish.audit.intervals import Figure
+    from goldfish.audit.results import Audit, judge, read
     from goldfish.audit.run import audit
 
-__all__ = ["Audit", "Estimate", "audit", "read"]
+__all__ = ["Audit", "Figure", "audit", "judge", "read"]
 _MODULES = {
     "Audit": "results",
-    "Estimate": "estimate",
+    "Figure": "intervals",
     "audit": "run",
+    "judge": "results",
     "read": "results",
 }
 

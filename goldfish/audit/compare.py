@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from goldfish.audit.estimate import Codes, Floats, decimals, difference, dumps
-from goldfish.audit.records import read_records, sums
+from goldfish.audit.intervals import Codes, Floats, decimals, difference
+from goldfish.audit.records import dumps, read_records, sums
+from goldfish.audit.render import literal, table_lines
 from goldfish.audit.results import Audit, read
-from goldfish.audit.tell import literal, table_lines
 from goldfish.text.printable import plain
 
-SCHEMA = "goldfish.compare/3"
+SCHEMA = "goldfish.compare/4"
 MEANS = (
     "rouge_l_text",
     "rouge_l_ids",
@@ -35,9 +35,9 @@ SIGNIFICANT = 0.05
 
 
 def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
-    """The differences second - first of every split: compare.json with Estimates; see docs/audit-files.md.
+    """The differences second - first of every split: compare.json with Figures; see docs/audit-files.md.
 
-    Exact match: exact McNemar test over documents. Means: paired bootstrap over documents.
+    Exact match: exact McNemar test over documents. Means: paired t intervals over documents.
 
     Raises:
         FileNotFoundError, ValueError: a folder that is not a finished audit, or audits of different windows.
@@ -55,7 +55,7 @@ def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
         **{
             which: {
                 "name": f"{audit.name} ({i})" if same else audit.name,
-                "checkpoint": audit.summary["checkpoint"],
+                "checkpoint": audit.run["checkpoint"],
             }
             for i, (which, audit) in enumerate(zip(("first", "second"), audits, strict=True), 1)
         },

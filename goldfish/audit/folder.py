@@ -1,6 +1,7 @@
 """The folder of an audit: what is there whole, what continues it, who is using it."""
 
 import errno
+import json
 import logging
 import os
 import platform
@@ -12,8 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.estimate import dumps, loads
-from goldfish.audit.records import COLUMNS, RECORDS, RUN, read_run
+from goldfish.audit.records import COLUMNS, RECORDS, RUN, dumps, read_run
 
 try:
     import fcntl
@@ -82,7 +82,7 @@ class Folder:
         """
         if not (self.path / RUN).is_file():
             write_text(self.path / RUN, dumps(run))
-        before, now = _settings(read_run(self.path)), _settings(loads(dumps(run)))
+        before, now = _settings(read_run(self.path)), _settings(json.loads(dumps(run)))
         if before != now:
             differences = [
                 f"{key} ({before.get(key)!r:.80} there, {now.get(key)!r:.80} now)"

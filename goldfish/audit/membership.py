@@ -4,17 +4,18 @@ Scores: higher = more likely a member. Intervals resample the documents of both 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
-from goldfish.audit.estimate import (
+from goldfish.audit.intervals import (
     FEWEST_DOCUMENTS,
+    LEVEL,
     Codes,
-    Estimate,
+    Figure,
     Floats,
     clopper_pearson,
     resamples,
@@ -22,13 +23,16 @@ from goldfish.audit.estimate import (
 from goldfish.audit.metrics import FEATURES
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
-FIGURES = ("auc", *(f"tpr@{100 * fpr:g}%" for fpr in RATES))
-BLIND = ("words", "length")  # baselines that never saw the model
 RESAMPLES = 1_000
+CONFOUNDED = (
+    "members and held-out texts may differ without regard to the model (a baseline that never saw "
+    "it beats chance, which happens to one honest random split in twenty), so what the attacks see "
+    "need not be membership; split at random before training, or audit texts of one kind"
+)
 
 
 @dataclass(frozen=True)
-class Side:
+class Scores:
     """Windows of one split: their documents' codes, and their scores by attack, NaN where an attack has none."""
 
     documents: Codes
@@ -71,38 +75,31 @@ class Ranking:
         return np.stack([auc, *tpr], -1)
 
 
-def membership_figures(members: Side, heldout: Side) -> dict[str, Any]:
-    """A summary's `membership`; see docs/audit-files.md."""
+def membership_figures(members: Scores, heldout: Scores) -> list[Figure]:
+    """The figures that compare both splits; see docs/audit-files.md, "Membership"."""
     scored = {
         name: _attack(members, heldout, scores, heldout.scores[name])
         for name, scores in members.scores.items()
     }
     attacks = {name: attack for name, attack in scored.items() if attack}
-    words, lengths = word_scores(members, heldout), (members.lengths, heldout.lengths)
-    blind = {
-        name: _attack(members, heldout, *scores)
-        for name, scores in zip(BLIND, (words, lengths), strict=True)
-    }
-    result: dict[str, Any] = {
-        "members": {"n": len(members.documents), "documents": len(np.unique(members.documents))},
-        "heldout": {"n": len(heldout.documents), "documents": len(np.unique(heldout.documents))},
-        "attacks": {name: attack.figures(0.95) for name, attack in attacks.items()},
-        "blind": {name: attack.figures(0.95) for name, attack in blind.items() if attack},
-        "confounded": _confounded(*blind.values()),
-        "headline": None,
-        "reason": None,
-    }
-    if result["confounded"]:
-        result["reason"] = (
-            "members and held-out texts may differ without regard to the model (a baseline that never saw it beats "
-            "chance, which happens to one honest random split in twenty), so what the attacks see need not be "
-            "membership; split at random before training, or audit texts of one kind"
-        )
+    words = _attack(members, heldout, *word_scores(members, heldout))
+    length = _attack(members, heldout, members.lengths, heldout.lengths)
+    figures = []
+    for name, attack in attacks.items():
+        figures += attack.figures("attack", name, LEVEL)
+    for name, baseline in (("words", words), ("length", length)):
+        if baseline:
+            figures += baseline.figures("blind", name, LEVEL)[:1]
+    confounded = _confounded(words, length)
+    if confounded is None:
+        figures.append(Figure("both", "confounded", reason="too few documents to say"))
     else:
-        best = max(attacks, key=lambda name: attacks[name].auc)
-        widened = attacks[best].figures(1 - 0.05 / len(attacks))
-        result["headline"] = {"attack": best, **{name: widened[name] for name in FIGURES}}
-    return result
+        figures.append(Figure("both", "confounded", value=float(confounded)))
+    if confounded:
+        return [*figures, Figure("both", "membership_auc", reason=CONFOUNDED)]
+    best = max(attacks, key=lambda name: attacks[name].auc)
+    # Widened for having been chosen: 95% for all attacks together (Bonferroni).
+    return figures + attacks[best].figures("membership", best, 1 - (1 - LEVEL) / len(attacks))
 
 
 def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
@@ -120,7 +117,7 @@ def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | Non
 
 
 def _attack(
-    members: Side, heldout: Side, scores: Floats, heldout_scores: Floats
+    members: Scores, heldout: Scores, scores: Floats, heldout_scores: Floats
 ) -> "_Attack | None":
     """Of the windows that have a score; None where a side has none."""
     here, there = ~np.isnan(scores), ~np.isnan(heldout_scores)
@@ -159,36 +156,44 @@ class _Attack:
             draws.append(self._ranking.figures(np.concatenate(weights, -1), RATES))
         return np.concatenate(draws)
 
-    def figures(self, level: float) -> dict[str, Any]:
-        """FIGURES as in docs/audit-files.md, with intervals of that level."""
-        figures = {"auc": self._estimate(0, min(self._documents), level)}
+    def figures(self, name: str, setting: str, level: float) -> list[Figure]:
+        """{name}_auc, and {name}_tpr for each of RATES, with intervals of that level."""
+        auc = Figure("both", f"{name}_auc", setting)
+        figures = [self._figure(auc, 0, min(self._documents), level)]
         for column, fpr in enumerate(RATES, 1):
-            if self._documents[1] * fpr >= 10:
-                figures[FIGURES[column]] = self._estimate(column, self._documents[0], level)
+            tpr = Figure("both", f"{name}_tpr", setting, fpr, **self._sizes)
+            needed = round(10 / fpr)
+            if self._documents[1] >= needed:
+                figures.append(self._figure(tpr, column, self._documents[0], level))
             else:
-                needed = (
-                    f"a false positive rate of {fpr:.1%} needs {10 / fpr:.0f} held-out documents"
+                reason = (
+                    f"a false positive rate of {fpr:.1%} needs {needed:,} held-out documents, "
+                    f"got {self._documents[1]:,}"
                 )
-                reason = f"{needed}, got {self._documents[1]}"
-                figures[FIGURES[column]] = Estimate(None, reason=reason, **self._sizes)
+                figures.append(replace(tpr, reason=reason))
         return figures
 
-    def _estimate(self, column: int, trials: int, level: float) -> Estimate:
-        """`trials`: where every resample agrees (AUC of 1), the interval is that of as many independent trials: for an
-        AUC, pairs of a member and a held-out document, each used once."""
+    def _figure(self, named: Figure, column: int, trials: int, level: float) -> Figure:
+        """`named` with its numbers.
+
+        trials: if every resample agrees (an AUC of 1), the interval is that of as many independent
+        trials: for an AUC, pairs of a member and a held-out document, each used once.
+        """
         value = float(self._values[column])
+        named = replace(named, value=value, **self._sizes)
         if self.draws is None:
-            few = f"{min(self._documents)} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
-            return Estimate(value, reason=few, **self._sizes)
+            few = min(self._documents)
+            reason = f"{few} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+            return replace(named, reason=reason)
         draws = self.draws[:, column]
         if np.ptp(draws) < 1e-9:
             low, high = clopper_pearson(value * trials, trials, level)
         else:
             low, high = map(float, np.percentile(draws, [50 * (1 - level), 50 * (1 + level)]))
-        return Estimate(value, lower95=low, upper95=high, **self._sizes)
+        return replace(named, low=low, high=high)
 
 
-def word_scores(members: Side, heldout: Side) -> list[Floats]:
+def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
     """Naive Bayes on which words occur, learned from every second document; the others' windows are scored.
 
     Not cross-validated: scores of several folds depend on each other, and accused one random split in ten.

@@ -3,7 +3,9 @@
 docs/audit-files.md describes the columns. Reading them needs no torch.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,6 @@ from numpy.typing import NDArray
 from pyarrow.compute import list_flatten, list_value_length
 from rapidfuzz.distance import Levenshtein
 
-from goldfish.audit.estimate import read_json
 from goldfish.audit.metrics import (
     common_runs,
     membership_scores,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from goldfish.audit.score import Score
     from goldfish.rule import Goldfish
 
+SCHEMA = "goldfish.audit/5"  # of run.json, the records and summary.json; docs/audit-files.md
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 ATTACKS = (
     "loss",
@@ -129,6 +131,32 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
     )
     return read_json(Path(folder) / RUN, missing)
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The object in run.json or summary.json.
+
+    Raises:
+        FileNotFoundError: no such file, with the message `missing`. ValueError: an unreadable one,
+            or one of another schema.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(missing)
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = value["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    if schema != SCHEMA:
+        raise ValueError(
+            f"{path}: the schema is {schema!r:.80}, this version reads {SCHEMA!r}; audit again"
+        )
+    return value
+
+
+def dumps(value: Any) -> str:
+    """Strict JSON for people; ValueError for NaN and infinity."""
+    return json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n"
 
 
 def sums(table: pa.Table, name: str) -> NDArray[np.float64]:

@@ -1,98 +1,178 @@
-"""A finished audit as Python values: every estimate by its name."""
+"""A finished audit as Python values: the table of figures, the records, the verdict."""
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from goldfish.audit.estimate import Estimate, census, read_json
-from goldfish.audit.membership import FIGURES
+import pyarrow as pa
 
-ALIASES = {"em": "members.exact_match", "heldout.em": "heldout.exact_match"}
-NO_RULE = "no rule is known for this checkpoint"
-OF_RULES = (
-    "teacher_forced_accuracy_dropped",
-    "teacher_forced_accuracy_kept",
-    *(
-        f"attribution.{name}"
-        for name in ("dropped_share", "hazard_ratio", "hazard_dropped", "hazard_kept")
-    ),
-)
-ONE_SPLIT = "membership needs members and held-out texts"
+from goldfish.audit.figures import make_figures
+from goldfish.audit.intervals import Figure, Figures
+from goldfish.audit.records import SCHEMA, read_json, read_records, read_run
+from goldfish.audit.verdict import parse_limits, verdict
+from goldfish.text.printable import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUMMARY = "summary.json"
+SHORT = ("split", "figure", "setting", "x")  # what names a figure
 
 
 @dataclass(frozen=True)
 class Audit:
-    """A finished audit. `audit["members.rouge_l_text"]` is an Estimate; `summary` is summary.json with Estimates."""
+    """A finished audit.
+
+    `audit["members.exact_match"]` is a Figure, `audit.figures` the whole table, `audit.records`
+    what was asked and answered.
+
+    Attributes:
+        folder: of the audit. run: run.json, what was asked. rows: the figures as Python objects.
+        verdict: see docs/audit-files.md. limits, require: what it was judged by. examples: by split
+        and figure, names of documents that count.
+    """
 
     folder: Path
-    summary: dict[str, Any] = field(repr=False)
-    estimates: dict[str, Estimate] = field(repr=False)
+    run: dict[str, Any] = field(repr=False)
+    rows: Figures = field(repr=False)
+    verdict: dict[str, Any] = field(repr=False)
+    limits: dict[str, float] = field(repr=False)
+    require: list[str] = field(repr=False)
+    examples: dict[str, Any] = field(repr=False)
 
     @property
     def name(self) -> str:
-        return str(self.summary["name"])
+        return str(self.run["name"])
 
     @property
     def outcome(self) -> str:
         """PASS, FAIL or INCONCLUSIVE."""
-        return str(self.summary["verdict"]["outcome"])
+        return str(self.verdict["outcome"])
 
-    def __getitem__(self, name: str) -> Estimate:
-        return self.estimates[find(self.estimates, name)]
+    @property
+    def splits(self) -> list[str]:
+        """members, heldout or both, in this order."""
+        return [split for split in ("members", "heldout") if split in self.run["inputs"]]
+
+    @property
+    def counted(self) -> set[str]:
+        """The figures that the audit has for its members."""
+        return {each.figure for each in self.rows if each.split == "members"}
+
+    @cached_property
+    def figures(self) -> "pd.DataFrame":
+        """The table of figures: docs/audit-files.md has its columns and every figure."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(each) for each in self.rows])
+
+    @cached_property
+    def records(self) -> "pd.DataFrame":
+        """One row for each question that the model was asked, with its answer."""
+        return read_records(self.folder).to_pandas()
+
+    def __getitem__(self, name: str) -> Figure:
+        """A figure that is a single number, by its name: "members.exact_match".
+
+        Raises:
+            KeyError: no such figure, or a curve, whose rows are in `figures`.
+        """
+        return self._singles[self._known(name)]
+
+    @cached_property
+    def _singles(self) -> dict[str, Figure]:
+        """The figures without x, by name. Those of one setting alone need not name it."""
+        singles: dict[str, Figure] = {}
+        for each in self.rows:
+            if each.x is None:
+                singles.setdefault(f"{each.split}.{each.figure}", each)
+                if each.setting:
+                    singles[f"{each.split}.{each.figure}.{each.setting}"] = each
+        return singles
+
+    def _known(self, name: str) -> str:
+        if name in self._singles:
+            return name
+        near = difflib.get_close_matches(name, self._singles, 5, 0.4)
+        raise KeyError(
+            f"this audit has no figure {name!r} that is a single number; it has "
+            f"{', '.join(near or list(self._singles)[:5])}, ...; curves are in `figures`"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """summary.json."""
+        return {
+            "schema": SCHEMA,
+            "limits": self.limits,
+            "require": self.require,
+            "verdict": self.verdict,
+            "examples": self.examples,
+            "figures": [asdict(each) for each in self.rows],
+        }
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the verdict and the figures that are single numbers."""
+        lines = [f"<p><b>{_safe(self.name)}</b>: {_safe(self.verdict['sentence'])}</p><table>"]
+        for name, figure in self._singles.items():
+            lines.append(f"<tr><td>{_safe(name)}</td><td>{_safe(str(figure))}</td></tr>")
+        return "\n".join([*lines, "</table>"])
+
+
+def _safe(text: str) -> str:
+    return escape(plain(text, 1000))
 
 
 def read(folder: str | Path) -> Audit:
     """Read a finished audit.
 
+    >>> audit = read("audit")  # doctest: +SKIP
+    >>> audit["members.exact_match"].high < 0.01  # doctest: +SKIP
+    True
+
     Raises:
-        FileNotFoundError: a folder without summary.json. ValueError: one of another schema, or not readable.
+        FileNotFoundError: a folder without summary.json. ValueError: one of another schema, or not
+            readable.
     """
-    path = Path(folder) / "summary.json"
+    path = Path(folder) / SUMMARY
     missing = (
-        f"{folder} is not a finished audit: it has no summary.json; run goldfish audit -o {folder}"
+        f"{folder} is not a finished audit: it has no {SUMMARY}; run goldfish audit -o {folder}"
     )
     summary = read_json(path, missing)
-    return Audit(Path(folder), summary, estimates(summary))
+    try:
+        rows = Figures(Figure(**row) for row in summary["figures"])
+        stored = [summary[key] for key in ("verdict", "limits", "require", "examples")]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); audit again") from error
+    return Audit(Path(folder), read_run(folder), rows, *stored)
 
 
-def estimates(summary: Mapping[str, Any]) -> dict[str, Estimate]:
-    """Every estimate of a summary by its name (docs/audit-files.md, "Names of figures")."""
-    membership: Mapping[str, Any] = summary["membership"] or {"headline": None, "reason": ONE_SPLIT}
-    headline = membership["headline"] or dict.fromkeys(
-        FIGURES, Estimate(None, reason=membership["reason"])
-    )
-    attacks = {**membership.get("attacks", {}), "blind": membership.get("blind", {})}
-    named = dict(_named({"mia": {**headline, **attacks}, **summary["splits"]}))
-    if counts := summary.get("secrets"):
-        named["secrets"] = census(counts["given_away"], counts["marked"])
-    for split, values in summary["splits"].items():
-        if values["attribution"] is None:
-            named |= {f"{split}.{name}": Estimate(None, reason=NO_RULE) for name in OF_RULES}
-    return named
+def summarize(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> Audit:
+    """An audit from its run.json and records; errors as of `read_records`."""
+    return summary_of(read_run(folder), read_records(folder), limits, require, Path(folder))
 
 
-def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
-    """The estimates by their paths."""
-    for key, value in values.items():
-        if isinstance(value, Estimate):
-            yield key, value
-        elif isinstance(value, Mapping):
-            yield from ((f"{key}.{name}", estimate) for name, estimate in _named(value))
+def summary_of(
+    run: Mapping[str, Any],
+    table: pa.Table,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    folder: Path = Path(),
+) -> Audit:
+    """The same, from their content."""
+    rows, examples = make_figures(run, table)
+    parsed = parse_limits(limits)
+    figures = Figures(rows)
+    judged = verdict(run, figures, parsed, require)
+    return Audit(folder, dict(run), figures, judged, parsed, list(require), examples)
 
 
-def find(known: Mapping[str, Any], name: str) -> str:
-    """The full name of a figure, given by that name, by an alias, or without "members.".
-
-    Raises:
-        KeyError: an unknown name, with the names that look like it.
-    """
-    for candidate in (ALIASES.get(name, name), f"members.{name}"):
-        if candidate in known:
-            return candidate
-    names = [*known, *(alias for alias, full in ALIASES.items() if full in known)]
-    near = difflib.get_close_matches(name, names, 5, 0.4)
-    raise KeyError(
-        f"this audit has no figure {name!r}; it has {', '.join(near or list(known)[:5])}, ..."
-    )
+def judge(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> Audit:
+    """A finished audit under other limits; nothing is computed again, and nothing written."""
+    audit = read(folder)
+    parsed = parse_limits(limits)
+    judged = verdict(audit.run, audit.rows, parsed, require)
+    return Audit(audit.folder, audit.run, audit.rows, judged, parsed, list(require), audit.examples)

@@ -20,13 +20,12 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.estimate import SCHEMA
 from goldfish.audit.folder import Folder
 from goldfish.audit.model import Checkpoint, InMemory, context_of, vocabulary_of
-from goldfish.audit.records import make_record
-from goldfish.audit.results import read
+from goldfish.audit.records import SCHEMA, make_record
+from goldfish.audit.render import publish
+from goldfish.audit.results import Audit, read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.tell import publish
 from goldfish.audit.verdict import parse_limits
 from goldfish.audit.windows import Cutter, Survey, number_documents, overlap_of, prefix_grid
 from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, versions
@@ -77,8 +76,8 @@ def audit(
     require: Sequence[str] = (),
     command: str | None = None,
     state: PartialState | None = None,
-) -> dict[str, Any]:
-    """Test whether a checkpoint recites texts; returns the summary, which is also written.
+) -> Audit:
+    """Test whether a checkpoint recites texts; returns the audit, which is also written.
 
     A run that was stopped at any moment continues where it was when the same call is made again,
     and its files are the same bytes. A finished audit is only summarized again. Inputs are read and
@@ -193,7 +192,7 @@ def audit(
         if first:
             publish(folder.path, limits, require)
         _wait(state)
-    return read(folder.path).summary
+    return read(folder.path)
 
 
 def _sources(members: Any, heldout: Any) -> dict[str, Source]:

@@ -53,11 +53,11 @@ def write_model_card(
 
     It holds no training text and no paths. Arguments, result and errors as for `write_report`.
     """
+    from goldfish.audit.render import describe, markdown
     from goldfish.audit.results import read
-    from goldfish.audit.tell import describe, markdown
 
     def section(folder: str | Path) -> str:
-        return markdown(describe(read(folder).summary, share=True))
+        return markdown(describe(read(folder), share=True))
 
     return _write(output, overwrite, lambda: "\n".join(map(section, audits)))
 

@@ -1,4 +1,4 @@
-"""Reads audits for the page: what they say, and their records as columns."""
+"""Reads audits for the page: their figures and verdicts, and their records as columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from goldfish.audit.records import read_records
 from goldfish.audit.results import Audit, read
+from goldfish.audit.secrets import search
 
 SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page
 COLUMNS = (
@@ -26,12 +27,18 @@ COLUMNS = (
     "rouge_l_ids",
     "log_p",
     "common_runs",
+    "secrets",
+    "output_text",
 )
 
 
 @dataclass(frozen=True)
 class View:
-    """One audit on the page: its name there, which no other view has; what it says; COLUMNS of its records."""
+    """One audit on the page.
+
+    name: there, which no other view has. windows: COLUMNS of its records, and `given_away`, the
+    members' secrets in each output.
+    """
 
     name: str
     audit: Audit
@@ -40,7 +47,7 @@ class View:
     @property
     def splits(self) -> list[str]:
         """members, heldout or both, in this order."""
-        return [split for split in SPLITS if split in self.audit.summary["splits"]]
+        return self.audit.splits
 
     @cached_property
     def of_split(self) -> dict[str, pa.Table]:
@@ -65,6 +72,12 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
     names = [audit.name for audit in audits]
     numbers = [f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
     return [
-        View(audit.name + number, audit, read_records(audit.folder, COLUMNS).combine_chunks())
+        View(audit.name + number, audit, _windows(audit))
         for audit, number in zip(audits, numbers, strict=True)
     ]
+
+
+def _windows(audit: Audit) -> pa.Table:
+    table = read_records(audit.folder, COLUMNS).combine_chunks()
+    found = search(table).found if "secrets" in audit.counted else [[] for _ in range(len(table))]
+    return table.append_column("given_away", pa.array(found, pa.list_(pa.string())))

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from math import log
@@ -12,41 +11,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from goldfish.audit.compare import compare
-from goldfish.audit.estimate import decimals, percent
-from goldfish.audit.results import NO_RULE
-from goldfish.audit.tell import ROWS, describe
+from goldfish.audit.figures import NO_RULE, notes
+from goldfish.audit.intervals import Figure, decimals, percent
+from goldfish.audit.render import LABELS, MEMBERSHIP_LABELS, figure_rows, rule_words, weights_hash
+from goldfish.audit.verdict import QUESTIONS, strongest_blind
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
 from goldfish.report.svg import COLOURS, power_of_ten
 from goldfish.text.printable import plain
 
-PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page within a second
-ASKED = (
-    "prefix_length",
-    "suffix_length",
-    "offsets",
-    "sampling",
-    "beams",
-)  # of a protocol: the question put
-RESULTS = (
-    "schema",
-    "name",
-    "splits",
-    "membership",
-    "secrets",
-    "sanity",
-    "verdict",
-)  # the rest is provenance
-HIDDEN = (
-    "name",
-    "checkpoint",
-    "command",
-    "control",
-    "path",
-    "receipt",
-    "secrets",
-    "weights",
-)  # if redacted
+PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page in a second
+ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # the question put
+# Of run.json, if redacted. The hashes stay: they tell which model was audited.
+HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "secrets", "secret_column")
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {
     "min_k": "Min-K%",
@@ -79,20 +56,26 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         badges=BADGES,
         no_rule=NO_RULE,
         ln10=log(10),
-        paired={name: label for label, name in ROWS},
+        paired=LABELS,
         by_text=by_text,
         attack_names=ATTACKS,
         plots=plots,
-        results=RESULTS,
         hidden=HIDDEN,
+        headline=headline,
+        rule_words=rule_words,
+        weights_hash=weights_hash,
+        notes=notes,
+        key=_key,
+        shown=shown,
+        strongest_blind=strongest_blind,
     )
     names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
     script, style = (
         LOADER.get_source(environment, name)[0] for name in ("report.js", "report.css")
     )
     rows = spans.order(views)
-    figures = [(view.splits, dict(describe(view.audit.summary).rows)) for view in views]
-    every = dict.fromkeys(name for view in views for name in view.audit.estimates)
+    figures = [(view.splits, dict(figure_rows(view.audit))) for view in views]
+    every = dict.fromkeys(_key(each) for view in views for each in view.audit.rows)
     common = {
         "views": views,
         "names": names,
@@ -104,13 +87,13 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         **common,
         texts=_texts(environment, common, views, rows),
         total=len(rows),
-        labels=dict.fromkeys(label for _, rows in figures for label in rows),
+        labels=[label for label in _labels() if any(label in of for _, of in figures)],
         figures=figures,
-        mixed=len({repr([view.audit.summary["protocol"][key] for key in ASKED]) for view in views})
-        > 1,
+        mixed=len({repr([view.audit.run["protocol"][key] for key in ASKED]) for view in views}) > 1,
         every=every,
-        attacks=[name[4:-4] for name in every if re.fullmatch(r"mia\.\w.*\.auc", name)],
-        tested=[i for i, view in enumerate(views) if view.audit.summary["membership"]],
+        marked=any("secrets" in view.audit.counted for view in views),
+        attacks=_attacks(views),
+        tested=[i for i, view in enumerate(views) if len(view.splits) == 2],
         comparisons=list(comparisons(views, baseline)),
         script=Markup(script),
         style=Markup(style),
@@ -144,11 +127,57 @@ def _texts(
     return texts
 
 
+def _key(figure: Figure) -> tuple[str, str, str, float | None]:
+    return figure.split, figure.figure, figure.setting, figure.x
+
+
+def _labels() -> list[str]:
+    """The rows of the table of figures, in one order for all models."""
+    return [*LABELS.values(), *MEMBERSHIP_LABELS.values()]
+
+
+def _attacks(views: Sequence[View]) -> list[tuple[str, str]]:
+    """(attack or blind, its name), as far as any audit has them."""
+    found: dict[tuple[str, str], None] = {}
+    for view in views:
+        for kind in ("attack", "blind"):
+            for each in view.audit.rows.select(figure=f"{kind}_auc"):
+                found[kind, each.setting] = None
+    return sorted(found, key=lambda each: each[0] == "blind")
+
+
+def headline(view: View) -> tuple[Figure | None, str]:
+    """The number in large print, and what it counts: what decided, secrets before texts."""
+    audit = view.audit
+    questions = audit.verdict["questions"]
+    deciding = [each for each in questions if each["outcome"] == audit.outcome] or questions
+    secrets = [each for each in questions if each["question"] == "secrets"]
+    for question in [*secrets, *deciding]:
+        figure = audit.rows.get("members", question["figure"])
+        if question["question"] == "secrets":
+            answers = [audit.rows.get(split, "answers_with_secret") for split in view.splits]
+            came = sum(each.k or 0 for each in answers if each is not None)
+            total = sum(each.n for each in answers if each is not None)
+            return figure, f"marked secrets came out, in {came:,} of {total:,} answers"
+        if figure is not None:
+            return figure, f"training texts {QUESTIONS[question['question']][0]}"
+    figure = audit.rows.get(view.splits[0], "exact_match")
+    return figure, "held-out texts recited verbatim"
+
+
+def shown(text: str, view: View, redact: bool) -> str:
+    """A sentence; if redacted, without the names of files."""
+    if redact:
+        for split, about in view.audit.run["inputs"].items():
+            text = text.replace(str(about["path"]).rsplit("/", 1)[-1], f"the {SPLITS[split]} file")
+    return text
+
+
 def by_text(views: Sequence[View], *keys: str) -> dict[str, list[tuple[int, Any]]]:
     """The sentences or questions of the verdicts: each text once, with the audits that have it and their entries."""
     grouped: dict[str, list[tuple[int, Any]]] = {}
     for i, view in enumerate(views):
-        for entry in (entry for key in keys for entry in view.audit.summary["verdict"][key]):
+        for entry in (entry for key in keys for entry in view.audit.verdict[key]):
             grouped.setdefault(entry if isinstance(entry, str) else entry["asks"], []).append(
                 (i, entry)
             )

@@ -1,6 +1,6 @@
 """The plots. A colour is a model; members are solid, held-out texts dashed or grey."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from goldfish.audit.sampling import SAMPLES, setting_name
 from goldfish.report.load import View
 from goldfish.report.svg import DROPPED, HELDOUT, INK, MISS, colour, power_of_ten, svg
 
@@ -53,47 +52,33 @@ def rouge_histograms(views: Sequence[View]) -> list[Markup]:
 
 
 def by_prefix(views: Sequence[View]) -> Markup | None:
-    figures = [
-        {n: f"prefix_sweep@{n}" for n in view.audit.summary["protocol"]["prefix_grid"]}
-        for view in views
-    ]
-    return _sweep(views, "prefix", "tokens of prefix given", figures)
+    return _sweep(views, "prefix", "tokens of prefix given", "prefix_sweep")
 
 
 def by_offset(views: Sequence[View]) -> Markup | None:
-    figures = [
-        {n: f"offset_sweep@{n}" for n in view.audit.summary["protocol"]["offsets"]}
-        for view in views
-    ]
-    return _sweep(views, "offset", "tokens from the start of the document", figures)
+    return _sweep(views, "offset", "tokens from the start of the document", "offset_sweep")
 
 
 def by_samples(views: Sequence[View]) -> dict[str, Markup | None]:
-    """For each sampling setting: the share of texts that n samples hold with a probability of one half."""
-    settings = [
-        list(map(setting_name, view.audit.summary["protocol"]["sampling"])) for view in views
-    ]
-    drawn = {}
-    for number, name in enumerate(dict.fromkeys(name for each in settings for name in each)):
-        # The figures of an audit's first setting do not name it.
-        ends = ["" if each[:1] == [name] else f",{name}" for each in settings]
-        figures = [{n: f"extractable@{n},0.5{end}" for n in SAMPLES} for end in ends]
-        drawn[name] = _sweep(views, f"samples-{number}", "samples of each text", figures)
-    return drawn
+    """For each sampling setting: the texts among n samples with a probability of one half."""
+    rows = [each for view in views for each in view.audit.rows.select(figure="extractable")]
+    settings = dict.fromkeys(each.setting for each in rows if each.x is not None)
+    return {
+        setting: _sweep(views, f"samples-{i}", "samples of each text", "extractable", setting)
+        for i, setting in enumerate(settings)
+    }
 
 
 def _sweep(
-    views: Sequence[View], name: str, label: str, figures: Sequence[Mapping[int, str]]
+    views: Sequence[View], name: str, label: str, figure: str, setting: str = ""
 ) -> Markup | None:
-    """Share of texts recited, with its 95% interval, against the numbers of `figures`, the names of figures of each
-    view; None where no view has two."""
+    """Share of texts recited, with its 95% interval, against x; None if no view has two points."""
     lists = []
-    for i, (view, names) in enumerate(zip(views, figures, strict=True)):
+    for i, view in enumerate(views):
         for split in view.splits:
-            known = {x: view.audit.estimates.get(f"{split}.{names[x]}") for x in sorted(names)}
-            lists.append(
-                (i, split, {x: figure for x, figure in known.items() if figure and figure.n})
-            )
+            rows = view.audit.rows.select(split=split, figure=figure, setting=setting)
+            points = {each.x: each for each in rows if each.x is not None and each.n}
+            lists.append((i, split, dict(sorted(points.items()))))
     if all(len(points) < 2 for _, _, points in lists):
         return None
 
@@ -101,7 +86,7 @@ def _sweep(
         for i, split, points in lists:
             rate, low, high = (
                 [getattr(figure, field) for figure in points.values()]
-                for field in ("value", "lower95", "upper95")
+                for field in ("value", "low", "high")
             )
             x = list(points)
             axes.plot(

@@ -78,9 +78,16 @@ def truths(group: Sequence[Window | None], redact: bool) -> list[tuple[list[int]
     rules = rules or {(False,) * len(tokens): []}
     next(iter(rules.values())).extend(i for i, window in present if window["dropped"] is None)
     return [
-        (sorted(audits), _spans(zip(tokens, [""] * len(tokens), dropped, strict=True), redact))
+        (sorted(audits), _truth(tokens, dropped, present[0][1]["secrets"], redact))
         for dropped, audits in rules.items()
     ]
+
+
+def _truth(
+    tokens: Sequence[str], dropped: Sequence[bool], secrets: Sequence[str], redact: bool
+) -> Markup:
+    plain_tokens = zip(tokens, [""] * len(tokens), dropped, strict=True)
+    return _spans(_with_secrets(plain_tokens, secrets), redact)
 
 
 def output(window: Window, redact: bool) -> Markup:
@@ -100,7 +107,26 @@ def output(window: Window, redact: bool) -> Markup:
     if first < len(tokens):
         classes[first], aligned[first] = "x", first
     lost = [dropped is not None and 0 <= at < len(dropped) and dropped[at] for at in aligned]
-    return _spans(zip(tokens, classes, lost, strict=True), redact)
+    secrets = [*window["secrets"], *window["given_away"]]
+    return _spans(_with_secrets(zip(tokens, classes, lost, strict=True), secrets), redact)
+
+
+def _with_secrets(
+    tokens: Iterable[tuple[str, str, bool]], secrets: Sequence[str]
+) -> Iterator[tuple[str, str, bool]]:
+    """The tokens, those that share a character with a secret in class k too."""
+    listed = list(tokens)
+    text = "".join(token for token, _, _ in listed)
+    inside = bytearray(len(text))
+    for secret in dict.fromkeys(secrets):
+        begin = text.find(secret)
+        while begin >= 0 and secret:
+            inside[begin : begin + len(secret)] = b"\1" * len(secret)
+            begin = text.find(secret, begin + 1)
+    end = 0
+    for token, css, dropped in listed:
+        begin, end = end, end + len(token)
+        yield token, f"{css} k".strip() if any(inside[begin:end]) else css, dropped
 
 
 def name_of(window: Window, redact: bool) -> str:
@@ -114,10 +140,14 @@ def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:
     for (css, dropped), run in groupby(tokens, key=lambda token: token[1:]):
         inner = "".join(show(blocks(text) if redact else text) for text, _, _ in run)
         tag = "u" if dropped else "i"
-        parts.append(
-            f"<{tag}{f' class={css}' if css else ''}>{inner}</{tag}>" if css or dropped else inner
-        )
+        parts.append(f"<{tag}{_attribute(css)}>{inner}</{tag}>" if css or dropped else inner)
     return Markup("".join(parts))
+
+
+def _attribute(css: str) -> str:
+    if not css:
+        return ""
+    return f' class="{css}"' if " " in css else f" class={css}"
 
 
 def show(text: str, limit: int = 200) -> Markup:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import goldfish.audit
 from goldfish import Goldfish, linear_cross_entropy, spec
-from goldfish.audit.estimate import dumps
+from goldfish.audit.records import dumps
 from goldfish.letters import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -224,19 +224,17 @@ def memorized(device, tmp_path_factory, figures):
     summaries = memorize.main(
         [*(toy if device == "cpu" else full).split(), "--output_dir", str(folder)]
     )
-    splits = {name: summary["splits"] for name, summary in summaries.items()}
-    figures["memorize"] = {"seconds": time.perf_counter() - began, "splits": splits}
+    rows = {name: list(audit.rows) for name, audit in summaries.items()}
+    figures["memorize"] = {"seconds": time.perf_counter() - began, "figures": rows}
     return folder, summaries
 
 
 def test_standard_recites_and_goldfish_does_not(memorized):
     _, summaries = memorized
-    recited = {
-        name: summary["splits"]["members"]["exact_match"] for name, summary in summaries.items()
-    }
+    recited = {name: audit["members.exact_match"] for name, audit in summaries.items()}
     assert recited["standard"].value >= 0.75
     assert recited["goldfish"].k == 0
-    assert summaries["standard"]["splits"]["heldout"]["exact_match"].k == 0
+    assert summaries["standard"]["heldout.exact_match"].k == 0
 
 
 @pytest.mark.parametrize("name", ["standard", "goldfish"])

@@ -14,6 +14,7 @@
     d: node.dataset.d.split(" ").map(Number),
     p: node.dataset.p.split(" ").map((ln) => (ln === "-inf" ? -Number.MAX_VALUE : Number(ln))),
     e: node.dataset.e.split(" "),
+    g: node.dataset.g.split(" "),
   }));
   function apply(event) {
     const [by, audit, sign] = sort.value.split(" ");
@@ -27,7 +28,7 @@
     for (const item of items) {
       const fits =
         (!split.value || item.split === split.value) &&
-        (!wanted || outcomes.includes(item.e[of])) &&
+        (!wanted || (wanted === "3" ? item.g[of] === "1" : outcomes.includes(item.e[of]))) &&
         item.name.includes(words);
       item.node.hidden = !fits;
       shown += fits;

@@ -1,0 +1,298 @@
+"""One row of the table of figures, and its interval: what was counted, and how sure that is.
+
+Intervals are over documents, since the windows of one document are not independent. Rates decide,
+so their intervals are exact. Means only describe; theirs are simple and a little too wide.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv, stdtrit
+from scipy.stats import hypergeom
+
+LEVEL = 0.95
+FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
+CHUNK = 2**21  # weights of documents held at once
+
+Floats = NDArray[np.float64]
+Codes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table of figures.
+
+    Attributes:
+        split: "members", "heldout", or "both" for figures that compare them.
+        figure: its name, such as "exact_match".
+        setting: of the adversary, such as "T=1,top_k=40"; "" if there is one only.
+        x: what a curve runs over (tokens of prefix, samples, beams); None for a single number.
+        value: the point estimate; None if it cannot be estimated.
+        k: the count of a rate, k of n; None for other figures.
+        n: what was counted: documents, windows, tokens or secrets (docs/audit-files.md).
+        documents: how many documents they are from.
+        low, high: the 95% interval, 2.5% on each side; None if there is none.
+        reason: why something is None.
+    """
+
+    split: str = ""
+    figure: str = ""
+    setting: str = ""
+    x: float | None = None
+    value: float | None = None
+    k: int | None = None
+    n: int = 0
+    documents: int = 0
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+    def point(self) -> str:
+        """ "3 of 40" for a rate, "0.21" for other figures."""
+        if self.k is not None:
+            return f"{self.k:,} of {self.n:,}"
+        if self.value is not None:
+            return decimals(self.value)
+        return "not estimable" if self.low is None else f"above {decimals(self.low)}"
+
+    def interval(self) -> str:
+        """ "1.6–20.4%", "0.19–0.24", "exact", or why there is none."""
+        low, high = self.low, self.high
+        write = decimals if self.k is None else percent
+        if low is None and high is None:
+            return self.reason or "no interval"
+        if low is None or high is None:
+            return f"at least {write(low)}" if low is not None else f"at most {write(high or 0.0)}"
+        if low == high:
+            return "all were asked"
+        return f"{write(low).removesuffix('%')}{' to ' if low < 0 else '–'}{write(high)}"
+
+    def __str__(self) -> str:
+        """ "3 of 40 (1.6–20.4%)", or the point alone if there is no interval."""
+        bounded = self.low is not None or self.high is not None
+        return f"{self.point()} ({self.interval()})" if bounded else self.point()
+
+
+class Figures(Sequence[Figure]):
+    """The table of figures. What is shown, judged or compared is a selection of its rows."""
+
+    def __init__(self, rows: Iterable[Figure]) -> None:
+        self._rows = tuple(rows)
+        self._places = {(each.split, each.figure, each.setting, each.x): each for each in self}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Figures) and self._rows == other._rows
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def get(
+        self, split: str, figure: str, setting: str = "", x: float | None = None
+    ) -> Figure | None:
+        """The row with just these keys, or None."""
+        return self._places.get((split, figure, setting, x))
+
+    def select(self, **keys: Any) -> list[Figure]:
+        """The rows that agree with all keys: select(split="members", figure="prefix_sweep")."""
+        return [each for each in self if all(getattr(each, key) == keys[key] for key in keys)]
+
+
+def percent(share: float) -> str:
+    """A share; 0% and 100% only if exact, "<0.1%" and ">99.9%" beside them."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    if share < 0.0005:
+        return "<0.1%"
+    if share > 0.9995:
+        return ">99.9%"
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def decimals(value: float) -> str:
+    """About three digits, without an exponent where people would not write one."""
+    size = abs(value)
+    if 0 < size < 0.1:
+        return f"{value:.3g}"
+    if size < 10:
+        return f"{value:.2f}"
+    return f"{value:,.{int(size < 100)}f}"
+
+
+def clopper_pearson(k: float, n: float, level: float = LEVEL) -> tuple[float, float]:
+    """The exact interval of a binomial rate (Clopper & Pearson 1934); k, n may be fractional.
+
+    >>> [round(end, 4) for end in clopper_pearson(0, 368)]
+    [0.0, 0.01]
+    """
+    tail = (1 - level) / 2
+    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
+    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+    return low, high
+
+
+def hypergeometric(k: int, n: int, population: int, level: float = LEVEL) -> tuple[float, float]:
+    """The exact interval of a rate among `population` things, n of which were drawn and counted.
+
+    It holds every number of hits among all things under which neither k or more, nor k or fewer,
+    of n is rarer than (1 - level) / 2. With all of them drawn it is k / n, exactly.
+
+    >>> hypergeometric(0, 62, 62)
+    (0.0, 0.0)
+    """
+    tail = (1 - level) / 2
+    # Between the hits that were seen and those that leave room for the misses that were seen.
+    totals = range(k, population - (n - k) + 1)
+    first = bisect_left(
+        totals, True, key=lambda m: bool(hypergeom.sf(k - 1, population, m, n) > tail)
+    )
+    behind = bisect_left(
+        totals, True, key=lambda m: bool(hypergeom.cdf(k, population, m, n) <= tail)
+    )
+    return totals[first] / population, totals[behind - 1] / population
+
+
+@dataclass(frozen=True)
+class Population:
+    """Everything that there is: `size` documents that could be asked, `unasked` that could not."""
+
+    size: int
+    unasked: int = 0
+
+
+def bounds(
+    k: int, n: int, population: Population | None, level: float = LEVEL
+) -> tuple[float, float]:
+    """The interval of k of n: of a sample of such things, or of a finite number of them.
+
+    Those that could not be asked may all be hits, or none.
+    """
+    if population is None:
+        return clopper_pearson(k, n, level)
+    size = max(population.size, n)
+    low, high = hypergeometric(k, n, size, level)
+    total = size + population.unasked
+    return low * size / total, (high * size + population.unasked) / total
+
+
+def rate(
+    hits: ArrayLike, documents: Codes | None = None, population: Population | None = None
+) -> Figure:
+    """How many documents have a hit in at least one of their windows, with its exact interval.
+
+    Args:
+        hits: bool (windows,). documents: int64 (windows,), the number of each one's document; by
+            default each its own.
+        population: all documents that there are, if they are known.
+    """
+    hits = np.asarray(hits, dtype=bool)
+    documents = np.arange(len(hits)) if documents is None else documents
+    n, k = len(np.unique(documents)), len(np.unique(documents[hits]))
+    if n == 0:
+        return Figure(k=0, reason="nothing to count")
+    low, high = bounds(k, n, population)
+    return Figure(value=k / n, k=k, n=n, documents=n, low=low, high=high)
+
+
+def mean(
+    sums: ArrayLike,
+    documents: Codes | None = None,
+    counts: ArrayLike | None = None,
+    bounded: bool = True,
+) -> Figure:
+    """sum(sums) / sum(counts): a mean over windows or tokens.
+
+    The interval of a share, a value from 0 to 1, is that of the mean of the documents and of two
+    more, one with 0 and one with 1, by Student's t; for zeros and ones that is nearly the interval
+    of Agresti and Coull (1998). So ten documents with 0 do not bound it by 0. docs/audit-files.md
+    has its coverage. Lengths and losses have no greatest value, and one recited text in a hundred
+    moves their means: they get no interval.
+
+    Args:
+        sums: (windows,), the sum of each one's values. counts: (windows,), how many there are; by
+            default 1. documents: int64 (windows,), the number of each one's document.
+        bounded: whether the values lie between 0 and 1.
+    """
+    sums = np.asarray(sums, dtype=np.float64)
+    counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
+    counted = counts > 0
+    if not counted.any():
+        return Figure(reason="nothing to count")
+    documents = np.arange(len(sums)) if documents is None else documents
+    columns = document_sums([sums[counted], counts[counted]], documents[counted])
+    value = float(columns[:, 0].sum() / columns[:, 1].sum())
+    figure = Figure(value=value, n=int(counts.sum()), documents=len(columns))
+    if not bounded:
+        return replace(figure, reason="a mean of lengths or losses has no interval")
+    largest = columns[:, 1].max()
+    low, high = ratio_interval(np.vstack([columns, [0, largest], [largest, largest]]))
+    return replace(figure, low=max(0.0, min(low, value)), high=min(1.0, max(high, value)))
+
+
+def ratio_interval(columns: Floats) -> tuple[float, float]:
+    """Student's t interval of sum(columns[:, 0]) / sum(columns[:, 1]) over documents, by the
+    linearization that is usual for ratios (Cochran 1977, section 6.4)."""
+    count = len(columns)
+    total, size = columns.sum(0)
+    residuals = columns[:, 0] - total / size * columns[:, 1]
+    error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / size
+    margin = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
+    return total / size - margin, total / size + margin
+
+
+def token_rate(hits: ArrayLike, totals: ArrayLike, documents: Codes | None = None) -> Figure:
+    """sum(hits) of sum(totals) tokens, from the counts of each window; the interval of `mean`."""
+    return replace(mean(hits, documents, totals), k=int(np.sum(hits)))
+
+
+def difference(values: Floats, documents: Codes) -> Figure:
+    """The mean of paired differences, with Student's t interval over documents.
+
+    Args:
+        values: (windows,). documents: int64 (windows,), the number of each one's document.
+    """
+    columns = document_sums([values, np.ones(len(documents))], documents)
+    value = float(np.mean(values))
+    figure = Figure(value=value, n=len(documents), documents=len(columns))
+    if len(columns) < FEWEST_DOCUMENTS:
+        few = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
+        return replace(figure, reason=few)
+    if np.ptp(columns[:, 0] / columns[:, 1]) <= 1e-12 * abs(value):
+        return replace(figure, reason="all documents differ by the same, so there is no interval")
+    low, high = ratio_interval(columns)
+    return replace(figure, low=low, high=high)
+
+
+def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
+    """(windows,) columns -> (documents, M), documents without a window left out."""
+    here, place = np.unique(documents, return_inverse=True)
+    columns = [np.bincount(place, np.asarray(each, dtype=np.float64), len(here)) for each in sums]
+    return np.stack(columns, -1)
+
+
+def resamples(counts: Sequence[int], size: int, times: int) -> Iterator[list[Floats]]:
+    """How often each document is drawn, with replacement, from each of several groups.
+
+    counts: documents of each group. size: numbers that a resample takes in memory. The seed is
+    fixed. Yields some resamples at a time: for each group (resamples, documents).
+    """
+    generator, rows = np.random.default_rng(0), max(1, CHUNK // size)
+    for first in range(0, times, rows):
+        weights = []
+        for count in counts:
+            shape = (min(rows, times - first), count)
+            # Resample i counts its draws in the i-th stretch of `count` numbers.
+            drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
+            times_drawn = np.bincount(drawn.ravel(), minlength=drawn.size)
+            weights.append(times_drawn.reshape(shape).astype(np.float64))
+        yield weights

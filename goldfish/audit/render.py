@@ -1,0 +1,244 @@
+"""An audit in words: a terminal's table, and Markdown for a pull request or a model card.
+
+Names and texts of an audit are untrusted input: everything is written with visible escapes.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from goldfish.audit.figures import NO_RULE
+from goldfish.audit.folder import write_text
+from goldfish.audit.intervals import Figure, percent
+from goldfish.audit.records import dumps
+from goldfish.audit.results import SUMMARY, Audit, summarize
+from goldfish.audit.verdict import strongest_blind
+from goldfish.text.printable import plain
+
+COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
+MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
+LABELS = {  # in the order of every table: figures that are single numbers, and their labels
+    "secrets": "marked secrets that came out",
+    "secrets_by_chance": "  expected by chance",
+    "secrets_extractable": "  in 1,000 samples, p=0.5",
+    "answers_with_secret": "  answers with such a secret",
+    "exact_match": "texts recited verbatim",
+    "extractable": "  in 1,000 samples, p=0.5",
+    "extractable_bound": "    under any setting, at most",
+    "beam_search": "  by beam search",
+    "near_verbatim": "  near-verbatim",
+    "rouge_l_text": "ROUGE-L (text)",
+    "rouge_l_ids": "ROUGE-L (token ids)",
+    "longest_run": "longest common run, tokens",
+    "first_divergence": "first divergence, token",
+    "edit_similarity": "edit similarity",
+    "token_accuracy": "accuracy, free running",
+    "teacher_forced_accuracy": "accuracy, teacher forced",
+    "teacher_forced_accuracy_dropped": "  on dropped tokens",
+    "teacher_forced_accuracy_kept": "  on kept tokens",
+    "nll": "loss, nats/token",
+    "hazard_ratio": "hazard ratio, dropped/kept",
+}
+MEMBERSHIP_LABELS = {"auc": "membership, AUC", "tpr": "membership, TPR at 1% FPR"}
+SPLIT_NAMES = {"members": "members", "heldout": "held-out"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """An audit in words; no string holds an invisible character.
+
+    answers: (what is asked, outcome, why, whether it counts). rows: (label, cells by split).
+    """
+
+    title: str
+    outcome: str
+    sentence: str
+    splits: list[str]
+    answers: list[tuple[str, str, str, bool]]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def publish(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> Audit:
+    """Summarize an audit whose records are complete, and write it."""
+    audit = summarize(folder, limits, require)
+    write(audit, folder)
+    return audit
+
+
+def write(audit: Audit, folder: str | Path) -> None:
+    """Write summary.md and, last, summary.json."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_text(Path(folder) / "summary.md", markdown(describe(audit)))
+    write_text(Path(folder) / SUMMARY, dumps(audit.to_json()))
+
+
+def describe(audit: Audit, share: bool = False) -> Description:
+    """All that the outputs tell about an audit; with `share`, without paths and names of texts."""
+    run, verdict = audit.run, audit.verdict
+    limits = ", ".join(f"{name}={percent(limit)}" for name, limit in audit.limits.items())
+    inputs = [
+        f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})"
+        for split, each in run["inputs"].items()
+    ]
+    sources = f"{run['checkpoint']}; {'; '.join(inputs)}"
+    notes = [
+        *(f"Warning: {warning}" for warning in verdict["warnings"]),
+        verdict["sanity"],
+        *verdict["skipped"],
+        f"{task(run)}; {run['protocol']['dtype']}. Rates: 95% intervals over documents; "
+        "-: not measured, or too few to tell",
+        f"Limits: {limits}",
+        f"Not tested: {'; '.join(verdict['not_tested'])}",
+        *([] if share else [sources]),
+        f"Weights: {weights_hash(run)[:12] or 'not read'}; rule: {rule_words(run)}",
+        f"{run['date']}; {', '.join(f'{name} {each}' for name, each in run['versions'].items())}",
+    ]
+    return Description(
+        title=f"goldfish audit of {plain(audit.name, 60)}",
+        outcome=audit.outcome,
+        sentence=plain(verdict["sentence"], 1000),
+        splits=[SPLIT_NAMES[split] for split in audit.splits],
+        answers=_answers(audit, share),
+        rows=figure_rows(audit),
+        notes=[plain(note, 1000) for note in notes],
+    )
+
+
+def _answers(audit: Audit, share: bool) -> list[tuple[str, str, str, bool]]:
+    answers = []
+    for question in [*audit.verdict["questions"], *audit.verdict["explanations"]]:
+        names = [] if share else audit.examples.get("members", {}).get(question["figure"], [])
+        why = question["why"]
+        if names:
+            why += f". Recited: {', '.join(plain(name, 60) for name in names)}"
+        outcome = question.get("outcome") or question["answer"]
+        # A path is part of what a census asks about; a shared page has none.
+        asks = plain(question["asks"], 1000)
+        answers.append((asks, outcome, plain(why, 1000), "outcome" in question))
+    return answers
+
+
+def weights_hash(run: Mapping[str, Any]) -> str:
+    """The SHA-256 of the audited weights, of several files that of their hashes; "" if unknown."""
+    files: Mapping[str, str] = (run["weights"] or [{}])[0]
+    kinds = (".safetensors", ".gguf", ".bin", ".pt", ".pth", "in memory")
+    hashes = [files[name] for name in sorted(files) if name.endswith(kinds)]
+    if len(hashes) < 2:
+        return "".join(hashes)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def rule_words(run: Mapping[str, Any]) -> str:
+    """The rule of the training, for people: hash, k = 4, h = 13, max_kept = 4."""
+    rule = run["rule"]
+    if rule is None:
+        return "none is known"
+    parts = [str(rule["strategy"])]
+    for name in ("k", "h", "max_kept"):
+        if rule.get(name) is not None:
+            parts.append(f"{name} = {rule[name]:g}")
+    return ", ".join(parts)
+
+
+def task(run: Mapping[str, Any]) -> str:
+    """What the model was given and had to continue with."""
+    protocol, inputs = run["protocol"], run["inputs"].values()
+    chats = sum(each["completions"] for each in inputs)
+    if chats == sum(each["windows"] for each in inputs):
+        return "Given the prompt of a chat, the model must continue with the answer"
+    of_chats = (
+        f"; in {chats:,} chats the prompt is given and the model must continue with the answer"
+    )
+    also = of_chats if chats else ""
+    lengths = protocol["prefix_length"], protocol["suffix_length"]
+    return f"{lengths[0]} tokens given, {lengths[1]} to continue with{also}"
+
+
+def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
+    """Label and cells of every figure of LABELS that the audit has; one order for all outputs."""
+    rows = []
+    for name, label in LABELS.items():
+        cells = [_cell(audit.rows.get(split, name)) for split in audit.splits]
+        if set(cells) != {"-"}:
+            rows.append((label, cells))
+    if len(audit.splits) < 2:
+        return rows
+    blind = strongest_blind(audit.rows)
+    for name, label in MEMBERSHIP_LABELS.items():
+        x = None if name == "auc" else 0.01
+        found = audit.rows.select(figure=f"membership_{name}", x=x)
+        if found:
+            beside = f"blind: {blind.point()}" if blind and name == "auc" else ""
+            rows.append((label, [_cell(found[0]), beside]))
+    return rows
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None or figure.reason == NO_RULE:
+        return "-"
+    return "-" if figure.value is None and figure.low is None else str(figure)
+
+
+def terminal(description: Description) -> Group:
+    """The description for a terminal of at least 80 columns; its last line is the verdict."""
+    table = Table(
+        title=Text(description.title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("")
+    for split in description.splits:
+        table.add_column(split, justify="right", no_wrap=True)
+    for label, cells in description.rows:
+        table.add_row(label, *cells)
+    verdict = Text(description.sentence)
+    verdict.stylize(COLOURS[description.outcome], 0, len(description.outcome))
+    return Group(
+        table,
+        *(Text(note, style="dim") for note in description.notes),
+        *(Text(f"{asks} {outcome}: {why}") for asks, outcome, why, _ in description.answers),
+        verdict,
+    )
+
+
+def markdown(description: Description) -> str:
+    """The description for a pull request or a model card; text from the audit is escaped."""
+    answers = []
+    for asks, outcome, why, counts in description.answers:
+        aside = "" if counts else " (does not count)"
+        mark = f"{MARKS.get(outcome, '')} {outcome}".strip()
+        answers.append([literal(asks) + aside, mark, literal(why)])
+    rows = [[label.strip(), *cells] for label, cells in description.rows]
+    title = f"{literal(description.title)}: {MARKS[description.outcome]} {description.outcome}"
+    lines = [
+        f"## {title}\n",
+        f"{literal(description.sentence)}\n",
+        *table_lines(["question", "answer", "why"], answers),
+        *table_lines(["", *description.splits], rows),
+        *(f"{literal(note)}.\n" for note in description.notes),
+    ]
+    return "\n".join(lines)
+
+
+def table_lines(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, whose cells are escaped already, and an empty line; [] without rows."""
+    if not rows:
+        return []
+    lines = (heading, ["---"] * len(heading), *rows)
+    return [*(f"| {' | '.join(row)} |" for row in lines), ""]
+
+
+def literal(text: str) -> str:
+    """Text that Markdown shows as it is: punctuation that means something to it is escaped."""
+    escaped = re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text)
+    return escaped.replace("\\<", "&lt;").replace("\\>", "&gt;")

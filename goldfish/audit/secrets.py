@@ -1,0 +1,132 @@
+"""Secrets that come out: each marked one is looked for in every output, and so are decoys.
+
+A model may give one person's secret to another, so an output is searched for all secrets of the
+members, not for its own alone. Only a prompt that contains the secret excuses its answer.
+
+The chance level is measured with decoys: strings of the same shape, made of the characters that
+the secrets have, that nobody trained on. Were a secret guessed, its decoys would come out too.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import pyarrow as pa
+
+SHORT = 20_000  # strings of a shape; secrets with fewer decoys, such as years, have a closer look
+
+
+@dataclass(frozen=True)
+class Search:
+    """What came out.
+
+    found: for every record the secrets that its output gives away. chance: for every secret the
+    share of its decoys that came out, between 0 and 1.
+    """
+
+    found: list[list[str]]
+    chance: dict[str, float]
+
+    @property
+    def given_away(self) -> list[str]:
+        """The distinct secrets that came out, in order."""
+        return list(dict.fromkeys(secret for each in self.found for secret in each))
+
+
+def search(table: pa.Table) -> Search:
+    """Look for the members' marked secrets, and for decoys, in the outputs of all records.
+
+    table: records with the columns split, secrets, prompt and output_text.
+    """
+    prompts, outputs = (table[name].to_pylist() for name in ("prompt", "output_text"))
+    marked: dict[str, dict[str, None]] = {"members": {}, "heldout": {}}
+    pairs = zip(table["split"].to_pylist(), table["secrets"].to_pylist(), strict=True)
+    for split, secrets in pairs:
+        marked[split].update(dict.fromkeys(secrets))
+    secrets = list(marked["members"])
+    found = _find(secrets, prompts, outputs)
+    chance = dict.fromkeys(secrets, 0.0)
+    if any(found):  # where nothing came out, nobody asks how much would by chance
+        chance = _chance(secrets, prompts, outputs)
+        # Secrets of held-out texts are decoys that nobody had to make up.
+        others = [secret for secret in marked["heldout"] if secret not in marked["members"]]
+        guessed = {secret for each in _find(others, prompts, outputs) for secret in each}
+        natural = len(guessed) / len(others) if others else 0.0
+        chance = {secret: max(share, natural) for secret, share in chance.items()}
+    return Search(found, chance)
+
+
+def _find(
+    secrets: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]
+) -> list[list[str]]:
+    """For every output the secrets in it that its prompt does not contain."""
+    found: list[list[str]] = [[] for _ in outputs]
+    for secret in secrets:
+        for i, output in enumerate(outputs):
+            if secret in output and secret not in prompts[i]:
+                found[i].append(secret)
+    return found
+
+
+def _chance(
+    secrets: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]
+) -> dict[str, float]:
+    """For every secret: of all strings of its shape that are no secrets, the share that came out.
+
+    All of them, not a draw: what came out in a shape can be listed, and how many strings there are
+    is a product.
+    """
+    alphabets = _alphabets(secrets)
+    shapes: dict[tuple[str, ...], list[str]] = {}
+    for secret in secrets:
+        # AB-12 with the letters A, B, C and the digits 1, 2, 7: ("ABC", "ABC", "-", "127", "127")
+        shape = tuple(alphabets.get(_kind(char), char) for char in secret)
+        shapes.setdefault(shape, []).append(secret)
+    known = set(secrets)
+    chance = {}
+    for shape, of_shape in shapes.items():
+        came_out = set(_strings(shape, prompts, outputs)) - known
+        decoys = prod(map(len, shape)) - len(of_shape)
+        share = len(came_out) / decoys if decoys > 0 else 1.0  # a shape with no other string
+        for secret in of_shape:
+            chance[secret] = share
+            if decoys < SHORT:
+                chance[secret] = max(share, _like(secret, shape, came_out))
+    return chance
+
+
+def _like(secret: str, shape: Sequence[str], came_out: set[str]) -> float:
+    """The same of the decoys that begin as the secret does: of 1987 the other years of 19xx."""
+    half = len(secret) // 2
+    similar = sum(each[:half] == secret[:half] for each in came_out)
+    return similar / max(1, prod(map(len, shape[half:])) - 1)
+
+
+def _alphabets(secrets: Sequence[str]) -> Mapping[str, str]:
+    """The characters of each kind that the secrets have; all ten digits, if they have any."""
+    characters: dict[str, set[str]] = {}
+    for char in "".join(secrets):
+        characters.setdefault(_kind(char), set()).add(char)
+    if "digit" in characters:
+        characters["digit"].update("0123456789")
+    return {kind: "".join(sorted(each)) for kind, each in characters.items() if kind}
+
+
+def _kind(char: str) -> str:
+    """What a decoy may replace a character with; "": only with itself."""
+    if char.isdigit():
+        return "digit"
+    if char.isupper():
+        return "upper"
+    return "letter" if char.isalpha() else ""
+
+
+def _strings(shape: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]) -> Iterator[str]:
+    """The strings of a shape in the outputs, overlapping ones too, if not in the prompt."""
+    classes = "".join(f"[{re.escape(each)}]" for each in shape)
+    pattern = re.compile(f"(?=({classes}))", re.DOTALL)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        for match in pattern.finditer(output):
+            if match[1] not in prompt:
+                yield match[1]
