@@ -383,6 +383,8 @@ def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
     result: dict[str, Any] = {"membership_auc": [auc.value, auc.low, auc.high]}
     for split in ("members", "heldout"):
         here = [record for record in rows if record["split"] == split]
+        expected = figures.rows.get(split, "expected", "T=1", 1000)
+        assert expected is not None
         result[split] = {
             "verbatim": [record["exact_match"] for record in here],
             "near_verbatim": [record["edit_similarity"] >= 0.9 for record in here],
@@ -390,7 +392,7 @@ def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
             "longest_run": [record["longest_run"] for record in here],
             # Of the suffix, sampled once at temperature 1.
             "log_p": [round(record["log_p"][0], 3) for record in here],
-            "expected_at_1000": figures.rows.get(split, "expected", "T=1", 1000).value,
+            "expected_at_1000": expected.value,
             "accuracy_dropped": {name: accuracy(here, rule) for name, rule in rules.items()},
         }
     return result
