@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset, concatenate_datasets, load_from_disk
+from helpers import BEFORE_5
 from test_trainer import RULE, trained, unequal_rows
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -169,6 +170,7 @@ def test_a_second_masking_is_refused(tmp_path, tokenizer, form):
             trained(tmp_path, tokenizer, then=attached(rule), train_dataset=dataset)
 
 
+@pytest.mark.skipif(BEFORE_5, reason="this Trainer takes position 0 for a target")
 def test_premask_and_the_plain_trainer_are_the_trainer_with_the_rule(tmp_path, tokenizer):
     dataset = premask(unequal_rows(), RULE, receipt=tmp_path / "out", tokenizer=tokenizer)
     _, losses, gradients = trained(tmp_path, tokenizer, train_dataset=dataset)
@@ -181,6 +183,7 @@ def test_premask_and_the_plain_trainer_are_the_trainer_with_the_rule(tmp_path, t
     assert receipt == read_receipt(tmp_path / "trained")
 
 
+@pytest.mark.skipif(BEFORE_5, reason="this Trainer takes position 0 for a target")
 def test_premask_and_the_plain_sft_trainer(tmp_path, tokenizer):
     """TRL leaves a column `labels` as it is."""
     trl = pytest.importorskip("trl")
@@ -218,6 +221,7 @@ def test_premask_and_the_plain_sft_trainer(tmp_path, tokenizer):
 # Prompt tuning
 
 
+@pytest.mark.skipif(BEFORE_5, reason="this Trainer takes position 0 for a target")
 @pytest.mark.parametrize(
     "kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"]
 )

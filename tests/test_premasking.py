@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from helpers import tiny_llama
+from helpers import BEFORE_5, tiny_llama
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from goldfish import Goldfish, GoldfishTrainer, attach, mask_labels, premask
@@ -231,6 +231,7 @@ def test_no_second_rule_is_attached_to_premasked_rows(tmp_path, tokenizer, strea
         attach(trainer, RULE)
 
 
+@pytest.mark.skipif(BEFORE_5, reason="datasets 3 meets such columns first")
 def test_columns_that_only_some_rows_have_are_refused():
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3]}])
     with pytest.raises(ValueError, match="some rows have labels and others have none"):
