@@ -68,7 +68,9 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     assert "typo.txt" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(BEFORE_5, reason="rich 13 reads the environment in another order")
+@pytest.mark.skipif(
+    BEFORE_5, reason="passes alone at the lowest versions, failed once among others"
+)
 def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkeypatch):
     """Brackets mark what colours mark; without the brackets, the text is left."""
     command = ["show", PROSE[0], "--tokenizer", str(checkpoint), "-k", "2"]

@@ -231,7 +231,7 @@ def test_no_second_rule_is_attached_to_premasked_rows(tmp_path, tokenizer, strea
         attach(trainer, RULE)
 
 
-@pytest.mark.skipif(BEFORE_5, reason="datasets 3 meets such columns first")
+@pytest.mark.skipif(BEFORE_5, reason="the numpy format of datasets 3 refuses them first")
 def test_columns_that_only_some_rows_have_are_refused():
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3]}])
     with pytest.raises(ValueError, match="some rows have labels and others have none"):

@@ -89,8 +89,8 @@ def audit(
             `tokenizer`.
         output_dir: a new or empty folder, or that of the same audit. It gets run.json, records/
             (parquet, one row a window) and summary.json.
-        members, heldout: texts or chats that were trained on, and such of the same kind that were
-            not; at least one of them. A path or hub name (see `rows.read_rows`), a data set or data
+        members, heldout: texts or chats of the training data, and comparable ones the model was not
+            trained on; at least one of them. A path or hub name (see `rows.read_rows`), a data set or data
             frame, or an iterable of rows.
         tokenizer: of a model in memory; else that of the checkpoint.
         text_column: the column that holds the text.
