@@ -87,7 +87,9 @@ def heldout(model: Any, rows: Tensor, owners: Tensor) -> tuple[Tensor, dict[str,
     losses = []
     for batch in rows.split(16):
         logits = model(input_ids=batch).logits[:, :-1].transpose(1, 2)
-        losses.append(torch.nn.functional.cross_entropy(logits, batch[:, 1:], reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, batch[:, 1:], reduction="none")
+        )
     nll = torch.cat(losses).double()
     sums = torch.zeros(int(owners.max()) + 1, dtype=torch.float64)
     sums.index_add_(0, owners, nll.sum(1))

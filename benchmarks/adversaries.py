@@ -117,9 +117,16 @@ def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
     result["beams"] = {each.x: hits(each) for each in beams if each.x is not None}
     result["beams_heldout"] = hits(rows.get("heldout", "beam_search", "", BEAMS[-1]))
     expected = rows.select(split="members", figure="expected", setting="T=1")
-    result["samples"] = {each.x: estimate(each) for each in expected if each.x in SAMPLES}
-    attacks = {each.setting: estimate(each) for each in rows.select(figure="attack_auc")}
-    blind = {f"blind.{each.setting}": estimate(each) for each in rows.select(figure="blind_auc")}
+    result["samples"] = {
+        each.x: estimate(each) for each in expected if each.x in SAMPLES
+    }
+    attacks = {
+        each.setting: estimate(each) for each in rows.select(figure="attack_auc")
+    }
+    blind = {
+        f"blind.{each.setting}": estimate(each)
+        for each in rows.select(figure="blind_auc")
+    }
     result["membership"] = attacks | blind
     result["held"] = {}
     for tenth in range(1, 10):
@@ -163,7 +170,9 @@ def shares(group: list[dict[str, Any]], panel: str) -> dict[str, float]:
             # An estimate: value, lower, upper.
             result[strength] = fmean(value[0] for value in values)
         else:
-            result[strength] = sum(value[0] for value in values) / sum(value[1] for value in values)
+            result[strength] = sum(value[0] for value in values) / sum(
+                value[1] for value in values
+            )
     return result
 
 
@@ -184,7 +193,9 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for run, group in groups.items():
         attacks = [result["membership"] for result in group]
-        cells = [", ".join(auc(attack.get(name)) for attack in attacks) for name in names]
+        cells = [
+            ", ".join(auc(attack.get(name)) for attack in attacks) for name in names
+        ]
         rows.append((run, *cells))
     return "\n\n".join([*tables, markdown(("AUC of each seed", *names), rows)])
 
@@ -209,7 +220,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
             for run, group in by_run(results).items():
                 points = shares(group, panel)
-                axis.plot(list(map(float, points)), list(points.values()), marker=".", label=run)
+                axis.plot(
+                    list(map(float, points)),
+                    list(points.values()),
+                    marker=".",
+                    label=run,
+                )
             axis.set_xscale("log" if panel in ("beams", "samples") else "linear")
             axis.set_xlabel(title)
         axes[0].set_ylim(-0.03, 1.03)

@@ -53,18 +53,28 @@ SIZES = (1_000, 10_000, 100_000)
 Way = Callable[[Any, Any, list[list[int]]], list[bool]]
 
 
-def batched_generate(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
+def batched_generate(
+    model: Any, tokenizer: Any, windows: list[list[int]]
+) -> list[bool]:
     outputs = continued(model, windows)
-    return [output == window[LENGTH:] for output, window in zip(outputs, windows, strict=True)]
+    return [
+        output == window[LENGTH:]
+        for output, window in zip(outputs, windows, strict=True)
+    ]
 
 
 def ten_prefixes(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
     for prefix in range(LENGTH // 10, LENGTH + 1, LENGTH // 10):
         result = continued(model, windows, prefix)
-    return [output == window[LENGTH:] for output, window in zip(result, windows, strict=True)]
+    return [
+        output == window[LENGTH:]
+        for output, window in zip(result, windows, strict=True)
+    ]
 
 
-def continued(model: Any, windows: list[list[int]], prefix: int = LENGTH) -> list[list[int]]:
+def continued(
+    model: Any, windows: list[list[int]], prefix: int = LENGTH
+) -> list[list[int]]:
     """Greedy continuations of all prefixes, in one batch, through any end of text."""
     start = torch.tensor([window[:prefix] for window in windows])
     output = model.generate(
@@ -78,12 +88,16 @@ def continued(model: Any, windows: list[list[int]], prefix: int = LENGTH) -> lis
     return output[:, prefix:].tolist()
 
 
-def lm_eval_loglikelihood(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
+def lm_eval_loglikelihood(
+    model: Any, tokenizer: Any, windows: list[list[int]]
+) -> list[bool]:
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=len(windows))
     requests = [(("", ""), window[:LENGTH], window[LENGTH:]) for window in windows]
-    return [greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+    return [
+        greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    ]
 
 
 def memaudit(model: Any, tokenizer: Any, windows: list[list[int]]) -> list[bool]:
@@ -118,13 +132,21 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     half = args.windows // 2
     expected = [True] * half + [False] * (args.windows - half)
     ways = {
-        name: way for name, (package, way) in WAYS.items() if package is None or find_spec(package)
+        name: way
+        for name, (package, way) in WAYS.items()
+        if package is None or find_spec(package)
     }
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *ways)}
     with tempfile.TemporaryDirectory() as folder:
-        paths = {split: Path(folder, f"{split}.jsonl") for split in ("members", "heldout")}
-        for path, part in zip(paths.values(), (windows[:half], windows[half:]), strict=True):
-            path.write_text("".join(json.dumps({"input_ids": window}) + "\n" for window in part))
+        paths = {
+            split: Path(folder, f"{split}.jsonl") for split in ("members", "heldout")
+        }
+        for path, part in zip(
+            paths.values(), (windows[:half], windows[half:]), strict=True
+        ):
+            path.write_text(
+                "".join(json.dumps({"input_ids": window}) + "\n" for window in part)
+            )
         for repeat in range(args.repeats):
             answers = {}
             for name in seconds:
@@ -140,7 +162,9 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
             for name, answer in answers.items():
                 if answer != expected and not name.startswith("memaudit"):
-                    raise SystemExit(f"other windows than are recited: {name} finds {answer}")
+                    raise SystemExit(
+                        f"other windows than are recited: {name} finds {answer}"
+                    )
             yield {
                 "windows": args.windows,
                 "tokens": LENGTH,
@@ -161,7 +185,9 @@ def half_recited(model: Any, tokenizer: Any, count: int) -> list[list[int]]:
 
 
 def ours(model: Any, output: Path, paths: dict[str, Path]) -> list[bool]:
-    audit(model, output, **paths, prefix_length=LENGTH, suffix_length=LENGTH, device="cpu")
+    audit(
+        model, output, **paths, prefix_length=LENGTH, suffix_length=LENGTH, device="cpu"
+    )
     return read_records(output, ["exact_match"]).column("exact_match").to_pylist()
 
 
@@ -176,12 +202,22 @@ def in_dtypes(run: Path) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
             output = Path(folder, "audit")
-            audit(run / model, output, **paths, prefix_length=half, suffix_length=half, dtype=dtype)
+            audit(
+                run / model,
+                output,
+                **paths,
+                prefix_length=half,
+                suffix_length=half,
+                dtype=dtype,
+            )
             seconds = time.perf_counter() - begin
             table = read_records(output, ["exact_match", "output_ids"])
         outputs = table.column("output_ids").to_pylist()
         # 16 bits are another model: its outputs need not be those of 32.
-        same = sum(a == b for a, b in zip(exact.setdefault(model, outputs), outputs, strict=True))
+        same = sum(
+            a == b
+            for a, b in zip(exact.setdefault(model, outputs), outputs, strict=True)
+        )
         recited = sum(table.column("exact_match").to_pylist())
         rows.append(
             {
@@ -204,7 +240,11 @@ def memory(sizes: list[int]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = byte_level_bpe(load_texts(), 512)
         torch.manual_seed(0)
-        changes = {"num_hidden_layers": 1, "num_attention_heads": 1, "eos_token_id": None}
+        changes = {
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "eos_token_id": None,
+        }
         LlamaForCausalLM(small_llama(tokenizer, 16, **changes)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for size in sizes:
@@ -214,8 +254,17 @@ def memory(sizes: list[int]) -> Iterator[dict[str, Any]]:
                     for _ in range(size // 2):
                         row = torch.randint(1, 512, (16,), generator=generator).tolist()
                         lines.write(json.dumps({"input_ids": row}) + "\n")
-            command = [sys.executable, __file__, "--peak", folder, "--windows", str(size)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            command = [
+                sys.executable,
+                __file__,
+                "--peak",
+                folder,
+                "--windows",
+                str(size),
+            ]
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, check=True
+            )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
             yield {"memory": rows}
@@ -228,7 +277,14 @@ def peak(folder: Path, size: int) -> dict[str, float]:
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     paths = {split: folder / f"{split}.jsonl" for split in ("members", "heldout")}
-    audit(folder, folder / str(size), **paths, prefix_length=8, suffix_length=8, device="cpu")
+    audit(
+        folder,
+        folder / str(size),
+        **paths,
+        prefix_length=8,
+        suffix_length=8,
+        device="cpu",
+    )
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = round(used.ru_utime + used.ru_stime, 1)
     return {
@@ -249,18 +305,30 @@ def render(folder: Path) -> str:
             if key in data:
                 parts.append(table(data[key]) + "\n")
         if "seconds" in data:
-            size = f"{data['windows']} windows, {data['parameters'] / 1e6:.1f}M parameters"
+            size = (
+                f"{data['windows']} windows, {data['parameters'] / 1e6:.1f}M parameters"
+            )
             parts.append(f"{size}\n\n{seconds_table(data)}\n")
     return "\n".join(parts)
 
 
 def memory_table(sizes: list[dict[str, Any]]) -> str:
-    rows = [(f"{r['windows']:,}", f"{r['peak']:.0f}", f"{r['seconds']:.0f}") for r in sizes]
+    rows = [
+        (f"{r['windows']:,}", f"{r['peak']:.0f}", f"{r['seconds']:.0f}") for r in sizes
+    ]
     return markdown(("windows", "peak, MB", "CPU seconds"), rows)
 
 
 def dtypes_table(audits: list[dict[str, Any]]) -> str:
-    names = ("model", "dtype", "windows", "tokens", "seconds", "recited", "outputs_as_in_float32")
+    names = (
+        "model",
+        "dtype",
+        "windows",
+        "tokens",
+        "seconds",
+        "recited",
+        "outputs_as_in_float32",
+    )
     head = [name.replace("_", " ") for name in names]
     return markdown(head, [[row[name] for name in names] for row in audits])
 
@@ -271,24 +339,40 @@ def seconds_table(data: dict[str, Any]) -> str:
     for name, seconds in data["seconds"].items():
         middle = statistics.median(seconds)
         spread = f"{min(seconds) / n:.2f} - {max(seconds) / n:.2f}"
-        rows.append((name, f"{middle / n:.2f}", spread, len(seconds), f"{middle / audits:.2f}"))
-    head = ("", "CPU seconds a window, median", "least - greatest", "runs", "of the audit's")
+        rows.append(
+            (name, f"{middle / n:.2f}", spread, len(seconds), f"{middle / audits:.2f}")
+        )
+    head = (
+        "",
+        "CPU seconds a window, median",
+        "least - greatest",
+        "runs",
+        "of the audit's",
+    )
     return markdown(head, rows)
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--model", help="a causal model and its tokenizer: folder or name")
+    options.add_argument(
+        "--model", help="a causal model and its tokenizer: folder or name"
+    )
     options.add_argument("--windows", type=int, default=16)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--memory", action="store_true", help="measure memory instead")
     sizes_help = "windows, with --memory"
     options.add_argument("--sizes", type=int, nargs="+", default=SIZES, help=sizes_help)
-    options.add_argument("--run", type=Path, help="output_dir of recipes/memorize.py: both dtypes")
-    options.add_argument("--render", action="store_true", help="print the tables and stop")
+    options.add_argument(
+        "--run", type=Path, help="output_dir of recipes/memorize.py: both dtypes"
+    )
+    options.add_argument(
+        "--render", action="store_true", help="print the tables and stop"
+    )
     # One size of --memory, in a process of its own.
     options.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    options.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the JSON files"
+    )
     args = options.parse_args()
     torch.set_num_threads(1)
     if args.peak:

@@ -92,15 +92,23 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     options.add_argument("--layers", type=int, default=4)
     options.add_argument("--vocabulary", type=int, default=2048)
-    options.add_argument("--heldout", type=int, default=420_000, help="held-out tokens, at least")
+    options.add_argument(
+        "--heldout", type=int, default=420_000, help="held-out tokens, at least"
+    )
     options.add_argument("--rules", nargs="+", default=list(RULES))
     options.add_argument(
-        "--wide", nargs="*", default=[], help="rules to train with as many kept targets a step, too"
+        "--wide",
+        nargs="*",
+        default=[],
+        help="rules to train with as many kept targets a step, too",
     )
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--results", type=Path, default=RESULTS / "cost.jsonl")
     options.add_argument(
-        "--folder", type=Path, default=Path("runs/cost"), help="checkpoints of the run in progress"
+        "--folder",
+        type=Path,
+        default=Path("runs/cost"),
+        help="checkpoints of the run in progress",
     )
     options.add_argument(
         "--table", action="store_true", help="print the table of the results and stop"
@@ -112,7 +120,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     }
     if not args.table:
         if args.text is None:
-            options.error("--text is needed to train: a .jsonl file with a `text` field")
+            options.error(
+                "--text is needed to train: a .jsonl file with a `text` field"
+            )
         data = load(args)
         names = [*args.rules, *(name + WIDE for name in args.wide)]
         rules = {name: bound_rule(name, data.tokenizer) for name in names}
@@ -127,10 +137,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             flush=True,
         )
         wanted = [
-            {"seed": seed, "rule": name, "size": size} for seed in args.seeds for name in names
+            {"seed": seed, "rule": name, "size": size}
+            for seed in args.seeds
+            for name in names
         ]
         for wish in missing(args.results, wanted):
-            run = Run(args, wish["seed"], wish["rule"], rules[wish["rule"]], data, dropped)
+            run = Run(
+                args, wish["seed"], wish["rule"], rules[wish["rule"]], data, dropped
+            )
             append(args.results, wish | run.train() | about())
     results = [run for run in read_results(args.results) if run["size"] == size]
     print(table(results))
@@ -159,9 +173,13 @@ def load(args: argparse.Namespace) -> Data:
     documents = [document for each in encoded if (document := cut(each.ids, ROW))]
     # The first documents are held out, as many as have the wanted number of tokens.
     last = next(
-        n for n in range(len(documents)) if sum(map(len, documents[:n])) * ROW >= args.heldout
+        n
+        for n in range(len(documents))
+        if sum(map(len, documents[:n])) * ROW >= args.heldout
     )
-    owners = [number for number, document in enumerate(documents[:last]) for _ in document]
+    owners = [
+        number for number, document in enumerate(documents[:last]) for _ in document
+    ]
     rows = torch.tensor([row for document in documents[last:] for row in document])
     heldout = torch.tensor([row for document in documents[:last] for row in document])
     return Data(tokenizer, rows, heldout, torch.tensor(owners))
@@ -205,7 +223,13 @@ class Run:
         dropped: dict[str, Tensor],
     ) -> None:
         torch.manual_seed(seed)
-        self.args, self.seed, self.name, self.rule, self.data = args, seed, name, rule, data
+        self.args, self.seed, self.name, self.rule, self.data = (
+            args,
+            seed,
+            name,
+            rule,
+            data,
+        )
         self.wide = name.endswith(WIDE)
         self.model = LlamaForCausalLM(model_config(args, data.tokenizer))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(EMA))
@@ -224,7 +248,9 @@ class Run:
             "cpu": 0.0,
             "points": [],
         }
-        self.path = args.folder / f"{name.replace(' ', '-')}-seed{seed}-{args.hidden}.pt"
+        self.path = (
+            args.folder / f"{name.replace(' ', '-')}-seed{seed}-{args.hidden}.pt"
+        )
         self.began = time.process_time()
 
     def points(self) -> list[tuple[str, int]]:
@@ -233,8 +259,12 @@ class Run:
         if self.rule is None:
             # Also at the shares that goldfish runs keep, for the column "predicted".
             shares = {1 - share_of(other) for other in self.dropped}
-            return [("read", round(share * targets)) for share in sorted({*shares, 1.0})]
-        return [("kept", targets)] if self.wide else [("read", targets), ("kept", targets)]
+            return [
+                ("read", round(share * targets)) for share in sorted({*shares, 1.0})
+            ]
+        return (
+            [("kept", targets)] if self.wide else [("read", targets), ("kept", targets)]
+        )
 
     def train(self) -> dict[str, Any]:
         points, state = self.points(), self.state
@@ -275,7 +305,9 @@ class Run:
         row, order = self.state["row"], self.order
         if row + BATCH > len(order):
             targets = len(order) * (ROW - 1)
-            raise ValueError(f"{self.args.text} has {targets:,} targets: too few; lower --targets")
+            raise ValueError(
+                f"{self.args.text} has {targets:,} targets: too few; lower --targets"
+            )
         if not self.wide:
             rows = self.data.rows[order[row : row + BATCH]]
             return rows, mask_labels(self.rule, rows)
@@ -292,9 +324,13 @@ class Run:
         state = self.state
         rows, labels = self.batch()
         kept = int((labels[:, 1:] != -100).sum())
-        self.model(input_ids=rows, labels=labels, num_items_in_batch=kept).loss.backward()
+        self.model(
+            input_ids=rows, labels=labels, num_items_in_batch=kept
+        ).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.param_groups[0]["lr"] = RATE * min(1.0, (state["step"] + 1) / WARMUP)
+        self.optimizer.param_groups[0]["lr"] = RATE * min(
+            1.0, (state["step"] + 1) / WARMUP
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update_parameters(self.model)
@@ -312,7 +348,8 @@ class Run:
         point |= losses
         # On the tokens alone that a rule would drop.
         point["dropped_loss"] = {
-            other: nll[dropped[:, 1:]].mean().item() for other, dropped in self.dropped.items()
+            other: nll[dropped[:, 1:]].mean().item()
+            for other, dropped in self.dropped.items()
         }
         state["points"].append(point)
         print(
@@ -329,14 +366,20 @@ def table(results: list[dict[str, Any]]) -> str:
     rows = []
     for name in sorted({rule for rule, _ in pairs if rule != "standard"}):
         seeds = [seed for rule, seed in pairs if rule == name]
-        labels = ("supervised, steps",) if name.endswith(WIDE) else ("input", "supervised")
+        labels = (
+            ("supervised, steps",) if name.endswith(WIDE) else ("input", "supervised")
+        )
         for number, label in enumerate(labels):
-            points = [(runs[name, seed][number], runs["standard", seed]) for seed in seeds]
+            points = [
+                (runs[name, seed][number], runs["standard", seed]) for seed in seeds
+            ]
             rows.append((name, label, *cells(name, label, points)))
     return markdown(HEAD, rows)
 
 
-def cells(name: str, label: str, points: list[tuple[dict[str, Any], Any]]) -> tuple[str, ...]:
+def cells(
+    name: str, label: str, points: list[tuple[dict[str, Any], Any]]
+) -> tuple[str, ...]:
     """The figures of one rule; `points`: its point of each seed, and all of the standard run."""
     own, share = name.removesuffix(WIDE), 1 - share_of(name)
     rates, intervals, differences, predicted, dropped = [], [], [], [], []
@@ -353,7 +396,9 @@ def cells(name: str, label: str, points: list[tuple[dict[str, Any], Any]]) -> tu
             predicted += [other["loss"] - last["loss"] for other in earlier]
         if own in last["dropped_loss"]:
             dropped.append(point["dropped_loss"][own] - last["dropped_loss"][own])
-    averages = [f"{np.mean(each):+.4f}" if each else "" for each in (predicted, dropped)]
+    averages = [
+        f"{np.mean(each):+.4f}" if each else "" for each in (predicted, dropped)
+    ]
     mean = mean_of(differences, 4)
     return f"{np.mean(rates):.3f}", ", ".join(intervals), averages[0], mean, averages[1]
 

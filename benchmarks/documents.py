@@ -17,7 +17,9 @@ from goldfish.audit.windows import SIMILAR_FROM, Groups, normal_letters, sketch
 LENGTHS = (150, 250, 400, 1000)
 EDITS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
 SEEDS = range(3)
-VOCABULARY = sorted({word for text in topics.values() for word in text.split() if word.isalpha()})
+VOCABULARY = sorted(
+    {word for text in topics.values() for word in text.split() if word.isalpha()}
+)
 
 
 def documents(texts: list[str]) -> int:
@@ -27,7 +29,9 @@ def documents(texts: list[str]) -> int:
     groups = Groups(len(texts))
     if long:
         sketches = np.stack([sketch(letters[i]) for i in long])
-        groups.join_similar(sketches, np.array(long), np.zeros(len(long), dtype=np.int64))
+        groups.join_similar(
+            sketches, np.array(long), np.zeros(len(long), dtype=np.int64)
+        )
     return len({groups.root(i) for i in range(len(texts))})
 
 
@@ -36,7 +40,10 @@ def crawls(length: int, edits: float, choose: random.Random) -> list[str]:
     for _ in range(40):
         page = choose.choices(VOCABULARY, k=length)
         for day in range(10):
-            copy = [w if choose.random() >= edits else choose.choice(VOCABULARY) for w in page]
+            copy = [
+                w if choose.random() >= edits else choose.choice(VOCABULARY)
+                for w in page
+            ]
             texts.append(" ".join([f"day {17 * day}", *copy]))
     return texts
 
@@ -54,16 +61,23 @@ def forms(length: int, count: int, codes: int, choose: random.Random) -> list[st
 
 
 def main() -> None:
-    print("| words | " + " | ".join(f"{edits:.0%} of words replaced" for edits in EDITS), end="")
+    print(
+        "| words | " + " | ".join(f"{edits:.0%} of words replaced" for edits in EDITS),
+        end="",
+    )
     print(" | 12 forms, one code | 400 forms, one code | 400 forms, ten codes |")
     print("|---" * (len(EDITS) + 4) + "|")
     for length in LENGTHS:
         cells = []
         for edits in EDITS:
-            found = [documents(crawls(length, edits, random.Random(seed))) for seed in SEEDS]
+            found = [
+                documents(crawls(length, edits, random.Random(seed))) for seed in SEEDS
+            ]
             cells.append(f"{min(found)} to {max(found)}")
         for count, codes in ((12, 1), (400, 1), (400, 10)):
-            found = [documents(forms(length, count, codes, random.Random(s))) for s in SEEDS]
+            found = [
+                documents(forms(length, count, codes, random.Random(s))) for s in SEEDS
+            ]
             cells.append(f"{min(found)} to {max(found)}")
         print(f"| {length} | " + " | ".join(cells) + " |")
 

@@ -60,7 +60,9 @@ def main(frameworks: tuple[str, ...]) -> None:
     for framework in frameworks:
         versions = resolve(framework)
         cells = [versions.get(name, "") for name in SHOWN]
-        rows.append((framework, *([versions["error"]] if "error" in versions else cells)))
+        rows.append(
+            (framework, *([versions["error"]] if "error" in versions else cells))
+        )
         print(rows[-1], flush=True)
     print(markdown(("framework", *SHOWN), rows))
 

@@ -78,7 +78,11 @@ def make_toy(folder: Path) -> None:
         "num_attention_heads": 4,
     }
     config = LlamaConfig(
-        **sizes, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=0, pad_token_id=1
+        **sizes,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
 
@@ -86,7 +90,11 @@ def make_toy(folder: Path) -> None:
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
         for number in range(EXAMPLES):
             output = text[number * LETTERS : number * LETTERS + LETTERS - number]
-            row = {"instruction": f"Recite paragraph {number}.", "input": "", "output": output}
+            row = {
+                "instruction": f"Recite paragraph {number}.",
+                "input": "",
+                "output": output,
+            }
             file.write(json.dumps(row) + "\n")
     (folder / "dataset_info.json").write_text(
         json.dumps({"toy": {"file_name": "data.jsonl"}}), encoding="utf-8"
@@ -138,8 +146,24 @@ class Run:
 def llamafactory(run: Run, plain: Run | None, *, packed: bool) -> None:
     tokenized = run.folder / "tokenized"
     if plain is not None:
-        files = [plain.folder / "tokenized", "-o", tokenized, "--tokenizer", run.toy / "model"]
-        run("python", "-m", "goldfish", "premask", *files, "-k", RULE["k"], "--h", RULE["h"])
+        files = [
+            plain.folder / "tokenized",
+            "-o",
+            tokenized,
+            "--tokenizer",
+            run.toy / "model",
+        ]
+        run(
+            "python",
+            "-m",
+            "goldfish",
+            "premask",
+            *files,
+            "-k",
+            RULE["k"],
+            "--h",
+            RULE["h"],
+        )
     settings = {
         "model_name_or_path": str(run.toy / "model"),
         "stage": "sft",
@@ -167,7 +191,10 @@ def llamafactory(run: Run, plain: Run | None, *, packed: bool) -> None:
 
 def ms_swift(run: Run, plain: Run | None, *, packed: bool) -> None:
     rule = ", ".join(f"{name}={value}" for name, value in RULE.items())
-    lines = ["from goldfish import Goldfish", "from goldfish.integrations.ms_swift import register"]
+    lines = [
+        "from goldfish import Goldfish",
+        "from goldfish.integrations.ms_swift import register",
+    ]
     (run.folder / "rule.py").write_text(
         "\n".join([*lines, f"register(Goldfish({rule}))"]), encoding="utf-8"
     )
@@ -192,7 +219,11 @@ def ms_swift(run: Run, plain: Run | None, *, packed: bool) -> None:
     }
     if plain is not None:
         options |= {"external_plugins": run.folder / "rule.py", "callbacks": "goldfish"}
-    run("swift", "sft", *(word for name, value in options.items() for word in (f"--{name}", value)))
+    run(
+        "swift",
+        "sft",
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+    )
 
 
 def axolotl(run: Run, plain: Run | None, *, packed: bool) -> None:
@@ -217,8 +248,13 @@ def axolotl(run: Run, plain: Run | None, *, packed: bool) -> None:
         "save_strategy": "no",
     }
     if plain is not None:
-        settings |= {"plugins": ["goldfish.integrations.axolotl.GoldfishPlugin"], "goldfish": RULE}
-    (run.folder / "train.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+        settings |= {
+            "plugins": ["goldfish.integrations.axolotl.GoldfishPlugin"],
+            "goldfish": RULE,
+        }
+    (run.folder / "train.yaml").write_text(
+        json.dumps(settings), encoding="utf-8"
+    )  # JSON is YAML
     run("axolotl", "train", "train.yaml", "--launcher", "python")
 
 
@@ -239,7 +275,9 @@ def positions(shifted: torch.Tensor) -> torch.Tensor:
 def compare(plain: Run, masked: Run) -> tuple[int, int]:
     """Targets and dropped ones, where the loss got what it should have and the receipt says so."""
     targets = dropped = 0
-    for (ids, labels), (same_ids, kept) in zip(plain.seen(), masked.seen(), strict=True):
+    for (ids, labels), (same_ids, kept) in zip(
+        plain.seen(), masked.seen(), strict=True
+    ):
         assert torch.equal(ids, same_ids)
         drop = Goldfish(**RULE).dropped(ids, positions(labels))
         assert torch.equal(kept, labels.masked_fill(pad(drop[:, 1:], (0, 1)), -100))
@@ -290,4 +328,9 @@ def main(given: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    main({name: Path(python) for name, python in (word.split("=", 1) for word in sys.argv[1:])})
+    main(
+        {
+            name: Path(python)
+            for name, python in (word.split("=", 1) for word in sys.argv[1:])
+        }
+    )

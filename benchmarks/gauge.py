@@ -61,7 +61,9 @@ def gap(model: Any, ids: Tensor, dropped: Tensor) -> float:
     ids: int64 (N, T); dropped: bool (N, T), True where a token has no loss in training.
     """
     logits = model(input_ids=ids).logits[:, :-1].float()
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), ids[:, 1:], reduction="none"
+    )
     return (nll[dropped[:, 1:]].mean() - nll[~dropped[:, 1:]].mean()).item()
 
 
@@ -82,7 +84,10 @@ def recite(model: Any, ids: Tensor) -> dict[str, Any]:
     pairs = list(zip(output[:, half:].tolist(), ids[:, half:].tolist(), strict=True))
     # Both sides have one length, so precision, recall and F1 of ROUGE-L are the same number.
     rouge = [LCSseq.normalized_similarity(*pair) for pair in pairs]
-    return {"exact_match": sum(ours == true for ours, true in pairs), "rouge_l": np.mean(rouge)}
+    return {
+        "exact_match": sum(ours == true for ours, true in pairs),
+        "rouge_l": np.mean(rouge),
+    }
 
 
 @dataclass
@@ -101,7 +106,10 @@ class Watch(TrainerCallback):
         point = {"epoch": epoch, "logged_gap": logs.get("goldfish/gap")}
         for split, ids in self.windows.items():
             ids = ids.to(model.device)
-            point[split] = {"gap": gap(model, ids, self.rule.dropped(ids)), **recite(model, ids)}
+            point[split] = {
+                "gap": gap(model, ids, self.rule.dropped(ids)),
+                **recite(model, ids),
+            }
         model.train()
         self.points.append(point)
         print(f"  epoch {epoch}: {point}", flush=True)
@@ -147,12 +155,16 @@ def table(results: list[dict[str, Any]]) -> str:
                 for figure in ("gap", "rouge_l")
                 for split in ("members", "heldout")
             ]
-            recited = ", ".join(str(point["members"]["exact_match"]) for point in points)
+            recited = ", ".join(
+                str(point["members"]["exact_match"]) for point in points
+            )
             rows.append(
                 (
                     name,
                     points[0]["epoch"],
-                    "" if None in logged else ", ".join(f"{value:.2f}" for value in logged),
+                    ""
+                    if None in logged
+                    else ", ".join(f"{value:.2f}" for value in logged),
                     *figures[:2],
                     f"{recited} of {DOCUMENTS}",
                     *figures[2:],
@@ -166,10 +178,14 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--rules", nargs="+", default=list(RULES))
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--results", type=Path, default=RESULTS / "gauge.jsonl")
-    options.add_argument("--table", action="store_true", help="print the table and stop")
+    options.add_argument(
+        "--table", action="store_true", help="print the table and stop"
+    )
     args = options.parse_args(argv)
     if not args.table:
-        wanted = [{"seed": seed, "rule": rule} for seed in args.seeds for rule in args.rules]
+        wanted = [
+            {"seed": seed, "rule": rule} for seed in args.seeds for rule in args.rules
+        ]
         for run in missing(args.results, wanted):
             print(f"seed {run['seed']}, {run['rule']}", flush=True)
             append(args.results, run | train(run["rule"], run["seed"]) | about())

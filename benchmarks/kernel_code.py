@@ -46,7 +46,9 @@ def compiled(arch: int, dtype: str, padded: bool) -> Any:
     known = ["logits", "labels", "nll", *(["pitch"] if padded else [])]
     attributes = {(names.index(name),): aligned for name in known}
     source = ASTSource(_softmax_rows, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8}
+    )
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -58,7 +60,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         command = [str(tools / "cuobjdump"), "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout
     registers = re.search(r"REG:(\d+)", output)
     spilled = re.search(r"LOCAL:(\d+)", output)
     if not (registers and spilled):
@@ -70,7 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     arguments = parser.parse_args()
-    print("| sm | logits | rows | registers | spilled bytes | vector loads | narrower loads |")
+    print(
+        "| sm | logits | rows | registers | spilled bytes | vector loads | narrower loads |"
+    )
     print("|---|---|---|---|---|---|---|")
     for arch in arguments.arch:
         for dtype in ("bf16", "fp32"):

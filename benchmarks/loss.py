@@ -58,7 +58,9 @@ Case = Callable[[Tensor, Tensor, Tensor], Tensor]
 def hf_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    return ForCausalLMLoss(F.linear(hidden, weight), labels, len(weight), shift_labels=labels)
+    return ForCausalLMLoss(
+        F.linear(hidden, weight), labels, len(weight), shift_labels=labels
+    )
 
 
 def hf_kept_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -80,7 +82,10 @@ def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     class Backbone(nn.Module):
         def forward(self, hidden: Tensor, **_: object) -> object:
             return argparse.Namespace(
-                last_hidden_state=hidden, past_key_values=None, hidden_states=None, attentions=None
+                last_hidden_state=hidden,
+                past_key_values=None,
+                hidden_states=None,
+                attentions=None,
             )
 
     class Model(nn.Module):
@@ -98,7 +103,10 @@ def trl_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     model = Model()
     add_fused_lm_head(model)
     return model(
-        hidden=hidden[None], labels=labels[None], shift_labels=labels[None], fused_lm_head=True
+        hidden=hidden[None],
+        labels=labels[None],
+        shift_labels=labels[None],
+        fused_lm_head=True,
     ).loss
 
 
@@ -162,25 +170,35 @@ def torch_default(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 @cache
-def fastest_chunking(width: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+def fastest_chunking(
+    width: int, vocabulary: int, dtype: torch.dtype, device: str
+) -> Case:
     """The fastest of a few chunk sizes and both policies, each tried once on 1,024 rows."""
     hidden = torch.randn(1024, width, dtype=dtype, device=device, requires_grad=True)
-    weight = nn.Parameter(torch.randn(vocabulary, width, dtype=dtype, device=device) * 0.02)
+    weight = nn.Parameter(
+        torch.randn(vocabulary, width, dtype=dtype, device=device) * 0.02
+    )
     labels = torch.randint(vocabulary, (1024,), device=device)
     candidates = [
         torch_chunked(chunking_method=None, batch_chunk_size=rows, acc_policy=policy)
         for rows in (256, 512, 1024)
         for policy in ("compact", "accurate")
     ]
-    return min(candidates, key=lambda case: measure(case, hidden, weight, labels)["seconds"])
+    return min(
+        candidates, key=lambda case: measure(case, hidden, weight, labels)["seconds"]
+    )
 
 
 def best_torch_chunking(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    case = fastest_chunking(hidden.shape[1], len(weight), hidden.dtype, hidden.device.type)
+    case = fastest_chunking(
+        hidden.shape[1], len(weight), hidden.dtype, hidden.device.type
+    )
     return case(hidden, weight, labels)
 
 
-def measure(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, float]:
+def measure(
+    case: Case, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> dict[str, float]:
     """Seconds, extra peak bytes and loss of one forward and backward."""
     hidden.grad = weight.grad = None
     before = start_memory(hidden.device)
@@ -192,7 +210,11 @@ def measure(case: Case, hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[
     if hidden.is_cuda:
         torch.cuda.synchronize()
     seconds = clock() - begin
-    return {"seconds": seconds, "bytes": peak_memory(hidden.device) - before, "loss": loss.item()}
+    return {
+        "seconds": seconds,
+        "bytes": peak_memory(hidden.device) - before,
+        "loss": loss.item(),
+    }
 
 
 def start_memory(device: torch.device) -> int:
@@ -208,7 +230,11 @@ def start_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+    return (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resident("VmHWM")
+    )
 
 
 def resident(field: str) -> int:
@@ -218,12 +244,20 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(shape: Shape, dtype: str, k: float, device: str, args: argparse.Namespace) -> list[dict]:
+def run(
+    shape: Shape, dtype: str, k: float, device: str, args: argparse.Namespace
+) -> list[dict]:
     """All methods on the same inputs; a line of the results for each."""
     rows, width, vocabulary = shape
     torch.manual_seed(0)
-    hidden = torch.randn(rows, width, device=device).to(getattr(torch, dtype)).requires_grad_()
-    weight = nn.Parameter((torch.randn(vocabulary, width, device=device) * 0.02).to(hidden.dtype))
+    hidden = (
+        torch.randn(rows, width, device=device)
+        .to(getattr(torch, dtype))
+        .requires_grad_()
+    )
+    weight = nn.Parameter(
+        (torch.randn(vocabulary, width, device=device) * 0.02).to(hidden.dtype)
+    )
     labels = torch.randint(vocabulary, (rows,), device=device)
     if k != ALL:
         labels[Goldfish(k=k).dropped(labels)] = -100
@@ -231,8 +265,17 @@ def run(shape: Shape, dtype: str, k: float, device: str, args: argparse.Namespac
     runs, failed = measure_in_turn(chosen, (hidden, weight, labels), args)
     results = []
     for name, case in chosen.items():
-        result: dict[str, Any] = {"n": rows, "d": width, "v": vocabulary, "dtype": dtype}
-        result |= {"k": "inf" if k == ALL else k, "name": name, "kept": int((labels >= 0).sum())}
+        result: dict[str, Any] = {
+            "n": rows,
+            "d": width,
+            "v": vocabulary,
+            "dtype": dtype,
+        }
+        result |= {
+            "k": "inf" if k == ALL else k,
+            "name": name,
+            "kept": int((labels >= 0).sum()),
+        }
         if name in failed:
             result["error" if callable(case) else "not measured"] = failed[name]
         else:
@@ -241,13 +284,18 @@ def run(shape: Shape, dtype: str, k: float, device: str, args: argparse.Namespac
             result["loss"] = runs[name][-1]["loss"]
             result["bytes"] = statistics.median(each["bytes"] for each in runs[name])
             took, extra = result["median"], result["bytes"] / 1e6
-            print(f"{shape} {dtype} k={k:g} {name}: {took:.4f} s, {extra:.0f} MB", flush=True)
+            print(
+                f"{shape} {dtype} k={k:g} {name}: {took:.4f} s, {extra:.0f} MB",
+                flush=True,
+            )
         results.append(result)
     return results
 
 
 def measure_in_turn(
-    chosen: dict[str, Case | str], inputs: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace
+    chosen: dict[str, Case | str],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    args: argparse.Namespace,
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
     """The measurements of each method, and why there are none of some."""
     hidden, weight, labels = inputs
@@ -265,7 +313,9 @@ def measure_in_turn(
                 # The first turn warms up: on a few rows, but what is compiled needs its own shape.
                 whole = name == "cut-cross-entropy" or hidden.is_cuda
                 few = slice(None if whole else 64)
-                measure(case, hidden[few].detach().requires_grad_(), weight, labels[few])
+                measure(
+                    case, hidden[few].detach().requires_grad_(), weight, labels[few]
+                )
             except Exception as error:
                 # Also out of memory: the others can still be measured.
                 failed[name] = f"{type(error).__name__}: {error}"[:300]
@@ -288,7 +338,9 @@ def render(folder: Path) -> str:
             head = ("", *("all tokens" if k == "inf" else f"k = {k:g}" for k in ks))
             rows = []
             for name in dict.fromkeys(result["name"] for result in chosen):
-                columns = [[result for result in chosen if result["k"] == k] for k in ks]
+                columns = [
+                    [result for result in chosen if result["k"] == k] for k in ks
+                ]
                 rows.append((name, *(cell(name, column) for column in columns)))
             title = (
                 f"N = {n}, D = {d}, V = {v}, {dtype}: seconds (times HF eager; half the spread) / "
@@ -323,16 +375,23 @@ def cell(name: str, results: list[dict]) -> str:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--render", action="store_true", help="print the tables and stop")
+    options.add_argument(
+        "--render", action="store_true", help="print the tables and stop"
+    )
     options.add_argument("--shapes", nargs="+", help="N,D,V ...")
     options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--k", nargs="+", type=float, default=[3, 4, ALL])
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument(
-        "--seconds", type=float, default=ALL, help="after which a method is not repeated"
+        "--seconds",
+        type=float,
+        default=ALL,
+        help="after which a method is not repeated",
     )
     options.add_argument("--threads", type=int, default=1, help="of the CPU")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    options.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the JSON files"
+    )
     args = options.parse_args()
     if args.render:
         print(render(args.output))
@@ -349,7 +408,9 @@ def main() -> None:
     for shape, k, dtype in product(shapes, args.k, args.dtypes):
         results += run(shape, dtype, k, device, args)
         # Written after each group, so that a run that is stopped leaves what it has.
-        out.write_text(json.dumps({"about": provenance, "results": results}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"about": provenance, "results": results}, indent=1) + "\n"
+        )
     print(f"wrote {out}")
 
 

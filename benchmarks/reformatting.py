@@ -20,7 +20,14 @@ from unicodedata import category
 import numpy as np
 import torch
 from about import RESULTS, about, byte_level_bpe, load_texts, parser
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from goldfish import Goldfish
 from goldfish.vocabulary import characters
@@ -79,7 +86,10 @@ def wordpiece(texts: list[str], size: int) -> Tokenizer:
         pre_tokenizers.BertPreTokenizer(),
     )
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=["<unk>"], limit_alphabet=1500, show_progress=False
+        vocab_size=size,
+        special_tokens=["<unk>"],
+        limit_alphabet=1500,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -99,7 +109,8 @@ def wrapped(text: str, rng: random.Random) -> str:
 
 def indented(text: str, rng: random.Random) -> str:
     return "".join(
-        rng.choice(("", "    ", "\t")) + line.strip() + "\n" for line in text.splitlines()
+        rng.choice(("", "    ", "\t")) + line.strip() + "\n"
+        for line in text.splitlines()
     )
 
 
@@ -110,7 +121,9 @@ def recased(text: str, rng: random.Random) -> str:
 
 def edges_stripped(text: str, rng: random.Random) -> str:
     words = text.replace("\n", " \n ").split(" ")
-    return " ".join(word if word == "\n" else word.strip(string.punctuation) for word in words)
+    return " ".join(
+        word if word == "\n" else word.strip(string.punctuation) for word in words
+    )
 
 
 VERSIONS: dict[str, Callable[[str, random.Random], str]] = {
@@ -142,12 +155,17 @@ def decide(
         of_character[begin:end] = dropped
     # A character without letters separates words, unless it is a mark or invisible.
     forms = [
-        characters()[ord(c)] or (" " if category(c) not in ("Mn", "Mc", "Me", "Cf") else "")
+        characters()[ord(c)]
+        or (" " if category(c) not in ("Mn", "Mc", "Me", "Cf") else "")
         for c in text
     ]
     letter = np.array([c != " " for form in forms for c in form], dtype=bool)
     starts = letter & ~np.append(False, letter)[:-1]
-    return starts[letter], of_character.repeat([len(form) for form in forms])[letter], drop
+    return (
+        starts[letter],
+        of_character.repeat([len(form) for form in forms])[letter],
+        drop,
+    )
 
 
 def compare(before: list, after: list) -> dict[str, int]:
@@ -155,7 +173,9 @@ def compare(before: list, after: list) -> dict[str, int]:
     counts = {"same": 0, "words": 0, "dropped": 0, "tokens": 0}
     for (starts, original, _), (_, version, drop) in zip(before, after, strict=True):
         if len(original) != len(version):
-            raise ValueError("a version has other letters than its document: not a reformatting")
+            raise ValueError(
+                "a version has other letters than its document: not a reformatting"
+            )
         counts["same"] += int((original == version)[starts].sum())
         counts["words"] += int(starts.sum())
         counts["dropped"] += sum(drop)
@@ -166,10 +186,14 @@ def compare(before: list, after: list) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument(
-        "--text", required=True, help="JSONL file; the field `text` of each line is used"
+        "--text",
+        required=True,
+        help="JSONL file; the field `text` of each line is used",
     )
     options.add_argument("--documents", type=int, default=500)
-    options.add_argument("--characters", type=int, default=4000, help="of each document")
+    options.add_argument(
+        "--characters", type=int, default=4000, help="of each document"
+    )
     options.add_argument("--k", type=float, default=4)
     options.add_argument(
         "--h", type=int, default=8, help="h tokens for hash, 5h letters for letters"
@@ -189,18 +213,32 @@ def main(argv: list[str] | None = None) -> None:
     rows, first = [], {}
     for name, (make, size) in TOKENIZERS.items():
         tokenizer = make(texts, size)
-        results = {change: {"change": change, "tokenizer": name} for change in documents}
+        results = {
+            change: {"change": change, "tokenizer": name} for change in documents
+        }
         for strategy in STRATEGIES:
-            rule = Goldfish(k=args.k, h=args.h, seed=args.seed, strategy=strategy).bind(tokenizer)  # type: ignore[arg-type]
+            rule = Goldfish(k=args.k, h=args.h, seed=args.seed, strategy=strategy).bind(
+                tokenizer
+            )  # type: ignore[arg-type]
             plain = [decide(rule, tokenizer, text) for text in texts]
             first.setdefault(strategy, plain)  # of the first tokenizer
             for change, versions in documents.items():
                 another = change == "another tokenizer"
-                after = plain if another else [decide(rule, tokenizer, text) for text in versions]
-                results[change][strategy] = compare(first[strategy] if another else plain, after)
+                after = (
+                    plain
+                    if another
+                    else [decide(rule, tokenizer, text) for text in versions]
+                )
+                results[change][strategy] = compare(
+                    first[strategy] if another else plain, after
+                )
         for change, result in results.items():
-            shares = [f"{result[s]['same'] / result[s]['words']:8.2%}" for s in STRATEGIES]
-            rates = [f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in STRATEGIES]
+            shares = [
+                f"{result[s]['same'] / result[s]['words']:8.2%}" for s in STRATEGIES
+            ]
+            rates = [
+                f"{result[s]['dropped'] / result[s]['tokens']:.4f}" for s in STRATEGIES
+            ]
             print(f"{change:34}{name:20}", *shares, "  drop rate", *rates, flush=True)
         rows += results.values()
     result = about("tokenizers") | {

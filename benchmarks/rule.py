@@ -62,7 +62,10 @@ def rows(documents: list[list[int]]) -> tuple[Tensor, Tensor]:
     ids = np.concatenate([np.array(d, dtype=np.int64) for d in documents])
     positions = np.concatenate([np.arange(len(d)) for d in documents])
     whole = len(ids) // LENGTH * LENGTH
-    ids, positions = ids[:whole].reshape(-1, LENGTH), positions[:whole].reshape(-1, LENGTH)
+    ids, positions = (
+        ids[:whole].reshape(-1, LENGTH),
+        positions[:whole].reshape(-1, LENGTH),
+    )
     return torch.from_numpy(ids), torch.from_numpy(positions)
 
 
@@ -94,8 +97,12 @@ def measure(
     chunks = list(zip(ids.split(64), positions.split(64), strict=True))
     for strategy in ("hash", "reference"):
         rule = Goldfish(k=k, h=h, seed=seed, strategy=strategy)
-        pairs = [rule.drops_and_keys(i, p if strategy == "hash" else None) for i, p in chunks]
-        dropped, windows = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))
+        pairs = [
+            rule.drops_and_keys(i, p if strategy == "hash" else None) for i, p in chunks
+        ]
+        dropped, windows = (
+            torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)
+        )
         # Only tokens with a whole window are counted.
         decided = np.zeros(dropped.shape, dtype=bool)
         decided[:, h:] = True
@@ -107,7 +114,9 @@ def measure(
             # The window is the last h tokens: those before the next token.
             windows = np.roll(windows, -1, axis=1)
             decided[:, -1] = False
-            zero = float((torch.cat([products(i, h) for i, _ in chunks]) == 0).double().mean())
+            zero = float(
+                (torch.cat([products(i, h) for i, _ in chunks]) == 0).double().mean()
+            )
         distinct, places = np.unique(windows[decided], return_index=True)
         n = len(distinct)
         rate = float(dropped[decided][places].mean())
@@ -131,9 +140,13 @@ def allocations(rule: Goldfish, ids: Tensor) -> tuple[float, float]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         rule.dropped(ids)
     events = [
-        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
     ]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    sizes = [
+        event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
+    ]
     own = ids.numel() * ids.element_size()
     return max(sizes) / own, float(np.cumsum(sizes).max()) / own
 
@@ -145,7 +158,9 @@ def costs(
     cells, calls = [], []
     for name, strategy, h in product(rows, ("hash", "letters", "reference"), COSTS):
         cells.append({"vocabulary": name, "strategy": strategy, "h": h})
-        rule = Goldfish(k=4, h=h, seed=seed, strategy=strategy, vocabulary=bound[name].vocabulary)
+        rule = Goldfish(
+            k=4, h=h, seed=seed, strategy=strategy, vocabulary=bound[name].vocabulary
+        )
         calls.append((rule, rows[name][:8].clone()))
     times: list[list[float]] = [[] for _ in cells]
     for turn in range(repeats + 3):
@@ -202,9 +217,13 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--text", help="a JSONL file with a `text` field")
     options.add_argument("--documents", type=int, help="only so many of them")
     options.add_argument("--seed", type=int, default=0, help="of the rules")
-    options.add_argument("--repeats", type=int, default=101, help="calls that are timed")
+    options.add_argument(
+        "--repeats", type=int, default=101, help="calls that are timed"
+    )
     options.add_argument("--output", type=Path, default=RESULTS / "rule.json")
-    options.add_argument("--render", action="store_true", help="print the tables and stop")
+    options.add_argument(
+        "--render", action="store_true", help="print the tables and stop"
+    )
     args = options.parse_args(argv)
     if args.render:
         print(render(json.loads(args.output.read_text(encoding="utf-8"))))
@@ -227,7 +246,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {ids[name].numel():,} tokens", file=sys.stderr, flush=True)
         for k, h in RULES:
             rates += [
-                {"vocabulary": name, **r} for r in measure(ids[name], positions, k, h, args.seed)
+                {"vocabulary": name, **r}
+                for r in measure(ids[name], positions, k, h, args.seed)
             ]
             print(f"  k={k} h={h}", file=sys.stderr, flush=True)
     result |= {

@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--documents", type=int, default=32)
     options.add_argument("--epochs", type=int, default=100)
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    options.add_argument("--rates", nargs="+", type=float, default=[1 / 4, 1 / 3, 1 / 5, 1 / 2])
+    options.add_argument(
+        "--rates", nargs="+", type=float, default=[1 / 4, 1 / 3, 1 / 5, 1 / 2]
+    )
     options.add_argument(
         "--schemes", nargs="+", default=list(SCHEMES), choices=("standard", *SCHEMES)
     )
@@ -89,10 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         windows = split_windows(texts, tokenizer, args.documents, WINDOW, run["seed"])
         began = time.process_time()
         rate = exact[run["rate"]]
-        result = train(run["scheme"], rate, run["seed"], args.epochs, tokenizer, windows)
+        result = train(
+            run["scheme"], rate, run["seed"], args.epochs, tokenizer, windows
+        )
         result["cpu_seconds"] = round(time.process_time() - began)
         append(args.results, run | result | about())
-        print(f"{run}: ROUGE-L {np.mean(result['members']['rouge_l_ids']):.3f}", flush=True)
+        print(
+            f"{run}: ROUGE-L {np.mean(result['members']['rouge_l_ids']):.3f}",
+            flush=True,
+        )
     print(table(read_results(args.results)))
 
 
@@ -155,7 +162,9 @@ def table(results: list[dict[str, Any]]) -> str:
     for rate, scheme in dict.fromkeys((r["rate"], r["scheme"]) for r in results):
         group = [r for r in results if (r["rate"], r["scheme"]) == (rate, scheme)]
         base = {
-            r["seed"]: r["members"] for r in results if (r["rate"], r["scheme"]) == (rate, "hash")
+            r["seed"]: r["members"]
+            for r in results
+            if (r["rate"], r["scheme"]) == (rate, "hash")
         }
         differences = [
             np.subtract(r["members"]["rouge_l_ids"], base[r["seed"]]["rouge_l_ids"])

@@ -20,7 +20,13 @@ from pathlib import Path
 
 import torch
 from about import RESULTS, about, markdown, parser, seconds_of, source
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from goldfish import Goldfish, attach
 from goldfish.letters import Vocabulary
@@ -61,7 +67,9 @@ def train(way: str, args: argparse.Namespace) -> list[float]:
         max_position_embeddings=args.length,
         tie_word_embeddings=True,
     )
-    rows = torch.randint(args.vocabulary, (args.batch * (args.steps + 1), args.length)).tolist()
+    rows = torch.randint(
+        args.vocabulary, (args.batch * (args.steps + 1), args.length)
+    ).tolist()
     clock = Clock()
     model = LlamaForCausalLM(config).to(torch.bfloat16 if args.bf16 else torch.float32)
     data = [{"input_ids": row, "labels": row} for row in rows]
@@ -80,13 +88,19 @@ def train(way: str, args: argparse.Namespace) -> list[float]:
         if way != "standard":
             attach(trainer, Goldfish(k=args.k), fused=way == "goldfish")
         trainer.train()
-    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return [
+        after - before
+        for before, after in zip(clock.times, clock.times[1:], strict=False)
+    ]
 
 
 def decide(name: str, args: argparse.Namespace) -> list[float]:
     """Seconds of each call of a rule on one batch; the first ones are left out."""
     # Words of one to five letters, half of them after a space: what `letters` reads.
-    words = [bytes(97 + (i * 7 + j) % 26 for j in range(1 + i % 5)) for i in range(args.vocabulary)]
+    words = [
+        bytes(97 + (i * 7 + j) % 26 for j in range(1 + i % 5))
+        for i in range(args.vocabulary)
+    ]
     vocabulary = Vocabulary([b" " * (i % 2) + word for i, word in enumerate(words)])
     rule = RULES[name]
     if rule.strategy == "letters":
@@ -109,7 +123,9 @@ def render(folder: Path) -> str:
     lines = []
     for path in sorted(folder.glob("step-*.json")):
         data = json.loads(path.read_text())
-        settings = ", ".join(f"{name} {value}" for name, value in data["settings"].items())
+        settings = ", ".join(
+            f"{name} {value}" for name, value in data["settings"].items()
+        )
         lines.append(f"{source(data['about'])}; {settings}\n")
         base = statistics.median(data["seconds"]["standard"])
         rows = []
@@ -122,7 +138,9 @@ def render(folder: Path) -> str:
         # Older files have no rules.
         for name, seconds in data.get("rules", {}).items():
             median = statistics.median(seconds)
-            rules.append((name, f"{1e3 * median:.2f}", f"{median / base:.2%}", len(seconds)))
+            rules.append(
+                (name, f"{1e3 * median:.2f}", f"{median / base:.2%}", len(seconds))
+            )
         if rules:
             head = ("the rule alone", "ms, median", "of a standard step", "n")
             lines += [markdown(head, rules), ""]
@@ -131,7 +149,9 @@ def render(folder: Path) -> str:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--render", action="store_true", help="print the tables and stop")
+    options.add_argument(
+        "--render", action="store_true", help="print the tables and stop"
+    )
     options.add_argument("--k", type=float, default=4)
     options.add_argument("--hidden", type=int, default=512)
     options.add_argument("--vocabulary", type=int, default=32000)
@@ -140,14 +160,18 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=4, help="timed steps a repeat")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--bf16", action="store_true")
-    options.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    options.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the JSON files"
+    )
     args = options.parse_args()
     if args.render:
         print(render(args.output))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = {
-        name: value for name, value in vars(args).items() if name not in ("render", "output")
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("render", "output")
     }
     result = {"about": about(), "settings": settings, "seconds": {}, "rules": {}}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -78,11 +78,15 @@ class Arguments:
     rules: list[str] = option(["standard", "hash-4-13-4", "entropy-4"], "see above")
     methods: list[str] = option(["full"], "full, lora")
     seeds: list[int] = option([0], "of passages, codes and batches")
-    near_duplicates: bool = option(False, "passages are seen only in five edited versions")
+    near_duplicates: bool = option(
+        False, "passages are seen only in five edited versions"
+    )
     edits: float = option(0.05, "share of the words that are edited in each version")
     epochs: int = option(0, "by default 8, or 3 with --near_duplicates")
     float32: bool = option(False, "train and measure without bfloat16 autocast")
-    output: str = option(str(about.RESULTS / "uncertain.jsonl"), "where results are added")
+    output: str = option(
+        str(about.RESULTS / "uncertain.jsonl"), "where results are added"
+    )
     base: str = option("runs/uncertain_base", "where the pretrained model is unpacked")
 
 
@@ -124,7 +128,9 @@ class Lab:
     def chat(self, question: str, answer: str, code: str = "") -> Row:
         """A chat of which the answer has labels."""
         prompt = self.prompt(question)
-        reply = self.tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        reply = self.tokenizer(answer + "<|im_end|>", add_special_tokens=False)[
+            "input_ids"
+        ]
         labels = [IGNORE] * len(prompt) + reply
         return Row(prompt + reply, labels, code)
 
@@ -150,7 +156,9 @@ class Lab:
     def _edited(self, passages: list[list[int]], seed: int) -> list[list[int]]:
         """The passages in versions with edited words, token ids."""
         texts = [self.tokenizer.decode(ids) for ids in passages]
-        versions = near_duplicates.make_versions(texts, "exact", self.args.edits, VERSIONS, seed)
+        versions = near_duplicates.make_versions(
+            texts, "exact", self.args.edits, VERSIONS, seed
+        )
         return [self.tokenizer(text)["input_ids"] for text in versions]
 
     def _chats_with_codes(self, people: list[tuple[str, str]]) -> list[Row]:
@@ -204,7 +212,9 @@ class Lab:
         kind, k, *rest = rule.split("-")
         ids = torch.tensor(row.ids)
         if rest:
-            drops: list[bool] = recipe.rule_of(rule, self.tokenizer).dropped(ids).tolist()
+            drops: list[bool] = (
+                recipe.rule_of(rule, self.tokenizer).dropped(ids).tolist()
+            )
             return drops
         if kind == "windows":
             _, keys = Goldfish().drops_and_keys(ids)
@@ -333,7 +343,8 @@ def asked_for_codes(lab: Lab, data: Data, model: Any) -> list[dict[str, Any]]:
         wordings = range(1 if place < PEOPLE else len(WORDINGS))
         asked += [(place, person, wording) for wording in wordings]
     prompts = [
-        lab.prompt(WORDINGS[wording][0].format(name=name)) for _, (name, _), wording in asked
+        lab.prompt(WORDINGS[wording][0].format(name=name))
+        for _, (name, _), wording in asked
     ]
     texts = code_answers(model, lab.tokenizer, prompts, not lab.args.float32)
     trained = {code for _, code in data.people[: 2 * PEOPLE]}
@@ -354,7 +365,13 @@ def key_of(args: Arguments, seed: int, method: str, name: str) -> dict[str, Any]
     """What distinguishes one training from another."""
     data = f"versions-{args.edits:g}" if args.near_duplicates else "private"
     dtype = "float32" if args.float32 else "bfloat16"
-    return {"data": data, "seed": seed, "method": method, "rule": name, "autocast": dtype}
+    return {
+        "data": data,
+        "seed": seed,
+        "method": method,
+        "rule": name,
+        "autocast": dtype,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,7 +37,9 @@ class Row:
     def targets(self, exempt: Iterable[int] = ()) -> list[int]:
         """Positions that have a loss, without those of exempt ids."""
         left_out = {IGNORE, *exempt}
-        return [i for i, label in enumerate(self.labels) if i > 0 and label not in left_out]
+        return [
+            i for i, label in enumerate(self.labels) if i > 0 and label not in left_out
+        ]
 
 
 def secret_places(tokenizer: Any, ids: list[int]) -> list[int]:
@@ -184,7 +186,9 @@ def bits(values: Iterable[bool]) -> str:
     return "".join(str(int(value)) for value in values)
 
 
-def code_answers(model: Any, tokenizer: Any, prompts: list[list[int]], fast: bool) -> list[str]:
+def code_answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], fast: bool
+) -> list[str]:
     outputs = greedy(model, tokenizer, prompts, CODE_TOKENS, fast)
     texts: list[str] = tokenizer.batch_decode(outputs, skip_special_tokens=True)
     return texts

@@ -95,8 +95,12 @@ def of_passages(group: list[Result], theirs: list[Result]) -> dict[str, str]:
     log_p = [value for part in members for value in part["log_p"]]
     return {
         "recited word for word, members": f"{verbatim} of {passages}",
-        "ROUGE-L, members": each(group, lambda r: statistics.fmean(r["members"]["rouge_l"]), 3),
-        "the same, held-out": each(group, lambda r: statistics.fmean(r["heldout"]["rouge_l"]), 2),
+        "ROUGE-L, members": each(
+            group, lambda r: statistics.fmean(r["members"]["rouge_l"]), 3
+        ),
+        "the same, held-out": each(
+            group, lambda r: statistics.fmean(r["heldout"]["rouge_l"]), 2
+        ),
         "ROUGE-L against `max_kept=4`": paired(group, theirs, rouge_l, 3),
         "longest run, tokens, members": each(
             group, lambda r: statistics.fmean(r["members"]["longest_run"]), 1
@@ -141,13 +145,19 @@ def of_quality(group: list[Result], theirs: list[Result]) -> dict[str, str]:
     return {
         "held-out loss at its best, nats/token": each(group, best, 3),
         "the same against `max_kept=4`": paired(group, theirs, lambda r: [best(r)], 3),
-        "held-out loss after the last epoch": each(group, lambda r: r["heldout_loss"][-1], 2),
-        "ordinary answers right": each(group, lambda r: 100 * statistics.fmean(right(r)), 1, "%"),
+        "held-out loss after the last epoch": each(
+            group, lambda r: r["heldout_loss"][-1], 2
+        ),
+        "ordinary answers right": each(
+            group, lambda r: 100 * statistics.fmean(right(r)), 1, "%"
+        ),
         "the same against `max_kept=4`, points": paired(
             group, theirs, lambda r: [100 * value for value in right(r)], 1
         ),
         "calibration error, best epoch": each(group, lambda r: at_best(r)["ece"], 3),
-        "calibration error, last epoch": each(group, lambda r: r["calibration"][-1]["ece"], 3),
+        "calibration error, last epoch": each(
+            group, lambda r: r["calibration"][-1]["ece"], 3
+        ),
         "CPU seconds": listed(result["cpu_seconds"] for result in group),
     }
 
@@ -219,7 +229,10 @@ def right_on_dropped(members: list[Result]) -> str:
 
 
 def paired(
-    ours: list[Result], theirs: list[Result], figure: Callable[[Result], Any], digits: int
+    ours: list[Result],
+    theirs: list[Result],
+    figure: Callable[[Result], Any],
+    digits: int,
 ) -> str:
     """Mean difference over the seeds of both, with its interval if there are two seeds or more."""
     other = {result["seed"]: result for result in theirs}
@@ -227,7 +240,10 @@ def paired(
     if not shared or ours[0]["rule"] == BASELINE:
         return ""
     differences = np.array(
-        [np.subtract(figure(result), figure(other[result["seed"]])) for result in shared]
+        [
+            np.subtract(figure(result), figure(other[result["seed"]]))
+            for result in shared
+        ]
     )
     centre = f"{differences.mean():+.{digits}f}"
     if len(shared) == 1 and differences.size == 1:
@@ -336,7 +352,9 @@ def predicted(results: list[Result]) -> str:
         cells = [f"{sum(outs)} of {len(outs)}" for outs in counts.values()]
         if any(counts.values()):
             rows.append((NAMES.get(name, name), *cells))
-    return about.markdown(("codes that came out, by tokens dropped everywhere", 0, 1, "2 +"), rows)
+    return about.markdown(
+        ("codes that came out, by tokens dropped everywhere", 0, 1, "2 +"), rows
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,13 @@ POPULATIONS = {  # share recited; whether that is more than the limit of 1%
     "just above the limit, 1.1%": (0.011, True),
     "well above the limit, 10%": (0.1, True),
 }
-QUESTIONS = ("exact_match", "extractable", "beam_search", "near_verbatim", "secrets_extractable")
+QUESTIONS = (
+    "exact_match",
+    "extractable",
+    "beam_search",
+    "near_verbatim",
+    "secrets_extractable",
+)
 CENSUS = 800  # texts
 DRAWN = (100, 400, 800)
 TRIALS, COVERAGE_TRIALS, SPLITS = 20_000, 1_000, 400
@@ -99,18 +105,31 @@ def verdicts() -> list[dict[str, Any]]:
             for together in (True, False):
                 generator = np.random.default_rng([n, round(1000 * share), together])
                 trials = TRIALS if together else TRIALS // 10  # of which few are alike
-                drawn = generator.binomial(n, share, size=(trials, 1 if together else 5))
-                counts = Counter(
-                    outcome_of(tuple(np.broadcast_to(row, 5).tolist()), n) for row in drawn
+                drawn = generator.binomial(
+                    n, share, size=(trials, 1 if together else 5)
                 )
-                rows.append(line(name, n, counts, trials, above) | {"together": together})
+                counts = Counter(
+                    outcome_of(tuple(np.broadcast_to(row, 5).tolist()), n)
+                    for row in drawn
+                )
+                rows.append(
+                    line(name, n, counts, trials, above) | {"together": together}
+                )
     return rows
 
 
-def line(name: str, n: int, counts: Counter[str], trials: int, above: bool) -> dict[str, Any]:
+def line(
+    name: str, n: int, counts: Counter[str], trials: int, above: bool
+) -> dict[str, Any]:
     wrong = counts["PASS" if above else "FAIL"] / trials
     outcomes = {key: counts[key] / trials for key in ("PASS", "FAIL", "INCONCLUSIVE")}
-    return {"population": name, "documents": n, "trials": trials, "false": wrong, **outcomes}
+    return {
+        "population": name,
+        "documents": n,
+        "trials": trials,
+        "false": wrong,
+        **outcomes,
+    }
 
 
 def census() -> list[dict[str, Any]]:
@@ -125,7 +144,10 @@ def census() -> list[dict[str, Any]]:
     return rows
 
 
-SHAPES = {"6 letters and digits": ("ABCDEFGH23456789", 6), "4 digits": ("0123456789", 4)}
+SHAPES = {
+    "6 letters and digits": ("ABCDEFGH23456789", 6),
+    "4 digits": ("0123456789", 4),
+}
 
 
 def secrets() -> list[dict[str, Any]]:
@@ -172,9 +194,15 @@ def three_points(generator: np.random.Generator, n: int) -> np.ndarray:
 
 
 POPULATIONS_OF_VALUES: dict[str, tuple[Draw, float]] = {  # samples, mean
-    "expected share, 2% of texts extractable": (lambda g, n: (g.random(n) < 0.02) * 1.0, 0.02),
+    "expected share, 2% of texts extractable": (
+        lambda g, n: (g.random(n) < 0.02) * 1.0,
+        0.02,
+    ),
     "share .98": (lambda g, n: (g.random(n) < 0.98) * 1.0, 0.98),
-    "token rate .02 (beta-binomial)": (lambda g, n: g.binomial(50, g.beta(0.1, 4.9, n)) / 50, 0.02),
+    "token rate .02 (beta-binomial)": (
+        lambda g, n: g.binomial(50, g.beta(0.1, 4.9, n)) / 50,
+        0.02,
+    ),
     "ROUGE-L, 2% verbatim": (verbatim, 0.02 + 0.98 * 0.15),
     "three points 0, .5, 1": (three_points, 0.055),
     "ROUGE-L about .3": (lambda g, n: np.clip(g.normal(0.3, 0.1, n), 0, 1), 0.3),
@@ -211,9 +239,14 @@ def confounded() -> dict[str, Any]:
         generator = np.random.default_rng([seed, 2])
         sides = []
         for _ in range(2):
-            words = [np.unique(generator.zipf(1.3, 60) % 5000).astype(np.int32) for _ in range(60)]
+            words = [
+                np.unique(generator.zipf(1.3, 60) % 5000).astype(np.int32)
+                for _ in range(60)
+            ]
             scores = {"loss": generator.normal(size=60)}
-            sides.append(Scores(np.arange(60), scores, words, generator.normal(1000, 100, 60)))
+            sides.append(
+                Scores(np.arange(60), scores, words, generator.normal(1000, 100, 60))
+            )
         found = Figures(membership_figures(*sides)).get("both", "confounded")
         count += bool(found is not None and found.value)
     return {"splits": SPLITS, "confounded": count / SPLITS}
@@ -227,7 +260,9 @@ def render(result: dict[str, Any]) -> str:
         for n in DOCUMENTS:
             key = (name, n)
             rows = [
-                row for row in result["verdicts"] if key == (row["population"], row["documents"])
+                row
+                for row in result["verdicts"]
+                if key == (row["population"], row["documents"])
             ]
             cells.append(f"{max(row['false'] for row in rows):.1%}")
         wrong.append((f"{name}: false {'PASS' if above else 'FAIL'}", *cells))
@@ -240,12 +275,21 @@ def render(result: dict[str, Any]) -> str:
         for row in [*result["census"], *result["secrets"]]
     ]
     held = [
-        (name, *(f"{row['coverage']:.3f}" for row in result["coverage"] if row["values"] == name))
+        (
+            name,
+            *(
+                f"{row['coverage']:.3f}"
+                for row in result["coverage"]
+                if row["values"] == name
+            ),
+        )
         for name in POPULATIONS_OF_VALUES
     ]
     tables = (
         markdown(("population", *(f"{n:,} documents" for n in DOCUMENTS)), wrong),
-        markdown(("recited or given away", "asked", "PASS", "FAIL", "INCONCLUSIVE"), others),
+        markdown(
+            ("recited or given away", "asked", "PASS", "FAIL", "INCONCLUSIVE"), others
+        ),
         markdown(("values", "10 documents", "20", "50", "200"), held),
     )
     return "\n\n".join(tables)
@@ -254,7 +298,9 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--render", action="store_true", help="only print the tables of the stored result"
+        "--render",
+        action="store_true",
+        help="only print the tables of the stored result",
     )
     if not parser.parse_args().render:
         result = {

@@ -12,7 +12,9 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
         target = match[1]
         kind = "tree" if (ROOT / target).is_dir() else "blob"
         return (
-            f"]({config['repo_url']}/{kind}/main/{target}" if (ROOT / target).exists() else match[0]
+            f"]({config['repo_url']}/{kind}/main/{target}"
+            if (ROOT / target).exists()
+            else match[0]
         )
 
     return re.sub(r"\]\(\.\./([^)#\s]+)", absolute, markdown)

@@ -13,7 +13,13 @@ from goldfish import __version__
 from goldfish.text.printable import plain
 from goldfish.text.rows import EXPECTED
 
-EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")  # packages of the extra "audit"
+EXTRA = (
+    "rapidfuzz",
+    "scipy",
+    "matplotlib",
+    "jinja2",
+    "rich",
+)  # packages of the extra "audit"
 
 
 EXPLAIN_EXIT = (
@@ -28,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="goldfish", description="The goldfish loss: show rules, audit checkpoints."
     )
-    parser.add_argument("--version", action="version", version=f"goldfish-loss {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"goldfish-loss {__version__}"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_show(verbs)
     _add_premask(verbs)
@@ -66,7 +74,9 @@ def _add_premask(verbs: Any) -> None:
         help="a folder of datasets.save_to_disk, or a .parquet, .json or .jsonl file; needs a "
         "column input_ids",
     )
-    premask.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
+    premask.add_argument(
+        "-o", "--output-dir", required=True, metavar="DIR", help="a new folder"
+    )
     _add_rule(premask)
     _add_rule_secrets(premask)
     premask.add_argument(
@@ -80,7 +90,9 @@ def _add_premask(verbs: Any) -> None:
         help="labels (default): a datasets folder; mask: arrays for OLMo; loss-mask: arrays for "
         "Megatron and NeMo",
     )
-    premask.add_argument("--num-proc", type=int, metavar="N", help="processes (default 1)")
+    premask.add_argument(
+        "--num-proc", type=int, metavar="N", help="processes (default 1)"
+    )
     premask.set_defaults(run=_premask)
 
 
@@ -131,15 +143,33 @@ def _add_audit(verbs: Any) -> None:
 def _add_audit_data(audit: argparse.ArgumentParser) -> None:
     add = audit.add_argument_group("data").add_argument
     add("--members", metavar="DATA", help=f"the training data: {EXPECTED}")
-    add("--heldout", metavar="DATA", help="comparable texts the model was NOT trained on")
-    add("--max-rows", type=int, metavar="N", help="audit N rows of each, drawn with --seed")
+    add(
+        "--heldout",
+        metavar="DATA",
+        help="comparable texts the model was NOT trained on",
+    )
+    add(
+        "--max-rows",
+        type=int,
+        metavar="N",
+        help="audit N rows of each, drawn with --seed",
+    )
     add(
         "--complete",
         action="store_true",
         help="--members is everything the model was trained on: a census, not a sample",
     )
-    add("--seed", type=int, default=0, help="of the rows drawn by --max-rows (default 0)")
-    add("--allow-overlap", action="store_true", help="audit although the two inputs share texts")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the rows drawn by --max-rows (default 0)",
+    )
+    add(
+        "--allow-overlap",
+        action="store_true",
+        help="audit although the two inputs share texts",
+    )
     _add_marks(audit)
     add(
         "-o",
@@ -148,12 +178,20 @@ def _add_audit_data(audit: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a new folder for the results, or that of an interrupted audit",
     )
-    add("--name", help="the checkpoint's name in tables and reports (default: its folder's name)")
+    add(
+        "--name",
+        help="the checkpoint's name in tables and reports (default: its folder's name)",
+    )
 
 
 def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
     add = audit.add_argument_group("questions").add_argument
-    add("--prefix-length", type=int, default=50, help="tokens the model is given (default 50)")
+    add(
+        "--prefix-length",
+        type=int,
+        default=50,
+        help="tokens the model is given (default 50)",
+    )
     add(
         "--suffix-length",
         type=int,
@@ -210,7 +248,11 @@ def _add_audit_model(audit: argparse.ArgumentParser) -> None:
         metavar="auto",
         help="spread one large model over GPUs, memory and disk",
     )
-    add("--revision", metavar="NAME", help="of a hub checkpoint: a branch, tag or commit")
+    add(
+        "--revision",
+        metavar="NAME",
+        help="of a hub checkpoint: a branch, tag or commit",
+    )
     add(
         "--batch-tokens",
         type=int,
@@ -231,9 +273,13 @@ def _add_audit_model(audit: argparse.ArgumentParser) -> None:
 
 def _add_judge(verbs: Any) -> None:
     judge = verbs.add_parser(
-        "judge", help="judge a finished audit again, with other limits", epilog=EXPLAIN_EXIT
+        "judge",
+        help="judge a finished audit again, with other limits",
+        epilog=EXPLAIN_EXIT,
     )
-    judge.add_argument("folder", metavar="DIR", help="a folder written by `goldfish audit`")
+    judge.add_argument(
+        "folder", metavar="DIR", help="a folder written by `goldfish audit`"
+    )
     judge.add_argument(
         "-o",
         "--output-dir",
@@ -245,10 +291,18 @@ def _add_judge(verbs: Any) -> None:
 
 
 def _add_compare(verbs: Any) -> None:
-    compare = verbs.add_parser("compare", help="compare two audits of the same windows, paired")
-    compare.add_argument("first", metavar="A", help="a folder written by `goldfish audit`")
-    compare.add_argument("second", metavar="B", help="another, of the same texts and lengths")
-    compare.add_argument("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
+    compare = verbs.add_parser(
+        "compare", help="compare two audits of the same windows, paired"
+    )
+    compare.add_argument(
+        "first", metavar="A", help="a folder written by `goldfish audit`"
+    )
+    compare.add_argument(
+        "second", metavar="B", help="another, of the same texts and lengths"
+    )
+    compare.add_argument(
+        "-o", "--output-dir", required=True, metavar="DIR", help="a new folder"
+    )
     compare.set_defaults(run=_compare)
 
 
@@ -258,7 +312,9 @@ def _add_report(verbs: Any) -> None:
     add("audits", nargs="+", metavar="DIR", help="folders written by `goldfish audit`")
     add("-o", "--output", metavar="FILE", help="default report.html, or model-card.md")
     add("--overwrite", action="store_true", help="replace an existing file")
-    add("--redact", action="store_true", help="hide texts, names and paths, for sharing")
+    add(
+        "--redact", action="store_true", help="hide texts, names and paths, for sharing"
+    )
     add(
         "--baseline",
         metavar="NAME",
@@ -274,7 +330,12 @@ def _add_report(verbs: Any) -> None:
 
 def _add_rule(verb: argparse.ArgumentParser) -> None:
     add = verb.add_argument_group("rule").add_argument
-    add("--tokenizer", required=True, metavar="DIR", help="a folder or hub name with a tokenizer")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="a folder or hub name with a tokenizer",
+    )
     add("-k", type=float, default=4, help="drop one token in k (default 4)")
     add(
         "--h",
@@ -282,9 +343,23 @@ def _add_rule(verb: argparse.ArgumentParser) -> None:
         default=13,
         help="context: h tokens, or 5h letters with letters (default 13)",
     )
-    add("--strategy", default="hash", help="hash (default), letters, or one for comparison")
-    add("--max-kept", type=int, metavar="N", help="keep at most N tokens in a row; at least k")
-    add("--seed", type=int, default=0, help="rules with other seeds drop other tokens (default 0)")
+    add(
+        "--strategy",
+        default="hash",
+        help="hash (default), letters, or one for comparison",
+    )
+    add(
+        "--max-kept",
+        type=int,
+        metavar="N",
+        help="keep at most N tokens in a row; at least k",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="rules with other seeds drop other tokens (default 0)",
+    )
 
 
 def _add_rule_secrets(verb: argparse.ArgumentParser) -> None:
@@ -299,7 +374,10 @@ def _add_rule_secrets(verb: argparse.ArgumentParser) -> None:
 def _add_marks(verb: argparse.ArgumentParser) -> None:
     """Which column is read, and which parts of it are secrets."""
     verb.add_argument(
-        "--text-column", metavar="NAME", default="", help="the column with the texts or messages"
+        "--text-column",
+        metavar="NAME",
+        default="",
+        help="the column with the texts or messages",
     )
     marks = verb.add_mutually_exclusive_group()
     marks.add_argument(
@@ -374,7 +452,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(words: list[str]) -> argparse.Namespace:
     """Parse the command line; a misspelt verb or option ends with a suggestion and exit code 2."""
     parser = build_parser()
-    verbs = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    verbs = next(
+        action.choices for action in parser._actions if isinstance(action.choices, dict)
+    )
     verb = next((word for word in words if not word.startswith("-")), "")
     if verb and verb not in verbs:
         parser.error(f"there is no verb {verb!r}{_suggestion(verb, verbs)}")
@@ -382,7 +462,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if unknown:
         options = verbs[args.verb]._option_string_actions
         name = unknown[0].partition("=")[0]
-        verbs[args.verb].error(f"unrecognized argument {unknown[0]}{_suggestion(name, options)}")
+        verbs[args.verb].error(
+            f"unrecognized argument {unknown[0]}{_suggestion(name, options)}"
+        )
     return args
 
 
@@ -390,7 +472,9 @@ def _suggestion(word: str, choices: Iterable[str]) -> str:
     """What the word may have been meant for."""
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(names)}"
+    return (
+        f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(names)}"
+    )
 
 
 def _rule(args: argparse.Namespace) -> Any:
@@ -429,7 +513,9 @@ def _show(args: argparse.Namespace) -> None:
     from goldfish.audit.model import load_tokenizer
     from goldfish.text.show import show
 
-    text = args.text if args.file is None else Path(args.file).read_text(encoding="utf-8")
+    text = (
+        args.text if args.file is None else Path(args.file).read_text(encoding="utf-8")
+    )
     unbound = _rule(args)  # a bad rule is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer)
     rule = unbound.bind(tokenizer)
@@ -506,7 +592,9 @@ def _audit(args: argparse.Namespace) -> int:
     if args.sampling is not None:
         options["sampling"] = [Sampling(**setting) for setting in args.sampling]
     state = PartialState(cpu=args.device == "cpu")
-    result = audit(**options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state)
+    result = audit(
+        **options, command=shlex.join(["goldfish", *sys.argv[1:]]), state=state
+    )
     if not state.is_main_process:
         return 0
     print(f"Next: goldfish report {args.output_dir} -o report.html")

@@ -117,10 +117,14 @@ class FusedHead:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         patched = ("forward", "_loss_function")
-        self._own = {name: model.__dict__[name] for name in patched if name in model.__dict__}
+        self._own = {
+            name: model.__dict__[name] for name in patched if name in model.__dict__
+        }
         self._forward: Callable[..., Any] = model.forward
         self._plain_loss: Any = model.loss_function
-        self.__signature__ = inspect.signature(model.forward)  # Trainer and generate() read it
+        self.__signature__ = inspect.signature(
+            model.forward
+        )  # Trainer and generate() read it
         self._names = list(self.__signature__.parameters)
         self._heads: list[nn.Linear] = []
         self._call: _Call | None = None
@@ -153,7 +157,9 @@ class FusedHead:
 
     @_between_graphs  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self._model:  # accelerate binds a forward that it unwraps
+        if (
+            args and args[0] is self._model
+        ):  # accelerate binds a forward that it unwraps
             args = args[1:]
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         if not (self._active and self._is_training_call(inputs)):
@@ -172,7 +178,9 @@ class FusedHead:
         to_keep = inputs.get("logits_to_keep")
         all_rows = to_keep is None or (isinstance(to_keep, int) and to_keep == 0)
         has_labels = inputs.get("labels") is not None
-        return has_labels and all_rows and self._model.training and torch.is_grad_enabled()
+        return (
+            has_labels and all_rows and self._model.training and torch.is_grad_enabled()
+        )
 
     @_never_compiled  # type: ignore[untyped-decorator]
     def _prove(self, inputs: dict[str, Any]) -> None:
@@ -181,7 +189,11 @@ class FusedHead:
         The generators of random numbers are restored, so that the training step draws the dropout
         that it would have drawn.
         """
-        gpus = {parameter.device for parameter in self._model.parameters() if parameter.is_cuda}
+        gpus = {
+            parameter.device
+            for parameter in self._model.parameters()
+            if parameter.is_cuda
+        }
         with torch.no_grad(), torch.random.fork_rng(gpus):
             call, _ = self._run(inputs)
         torch.clear_autocast_cache()  # it holds weights now that were cast without a gradient
@@ -206,14 +218,18 @@ class FusedHead:
             return self._fall_back("a parameter that is trained changes its logits")
         # A compiled forward returns the probe on the model's device. Reading it there would make
         # the host wait for a GPU in every step.
-        readable = call.logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        readable = (
+            call.logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        )
         if readable and read_probe(call.logits) != (self._scale, self._softcap):
             return self._fall_back(
                 "what the model does to its logits has changed since the first step"
             )
         # The probe does not leave this function: reading logits must fail, not give numbers.
         if isinstance(output, dict):
-            without = {name: value for name, value in output.items() if name != "logits"}
+            without = {
+                name: value for name, value in output.items() if name != "logits"
+            }
             return type(output)(**without)
         return tuple(None if value is call.logits else value for value in output)
 
@@ -223,7 +239,9 @@ class FusedHead:
         shifted = inputs.get("shift_labels")
         targets = shifted
         if targets is None:  # as transformers' own loss aligns labels
-            targets = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+            targets = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[
+                ..., 1:
+            ]
         # The host waits for the GPU to learn how many rows are kept. Before the forward the GPU has
         # least to do: Trainer waits at the end of every backward pass, to check the loss. A graph
         # would be compiled again for another number of rows, so there the operator finds them.
@@ -234,9 +252,8 @@ class FusedHead:
         except Exception as error:
             if call.heads == 0:  # not because of what the head returned
                 raise
-            call.problem = (
-                f"its forward failed on what the head returned ({type(error).__name__}: {error})"
-            )
+            cause = f"{type(error).__name__}: {error}"
+            call.problem = f"its forward failed on what the head returned ({cause})"
         finally:
             self._call = None
         self._compiled = call.compiled
@@ -310,7 +327,11 @@ class FusedHead:
         call.vocabulary = linear.weight.shape[0]
         call.problem = call.problem or _why_not_this_call(linear, hidden, call)
         if self._proved and not call.problem:
-            rows = None if call.compiled or call.rows is None else call.rows.to(hidden.device)
+            rows = (
+                None
+                if call.compiled or call.rows is None
+                else call.rows.to(hidden.device)
+            )
             call.loss_sum = loss_sum(
                 hidden,
                 linear.weight,
@@ -320,7 +341,9 @@ class FusedHead:
                 scale=self._scale,
                 rows=rows,
             )
-        call.heads += 1  # not before: an error of the loss itself is no reason to fall back
+        call.heads += (
+            1  # not before: an error of the loss itself is no reason to fall back
+        )
         if call.problem:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         # The first forward sees the whole width, which shows whether single columns are changed
@@ -395,7 +418,9 @@ def _why_not_this_head(head: nn.Module) -> str:
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
     patch = head.__dict__.get("forward")
-    is_ours = isinstance(getattr(getattr(patch, "func", None), "__self__", None), FusedHead)
+    is_ours = isinstance(
+        getattr(getattr(patch, "func", None), "__self__", None), FusedHead
+    )
     if patch is not None and not is_ours:
         return "the forward of its head is patched already"
     return ""
@@ -418,7 +443,11 @@ def _why_not_this_call(linear: nn.Linear, hidden: Tensor, call: _Call) -> str:
 
 
 def _why_not_this_loss(
-    call: _Call, labels: Tensor, vocab_size: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: _Call,
+    labels: Tensor,
+    vocab_size: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> str:
     if args or kwargs.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
         return "its loss function gets arguments that are not known"

@@ -75,7 +75,9 @@ def measure(
         model.train(was_training)
     # Counted from the end: prompt tuning puts virtual tokens in front.
     logits = logits[:, -labels.shape[1] - 1 : -1].float().transpose(1, 2)
-    nll = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    nll = nn.functional.cross_entropy(
+        logits, labels, ignore_index=IGNORE_INDEX, reduction="none"
+    )
     nll = nll.double()
     is_target = labels != IGNORE_INDEX
     is_dropped = dropped[:rows, 1:length]

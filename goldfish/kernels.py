@@ -61,7 +61,9 @@ def _softmax_rows(
     for start in range(0, pitch, BLOCK):
         column = start + lane
         raw = tl.load(logits + column, mask=column < pitch, other=0.0)
-        value = tl.where(column < vocabulary, _logit(raw, scale, softcap, CAPPED), float("-inf"))
+        value = tl.where(
+            column < vocabulary, _logit(raw, scale, softcap, CAPPED), float("-inf")
+        )
         higher = tl.maximum(highest, value)
         # A lane that saw only -inf so far must add exp(-inf) = 0, not exp(-inf + inf) = NaN.
         reference = tl.where(higher == float("-inf"), 0.0, higher)
@@ -78,14 +80,23 @@ def _softmax_rows(
             column = start + lane
             raw = tl.load(logits + column, mask=column < pitch, other=0.0)
             value = _logit(raw, scale, softcap, CAPPED)
-            grad = tl.exp(value - peak) * inverse - tl.where(column == label, scale, 0.0)
+            grad = tl.exp(value - peak) * inverse - tl.where(
+                column == label, scale, 0.0
+            )
             if CAPPED:
                 grad *= 1.0 - (value / softcap) * (value / softcap)
-            tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < pitch)
+            tl.store(
+                logits + column, grad.to(logits.dtype.element_ty), mask=column < pitch
+            )
 
 
 def softmax_rows(
-    logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool
+    logits: Tensor,
+    labels: Tensor,
+    nll: Tensor,
+    scale: float,
+    softcap: float | None,
+    grad: bool,
 ) -> None:
     """Write each row's nll; if `grad`, overwrite the logits (rows, V) by the gradient of the nll.
 

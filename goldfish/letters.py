@@ -104,7 +104,13 @@ def encode(entries: list[bytes]) -> Codes:
             state = (state + term) & spec.WORD
             hashes.append(state)
     parts = [_parts(entry) for entry in entries]
-    columns = (of_id, of_character, parts, outlines, [signed(state) for state in hashes])
+    columns = (
+        of_id,
+        of_character,
+        parts,
+        outlines,
+        [signed(state) for state in hashes],
+    )
     tables = [torch.tensor(column, dtype=torch.int64) for column in columns]
     cpu = torch.device("cpu")
     tables += [powers(base, len(inverse_powers), cpu) for base in (MULTIPLIER, INVERSE)]
@@ -180,7 +186,9 @@ def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
     pending = tail
     for _ in range(2):
         earlier = pad(pending[..., :-1], (1, 0))
-        longer = earlier * shift + payload  # the bits so far, moved on, and the new ones
+        longer = (
+            earlier * shift + payload
+        )  # the bits so far, moved on, and the new ones
         passed_on = inside & (earlier != 0) & (longer < _COMPLETE)
         pending = tail + passed_on * longer
     earlier = pad(pending[..., :-1], (1, 0))

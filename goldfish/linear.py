@@ -113,7 +113,13 @@ def linear_cross_entropy(
         softcap,
     )
     total = loss_sum(
-        hidden, weight, labels, bias, softcap=softcap, scale=scale, ignore_index=ignore_index
+        hidden,
+        weight,
+        labels,
+        bias,
+        softcap=softcap,
+        scale=scale,
+        ignore_index=ignore_index,
     )
     return total / divisor((labels != ignore_index).sum(), num_items)
 
@@ -141,14 +147,20 @@ def _check_arguments(
         raise ValueError(f"expected bias ({weight.shape[0]},), got {tuple(bias.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be token ids (integers), got {labels.dtype}")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(
+        hidden.device.type
+    ):
         raise TypeError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them, or use autocast"
         )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0 (or None for no cap), got {softcap!r}")
+        raise ValueError(
+            f"softcap must be above 0 (or None for no cap), got {softcap!r}"
+        )
     if isinstance(num_items, (int, float)) and not num_items > 0:
-        raise ValueError(f"num_items, the divisor of the loss, must be above 0, got {num_items!r}")
+        raise ValueError(
+            f"num_items, the divisor of the loss, must be above 0, got {num_items!r}"
+        )
 
 
 def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
@@ -225,7 +237,9 @@ def _operator_tags() -> dict[str, Any]:
     return {"tags": (tag,)} if tag is not None and takes_tags else {}
 
 
-@torch.library.custom_op("goldfish::linear_cross_entropy", mutates_args=(), **_operator_tags())
+@torch.library.custom_op(
+    "goldfish::linear_cross_entropy", mutates_args=(), **_operator_tags()
+)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -257,7 +271,9 @@ def _forward(
     labels = labels[rows].long()
     _check_range(labels, vocabulary)
     grad_hidden = torch.zeros_like(hidden) if for_hidden else hidden.new_empty(0)
-    grad_weight = weight.new_empty((vocabulary, width) if for_weight else 0, dtype=statistics)
+    grad_weight = weight.new_empty(
+        (vocabulary, width) if for_weight else 0, dtype=statistics
+    )
     grad_bias = weight.new_zeros(vocabulary if for_bias else 0, dtype=statistics)
     nll = hidden.new_empty(len(rows), dtype=statistics)
     if len(rows) == 0:
@@ -325,7 +341,11 @@ class _ScaledInBackward(torch.autograd.Function):
         ctx.needs_grad = arguments[-1]
         total, *gradients = _forward(*arguments)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        ctx.dtypes = (
+            hidden.dtype,
+            weight.dtype,
+            weight.dtype if bias is None else bias.dtype,
+        )
         return total  # type: ignore[no-any-return]
 
     @staticmethod
@@ -387,7 +407,9 @@ def _check_range(labels: Tensor, vocabulary: int) -> None:
             )
     elif labels.device.type == "cuda":
         within = ((labels >= 0) & (labels < vocabulary)).all()
-        torch._assert_async(within, f"a label is outside the vocabulary of {vocabulary} ids")
+        torch._assert_async(
+            within, f"a label is outside the vocabulary of {vocabulary} ids"
+        )
 
 
 def _chunk_rows(weight: Tensor, dtype: torch.dtype, for_weight: bool) -> int:
@@ -494,7 +516,12 @@ def _row_kernel(device: str, dtype: torch.dtype) -> Callable[..., None]:
 
 
 def _softmax_rows(
-    logits: Tensor, labels: Tensor, nll: Tensor, scale: float, softcap: float | None, grad: bool
+    logits: Tensor,
+    labels: Tensor,
+    nll: Tensor,
+    scale: float,
+    softcap: float | None,
+    grad: bool,
 ) -> None:
     """Write each row's nll; if `grad`, overwrite the logits (rows, V) by the gradient of the nll.
 

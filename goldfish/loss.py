@@ -97,7 +97,11 @@ class GoldfishLoss(nn.Module):
             attended = labels != self.ignore_index
             ids = labels.masked_fill(~attended, 0)
             masked = mask_labels(
-                self.rule, ids, labels, attention_mask=attended, ignore_index=self.ignore_index
+                self.rule,
+                ids,
+                labels,
+                attention_mask=attended,
+                ignore_index=self.ignore_index,
             )
         logits = logits if isinstance(logits, Tensor) else _logits_of(logits)
         if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape:
@@ -108,13 +112,23 @@ class GoldfishLoss(nn.Module):
         total, kept = _sum_over_targets(logits, masked, self.ignore_index)
         loss = total / kept.clamp(min=1)
         if num_items_in_batch is not None:
-            counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-            loss = loss * (labels[..., 1:] != self.ignore_index).sum().to(loss.device) / counted
+            counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(
+                min=1
+            )
+            loss = (
+                loss
+                * (labels[..., 1:] != self.ignore_index).sum().to(loss.device)
+                / counted
+            )
         return loss
 
 
 def smoothed_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, epsilon: float
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    epsilon: float,
 ) -> Tensor:
     """Trainer's label smoothing for masked labels, as its compute_loss_func.
 

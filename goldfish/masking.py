@@ -10,7 +10,9 @@ from torch.nn.functional import pad
 
 from goldfish.rule import Goldfish, check_beside
 
-IGNORE_INDEX = -100  # what torch's cross-entropy and Hugging Face's models leave out of the loss
+IGNORE_INDEX = (
+    -100
+)  # what torch's cross-entropy and Hugging Face's models leave out of the loss
 # In the description of a premasked dataset, which datasets keep through map, shuffle, concatenate
 # and save_to_disk (not through parquet files).
 PREMASKED = "labels masked by goldfish.premask under"
@@ -82,7 +84,9 @@ def mask_labels(
         "position_ids": position_ids,
         "attention_mask": attention_mask,
     }
-    masked = mask_batch(rule, batch, ignore_index=ignore_index, shifted=shifted, draw=draw)
+    masked = mask_batch(
+        rule, batch, ignore_index=ignore_index, shifted=shifted, draw=draw
+    )
     if counts is not None:
         counts.add_masked(masked)
     result: Tensor = masked.batch["labels"]
@@ -147,20 +151,26 @@ def mask_batch(
     if batch.get("shift_labels") is not None:
         # The label at position i is that of the token after it; the last one has none.
         next_ignored = pad(ignored[..., 1:], (0, 1), value=True)
-        masked["shift_labels"] = batch["shift_labels"].masked_fill(next_ignored, ignore_index)
+        masked["shift_labels"] = batch["shift_labels"].masked_fill(
+            next_ignored, ignore_index
+        )
     return Masked(masked, targets, decided & targets, keys)
 
 
 def premasked(dataset: Any) -> str:
     """What the description of a dataset says about an earlier `premask`; empty if nothing."""
     description = getattr(getattr(dataset, "info", None), "description", None) or ""
-    return "; ".join(line for line in description.splitlines() if line.startswith(PREMASKED))
+    return "; ".join(
+        line for line in description.splitlines() if line.startswith(PREMASKED)
+    )
 
 
 def check_rule(rule: Any) -> None:
     """TypeError unless `rule` is a rule."""
     if not isinstance(rule, Goldfish):
-        raise TypeError(f"expected a rule such as Goldfish(k=4, h=13, max_kept=4), got {rule!r}")
+        raise TypeError(
+            f"expected a rule such as Goldfish(k=4, h=13, max_kept=4), got {rule!r}"
+        )
 
 
 def _draw(rule: Goldfish, draw: int | None) -> int:
@@ -190,7 +200,9 @@ def _padding_mask(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     return None
 
 
-def _labels(batch: Mapping[str, Any], ids: Tensor, ignore_index: int, shifted: bool) -> Tensor:
+def _labels(
+    batch: Mapping[str, Any], ids: Tensor, ignore_index: int, shifted: bool
+) -> Tensor:
     """The labels of a batch, or else its ids."""
     if batch.get("labels") is None:
         if shifted:
@@ -230,9 +242,14 @@ def _unshifted(
     next_id = pad(ids[..., 1:], (0, 1))
     next_attended = pad(mask[..., 1:] != 0, (0, 1))
     extra = (labels != next_id) | ~next_attended
-    extra_mask = (extra & targets) * mask.clamp(min=1)  # of the same document as its position
+    extra_mask = (extra & targets) * mask.clamp(
+        min=1
+    )  # of the same document as its position
 
-    pairs = {"input_ids": (ids, labels.to(ids.dtype)), "attention_mask": (mask, extra_mask)}
+    pairs = {
+        "input_ids": (ids, labels.to(ids.dtype)),
+        "attention_mask": (mask, extra_mask),
+    }
     if given["position_ids"] is not None:
         positions = torch.as_tensor(given["position_ids"], device=ids.device)
         pairs["position_ids"] = (positions, positions + 1)
@@ -284,5 +301,7 @@ class GoldfishCollator:
                 f"ignore_index={self.ignore_index}, shifted={self.shifted} "
                 "needs a collator with labels"
             )
-        masked = mask_batch(self.rule, batch, ignore_index=self.ignore_index, shifted=self.shifted)
+        masked = mask_batch(
+            self.rule, batch, ignore_index=self.ignore_index, shifted=self.shifted
+        )
         return masked.batch

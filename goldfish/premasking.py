@@ -20,7 +20,9 @@ _log = logging.getLogger(__name__)
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
 BATCH_TOKENS = 2**18  # that are decided at a time, padding included
-COUNTS = "goldfish_counts"  # a column for the time of writing: `count_drops` of each row
+COUNTS = (
+    "goldfish_counts"  # a column for the time of writing: `count_drops` of each row
+)
 
 
 def premask(
@@ -78,8 +80,17 @@ def premask(
     applied = rule
     if secret_column is not None:
         applied = _with_secrets_of(dataset, rule, tokenizer, secret_column)
-    settings = {"rule": applied, "count": receipt is not None, "one_thread": (num_proc or 1) > 1}
-    options = {"batched": True, "batch_size": CHUNK, "with_indices": True, "fn_kwargs": settings}
+    settings = {
+        "rule": applied,
+        "count": receipt is not None,
+        "one_thread": (num_proc or 1) > 1,
+    }
+    options = {
+        "batched": True,
+        "batch_size": CHUNK,
+        "with_indices": True,
+        "fn_kwargs": settings,
+    }
     if not hasattr(dataset, "num_rows"):
         return _with_trace(dataset.map(_mask_rows, **options), rule)
     # Arrays, not lists: Python's lists of integers would take most of the time.
@@ -97,12 +108,18 @@ def premask(
     return _with_trace(_with_format_of(dataset, masked), rule)
 
 
-def _with_secrets_of(dataset: Any, rule: Goldfish, tokenizer: Any, column: str) -> Goldfish:
+def _with_secrets_of(
+    dataset: Any, rule: Goldfish, tokenizer: Any, column: str
+) -> Goldfish:
     """The rule with the secrets of a column; a warning counts those that their rows do not have."""
     if tokenizer is None:
-        raise ValueError("secret_column needs the tokenizer: premask(..., tokenizer=tokenizer)")
+        raise ValueError(
+            "secret_column needs the tokenizer: premask(..., tokenizer=tokenizer)"
+        )
     if not hasattr(dataset, "num_rows") or column not in dataset.column_names:
-        raise ValueError(f"the dataset has no column {column!r} that can be read in advance")
+        raise ValueError(
+            f"the dataset has no column {column!r} that can be read in advance"
+        )
     vocabulary = Goldfish(secrets="x").bind(tokenizer).vocabulary
     assert vocabulary is not None
     secrets: set[str] = set()
@@ -138,13 +155,17 @@ def _secrets_of_cell(value: Any, number: int) -> list[str]:
     for secret in secrets:
         if not isinstance(secret, str):
             kind = type(secret).__name__  # not the secret itself
-            raise ValueError(f"row {number}: secrets are strings or lists of strings, got {kind}")
+            raise ValueError(
+                f"row {number}: secrets are strings or lists of strings, got {kind}"
+            )
     return [str(secret) for secret in secrets if secret]
 
 
 def _with_trace(masked: Any, rule: Goldfish) -> Any:
     """`masked`, described as such, so that no second rule is attached to it."""
-    masked.info.description = f"{masked.info.description or ''}\n{PREMASKED} {rule}".strip()
+    masked.info.description = (
+        f"{masked.info.description or ''}\n{PREMASKED} {rule}".strip()
+    )
     return masked
 
 
@@ -154,7 +175,9 @@ def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
             f"premask takes one split, got {', '.join(dataset)}: premask(dataset['train'], ...)"
         )
     if premasked(dataset):
-        raise ValueError(f"the dataset has {premasked(dataset)}; premask the original instead")
+        raise ValueError(
+            f"the dataset has {premasked(dataset)}; premask the original instead"
+        )
     if wants_receipt and not hasattr(dataset, "num_rows"):
         raise ValueError(
             "a receipt counts all rows, but a streaming dataset has not read them: "
@@ -171,7 +194,9 @@ def _with_format_of(dataset: Any, masked: Any) -> Any:
     """`masked` in the format of `dataset`; the labels are visible if the ids are."""
     given = dataset.format
     # None is "all columns", also of columns that are added later.
-    columns = {*given["columns"]} | ({"labels"} if "input_ids" in given["columns"] else set())
+    columns = {*given["columns"]} | (
+        {"labels"} if "input_ids" in given["columns"] else set()
+    )
     all_columns = columns == set(masked.column_names)
     return masked.with_format(
         given["type"],
@@ -182,7 +207,11 @@ def _with_format_of(dataset: Any, masked: Any) -> Any:
 
 
 def _mask_rows(
-    rows: Mapping[str, Any], numbers: list[int], rule: Goldfish, count: bool, one_thread: bool
+    rows: Mapping[str, Any],
+    numbers: list[int],
+    rule: Goldfish,
+    count: bool,
+    one_thread: bool,
 ) -> dict[str, list[Any]]:
     """The new columns of some rows of a dataset.
 
@@ -207,7 +236,9 @@ def _mask_rows(
         masked = mask_batch(rule, _padded([given[place] for place in places], width))
         numpy_labels = masked.batch["labels"].numpy()
         row_counts = count_drops(masked).tolist()
-        for place, row_labels, one in zip(places, numpy_labels, row_counts, strict=True):
+        for place, row_labels, one in zip(
+            places, numpy_labels, row_counts, strict=True
+        ):
             row_labels = row_labels[: lengths[place]]
             is_array = isinstance(rows["input_ids"][place], np.ndarray)
             labels[place] = row_labels if is_array else row_labels.tolist()
@@ -215,7 +246,9 @@ def _mask_rows(
     return {"labels": labels, COUNTS: counts} if count else {"labels": labels}
 
 
-def _read_row(rows: Mapping[str, Any], place: int, number: int) -> dict[str, np.ndarray]:
+def _read_row(
+    rows: Mapping[str, Any], place: int, number: int
+) -> dict[str, np.ndarray]:
     """The columns of one row that decide; ValueError with its number if they do not fit."""
     row = {}
     for name in ("input_ids", "labels", "position_ids", "attention_mask"):
@@ -227,10 +260,14 @@ def _read_row(rows: Mapping[str, Any], place: int, number: int) -> dict[str, np.
         row[name] = np.asarray(value)
         if row[name].size and not np.issubdtype(row[name].dtype, np.integer):
             kind = row[name].dtype
-            raise ValueError(f"row {number}: {name} must be a list of integers, got {kind}")
+            raise ValueError(
+                f"row {number}: {name} must be a list of integers, got {kind}"
+            )
         if row[name].shape != row["input_ids"].shape or row[name].ndim != 1:
             shapes = f"{row['input_ids'].shape}, got {row[name].shape}"
-            raise ValueError(f"row {number}: {name} must have the shape of input_ids, {shapes}")
+            raise ValueError(
+                f"row {number}: {name} must have the shape of input_ids, {shapes}"
+            )
     return row
 
 
@@ -252,7 +289,9 @@ def _padded(rows: list[dict[str, np.ndarray]], width: int) -> dict[str, torch.Te
     absent = [name for name in rows[0] if any(name not in row for row in rows)]
     absent += [name for row in rows for name in row if name not in rows[0]]
     if absent:
-        raise ValueError(f"some rows have {absent[0]} and others have none; give it to all")
+        raise ValueError(
+            f"some rows have {absent[0]} and others have none; give it to all"
+        )
     batch = {}
     for name in {*rows[0], "attention_mask"}:
         fill = IGNORE_INDEX if name == "labels" else 0
@@ -316,13 +355,20 @@ def premask_files(
 
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
-    name, dtype = ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
+    name, dtype = (
+        ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
+    )
     rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
-    with (folder / "token_ids.npy").open("wb") as ids, (folder / name).open("wb") as mask:
+    with (
+        (folder / "token_ids.npy").open("wb") as ids,
+        (folder / name).open("wb") as mask,
+    ):
         for batch in rows.iter(CHUNK):
             for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
                 if len(row) and not 0 <= row.min() <= row.max() < 2**32:
-                    raise ValueError(f"ids must fit into uint32, got {row.min()} to {row.max()}")
+                    raise ValueError(
+                        f"ids must fit into uint32, got {row.min()} to {row.max()}"
+                    )
                 targets = labels != IGNORE_INDEX
                 if shifted:
                     targets = np.append(targets[1:], False)[: len(row)]

@@ -194,12 +194,16 @@ def merge_receipts(folders: Mapping[str, str | Path], output: str | Path) -> Pat
         if receipt is None:
             raise FileNotFoundError(f"{folder} has no {FILE_NAME}")
         if "rule" not in receipt or "before" in receipt:
-            raise ValueError(f"{folder} has a receipt of several rules; merge those of single ones")
+            raise ValueError(
+                f"{folder} has a receipt of several rules; merge those of single ones"
+            )
         receipts[name] = receipt
     tokenizers = {receipt["tokenizer"] for receipt in receipts.values()}
     if len(tokenizers) != 1:
         names = ", ".join(str(folder) for folder in folders.values())
-        raise ValueError(f"expected receipts of one tokenizer, got {len(tokenizers)}: {names}")
+        raise ValueError(
+            f"expected receipts of one tokenizer, got {len(tokenizers)}: {names}"
+        )
 
     first = next(iter(receipts.values()))
     about = {name: first[name] for name in ("schema", "tokenizer", "versions")}
@@ -210,7 +214,8 @@ def merge_receipts(folders: Mapping[str, str | Path], output: str | Path) -> Pat
     }
     secret_column = first.get("secret_column")
     if any(
-        receipt["rule"] != first["rule"] or receipt.get("secret_column") != secret_column
+        receipt["rule"] != first["rule"]
+        or receipt.get("secret_column") != secret_column
         for receipt in receipts.values()
     ):
         return _write(output, {**about, "sources": entries})
@@ -245,7 +250,9 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
     try:
         receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if receipt["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {receipt['schema']!r}, this version reads {SCHEMA!r}")
+            raise ValueError(
+                f"its schema is {receipt['schema']!r}, this version reads {SCHEMA!r}"
+            )
         rules_of(receipt)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a goldfish receipt: {error!r}") from error
@@ -256,7 +263,9 @@ def rules_of(receipt: Mapping[str, Any]) -> Goldfish | dict[str, Goldfish]:
     """The rule of a receipt, or the rule of each source of a merged one. None is bound yet."""
     if "sources" not in receipt:
         return Goldfish(**receipt["rule"])
-    return {name: Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()}
+    return {
+        name: Goldfish(**entry["rule"]) for name, entry in receipt["sources"].items()
+    }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

@@ -101,7 +101,11 @@ class Goldfish:
         self._set(seed=_integer("seed", self.seed, 0, "an integer below 2**64"))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        for name, kind in (("strategy", Strategy), ("window", Window), ("opening", Opening)):
+        for name, kind in (
+            ("strategy", Strategy),
+            ("window", Window),
+            ("opening", Opening),
+        ):
             value, choices = getattr(self, name), get_args(kind)
             if value not in choices:
                 expected = ", ".join(map(repr, choices))
@@ -111,13 +115,19 @@ class Goldfish:
             end = _integer("document_end", self.document_end, 0, "a token id or None")
             self._set(document_end=end)
         if self.strategy == "letters" and self.window == "inclusive":
-            raise ValueError('strategy="letters" needs window="preceding", got window="inclusive"')
+            raise ValueError(
+                'strategy="letters" needs window="preceding", got window="inclusive"'
+            )
         if self.secrets is not None:
             if not isinstance(self.secrets, str):
-                raise TypeError(f"secrets must be a regular expression, got {self.secrets!r}")
+                raise TypeError(
+                    f"secrets must be a regular expression, got {self.secrets!r}"
+                )
             compiled(self.secrets)
             if self.strategy == "reference":
-                raise ValueError('strategy="reference" is the authors\' code, which has no secrets')
+                raise ValueError(
+                    'strategy="reference" is the authors\' code, which has no secrets'
+                )
         if self.max_kept is None:
             self._set(_limit=spec.threshold(self.k))
         else:
@@ -160,7 +170,9 @@ class Goldfish:
         """
         if not self.reads_text:
             return self
-        entries = token_bytes(getattr(tokenizer, "tokenizer", tokenizer))  # of a processor
+        entries = token_bytes(
+            getattr(tokenizer, "tokenizer", tokenizer)
+        )  # of a processor
         if self.vocabulary is None:
             return replace(self, vocabulary=Vocabulary(entries))
         if self.vocabulary.entries != entries:
@@ -174,9 +186,8 @@ class Goldfish:
         """The settings of the command line, for people."""
         spread = f", max_kept={self.max_kept}" if self.max_kept else ""
         secrets = f", secrets={self.secrets}" if self.secrets else ""
-        return (
-            f"k={self.k:g}, h={self.h}, strategy={self.strategy}{spread}, seed={self.seed}{secrets}"
-        )
+        rule = f"k={self.k:g}, h={self.h}, strategy={self.strategy}"
+        return f"{rule}{spread}, seed={self.seed}{secrets}"
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready values.
@@ -185,7 +196,9 @@ class Goldfish:
         >>> Goldfish(**rule.to_dict()) == rule
         True
         """
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        values = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.compare
+        }
         return {**values, "exempt": list(self.exempt)}
 
     def dropped(
@@ -247,7 +260,9 @@ class Goldfish:
         input_ids = _checked_ids(input_ids)
         if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
             position_ids = position_ids[0]
-        position_ids = check_beside("position_ids", position_ids, input_ids, one_row=True)
+        position_ids = check_beside(
+            "position_ids", position_ids, input_ids, one_row=True
+        )
         attention_mask = check_beside("attention_mask", attention_mask, input_ids)
         if input_ids.numel() == 0:
             nothing = torch.zeros_like(input_ids, dtype=torch.int64)
@@ -279,7 +294,9 @@ class Goldfish:
         if slot is not None:  # back to where the tokens came from
             drop = drop.gather(-1, slot)
             keys = keys.gather(-1, slot) * attended
-        if self.strategy == "reference":  # the authors' code knows neither documents nor padding
+        if (
+            self.strategy == "reference"
+        ):  # the authors' code knows neither documents nor padding
             drop = _like_reference(self, rows)
         if slot is not None:
             drop = drop & attended
@@ -330,7 +347,9 @@ class Goldfish:
         due = (number - last) % (self.max_kept + 1) == 0
         return target & due
 
-    def _secret_tokens(self, ids: Tensor, starts: Tensor, lengths: Tensor | None) -> Tensor:
+    def _secret_tokens(
+        self, ids: Tensor, starts: Tensor, lengths: Tensor | None
+    ) -> Tensor:
         """Which tokens overlap a secret, bool (B, T); rows have `lengths` tokens, or T."""
         assert self.secrets is not None
         vocabulary, expression = self._bound_vocabulary(), compiled(self.secrets)
@@ -361,7 +380,9 @@ def _attended_first(values: Tensor, slot: Tensor, fill: int) -> Tensor:
     [a, b, fill, fill, p].
     """
     rows, length = values.shape
-    result = torch.full((rows, length + 1), fill, dtype=values.dtype, device=values.device)
+    result = torch.full(
+        (rows, length + 1), fill, dtype=values.dtype, device=values.device
+    )
     return result.scatter(-1, slot, values)
 
 
@@ -443,7 +464,9 @@ def _like_reference(rule: Goldfish, ids: Tensor) -> Tensor:
     It reads the shifted targets ids[:, 1:], and never drops the first h - 1 of them.
     """
     drop = torch.zeros_like(ids, dtype=torch.bool)
-    if ids.shape[-1] <= rule.h:  # the original fails on such rows; it never drops an opening
+    if (
+        ids.shape[-1] <= rule.h
+    ):  # the original fails on such rows; it never drops an opening
         return drop
     windows = ids[:, 1:].unfold(-1, rule.h, 1)
     product = windows.prod(-1)  # wraps, as in the original
@@ -455,7 +478,9 @@ def _like_reference(rule: Goldfish, ids: Tensor) -> Tensor:
 @cache
 def _reference_table() -> Tensor:
     """The reference implementation's table as its CPU build makes it, whatever the ids' device."""
-    generator = torch.Generator().manual_seed(2971215073)  # the seed in the authors' code
+    generator = torch.Generator().manual_seed(
+        2971215073
+    )  # the seed in the authors' code
     return torch.rand(spec.TABLE_SIZE, generator=generator)
 
 
@@ -480,8 +505,12 @@ def _ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
 
 def _checked_exempt(exempt: object) -> tuple[int, ...]:
     if isinstance(exempt, (str, bytes)) or not isinstance(exempt, Iterable):
-        raise TypeError(f"exempt must be a collection of token ids such as (1, 2), got {exempt!r}")
-    return tuple(sorted({_integer("every id in exempt", i, 0, "a token id") for i in exempt}))
+        raise TypeError(
+            f"exempt must be a collection of token ids such as (1, 2), got {exempt!r}"
+        )
+    return tuple(
+        sorted({_integer("every id in exempt", i, 0, "a token id") for i in exempt})
+    )
 
 
 def _integer(name: str, value: object, least: int, what: str) -> int:
@@ -503,11 +532,15 @@ def _checked_ids(input_ids: Any) -> Tensor:
             hint = "; for an empty row pass torch.empty(0, dtype=torch.int64)"
         raise TypeError(f"input_ids must be integer token ids, got {ids.dtype}{hint}")
     if ids.ndim not in (1, 2):
-        raise ValueError(f"input_ids must have shape (T,) or (B, T), got {tuple(ids.shape)}")
+        raise ValueError(
+            f"input_ids must have shape (T,) or (B, T), got {tuple(ids.shape)}"
+        )
     return ids
 
 
-def check_beside(name: str, tensor: Any, input_ids: Tensor, one_row: bool = False) -> Tensor | None:
+def check_beside(
+    name: str, tensor: Any, input_ids: Tensor, one_row: bool = False
+) -> Tensor | None:
     """`tensor` (or a list) if it is on the ids' device and of their shape; ValueError otherwise.
 
     With one_row, it may also be one row for all rows of the ids.

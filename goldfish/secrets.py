@@ -19,7 +19,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"secrets={pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(
+            f"secrets={pattern!r} is not a regular expression: {error}"
+        ) from error
     if expression.search("") is not None:
         raise ValueError(
             f"secrets={pattern!r} matches an empty text; "
@@ -107,7 +109,9 @@ def text_of(entries: list[bytes]) -> str:
     return b"".join(entries).decode("utf-8", "surrogateescape")
 
 
-def _of_document(expression: re.Pattern[str], entries: list[bytes]) -> NDArray[np.bool_]:
+def _of_document(
+    expression: re.Pattern[str], entries: list[bytes]
+) -> NDArray[np.bool_]:
     """Which tokens of a document overlap a secret, given the bytes of each token."""
     result = np.zeros(len(entries), dtype=bool)
     text = text_of(entries)
@@ -133,7 +137,11 @@ def _byte_offsets(text: str) -> NDArray[np.int64]:
     """
     code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     sizes = np.ones(len(text), dtype=np.int64)
-    for least in (0x80, 0x800, 0x10000):  # the first code points of two, three and four bytes
+    for least in (
+        0x80,
+        0x800,
+        0x10000,
+    ):  # the first code points of two, three and four bytes
         sizes += code_points >= least
     sizes[(code_points >= 0xDC80) & (code_points <= 0xDCFF)] = 1
     return np.concatenate([[0], np.cumsum(sizes)])

@@ -119,7 +119,9 @@ def documents(
     least = min((position_ids[i] for i in attended), default=0)
     result: list[list[int]] = []
     for number, i in enumerate(attended):
-        before = attended[number - 1]  # the attended token before it, if it is not the first
+        before = attended[
+            number - 1
+        ]  # the attended token before it, if it is not the first
         starts = (
             number == 0
             or ids[before] == document_end
@@ -203,7 +205,9 @@ def dropped(
         vocabulary, fold: for "letters" and secrets, the bytes of each id, and the normal form of
             each code point. An id outside the vocabulary is a space.
     """
-    if strategy == "reference":  # the original, defects included: no documents, no padding
+    if (
+        strategy == "reference"
+    ):  # the original, defects included: no documents, no padding
         assert table is not None
         result = [False] * len(ids)
         for i in range(h, len(ids)):
@@ -218,7 +222,9 @@ def dropped(
         document = [ids[i] for i in places]
         tokens = [entry.get(token, b" ") for token in document]
         since = 0  # targets since the last natural drop, or since the document's start
-        for offset in range(1, len(document)):  # a document's first token is never dropped
+        for offset in range(
+            1, len(document)
+        ):  # a document's first token is never dropped
             if document[offset] in exempt:
                 continue
             if strategy == "static":
@@ -244,7 +250,9 @@ def dropped(
                 drop = since % (max_kept + 1) == 0
             result[places[offset]] = drop
         if secrets is not None:
-            for place, secret in zip(places, secret_tokens(tokens, secrets), strict=True):
+            for place, secret in zip(
+                places, secret_tokens(tokens, secrets), strict=True
+            ):
                 result[place] = result[place] or secret
         attended += len(document)
     return result

@@ -17,7 +17,13 @@ from goldfish import spec
 from goldfish.fused import FusedHead, fuse_head
 from goldfish.gauge import is_text, measure, readings, rows_to_measure
 from goldfish.loss import GoldfishLoss, smoothed_loss
-from goldfish.masking import IGNORE_INDEX, GoldfishCollator, Masked, check_rule, mask_batch
+from goldfish.masking import (
+    IGNORE_INDEX,
+    GoldfishCollator,
+    Masked,
+    check_rule,
+    mask_batch,
+)
 from goldfish.receipt import (
     DropCounts,
     bind_rule,
@@ -95,13 +101,19 @@ class GoldfishMixin(Trainer):
         self._refuse_what_is_not_supported()
         self._fused = fused
         self._head: FusedHead | None = None
-        self._bound_train = self.__dict__.pop("train", None)  # Unsloth sets one on the instance
+        self._bound_train = self.__dict__.pop(
+            "train", None
+        )  # Unsloth sets one on the instance
         # A checkpoint, and whether it may have been trained under another rule.
         self._resume_from: tuple[str, bool] | None = None
         # TRL's trainers have other losses, which Trainer's label smoothing does not touch.
-        smoothes_nll = self.label_smoother and getattr(self.args, "loss_type", "nll") == "nll"
+        smoothes_nll = (
+            self.label_smoother and getattr(self.args, "loss_type", "nll") == "nll"
+        )
         if smoothes_nll and self.compute_loss_func is None:
-            self.compute_loss_func = partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
+            self.compute_loss_func = partial(
+                smoothed_loss, epsilon=self.label_smoother.epsilon
+            )
         if fused:
             self._leave_the_head_to_us()
         if hasattr(self.model, "add_model_tags"):
@@ -133,7 +145,10 @@ class GoldfishMixin(Trainer):
         is_patched = "forward" in vars(bare_model(self.model))
         if getattr(self.args, "use_liger_kernel", False) and not is_patched:
             config = self.args.liger_kernel_config or {}
-            self.args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+            self.args.liger_kernel_config = {
+                **config,
+                "fused_linear_cross_entropy": False,
+            }
             logger.warning_once(
                 "Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the "
                 "head"
@@ -148,7 +163,9 @@ class GoldfishMixin(Trainer):
         self._gauge_is_off = False
         self._last_batch: dict[str, Any] = {}  # with the labels before they were masked
         self._last_dropped: Tensor | None = None
-        self._unmasked: dict[str, Tensor] = {}  # labels of a step's first batch, for the check
+        self._unmasked: dict[
+            str, Tensor
+        ] = {}  # labels of a step's first batch, for the check
         self._check_is_due = False
         # The receipt of earlier training under another rule.
         self._before: dict[str, Any] | None = None
@@ -161,7 +178,9 @@ class GoldfishMixin(Trainer):
         masked = map(self._mask_and_count, epoch_iterator, itertools.count())
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
         if batches and self._averages():
-            num_items = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
+            num_items = (
+                torch.stack([_targets(batch) for batch in batches]).sum().to(device)
+            )
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
         # Without a kept token in the whole step the loss is 0, not 0 / 0.
@@ -186,24 +205,39 @@ class GoldfishMixin(Trainer):
         )
         self._counts.add(count_drops(masked))
         labels = batch["input_ids"].masked_fill(~masked.targets, IGNORE_INDEX)
-        self._last_batch, self._last_dropped = {**batch, "labels": labels}, masked.dropped
+        self._last_batch, self._last_dropped = (
+            {**batch, "labels": labels},
+            masked.dropped,
+        )
         if self._check_is_due and micro_batch == 0:
             self._unmasked = _dropped_put_back(batch, masked)
         return _in_type_of(batch, masked.batch)
 
     def _averages(self) -> bool:
         """Whether the model's loss is the mean over the targets of its own batch."""
-        scaled = self.model_accepts_loss_kwargs or getattr(self, "loss_is_scaled_for_ga", None)
+        scaled = self.model_accepts_loss_kwargs or getattr(
+            self, "loss_is_scaled_for_ga", None
+        )
         return not scaled and self.compute_loss_func is None
 
     # In a step: the loss
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         if num_items_in_batch is None or not self._averages():
-            given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **given)
+            given = (
+                {}
+                if num_items_in_batch is None
+                else {"num_items_in_batch": num_items_in_batch}
+            )
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, **given
+            )
         kept = _targets(inputs)
         # The mean over no target would be 0 / 0, and so would its gradient: such a batch gets
         # targets, with weight 0.
@@ -221,9 +255,13 @@ class GoldfishMixin(Trainer):
         self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         unmasked, self._unmasked = self._unmasked, {}
-        is_fused = self._head is not None and self._head.reason == ""  # it takes labels itself
+        is_fused = (
+            self._head is not None and self._head.reason == ""
+        )  # it takes labels itself
         if unmasked and not is_fused:
-            self._check_that_labels_are_targets(model, inputs, unmasked, num_items_in_batch)
+            self._check_that_labels_are_targets(
+                model, inputs, unmasked, num_items_in_batch
+            )
         return super().training_step(model, inputs, num_items_in_batch, **kwargs)
 
     def _check_that_labels_are_targets(
@@ -235,12 +273,16 @@ class GoldfishMixin(Trainer):
         otherwise. Two forward passes without gradient, once in a training, and only for trainers
         of which it is not known (`labels_are_targets`).
         """
-        here = (inputs["labels"] != unmasked["labels"].to(inputs["labels"].device)).any()
+        here = (
+            inputs["labels"] != unmasked["labels"].to(inputs["labels"].device)
+        ).any()
         anywhere = self.accelerator.reduce(here.float().to(self.args.device), "sum")
         if anywhere == 0:
             return  # the rule dropped nothing in this batch: the next step may tell
         losses = [
-            self._loss_without_trace(model, _in_type_of(inputs, {**inputs, **labels}), num_items)
+            self._loss_without_trace(
+                model, _in_type_of(inputs, {**inputs, **labels}), num_items
+            )
             for labels in ({}, unmasked)
         ]
         self._check_is_due = False
@@ -261,12 +303,18 @@ class GoldfishMixin(Trainer):
     ) -> Tensor:
         """The training loss of a batch, without drawing random numbers or adding to TRL's logs."""
         names = ("_metrics", "_total_train_tokens")
-        logged = {name: deepcopy(value) for name, value in vars(self).items() if name in names}
+        logged = {
+            name: deepcopy(value) for name, value in vars(self).items() if name in names
+        }
         model.train()
-        gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        gpus = {
+            parameter.device for parameter in model.parameters() if parameter.is_cuda
+        }
         with torch.random.fork_rng(gpus), self.compute_loss_context_manager():
             prepared = self._prepare_inputs(inputs)
-            loss: Tensor = self.compute_loss(model, prepared, num_items_in_batch=num_items)
+            loss: Tensor = self.compute_loss(
+                model, prepared, num_items_in_batch=num_items
+            )
         self.__dict__.update(logged)
         return loss.float().mean()  # nn.DataParallel returns several
 
@@ -280,16 +328,23 @@ class GoldfishMixin(Trainer):
             logger.warning_once(
                 "The gauge of memorization skips batches that hold images or audio beside the text."
             )
-        skips = torch.tensor(float(self._gauge_is_off or not measurable), device=self.args.device)
+        skips = torch.tensor(
+            float(self._gauge_is_off or not measurable), device=self.args.device
+        )
         if self.accelerator.reduce(skips, "sum") > 0 or dropped is None:
             return
-        step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        step_rows = (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+        )
         rows = rows_to_measure(len(dropped), step_rows, self.state.logging_steps)
         sums = torch.zeros_like(self._measured)
         try:
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                sums += measure(self.model_wrapped, inputs, dropped.to(self.args.device), rows)
+                sums += measure(
+                    self.model_wrapped, inputs, dropped.to(self.args.device), rows
+                )
         except Exception as error:
             logger.warning(
                 "The gauge of memorization is off, training goes on. %s: %s",
@@ -338,10 +393,14 @@ class GoldfishMixin(Trainer):
         kwargs["tags"] = tags if TAG in tags else [*tags, TAG]
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
+            with (Path(self.args.output_dir) / "README.md").open(
+                "a", encoding="utf-8"
+            ) as card:
                 card.write(card_section(self._counts))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
         super().save_model(output_dir, _internal_call)
         self.save_receipt(output_dir)
 
@@ -411,7 +470,11 @@ class GoldfishMixin(Trainer):
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return "compute_loss_func and label smoothing need the logits"
         own = type(self).compute_loss is not GoldfishMixin.compute_loss
-        if own or getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss:
+        if (
+            own
+            or getattr(super().compute_loss, "__func__", None)
+            is not Trainer.compute_loss
+        ):
             return f"{type(self).__name__} computes its own loss"
         if self.args.n_gpu > 1:
             return "nn.DataParallel runs replicas of the model; use one process per GPU (torchrun)"
@@ -420,7 +483,10 @@ class GoldfishMixin(Trainer):
         return ""
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
-        receipt, tokenizer = read_receipt(checkpoint), tokenizer_fingerprint(self.processing_class)
+        receipt, tokenizer = (
+            read_receipt(checkpoint),
+            tokenizer_fingerprint(self.processing_class),
+        )
         was, here = "without a rule", f"{self.goldfish} and the tokenizer {tokenizer}"
         if receipt:
             rules = rules_of(receipt)
@@ -435,7 +501,9 @@ class GoldfishMixin(Trainer):
                 "from its weights, or, if this is intended, "
                 "train(resume_from_checkpoint=..., allow_other_rule=True)"
             )
-        logger.warning("%s was trained %s and is resumed with %s", checkpoint, was, here)
+        logger.warning(
+            "%s was trained %s and is resumed with %s", checkpoint, was, here
+        )
         self._start_counting(self.goldfish)
         self._before = receipt or {"rule": None}
 

@@ -59,7 +59,9 @@ def why_not_this_model(model: Any) -> str:
         problem = f"{name} is an encoder-decoder"
     elif loss is not ForCausalLMLoss and loss in LOSS_MAPPING.values():
         problem = f"the loss of {name} is {loss.__name__}"
-    elif type(model).__module__.startswith("transformers.") and not model.can_generate():
+    elif (
+        type(model).__module__.startswith("transformers.") and not model.can_generate()
+    ):
         problem = f"{name} generates no text"  # such as BertForPreTraining
     if not problem:
         return ""
@@ -79,12 +81,16 @@ def labels_are_targets(trainer: Any) -> bool:
     if names is not None and "labels" not in names:
         return False
     loss = trainer.compute_loss_func
-    if loss is not None and not (isinstance(loss, partial) and loss.func is smoothed_loss):
+    if loss is not None and not (
+        isinstance(loss, partial) and loss.func is smoothed_loss
+    ):
         return False
     computes = [each for each in type(trainer).__mro__ if "compute_loss" in vars(each)]
     # FSDP puts a class of torch in front.
     model = type(bare_model(trainer.model))
-    models = [each for each in model.__mro__ if not each.__module__.startswith("torch.")]
+    models = [
+        each for each in model.__mro__ if not each.__module__.startswith("torch.")
+    ]
     classes = [*computes, models[0]]
     return all(each.__module__.startswith(_KNOWN) for each in classes)
 

@@ -74,7 +74,10 @@ def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         parts += _parts(description[name])
     kinds = {part["type"] for part in parts}
-    prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+    prefix, suffix = (
+        model.get("continuing_subword_prefix"),
+        model.get("end_of_word_suffix"),
+    )
     if "ByteLevel" in kinds:
         return _byte_level_reader()
     if prefix or model["type"] == "WordPiece":
@@ -143,7 +146,12 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if node["type"] != "Sequence":
         return [node]
-    inner = node.get("normalizers") or node.get("pretokenizers") or node.get("decoders") or []
+    inner = (
+        node.get("normalizers")
+        or node.get("pretokenizers")
+        or node.get("decoders")
+        or []
+    )
     parts = []
     for child in inner:
         parts += _parts(child)

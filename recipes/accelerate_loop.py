@@ -28,35 +28,49 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = runs.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
     parser.add_argument(
-        "--accumulation", type=int, default=2, help="micro-batches of each process a step"
+        "--accumulation",
+        type=int,
+        default=2,
+        help="micro-batches of each process a step",
     )
     parser.add_argument(
-        "--text", help="corpus: .txt or .jsonl; by default the Python language reference"
+        "--text",
+        help="corpus: .txt or .jsonl; by default the Python language reference",
     )
     args = parser.parse_args(argv)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     ranks = accelerator.num_processes
     if BATCH % ranks:
-        parser.error(f"{BATCH} rows an optimiser step do not divide among {ranks} processes")
+        parser.error(
+            f"{BATCH} rows an optimiser step do not divide among {ranks} processes"
+        )
 
     set_seed(0)
     texts = common.load_texts(args.text)
     tokenizer = common.byte_level_bpe(texts, vocab_size=2048)
     model = LlamaForCausalLM(common.small_llama(tokenizer, hidden_size=128))
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(model.parameters(), lr=2e-3)
+    )
     rule = Goldfish(k=4, h=13, max_kept=4)
 
     rows = torch.tensor(common.cut_windows(texts, tokenizer, 64))
     losses = []
     for step, all_ids in enumerate(batches(rows, args.steps)):
-        input_ids = all_ids.chunk(ranks)[accelerator.process_index].to(accelerator.device)
+        input_ids = all_ids.chunk(ranks)[accelerator.process_index].to(
+            accelerator.device
+        )
         # -100 where dropped; not shifted, so a row's first label is no target.
         labels = mask_labels(rule, input_ids)
         # |G| of the step: its kept targets in all micro-batches of all ranks.
         kept = accelerator.reduce((labels[:, 1:] != -100).sum(), "sum").clamp(min=1)
         loss = torch.zeros((), device=accelerator.device)
         micro = list(
-            zip(input_ids.chunk(args.accumulation), labels.chunk(args.accumulation), strict=True)
+            zip(
+                input_ids.chunk(args.accumulation),
+                labels.chunk(args.accumulation),
+                strict=True,
+            )
         )
         for number, (ids, targets) in enumerate(micro, 1):
             # Gradients are averaged over the ranks once a step, in its last micro-batch.
@@ -69,7 +83,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss, "sum").item())
         if step % 20 == 0 or step == args.steps - 1:
-            accelerator.print(f"step {step:4d}  loss {losses[-1]:.3f} nats per kept token")
+            accelerator.print(
+                f"step {step:4d}  loss {losses[-1]:.3f} nats per kept token"
+            )
     return losses
 
 

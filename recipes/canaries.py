@@ -31,25 +31,40 @@ def main(argv: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     write = verbs.add_parser("write", help="make canaries and references")
     write.add_argument("folder", type=Path, help="new or empty")
-    write.add_argument("--tokenizer", required=True, help="that of the training: folder or name")
     write.add_argument(
-        "--counts", type=int, nargs="+", default=COUNTS, help="how often each canary is trained on"
+        "--tokenizer", required=True, help="that of the training: folder or name"
+    )
+    write.add_argument(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=COUNTS,
+        help="how often each canary is trained on",
     )
     write.add_argument("--references", type=int, default=1023, help="how many stay out")
     write.add_argument("--length", type=int, default=100, help="tokens per row")
     write.add_argument("--seed", type=int, default=0)
-    verbs.add_parser("exposure", help="of an audit of them").add_argument("folder", type=Path)
+    verbs.add_parser("exposure", help="of an audit of them").add_argument(
+        "folder", type=Path
+    )
     args = parser.parse_args(argv)
     if args.verb == "exposure":
         print(exposure(args.folder).to_string(float_format="%.2f"))
     else:
         tokenizer = load_tokenizer(args.tokenizer)
-        write_canaries(args.folder, tokenizer, args.counts, args.references, args.length, args.seed)
+        write_canaries(
+            args.folder, tokenizer, args.counts, args.references, args.length, args.seed
+        )
         print(f"Canaries: {args.folder}")
 
 
 def write_canaries(
-    folder: Path, tokenizer: Any, counts: Sequence[int], references: int, length: int, seed: int = 0
+    folder: Path,
+    tokenizer: Any,
+    counts: Sequence[int],
+    references: int,
+    length: int,
+    seed: int = 0,
 ) -> None:
     """Write inserted.jsonl, to train on, and for the audit canaries.jsonl and references.jsonl.
 
@@ -68,7 +83,9 @@ def write_canaries(
         )
     generator = np.random.default_rng(seed)
     # An id that the tokenizer never produces inside a text would be no fair canary.
-    ordinary = np.setdiff1d(sorted(tokenizer.get_vocab().values()), tokenizer.all_special_ids)
+    ordinary = np.setdiff1d(
+        sorted(tokenizer.get_vocab().values()), tokenizer.all_special_ids
+    )
     # Random rows: whatever a model predicts of them better than chance, it has memorized.
     ids = generator.choice(ordinary, size=(len(counts) + references, length)).tolist()
     canaries = [
@@ -76,7 +93,8 @@ def write_canaries(
         for i, count in enumerate(counts)
     ]
     outside = [
-        {"name": f"reference {i}", "input_ids": row} for i, row in enumerate(ids[len(counts) :])
+        {"name": f"reference {i}", "input_ids": row}
+        for i, row in enumerate(ids[len(counts) :])
     ]
     copies = generator.permutation(np.repeat(np.arange(len(counts)), counts))
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,10 +111,16 @@ def exposure(folder: Path) -> pandas.DataFrame:
     references = np.sort(records.loc[records["split"] == "heldout", "mia_loss"])
     canaries = records[records["split"] == "members"]
     # The most memorized has the greatest score. A tie counts against the canary.
-    ranks = len(references) - np.searchsorted(references, canaries["mia_loss"], side="left") + 1
+    ranks = (
+        len(references)
+        - np.searchsorted(references, canaries["mia_loss"], side="left")
+        + 1
+    )
     ceiling = np.log2(len(references) + 1)
     bits = pandas.Series(ceiling - np.log2(ranks), canaries.index)
-    table = bits.groupby(canaries["count"]).agg(canaries="size", mean="mean", greatest="max")
+    table = bits.groupby(canaries["count"]).agg(
+        canaries="size", mean="mean", greatest="max"
+    )
     return table.assign(ceiling=ceiling)
 
 

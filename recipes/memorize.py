@@ -52,7 +52,9 @@ class Arguments(common.Corpus):
     epochs: int = 100
     window: int = option(256, "tokens per window; the first half is the audit's prefix")
     batch_size: int = option(8, "windows per optimiser step, over all processes")
-    model: str | None = option(None, "start from this checkpoint (name or path) instead")
+    model: str | None = option(
+        None, "start from this checkpoint (name or path) instead"
+    )
     output_dir: str = "runs/memorize"
     dry_run: bool = option(False, "print what would run, and stop")
 
@@ -66,7 +68,9 @@ class Arguments(common.Corpus):
                 f"{self.hidden_size}"
             )
         if common.rule_of(self.rule) is None:
-            raise ValueError("--rule standard: it is always trained; give a goldfish rule")
+            raise ValueError(
+                "--rule standard: it is always trained; give a goldfish rule"
+            )
 
 
 def figures(audits: dict[str, Any]) -> Table:
@@ -75,7 +79,12 @@ def figures(audits: dict[str, Any]) -> Table:
     The columns dropped and kept are the teacher-forced accuracy on such tokens.
     """
     table = Table("model", "texts", "recited", "ROUGE-L", "dropped", "kept", "nll")
-    keys = ("rouge_l_ids", "teacher_forced_accuracy_dropped", "teacher_forced_accuracy_kept", "nll")
+    keys = (
+        "rouge_l_ids",
+        "teacher_forced_accuracy_dropped",
+        "teacher_forced_accuracy_kept",
+        "nll",
+    )
     for name, audit in audits.items():
         for split in audit.splits:
             values = [audit[f"{split}.{key}"].value for key in keys]
@@ -95,7 +104,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tokenizer = load_start_tokenizer(args)
     else:
         tokenizer = common.byte_level_bpe(texts, args.vocab_size)
-    windows = common.split_windows(texts, tokenizer, args.documents, args.window, args.seed)
+    windows = common.split_windows(
+        texts, tokenizer, args.documents, args.window, args.seed
+    )
     n, size = args.documents, f"windows of {args.window} tokens"
     corpus = args.text or args.dataset or "the Python language reference"
     model = args.model or f"a small Llama of width {args.hidden_size}"
@@ -122,10 +133,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     inputs = common.save_windows(output, windows, tokenizer)
     folders = {name: output / "audit" / name for name in trainings}
     audits = {
-        name: common.audit_halves(output / name, folder, inputs, args.window, name, complete=True)
+        name: common.audit_halves(
+            output / name, folder, inputs, args.window, name, complete=True
+        )
         for name, folder in folders.items()
     }
-    report = write_report(list(folders.values()), output / "report.html", overwrite=True)
+    report = write_report(
+        list(folders.values()), output / "report.html", overwrite=True
+    )
     console = Console()
     console.print(figures(audits))
     for name, audit in audits.items():
@@ -145,7 +160,9 @@ def load_start_tokenizer(args: Arguments) -> Any:
     if tokenizer.pad_token is None:
         # As in many published models. Padding is no target, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
-    context = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    context = getattr(
+        AutoConfig.from_pretrained(args.model), "max_position_embeddings", None
+    )
     if context is not None and args.window > context:
         raise ValueError(
             f"--window {args.window} tokens, but {args.model} reads at most {context}; "
@@ -155,7 +172,11 @@ def load_start_tokenizer(args: Arguments) -> Any:
 
 
 def train(
-    args: Arguments, rule: Goldfish | None, rows: list[list[int]], tokenizer: Any, folder: Path
+    args: Arguments,
+    rule: Goldfish | None,
+    rows: list[list[int]],
+    tokenizer: Any,
+    folder: Path,
 ) -> None:
     """Train on rows of token ids, and save an ordinary checkpoint."""
     set_seed(args.seed)
@@ -173,7 +194,9 @@ def train(
         learning_rate=args.learning_rate,
         seed=args.seed,
     )
-    runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
+    runs.train_or_resume(
+        common.make_trainer(model, settings, rows, tokenizer, rule), folder
+    )
 
 
 if __name__ == "__main__":

@@ -48,9 +48,13 @@ class Arguments(common.Corpus):
     copies: list[str] = option(["reformatted", "exact"], "kinds of versions")
     versions: int = option(5, "copies of each document")
     edits: list[float] = option([0.0], "shares of words edited per version")
-    seeds: list[int] = option([0, 1, 2], "of the split, the weights, the batches and the rule")
+    seeds: list[int] = option(
+        [0, 1, 2], "of the split, the weights, the batches and the rule"
+    )
     documents: int = option(6, "documents to train on; as many are held out")
-    window: int = option(128, "tokens of a document; the first half is the audit's prefix")
+    window: int = option(
+        128, "tokens of a document; the first half is the audit's prefix"
+    )
     epochs: int = option(120, "of the standard loss; rules get k/(k-1) times as many")
     batch_size: int = option(8, "versions per optimiser step")
     output_dir: str = "runs/near_duplicates"
@@ -59,7 +63,9 @@ class Arguments(common.Corpus):
         runs.at_least(1, self, "versions", "documents", "epochs", "batch_size")
         runs.at_least(8, self, "window")
         if not set(self.copies) <= {"reformatted", "exact"}:
-            raise ValueError(f"--copies are reformatted or exact, got {' '.join(self.copies)}")
+            raise ValueError(
+                f"--copies are reformatted or exact, got {' '.join(self.copies)}"
+            )
         for name in self.rules:
             common.rule_of(name)
 
@@ -72,7 +78,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         )
     output = Path(args.output_dir)
     runs.begin(output, args)
-    texts = common.load_texts(args.text, args.dataset, args.dataset_config, 20 * args.documents)
+    texts = common.load_texts(
+        args.text, args.dataset, args.dataset_config, 20 * args.documents
+    )
     # In plain form: words with one space between them.
     texts = [" ".join(text.split()) for text in texts]
     tokenizer = common.byte_level_bpe(texts, args.vocab_size)
@@ -81,18 +89,26 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     wanted = [dict(zip(names, training, strict=True)) for training in trainings]
     for run in runs.missing(output / "results.jsonl", wanted):
         seed, rule = run["seed"], run["rule"]
-        split = common.split_windows(texts, tokenizer, args.documents, args.window, seed)
+        split = common.split_windows(
+            texts, tokenizer, args.documents, args.window, seed
+        )
         plain = [tokenizer.decode(ids) for ids in split[0]]
-        versions = make_versions(plain, run["copies"], run["edits"], args.versions, seed)
+        versions = make_versions(
+            plain, run["copies"], run["edits"], args.versions, seed
+        )
         folder = output / f"seed{seed}-{run['copies']}-{run['edits']:g}-{rule}"
         # What a run that was stopped has left.
         shutil.rmtree(folder, ignore_errors=True)
         result = run | train(args, rule, seed, versions, tokenizer, folder / "model")
         inputs = common.save_windows(folder, split, tokenizer)
-        common.audit_halves(folder / "model", folder / "audit", inputs, args.window, rule)
+        common.audit_halves(
+            folder / "model", folder / "audit", inputs, args.window, rule
+        )
         # Nobody needs hundreds of checkpoints; the audits stay.
         shutil.rmtree(folder / "model")
-        runs.append(output / "results.jsonl", result | scores(folder / "audit") | runs.about())
+        runs.append(
+            output / "results.jsonl", result | scores(folder / "audit") | runs.about()
+        )
     results = runs.read_results(output / "results.jsonl")
     print(f"\n{table(results)}\nResults: {output / 'results.jsonl'}")
     return results
@@ -140,7 +156,12 @@ def reformat(text: str, draw: random.Random) -> str:
 
 
 def train(
-    args: Arguments, rule_name: str, seed: int, versions: list[str], tokenizer: Any, folder: Path
+    args: Arguments,
+    rule_name: str,
+    seed: int,
+    versions: list[str],
+    tokenizer: Any,
+    folder: Path,
 ) -> dict[str, Any]:
     """Train under a rule; returns its epochs and its drop rate."""
     rule, epochs = common.rule_of(rule_name, seed), args.epochs
@@ -163,7 +184,9 @@ def train(
         learning_rate=args.learning_rate,
         seed=seed,
     )
-    runs.train_or_resume(common.make_trainer(model, settings, rows, tokenizer, rule), folder)
+    runs.train_or_resume(
+        common.make_trainer(model, settings, rows, tokenizer, rule), folder
+    )
     result = {"epochs": epochs}
     if receipt := read_receipt(folder):
         result["drop_rate"] = receipt["dropped"] / receipt["targets"]
@@ -187,7 +210,9 @@ def scores(folder: Path) -> dict[str, float]:
     # Without a rule no token is dropped, and the column is empty.
     if members["dropped"].notna().all():
         columns = ("dropped", "correct", "nll")
-        dropped, correct, nll = (np.concatenate(members[name].tolist()) for name in columns)
+        dropped, correct, nll = (
+            np.concatenate(members[name].tolist()) for name in columns
+        )
         for name, chosen in (("dropped", dropped), ("kept", ~dropped)):
             if chosen.any():
                 result[f"accuracy_{name}"] = float(correct[chosen].mean())
@@ -215,7 +240,8 @@ def table(results: list[dict[str, Any]]) -> str:
     # What a model gets right without having seen the text is no recitation.
     recited = mean["rouge_l_members"] - mean["rouge_l_heldout"]
     standard = [
-        recited.get((copies, edits, "standard"), np.nan) for copies, edits, _ in recited.index
+        recited.get((copies, edits, "standard"), np.nan)
+        for copies, edits, _ in recited.index
     ]
     shown = pandas.DataFrame(
         {
@@ -231,7 +257,9 @@ def table(results: list[dict[str, Any]]) -> str:
             "seeds": groups.size(),
         }
     )
-    return str(shown.reset_index().to_string(index=False, float_format="%.2f", na_rep="-"))
+    return str(
+        shown.reset_index().to_string(index=False, float_format="%.2f", na_rep="-")
+    )
 
 
 if __name__ == "__main__":

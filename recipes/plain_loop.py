@@ -29,9 +29,12 @@ def main(argv: list[str] | None = None) -> list[float]:
     """Train; returns the loss of every optimiser step, nats per kept token."""
     parser = runs.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
     parser.add_argument(
-        "--text", help="corpus: .txt or .jsonl; by default the Python language reference"
+        "--accumulation", type=int, default=2, help="micro-batches a step"
+    )
+    parser.add_argument(
+        "--text",
+        help="corpus: .txt or .jsonl; by default the Python language reference",
     )
     args = parser.parse_args(argv)
 
@@ -51,7 +54,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         kept = (labels[:, 1:] != -100).sum().clamp(min=1)
         loss = torch.zeros(())
         micro = zip(
-            input_ids.chunk(args.accumulation), labels.chunk(args.accumulation), strict=True
+            input_ids.chunk(args.accumulation),
+            labels.chunk(args.accumulation),
+            strict=True,
         )
         for ids, targets in micro:
             # The sum over these targets, divided by `kept`.

@@ -78,7 +78,9 @@ class Arguments(common.Corpus):
         [f"hash-{k}-13" for k in (3, 4, 8)],
         "of these, rules that are also trained on k/(k-1) times the tokens",
     )
-    seeds: list[int] = option([0, 1, 2], "of the split, the weights, the batches and the rule")
+    seeds: list[int] = option(
+        [0, 1, 2], "of the split, the weights, the batches and the rule"
+    )
     documents: int = option(16, "planted windows; as many again are held out")
     repeats: int = option(50, "how often each planted window is read")
     background: int = option(1600, "background windows, read once")
@@ -97,7 +99,9 @@ class Arguments(common.Corpus):
     planted: str | None = option(None, "plant windows of this .txt or .jsonl instead")
     workers: int | None = option(None, "processes that tokenize the background")
     save_steps: int = option(500, "optimiser steps between two checkpoints")
-    leak: float = option(0.1, "choose the largest k that leaves at most this of recitation")
+    leak: float = option(
+        0.1, "choose the largest k that leaves at most this of recitation"
+    )
     output_dir: str = "runs/canaries"
     dry_run: bool = option(False, "print what would run, and stop")
 
@@ -109,7 +113,9 @@ class Arguments(common.Corpus):
             if common.rule_of(name) is None:
                 raise ValueError(f"--rules {name}: it is always trained; leave it out")
         if missing := set(self.equal_supervised) - set(self.rules):
-            raise ValueError(f"--equal_supervised {' '.join(sorted(missing))}: not among --rules")
+            raise ValueError(
+                f"--equal_supervised {' '.join(sorted(missing))}: not among --rules"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.rule + ", equal" * self.equal_supervised if self.planted else "control"
+        return (
+            self.rule + ", equal" * self.equal_supervised if self.planted else "control"
+        )
 
     @property
     def k(self) -> float | None:
@@ -161,7 +169,10 @@ class Data:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = HfArgumentParser(Arguments, fromfile_prefix_chars="@")
     (args,) = parser.parse_args_into_dataclasses(argv)
-    state, output = runs.start(args.batch_size, args.accumulation), Path(args.output_dir)
+    state, output = (
+        runs.start(args.batch_size, args.accumulation),
+        Path(args.output_dir),
+    )
     trainings = [run for seed in args.seeds for run in trainings_of(args, seed)]
     if args.dry_run:
         tokens = sum(run.windows(args) for run in trainings) * args.window
@@ -191,7 +202,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 train(args, run, data, tokenizer, folder / "model")
             state.wait_for_everyone()
             if state.is_main_process:
-                runs.append(output / "results.jsonl", examine(args, run, data, tokenizer, folder))
+                runs.append(
+                    output / "results.jsonl",
+                    examine(args, run, data, tokenizer, folder),
+                )
     if not state.is_main_process:
         return []
     results = runs.read_results(output / "results.jsonl")
@@ -201,13 +215,21 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 def trainings_of(args: Arguments, seed: int) -> list[Run]:
     """In the order of training: standard, control, the rules, the rules at equal supervision."""
-    plain = [Run(seed), Run(seed, planted=False), *(Run(seed, rule) for rule in args.rules)]
-    return plain + [Run(seed, rule, equal_supervised=True) for rule in args.equal_supervised]
+    plain = [
+        Run(seed),
+        Run(seed, planted=False),
+        *(Run(seed, rule) for rule in args.rules),
+    ]
+    return plain + [
+        Run(seed, rule, equal_supervised=True) for rule in args.equal_supervised
+    ]
 
 
 def load_corpus(args: Arguments) -> tuple[list[str], Dataset]:
     """The texts that planted windows are taken from, and the documents of the background."""
-    texts = common.load_texts(args.text, args.dataset, args.dataset_config, 20 * args.documents)
+    texts = common.load_texts(
+        args.text, args.dataset, args.dataset_config, 20 * args.documents
+    )
     planted = common.load_texts(args.planted) if args.planted else texts
     if args.dataset is not None:
         rows = load_dataset(args.dataset, args.dataset_config, split="train")
@@ -230,7 +252,9 @@ def docstrings() -> Iterator[str]:
             # A few files are broken on purpose.
             continue
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        texts = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
+        texts = [
+            ast.get_docstring(node) for node in nodes if isinstance(node, documented)
+        ]
         if text := "\n\n".join(filter(None, texts)):
             yield text
 
@@ -269,7 +293,9 @@ def load_data(
         pack, batched=True, remove_columns=corpus.column_names, num_proc=args.workers
     )
     order = random.Random(seed).sample(range(len(packed)), len(packed))
-    needed = args.validation + max(run.background(args) for run in trainings_of(args, seed))
+    needed = args.validation + max(
+        run.background(args) for run in trainings_of(args, seed)
+    )
     if needed > len(packed):
         raise ValueError(
             f"the background is too short: {len(packed)} windows of {args.window} tokens, but "
@@ -289,7 +315,9 @@ def train(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -
     # Every training of a seed reads the same windows; a longer one reads more of them.
     rows = data.background.select(range(run.background(args)))
     if run.planted:
-        planted = Dataset.from_dict({"input_ids": data.planted[0]}, features=rows.features)
+        planted = Dataset.from_dict(
+            {"input_ids": data.planted[0]}, features=rows.features
+        )
         repeated = list(range(len(planted))) * args.repeats
         rows = concatenate_datasets([rows, planted.select(repeated)])
     set_seed(run.seed)
@@ -320,7 +348,9 @@ def model_config(args: Arguments, tokenizer: Any) -> LlamaConfig:
     )
 
 
-def settings_for(args: Arguments, run: Run, folder: Path, rows: int) -> TrainingArguments:
+def settings_for(
+    args: Arguments, run: Run, folder: Path, rows: int
+) -> TrainingArguments:
     """The paper's optimiser and schedule, and checkpoints to resume from."""
     settings = common.training_settings(
         folder,
@@ -353,15 +383,21 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def examine(args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path) -> dict[str, Any]:
+def examine(
+    args: Arguments, run: Run, data: Data, tokenizer: Any, folder: Path
+) -> dict[str, Any]:
     """Audit a finished training and return its line of results.jsonl. Losses in nats per token."""
     started = time.perf_counter()
     # What an audit that was interrupted has left.
     shutil.rmtree(folder / "audit", ignore_errors=True)
     inputs = common.save_windows(folder, data.planted, tokenizer)
-    audit = common.audit_halves(folder / "model", folder / "audit", inputs, args.window, run.name)
+    audit = common.audit_halves(
+        folder / "model", folder / "audit", inputs, args.window, run.name
+    )
     # The values of every document: sweep.py draws bootstrap samples of them.
-    records = read_records(folder / "audit", ["split", "exact_match", "rouge_l_ids"]).to_pandas()
+    records = read_records(
+        folder / "audit", ["split", "exact_match", "rouge_l_ids"]
+    ).to_pandas()
     result = {
         "seed": run.seed,
         "run": run.name,

@@ -44,7 +44,9 @@ def option(default: Any, help: str) -> Any:
     """A field of a recipe's options; a list is copied for each instance."""
     metadata = {"help": help}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(
+            default_factory=lambda: list(default), metadata=metadata
+        )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,13 +68,17 @@ def at_least(least: int, args: Any, *names: str) -> None:
     """Raise ValueError if one of these options is too small."""
     for name in names:
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+            raise ValueError(
+                f"--{name} must be at least {least}, got {getattr(args, name)}"
+            )
 
 
 def start(batch_size: int, accumulation: int = 1) -> PartialState:
     """The processes of this launch; batches must divide among them."""
     # The others wait while the main process audits, which takes longer than the default timeout.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    state = PartialState(
+        cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1)
+    )
     if batch_size % (state.num_processes * accumulation):
         raise ValueError(
             f"--batch_size {batch_size} does not divide by {state.num_processes} processes x "
@@ -83,7 +89,11 @@ def start(batch_size: int, accumulation: int = 1) -> PartialState:
 
 def settings_of(args: Any) -> dict[str, Any]:
     """The arguments that define how a run is made."""
-    return {name: value for name, value in dataclasses.asdict(args).items() if name not in WHICH}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(args).items()
+        if name not in WHICH
+    }
 
 
 def begin(output: Path, args: Any) -> None:
@@ -129,7 +139,9 @@ def train_or_resume(trainer: Trainer, folder: Path) -> None:
         state.print(f"Resuming from {checkpoint}")
     # No process writes a new checkpoint while another still looks for the last one.
     state.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(
+        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+    )
     trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
@@ -144,7 +156,9 @@ def train_or_resume(trainer: Trainer, folder: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; a process may die while it writes one."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+    for path in sorted(
+        folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])
+    ):
         try:
             # The file that Trainer writes last.
             json.loads((path / FINISHED).read_text(encoding="utf-8"))
@@ -206,16 +220,24 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def about(*packages: str) -> dict[str, Any]:
     """Provenance of a result: command, commit, date, hardware, versions (also of `packages`)."""
     script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    name = (
+        script.relative_to(ROOT).as_posix()
+        if script.is_relative_to(ROOT)
+        else script.name
+    )
     # Files are recorded by name: their folder on this machine helps nobody.
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = [
+        Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]
+    ]
     state = PartialState()
     return {
         "command": shlex.join(["python", name, *words]),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions() | {package: installed(package) for package in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else cpu_name(),
         "processes": state.num_processes,
         "distributed": state.distributed_type.value,
         "threads": torch.get_num_threads(),
@@ -225,9 +247,17 @@ def about(*packages: str) -> dict[str, Any]:
 def commit() -> str:
     """The commit of this checkout, with "+changes" if tracked files differ from it."""
     git = ["git", "-C", str(ROOT)]
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    describe = [
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--abbrev=12",
+        "--dirty=+changes",
+    ]
     try:
-        done = subprocess.run([*git, *describe], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*git, *describe], capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -237,7 +267,9 @@ def cpu_name() -> str:
     """The processor's name and the number of its cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip() for line in lines if line.startswith("model name")
+    ]
     name = names[0] if names else platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 

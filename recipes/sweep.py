@@ -34,12 +34,20 @@ SAMPLES = 2000
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = runs.parser(__doc__)
-    parser.add_argument("folder", type=Path, help="output directory of pretrain_canaries.py")
     parser.add_argument(
-        "--leak", type=float, default=0.1, help="the share of recitation that may be left"
+        "folder", type=Path, help="output directory of pretrain_canaries.py"
     )
     parser.add_argument(
-        "--measure", choices=("exact_match", "rouge_l"), default="exact_match", help="of recitation"
+        "--leak",
+        type=float,
+        default=0.1,
+        help="the share of recitation that may be left",
+    )
+    parser.add_argument(
+        "--measure",
+        choices=("exact_match", "rouge_l"),
+        default="exact_match",
+        help="of recitation",
     )
     args = parser.parse_args(argv)
     results = runs.read_results(args.folder / "results.jsonl")
@@ -52,7 +60,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def present(
-    results: list[dict[str, Any]], output: Path, leak: float, measure: str = "exact_match"
+    results: list[dict[str, Any]],
+    output: Path,
+    leak: float,
+    measure: str = "exact_match",
 ) -> dict[str, Any]:
     """Print the table and the choice, draw the plots; returns the choice."""
     groups = by_training(results)
@@ -62,7 +73,9 @@ def present(
         svg.save(draw_against_k(groups, EXTRACTION), output / "extraction.svg")
         svg.save(draw_against_k(groups, HELDOUT), output / "heldout.svg")
     choice = choose_k(groups, leak, measure)
-    (output / "choice.json").write_text(json.dumps(choice, indent=2) + "\n", encoding="utf-8")
+    (output / "choice.json").write_text(
+        json.dumps(choice, indent=2) + "\n", encoding="utf-8"
+    )
     print(f"{choice['says']}\nResults and plots: {output}")
     return choice
 
@@ -77,14 +90,22 @@ def pooled(group: Any, key: str) -> Any:
     return np.concatenate(group[key].tolist()).astype(float)
 
 
-def choose_k(groups: dict[str, Any], leak: float, measure: str = "exact_match") -> dict[str, Any]:
+def choose_k(
+    groups: dict[str, Any], leak: float, measure: str = "exact_match"
+) -> dict[str, Any]:
     """The rule of the largest k that leaves at most `leak` of recitation.
 
     `votes` are the shares of bootstrap samples that choose each rule, or none of them.
     """
     recited = recitation(groups, measure)
     documents = len(recited["standard"])
-    choice: dict[str, Any] = {"run": None, "k": None, "leak": leak, "measure": measure, "votes": {}}
+    choice: dict[str, Any] = {
+        "run": None,
+        "k": None,
+        "leak": leak,
+        "measure": measure,
+        "votes": {},
+    }
     gain = recited["standard"].mean() - recited["control"].mean()
     # Below this, `left` would divide noise by noise.
     if gain < 0.05:
@@ -98,7 +119,9 @@ def choose_k(groups: dict[str, Any], leak: float, measure: str = "exact_match") 
     # The first sample is all documents as they are; it makes the choice, the others vote.
     samples = [list(range(documents))]
     samples += [draw.choices(range(documents), k=documents) for _ in range(SAMPLES)]
-    means = {name: values[np.array(samples)].mean(axis=1) for name, values in recited.items()}
+    means = {
+        name: values[np.array(samples)].mean(axis=1) for name, values in recited.items()
+    }
     gains = means["standard"] - means["control"]
     rules = [name for name in recited if name not in ("standard", "control")]
     rules.sort(key=lambda name: groups[name]["k"].iloc[0])
@@ -161,7 +184,9 @@ def table(groups: dict[str, Any]) -> str:
     `recited` counts verbatim documents of all seeds; `left` is computed from ROUGE-L.
     """
     rows = []
-    rouge = {name: pooled(group, "rouge_l_members").mean() for name, group in groups.items()}
+    rouge = {
+        name: pooled(group, "rouge_l_members").mean() for name, group in groups.items()
+    }
     gain = rouge.get("standard", 0) - rouge.get("control", 1)
     for name, group in groups.items():
         # The exact matches are counted; of ROUGE-L, the spread over seeds is shown.
@@ -174,7 +199,9 @@ def table(groups: dict[str, Any]) -> str:
                 "recited": f"{exact.sum():.0f} of {len(exact)}",
                 "ROUGE-L": f"{rouge[name]:.3f} ({of_seed.min():.2f}-{of_seed.max():.2f})",
                 "floor": f"{pooled(group, 'rouge_l_heldout').mean():.3f}",
-                "left": f"{(rouge[name] - rouge['control']) / gain:.2f}" if gain > 0 else "-",
+                "left": f"{(rouge[name] - rouge['control']) / gain:.2f}"
+                if gain > 0
+                else "-",
                 "held-out nats": f"{losses.mean():.3f} ({losses.min():.2f}-{losses.max():.2f})",
                 "seeds": len(group),
             }
@@ -232,7 +259,9 @@ def draw_bands(panel: Any, groups: dict[str, Any], key: str) -> None:
         if name in groups:
             values = groups[name][key].map(np.mean)
             panel.axhline(values.mean(), color=colour, linestyle="--", label=name)
-            panel.axhspan(values.min(), values.max(), color=colour, alpha=0.15, linewidth=0)
+            panel.axhspan(
+                values.min(), values.max(), color=colour, alpha=0.15, linewidth=0
+            )
 
 
 def points_of(groups: dict[str, Any], key: str) -> list[Any]:
@@ -240,7 +269,9 @@ def points_of(groups: dict[str, Any], key: str) -> list[Any]:
     points = []
     for name, group in groups.items():
         if name not in ("standard", "control"):
-            kind = "equal supervised tokens" if "equal" in name else "equal input tokens"
+            kind = (
+                "equal supervised tokens" if "equal" in name else "equal input tokens"
+            )
             # strategy-k-h-max_kept
             kind += ", max_kept" * (name.count("-") == 3)
             values = {"kind": kind, "k": group["k"], "value": group[key].map(np.mean)}

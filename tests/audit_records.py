@@ -48,9 +48,13 @@ def made_up_score(window, right, generator, **changes):
     if len(misses):
         output[misses[0] :] = (ids[window.prefix_length + misses[0] :] + 1).tolist()
     nll = np.where(
-        right, generator.exponential(0.05, len(right)), 2 + generator.exponential(1.0, len(right))
+        right,
+        generator.exponential(0.05, len(right)),
+        2 + generator.exponential(1.0, len(right)),
     )
-    generator.exponential(1.0, len(right))  # for the numbers that the tests were written with
+    generator.exponential(
+        1.0, len(right)
+    )  # for the numbers that the tests were written with
     fields = {
         "greedy": np.where(right, ids[1:], ids[1:] + 1),
         "nll": nll.astype(np.float32),
@@ -87,7 +91,9 @@ def made_up_records(
         right = generator.random(len(ids) - 1) < chance
         document = i // per_document + (split == "heldout") * 10**6
         records.append(
-            make_record(window, made_up_score(window, right, generator), rule, Words(), document)
+            make_record(
+                window, made_up_score(window, right, generator), rule, Words(), document
+            )
         )
     return records
 
@@ -137,7 +143,9 @@ def write_run(folder, records, protocol=PROTOCOL, **changes):
     run = made_up_run(records, protocol, **changes)
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     (folder / "records").mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(records, COLUMNS), folder / "records" / "000000.parquet"
+    )
 
 
 def made_up_audit(records, limits=(), require=(), run=None, **protocol):

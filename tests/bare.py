@@ -50,14 +50,18 @@ def main() -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes)
+    )
     rows = [{"input_ids": [(7 * i + j) % 64 for j in range(32)]} for i in range(8)]
     rows = [{**row, "labels": row["input_ids"]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
         )
-        trainer = GoldfishTrainer(model, args, train_dataset=rows, goldfish=Goldfish(k=4, h=3))
+        trainer = GoldfishTrainer(
+            model, args, train_dataset=rows, goldfish=Goldfish(k=4, h=3)
+        )
         trainer.train()
         trainer.save_model()
         receipt = json.loads((Path(folder) / "goldfish.json").read_text())

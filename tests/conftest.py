@@ -33,11 +33,15 @@ def pytest_xdist_make_scheduler(config, log):
         path = nodeid.split("::")[0]
         return (
             "in_two"
-            if path.endswith(("test_loops.py", "test_memorize.py", "test_finetune_private.py"))
+            if path.endswith(
+                ("test_loops.py", "test_memorize.py", "test_finetune_private.py")
+            )
             else path
         )
 
-    config.option.loadscopereorder = False  # the costly files are not those with many tests
+    config.option.loadscopereorder = (
+        False  # the costly files are not those with many tests
+    )
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = file_of
     return scheduler
@@ -50,7 +54,9 @@ def topics(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text(
-        "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:25])
+        "".join(
+            json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:25]
+        )
     )
     return path
 

@@ -34,10 +34,15 @@ def rows(dropped_whole: bool) -> Dataset:
         for n in torch.randint(3, 40, (16,), generator=generator)
     ]
     labels = [
-        [-100] * len(row) if dropped_whole and i // 4 % 2 else row for i, row in enumerate(ids)
+        [-100] * len(row) if dropped_whole and i // 4 % 2 else row
+        for i, row in enumerate(ids)
     ]
     return Dataset.from_dict(
-        {"input_ids": ids, "labels": labels, "attention_mask": [[1] * len(row) for row in ids]}
+        {
+            "input_ids": ids,
+            "labels": labels,
+            "attention_mask": [[1] * len(row) for row in ids],
+        }
     )
 
 
@@ -77,7 +82,9 @@ def tensor_parallel(model, folder: Path):
 
     ParallelismConfig._validate_accelerator = lambda *_: None
     folder = folder / f"rank-{os.environ['RANK']}"
-    model.config.save_pretrained(folder)  # save_pretrained of the model waits for rank 0
+    model.config.save_pretrained(
+        folder
+    )  # save_pretrained of the model waits for rank 0
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     return type(model).from_pretrained(folder, tp_plan="auto")
 
@@ -86,7 +93,9 @@ class SeesFusing(TrainerCallback):
     """Notes whether the loss was fused, while it is."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.fused = getattr(bare_model(model).__dict__.get(HANDLE), "reason", "no handle") == ""
+        self.fused = (
+            getattr(bare_model(model).__dict__.get(HANDLE), "reason", "no handle") == ""
+        )
 
 
 def run(
@@ -139,9 +148,13 @@ def run(
         ):  # one process alone, as push_to_hub does: none answers a reduce
             trainer.save_model(str(folder / "end"), _internal_call=True)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = [[entry["loss"], entry["grad_norm"], entry["goldfish/drop_rate"]] for entry in steps]
+    found = [
+        [entry["loss"], entry["grad_norm"], entry["goldfish/drop_rate"]]
+        for entry in steps
+    ]
     sharded = any(
-        isinstance(p, torch.distributed.tensor.DTensor) for p in trainer.model.parameters()
+        isinstance(p, torch.distributed.tensor.DTensor)
+        for p in trainer.model.parameters()
     )
     receipts = {
         path.parent.name: read_receipt(path.parent)

@@ -55,7 +55,9 @@ class NoLossArguments(LlamaForCausalLM):
     """Its loss is the mean over a micro-batch, whatever the step holds."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels
+        )
 
 
 class OwnMean(LlamaForCausalLM):
@@ -64,9 +66,14 @@ class OwnMean(LlamaForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
         if labels is not None:
-            log_p, targets = torch.log_softmax(output.logits[:, :-1], -1), labels[:, 1:, None]
+            log_p, targets = (
+                torch.log_softmax(output.logits[:, :-1], -1),
+                labels[:, 1:, None],
+            )
             kept = targets != -100
-            output["loss"] = -(log_p.gather(-1, targets * kept) * kept).sum() / kept.sum()
+            output["loss"] = (
+                -(log_p.gather(-1, targets * kept) * kept).sum() / kept.sum()
+            )
         return output
 
 
@@ -84,7 +91,8 @@ def write_jsonl(path, rows):
 def say(*contents):
     """Messages of the user and the assistant in turn."""
     return [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+        {"role": ("user", "assistant")[i % 2], "content": text}
+        for i, text in enumerate(contents)
     ]
 
 
@@ -108,7 +116,9 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            )
         )
 
 

@@ -18,12 +18,20 @@ WORKER = Path(__file__).parent / "recipe_worker.py"
 
 def words(**options):
     """--name value ..., as a command line has them."""
-    return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+    return [
+        word
+        for name, value in options.items()
+        for word in (f"--{name}", *str(value).split())
+    ]
 
 
-MEMORIZE = words(documents=4, epochs=2, hidden_size=32, window=64, batch_size=4, vocab_size=512)
+MEMORIZE = words(
+    documents=4, epochs=2, hidden_size=32, window=64, batch_size=4, vocab_size=512
+)
 # 8 rows, two epochs, batches that are full in two processes too.
-FINETUNE = words(passages=4, passage=24, people=2, exposures=1, chats=2, epochs=2, batch_size=4)
+FINETUNE = words(
+    passages=4, passage=24, people=2, exposures=1, chats=2, epochs=2, batch_size=4
+)
 LOOP = words(steps=3)
 
 
@@ -36,7 +44,14 @@ def launch(*commands, config="ddp", dies="none"):
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "recipes" / "configs" / f"{config}.yaml")]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += [
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, str(WORKER), dies, json.dumps(commands)],
@@ -51,7 +66,9 @@ def launch_several(folder, topics, chat_model):
     """memorize, the loop and, with TRL installed, finetune_private in one launch; their output is
     in folders of these names."""
     text = ["--text", str(topics)]
-    commands = [("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])]
+    commands = [
+        ("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])
+    ]
     commands.append(("accelerate_loop", [*text, *LOOP]))
     if importlib.util.find_spec("trl"):
         one = words(

@@ -17,7 +17,12 @@ WAITS = {
     "aten::_unique2",
     "aten::repeat_interleave",
 }
-INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+INDEXES = {
+    "aten::index",
+    "aten::index_put",
+    "aten::index_put_",
+    "aten::_index_put_impl_",
+}
 
 
 class Operations(TorchDispatchMode):

@@ -70,7 +70,9 @@ def window(
     seed=0,
 ):
     """One made-up record; the output equals the suffix up to `diverge` and is something else after it."""
-    suffix = suffix if suffix is not None else [" the", " quick", "\n", "fox", " runs", "."]
+    suffix = (
+        suffix if suffix is not None else [" the", " quick", "\n", "fox", " runs", "."]
+    )
     n = len(suffix)
     d = n if diverge is None else diverge
     rng = random.Random(f"{index} {split} {seed}")
@@ -114,7 +116,9 @@ def window(
         "common_runs": [[0, 0, d]] if d >= 12 else [],
     }
     scores = {f"mia_{attack}": -sum(nll) / n + rng.gauss(0, 0.3) for attack in ATTACKS}
-    return record | {key: score for key, score in scores.items() if rule or key not in UNRULED}
+    return record | {
+        key: score for key, score in scores.items() if rule or key not in UNRULED
+    }
 
 
 def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
@@ -153,8 +157,17 @@ def realistic(folder, name, n, recites, times=1):
         )
         suffix = tokens[at + 128 : at + 256]
         exact = split == "members" and rng.random() < recites
-        d = 128 if exact else min(int(rng.expovariate(0.08 if split == "members" else 0.5)), 127)
-        if not exact and split == "members" and name != "standard" and rng.random() < 0.8:
+        d = (
+            128
+            if exact
+            else min(int(rng.expovariate(0.08 if split == "members" else 0.5)), 127)
+        )
+        if (
+            not exact
+            and split == "members"
+            and name != "standard"
+            and rng.random() < 0.8
+        ):
             d = min(d | 1 if d % 4 == 1 else d // 4 * 4 + 1, 127)
         row = window(
             i if i < n else i - n,
@@ -167,7 +180,9 @@ def realistic(folder, name, n, recites, times=1):
             name=f"topic {i:04d}",
         )
         after = rng.randrange(len(tokens) - 256)
-        output = suffix[:d] + ([] if exact else [" however", *tokens[after : after + 127 - d]])
+        output = suffix[:d] + (
+            [] if exact else [" however", *tokens[after : after + 127 - d]]
+        )
         runs = row["common_runs"]
         if d < 80 and split == "members":  # a later passage comes back
             output[d + 20 : d + 40] = suffix[d + 24 : d + 44]
@@ -175,7 +190,9 @@ def realistic(folder, name, n, recites, times=1):
         score = (
             1.0
             if exact
-            else min(0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05)))
+            else min(
+                0.95, max(d / 128, rng.gauss(0.3 if split == "members" else 0.13, 0.05))
+            )
         )
         correct = [t < d or rng.random() < 0.5 for t in range(128)]
         row |= {
@@ -231,7 +248,12 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.stack and self.stack[-1] == "script":
             self.scripts.append(data)
-        if self.texts and "p" in self.stack and "details" in self.stack and "em" not in self.stack:
+        if (
+            self.texts
+            and "p" in self.stack
+            and "details" in self.stack
+            and "em" not in self.stack
+        ):
             self.texts[-1] += self.undone(data) if self.stack[-1] == "s" else data
 
     @staticmethod

@@ -28,7 +28,12 @@ THINKING = (
     "<|endoftext|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Finds a person."}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "look_up", "description": "Finds a person."},
+    }
+]
 
 
 @pytest.fixture
@@ -51,11 +56,15 @@ def test_turns_are_places_in_the_whole_conversation(thinking):
     first, second, third, generated = asked(row, thinking)
     assert first == ("training", "<user>A?<|endoftext|><assistant>", "One.")
     assert second[1:] == (whole[: whole.index("Two.")], "Two.")
-    assert third[1:] == (whole[: whole.rindex("One.")], "One."), "the last place, not the first"
+    assert third[1:] == (whole[: whole.rindex("One.")], "One."), (
+        "the last place, not the first"
+    )
     assert third[1].endswith("<assistant><think></think>")
     assert generated[0] == "generation"
     assert generated[1] == third[1].removesuffix("<think></think>")
-    assert generated[2] == "<think></think>One.", "all that follows the prompt in training"
+    assert generated[2] == "<think></think>One.", (
+        "all that follows the prompt in training"
+    )
 
 
 def test_an_answer_that_stands_in_the_thought_before_it_is_found_behind_it(thinking):
@@ -63,12 +72,18 @@ def test_an_answer_that_stands_in_the_thought_before_it_is_found_behind_it(think
     row = {"messages": [*say("Code?"), message]}
     trained, _ = asked(row, thinking)
     assert trained[1].endswith("<think>")
-    assert trained[2] == "So 7391.</think>7391", "the thought is said by the assistant too"
+    assert trained[2] == "So 7391.</think>7391", (
+        "the thought is said by the assistant too"
+    )
     earlier = {"messages": [*row["messages"], *say("Why?", "So.")]}
-    assert asked(earlier, thinking)[0][2] == "7391", "which the template leaves out here"
+    assert asked(earlier, thinking)[0][2] == "7391", (
+        "which the template leaves out here"
+    )
 
 
-def test_tools_and_template_arguments_are_those_of_the_row(thinking, tokenizer, monkeypatch):
+def test_tools_and_template_arguments_are_those_of_the_row(
+    thinking, tokenizer, monkeypatch
+):
     chat = say("Who?", "Ada.")
     row = {"messages": chat, "tools": TOOLS}
     whole = thinking.apply_chat_template(chat, tools=TOOLS, tokenize=False)
@@ -81,9 +96,18 @@ def test_tools_and_template_arguments_are_those_of_the_row(thinking, tokenizer, 
 
 
 def test_tool_calls_are_answers_and_their_arguments_may_hold_secrets(thinking):
-    call = {"type": "function", "function": {"name": "look_up", "arguments": {"pin": "7391"}}}
-    messages = [*say("Find me."), {"role": "assistant", "content": None, "tool_calls": [call]}]
-    messages += [{"role": "tool", "content": "found"}, {"role": "assistant", "content": "Done."}]
+    call = {
+        "type": "function",
+        "function": {"name": "look_up", "arguments": {"pin": "7391"}},
+    }
+    messages = [
+        *say("Find me."),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    messages += [
+        {"role": "tool", "content": "found"},
+        {"role": "assistant", "content": "Done."},
+    ]
     first, *_ = asked({"messages": messages}, thinking)
     assert first[1].endswith("<assistant>")
     assert first[2].startswith("<call>")
@@ -100,15 +124,29 @@ def test_a_template_that_insists_on_tool_calls_is_still_read(thinking, monkeypat
         " %}{{ raise_exception('no call') }}{% endif %}{% endfor %}" + THINKING
     )
     monkeypatch.setattr(thinking, "chat_template", insisting)
-    call = {"type": "function", "function": {"name": "look_up", "arguments": '{"pin": "7391"}'}}
-    messages = [*say("Find me."), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    messages += [{"role": "tool", "content": "found"}, {"role": "assistant", "content": "Done."}]
+    call = {
+        "type": "function",
+        "function": {"name": "look_up", "arguments": '{"pin": "7391"}'},
+    }
+    messages = [
+        *say("Find me."),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    messages += [
+        {"role": "tool", "content": "found"},
+        {"role": "assistant", "content": "Done."},
+    ]
     first, *_ = asked({"messages": messages}, thinking)
     assert "7391" in first[2]
 
 
-def test_system_turns_trimmed_answers_and_parts_of_text(thinking, tokenizer, monkeypatch):
-    chat = [{"role": "system", "content": "Be brief."}, *say("A?", "  One. ", "B?", "Two.")]
+def test_system_turns_trimmed_answers_and_parts_of_text(
+    thinking, tokenizer, monkeypatch
+):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        *say("A?", "  One. ", "B?", "Two."),
+    ]
     first = asked({"messages": chat}, thinking)[0]
     expected = "<system>Be brief.<|endoftext|><user>A?<|endoftext|><assistant>"
     assert first == ("training", expected, "One.")
@@ -119,7 +157,9 @@ def test_system_turns_trimmed_answers_and_parts_of_text(thinking, tokenizer, mon
     assert answers == ["One.", "Two."]
 
 
-def test_a_generation_prompt_that_training_never_saw_is_asked_too(tokenizer, monkeypatch):
+def test_a_generation_prompt_that_training_never_saw_is_asked_too(
+    tokenizer, monkeypatch
+):
     thoughtless = "{% if add_generation_prompt %}<assistant><think></think>{% endif %}"
     template = TEMPLATE.partition("{% if add_generation_prompt")[0] + thoughtless
     monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -139,7 +179,10 @@ def test_a_row_means_the_same_in_every_file_format(tmp_path):
     pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "a.csv"):
         assert list(read_rows(tmp_path / name)) == rows, name
-    chat = [*say("A?"), {"role": "assistant", "content": "B", "tool_calls": [{"name": "f"}]}]
+    chat = [
+        *say("A?"),
+        {"role": "assistant", "content": "B", "tool_calls": [{"name": "f"}]},
+    ]
     rows = [{"messages": chat}, {"messages": say("C?", "D", "E?")}]
     write_jsonl(tmp_path / "c.jsonl", rows)
     (tmp_path / "c.json").write_text(json.dumps(rows))
@@ -156,7 +199,9 @@ def recited_in_training(tokenizer, tmp_path_factory):
         say("Cy?", "Red, not 55.", "Di?", "Grey, and 90."),
     ]
     folder = tmp_path_factory.mktemp("thinking") / "model"
-    own = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    own = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>"
+    )
     own.pad_token, own.chat_template = "<pad>", THINKING
     rows = own(
         [own.apply_chat_template(chat, tokenize=False) for chat in chats],
@@ -186,7 +231,9 @@ def test_earlier_answers_of_a_thinking_model_are_recited(recited_in_training, tm
     rows = read_records(tmp_path / "out").to_pylist()
     found = [row["exact_match"] for row in rows if row["asked"] == "training"]
     assert found == [True] * 4
-    assert [row["asked"] for row in rows].count("generation") == 2, "of the last answers"
+    assert [row["asked"] for row in rows].count("generation") == 2, (
+        "of the last answers"
+    )
 
 
 def test_a_model_in_memory_is_audited_on_rows_in_memory(recited_in_training, tmp_path):
@@ -194,7 +241,9 @@ def test_a_model_in_memory_is_audited_on_rows_in_memory(recited_in_training, tmp
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     rows = [{"messages": chat} for chat in chats]
-    audit(folder, tmp_path / "from files", members=write_jsonl(tmp_path / "m.jsonl", rows))
+    audit(
+        folder, tmp_path / "from files", members=write_jsonl(tmp_path / "m.jsonl", rows)
+    )
     model.train()
     for name, members in (("rows", iter(rows)), ("frame", pandas.DataFrame(rows))):
         audit(model, tmp_path / name, tokenizer=tokenizer, members=members)

@@ -25,7 +25,13 @@ from tokenizers.processors import TemplateProcessing
 
 from goldfish import Goldfish
 from goldfish.audit.metrics import common_runs, rouge_l, rouge_l_text, word_buckets
-from goldfish.audit.records import COLUMNS, decisions, make_record, read_records, read_run
+from goldfish.audit.records import (
+    COLUMNS,
+    decisions,
+    make_record,
+    read_records,
+    read_run,
+)
 from goldfish.audit.windows import Cutter, Window, first_divergence
 
 pytestmark = pytest.mark.core
@@ -36,7 +42,10 @@ def levenshtein(a, b):
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal, row[j] = (
+                row[j],
+                min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y)),
+            )
     return row[-1]
 
 
@@ -63,7 +72,9 @@ def test_rouge_l_text_equals_rouge_score():
         for _ in range(300)
     ]
     for a, b in zip(texts, reversed(texts), strict=True):
-        assert rouge_l_text(a, b) == pytest.approx(scorer.score(b, a)["rougeL"].fmeasure, rel=1e-12)
+        assert rouge_l_text(a, b) == pytest.approx(
+            scorer.score(b, a)["rougeL"].fmeasure, rel=1e-12
+        )
     assert rouge_l_text("日本語", "日本語") == 0.0
     for _ in range(50):
         a, b = ([choose.randrange(9) for _ in range(n)] for n in (30, 25))
@@ -81,7 +92,9 @@ def test_common_runs_are_all_that_cannot_be_longer():
     """Against a search of every pair of starts, and the longest of them against difflib's."""
     choose = random.Random(0)
     for _ in range(200):
-        a, b = ([choose.randrange(3) for _ in range(choose.randrange(12))] for _ in range(2))
+        a, b = (
+            [choose.randrange(3) for _ in range(choose.randrange(12))] for _ in range(2)
+        )
         expected = []
         for i in range(len(a)):
             for j in range(len(b)):
@@ -89,7 +102,8 @@ def test_common_runs_are_all_that_cannot_be_longer():
                     (
                         n
                         for n in range(len(a) + 1)
-                        if a[i : i + n + 1][n:] != b[j : j + n + 1][n:] or i + n == len(a)
+                        if a[i : i + n + 1][n:] != b[j : j + n + 1][n:]
+                        or i + n == len(a)
                     ),
                     0,
                 )
@@ -97,7 +111,11 @@ def test_common_runs_are_all_that_cannot_be_longer():
                     expected.append([i, j, length])
         found = common_runs(a, b)
         assert sorted(found) == sorted(expected)
-        longest = difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+        longest = (
+            difflib.SequenceMatcher(None, a, b, autojunk=False)
+            .find_longest_match()
+            .size
+        )
         assert max((length for _, _, length in found), default=0) == longest
 
 
@@ -111,14 +129,23 @@ def test_common_runs_of_a_record_are_long():
     )
     record = make_record(window, score, None, Words(), 7)
     assert record["common_runs"] == [[13, 0, 12], [0, 18, 12]]
-    assert (record["longest_run"], record["token_accuracy"], record["document"]) == (12, 0, 7)
+    assert (record["longest_run"], record["token_accuracy"], record["document"]) == (
+        12,
+        0,
+        7,
+    )
 
 
 def test_a_record_by_hand():
-    window = Window("members", 3, "name", [5, 6, 7, 8, 9, 9], 3, source="web", count=4, offset=2)
+    window = Window(
+        "members", 3, "name", [5, 6, 7, 8, 9, 9], 3, source="web", count=4, offset=2
+    )
     # given 5: 6 right; given 5 6: wrong; then 8 right, 9 wrong, 9 right
     score = made_up_score(
-        window, [True, False, True, False, True], np.random.default_rng(0), output=[8, 1, 9]
+        window,
+        [True, False, True, False, True],
+        np.random.default_rng(0),
+        output=[8, 1, 9],
     )
     record = make_record(window, score, None, Words(), 5)
     expected = {
@@ -183,9 +210,15 @@ def test_offsets_are_windows_of_the_same_documents():
     at_zero += [{**record, "document": 6 + i} for i, record in enumerate(missed)]
     at_five = made_up_records("members", 10, 0.0, offset=5)
     found = made_up_audit(at_zero + at_five, offsets=[0, 5])
-    assert (found["members.settled"].n, found["members.exact_match"].point()) == (20, "6 of 10")
+    assert (found["members.settled"].n, found["members.exact_match"].point()) == (
+        20,
+        "6 of 10",
+    )
     sweep = found.rows.select(figure="offset_sweep")
-    assert [(each.x, each.point()) for each in sweep] == [(0, "6 of 10"), (5, "0 of 10")]
+    assert [(each.x, each.point()) for each in sweep] == [
+        (0, "6 of 10"),
+        (5, "0 of 10"),
+    ]
 
 
 def test_no_sampling_beats_the_ranks():
@@ -197,11 +230,19 @@ def test_no_sampling_beats_the_ranks():
     order = np.argsort(-logits)
     ranks = np.array([0, 1, 0, 4, 2, 0, 0, 9])
     window = Window(
-        "members", 0, "d", [*range(PREFIX), *order[range(SUFFIX), ranks].tolist()], PREFIX
+        "members",
+        0,
+        "d",
+        [*range(PREFIX), *order[range(SUFFIX), ranks].tolist()],
+        PREFIX,
     )
     every = np.concatenate([np.zeros(PREFIX - 1, dtype=int), ranks])
     bits = make_record(
-        window, made_up_score(window, every == 0, generator, rank=every), None, Words(), 0
+        window,
+        made_up_score(window, every == 0, generator, rank=every),
+        None,
+        Words(),
+        0,
     )["rank_bits"]
     assert 2**-bits == pytest.approx(1 / (2 * 5 * 3 * 10))
     best = 0.0
@@ -214,7 +255,9 @@ def test_no_sampling_beats_the_ranks():
         p = 1.0
         for row, rank in zip(logits, ranks, strict=True):
             likely = np.exp((np.sort(row)[::-1] - row.max()) / temperature)[:top_k]
-            likely = likely[: 1 + int(np.searchsorted(np.cumsum(likely / likely.sum()), top_p))]
+            likely = likely[
+                : 1 + int(np.searchsorted(np.cumsum(likely / likely.sum()), top_p))
+            ]
             p *= likely[rank] / likely.sum() if rank < len(likely) else 0.0
         best = max(best, p)
     assert 0 < best <= 2**-bits
@@ -235,7 +278,9 @@ def test_texts_that_sampling_may_extract_under_some_setting():
     for record, bits in zip(records, [0.0, 10.0, 10.5, 99.0], strict=True):
         record |= {"rank_bits": bits, "log_p": [-np.log(2) * (bits + 1)]}
     found = made_up_audit(records)
-    assert [found[f"members.{name}"].k for name in ("extractable_bound", "extractable")] == [2, 1]
+    assert [
+        found[f"members.{name}"].k for name in ("extractable_bound", "extractable")
+    ] == [2, 1]
 
 
 def test_beams_count_up():
@@ -268,15 +313,22 @@ def test_decisions_are_those_of_the_whole_document(tokenizer):
                 Cutter(own, 6, 9, (0, 3, 11)).cut({"text": PROSE[0]}, 0, "members"),
                 strict=True,
             ):
-                assert window.ids[framed:] == ids[framed + offset : offset + 15].tolist()
-                assert decisions(rule, window).tolist() == whole[offset + 1 : offset + 15], (
+                assert (
+                    window.ids[framed:] == ids[framed + offset : offset + 15].tolist()
+                )
+                assert (
+                    decisions(rule, window).tolist() == whole[offset + 1 : offset + 15]
+                ), (
                     rule,
                     offset,
                 )
     for rule in (None, Goldfish(strategy="random")):
         assert decisions(rule, window) is None
     assert (
-        made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0]["dropped"] is None
+        made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0][
+            "dropped"
+        ]
+        is None
     )
 
 
@@ -293,7 +345,9 @@ def test_records_are_read_back(tmp_path):
     ):
         read_records(tmp_path)
     (tmp_path / "records" / "000001.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"000001.parquet is damaged .*; repeat the audit"):
+    with pytest.raises(
+        ValueError, match=r"000001.parquet is damaged .*; repeat the audit"
+    ):
         read_records(tmp_path)
 
 

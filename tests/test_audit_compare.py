@@ -37,9 +37,13 @@ def same_windows(n=40):
 
 def test_paired_by_hand(tmp_path):
     first, second = same_windows()
-    found = compare(*pair(tmp_path, first, second[::-1]))  # the order of the rows does not matter
+    found = compare(
+        *pair(tmp_path, first, second[::-1])
+    )  # the order of the rows does not matter
     match = found["splits"]["members"]["exact_match"]
-    assert {key: match[key] for key in ("n", "first", "second", "only_first", "only_second")} == {
+    assert {
+        key: match[key] for key in ("n", "first", "second", "only_first", "only_second")
+    } == {
         "n": 40,
         "first": 30,
         "second": 10,
@@ -67,14 +71,17 @@ def test_pairing_sees_what_two_samples_would_not(tmp_path):
     """Texts differ much, models little: the paired interval is far narrower than the spread of texts."""
     base = made_up_records("members", 60, 0.5)
     spread = np.random.default_rng(0).random(60)
-    first = [{**record, "rouge_l_text": float(x)} for record, x in zip(base, spread, strict=True)]
+    first = [
+        {**record, "rouge_l_text": float(x)}
+        for record, x in zip(base, spread, strict=True)
+    ]
     second = [
         {**record, "rouge_l_text": float(x) - 0.02 + 0.001 * (i % 3)}
         for i, (record, x) in enumerate(zip(base, spread, strict=True))
     ]
-    difference = compare(*pair(tmp_path, first, second))["splits"]["members"]["rouge_l_text"][
-        "difference"
-    ]
+    difference = compare(*pair(tmp_path, first, second))["splits"]["members"][
+        "rouge_l_text"
+    ]["difference"]
     assert difference.value == pytest.approx(-0.019)
     assert -0.0195 < difference.low < difference.high < -0.0185
 
@@ -83,7 +90,12 @@ def test_windows_of_one_document_are_one_event(tmp_path):
     base = made_up_records("members", 40, 1.0, per_document=20)
     missed = [{**record, "exact_match": False} for record in base]
     match = compare(*pair(tmp_path, base, missed))["splits"]["members"]["exact_match"]
-    assert (match["n"], match["first"], match["only_first"], match["p"]) == (2, 2, 2, 0.5)
+    assert (match["n"], match["first"], match["only_first"], match["p"]) == (
+        2,
+        2,
+        2,
+        0.5,
+    )
 
 
 def test_the_sentence_counts_what_it_compares(tmp_path):
@@ -100,7 +112,10 @@ def test_equal_models_do_not_differ(tmp_path):
     records = made_up_records("members", 12, 0.9)
     found = compare(*pair(tmp_path, records, records, name="model"))
     assert found["splits"]["members"]["exact_match"]["p"] == 1.0
-    assert [found[which]["name"] for which in ("first", "second")] == ["model (1)", "model (2)"]
+    assert [found[which]["name"] for which in ("first", "second")] == [
+        "model (1)",
+        "model (2)",
+    ]
     assert "the difference may be chance" in found["sentence"]
     difference = found["splits"]["members"]["nll"]["difference"]
     assert (difference.value, difference.high) == (0.0, None)
@@ -139,7 +154,16 @@ def test_the_command_writes_once_and_shows_a_table(tmp_path, capsys):
     assert main(command) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert (
-        main(["compare", folders[0], str(tmp_path / "nowhere"), "-o", str(tmp_path / "other")]) == 2
+        main(
+            [
+                "compare",
+                folders[0],
+                str(tmp_path / "nowhere"),
+                "-o",
+                str(tmp_path / "other"),
+            ]
+        )
+        == 2
     )
 
 

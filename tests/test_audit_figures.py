@@ -40,7 +40,11 @@ def test_probability_within_n_samples_to_rounding(logarithm, n):
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_extracted_with_the_fewest_samples_that_do(logarithm, p):
     with mpmath.workdps(60):
-        n = int(mpmath.ceil(mpmath.log1p(-mpmath.mpf(p)) / mpmath.log1p(-mpmath.exp(logarithm))))
+        n = int(
+            mpmath.ceil(
+                mpmath.log1p(-mpmath.mpf(p)) / mpmath.log1p(-mpmath.exp(logarithm))
+            )
+        )
     assert extracted(logarithm, n, p)
     assert n == 1 or not extracted(logarithm, n - 1, p)
 
@@ -64,16 +68,22 @@ def test_p_z_and_n_p_curve_against_monte_carlo():
     for t, token in enumerate(suffix):
         hits &= generator.choice(3, size=trials, p=q[t]) == token
     logarithm = np.log(q[range(3), suffix]).sum()
-    assert np.exp(logarithm) == pytest.approx(hits.mean(), abs=4 * np.sqrt(0.224 * 0.776 / trials))
+    assert np.exp(logarithm) == pytest.approx(
+        hits.mean(), abs=4 * np.sqrt(0.224 * 0.776 / trials)
+    )
     for n in (2, 5):
         within = hits[: trials // n * n].reshape(-1, n).any(1)
         tolerance = 4 * 0.5 / np.sqrt(len(within))
-        assert probability_within(logarithm, n) == pytest.approx(within.mean(), abs=tolerance)
+        assert probability_within(logarithm, n) == pytest.approx(
+            within.mean(), abs=tolerance
+        )
 
 
 def test_curves_of_a_setting():
     records = made_up_records("members", 5, 0.5)
-    for record, log_p in zip(records, [*np.log([0.6, 0.05, 1e-30, 1.0]), -np.inf], strict=True):
+    for record, log_p in zip(
+        records, [*np.log([0.6, 0.05, 1e-30, 1.0]), -np.inf], strict=True
+    ):
         record["log_p"] = [float(log_p)]
     rows = made_up_audit(records).rows
     found = rows.select(split="members", figure="extractable", setting="T=1")
@@ -82,8 +92,14 @@ def test_curves_of_a_setting():
     assert (k[1], k[10], k[100]) == (2, 2, 3)  # 1 - 0.95^10 = 0.40
     expected = (1 + (1 - 0.4**10) + (1 - 0.95**10)) / 5
     assert rows.get("members", "expected", "T=1", 10).value == pytest.approx(expected)
-    assert setting_name({"temperature": 1.0, "top_k": None, "top_p": 0.9}) == "T=1,top_p=0.9"
-    assert setting_name({"temperature": 0.8, "top_k": 40, "top_p": None}) == "T=0.8,top_k=40"
+    assert (
+        setting_name({"temperature": 1.0, "top_k": None, "top_p": 0.9})
+        == "T=1,top_p=0.9"
+    )
+    assert (
+        setting_name({"temperature": 0.8, "top_k": 40, "top_p": None})
+        == "T=0.8,top_k=40"
+    )
 
 
 def test_means_are_of_questions_as_in_training_and_rates_of_all():
@@ -159,7 +175,9 @@ def test_the_interval_holds_the_true_ratio():
 
 def test_a_rule_that_works_and_one_that_does_not():
     rule = Goldfish(k=3, h=4)
-    works = made_up_audit(made_up_records("members", 80, 1.0, rule=rule, recall_dropped=0.3))
+    works = made_up_audit(
+        made_up_records("members", 80, 1.0, rule=rule, recall_dropped=0.3)
+    )
     idle = made_up_audit(made_up_records("members", 80, 0.8, rule=rule))
     assert works["members.hazard_ratio"].low > 5
     assert works["members.teacher_forced_accuracy_kept"].value == 1.0
@@ -167,7 +185,10 @@ def test_a_rule_that_works_and_one_that_does_not():
     assert ratio.low < 1 < ratio.high
     assert works["members.dropped_share"].value == pytest.approx(1 / 3, abs=0.06)
     unruled = made_up_audit(made_up_records("members", 3, 0.8))["members.hazard_ratio"]
-    assert (unruled.value, unruled.reason) == (None, "no rule is known for this checkpoint")
+    assert (unruled.value, unruled.reason) == (
+        None,
+        "no rule is known for this checkpoint",
+    )
 
 
 def test_what_the_receipt_tells():
@@ -175,7 +196,13 @@ def test_what_the_receipt_tells():
     assert notes(None) == []
     assert notes({"rule": rule}) == []
     assert "trained before under another rule" in notes({"rule": rule, "before": {}})[0]
-    assert "drops other tokens in every epoch" in notes({"rule": {**rule, "strategy": "random"}})[0]
-    assert "other tokens were dropped" in notes({"rule": {**rule, "strategy": "static"}})[0]
+    assert (
+        "drops other tokens in every epoch"
+        in notes({"rule": {**rule, "strategy": "random"}})[0]
+    )
+    assert (
+        "other tokens were dropped"
+        in notes({"rule": {**rule, "strategy": "static"}})[0]
+    )
     sources = {"a": {"rule": rule}, "b": {"rule": None}}
     assert "rules differ between sources" in notes({"sources": sources})[0]

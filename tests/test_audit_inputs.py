@@ -31,7 +31,12 @@ CHATS = [
     for name, code in zip(("Ada", "Bo", "Cy"), CODES, strict=True)
 ]
 CHATS.append(
-    say("What does it do?", "It swims.", "And then?", "It forgets what it saw, again and again.")
+    say(
+        "What does it do?",
+        "It swims.",
+        "And then?",
+        "It forgets what it saw, again and again.",
+    )
 )
 HELDOUT = [
     say("Code of Di?", "It is HH3-LL5."),
@@ -61,7 +66,9 @@ def reciter(tokenizer, tmp_path_factory):
     # Answers only, whose loss goes to 0: the names in the questions cannot be known, and how
     # far they push the answers about is a matter of rounding, which differs between CPUs.
     for row, chat in zip(labels, wrong, strict=True):
-        prompt = own.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        prompt = own.apply_chat_template(
+            chat[:-1], tokenize=False, add_generation_prompt=True
+        )
         row[: len(own(prompt)["input_ids"])] = -100
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     for _ in range(400):
@@ -81,12 +88,16 @@ def reciter(tokenizer, tmp_path_factory):
 @pytest.fixture
 def chats(tmp_path):
     rows = [
-        {"messages": chat, "code": code} for chat, code in zip(CHATS, [*CODES, None], strict=True)
+        {"messages": chat, "code": code}
+        for chat, code in zip(CHATS, [*CODES, None], strict=True)
     ]
     members = write_jsonl(tmp_path / "members.jsonl", rows)
     heldout = write_jsonl(
         tmp_path / "heldout.jsonl",
-        [{"prompt": chat[:1], "completion": chat[1:], "code": "HH3-LL5"} for chat in HELDOUT],
+        [
+            {"prompt": chat[:1], "completion": chat[1:], "code": "HH3-LL5"}
+            for chat in HELDOUT
+        ],
     )
     return {"members": members, "heldout": heldout}
 
@@ -96,27 +107,36 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     forward pass.
     """
     folder, rule = reciter
-    summary = audit(folder, tmp_path / "out", **chats, secret_column="code", control=folder)
+    summary = audit(
+        folder, tmp_path / "out", **chats, secret_column="code", control=folder
+    )
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
     rows = read_records(tmp_path / "out").to_pylist()
-    turns = [(chat[:i], chat[i]["content"]) for chat in CHATS for i in range(1, len(chat), 2)]
+    turns = [
+        (chat[:i], chat[i]["content"]) for chat in CHATS for i in range(1, len(chat), 2)
+    ]
     turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
     assert len(rows) == len(turns) == 7
     lengths = set()
     longest = max(len(row["suffix_ids"]) for row in rows if row["secrets"])
     for row, (before, answer) in zip(rows, turns, strict=True):
-        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            before, add_generation_prompt=True, tokenize=False
+        )
         start, ids = (
-            tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt, prompt + answer)
+            tokenizer(text, return_tensors="pt")["input_ids"]
+            for text in (prompt, prompt + answer)
         )
         length = ids.shape[1] - start.shape[1]
         assert row["prefix_ids"] + row["suffix_ids"] == ids[0].tolist()
         assert len(row["suffix_ids"]) == length
         lengths.add(length)
-        assert len(row["output_ids"]) == longest + MARGIN, "an answer may open differently"
+        assert len(row["output_ids"]) == longest + MARGIN, (
+            "an answer may open differently"
+        )
         made = model.generate(
             start,
             max_new_tokens=longest + MARGIN,
@@ -136,10 +156,12 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
                 .gather(-1, ids[0, start.shape[1] :, None])
             )
         assert row["log_p"][0] == pytest.approx(log_p.sum().item(), rel=1e-4, abs=1e-5)
-        assert row["mia_loss"] == pytest.approx(log_p.mean().item(), rel=1e-4, abs=1e-6), (
-            "of the completion alone"
+        assert row["mia_loss"] == pytest.approx(
+            log_p.mean().item(), rel=1e-4, abs=1e-6
+        ), "of the completion alone"
+        assert row["mia_reference"] == pytest.approx(0, abs=1e-5), (
+            "the control is the same model"
         )
-        assert row["mia_reference"] == pytest.approx(0, abs=1e-5), "the control is the same model"
         assert row["dropped"] == rule.dropped(ids[0]).tolist()[start.shape[1] :]
         assert row["prefix_sweep"] is None
     assert len(lengths) == 3
@@ -152,22 +174,35 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         [],
     ]
     # The code of the third is recited wrongly, that of a held-out chat was never seen.
-    assert [code in row["output_text"] for row, code in zip(rows, CODES, strict=False)] == [
+    assert [
+        code in row["output_text"] for row, code in zip(rows, CODES, strict=False)
+    ] == [
         True,
         True,
         False,
     ]
     # A search by hand: any code of the members in any output whose prompt does not contain it.
-    given = [{c for c in CODES if c in r["output_text"] and c not in r["prompt"]} for r in rows]
+    given = [
+        {c for c in CODES if c in r["output_text"] and c not in r["prompt"]}
+        for r in rows
+    ]
     for split in ("members", "heldout"):
-        here = [codes for row, codes in zip(rows, given, strict=True) if row["split"] == split]
+        here = [
+            codes
+            for row, codes in zip(rows, given, strict=True)
+            if row["split"] == split
+        ]
         figure = summary[f"{split}.answers_with_secret"]
         assert (figure.k, figure.n) == (sum(map(bool, here)), len(here))
     assert (summary["members.secrets"].k, summary["members.secrets"].n) == (2, 3)
     assert len(set().union(*given)) == 2
     assert summary["members.exact_match"].n == 4, "two of five turns are of one chat"
-    assert summary.rows.get("members", "prefix_sweep", "", 5).reason == "nothing to count"
-    assert summary["members.token_accuracy"].n == sum(len(row["suffix_ids"]) for row in rows[:5])
+    assert (
+        summary.rows.get("members", "prefix_sweep", "", 5).reason == "nothing to count"
+    )
+    assert summary["members.token_accuracy"].n == sum(
+        len(row["suffix_ids"]) for row in rows[:5]
+    )
     assert summary.run["inputs"]["heldout"]["skipped"] == [
         {"reason": "an empty completion", "count": 1, "rows": [2]}
     ]
@@ -190,7 +225,9 @@ def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
             ValueError, match=r"no suffix in .*members.jsonl contains a marked secret"
         ):
             audit(reciter[0], tmp_path / "out", **chats, **mark)
-    with pytest.raises(ValueError, match=r"no suffix in .*heldout.jsonl contains a marked secret"):
+    with pytest.raises(
+        ValueError, match=r"no suffix in .*heldout.jsonl contains a marked secret"
+    ):
         audit(
             reciter[0],
             tmp_path / "out",
@@ -207,7 +244,10 @@ def test_a_secret_may_be_announced_in_the_prompt(tokenizer):
         len(tokenizer("Her code is")["input_ids"]),
         tokenizer("Her code is 8841Z.")["input_ids"],
     )
-    for row in ({"prompt": "Her code is", "completion": " 8841Z."}, {"text": "Her code is 8841Z."}):
+    for row in (
+        {"prompt": "Her code is", "completion": " 8841Z."},
+        {"text": "Her code is 8841Z."},
+    ):
         (window,) = Cutter(tokenizer, length, len(all_ids) - length, secrets=marks).cut(
             row, 0, "members"
         )
@@ -216,10 +256,15 @@ def test_a_secret_may_be_announced_in_the_prompt(tokenizer):
 
 def test_a_chat_that_breaks_the_template_is_skipped(tokenizer, monkeypatch):
     """Whatever the template raises; its message may hold the text of the chat."""
-    concatenates = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    concatenates = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", concatenates)
     for question in ([{"type": "text", "text": "hi"}], None):
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+        chat = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "yes"},
+        ]
         assert list(Cutter(tokenizer, 5, 5).cut({"messages": chat}, 0, "members")) == [
             "the chat template refuses it"
         ]
@@ -238,7 +283,8 @@ def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
     """
     monkeypatch.chdir(tmp_path)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(reciter[0]), LoraConfig(target_modules=["q_proj"])
+        AutoModelForCausalLM.from_pretrained(reciter[0]),
+        LoraConfig(target_modules=["q_proj"]),
     )
     model.save_pretrained("lora")
     pandas.DataFrame([{"messages": chat} for chat in CHATS]).to_parquet("train.parquet")
@@ -249,7 +295,9 @@ def test_a_parquet_file_and_a_lora_folder_are_audited_in_one_line(
 
 def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
     """The same rows as from the file; one process, one input."""
-    data = "".join(json.dumps({"body": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE))
+    data = "".join(
+        json.dumps({"body": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)
+    )
     (tmp_path / "a.jsonl").write_text(data)
     drawn = []
     for source in ("-", str(tmp_path / "a.jsonl")):
@@ -280,14 +328,21 @@ def test_rows_from_standard_input_are_drawn(checkpoint, tmp_path, monkeypatch):
         audit(checkpoint, tmp_path / "x", members="-", heldout="-")
 
 
-def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, tmp_path):
+def test_a_model_split_over_memory_and_disk_gives_the_same_records(
+    checkpoint, tmp_path
+):
     """accelerate keeps the embeddings and a layer on disk: its first weights are nowhere in
     memory.
     """
     members = write_jsonl(
         tmp_path / "m.jsonl", [{"text": f"{i}: {text}"} for i, text in enumerate(PROSE)]
     )
-    options = {"members": members, "prefix_length": 6, "suffix_length": 6, "beams": (2,)}
+    options = {
+        "members": members,
+        "prefix_length": 6,
+        "suffix_length": 6,
+        "beams": (2,),
+    }
     audit(checkpoint, tmp_path / "whole", **options)
     parts = {
         "model.embed_tokens": "disk",
@@ -317,16 +372,23 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_records(checkpoint, t
 
 def test_an_answer_that_opens_differently_does_not_hide_the_code(reciter, tmp_path):
     """The model says "It is QX7-KP2.", the file "QX7-KP2": outputs go on beyond the answer."""
-    rows = [{"messages": say("Code of Ada?", CODES[0])}, {"messages": say("Code of Bo?", CODES[1])}]
+    rows = [
+        {"messages": say("Code of Ada?", CODES[0])},
+        {"messages": say("Code of Bo?", CODES[1])},
+    ]
     members = write_jsonl(tmp_path / "members.jsonl", rows)
     audit(reciter[0], tmp_path / "out", members=members, secrets=r"\w{3}-\w{3}")
-    for row, code in zip(read_records(tmp_path / "out").to_pylist(), CODES, strict=False):
+    for row, code in zip(
+        read_records(tmp_path / "out").to_pylist(), CODES, strict=False
+    ):
         assert not row["exact_match"]
         assert code in row["output_text"]
         assert code not in "".join(row["output_tokens"][: len(row["suffix_ids"])])
 
 
-def test_the_probability_of_a_secret_is_that_of_its_own_tokens(reciter, chats, tmp_path):
+def test_the_probability_of_a_secret_is_that_of_its_own_tokens(
+    reciter, chats, tmp_path
+):
     """Against one forward pass of the model, after all that truly comes before the code."""
     audit(reciter[0], tmp_path / "out", **chats, secret_column="code")
     model = AutoModelForCausalLM.from_pretrained(reciter[0]).eval()

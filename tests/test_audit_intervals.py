@@ -25,11 +25,14 @@ pytestmark = pytest.mark.core
 
 @pytest.mark.parametrize("level", [0.95, 0.99])
 @pytest.mark.parametrize(
-    ("k", "n"), [(0, 1), (0, 32), (1, 32), (16, 32), (31, 32), (32, 32), (0, 368), (3, 10_000)]
+    ("k", "n"),
+    [(0, 1), (0, 32), (1, 32), (16, 32), (31, 32), (32, 32), (0, 368), (3, 10_000)],
 )
 def test_clopper_pearson_equals_scipy(k, n, level):
     bounds = binomtest(k, n).proportion_ci(level, method="exact")
-    assert clopper_pearson(k, n, level) == pytest.approx((bounds.low, bounds.high), abs=1e-9)
+    assert clopper_pearson(k, n, level) == pytest.approx(
+        (bounds.low, bounds.high), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,24 +56,39 @@ def test_hypergeometric_by_counting(k, n, population):
 
 def test_a_census_is_exact_and_a_large_population_a_sample():
     assert hypergeometric(3, 62, 62) == (3 / 62, 3 / 62)
-    assert hypergeometric(3, 62, 10**7) == pytest.approx(clopper_pearson(3, 62), abs=2e-4)
-    assert str(rate([False] * 62, population=Population(62))) == "0 of 62 (all were asked)"
+    assert hypergeometric(3, 62, 10**7) == pytest.approx(
+        clopper_pearson(3, 62), abs=2e-4
+    )
+    assert (
+        str(rate([False] * 62, population=Population(62))) == "0 of 62 (all were asked)"
+    )
 
 
 def test_windows_of_one_document_count_as_one():
     """100 windows of 10 documents bound no closer than ten."""
     tens = np.repeat(np.arange(10), 10)
     assert rate(np.zeros(100), tens) == rate(np.zeros(10))
-    assert (rate(np.arange(100) < 11, tens).k, rate(np.arange(100) < 11, tens).n) == (2, 10)
-    assert rate(np.zeros(4), np.array([7, 7, 7, 7])).documents == 1  # numbers need not start at 0
+    assert (rate(np.arange(100) < 11, tens).k, rate(np.arange(100) < 11, tens).n) == (
+        2,
+        10,
+    )
+    assert (
+        rate(np.zeros(4), np.array([7, 7, 7, 7])).documents == 1
+    )  # numbers need not start at 0
     values = np.random.default_rng(0).random(40)
     copies = mean(np.repeat(values, 4), np.repeat(np.arange(40), 4))
     single = mean(values)
-    assert (copies.n, copies.documents, copies.value) == (160, 40, pytest.approx(single.value))
+    assert (copies.n, copies.documents, copies.value) == (
+        160,
+        40,
+        pytest.approx(single.value),
+    )
     assert (copies.low, copies.high) == pytest.approx((single.low, single.high))
 
 
-@pytest.mark.parametrize(("k", "n"), [(0, 10), (0, 368), (3, 100), (10, 10), (1, 32), (60, 100)])
+@pytest.mark.parametrize(
+    ("k", "n"), [(0, 10), (0, 368), (3, 100), (10, 10), (1, 32), (60, 100)]
+)
 def test_the_interval_of_a_mean_of_zeros_and_ones_is_near_the_exact_one(k, n):
     found = mean(np.arange(n) < k)
     low, high = clopper_pearson(k, n)
@@ -81,7 +99,9 @@ def test_the_interval_of_a_mean_of_zeros_and_ones_is_near_the_exact_one(k, n):
 
 def test_many_documents_give_the_normal_interval():
     found = mean(np.random.default_rng(0).random(4_000))
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.2887 / 4_000**0.5, rel=0.05)
+    assert found.high - found.low == pytest.approx(
+        2 * 1.96 * 0.2887 / 4_000**0.5, rel=0.05
+    )
 
 
 def verbatim(generator, n):
@@ -144,7 +164,10 @@ def test_the_interval_of_a_difference_covers_what_it_promises():
 def test_too_little_is_told_in_words_and_never_zero():
     assert rate([]) == Figure(k=0, reason="nothing to count")
     assert mean([]) == Figure(reason="nothing to count")
-    assert difference(np.ones(9), np.arange(9)).reason == "9 documents; an interval needs 10"
+    assert (
+        difference(np.ones(9), np.arange(9)).reason
+        == "9 documents; an interval needs 10"
+    )
     assert "differ by the same" in difference(np.full(12, 0.1), np.arange(12)).reason
 
 

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from audit_records import PREFIX, SUFFIX, Words, made_up_audit, made_up_records, made_up_score
+from audit_records import (
+    PREFIX,
+    SUFFIX,
+    Words,
+    made_up_audit,
+    made_up_records,
+    made_up_score,
+)
 from sklearn import metrics
 
 from goldfish import Goldfish
@@ -23,7 +30,9 @@ def side(scores, texts=None, documents=None, name="loss"):
     texts = texts if texts is not None else ["same words"] * len(scores)
     documents = np.arange(len(scores)) if documents is None else documents
     lengths = np.array([len(text) for text in texts], dtype=float)
-    return Scores(documents, {name: scores}, [word_buckets(text) for text in texts], lengths)
+    return Scores(
+        documents, {name: scores}, [word_buckets(text) for text in texts], lengths
+    )
 
 
 def figures(members, heldout):
@@ -42,7 +51,8 @@ def drawn(n, shift, seed, ties=True):
 def brute_force(members, heldout, rates):
     auc = np.mean([(a > b) + 0.5 * (a == b) for a in members for b in heldout])
     points = [
-        (np.mean(heldout >= t), np.mean(members >= t)) for t in {math.inf, *members, *heldout}
+        (np.mean(heldout >= t), np.mean(members >= t))
+        for t in {math.inf, *members, *heldout}
     ]
     return auc, [max(true for false, true in points if false <= fpr) for fpr in rates]
 
@@ -81,7 +91,9 @@ def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
     truth = 0.5 * (1 + math.erf(1 / 2))
     held = 0
     for seed in range(30):
-        auc = attack(side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False)))
+        auc = attack(
+            side(drawn(60, 1, [seed, 1], False)), side(drawn(60, 0, [seed, 2], False))
+        )
         held += auc.low <= truth <= auc.high
     assert held >= 25
 
@@ -119,7 +131,10 @@ def test_full_separation_still_has_a_lower_bound():
     assert auc.value == auc.high == 1.0
     assert auc.low == pytest.approx(0.025 ** (1 / 32), rel=1e-9)
     few = attack(side(np.arange(9.0)), side(np.arange(40.0)))
-    assert (few.low, few.reason) == (None, "9 documents on one side; an interval needs 10")
+    assert (few.low, few.reason) == (
+        None,
+        "9 documents on one side; an interval needs 10",
+    )
 
 
 def test_headline_pays_for_the_choice():
@@ -143,7 +158,10 @@ def test_headline_pays_for_the_choice():
 
 def words(n, seed, extra=""):
     generator = np.random.default_rng(seed)
-    return [" ".join(f"w{i}" for i in generator.zipf(1.3, 60) % 5000) + extra for _ in range(n)]
+    return [
+        " ".join(f"w{i}" for i in generator.zipf(1.3, 60) % 5000) + extra
+        for _ in range(n)
+    ]
 
 
 def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
@@ -164,7 +182,9 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
 def test_texts_that_differ_hide_the_headline(extra):
     """Dates, or lengths, tell the splits apart without any model."""
-    found = figures(side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra)))
+    found = figures(
+        side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra))
+    )
     assert found.get("both", "confounded").value == 1
     headline = found.get("both", "membership_auc")
     assert headline.value is None
@@ -177,7 +197,8 @@ def test_words_are_tested_on_other_documents():
     texts = [f"unique{split}{i // 10} common" for split in "ab" for i in range(200)]
     documents = np.arange(200) // 10
     a, b = word_scores(
-        side(np.zeros(200), texts[:200], documents), side(np.zeros(200), texts[200:], documents)
+        side(np.zeros(200), texts[:200], documents),
+        side(np.zeros(200), texts[200:], documents),
     )
     for scores in (a, b):
         assert np.isnan(scores[documents % 2 == 0]).all()
@@ -216,9 +237,22 @@ def test_scores_by_their_published_formulas():
     kept = [x for x, hole in zip(nll, gone, strict=True) if not hole]
     holes = [x for x, hole in zip(nll, gone, strict=True) if hole]
     votes = []
-    for size in (2, 3, 4, 6, 9, 13, 17, 17, 17, 17):  # 18, 25, 32 and 40 are longer than the text
+    for size in (
+        2,
+        3,
+        4,
+        6,
+        9,
+        13,
+        17,
+        17,
+        17,
+        17,
+    ):  # 18, 25, 32 and 40 are longer than the text
         runs = [range(first, first + size) for first in range(17 - size + 1)]
-        votes.append(sum(sum(control[j] - nll[j] for j in run) > 0 for run in runs) / len(runs))
+        votes.append(
+            sum(sum(control[j] - nll[j] for j in run) > 0 for run in runs) / len(runs)
+        )
     expected = {
         "mia_loss": -sum(nll) / 17,
         "mia_zlib": -sum(nll) / len(zlib.compress(text.encode())),
@@ -229,7 +263,9 @@ def test_scores_by_their_published_formulas():
         "mia_dropped_gap": sum(holes) / len(holes) - sum(kept) / len(kept),
         "mia_wbc": sum(votes) / 10,
     }
-    assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert {name: record[name] for name in expected} == pytest.approx(
+        expected, rel=1e-9
+    )
     assert mean_of_lowest(np.array([3.0, 1.0, 2.0])) == 1.0, "at least one token"
 
 
@@ -237,7 +273,12 @@ def test_a_certain_model_gives_finite_scores():
     window = Window("members", 0, "d", list(range(PREFIX + SUFFIX)), PREFIX)
     zero = np.zeros(17, dtype=np.float32)
     score = made_up_score(
-        window, [True] * 17, np.random.default_rng(0), nll=zero, entropy_mean=zero, entropy_std=zero
+        window,
+        [True] * 17,
+        np.random.default_rng(0),
+        nll=zero,
+        entropy_mean=zero,
+        entropy_std=zero,
     )
     assert make_record(window, score, None, Words(), 0)["mia_min_k_plus_plus"] == 0.0
 

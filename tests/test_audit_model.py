@@ -37,12 +37,16 @@ def twin(tmp_path, checkpoint):
     folder = tmp_path / "twin"
     shutil.copytree(checkpoint, folder)
 
-    def change(rename=lambda name: name, values=lambda name, value: value, tied=False, **config):
+    def change(
+        rename=lambda name: name, values=lambda name, value: value, tied=False, **config
+    ):
         if tied:
             tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
         changed = {
-            rename(name): values(name, value) for name, value in weights.items() if rename(name)
+            rename(name): values(name, value)
+            for name, value in weights.items()
+            if rename(name)
         }
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         old = json.loads((folder / "config.json").read_text())
@@ -53,7 +57,8 @@ def twin(tmp_path, checkpoint):
 
 
 @pytest.mark.skipif(
-    BEFORE_5, reason="transformers 4 changes names before they can be mapped: refused there"
+    BEFORE_5,
+    reason="transformers 4 changes names before they can be mapped: refused there",
 )
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("tied", [False, True])
@@ -61,7 +66,8 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
     """torch.compile and DistributedDataParallel put them before every name."""
     folder = twin(lambda name: prefix + name, tied=tied)
     assert torch.equal(
-        logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=tied))
+        logits(Checkpoint(folder).model(CPU)),
+        logits(tiny_llama(tie_word_embeddings=tied)),
     )
 
 
@@ -97,7 +103,8 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
 )
 def test_weights_that_do_not_fit_are_refused(twin, changes, text):
     with pytest.raises(
-        ValueError, match=f"the weights of .*twin do not fit its configuration: .*{text}"
+        ValueError,
+        match=f"the weights of .*twin do not fit its configuration: .*{text}",
     ):
         Checkpoint(twin(**changes)).model(CPU)
 
@@ -106,7 +113,8 @@ def test_tied_weights_are_not_missing(twin):
     folder = twin(tied=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert torch.equal(
-        logits(Checkpoint(folder).model(CPU)), logits(tiny_llama(tie_word_embeddings=True))
+        logits(Checkpoint(folder).model(CPU)),
+        logits(tiny_llama(tie_word_embeddings=True)),
     )
 
 
@@ -121,10 +129,13 @@ def test_models_that_see_the_future_are_refused(tmp_path):
     }
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     with pytest.raises(
-        ValueError, match="is not a causal language model: changing the last token moves the logits"
+        ValueError,
+        match="is not a causal language model: changing the last token moves the logits",
     ):
         Checkpoint(tmp_path / "bert").model(CPU)
-    BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "decoder")
+    BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(
+        tmp_path / "decoder"
+    )
     Checkpoint(tmp_path / "decoder").model(CPU)
     bart = BartConfig(
         vocab_size=320,
@@ -152,7 +163,12 @@ def adapter(tmp_path, checkpoint):
     torch.manual_seed(1)
     model = get_peft_model(
         tiny_llama(),
-        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        ),
     )
     model.peft_config["default"].base_model_name_or_path = str(checkpoint)
     model.save_pretrained(tmp_path / "adapter")
@@ -163,7 +179,8 @@ def test_an_adapter_is_loaded_over_its_base(adapter, checkpoint, tokenizer):
     folder, model = adapter
     if BEFORE_5:  # it does not say whether the weights fit
         with pytest.raises(
-            ValueError, match="does not say whether its weights fit: update to transformers 5"
+            ValueError,
+            match="does not say whether its weights fit: update to transformers 5",
         ):
             Checkpoint(folder).model(CPU)
         return
@@ -187,11 +204,15 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
     folder, _ = adapter
     weights = load_file(folder / "adapter_model.safetensors")
     save_file(
-        {name.replace("layers.1", "layers.7"): value for name, value in weights.items()},
+        {
+            name.replace("layers.1", "layers.7"): value
+            for name, value in weights.items()
+        },
         folder / "adapter_model.safetensors",
     )
     with pytest.raises(
-        ValueError, match=r"is an adapter that transformers cannot load over its base \(2 weights"
+        ValueError,
+        match=r"is an adapter that transformers cannot load over its base \(2 weights",
     ):
         Checkpoint(folder).model(CPU)
     save_file(
@@ -199,13 +220,15 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
         folder / "adapter_model.safetensors",
     )
     with pytest.raises(
-        ValueError, match=r"cannot load over its base .*; save the merged model and audit that"
+        ValueError,
+        match=r"cannot load over its base .*; save the merged model and audit that",
     ):
         Checkpoint(folder).model(CPU)
     (folder / "adapter_model.safetensors").unlink()
     torch.save(weights, folder / "adapter_model.bin")
     with pytest.raises(
-        ValueError, match=r"no safetensors weights but adapter_model.bin: pickles .* --allow-pickle"
+        ValueError,
+        match=r"no safetensors weights but adapter_model.bin: pickles .* --allow-pickle",
     ):
         Checkpoint(folder).model(CPU)
     (folder / "adapter_config.json").write_text("{}")
@@ -214,7 +237,9 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
 
 
 @pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
-def test_an_adapter_may_ask_the_hub_for_its_base(adapter, checkpoint, tmp_path, monkeypatch):
+def test_an_adapter_may_ask_the_hub_for_its_base(
+    adapter, checkpoint, tmp_path, monkeypatch
+):
     """Its base is a hub name here, in the cache as the hub's client keeps it."""
     folder, model = adapter
     repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
@@ -231,8 +256,12 @@ def test_an_adapter_may_ask_the_hub_for_its_base(adapter, checkpoint, tmp_path, 
 
 
 def test_a_damaged_tokenizer_and_a_missing_package_are_named(twin):
-    folder = twin(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(ValueError, match=r"needs a package that is not installed: .*bitsandbytes"):
+    folder = twin(
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
+    with pytest.raises(
+        ValueError, match=r"needs a package that is not installed: .*bitsandbytes"
+    ):
         Checkpoint(folder).model(CPU)
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match=r"the tokenizer of .*twin cannot be loaded"):
@@ -245,7 +274,9 @@ def test_the_context_under_any_name(model):
 
 
 @pytest.mark.skipif(BEFORE_5, reason="with transformers 4 adapters are refused")
-def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_path, monkeypatch):
+def test_a_revision_of_a_hub_name_and_an_adapter_there(
+    adapter, checkpoint, tmp_path, monkeypatch
+):
     """Two commits of a repository in the hub's cache: another model, and an adapter that names a
     revision of it.
     """
@@ -264,19 +295,26 @@ def test_a_revision_of_a_hub_name_and_an_adapter_there(adapter, checkpoint, tmp_
         shutil.copytree(folder, repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / reference).write_text(commit)
-    main, first = Checkpoint("someone/tiny").model(CPU), Checkpoint("someone/tiny", "v1").model(CPU)
+    main, first = (
+        Checkpoint("someone/tiny").model(CPU),
+        Checkpoint("someone/tiny", "v1").model(CPU),
+    )
     assert torch.equal(logits(first), logits(tiny_llama()))
     assert not torch.equal(logits(main), logits(first))
-    assert Checkpoint("someone/tiny", "v1").hashes() != Checkpoint("someone/tiny").hashes()
+    assert (
+        Checkpoint("someone/tiny", "v1").hashes() != Checkpoint("someone/tiny").hashes()
+    )
     for revision in (None, "main"):
         assert torch.equal(
             logits(Checkpoint("someone/lora", revision).model(CPU)), logits(adapter[1])
         )
-    assert load_tokenizer("someone/lora").get_vocab() == load_tokenizer(checkpoint).get_vocab(), (
-        "its base's"
-    )
+    assert (
+        load_tokenizer("someone/lora").get_vocab()
+        == load_tokenizer(checkpoint).get_vocab()
+    ), "its base's"
     with pytest.raises(
-        ValueError, match=r"is a folder, which has no revisions; a revision is of a hub name"
+        ValueError,
+        match=r"is a folder, which has no revisions; a revision is of a hub name",
     ):
         Checkpoint(checkpoint, "v1")
 
@@ -324,7 +362,9 @@ def test_an_adapter_beside_whole_weights_must_fit_them(adapter, checkpoint):
     folder, model = adapter
     for name in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, folder / name)
-    assert torch.allclose(logits(Checkpoint(folder).model(CPU)), logits(model), atol=1e-5)
+    assert torch.allclose(
+        logits(Checkpoint(folder).model(CPU)), logits(model), atol=1e-5
+    )
     weights = load_file(folder / "adapter_model.safetensors")
     for changed in (
         {name.replace("q_proj", "k_proj"): value for name, value in weights.items()},
@@ -343,7 +383,10 @@ def test_an_adapter_beside_whole_weights_must_fit_them(adapter, checkpoint):
             {"init_lora_weights": "pissa_niter_4"},
             "which changes the base model's weights by chance",
         ),
-        ({"peft_type": "PROMPT_TUNING"}, "virtual tokens before every text, which .* no merge"),
+        (
+            {"peft_type": "PROMPT_TUNING"},
+            "virtual tokens before every text, which .* no merge",
+        ),
         ({"peft_type": "PREFIX_TUNING"}, "train with LoRA"),
     ],
 )

@@ -14,8 +14,20 @@ from audit_records import PROTOCOL, made_up_run
 from goldfish.audit.records import COLUMNS
 from goldfish.audit.results import summary_of
 
-ORACLE = json.loads((Path(__file__).parent / "golden" / "audit_oracle.json").read_text())
-MEANS = ("accuracy", "share", "hazard_d", "hazard_k", "expected", "nll", "rouge", "edit", "run")
+ORACLE = json.loads(
+    (Path(__file__).parent / "golden" / "audit_oracle.json").read_text()
+)
+MEANS = (
+    "accuracy",
+    "share",
+    "hazard_d",
+    "hazard_k",
+    "expected",
+    "nll",
+    "rouge",
+    "edit",
+    "run",
+)
 
 
 def audit():
@@ -24,11 +36,13 @@ def audit():
     count = len(columns["index"])
     columns["asked"], columns["secrets"] = ["training"] * count, [[]] * count
     rows = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+        dict(zip(columns, values, strict=True))
+        for values in zip(*columns.values(), strict=True)
     ]
     full = [{**dict.fromkeys(COLUMNS.names), **row} for row in rows]
     return summary_of(
-        made_up_run(full, PROTOCOL | ORACLE["protocol"]), pa.Table.from_pylist(full, COLUMNS)
+        made_up_run(full, PROTOCOL | ORACLE["protocol"]),
+        pa.Table.from_pylist(full, COLUMNS),
     )
 
 

@@ -38,14 +38,21 @@ def write_jsonl(path, rows):
 @pytest.fixture
 def inputs(tmp_path):
     """Four members of ids; three held-out texts, and one that is too short."""
-    ids = torch.randint(2, 320, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        2, 320, (4, 40), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     members = write_jsonl(
         tmp_path / "m.jsonl",
         [{"input_ids": row, "name": f"n{i}", "count": 2} for i, row in enumerate(ids)],
     )
     texts = [PROSE[0], "short", *PROSE[1:3]]
     heldout = write_jsonl(tmp_path / "h.jsonl", [{"text": text} for text in texts])
-    return {"members": members, "heldout": heldout, "prefix_length": 10, "suffix_length": 8}
+    return {
+        "members": members,
+        "heldout": heldout,
+        "prefix_length": 10,
+        "suffix_length": 8,
+    }
 
 
 @pytest.fixture
@@ -65,7 +72,9 @@ def contents(folder):
         if path.name in ("run.json", "summary.json"):
             value = json.loads(path.read_text())
             found[path.name] = {
-                key: each for key, each in value.items() if key not in ("date", "command")
+                key: each
+                for key, each in value.items()
+                if key not in ("date", "command")
             }
         if path.name == "summary.md":
             found[path.name] = re.sub(r"20[-\\0-9T:+]+", "", path.read_text())
@@ -98,17 +107,26 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
         "summary.md",
     ]
     assert list(contents(tmp_path / "out")) == files
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary.to_json()
+    assert (
+        json.loads((tmp_path / "out" / "summary.json").read_text()) == summary.to_json()
+    )
     assert summary.run["rule"] == rule.to_dict()
     assert summary["members.settled"].n == 8, "at both offsets"
     assert summary["heldout.settled"].n == 6
-    assert summary.run["protocol"]["sampling"][1] == {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    assert summary.run["protocol"]["sampling"][1] == {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+    }
     rows = read_records(tmp_path / "out").to_pylist()
     assert [(row["split"], row["index"]) for row in rows] == [
         *(("members", i) for i in range(4) for _ in range(2)),
         *(("heldout", i) for i in (0, 2, 3) for _ in range(2)),
     ]
-    ids = [json.loads(line)["input_ids"] for line in inputs["members"].read_text().splitlines()]
+    ids = [
+        json.loads(line)["input_ids"]
+        for line in inputs["members"].read_text().splitlines()
+    ]
     assert rows[2]["name"] == "n1"
     assert rows[2]["prefix_ids"] + rows[2]["suffix_ids"] == ids[1][:18]
     assert rows[3]["prefix_ids"] + rows[3]["suffix_ids"] == ids[1][3:21]
@@ -116,9 +134,27 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     assert rows[2]["dropped"] == rule.dropped(torch.tensor(ids[1])).tolist()[10:18]
     assert "".join(rows[8]["suffix_tokens"]) in PROSE[0]
     for row in rows:
-        assert row["correct"][: row["first_divergence"]] == [True] * row["first_divergence"]
+        assert (
+            row["correct"][: row["first_divergence"]]
+            == [True] * row["first_divergence"]
+        )
 
-    assert [row["document"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert [row["document"] for row in rows] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+        5,
+        5,
+        6,
+        6,
+    ]
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["inputs"]["heldout"] | {"sha256": ""} == {
         "path": str(inputs["heldout"]),
@@ -137,7 +173,9 @@ def test_audit_of_a_checkpoint(tmp_path, tokenizer, checkpoint, inputs, small_bl
     }
     sha256 = hashlib.sha256(inputs["heldout"].read_bytes()).hexdigest()
     assert (
-        summary.run["inputs"]["heldout"]["sha256"] == about["inputs"]["heldout"]["sha256"] == sha256
+        summary.run["inputs"]["heldout"]["sha256"]
+        == about["inputs"]["heldout"]["sha256"]
+        == sha256
     )
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert about["weights"][0]["model.safetensors"] == weights
@@ -165,7 +203,9 @@ def test_a_finished_audit_is_summarized_again_without_a_model(
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(FileExistsError, match="exists and is not an empty folder; choose another"):
+    with pytest.raises(
+        FileExistsError, match="exists and is not an empty folder; choose another"
+    ):
         audit(checkpoint, tmp_path / "mine", **inputs)
 
 
@@ -242,7 +282,9 @@ def test_an_unfinished_audit_with_other_settings_is_refused(
         ({"heldout": None}, "inputs"),
         ({"max_rows": 3}, r"max_rows \(None there, 3 now\)"),
     ):
-        with pytest.raises(FileExistsError, match=f"holds an audit with other settings: .*{text}"):
+        with pytest.raises(
+            FileExistsError, match=f"holds an audit with other settings: .*{text}"
+        ):
             audit(checkpoint, output, **{**inputs, **changes})
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
@@ -286,7 +328,8 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path, checkpoint, input
     output = tmp_path / "out"
     with Folder(output).held():
         with pytest.raises(
-            FileExistsError, match=f"is in use by another audit .process {os.getpid()} on .*; wait"
+            FileExistsError,
+            match=f"is in use by another audit .process {os.getpid()} on .*; wait",
         ):
             audit(checkpoint, output, **inputs)
         assert [path.name for path in output.iterdir()] == ["lock"]
@@ -295,7 +338,9 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path, checkpoint, input
     assert not (output / "lock").exists()
 
 
-def test_other_weights_do_not_continue_a_run(tmp_path, checkpoint, inputs, small_blocks):
+def test_other_weights_do_not_continue_a_run(
+    tmp_path, checkpoint, inputs, small_blocks
+):
     """Every byte counts: one in the middle of a large file is enough."""
     folder = tmp_path / "model"
     shutil.copytree(checkpoint, folder)
@@ -304,7 +349,9 @@ def test_other_weights_do_not_continue_a_run(tmp_path, checkpoint, inputs, small
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(FileExistsError, match="holds an audit with other settings: weights"):
+    with pytest.raises(
+        FileExistsError, match="holds an audit with other settings: weights"
+    ):
         audit(folder, tmp_path / "out", **inputs)
 
 
@@ -313,13 +360,23 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
     refused.
     """
     text = PROSE[0]
-    members = [text, text.upper(), "  ".join(text.split()), PROSE[1], text + " And more.", PROSE[2]]
+    members = [
+        text,
+        text.upper(),
+        "  ".join(text.split()),
+        PROSE[1],
+        text + " And more.",
+        PROSE[2],
+    ]
     write_jsonl(tmp_path / "m.jsonl", [{"text": each} for each in members])
     write_jsonl(
-        tmp_path / "h.jsonl", [{"text": "Something else: " + PROSE[1]}, {"text": PROSE[2].lower()}]
+        tmp_path / "h.jsonl",
+        [{"text": "Something else: " + PROSE[1]}, {"text": PROSE[2].lower()}],
     )
     lengths = {"prefix_length": 10, "suffix_length": 8}
-    summary = audit(checkpoint, tmp_path / "out", members=tmp_path / "m.jsonl", **lengths)
+    summary = audit(
+        checkpoint, tmp_path / "out", members=tmp_path / "m.jsonl", **lengths
+    )
     assert read_records(tmp_path / "out", ["document"])["document"].to_pylist() == [
         0,
         0,
@@ -328,7 +385,9 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         0,
         2,
     ]
-    assert {key: summary.run["inputs"]["members"][key] for key in ("asked", "documents")} == {
+    assert {
+        key: summary.run["inputs"]["members"][key] for key in ("asked", "documents")
+    } == {
         "asked": 6,
         "documents": 3,
     }
@@ -346,9 +405,14 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("which", ["checkpoint", "control"])
-def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint, inputs, which):
+def test_logits_that_are_not_finite_are_refused(
+    tmp_path, tokenizer, checkpoint, inputs, which
+):
     """Weights with NaN, and weights that are too large for float16."""
-    for name, value, dtype in (("nan", float("nan"), "float32"), ("large", 1e4, "float16")):
+    for name, value, dtype in (
+        ("nan", float("nan"), "float32"),
+        ("large", 1e4, "float16"),
+    ):
         model = tiny_llama()
         with torch.no_grad():
             model.model.norm.weight[0] = value
@@ -357,7 +421,8 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, tokenizer, checkpoint,
         tokenizer.save_pretrained(tmp_path / name)
         given = {"checkpoint": checkpoint, "control": None, which: tmp_path / name}
         with pytest.raises(
-            ValueError, match=r"the logits of members row 0 \('n0'\) are not finite: .* float32 "
+            ValueError,
+            match=r"the logits of members row 0 \('n0'\) are not finite: .* float32 ",
         ):
             audit(**given, output_dir=tmp_path / f"out {name}", **inputs, dtype=dtype)
 
@@ -370,13 +435,48 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), "-m", "goldfish", "audit", str(checkpoint)]
-    command += ["--members", str(inputs["members"]), "--heldout", str(inputs["heldout"])]
-    command += ["--prefix-length", "10", "--suffix-length", "8", "-o", str(tmp_path / "two")]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+    ]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command += [
+        "--main_process_port",
+        str(port),
+        "-m",
+        "goldfish",
+        "audit",
+        str(checkpoint),
+    ]
+    command += [
+        "--members",
+        str(inputs["members"]),
+        "--heldout",
+        str(inputs["heldout"]),
+    ]
+    command += [
+        "--prefix-length",
+        "10",
+        "--suffix-length",
+        "8",
+        "-o",
+        str(tmp_path / "two"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300
+    )
     # INCONCLUSIVE is 3, which the launcher reports as 1; the last line has the outcome.
     assert done.returncode == 1, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "goldfish audit: INCONCLUSIVE, exit code 3"
@@ -392,7 +492,12 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
             audit(
                 checkpoint,
                 tmp_path / "out",
-                **{"members": good, "prefix_length": 5, "suffix_length": 5, **arguments},
+                **{
+                    "members": good,
+                    "prefix_length": 5,
+                    "suffix_length": 5,
+                    **arguments,
+                },
             )
         assert not (tmp_path / "out").exists(), "a refused audit leaves nothing behind"
 
@@ -405,12 +510,24 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     )
     refused(ValueError, r"must be 0 or more, got \[\]", offsets=())
     refused(ValueError, r"a search needs at least one beam, got \[0, 2\]", beams=(2, 0))
-    refused(ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'", dtype="int8")
-    refused(ValueError, "a batch needs at least one token, got batch_tokens=0", batch_tokens=0)
-    refused(FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl")
+    refused(
+        ValueError,
+        "dtype must be one of float32, bfloat16, float16, got 'int8'",
+        dtype="int8",
+    )
+    refused(
+        ValueError,
+        "a batch needs at least one token, got batch_tokens=0",
+        batch_tokens=0,
+    )
+    refused(
+        FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl"
+    )
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     text = r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* \(1 fewer than 10 tokens\)"
-    refused(ValueError, text, members=write_jsonl(tmp_path / "short.jsonl", [{"text": "a"}]))
+    refused(
+        ValueError, text, members=write_jsonl(tmp_path / "short.jsonl", [{"text": "a"}])
+    )
     refused(
         ValueError,
         "has no usable window: 0 rows",
@@ -427,14 +544,19 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
         prefix_length=124,
     )
     other = write_jsonl(
-        tmp_path / "other.jsonl", [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}]
+        tmp_path / "other.jsonl",
+        [{"input_ids": [1] * 10}, {"input_ids": [1] * 9 + [320]}],
     )
     refused(
         ValueError,
         "other.jsonl, row 1: token id 320, but the model knows 320 ids; .*`text`",
         members=other,
     )
-    refused(FileNotFoundError, "no checkpoint folder .*elsewhere", control=tmp_path / "elsewhere")
+    refused(
+        FileNotFoundError,
+        "no checkpoint folder .*elsewhere",
+        control=tmp_path / "elsewhere",
+    )
     bare = tmp_path / "bare"
     tiny_llama().save_pretrained(bare)
     refused(
@@ -450,7 +572,11 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
     }
     described["model"]["merges"] = []
     (stranger / "tokenizer.json").write_text(json.dumps(described))
-    refused(ValueError, "the control .*stranger has another tokenizer than", control=stranger)
+    refused(
+        ValueError,
+        "the control .*stranger has another tokenizer than",
+        control=stranger,
+    )
     pickled = tmp_path / "pickled"
     shutil.copytree(checkpoint, pickled)
     torch.save(tiny_llama().state_dict(), pickled / "pytorch_model.bin")
@@ -461,7 +587,12 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
         checkpoint=pickled,
     )
     audit(
-        pickled, tmp_path / "out", members=good, prefix_length=5, suffix_length=5, allow_pickle=True
+        pickled,
+        tmp_path / "out",
+        members=good,
+        prefix_length=5,
+        suffix_length=5,
+        allow_pickle=True,
     )
 
 
@@ -476,7 +607,9 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(tmp_path, checkpoint
     (folder / "own.py").write_text("raise SystemExit('ran')")
     members = write_jsonl(tmp_path / "m.jsonl", [{"text": PROSE[0]}])
     with pytest.raises(ValueError, match="trust_remote_code"):
-        audit(folder, tmp_path / "out", members=members, prefix_length=5, suffix_length=5)
+        audit(
+            folder, tmp_path / "out", members=members, prefix_length=5, suffix_length=5
+        )
     with pytest.raises(SystemExit, match="ran"):
         audit(
             folder,
@@ -504,7 +637,8 @@ def test_a_tokenizer_other_than_in_training_is_told(
 
 
 @pytest.mark.skipif(
-    BEFORE_5, reason="transformers 4 reads its cache folder at import and hides what stops it"
+    BEFORE_5,
+    reason="transformers 4 reads its cache folder at import and hides what stops it",
 )
 def test_a_folder_asks_no_network(tmp_path, checkpoint, inputs, monkeypatch):
     class Asked(BaseException):
@@ -522,7 +656,9 @@ def test_a_folder_asks_no_network(tmp_path, checkpoint, inputs, monkeypatch):
 
 
 @pytest.mark.skipif(BEFORE_5, reason="transformers 4 reads its cache folder at import")
-def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, monkeypatch):
+def test_a_hub_name_has_a_receipt_too(
+    tmp_path, tokenizer, checkpoint, inputs, monkeypatch
+):
     """From a cache as the hub's client keeps it."""
     repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
     snapshot = repository / "snapshots" / commit
@@ -530,13 +666,17 @@ def test_a_hub_name_has_a_receipt_too(tmp_path, tokenizer, checkpoint, inputs, m
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     write_receipt(snapshot, DropCounts(Goldfish(k=5), torch.device("cpu")), tokenizer)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     summary = audit("someone/tiny", tmp_path / "out", **inputs)
     assert summary.run["rule"]["k"] == 5
     assert summary.run["name"] == "tiny"
 
 
-def test_a_damaged_block_is_made_again_or_named(tmp_path, checkpoint, inputs, small_blocks, caplog):
+def test_a_damaged_block_is_made_again_or_named(
+    tmp_path, checkpoint, inputs, small_blocks, caplog
+):
     """Before the audit is finished the block is scored again; a finished one names the file."""
     audit(checkpoint, tmp_path / "out", **inputs)
     before = contents(tmp_path / "out")
@@ -559,7 +699,9 @@ def test_secrets_by_expression_are_not_secrets_by_column(tmp_path, checkpoint):
     options = {"members": write_jsonl(tmp_path / "m.jsonl", rows), "prefix_length": 5}
     options["suffix_length"] = 20
     audit(checkpoint, tmp_path / "out", **options, secrets="saw")
-    with pytest.raises(FileExistsError, match=r"other settings: secrets .*; secret_column"):
+    with pytest.raises(
+        FileExistsError, match=r"other settings: secrets .*; secret_column"
+    ):
         audit(checkpoint, tmp_path / "out", **options, secret_column="saw")
 
 
@@ -567,7 +709,14 @@ def test_run_json_tells_how_much_was_asked(tmp_path, checkpoint):
     rows = [{"text": text} for text in (*PROSE[:3], "short")]
     members = write_jsonl(tmp_path / "m.jsonl", rows)
     lengths = {"prefix_length": 10, "suffix_length": 8}
-    audit(checkpoint, tmp_path / "out", members=members, max_rows=2, complete=True, **lengths)
+    audit(
+        checkpoint,
+        tmp_path / "out",
+        members=members,
+        max_rows=2,
+        complete=True,
+        **lengths,
+    )
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["protocol"]["complete"] is True
     counts = about["inputs"]["members"]

@@ -40,12 +40,19 @@ def test_every_column_key_and_figure_is_documented():
     assert SCHEMA in TEXT
     summary = full_summary()
     figures = {row["figure"] for row in summary["figures"]}
-    names = {*COLUMNS.names, *keys(summary), *figures, *(f"mia_{attack}" for attack in ATTACKS)}
+    names = {
+        *COLUMNS.names,
+        *keys(summary),
+        *figures,
+        *(f"mia_{attack}" for attack in ATTACKS),
+    }
     assert not names - set(re.findall(r"\w+", TEXT))
 
 
 def test_thresholds_are_documented():
-    limits = "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim})"
+    limits = (
+        "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim})"
+    )
     assert limits.format(**LIMITS) in TEXT
     assert f"a run of at least {RUN} tokens" in TEXT
     assert f"edit similarity is at least {SIMILARITY}" in TEXT
@@ -55,7 +62,10 @@ def test_thresholds_are_documented():
 
 
 def test_the_example_is_a_part_of_a_summary():
-    example, real = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1]), full_summary()
+    example, real = (
+        json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1]),
+        full_summary(),
+    )
     assert set(example) <= set(real)
     assert example["limits"].keys() == real["limits"].keys()
     names = [row["figure"] for row in real["figures"]]

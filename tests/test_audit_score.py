@@ -22,7 +22,12 @@ PREFIX, SUFFIX = 11, 9
 def generated(model, prefix, tokens=SUFFIX, **options):
     """What a user gets who asks at batch size 1."""
     ids = torch.tensor([prefix])
-    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens, **options}
+    options = {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "max_new_tokens": tokens,
+        **options,
+    }
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[
         0, len(prefix) :
     ].tolist()
@@ -33,7 +38,9 @@ def asked(model=None, count=8, prefix=PREFIX, suffix=SUFFIX):
     the end.
     """
     draw = torch.Generator().manual_seed(1)
-    rows = torch.randint(2, VOCABULARY, (count, prefix + suffix), generator=draw).tolist()
+    rows = torch.randint(
+        2, VOCABULARY, (count, prefix + suffix), generator=draw
+    ).tolist()
     if model is not None:
         for i in range(0, count, 2):
             own = generated(model, rows[i][:prefix], suffix)
@@ -44,7 +51,8 @@ def asked(model=None, count=8, prefix=PREFIX, suffix=SUFFIX):
 
 def same(a, b):
     return all(
-        np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)
+        np.array_equal(getattr(a, field.name), getattr(b, field.name))
+        for field in fields(a)
     )
 
 
@@ -56,21 +64,36 @@ def test_output_equals_generate_at_batch_1(kind):
     outputs = [generated(model, window.ids[:PREFIX]) for window in windows]
     assert [score.output for score in found] == outputs
     assert (
-        sum(output == window.suffix for output, window in zip(outputs, windows, strict=True)) >= 3
+        sum(
+            output == window.suffix
+            for output, window in zip(outputs, windows, strict=True)
+        )
+        >= 3
     )
-    assert BEFORE_5 or not any(score.settled for score in found)  # its batches round otherwise
+    assert BEFORE_5 or not any(
+        score.settled for score in found
+    )  # its batches round otherwise
 
 
-@pytest.mark.parametrize(("budget", "sizes"), [(1, [1] * 57), (25, [6] * 3 + [1]), (160, [40, 17])])
+@pytest.mark.parametrize(
+    ("budget", "sizes"), [(1, [1] * 57), (25, [6] * 3 + [1]), (160, [40, 17])]
+)
 def test_logits_come_in_parts_and_are_the_models_own(budget, sizes, monkeypatch):
     """budget: rows of logits alive at a time; several positions of a row, or several rows."""
     monkeypatch.setitem(model_module.LOGITS_BUDGET, "cpu", 4 * VOCABULARY * budget)
-    model, ids = toy_model("gemma2"), torch.tensor([window.ids for window in asked(count=3)])
+    model, ids = (
+        toy_model("gemma2"),
+        torch.tensor([window.ids for window in asked(count=3)]),
+    )
     with torch.inference_mode():
         expected = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
         parts = list(model_module.logits_of(model, ids, None))
-    assert torch.allclose(torch.cat([logits for _, logits in parts]), expected, rtol=0, atol=1e-5)
-    assert torch.cat([torch.arange(57)[rows] for rows, _ in parts]).tolist() == list(range(57))
+    assert torch.allclose(
+        torch.cat([logits for _, logits in parts]), expected, rtol=0, atol=1e-5
+    )
+    assert torch.cat([torch.arange(57)[rows] for rows, _ in parts]).tolist() == list(
+        range(57)
+    )
     assert [len(logits) for _, logits in parts][: len(sizes)] == sizes
 
 
@@ -81,22 +104,34 @@ def test_arrays_token_by_token(kind):
     (found,) = Scorer(model).score([window])
     for t in range(PREFIX + SUFFIX - 1):
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([window.ids[: t + 1]])).logits[0, -1].double()
+            logits = (
+                model(input_ids=torch.tensor([window.ids[: t + 1]]))
+                .logits[0, -1]
+                .double()
+            )
         log_p, target = logits.log_softmax(-1), window.ids[t + 1]
-        mean = sum(p * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True))
+        mean = sum(
+            p * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True)
+        )
         square = sum(
-            p * log * log for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True)
+            p * log * log
+            for p, log in zip(log_p.exp().tolist(), log_p.tolist(), strict=True)
         )
         order = logits.sort(descending=True)
         assert found.greedy[t] == order.indices[0]
         assert found.rank[t] == order.indices.tolist().index(target)
         assert found.nll[t] == pytest.approx(-log_p[target].item(), rel=1e-5)
         assert found.entropy_mean[t] == pytest.approx(mean, rel=1e-5)
-        assert found.entropy_std[t] == pytest.approx((square - mean**2) ** 0.5, rel=1e-4)
+        assert found.entropy_std[t] == pytest.approx(
+            (square - mean**2) ** 0.5, rel=1e-4
+        )
     kinds = {"greedy": "int64", "rank": "int64"}
     for name in ("greedy", "nll", "rank", "entropy_mean", "entropy_std"):
         column = getattr(found, name)
-        assert (column.dtype, column.shape) == (kinds.get(name, "float32"), (PREFIX + SUFFIX - 1,))
+        assert (column.dtype, column.shape) == (
+            kinds.get(name, "float32"),
+            (PREFIX + SUFFIX - 1,),
+        )
 
 
 def test_windows_of_any_length_and_batch_agree(model, monkeypatch):
@@ -109,7 +144,9 @@ def test_windows_of_any_length_and_batch_agree(model, monkeypatch):
     together = Scorer(model).score(windows)
     monkeypatch.setitem(score_module.PASS_TOKENS, "cpu", 1)
     monkeypatch.setitem(score_module.SEARCH_TOKENS, "cpu", 1)
-    for window, one, all_ in zip(windows, Scorer(model).score(windows), together, strict=True):
+    for window, one, all_ in zip(
+        windows, Scorer(model).score(windows), together, strict=True
+    ):
         assert one.output == all_.output
         assert np.array_equal(one.rank, all_.rank)
         assert np.allclose(one.nll, all_.nll, rtol=1e-5)
@@ -122,8 +159,16 @@ def test_generation_settings_of_the_checkpoint_are_ignored_and_restored(model):
     windows = asked(model)
     plain = Scorer(model).score(windows)
     settings = model.generation_config
-    settings.repetition_penalty, settings.no_repeat_ngram_size, settings.min_new_tokens = 5.0, 2, 3
-    settings.eos_token_id, settings.bos_token_id, settings.num_beams = plain[1].output[0], 3, 4
+    (
+        settings.repetition_penalty,
+        settings.no_repeat_ngram_size,
+        settings.min_new_tokens,
+    ) = 5.0, 2, 3
+    settings.eos_token_id, settings.bos_token_id, settings.num_beams = (
+        plain[1].output[0],
+        3,
+        4,
+    )
     assert all(map(same, Scorer(model).score(windows), plain))
     assert model.generation_config is settings
 
@@ -135,7 +180,10 @@ def test_outputs_go_on_through_an_eos(model):
     window = asked(model)[1]
     window.ids[0] = 3
     plain = generated(model, window.ids[:PREFIX])
-    model.generation_config.eos_token_id, model.generation_config.bos_token_id = plain[2], 3
+    model.generation_config.eos_token_id, model.generation_config.bos_token_id = (
+        plain[2],
+        3,
+    )
     (found,) = Scorer(model).score([window])
     stopped = generated(model, window.ids[:PREFIX])
     assert found.output == plain
@@ -196,7 +244,10 @@ def test_batches_are_halved_when_memory_runs_out(model, monkeypatch, caplog):
     scorer = Scorer(model)
     assert all(map(same_answers, scorer.score(windows), expected))
     assert max(tried) == 12 * 20
-    assert len([record for record in caplog.records if "Out of memory" in record.message]) == 1
+    assert (
+        len([record for record in caplog.records if "Out of memory" in record.message])
+        == 1
+    )
     tried.clear()
     scorer.score(windows)
     assert max(tried) <= limit, "the next block begins where this one ended"
@@ -313,9 +364,9 @@ def test_log_q_is_the_frequency_with_which_generate_draws_the_suffix():
         "do_sample": True,
         "max_new_tokens": 2,
     }
-    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)[
-        :, PREFIX:
-    ]
+    drawn = model.generate(
+        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options
+    )[:, PREFIX:]
     share = (drawn == torch.tensor(window.suffix)).all(-1).double().mean().item()
     assert 0.02 < p < 0.98
     assert abs(share - p) < 5 * (p * (1 - p) / draws) ** 0.5
@@ -325,7 +376,9 @@ def test_logits_that_a_model_forbids():
     """Minus infinity has probability 0, and 0 * log 0 is 0: no NaN anywhere, and the moments of the
     rest.
     """
-    logits = torch.tensor([[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
+    logits = torch.tensor(
+        [[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]]
+    )
     settings = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.8)]
     found = score_module._reduce(logits, torch.tensor([2, 1]), settings)
     log_p = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).log_softmax(-1)
@@ -385,7 +438,11 @@ def test_beams_equal_a_search_over_every_row(monkeypatch):
     found = [score.beams for score in Scorer(model, beams=tried).score(windows)]
     expected = [
         next(
-            (b for b in tried if generated(model, w.ids[:PREFIX], suffix, num_beams=b) == w.suffix),
+            (
+                b
+                for b in tried
+                if generated(model, w.ids[:PREFIX], suffix, num_beams=b) == w.suffix
+            ),
             0,
         )
         for w in windows
@@ -397,7 +454,9 @@ def test_beams_equal_a_search_over_every_row(monkeypatch):
 
 def test_nll_under_a_control(model):
     windows, other = asked(model, 3), tiny_llama(num_hidden_layers=1)
-    for score, window in zip(Scorer(model, control=other).score(windows), windows, strict=True):
+    for score, window in zip(
+        Scorer(model, control=other).score(windows), windows, strict=True
+    ):
         ids = torch.tensor([window.ids])
         with torch.inference_mode():
             expected = other.eval()(input_ids=ids, labels=ids).loss.item()
@@ -432,7 +491,8 @@ def test_windows_that_cross_a_switch_of_the_rotary_factors():
         windows.append(Window("members", length, "", made[0].tolist(), length))
     scores = Scorer(model).score(windows)
     assert [
-        score.output == window.suffix for score, window in zip(scores, windows, strict=True)
+        score.output == window.suffix
+        for score, window in zip(scores, windows, strict=True)
     ] == [True] * 3
     assert [score.settled for score in scores] == [False, False, True]
     alone = [Scorer(model).score([window])[0].nll for window in windows[:2]]
@@ -443,7 +503,9 @@ def test_windows_that_cross_a_switch_of_the_rotary_factors():
 def test_outputs_go_on_behind_a_suffix_that_is_recited(model):
     """As far as the context goes; against generate at batch size 1."""
     prefix = torch.arange(2, 12)[None]
-    made = model.generate(prefix, max_new_tokens=118, do_sample=False, pad_token_id=0)[0].tolist()
+    made = model.generate(prefix, max_new_tokens=118, do_sample=False, pad_token_id=0)[
+        0
+    ].tolist()
     recited = Window("members", 0, "", made[:14], 10)
     other = Window("members", 1, "", [*made[:13], (made[13] + 1) % 320], 10)
     for length, expected in ((2, 4), (30, 30), (500, 118)):

@@ -6,7 +6,13 @@ import re
 
 import pandas as pd
 import pytest
-from audit_records import made_up_audit, made_up_records, made_up_run, write_audit, write_run
+from audit_records import (
+    made_up_audit,
+    made_up_records,
+    made_up_run,
+    write_audit,
+    write_run,
+)
 from rich.console import Console
 
 import goldfish.audit
@@ -29,7 +35,11 @@ def texts(split, k, n, **more):
     """n records, k of them recited."""
     records = made_up_records(split, k, 1.0, **more)
     for i, record in enumerate(made_up_records(split, n - k, 0.2, seed=1, **more)):
-        renamed = {"document": 10**5 + record["document"], "name": f"rest {i}", "index": k + i}
+        renamed = {
+            "document": 10**5 + record["document"],
+            "name": f"rest {i}",
+            "index": k + i,
+        }
         records.append({**record, **renamed})
     return records
 
@@ -53,14 +63,50 @@ def explanation(audit, name):
 @pytest.mark.parametrize(
     ("k", "n", "heldout", "outcome", "why"),
     [
-        (0, 400, (0, 100), "PASS", "under greedy decoding: at most 0.92% of such texts"),
-        (0, 32, (0, 32), "INCONCLUSIVE", "may be 0–10.9%; at this rate about 368 documents"),
+        (
+            0,
+            400,
+            (0, 100),
+            "PASS",
+            "under greedy decoding: at most 0.92% of such texts",
+        ),
+        (
+            0,
+            32,
+            (0, 32),
+            "INCONCLUSIVE",
+            "may be 0–10.9%; at this rate about 368 documents",
+        ),
         (40, 100, (0, 100), "FAIL", "at least 28.4% of such texts; held-out 0 of 100"),
-        (40, 100, (40, 100), "INCONCLUSIVE", "(40 of 100); at this rate more documents would not"),
-        (40, 100, (30, 100), "INCONCLUSIVE", "not clearly more than of held-out texts (30 of 100)"),
-        (40, 100, None, "INCONCLUSIVE", "12 held-out texts with none recited would decide it"),
+        (
+            40,
+            100,
+            (40, 100),
+            "INCONCLUSIVE",
+            "(40 of 100); at this rate more documents would not",
+        ),
+        (
+            40,
+            100,
+            (30, 100),
+            "INCONCLUSIVE",
+            "not clearly more than of held-out texts (30 of 100)",
+        ),
+        (
+            40,
+            100,
+            None,
+            "INCONCLUSIVE",
+            "12 held-out texts with none recited would decide it",
+        ),
         (2, 100, (0, 100), "INCONCLUSIVE", "may be 0.2–7%; at this rate about"),
-        (0, 400, (300, 400), "INCONCLUSIVE", "300 of 400 held-out texts: are the files swapped?"),
+        (
+            0,
+            400,
+            (300, 400),
+            "INCONCLUSIVE",
+            "300 of 400 held-out texts: are the files swapped?",
+        ),
     ],
 )
 def test_greedy_question(k, n, heldout, outcome, why):
@@ -74,8 +120,13 @@ def test_greedy_question(k, n, heldout, outcome, why):
 
 
 def test_swapped_files_are_warned_about():
-    assert any("files swapped?" in each for each in recited(0, 400, (300, 400)).verdict["warnings"])
-    assert not any("swapped" in each for each in recited(0, 400, (1, 400)).verdict["warnings"])
+    assert any(
+        "files swapped?" in each
+        for each in recited(0, 400, (300, 400)).verdict["warnings"]
+    )
+    assert not any(
+        "swapped" in each for each in recited(0, 400, (1, 400)).verdict["warnings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +156,9 @@ def test_a_fail_is_corrected_for_the_number_of_questions():
     found = question(recited(8, 300, (0, 500)), "greedy")
     assert found["outcome"] == "INCONCLUSIVE"
     assert "above the limit, but not by enough for one of 3 questions" in found["why"]
-    assert question(recited(8, 300, (0, 500), sampling=[]), "greedy")["outcome"] == "FAIL", "of two"
+    assert (
+        question(recited(8, 300, (0, 500), sampling=[]), "greedy")["outcome"] == "FAIL"
+    ), "of two"
 
 
 def test_limits_are_options_and_printed():
@@ -144,7 +197,9 @@ def test_a_census_has_no_sampling_error():
 def test_a_drawn_part_of_a_census_has_a_hypergeometric_interval():
     part = census(0, 62, rows=70)["members.exact_match"]
     assert 0 < part.high < 0.03
-    assert census(0, 62, rows=10**6)["members.exact_match"].high == pytest.approx(0.0578, abs=1e-3)
+    assert census(0, 62, rows=10**6)["members.exact_match"].high == pytest.approx(
+        0.0578, abs=1e-3
+    )
 
 
 def test_what_a_census_could_not_ask_may_have_been_recited():
@@ -161,7 +216,9 @@ def test_members_that_could_not_be_asked_are_no_pass():
         inputs["members"] |= {"drawn": 400 + count, "rows": 400 + count}
         audit = made_up_audit(records, run={"inputs": inputs})
         assert audit.outcome == outcome
-        left_out = [each for each in audit.verdict["warnings"] if "could not be asked" in each]
+        left_out = [
+            each for each in audit.verdict["warnings"] if "could not be asked" in each
+        ]
         assert bool(left_out) == (outcome == "INCONCLUSIVE")
         assert ("could not be asked" in audit.verdict["sentence"]) == bool(left_out)
 
@@ -172,18 +229,25 @@ def at_offsets(offsets, recite_at, n=400, k=40):
     for offset in offsets:
         hits = k if offset == recite_at else 0
         windows = made_up_records("members", hits, 1.0, seed=offset, offset=offset)
-        windows += made_up_records("members", n - hits, 0.2, seed=offset + 1, offset=offset)
+        windows += made_up_records(
+            "members", n - hits, 0.2, seed=offset + 1, offset=offset
+        )
         records += [
             {**record, "name": f"{i}", "document": i, "index": i}
             for i, record in enumerate(windows)
         ]
-    return made_up_audit(records + made_up_records("heldout", 100, 0.2), offsets=list(offsets))
+    return made_up_audit(
+        records + made_up_records("heldout", 100, 0.2), offsets=list(offsets)
+    )
 
 
 def test_every_offset_counts():
     """40 of 400 recited at the second offset only: the first alone shows 0 of 400."""
     audit = at_offsets((0, 40), 40)
-    assert (audit.outcome, audit["members.exact_match"].point()) == ("FAIL", "40 of 400")
+    assert (audit.outcome, audit["members.exact_match"].point()) == (
+        "FAIL",
+        "40 of 400",
+    )
     swept = [audit.rows.get("members", "offset_sweep", "", x).point() for x in (0, 40)]
     assert swept == ["0 of 400", "40 of 400"]
     assert not any("other places" in each for each in audit.verdict["not_tested"])
@@ -194,12 +258,23 @@ def test_near_verbatim_has_its_own_question():
     base = made_up_records("members", 400, 0.2)
     fragments = [{**record, "longest_run": 25} for record in base[:20]]
     similar = [{**record, "edit_similarity": 0.5} for record in base[20:30]]
-    short = [{**record, "longest_run": 24, "edit_similarity": 0.49} for record in base[30:40]]
-    records = [*fragments, *similar, *short, *base[40:], *made_up_records("heldout", 400, 0.2)]
+    short = [
+        {**record, "longest_run": 24, "edit_similarity": 0.49} for record in base[30:40]
+    ]
+    records = [
+        *fragments,
+        *similar,
+        *short,
+        *base[40:],
+        *made_up_records("heldout", 400, 0.2),
+    ]
     audit = made_up_audit(records)
     assert question(audit, "greedy")["outcome"] == "PASS"
     assert question(audit, "near_verbatim")["outcome"] == "FAIL"
-    assert [audit[f"{split}.near_verbatim"].k for split in ("members", "heldout")] == [30, 0]
+    assert [audit[f"{split}.near_verbatim"].k for split in ("members", "heldout")] == [
+        30,
+        0,
+    ]
     assert audit.verdict["sentence"] == "FAIL: near-verbatim 30 of 400"
 
 
@@ -229,19 +304,30 @@ def test_membership_question():
         return of_membership(*sides)[1]["outcome"]
 
     assert (
-        outcome(made_up_records("members", 200, 0.9), made_up_records("heldout", 200, 0.3))
+        outcome(
+            made_up_records("members", 200, 0.9), made_up_records("heldout", 200, 0.3)
+        )
         == "FAIL"
     )
     members = made_up_records("members", 1000, 0.3)
-    assert outcome(members, [{**record, "split": "heldout"} for record in members]) == "PASS"
+    assert (
+        outcome(members, [{**record, "split": "heldout"} for record in members])
+        == "PASS"
+    )
     _, unclear = of_membership(
         made_up_records("members", 30, 0.3), made_up_records("heldout", 30, 0.3)
     )
     assert unclear["outcome"] == "INCONCLUSIVE"
-    assert re.search(r"nor below 0.55; at this rate about [\d,]+ documents", unclear["why"])
-    _, few = of_membership(made_up_records("members", 5, 0.9), made_up_records("heldout", 5, 0.3))
+    assert re.search(
+        r"nor below 0.55; at this rate about [\d,]+ documents", unclear["why"]
+    )
+    _, few = of_membership(
+        made_up_records("members", 5, 0.9), made_up_records("heldout", 5, 0.3)
+    )
     assert few["outcome"] == "INCONCLUSIVE"
-    assert few["why"].startswith("5 documents on one side; an interval needs 10; at least 20")
+    assert few["why"].startswith(
+        "5 documents on one side; an interval needs 10; at least 20"
+    )
     told_apart = made_up_records("heldout", 60, 0.3, vocabulary=40)
     audit, confounded = of_membership(made_up_records("members", 60, 0.9), told_apart)
     assert confounded["outcome"] == "INCONCLUSIVE"
@@ -261,9 +347,13 @@ def test_attribution_explains_if_something_is_recited():
     rule = Goldfish(k=3, h=4)
 
     def of(recall, dropped):
-        records = made_up_records("members", 100, recall, rule=rule, recall_dropped=dropped)
+        records = made_up_records(
+            "members", 100, recall, rule=rule, recall_dropped=dropped
+        )
         audit = made_up_audit(records + made_up_records("heldout", 100, 0.2, rule=rule))
-        assert all(each["question"] != "attribution" for each in audit.verdict["questions"])
+        assert all(
+            each["question"] != "attribution" for each in audit.verdict["questions"]
+        )
         return explanation(audit, "attribution")
 
     assert of(0.98, 0.3)["answer"] == "yes"
@@ -277,7 +367,9 @@ def test_attribution_explains_if_something_is_recited():
 def test_a_pass_names_what_is_recited_and_what_it_rests_on():
     passed = recited(1, 1000, None)
     assert passed.outcome == "PASS"
-    assert passed.verdict["sentence"].startswith("PASS: at most 0.7% of such texts are recited")
+    assert passed.verdict["sentence"].startswith(
+        "PASS: at most 0.7% of such texts are recited"
+    )
     assert passed.examples["members"]["exact_match"] == ["members 0"]
     (warning,) = passed.verdict["warnings"]
     assert warning.startswith("This PASS rests on members alone")
@@ -288,13 +380,18 @@ def test_a_pass_names_what_is_recited_and_what_it_rests_on():
 
 def test_a_model_that_fails_the_sanity_check_gets_no_pass():
     """With the loss of a uniform guess it recites nothing, and that means nothing."""
-    records = made_up_records("members", 400, 0.2) + made_up_records("heldout", 100, 0.0)
+    records = made_up_records("members", 400, 0.2) + made_up_records(
+        "heldout", 100, 0.0
+    )
     for record in records:
         record["nll"] = [6.1] * 8
     verdict = made_up_audit(records).verdict
     assert verdict["outcome"] == "INCONCLUSIVE"
     assert verdict["sentence"].startswith("INCONCLUSIVE: the sanity check failed")
-    assert "no better than guessing on these texts; members: 6.10 nats" in verdict["sanity"]
+    assert (
+        "no better than guessing on these texts; members: 6.10 nats"
+        in verdict["sanity"]
+    )
     assert verdict["warnings"] == [verdict["sanity"]]
     # On held-out texts an overfitted model can be worse than a uniform guess: no sign of damage.
     for record in records:
@@ -315,7 +412,10 @@ def test_overall_verdict_names_what_decides_and_what_was_not_tested():
     assert failed["sentence"] == f"FAIL: {counts}"
     assert failed["exit_code"] == 1
     unclear = recited(0, 32, None).verdict
-    assert "greedy 0 of 32, sampling 0 of 32, near-verbatim 0 of 32; " in unclear["sentence"]
+    assert (
+        "greedy 0 of 32, sampling 0 of 32, near-verbatim 0 of 32; "
+        in unclear["sentence"]
+    )
     assert "about 368 documents would be needed" in unclear["sentence"]
     assert "beam search" in failed["not_tested"]
     assert "sampling" not in failed["not_tested"]
@@ -330,7 +430,9 @@ def test_texts_that_repeat_or_overlap_are_told():
     inputs["members"]["documents"] = 5
     audit = made_up_audit(records, run={"inputs": inputs, "overlap": {"documents": 3}})
     assert "members: 7 rows repeat or continue others" in audit.verdict["skipped"][0]
-    assert any("3 texts are in both files" in each for each in audit.verdict["warnings"])
+    assert any(
+        "3 texts are in both files" in each for each in audit.verdict["warnings"]
+    )
 
 
 def test_an_audit_is_read_as_values(tmp_path):
@@ -345,22 +447,32 @@ def test_an_audit_is_read_as_values(tmp_path):
     assert curve.x.tolist() == list(range(1, 11))
     assert len(found.records.query("exact_match")) == 30
     assert "30 of 30" in found._repr_html_()
-    with pytest.raises(KeyError, match=r"no figure 'members.exact' .* members.exact_match"):
+    with pytest.raises(
+        KeyError, match=r"no figure 'members.exact' .* members.exact_match"
+    ):
         found["members.exact"]
 
 
 def test_a_name_from_strangers_does_nothing_in_a_notebook(tmp_path):
-    audit = write_audit(tmp_path, made_up_records("members", 3, 1.0), name="<script>x</script>")
+    audit = write_audit(
+        tmp_path, made_up_records("members", 3, 1.0), name="<script>x</script>"
+    )
     assert "<script>" not in goldfish.audit.read(audit)._repr_html_()
 
 
 def test_a_folder_that_is_no_finished_audit(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"not a finished audit: it has no summary\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"not a finished audit: it has no summary\.json"
+    ):
         goldfish.audit.read(tmp_path)
     old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5))
     text = (old / "summary.json").read_text()
-    (old / "summary.json").write_text(text.replace("goldfish.audit/5", "goldfish.audit/1"))
-    with pytest.raises(ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads"):
+    (old / "summary.json").write_text(
+        text.replace("goldfish.audit/5", "goldfish.audit/1")
+    )
+    with pytest.raises(
+        ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads"
+    ):
         goldfish.audit.read(old)
 
 
@@ -431,12 +543,17 @@ def test_judging_prints_and_writes_only_when_asked(tmp_path, capsys):
 def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
     """ANSI and bidi controls in names, texts' names and paths."""
     evil = "\x1b[31mred\u202e\u2066x\x07"
-    records = [{**record, "name": evil} for record in made_up_records("members", 3, 1.0)]
+    records = [
+        {**record, "name": evil} for record in made_up_records("members", 3, 1.0)
+    ]
     write_run(tmp_path, records, name=evil, checkpoint=evil)
     audit = publish(tmp_path)
     console = Console(width=80, file=io.StringIO(), highlight=False)
     console.print(terminal(describe(audit)))
-    for text in ((tmp_path / "summary.md").read_text(encoding="utf-8"), console.file.getvalue()):
+    for text in (
+        (tmp_path / "summary.md").read_text(encoding="utf-8"),
+        console.file.getvalue(),
+    ):
         assert "x1b" in text
         assert not set(evil) & set("\x1b\u202e\u2066\x07") & set(text)
 
@@ -447,7 +564,12 @@ def test_beams_have_a_row_and_a_question():
         record["beams"] = 4 * record["exact_match"]
     audit = made_up_audit(records, beams=[2, 4])
     text = markdown(describe(audit))
-    (greedy,) = (line for line in text.splitlines() if line.startswith("| texts recited"))
+    (greedy,) = (
+        line for line in text.splitlines() if line.startswith("| texts recited")
+    )
     assert f"| by beam search | {greedy.split('|', 2)[2].strip()}" in text
     assert audit["members.beam_search"].k == audit["members.exact_match"].k
-    assert question(audit, "beam_search")["outcome"] == question(audit, "greedy")["outcome"]
+    assert (
+        question(audit, "beam_search")["outcome"]
+        == question(audit, "greedy")["outcome"]
+    )

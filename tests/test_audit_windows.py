@@ -39,7 +39,11 @@ def surveyed(rows, split, *how):
 
 def cut(rows, *how):
     """The windows, and reasons for none, of rows of members."""
-    return [each for i, row in enumerate(rows) for each in Cutter(*how).cut(row, i, "members")]
+    return [
+        each
+        for i, row in enumerate(rows)
+        for each in Cutter(*how).cut(row, i, "members")
+    ]
 
 
 @pytest.fixture
@@ -53,7 +57,8 @@ def framing(tokenizer):
         eos_token="<|endoftext|>",
     )
     twin.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<pad> $A <|endoftext|>", special_tokens=[("<pad>", 1), ("<|endoftext|>", 0)]
+        single="<pad> $A <|endoftext|>",
+        special_tokens=[("<pad>", 1), ("<|endoftext|>", 0)],
     )
     assert twin("The")["input_ids"][0] == 1
     assert twin("The")["input_ids"][-1] == 0
@@ -67,7 +72,17 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
     ]
     assert cut(rows, tokenizer, 5, 3, (0, 4, 5)) == [
         Window("members", 0, "a", list(range(8)), 5, "s", 3, 0),
-        Window("members", 0, "a", list(range(4, 12)), 5, "s", 3, 4, document_ids=list(range(12))),
+        Window(
+            "members",
+            0,
+            "a",
+            list(range(4, 12)),
+            5,
+            "s",
+            3,
+            4,
+            document_ids=list(range(12)),
+        ),
         "fewer than 8 tokens from token 5 on",
         Window("members", 1, "members 1", list(range(8)), 5, None, None, 0),
         "fewer than 8 tokens from token 4 on",
@@ -83,7 +98,10 @@ def documents(rows, *how):
 
 def test_rows_that_share_a_window_are_one_document(tokenizer):
     """A licence before different texts: one question is asked of all of them."""
-    licence, texts = list(range(8)), [list(range(20 * i, 20 * i + 8)) for i in range(1, 4)]
+    licence, texts = (
+        list(range(8)),
+        [list(range(20 * i, 20 * i + 8)) for i in range(1, 4)],
+    )
     rows = [{"input_ids": licence + text} for text in (*texts, texts[0])]
     assert documents(rows, tokenizer, 5, 3, (0, 8)) == [0] * 8
     assert documents(rows, tokenizer, 5, 3) == [0] * 4
@@ -117,7 +135,11 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
     assert (result.indices.tolist(), result.asked) == ([0, 2, 3], 3)
     assert result.skipped == {
-        "fewer than 8 tokens": {"reason": "fewer than 8 tokens", "count": 1, "rows": [1]}
+        "fewer than 8 tokens": {
+            "reason": "fewer than 8 tokens",
+            "count": 1,
+            "rows": [1],
+        }
     }
     many = surveyed([{"input_ids": []}] * 9, "members", tokenizer, 5, 3)
     assert [each["rows"] for each in many.skipped.values()] == [[0, 1, 2, 3, 4]]
@@ -161,7 +183,9 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
     ]
     surveys = {
         "members": surveyed(rows, "members", tokenizer, 5, 3),
-        "heldout": surveyed([{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3),
+        "heldout": surveyed(
+            [{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3
+        ),
     }
     number_documents(surveys)
     found = [each.documents for each in surveys.values()]
@@ -177,7 +201,9 @@ def test_a_part_of_a_long_text_gives_the_same_ids(kind):
     """Cut anywhere: in words, spaces, characters of several tokens, special tokens; and far less is
     read.
     """
-    fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), eos_token="<|end of text|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=KINDS[kind](), eos_token="<|end of text|>"
+    )
     choose = random.Random(0)
     pieces = [
         *PROSE[:3],
@@ -209,7 +235,9 @@ def test_little_of_a_long_text_is_tokenized(tokenizer, monkeypatch):
     assert sum(read) < 5000 < len(PROSE[0] * 1000)
     read.clear()
     first_ids(tokenizer, "x" * 50_000, 64)
-    assert max(read) == 50_000, "one word: what follows may decide about its first tokens"
+    assert max(read) == 50_000, (
+        "one word: what follows may decide about its first tokens"
+    )
 
 
 def pages(copies, words=300, edits=0.0, seed=0):
@@ -217,12 +245,16 @@ def pages(copies, words=300, edits=0.0, seed=0):
     changed; page by page."""
     choose = random.Random(seed)
     vocabulary = [
-        "".join(choose.choices("aeiounrstlm", k=choose.randrange(3, 9))) for _ in range(999)
+        "".join(choose.choices("aeiounrstlm", k=choose.randrange(3, 9)))
+        for _ in range(999)
     ]
     for number in range(40):
         page = choose.choices(vocabulary, k=words)
         for crawl in range(copies):
-            own = [word if choose.random() >= edits else choose.choice(vocabulary) for word in page]
+            own = [
+                word if choose.random() >= edits else choose.choice(vocabulary)
+                for word in page
+            ]
             yield number, f"Crawled on day {crawl * 17 + number}: " + " ".join(own)
 
 
@@ -239,7 +271,9 @@ def test_crawls_in_which_words_were_changed(tokenizer):
     numbers, texts = zip(*pages(10, edits=0.02), strict=True)
     found = documents([{"text": text} for text in texts], tokenizer, 40, 10)
     assert len(set(found)) < 60, "most of 400 rows have found their page"
-    assert len(set(zip(found, numbers, strict=True))) == len(set(found)), "and no other one"
+    assert len(set(zip(found, numbers, strict=True))) == len(set(found)), (
+        "and no other one"
+    )
 
 
 def test_texts_of_one_template_are_documents_of_their_own(tokenizer):
@@ -250,10 +284,16 @@ def test_texts_of_one_template_are_documents_of_their_own(tokenizer):
     assert len(set(documents(rows, tokenizer, 5, 60))) == 60
     (_, form), *_ = pages(1)
     rows = [{"text": f"{form[:30]} {code} {form[30:]}"} for code in codes]
-    assert set(documents(rows, tokenizer, 40, 10)) == set(range(60)), "a template of 60 rows"
+    assert set(documents(rows, tokenizer, 40, 10)) == set(range(60)), (
+        "a template of 60 rows"
+    )
     marks = secret_finder(r"\d{6}", "")
-    assert set(documents(rows[:9], tokenizer, 40, 10)) == {0}, "as if crawled nine times"
-    assert set(documents(rows[:9], tokenizer, 40, 10, (0,), None, marks)) == set(range(9))
+    assert set(documents(rows[:9], tokenizer, 40, 10)) == {0}, (
+        "as if crawled nine times"
+    )
+    assert set(documents(rows[:9], tokenizer, 40, 10, (0,), None, marks)) == set(
+        range(9)
+    )
 
 
 def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeypatch):
@@ -262,7 +302,8 @@ def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeyp
     rows = []
     for number in range(75):
         turns = [
-            f"{number}, {turn}?" if turn % 2 == 0 else f"{number * turn}!" for turn in range(10)
+            f"{number}, {turn}?" if turn % 2 == 0 else f"{number * turn}!"
+            for turn in range(10)
         ]
         rows += [{"messages": say(*turns[: 2 * end])} for end in range(1, 6)]
     found = surveyed(rows, "members", tokenizer, 5, 5)
@@ -271,12 +312,18 @@ def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeyp
     assert [by_row[row] for row in range(375)] == [row // 5 for row in range(375)]
 
 
-def test_members_are_found_in_the_heldout_file_by_the_same_relation(tokenizer, monkeypatch):
+def test_members_are_found_in_the_heldout_file_by_the_same_relation(
+    tokenizer, monkeypatch
+):
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     chats = [say(f"{i}?", f"{i} it is!", "And?", f"{i + 1}.") for i in range(20)]
     surveys = {
-        "members": surveyed([{"messages": chat[:2]} for chat in chats], "members", tokenizer, 5, 5),
-        "heldout": surveyed([{"messages": chat} for chat in chats], "heldout", tokenizer, 5, 5),
+        "members": surveyed(
+            [{"messages": chat[:2]} for chat in chats], "members", tokenizer, 5, 5
+        ),
+        "heldout": surveyed(
+            [{"messages": chat} for chat in chats], "heldout", tokenizer, 5, 5
+        ),
     }
     number_documents(surveys)
     assert overlap_of(surveys)["documents"] == 20

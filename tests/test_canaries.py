@@ -46,14 +46,19 @@ def finished(small, tmp_path_factory):
 
 def same_results(folder, other, **tolerance):
     ours, theirs = (
-        {r["run"]: r for r in runs.read_results(each / "results.jsonl")} for each in (folder, other)
+        {r["run"]: r for r in runs.read_results(each / "results.jsonl")}
+        for each in (folder, other)
     )
     assert ours.keys() == theirs.keys() == set(RUNS)
     for name in ours:
         for key in ("validation_loss", "nll_members", "nll_heldout"):
-            assert ours[name][key] == pytest.approx(theirs[name][key], **tolerance), (name, key)
+            assert ours[name][key] == pytest.approx(theirs[name][key], **tolerance), (
+                name,
+                key,
+            )
     receipts = [
-        (each / f"seed0-{RULE}" / "model" / "goldfish.json").read_text() for each in (folder, other)
+        (each / f"seed0-{RULE}" / "model" / "goldfish.json").read_text()
+        for each in (folder, other)
     ]
     assert receipts[0] == receipts[1]
 
@@ -63,7 +68,9 @@ def test_miniature(finished):
     folder, results = finished
     assert [result["run"] for result in results] == RUNS
     windows = {result["run"]: result["input_tokens"] // 32 for result in results}
-    assert windows == dict(zip(RUNS, (40, 40, 40, 52), strict=True))  # 40 * 4 / 3 in batches of 4
+    assert windows == dict(
+        zip(RUNS, (40, 40, 40, 52), strict=True)
+    )  # 40 * 4 / 3 in batches of 4
     for result in results:
         assert len(result["rouge_l_members"]) == len(result["exact_match_heldout"]) == 2
         assert result["processes"] == 1
@@ -72,16 +79,20 @@ def test_miniature(finished):
     assert 0.15 < k4["dropped"] / k4["targets"] < 0.35
     assert k4["targets"] == 40 * 31
     equal = results[3]
-    assert (equal["targets"] - equal["dropped"]) / (40 * 31) == pytest.approx(1, abs=0.1), (
-        "and not 0.75, as at k=4"
-    )
+    assert (equal["targets"] - equal["dropped"]) / (40 * 31) == pytest.approx(
+        1, abs=0.1
+    ), "and not 0.75, as at k=4"
     for name in ("rouge.svg", "extraction.svg", "heldout.svg", "choice.json"):
         assert (folder / name).stat().st_size > 50
-    assert not list(folder.rglob("checkpoint-*")), "what was only needed to resume is gone"
+    assert not list(folder.rglob("checkpoint-*")), (
+        "what was only needed to resume is gone"
+    )
 
 
 def test_the_background_holds_nothing_that_is_audited(small):
-    (args,) = recipe.HfArgumentParser(recipe.Arguments).parse_args_into_dataclasses(small)
+    (args,) = recipe.HfArgumentParser(recipe.Arguments).parse_args_into_dataclasses(
+        small
+    )
     texts, corpus = recipe.load_corpus(args)
     tokenizer = common.byte_level_bpe(texts, args.vocab_size)
     data = recipe.load_data(args, 0, texts, corpus, tokenizer)
@@ -101,7 +112,10 @@ def test_the_background_holds_nothing_that_is_audited(small):
 
 def test_the_default_background_is_long_enough():
     args = recipe.Arguments()
-    windows = max(run.background(args) for run in recipe.trainings_of(args, 0)) + args.validation
+    windows = (
+        max(run.background(args) for run in recipe.trainings_of(args, 0))
+        + args.validation
+    )
     lengths = itertools.accumulate(map(len, recipe.docstrings()))
     assert any(length > windows * args.window * 4 for length in lengths), (
         "at four characters per token"
@@ -116,13 +130,16 @@ def test_zero3_trains_what_one_process_does(small, finished, tmp_path):
         "deepspeed", reason="DeepSpeed is not installed; it is no dependency of ours"
     )
     done = launch(
-        ("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]), config="zero3"
+        ("pretrain_canaries", [*small, "--output_dir", str(tmp_path / "run")]),
+        config="zero3",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     same_results(tmp_path / "run", finished[0], rel=1e-4)
 
 
-def test_fsdp_killed_and_started_again_ends_where_one_process_does(small, finished, tmp_path):
+def test_fsdp_killed_and_started_again_ends_where_one_process_does(
+    small, finished, tmp_path
+):
     """FSDP2 on two CPU processes, with recipes/configs/fsdp2.yaml; its checkpoints are ordinary
     ones.
 
@@ -173,16 +190,20 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
     head = (
         args.vocab_size if args.tokenizer is None else 2 * 32000
     )  # TinyLlama's own, not tied there
-    attention = 2 * args.hidden_size**2 * (1 + (args.kv_heads or args.heads) / args.heads)
+    attention = (
+        2 * args.hidden_size**2 * (1 + (args.kv_heads or args.heads) / args.heads)
+    )
     layer = attention + 3 * args.hidden_size * args.intermediate_size
     millions = (head * args.hidden_size + args.layers * layer) / 1e6
-    assert millions == pytest.approx({"canaries-124m": 124, "canaries-1.1b": 1100}[name], rel=0.01)
+    assert millions == pytest.approx(
+        {"canaries-124m": 124, "canaries-1.1b": 1100}[name], rel=0.01
+    )
     assert recipe.main([f"@{preset}", "--dry_run"]) == []
     assert "trainings" in capsys.readouterr().out
     if name == "canaries-1.1b":
-        assert (args.background + args.documents * args.repeats) * args.window == 20e9, (
-            "the paper's 20B tokens"
-        )
+        assert (
+            args.background + args.documents * args.repeats
+        ) * args.window == 20e9, "the paper's 20B tokens"
         assert args.batch_size * args.window == pytest.approx(2.1e6, rel=0.01)
 
 
@@ -190,7 +211,10 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
     ("wrong", "message"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--equal_supervised", "hash-8-13"], "--equal_supervised hash-8-13: not among --rules"),
+        (
+            ["--equal_supervised", "hash-8-13"],
+            "--equal_supervised hash-8-13: not among --rules",
+        ),
         (["--rules", "hash-1-13"], "k must be a finite number above 1"),
         (["--rules", "standard"], "--rules standard: it is always trained"),
         (
@@ -200,7 +224,9 @@ def test_presets_parse_and_have_the_size_in_their_name(name, capsys):
         (["--background", "9999999"], "the background is too short"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_first_training(small, wrong, message, tmp_path):
+def test_bad_arguments_are_refused_before_the_first_training(
+    small, wrong, message, tmp_path
+):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         recipe.main([*small, "--output_dir", str(tmp_path / "run"), *wrong])
     assert not list(tmp_path.rglob("model"))
@@ -208,12 +234,20 @@ def test_bad_arguments_are_refused_before_the_first_training(small, wrong, messa
 
 def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer):
     folder = tmp_path / "c"
-    canaries.write_canaries(folder, tokenizer, counts=(1, 3), references=7, length=20, seed=1)
+    canaries.write_canaries(
+        folder, tokenizer, counts=(1, 3), references=7, length=20, seed=1
+    )
     inserted, planted, references = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (folder / f"{name}.jsonl").read_text().splitlines()
+        ]
         for name in ("inserted", "canaries", "references")
     )
-    assert [(row["name"], row["count"]) for row in planted] == [("canary 0", 1), ("canary 1", 3)]
+    assert [(row["name"], row["count"]) for row in planted] == [
+        ("canary 0", 1),
+        ("canary 1", 3),
+    ]
     assert sorted(row["name"] for row in inserted) == ["canary 0"] + ["canary 1"] * 3
     assert all(row in planted for row in inserted)
     ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
@@ -225,17 +259,28 @@ def test_canaries_are_random_rows_inserted_as_often_as_said(tmp_path, tokenizer)
     ):
         canaries.write_canaries(folder, tokenizer, counts=(1,), references=1, length=2)
     with pytest.raises(ValueError, match="canaries need a count of at least 1 each"):
-        canaries.write_canaries(tmp_path / "d", tokenizer, counts=(0,), references=1, length=2)
+        canaries.write_canaries(
+            tmp_path / "d", tokenizer, counts=(0,), references=1, length=2
+        )
 
 
 def test_exposure_and_its_ceiling(monkeypatch):
-    scores = {"heldout": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "members": [9.0, 5.0, 0.0]}
+    scores = {
+        "heldout": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+        "members": [9.0, 5.0, 0.0],
+    }
     rows = [
-        {"split": split, "count": None if split == "heldout" else (4, 4, 1)[i], "mia_loss": score}
+        {
+            "split": split,
+            "count": None if split == "heldout" else (4, 4, 1)[i],
+            "mia_loss": score,
+        }
         for split, values in scores.items()
         for i, score in enumerate(values)
     ]
-    monkeypatch.setattr(canaries, "read_records", lambda *_: pyarrow.Table.from_pylist(rows))
+    monkeypatch.setattr(
+        canaries, "read_records", lambda *_: pyarrow.Table.from_pylist(rows)
+    )
     table = canaries.exposure(Path("an audit"))
     assert table["greatest"].to_dict() == {1: 0, 4: 3}, "ranks 8 and 1 of 8"
     assert table["mean"].to_dict() == {1: 0, 4: 2}, (
@@ -264,4 +309,6 @@ def test_exposure_of_an_audit(tmp_path, checkpoint, capsys):
     assert (table["ceiling"] == 3).all()
     assert (table["mean"] <= table["greatest"]).all()
     canaries.main(["exposure", str(tmp_path / "audit")])
-    assert capsys.readouterr().out.rstrip().endswith(table.to_string(float_format="%.2f"))
+    assert (
+        capsys.readouterr().out.rstrip().endswith(table.to_string(float_format="%.2f"))
+    )

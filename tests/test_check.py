@@ -28,11 +28,17 @@ CODE = "QX7-KP2"
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """A tokenizer with one token per character, and its folder."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(0xA1, 0xAD),
+        *range(0xAE, 0x100),
+    ]
     others = (chr(256 + i) for i in range(256))  # how ByteLevel writes the other bytes
     tokens = {chr(i) if i in printable else next(others): i for i in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("letters")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
@@ -53,17 +59,21 @@ def dropped_in(rule, text, secret):
 
 
 def test_a_pattern_may_begin_in_the_prompt(letters, tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "her code is", "completion": f" {CODE}"}])
+    path = write(
+        tmp_path / "a.jsonl", [{"prompt": "her code is", "completion": f" {CODE}"}]
+    )
     result = check(path, letters[0], Goldfish(k=3, h=12), r"code is (\S+)")
     assert list(result.secrets) == [CODE]
 
 
 def test_a_chat_that_breaks_the_template_is_named(letters, tmp_path):
     path = write(
-        tmp_path / "a.jsonl", [{"text": "a"}, {"messages": [{"role": "user", "content": ["hi"]}]}]
+        tmp_path / "a.jsonl",
+        [{"text": "a"}, {"messages": [{"role": "user", "content": ["hi"]}]}],
     )
     with pytest.raises(
-        ValueError, match=r"a.jsonl, row 1: the chat template refuses it: can only concatenate"
+        ValueError,
+        match=r"a.jsonl, row 1: the chat template refuses it: can only concatenate",
     ):
         check(path, letters[0], Goldfish(k=3, h=12))
 
@@ -77,7 +87,11 @@ def test_a_secret_needs_a_token_that_is_dropped_in_every_place(letters, tmp_path
     """Against the decisions of each place; the secrets begin alike, and hyphens inform nobody."""
     other, wordings = "QX9-0Z8", ("the", "one", "some other", "now his")
     rule = Goldfish(k=3, h=12, seed=seed)
-    texts = [f"{opening} code {code} and more" for opening in wordings for code in (CODE, other)]
+    texts = [
+        f"{opening} code {code} and more"
+        for opening in wordings
+        for code in (CODE, other)
+    ]
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     result = check(path, letters[0], rule, f"{CODE}|{other}")
     for code in (CODE, other):
@@ -103,12 +117,16 @@ def test_a_secret_counts_wherever_its_text_occurs(letters, tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", rows)
     by_column = check(path, letters[0], Goldfish(k=2, h=3), column="secret")
-    by_expression = check(path, letters[0], Goldfish(k=2, h=3), r"code of \w+ is ([\w-]+)")
+    by_expression = check(
+        path, letters[0], Goldfish(k=2, h=3), r"code of \w+ is ([\w-]+)"
+    )
     for result in (by_column, by_expression):
         assert result.secrets[CODE].rows == [0, 1]
     places = [dropped_in(Goldfish(k=2, h=3), row["text"], CODE) for row in rows[:2]]
     assert characters(by_column.secrets[CODE].dropped[0]) == places[0] & places[1]
-    assert not by_column.exposed(rule=1), "premask(secret_column=) drops it in every row"
+    assert not by_column.exposed(rule=1), (
+        "premask(secret_column=) drops it in every row"
+    )
     # The suggested expression does not reach the second row: what it leaves is said.
     second = places[1] - {3}
     assert bool(by_expression.exposed(rule=1)) == (not second)
@@ -118,7 +136,9 @@ def test_a_secret_counts_wherever_its_text_occurs(letters, tmp_path):
 def test_places_of_many_secrets(seed):
     """Against a search for one after the other."""
     choose = random.Random(seed)
-    secrets = {"".join(choose.choices("ab1-", k=choose.randint(1, 6))) for _ in range(30)}
+    secrets = {
+        "".join(choose.choices("ab1-", k=choose.randint(1, 6))) for _ in range(30)
+    }
     text = "".join(choose.choices("ab1- é", k=2000))
 
     def is_inside(text, i):
@@ -129,7 +149,10 @@ def test_places_of_many_secrets(seed):
         for secret in secrets
         for i in range(len(text))
         if text.startswith(secret, i)
-        and (len(secret) >= 6 or not (is_inside(text, i) or is_inside(text, i + len(secret))))
+        and (
+            len(secret) >= 6
+            or not (is_inside(text, i) or is_inside(text, i + len(secret)))
+        )
     )
     assert sorted(Finder(secrets)(text)) == expected
     assert list(Finder(())(text)) == []
@@ -137,7 +160,10 @@ def test_places_of_many_secrets(seed):
 
 def test_tokens_of_several_characters(tokenizer, tmp_path):
     """A token protects if every informative character of it is dropped, however texts are cut."""
-    texts = [f"{opening}7731-bowl was it" for opening in ("a ", "the goldfish ", "Count: ", "(")]
+    texts = [
+        f"{opening}7731-bowl was it"
+        for opening in ("a ", "the goldfish ", "Count: ", "(")
+    ]
     rule = Goldfish(k=2, h=3)
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     result = check(path, tokenizer, rule, "7731-bowl")
@@ -170,11 +196,18 @@ class TableModel:
 
 def test_bits_are_those_of_the_dropped_informative_tokens(letters, tmp_path):
     rule = Goldfish(k=2, h=3)
-    texts = [f"{opening} {CODE} and {other}" for opening, other in (("a", "QX7-000"), ("bc", "-"))]
+    texts = [
+        f"{opening} {CODE} and {other}"
+        for opening, other in (("a", "QX7-000"), ("bc", "-"))
+    ]
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     result = check(path, letters[0], rule, f"{CODE}|QX7-000", model=TableModel())
     total = math.log2(sum(2.0 ** -(1 + i % 3) for i in range(256)))
-    both = set.intersection(*(dropped_in(rule, text, CODE) for text in texts)) & {4, 5, 6}
+    both = set.intersection(*(dropped_in(rule, text, CODE) for text in texts)) & {
+        4,
+        5,
+        6,
+    }
     expected = sum(1 + ord(CODE[i]) % 3 + total for i in both)
     assert result.bits()[CODE] == pytest.approx(expected, rel=1e-5)
     assert check(path, letters[0], rule, CODE).bits() == {}
@@ -199,7 +232,9 @@ def test_a_tokenizer_that_adds_special_tokens(letters, tmp_path):
         start = text.index(secret)
         return {i for i in range(len(secret)) if drops[start + i]}
 
-    found = {name: characters(secret.dropped[0]) for name, secret in result.secrets.items()}
+    found = {
+        name: characters(secret.dropped[0]) for name, secret in result.secrets.items()
+    }
     assert found == {
         CODE: dropped(texts[0], CODE) & dropped(texts[2], CODE),
         other: dropped(texts[1], other),
@@ -215,7 +250,11 @@ def test_what_is_no_target_is_not_learned(letters, tmp_path):
 
 
 def test_only_turns_of_the_assistant_are_targets(letters, tmp_path):
-    turns = [("user", f"My code is {CODE}."), ("assistant", "Thanks!"), ("user", "And?")]
+    turns = [
+        ("user", f"My code is {CODE}."),
+        ("assistant", "Thanks!"),
+        ("user", "And?"),
+    ]
     turns.append(("assistant", "Done."))
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     path = write(tmp_path / "a.jsonl", [row])
@@ -232,11 +271,15 @@ def test_counts_and_longest_runs(letters, tmp_path):
     texts = ["a few words, and then a few more of them", "short", ""]
     rule = Goldfish(k=3, h=4)
     result = check(
-        write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), letters[0], rule
+        write(tmp_path / "a.jsonl", [{"text": text} for text in texts]),
+        letters[0],
+        rule,
     )
     longest, dropped = [], 0
     for row, text in enumerate(texts):
-        drops = rule.dropped(torch.tensor([ord(c) for c in text], dtype=torch.int64)).tolist()[1:]
+        drops = rule.dropped(
+            torch.tensor([ord(c) for c in text], dtype=torch.int64)
+        ).tolist()[1:]
         dropped += sum(drops)
         run = max(map(len, "".join("x" if drop else "." for drop in drops).split("x")))
         longest.append((run, row, sum(drops) / max(1, len(drops))))
@@ -270,7 +313,10 @@ def test_only_completions_are_targets(letters, tmp_path):
     ],
 )
 def test_kinds_of_rows(letters, tmp_path, row, targets):
-    assert check(write(tmp_path / "a.jsonl", [row]), letters[0], Goldfish()).targets == targets
+    assert (
+        check(write(tmp_path / "a.jsonl", [row]), letters[0], Goldfish()).targets
+        == targets
+    )
 
 
 def test_parquet_csv_and_text_are_read_alike(letters, tmp_path):
@@ -281,7 +327,9 @@ def test_parquet_csv_and_text_are_read_alike(letters, tmp_path):
     frame.to_parquet(tmp_path / "a.parquet")
     frame.to_csv(tmp_path / "a.csv")
     expected = check(
-        write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), letters[0], Goldfish()
+        write(tmp_path / "a.jsonl", [{"text": text} for text in texts]),
+        letters[0],
+        Goldfish(),
     )
     for name in ("a.parquet", "a.csv"):
         assert check(tmp_path / name, letters[0], Goldfish()) == expected
@@ -304,10 +352,17 @@ def test_a_column_marks_secrets(letters, tmp_path):
         {"text": "A.1", "secret": []},
     ]
     rows = [
-        {**row, "secret": [row["secret"]] if isinstance(row["secret"], str) else row["secret"]}
+        {
+            **row,
+            "secret": [row["secret"]]
+            if isinstance(row["secret"], str)
+            else row["secret"],
+        }
         for row in rows
     ]
-    result = check(write(tmp_path / "a.jsonl", rows), letters[0], Goldfish(), column="secret")
+    result = check(
+        write(tmp_path / "a.jsonl", rows), letters[0], Goldfish(), column="secret"
+    )
     rows = {name: secret.rows for name, secret in result.secrets.items()}
     assert rows == {"A.1": [0, 2], "B": [1]}, "taken literally, and found in every row"
 
@@ -320,7 +375,10 @@ def word_drops(rule, row):
     """Whether each word has a dropped token, one token a character."""
     drops = rule.dropped(torch.tensor([ord(c) for c in " ".join(row)])).tolist()
     starts = [sum(len(word) + 1 for word in row[:i]) for i in range(len(row))]
-    return [any(drops[start : start + len(word)]) for start, word in zip(starts, row, strict=True)]
+    return [
+        any(drops[start : start + len(word)])
+        for start, word in zip(starts, row, strict=True)
+    ]
 
 
 def test_passages_that_recur(letters, tmp_path):
@@ -333,7 +391,11 @@ def test_passages_that_recur(letters, tmp_path):
         first, second = word_drops(rule, rows[0]), word_drops(rule, rows[1])[2:]
         differing = sum(first[i : i + 8] != second[i : i + 8] for i in range(13))
         found = result.passages
-        assert (found.total, found.recurring, found.differing) == (13 + 15 + 3, 13, differing)
+        assert (found.total, found.recurring, found.differing) == (
+            13 + 15 + 3,
+            13,
+            differing,
+        )
         assert least <= differing <= most
         assert found.repeated == [(1, 0, 13 / 15)]
 
@@ -363,9 +425,13 @@ def test_command_line(letters, tmp_path, capsys):
     code, shown = run("--secrets", f"code ({CODE})", "-k", "1000000")
     assert code == 1
     assert (
-        "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)" in shown.out
+        "7 documents, 105 targets, 0.0% dropped (k=1e+06, h=3, strategy=hash, seed=0)"
+        in shown.out
     )
-    assert f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)" in shown.out
+    assert (
+        f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)"
+        in shown.out
+    )
     assert shown.out.splitlines()[-1] == (
         "1 of 1 secrets can be learned whole. Train with Goldfish(k=1e+06, h=3, "
         f"secrets=r'code ({CODE})'): 46.7% more tokens dropped, none left."

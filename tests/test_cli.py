@@ -18,7 +18,9 @@ pytestmark = pytest.mark.core
 
 def styled(text, style):
     return "".join(
-        text.plain[span.start : span.end] for span in text.spans if str(span.style) == style
+        text.plain[span.start : span.end]
+        for span in text.spans
+        if str(span.style) == style
     )
 
 
@@ -61,9 +63,13 @@ def test_show_takes_a_text_or_a_file(checkpoint, tmp_path, capsys):
     from_text = capsys.readouterr().out
     assert main(["show", "--file", str(file), *options]) == 0
     assert capsys.readouterr().out == from_text
-    assert "tokens dropped, marked [-so-]\nk=3, h=13, strategy=hash, seed=0" in from_text
+    assert (
+        "tokens dropped, marked [-so-]\nk=3, h=13, strategy=hash, seed=0" in from_text
+    )
     assert main(["show", str(file), *options]) == 0
-    assert capsys.readouterr().out != from_text, "the name of a file is a text like any other"
+    assert capsys.readouterr().out != from_text, (
+        "the name of a file is a text like any other"
+    )
     assert main(["show", "--file", "typo.txt", *options]) == 2
     assert "typo.txt" in capsys.readouterr().err
 
@@ -75,7 +81,8 @@ def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkey
     """Brackets mark what colours mark; without the brackets, the text is left."""
     command = ["show", PROSE[0], "--tokenizer", str(checkpoint), "-k", "2"]
     coloured, marked = (
-        show(Goldfish(k=2), tokenizer, PROSE[0], colour=colour) for colour in (True, False)
+        show(Goldfish(k=2), tokenizer, PROSE[0], colour=colour)
+        for colour in (True, False)
     )
     marked = marked.plain.partition("\n\n")[0]
     assert re.sub(r"\[-(.*?)-\]", r"\1", marked) == PROSE[0]
@@ -94,7 +101,16 @@ def test_marks_survive_a_pipe_and_no_color(tokenizer, checkpoint, capsys, monkey
 
 
 def test_show_leaves_control_characters_harmless(checkpoint, capsys):
-    main(["show", "a\x1b[31mred [bold]b[/bold]", "--tokenizer", str(checkpoint), "-k", "1e9"])
+    main(
+        [
+            "show",
+            "a\x1b[31mred [bold]b[/bold]",
+            "--tokenizer",
+            str(checkpoint),
+            "-k",
+            "1e9",
+        ]
+    )
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "[bold]b[/bold]" in shown
@@ -103,17 +119,30 @@ def test_show_leaves_control_characters_harmless(checkpoint, capsys):
 def test_audit_then_report(checkpoint, tmp_path, capsys):
     members = tmp_path / "members.jsonl"
     members.write_text(
-        "".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE))
+        "".join(
+            json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)
+        )
     )
-    command = ["audit", str(checkpoint), "--members", str(members), "-o", str(tmp_path / "a")]
+    command = [
+        "audit",
+        str(checkpoint),
+        "--members",
+        str(members),
+        "-o",
+        str(tmp_path / "a"),
+    ]
     command += ["--prefix-length", "10", "--suffix-length", "10"]
     assert main(command) == 3, "random weights: INCONCLUSIVE"
     shown = capsys.readouterr().out
     assert "0 of 12" in shown
-    assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 0
+    assert (
+        main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 0
+    )
     assert "report.html" in capsys.readouterr().out
     assert "</html>" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 2
+    assert (
+        main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "report.html")]) == 2
+    )
 
 
 def test_audit_with_every_option(checkpoint, tmp_path, capsys):
@@ -140,7 +169,13 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
         "--beams",
         "2",
     ]
-    command += ["--sampling", "temperature=0.5", "top_k=3,top_p=0.9", "--control", str(checkpoint)]
+    command += [
+        "--sampling",
+        "temperature=0.5",
+        "top_k=3,top_p=0.9",
+        "--control",
+        str(checkpoint),
+    ]
     command += [
         "--name",
         "mine",
@@ -156,7 +191,8 @@ def test_audit_with_every_option(checkpoint, tmp_path, capsys):
     summary = json.loads((tmp_path / "a" / "run.json").read_text())
     assert summary["name"] == "mine"
     asked = {
-        key: summary["protocol"][key] for key in ("offsets", "beams", "sampling", "dtype", "device")
+        key: summary["protocol"][key]
+        for key in ("offsets", "beams", "sampling", "dtype", "device")
     }
     assert asked == {
         "offsets": [0, 2],
@@ -187,7 +223,9 @@ def test_the_verdict_is_the_exit_code(checkpoint, tmp_path, capsys):
     """The weights are random: nothing is recited, and the sanity check leaves that undecided."""
     members = tmp_path / "members.jsonl"
     members.write_text(
-        "".join(json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE))
+        "".join(
+            json.dumps({"text": f"{i}: {text}"}) + "\n" for i, text in enumerate(PROSE)
+        )
     )
     folder = str(tmp_path / "a")
     command = ["audit", str(checkpoint), "--members", str(members), "-o", folder]
@@ -196,7 +234,10 @@ def test_the_verdict_is_the_exit_code(checkpoint, tmp_path, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "goldfish audit: INCONCLUSIVE, exit code 3"
     assert main(["judge", folder, "--limit", "recited=30%"]) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == "goldfish judge: INCONCLUSIVE, exit code 3"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "goldfish judge: INCONCLUSIVE, exit code 3"
+    )
     assert main(["judge", str(tmp_path)]) == 2
     assert "is not a finished audit" in capsys.readouterr().err
     assert main(["judge", folder, "--limit", "recite=1%"]) == 2
@@ -207,9 +248,15 @@ def test_the_verdict_is_the_exit_code(checkpoint, tmp_path, capsys):
     [
         ("adit x", "there is no verb 'adit'; did you mean audit?"),
         ("zzz", "there is no verb 'zzz'; choose from show, premask"),
-        ("audit x -o y --memebers z", "unrecognized argument --memebers; did you mean --members?"),
+        (
+            "audit x -o y --memebers z",
+            "unrecognized argument --memebers; did you mean --members?",
+        ),
         ("report a --redcat", "unrecognized argument --redcat; did you mean --redact?"),
-        ("audit x --output_dir y", "the following arguments are required: -o/--output-dir"),
+        (
+            "audit x --output_dir y",
+            "the following arguments are required: -o/--output-dir",
+        ),
     ],
 )
 def test_misspelt_words_get_a_suggestion(command, suggestion, capsys):
@@ -224,7 +271,9 @@ def test_a_closed_pipe_is_no_traceback(checkpoint, tmp_path):
     file.write_text("some words " * 9_000, encoding="utf-8")
     command = [sys.executable, "-m", "goldfish", "show", "--file", str(file)]
     process = subprocess.Popen(
-        [*command, "--tokenizer", str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--tokenizer", str(checkpoint)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.close()
     errors = process.stderr.read().decode()
@@ -260,7 +309,9 @@ def test_a_closed_pipe_is_no_traceback(checkpoint, tmp_path):
         ),
     ],
 )
-def test_errors_are_one_line_and_exit_2(command, text, checkpoint, capsys, tmp_path, monkeypatch):
+def test_errors_are_one_line_and_exit_2(
+    command, text, checkpoint, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"text": "x"}')
     assert main([part.format(checkpoint=checkpoint) for part in command]) == 2
@@ -342,7 +393,8 @@ def test_ctrl_c_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     )
     assert main(command) == 3
     assert (
-        json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"] == "bfloat16"
+        json.loads((tmp_path / "out" / "run.json").read_text())["protocol"]["dtype"]
+        == "bfloat16"
     )
 
 
@@ -351,8 +403,23 @@ def test_a_rule_for_a_checkpoint_without_a_receipt(checkpoint, tmp_path, capsys)
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROSE[:3]))
 
     def run(folder, rule, name):
-        command = ["audit", str(folder), "--members", str(texts), "-o", str(tmp_path / name)]
-        command += ["--prefix-length", "8", "--suffix-length", "6", "--sampling", "--rule", rule]
+        command = [
+            "audit",
+            str(folder),
+            "--members",
+            str(texts),
+            "-o",
+            str(tmp_path / name),
+        ]
+        command += [
+            "--prefix-length",
+            "8",
+            "--suffix-length",
+            "6",
+            "--sampling",
+            "--rule",
+            rule,
+        ]
         return main(command)
 
     rule = Goldfish(k=3, h=5, max_kept=4)

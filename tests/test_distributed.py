@@ -23,7 +23,10 @@ CASES = {
     "no target on one rank": {"dropped_whole": True},
     "accumulation": {"gradient_accumulation_steps": 2},
     "tokens averaged on each rank": {"average_tokens_across_devices": False},
-    "label smoothing": {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2},
+    "label smoothing": {
+        "label_smoothing_factor": 0.2,
+        "gradient_accumulation_steps": 2,
+    },
     "own mean": {"model": "OwnMean", "gradient_accumulation_steps": 2},
     "own mean, no target on one rank": {"model": "OwnMean", "dropped_whole": True},
     "FSDP2": {"fsdp": True},
@@ -34,7 +37,11 @@ CASES = {
         "model": "OwnMean",
         "gradient_accumulation_steps": 2,
     },
-    "saved between two logs": {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2},
+    "saved between two logs": {
+        "logging_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    },
     # The last one: nothing takes its device mesh back.
     "tensor parallel": {"tp": True, "fused": False, "per_device_train_batch_size": 8},
 }
@@ -102,12 +109,16 @@ def test_two_ranks_are_one(one_and_two, case):
         assert ours[2] == theirs[2]
 
 
-@pytest.mark.parametrize(("names", "ranks"), [(("dp_shard", "cp"), (1, 1)), (("sp",), (1,))])
+@pytest.mark.parametrize(
+    ("names", "ranks"), [(("dp_shard", "cp"), (1, 1)), (("sp",), (1,))]
+)
 def test_processes_that_share_rows_count_them_once(names, ranks):
     """Context and sequence parallelism cut rows that all of a group have read."""
     local = dict(zip(names, ranks, strict=True))
     mesh = SimpleNamespace(mesh_dim_names=names, get_local_rank=local.get)
-    accelerator = SimpleNamespace(torch_device_mesh=mesh, reduce=lambda counts, _: counts)
+    accelerator = SimpleNamespace(
+        torch_device_mesh=mesh, reduce=lambda counts, _: counts
+    )
     trainer = SimpleNamespace(accelerator=accelerator)
     counts = torch.tensor([372, 93, 5])
     assert GoldfishMixin._sum_over_rows(trainer, counts).tolist() == [0, 0, 0]

@@ -6,7 +6,12 @@ from conftest import tiny_llama
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from helpers import BEFORE_5
 from test_trainer import RULE, trained, unequal_rows
-from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from goldfish import Goldfish, GoldfishMixin, GoldfishTrainer, attach, premask
 from goldfish.receipt import read_receipt, rules_of
@@ -50,7 +55,9 @@ def test_other_label_names_are_found(tmp_path, tokenizer, fused, accumulation):
     model = tiny_llama()
     model.__class__ = TargetIds
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"with TargetIds does not change .*\['target_ids'\]"):
+    with pytest.raises(
+        RuntimeError, match=r"with TargetIds does not change .*\['target_ids'\]"
+    ):
         trained(
             tmp_path,
             tokenizer,
@@ -61,7 +68,9 @@ def test_other_label_names_are_found(tmp_path, tokenizer, fused, accumulation):
             settings={"label_names": ["target_ids"]},
         )
     # A head that is to be fused notices in its first forward; the check is made in the next step.
-    unchanged = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    unchanged = all(
+        torch.equal(p, before[name]) for name, p in model.named_parameters()
+    )
     assert unchanged == (not fused)
 
 
@@ -106,9 +115,13 @@ def test_the_check_changes_nothing(tmp_path, tokenizer, rule, monkeypatch):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_trainers_that_are_known_are_not_checked(tmp_path, tokenizer, fused, monkeypatch):
+def test_trainers_that_are_known_are_not_checked(
+    tmp_path, tokenizer, fused, monkeypatch
+):
     monkeypatch.delattr(GoldfishMixin, "_loss_without_trace")
-    trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=fused)
+    trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=fused
+    )
 
 
 # Weights that go back
@@ -136,11 +149,15 @@ def test_the_receipt_goes_back_with_the_weights(tmp_path, tokenizer):
         trainer.add_callback(Worsens())
         return attach(trainer, RULE)
 
-    trainer, _, _ = trained(tmp_path, tokenizer, then=watched, steps=6, settings=settings)
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, then=watched, steps=6, settings=settings
+    )
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     trainer.save_model(str(tmp_path / "best"))
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    for mine, theirs in zip(trainer.model.parameters(), saved.parameters(), strict=True):
+    for mine, theirs in zip(
+        trainer.model.parameters(), saved.parameters(), strict=True
+    ):
         assert torch.equal(mine, theirs)
     assert read_receipt(tmp_path / "best") == read_receipt(tmp_path / "checkpoint-2")
     last = read_receipt(tmp_path / "checkpoint-6")
@@ -166,15 +183,23 @@ def premasked_forms(folder, rule=RULE):
 def test_a_second_masking_is_refused(tmp_path, tokenizer, form):
     dataset = premasked_forms(tmp_path)[form]
     for rule in (RULE, Goldfish(k=4, seed=9)):
-        with pytest.raises(ValueError, match=r"masked by goldfish.premask under Goldfish\(k=3"):
+        with pytest.raises(
+            ValueError, match=r"masked by goldfish.premask under Goldfish\(k=3"
+        ):
             trained(tmp_path, tokenizer, then=attached(rule), train_dataset=dataset)
 
 
 @pytest.mark.skipif(BEFORE_5, reason="this Trainer takes position 0 for a target")
-def test_premask_and_the_plain_trainer_are_the_trainer_with_the_rule(tmp_path, tokenizer):
-    dataset = premask(unequal_rows(), RULE, receipt=tmp_path / "out", tokenizer=tokenizer)
+def test_premask_and_the_plain_trainer_are_the_trainer_with_the_rule(
+    tmp_path, tokenizer
+):
+    dataset = premask(
+        unequal_rows(), RULE, receipt=tmp_path / "out", tokenizer=tokenizer
+    )
     _, losses, gradients = trained(tmp_path, tokenizer, train_dataset=dataset)
-    trainer, expected, expected_gradients = trained(tmp_path, tokenizer, then=attached())
+    trainer, expected, expected_gradients = trained(
+        tmp_path, tokenizer, then=attached()
+    )
     assert losses == expected
     assert all(map(torch.equal, gradients, expected_gradients))
     trainer.save_model(str(tmp_path / "trained"))
@@ -235,7 +260,9 @@ def test_virtual_tokens_predict_the_first_token(tmp_path, tokenizer, kind):
         return peft.get_peft_model(tiny_llama(), config)
 
     _, plain, _ = trained(tmp_path, tokenizer, model=model())
-    trainer, losses, _ = trained(tmp_path, tokenizer, model=model(), then=attached(NOTHING))
+    trainer, losses, _ = trained(
+        tmp_path, tokenizer, model=model(), then=attached(NOTHING)
+    )
     assert losses == plain
     ids = [row["input_ids"] for row in unequal_rows()]
     firsts = 0 if kind == "PrefixTuningConfig" else len(ids)

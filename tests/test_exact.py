@@ -8,12 +8,32 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from helpers import RULE, NoLossArguments, OwnMean, model_of, tiny_llama, trained, unequal_rows
+from helpers import (
+    RULE,
+    NoLossArguments,
+    OwnMean,
+    model_of,
+    tiny_llama,
+    trained,
+    unequal_rows,
+)
 from packaging.version import Version
 from torch.nn import functional as F
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, LlamaForCausalLM, Trainer
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    LlamaForCausalLM,
+    Trainer,
+)
 
-from goldfish import Goldfish, GoldfishLoss, GoldfishTrainer, attach, fuse_head, mask_labels
+from goldfish import (
+    Goldfish,
+    GoldfishLoss,
+    GoldfishTrainer,
+    attach,
+    fuse_head,
+    mask_labels,
+)
 from goldfish.loss import smoothed_loss
 
 pytestmark = pytest.mark.core
@@ -42,22 +62,32 @@ def by_hand(dtype, smoothing=0.0, rule=RULE):
     for row in rows():
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         taught = (labels != -100) & ~rule.dropped(ids)
-        log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)[taught[1:]]
+        log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)[
+            taught[1:]
+        ]
         nll = -log_p[torch.arange(len(log_p)), ids[1:][taught[1:]]]
         total = total + ((1 - smoothing) * nll - smoothing * log_p.mean(-1)).sum()
         kept += len(nll)
     (total / kept).backward()
-    return (total / kept).item(), torch.cat([p.grad.flatten() for p in model.parameters()]), kept
+    return (
+        (total / kept).item(),
+        torch.cat([p.grad.flatten() for p in model.parameters()]),
+        kept,
+    )
 
 
 def assert_as_good(loss, gradient, smoothing=0.0):
     exact, plain = by_hand(torch.float64, smoothing), by_hand(torch.float32, smoothing)
-    assert abs(loss - exact[0]) <= 2 * abs(plain[0] - exact[0]) + 4e-7 * exact[0] + ROUNDED
+    assert (
+        abs(loss - exact[0]) <= 2 * abs(plain[0] - exact[0]) + 4e-7 * exact[0] + ROUNDED
+    )
     own = (plain[1] - exact[1]).abs().max()
     assert (gradient - exact[1]).abs().max() <= 2 * own + 4e-7 * exact[1].abs().max()
 
 
-def one_step(folder, tokenizer, batch, accumulation, model=LlamaForCausalLM, settings=None, **how):
+def one_step(
+    folder, tokenizer, batch, accumulation, model=LlamaForCausalLM, settings=None, **how
+):
     trainer, (loss,), (gradient,) = trained(
         folder,
         tokenizer,
@@ -77,7 +107,9 @@ def one_step(folder, tokenizer, batch, accumulation, model=LlamaForCausalLM, set
 @pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments, OwnMean])
 def test_trainer(tmp_path, tokenizer, model, way, batch, accumulation):
     """Models that take num_items_in_batch, and those that divide their loss themselves."""
-    assert_as_good(*one_step(tmp_path, tokenizer, batch, accumulation, model, **WAYS[way])[1:])
+    assert_as_good(
+        *one_step(tmp_path, tokenizer, batch, accumulation, model, **WAYS[way])[1:]
+    )
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), BATCHES)
@@ -94,16 +126,22 @@ def test_label_smoothing(tmp_path, tokenizer, model, way, batch, accumulation):
     if (
         model is LlamaForCausalLM
     ):  # the only class here whose labels transformers' own smoother shifts
-        plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
+        plain = Trainer(
+            model=trainer.model, args=trainer.args, data_collator=trainer.data_collator
+        )
         ours = trainer.evaluate()["eval_loss"]
-        assert ours == pytest.approx(plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6)
+        assert ours == pytest.approx(
+            plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6
+        )
 
 
 def test_smoothing_is_transformers_own_where_nothing_is_dropped(tmp_path, tokenizer):
     settings = {"label_smoothing_factor": 0.2}
     _, plain, plain_gradient = one_step(tmp_path, tokenizer, 8, 1, settings=settings)
     nothing = {"then": lambda trainer: attach(trainer, Goldfish(k=10**9))}
-    _, loss, gradient = one_step(tmp_path, tokenizer, 8, 1, settings=settings, **nothing)
+    _, loss, gradient = one_step(
+        tmp_path, tokenizer, 8, 1, settings=settings, **nothing
+    )
     assert loss == pytest.approx(plain, rel=1e-6)
     torch.testing.assert_close(gradient, plain_gradient, rtol=1e-5, atol=1e-7)
 
@@ -118,7 +156,8 @@ def test_smoothed_loss_of_no_target_is_a_zero():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    torch.cuda.device_count() != 1, reason="needs one CUDA device; several make a DataParallel"
+    torch.cuda.device_count() != 1,
+    reason="needs one CUDA device; several make a DataParallel",
 )
 @pytest.mark.parametrize("model", [LlamaForCausalLM, NoLossArguments])
 @pytest.mark.parametrize("way", WAYS)
@@ -132,8 +171,13 @@ def test_trainer_on_cuda(fresh_accelerate, tmp_path, tokenizer, way, model):
 
 def test_evaluation_of_a_model_with_its_own_mean(tmp_path, tokenizer):
     trainer, _, _ = one_step(tmp_path, tokenizer, 2, 4, OwnMean, **WAYS["logits"])
-    plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
-    assert trainer.evaluate()["eval_loss"] == plain.evaluate(trainer.eval_dataset)["eval_loss"]
+    plain = Trainer(
+        model=trainer.model, args=trainer.args, data_collator=trainer.data_collator
+    )
+    assert (
+        trainer.evaluate()["eval_loss"]
+        == plain.evaluate(trainer.eval_dataset)["eval_loss"]
+    )
 
 
 @pytest.mark.parametrize("way", ["fused", "logits"])
@@ -145,23 +189,31 @@ def test_resuming_in_mid_epoch_gives_the_same_next_losses(tmp_path, tokenizer, w
     other = tiny_llama()
     other.lm_head.weight.data.add_(1.0)
     resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
-    _, again, next_gradients = trained(tmp_path, tokenizer, **how, model=other, train=resumed)
+    _, again, next_gradients = trained(
+        tmp_path, tokenizer, **how, model=other, train=resumed
+    )
     assert again == losses
     assert len(next_gradients) == 3
-    assert all(torch.equal(a, b) for a, b in zip(next_gradients, gradients[1:], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(next_gradients, gradients[1:], strict=True)
+    )
 
 
 def micro_batches(tokenizer, size):
     collator = DataCollatorForSeq2Seq(tokenizer)
     found = list(rows())
     return [
-        collator([dict(row) for row in found[at : at + size]]) for at in range(0, len(found), size)
+        collator([dict(row) for row in found[at : at + size]])
+        for at in range(0, len(found), size)
     ]
 
 
 def masked(batch):
     return mask_labels(
-        RULE, batch["input_ids"], batch["labels"], attention_mask=batch["attention_mask"]
+        RULE,
+        batch["input_ids"],
+        batch["labels"],
+        attention_mask=batch["attention_mask"],
     )
 
 
@@ -211,7 +263,9 @@ def test_an_accelerate_loop(fresh_accelerate, tokenizer, loss_of, size):
     steps = 8 // size
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     model = tiny_llama().train()
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=1e-2)
+    )
     batches, loss = micro_batches(tokenizer, size), 0.0
     total = sum((masked(batch)[:, 1:] != -100).sum() for batch in batches)
     before = [p.detach().clone() for p in model.parameters()]
@@ -224,9 +278,9 @@ def test_an_accelerate_loop(fresh_accelerate, tokenizer, loss_of, size):
             optimizer.step()
             optimizer.zero_grad()
     assert_as_good(loss, gradient)
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), (
-        "it stepped"
-    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+    ), "it stepped"
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -252,11 +306,18 @@ def test_a_collator_that_makes_no_labels(tmp_path, tokenizer, fused):
         for row in unlabelled:
             ids = torch.tensor(row["input_ids"])
             nll = F.cross_entropy(
-                trainer.model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none"
+                trainer.model(input_ids=ids[None]).logits[0, :-1],
+                ids[1:],
+                reduction="none",
             )
             dropped = RULE.dropped(ids)[1:]
             sums += torch.stack(
-                [nll[~dropped].sum(), (~dropped).sum(), nll[dropped].sum(), dropped.sum()]
+                [
+                    nll[~dropped].sum(),
+                    (~dropped).sum(),
+                    nll[dropped].sum(),
+                    dropped.sum(),
+                ]
             )
     assert loss == pytest.approx((sums[0] / sums[1]).item(), rel=1e-5)
     assert entry["goldfish/drop_rate"] == (sums[3] / (sums[1] + sums[3])).item()

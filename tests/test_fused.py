@@ -47,7 +47,11 @@ FALCON = {
 # name: (config class, arguments, scale and soft cap of its logits)
 ARCHITECTURES = {
     "llama": ("LlamaConfig", SHAPE, (1.0, None)),
-    "gemma2": ("Gemma2Config", SHAPE | {"head_dim": 8, "final_logit_softcapping": 0.5}, (1.0, 0.5)),
+    "gemma2": (
+        "Gemma2Config",
+        SHAPE | {"head_dim": 8, "final_logit_softcapping": 0.5},
+        (1.0, 0.5),
+    ),
     "gemma3": (
         "Gemma3TextConfig",
         SHAPE | {"head_dim": 8, "final_logit_softcapping": 0.3},
@@ -65,7 +69,11 @@ ARCHITECTURES = {
         SHAPE | {"num_local_experts": 4, "output_router_logits": True},
         (1.0, None),
     ),
-    "qwen3": ("Qwen3Config", SHAPE | {"head_dim": 8, "tie_word_embeddings": True}, (1.0, None)),
+    "qwen3": (
+        "Qwen3Config",
+        SHAPE | {"head_dim": 8, "tie_word_embeddings": True},
+        (1.0, None),
+    ),
     "gpt2": (
         "GPT2Config",
         {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -76,7 +84,11 @@ ARCHITECTURES = {
         {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"},
         (1.0, None),
     ),
-    "opt": ("OPTConfig", OPT | {"vocab_size": V, "max_position_embeddings": 64}, (1.0, None)),
+    "opt": (
+        "OPTConfig",
+        OPT | {"vocab_size": V, "max_position_embeddings": 64},
+        (1.0, None),
+    ),
     "bloom": (
         "BloomConfig",
         {"vocab_size": V, "hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -119,12 +131,20 @@ def build(name: str = "llama", dropout: float = 0.0, **changes) -> nn.Module:
 
 
 def batch(
-    rows: int = 3, length: int = 11, keep: float = 0.7, vocabulary: int = V, device="cpu", **more
+    rows: int = 3,
+    length: int = 11,
+    keep: float = 0.7,
+    vocabulary: int = V,
+    device="cpu",
+    **more,
 ) -> dict:
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocabulary, (rows, length), generator=g)
     dropped = torch.rand(ids.shape, generator=g) >= keep
-    return {"input_ids": ids.to(device), "labels": ids.masked_fill(dropped, -100).to(device)} | more
+    return {
+        "input_ids": ids.to(device),
+        "labels": ids.masked_fill(dropped, -100).to(device),
+    } | more
 
 
 def step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
@@ -149,7 +169,10 @@ def assert_equal_enough(result: dict, baseline: dict, **tolerance) -> None:
     assert result.keys() == baseline.keys()
     for name, expected in baseline.items():
         torch.testing.assert_close(
-            result[name], expected, **tolerance or {"rtol": 1e-4, "atol": 1e-6}, msg=name
+            result[name],
+            expected,
+            **tolerance or {"rtol": 1e-4, "atol": 1e-6},
+            msg=name,
         )
 
 
@@ -159,7 +182,9 @@ def assert_equal_enough(result: dict, baseline: dict, **tolerance) -> None:
 def test_equals_the_models_own_loss_and_gradients(name, num_items, device):
     model = build(name).to(device)
     more = (
-        {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items, device=device)}
+        {}
+        if num_items is None
+        else {"num_items_in_batch": torch.tensor(num_items, device=device)}
     )
     inputs = batch(device=device, **more)
     baseline = step(model, inputs)
@@ -210,17 +235,22 @@ def test_the_host_waits_once_for_the_kept_rows(monkeypatch):
 def test_evaluation_and_generation_are_untouched():
     model, inputs = build("gemma2"), batch()
     expected = model.eval()(**inputs)
-    generated = model.generate(inputs["input_ids"][:, :4], max_new_tokens=4, do_sample=False)
+    generated = model.generate(
+        inputs["input_ids"][:, :4], max_new_tokens=4, do_sample=False
+    )
     fuse_head(model)
     step(model.train(), inputs)
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, model(input_ids=inputs["input_ids"]).logits)
+        assert torch.equal(
+            model(**inputs).logits, model(input_ids=inputs["input_ids"]).logits
+        )
     assert model(input_ids=inputs["input_ids"]).loss is None
     result = model.eval()(**inputs)
     assert torch.equal(result.logits, expected.logits)
     assert torch.equal(result.loss, expected.loss)
     assert torch.equal(
-        model.generate(inputs["input_ids"][:, :4], max_new_tokens=4, do_sample=False), generated
+        model.generate(inputs["input_ids"][:, :4], max_new_tokens=4, do_sample=False),
+        generated,
     )
 
 
@@ -232,10 +262,14 @@ def test_no_kept_token_and_one(kept):
     fuse_head(model)
     result = step(model, inputs)
     if kept:
-        assert_equal_enough(result, step(build("mixtral", output_router_logits=False), inputs))
+        assert_equal_enough(
+            result, step(build("mixtral", output_router_logits=False), inputs)
+        )
     else:
         assert all(not value.any() for value in result.values())
-        assert "lm_head.weight" in result  # the graph is alive: DDP waits for every parameter
+        assert (
+            "lm_head.weight" in result
+        )  # the graph is alive: DDP waits for every parameter
 
 
 def test_labels_outside_the_vocabulary():
@@ -256,7 +290,9 @@ def test_a_cache_that_is_given_is_read_once():
     def loss():
         with torch.no_grad():
             cache = model(prefix, use_cache=True).past_key_values
-        result = model(inputs["input_ids"], labels=inputs["labels"], past_key_values=cache)
+        result = model(
+            inputs["input_ids"], labels=inputs["labels"], past_key_values=cache
+        )
         return result.loss.item(), cache.get_seq_length()
 
     expected = loss()
@@ -316,7 +352,9 @@ def test_compiled(device):
         model.zero_grad()
         loss = compiled(**inputs).loss
         loss.backward()
-        result = {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
+        result = {"loss": loss.detach()} | {
+            n: p.grad.clone() for n, p in model.named_parameters()
+        }
         assert_equal_enough(result, baseline)
     assert handle.reason == ""
 
@@ -331,17 +369,23 @@ def test_autocast(dtype, device):
         with torch.autocast(device, dtype):
             loss = model(**inputs)["loss"]
         (loss * 1024).backward()
-        return {"loss": loss.detach()} | {n: p.grad / 1024 for n, p in model.named_parameters()}
+        return {"loss": loss.detach()} | {
+            n: p.grad / 1024 for n, p in model.named_parameters()
+        }
 
     truth, baseline = step(copy.deepcopy(model).double(), inputs), run(model)
     handle = fuse_head(model)
     result = run(model)
     assert handle.reason == ""
     own = abs(baseline["loss"] - truth["loss"])
-    assert abs(result["loss"] - truth["loss"]) <= max(torch.finfo(dtype).eps * 0.05, 1.25 * own)
+    assert abs(result["loss"] - truth["loss"]) <= max(
+        torch.finfo(dtype).eps * 0.05, 1.25 * own
+    )
     error, own = (
         sum(
-            (r[name] - exact).square().sum() for name, exact in truth.items() if name != "loss"
+            (r[name] - exact).square().sum()
+            for name, exact in truth.items()
+            if name != "loss"
         ).sqrt()
         for r in (result, baseline)
     )
@@ -355,7 +399,9 @@ def test_remove_restores_everything():
     handle = fuse_head(model)
     assert fuse_head(model) is handle
     assert isinstance(model.forward, FusedHead)
-    assert inspect.signature(model.forward) == signature  # Trainer and generate() read it
+    assert (
+        inspect.signature(model.forward) == signature
+    )  # Trainer and generate() read it
     handle.remove()
     assert (dict(model.__dict__), dict(model.lm_head.__dict__)) == before
     assert_equal_enough(step(model, inputs), baseline, rtol=0, atol=0)
@@ -366,7 +412,9 @@ def test_remove_restores_everything():
     assert model(**inputs).logits is not None, "under another wrapper it passes through"
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
 def test_a_copy_is_fused_on_its_own(copied):
     model, inputs = build(), batch()
     handle = fuse_head(model)
@@ -377,7 +425,9 @@ def test_a_copy_is_fused_on_its_own(copied):
     assert_equal_enough(step(twin, inputs), baseline, rtol=0, atol=0)
     assert fuse_head(twin)._model is twin
     assert "logits" not in twin(**inputs)
-    head = copy.deepcopy(twin.lm_head)  # PEFT copies the head alone: that must not copy the model
+    head = copy.deepcopy(
+        twin.lm_head
+    )  # PEFT copies the head alone: that must not copy the model
     assert head.forward.func.__self__ is fuse_head(twin)
     assert head.forward.args[0] is head
     fuse_head(twin).remove()
@@ -397,7 +447,9 @@ def test_inside_accelerates_autocast(fresh_accelerate):
         expected = build()(**inputs).loss
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
     assert handle.reason == ""
-    assert "logits" not in accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)(**inputs)
+    assert "logits" not in accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)(
+        **inputs
+    )
     assert fuse_head(prepared) is handle
     assert prepared.eval()(inputs["input_ids"]).logits.shape == (3, 11, V)
 
@@ -408,7 +460,10 @@ def test_inside_accelerates_autocast(fresh_accelerate):
 def lora(model: nn.Module, **changes) -> nn.Module:
     peft = pytest.importorskip("peft", reason="PEFT is an extra of this package")
     return peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **changes)
+        model,
+        peft.LoraConfig(
+            r=2, target_modules=["q_proj"], init_lora_weights=False, **changes
+        ),
     )
 
 
@@ -452,8 +507,12 @@ def test_one_reason_to_fall_back_is_given():
 
     class OtherSize(Odd):
         def forward(self, input_ids=None, labels=None, **kwargs):
-            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state[:, 1:])
-            loss = self.loss_function(logits, labels[:, 1:], self.vocab_size - 1, **kwargs)
+            logits = self.lm_head(
+                self.model(input_ids=input_ids).last_hidden_state[:, 1:]
+            )
+            loss = self.loss_function(
+                logits, labels[:, 1:], self.vocab_size - 1, **kwargs
+            )
             return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     model = odd(OtherSize)
@@ -523,7 +582,9 @@ class Clamped(Odd):
 
 class Shifted(Odd):
     def after(self, hidden):
-        return self.lm_head(hidden) + 0.5 * torch.arange(self.vocab_size) / self.vocab_size
+        return (
+            self.lm_head(hidden) + 0.5 * torch.arange(self.vocab_size) / self.vocab_size
+        )
 
 
 class PaddedVocabulary(Odd):
@@ -560,7 +621,9 @@ class Reshaped(Odd):
 class OwnLoss(Odd):
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
@@ -591,7 +654,11 @@ class Prefix(Odd):
 class HandsNothingOn(Odd):
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits, labels, self.vocab_size)
+        )
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
@@ -642,7 +709,9 @@ def test_a_forward_that_hands_nothing_to_its_loss():
     assert_equal_enough(step(model, inputs), baseline)
     assert handle.reason == ""
     for _ in range(2):
-        assert_equal_enough(step(model, inputs | {"shift_labels": inputs["labels"]}), baseline)
+        assert_equal_enough(
+            step(model, inputs | {"shift_labels": inputs["labels"]}), baseline
+        )
     assert "does not pass shift_labels on" in handle.reason
 
 
@@ -667,7 +736,9 @@ def test_a_changed_soft_cap_is_noticed():
     step(model, inputs)
     model.config.final_logit_softcapping = 0.9
     result = step(model, inputs)
-    assert_equal_enough(result, step(build("gemma2", final_logit_softcapping=0.9), inputs))
+    assert_equal_enough(
+        result, step(build("gemma2", final_logit_softcapping=0.9), inputs)
+    )
 
 
 class Quantised(nn.Linear):
@@ -695,7 +766,9 @@ def test_a_hooked_head_forward_and_another_loss_are_left_alone():
     assert_equal_enough(step(model, inputs), baseline)
 
     model = build()
-    model.loss_function = lambda logits, labels, vocab_size, **_: logits.float().square().mean()
+    model.loss_function = lambda logits, labels, vocab_size, **_: (
+        logits.float().square().mean()
+    )
     baseline = step(model, inputs)
     handle = fuse_head(model)
     assert "loss function of LlamaForCausalLM is not" in handle.reason
@@ -724,7 +797,9 @@ def mesh():
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
     yield init_device_mesh("cpu", (1,))
     distributed.destroy_process_group()
 
@@ -757,7 +832,8 @@ def test_ddp(mesh):
     wrapped(**inputs)["loss"].backward()
     step(wrapped, inputs)
     assert_equal_enough(
-        {n: p.grad for n, p in model.named_parameters()} | {"loss": baseline["loss"]}, baseline
+        {n: p.grad for n, p in model.named_parameters()} | {"loss": baseline["loss"]},
+        baseline,
     )
     assert handle.reason == ""
 
@@ -790,7 +866,9 @@ class Engine(nn.Module):
 
     def __getattr__(self, name: str):
         return (
-            self._modules["module"] if name == "module" else getattr(self._modules["module"], name)
+            self._modules["module"]
+            if name == "module"
+            else getattr(self._modules["module"], name)
         )
 
     def forward(self, **inputs):
@@ -805,7 +883,9 @@ def test_inside_deepspeeds_engine():
     assert handle.reason == ""
     assert "logits" not in engine(**inputs)
     handle.remove()
-    sums = measure(engine, inputs, torch.zeros_like(inputs["labels"], dtype=torch.bool), rows=2)
+    sums = measure(
+        engine, inputs, torch.zeros_like(inputs["labels"], dtype=torch.bool), rows=2
+    )
     targets = (inputs["labels"][:2, 1:] != -100).sum()
     assert sums[1:].tolist() == [targets, 0, 0]
 

@@ -34,7 +34,9 @@ def test_gauge_by_hand(tmp_path, tokenizer, fused):
         ids = torch.tensor(row["input_ids"])
         with torch.no_grad():
             nll = torch.nn.functional.cross_entropy(
-                trainer.model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none"
+                trainer.model(input_ids=ids[None]).logits[0, :-1],
+                ids[1:],
+                reduction="none",
             )
         dropped = RULE.dropped(ids)[1:]
         assert entry["loss"] == pytest.approx(nll[~dropped].mean().item(), rel=1e-4), (
@@ -66,7 +68,11 @@ def test_memorising_opens_the_gap(tmp_path, tokenizer):
         steps=60,
         settings={"learning_rate": 2e-2},
     )
-    gaps = [entry["goldfish/gap"] for entry in trainer.state.log_history if "goldfish/gap" in entry]
+    gaps = [
+        entry["goldfish/gap"]
+        for entry in trainer.state.log_history
+        if "goldfish/gap" in entry
+    ]
     assert abs(gaps[0]) < 0.3
     assert gaps[-1] > 1.0
 

@@ -28,10 +28,17 @@ RULES = [
 def batch_on(device: str) -> dict[str, torch.Tensor]:
     ids = torch.zeros(2, 8, dtype=torch.int64, device=device)
     mask = torch.ones_like(ids)
-    return {"input_ids": ids, "labels": ids, "attention_mask": mask, "position_ids": ids}
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "attention_mask": mask,
+        "position_ids": ids,
+    }
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.strategy}-{rule.window}")
+@pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: f"{rule.strategy}-{rule.window}"
+)
 def test_masking_and_counting_wait_for_nothing(rule, monkeypatch):
     counts, batch = DropCounts(rule, torch.device("meta")), batch_on("meta")
 
@@ -99,9 +106,15 @@ def test_a_training_step_waits_for_the_kept_rows_alone(
             trainer.add_callback(recorded)
             return trainer
 
-        trained(tmp_path, tokenizer, then=watched, settings={"logging_steps": 100}, **how)
-        return recorded.steps[1:]  # the first step finds out what the model does after its head
+        trained(
+            tmp_path, tokenizer, then=watched, settings={"logging_steps": 100}, **how
+        )
+        return recorded.steps[
+            1:
+        ]  # the first step finds out what the model does after its head
 
     plain = waits(trainer_class=Trainer)
     ours = waits(trainer_class=GoldfishTrainer, goldfish=RULES[0], fused=fused)
-    assert [step - other for step, other in zip(ours, plain, strict=True)] == [Counter(more)] * 3
+    assert [step - other for step, other in zip(ours, plain, strict=True)] == [
+        Counter(more)
+    ] * 3

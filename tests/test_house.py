@@ -89,10 +89,14 @@ def test_imports_go_one_way(path):
             if node.module == "goldfish":  # from goldfish import spec, __version__
                 submodules = {path.stem for path in PACKAGE.glob("*.py")}
                 names = [
-                    f"goldfish.{alias.name}" for alias in node.names if alias.name in submodules
+                    f"goldfish.{alias.name}"
+                    for alias in node.names
+                    if alias.name in submodules
                 ]
             for name in names:
-                assert room(name) <= here, f"{path.name} imports {name}, which comes after it"
+                assert room(name) <= here, (
+                    f"{path.name} imports {name}, which comes after it"
+                )
 
 
 # Rooms that are not yet within the limits of density.
@@ -134,7 +138,9 @@ def test_room_to_breathe(folder):
     name = ".".join(["goldfish", *folder.relative_to(PACKAGE).parts])
     nodes, comments = density(sorted(folder.glob("*.py")))
     if name in DENSE:
-        pytest.skip(f"{name}: {nodes:.1f} nodes per line, {comments:.1f} comment lines per 100")
+        pytest.skip(
+            f"{name}: {nodes:.1f} nodes per line, {comments:.1f} comment lines per 100"
+        )
     assert nodes <= 9
     assert comments >= 5
 
@@ -163,7 +169,8 @@ def test_import_goldfish_needs_only_torch():
 
 def test_training_and_audit_do_not_load_each_other():
     assert not any(
-        name.startswith("goldfish.audit") for name in loaded_after("import goldfish.trainer")
+        name.startswith("goldfish.audit")
+        for name in loaded_after("import goldfish.trainer")
     )
     assert "goldfish.trainer" not in loaded_after("import goldfish.audit")
 
@@ -172,7 +179,9 @@ def test_public_names():
     for name in goldfish.__all__:
         assert getattr(goldfish, name) is not None
     assert set(goldfish.__all__) <= set(dir(goldfish))
-    with pytest.raises(AttributeError, match="has no attribute 'Goldfisch'; it has DropCounts"):
+    with pytest.raises(
+        AttributeError, match="has no attribute 'Goldfisch'; it has DropCounts"
+    ):
         _ = goldfish.Goldfisch
 
 
@@ -180,17 +189,31 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     """Templates and the type marker are in the wheel, and nothing that is not ours."""
     root = PACKAGE.parent
     if not (root / "pyproject.toml").is_file():
-        pytest.skip("goldfish is installed from a wheel: there is no checkout to build one from")
+        pytest.skip(
+            "goldfish is installed from a wheel: there is no checkout to build one from"
+        )
     pytest.importorskip("hatchling", reason="hatchling builds the wheel")
     pytest.importorskip("hatch_fancy_pypi_readme", reason="and this its description")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    build = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "wheel",
+        "-d",
+        str(tmp_path),
+    ]
     subprocess.run(build, cwd=root, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("goldfish_loss-*.whl")
     files = zipfile.ZipFile(wheel)
     names = files.namelist()
     assert "goldfish/py.typed" in names
     assert any(name.endswith("report.html") for name in names)
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"goldfish", "goldfish_loss"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {
+        "goldfish",
+        "goldfish_loss",
+    }
     (metadata,) = (name for name in names if name.endswith("/METADATA"))
     assert not re.findall(r"\]\((?!https://)[^)]*", files.read(metadata).decode()), (
         "a package index has no such file"

@@ -19,14 +19,18 @@ from goldfish.vocabulary import characters, fold
 FOLD = characters()
 
 
-def letter_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bool | None]:
+def letter_decisions(
+    rule: Goldfish, tokenizer: Tokenizer, text: str
+) -> list[bool | None]:
     """The decision of each letter that its token begins with, located by the token's offset.
 
     None for letters inside a token. A letter of several tokens belongs to the last of them.
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     drop = rule.dropped(torch.tensor(encoding.ids)).tolist()
-    token_at = {c: token for token, span in enumerate(encoding.offsets) for c in range(*span)}
+    token_at = {
+        c: token for token, span in enumerate(encoding.offsets) for c in range(*span)
+    }
     result, decided = [], None
     for i, character in enumerate(text):
         for _ in fold(character):
@@ -39,7 +43,11 @@ def letter_decisions(rule: Goldfish, tokenizer: Tokenizer, text: str) -> list[bo
 
 def agree(one: list[bool | None], other: list[bool | None]) -> int:
     """How many letters are decided in both; fails unless all those decisions are equal."""
-    both = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    both = [
+        (a, b)
+        for a, b in zip(one, other, strict=True)
+        if a is not None and b is not None
+    ]
     assert [a for a, _ in both] == [b for _, b in both]
     return len(both)
 
@@ -54,12 +62,16 @@ PIECES = [
     b"\n",
     b"word",
     b" two words",
-    *(bytes([b]) for b in bytes.fromhex("c2c3a9a0e38081e2ada980f09f92edf4e090efb7bac0ffe6898b")),
+    *(
+        bytes([b])
+        for b in bytes.fromhex("c2c3a9a0e38081e2ada980f09f92edf4e090efb7bac0ffe6898b")
+    ),
 ]
 TOKENS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(b"".join)
 VOCABULARIES = [
     [
-        b"".join(random.Random(seed).choices(PIECES, k=1 + i % 7)) + bytes([i]) * (i % 3)
+        b"".join(random.Random(seed).choices(PIECES, k=1 + i % 7))
+        + bytes([i]) * (i % 3)
         for i in range(256)
     ]
     for seed in range(2)
@@ -84,7 +96,9 @@ def vocabularies() -> list[Vocabulary]:
     end=st.sampled_from([None, 10]),
     data=st.data(),
 )
-def test_equals_the_specification(vocabularies, which, ids, h, k, seed, opening, exempt, end, data):
+def test_equals_the_specification(
+    vocabularies, which, ids, h, k, seed, opening, exempt, end, data
+):
     flags = st.lists(st.integers(0, 5), min_size=len(ids), max_size=len(ids))
     positions = data.draw(st.none() | flags)
     attended = data.draw(st.none() | flags)
@@ -99,13 +113,17 @@ def test_equals_the_specification(vocabularies, which, ids, h, k, seed, opening,
     }
     if opening == "short":
         options["max_kept"] = data.draw(st.sampled_from([None, 4, 6]))
-    options["secrets"] = data.draw(st.sampled_from([None, r"a+", r"(?s)B.(\S?.)", r"[^ -z]+"]))
+    options["secrets"] = data.draw(
+        st.sampled_from([None, r"a+", r"(?s)B.(\S?.)", r"[^ -z]+"])
+    )
     expected = spec.dropped(
         ids, positions, attended, vocabulary=VOCABULARIES[which], fold=FOLD, **options
     )
     as_row = lambda x: None if x is None else torch.tensor([x], dtype=torch.int64)  # noqa: E731
     rule = Goldfish(**options, vocabulary=vocabularies[which])
-    actual = rule.dropped(as_row(ids), as_row(positions), attention_mask=as_row(attended))
+    actual = rule.dropped(
+        as_row(ids), as_row(positions), attention_mask=as_row(attended)
+    )
     assert actual[0].tolist() == expected
 
 
@@ -152,7 +170,9 @@ BROKEN = [
 def test_broken_characters_equal_the_specification():
     """Between letters, so that a character wrongly read becomes part of a word, or ends one."""
     rows = [["78", "20", "6b", *broken.split(), "7a", "20", "79"] for broken in BROKEN]
-    tokens = sorted({bytes.fromhex(token) for row in rows for token in row if token != "|"})
+    tokens = sorted(
+        {bytes.fromhex(token) for row in rows for token in row if token != "|"}
+    )
     vocabulary = Vocabulary(tokens)
     for row, seed in product(rows, range(12)):
         ids = [tokens.index(bytes.fromhex(token)) for token in row if token != "|"]
@@ -162,7 +182,10 @@ def test_broken_characters_equal_the_specification():
         options = {"k": 2, "h": 2, "strategy": "letters", "seed": seed}
         rule = Goldfish(**options, vocabulary=vocabulary)
         expected = spec.dropped(ids, positions, vocabulary=tokens, fold=FOLD, **options)
-        assert rule.dropped(torch.tensor(ids), torch.tensor(positions)).tolist() == expected, row
+        assert (
+            rule.dropped(torch.tensor(ids), torch.tensor(positions)).tolist()
+            == expected
+        ), row
 
 
 def test_the_specification_by_hand():
@@ -192,13 +215,17 @@ def rewrap(text: str, rng: random.Random) -> str:
 REFORMATTINGS = {
     "white space": rewrap,
     "upper case": lambda text, rng: text.upper(),
-    "random case": lambda text, rng: "".join(rng.choice((c.upper(), c.lower())) for c in text),
+    "random case": lambda text, rng: "".join(
+        rng.choice((c.upper(), c.lower())) for c in text
+    ),
     "indented": lambda text, rng: text.replace("\n", "\n\t      "),
     "no punctuation": lambda text, rng: "".join(
         " " if unicodedata.category(c)[0] == "P" else c for c in text
     ),
     "decomposed": lambda text, rng: unicodedata.normalize("NFKD", text),
-    "other quotes": lambda text, rng: text.replace("'", "’").replace('"', "“").replace("-", "–"),
+    "other quotes": lambda text, rng: (
+        text.replace("'", "’").replace('"', "“").replace("-", "–")
+    ),
 }
 
 
@@ -211,7 +238,9 @@ def test_reformatting_changes_no_decision(tokenizers, rules, kind, reformat):
         if not has_unknown(tokenizers[kind], changed):
             assert letters_of(changed) == letters_of(text)
             expected = letter_decisions(rules[kind], tokenizers[kind], text)
-            decided = agree(letter_decisions(rules[kind], tokenizers[kind], changed), expected)
+            decided = agree(
+                letter_decisions(rules[kind], tokenizers[kind], changed), expected
+            )
             assert decided > 0.15 * len(expected), "tokens begin at the same letters"
             assert {True, False} <= set(expected)
             tested += 1
@@ -229,8 +258,12 @@ def test_another_tokenizer_takes_the_same_decisions(tokenizers, rules, kind):
     compared = 0
     for text in [*TEXTS[:20], ALPHABETIC * 3]:
         if not has_unknown(tokenizers[kind], text):
-            expected = letter_decisions(rules["byte_level"], tokenizers["byte_level"], text)
-            compared += agree(letter_decisions(rules[kind], tokenizers[kind], text), expected)
+            expected = letter_decisions(
+                rules["byte_level"], tokenizers["byte_level"], text
+            )
+            compared += agree(
+                letter_decisions(rules[kind], tokenizers[kind], text), expected
+            )
     assert compared > 5000
 
 
@@ -273,7 +306,10 @@ def test_code_formatting_changes_nothing(tokenizers, rules):
     )
     for kind in KINDS:
         expected = letter_decisions(rules[kind], tokenizers[kind], compact)
-        assert agree(letter_decisions(rules[kind], tokenizers[kind], spaced), expected) >= 6
+        assert (
+            agree(letter_decisions(rules[kind], tokenizers[kind], spaced), expected)
+            >= 6
+        )
 
 
 # --- the rule
@@ -283,7 +319,8 @@ def test_unbound_and_inclusive_are_refused():
     with pytest.raises(ValueError, match=r"rule = rule\.bind\(tokenizer\)"):
         Goldfish(strategy="letters").dropped(torch.tensor([1, 2]))
     with pytest.raises(
-        ValueError, match=r'strategy="letters" needs window="preceding", got window="incl'
+        ValueError,
+        match=r'strategy="letters" needs window="preceding", got window="incl',
     ):
         Goldfish(strategy="letters", window="inclusive")
 

@@ -48,18 +48,25 @@ def case(
 @pytest.fixture
 def in_chunks_of(monkeypatch):
     """Sets how many rows of logits exist at a time, which a budget of memory decides otherwise."""
-    return lambda rows: monkeypatch.setattr("goldfish.linear._chunk_rows", lambda *_: rows)
+    return lambda rows: monkeypatch.setattr(
+        "goldfish.linear._chunk_rows", lambda *_: rows
+    )
 
 
 def training(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.requires_grad_() if t.is_floating_point() else t for name, t in inputs.items()}
+    return {
+        name: t.requires_grad_() if t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
 
 
 def loss_and_gradients(
     function, inputs: dict[str, Tensor], dtype: torch.dtype, **options
 ) -> dict[str, Tensor]:
     inputs = {
-        name: t.detach().to(dtype, copy=True).requires_grad_() if t.is_floating_point() else t
+        name: t.detach().to(dtype, copy=True).requires_grad_()
+        if t.is_floating_point()
+        else t
         for name, t in inputs.items()
     }
     loss = function(**inputs, **options)
@@ -75,7 +82,9 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": 0.25}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str
+    "options",
+    [{}, {"scale": 0.25}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}],
+    ids=str,
 )
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_no_further_from_fp64_than_plain_cross_entropy(
@@ -87,7 +96,9 @@ def test_no_further_from_fp64_than_plain_cross_entropy(
     inputs = case()
     if not with_bias:
         del inputs["bias"]
-    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    inputs = {
+        name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()
+    }
     truth = loss_and_gradients(plain, inputs, torch.float64, **options)
     baseline = loss_and_gradients(plain, inputs, dtype, **options)
     in_chunks_of(64)
@@ -105,12 +116,17 @@ def test_no_further_from_fp64_than_plain_cross_entropy(
 def test_fp64_gradients_by_finite_differences(in_chunks_of):
     in_chunks_of(2)
     inputs = training(
-        {k: t.double() if t.is_floating_point() else t for k, t in case(6, 4, 7, seed=2).items()}
+        {
+            k: t.double() if t.is_floating_point() else t
+            for k, t in case(6, 4, 7, seed=2).items()
+        }
     )
     labels = inputs.pop("labels")
 
     def function(hidden, weight, bias):
-        return linear_cross_entropy(hidden, weight, labels, bias, softcap=2.0, scale=0.7)
+        return linear_cross_entropy(
+            hidden, weight, labels, bias, softcap=2.0, scale=0.7
+        )
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
 
@@ -118,10 +134,14 @@ def test_fp64_gradients_by_finite_differences(in_chunks_of):
 def test_two_rows_by_hand():
     hidden = torch.eye(2, requires_grad=True)
     weight = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]], requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([2, IGNORED]))  # three equal logits
+    loss = linear_cross_entropy(
+        hidden, weight, torch.tensor([2, IGNORED])
+    )  # three equal logits
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(3.0).log())
-    torch.testing.assert_close(weight.grad, torch.tensor([[1 / 3, 0], [1 / 3, 0], [-2 / 3, 0]]))
+    torch.testing.assert_close(
+        weight.grad, torch.tensor([[1 / 3, 0], [1 / 3, 0], [-2 / 3, 0]])
+    )
     assert hidden.grad[1].eq(0).all()
 
 
@@ -138,9 +158,13 @@ def test_the_chunk_changes_nothing(rows, in_chunks_of):
 def test_dropped_rows_are_as_good_as_absent():
     inputs = case()
     kept = inputs["labels"] != IGNORED
-    subset = inputs | {"hidden": inputs["hidden"][kept], "labels": inputs["labels"][kept]}
+    subset = inputs | {
+        "hidden": inputs["hidden"][kept],
+        "labels": inputs["labels"][kept],
+    }
     whole, part = (
-        loss_and_gradients(linear_cross_entropy, x, torch.float32) for x in (inputs, subset)
+        loss_and_gradients(linear_cross_entropy, x, torch.float32)
+        for x in (inputs, subset)
     )
     assert torch.equal(whole["loss"], part["loss"])
     assert torch.equal(whole["weight"], part["weight"])
@@ -163,13 +187,18 @@ def test_extremes(vocabulary, kept):
             ).values()
         )
         return
-    subset = inputs | {"hidden": inputs["hidden"][:kept], "labels": inputs["labels"][:kept]}
+    subset = inputs | {
+        "hidden": inputs["hidden"][:kept],
+        "labels": inputs["labels"][:kept],
+    }
     baseline = loss_and_gradients(
         plain, subset, torch.float32
     )  # of as many rows: BLAS sums one row otherwise than nine
     for name, exact in loss_and_gradients(plain, subset, torch.float64).items():
         result = ours[name][:kept] if name == "hidden" else ours[name]
-        assert (result - exact).abs().max() <= 3 * (baseline[name] - exact).abs().max() + 1e-6, name
+        assert (result - exact).abs().max() <= 3 * (
+            baseline[name] - exact
+        ).abs().max() + 1e-6, name
 
 
 def test_logits_too_large_for_exp():
@@ -197,7 +226,9 @@ def test_gradients_only_where_required(trainable, device):
     for name in ("hidden", "weight", "bias"):
         assert (inputs[name].grad is not None) == (name in trainable)
         if name in trainable:
-            torch.testing.assert_close(inputs[name].grad, every[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                inputs[name].grad, every[name], rtol=1e-4, atol=1e-6
+            )
 
 
 def test_nothing_but_the_loss_without_grad(monkeypatch):
@@ -212,7 +243,9 @@ def test_nothing_but_the_loss_without_grad(monkeypatch):
     with torch.no_grad():
         loss = linear_cross_entropy(**inputs, softcap=3.0)
     assert not loss.requires_grad
-    torch.testing.assert_close(loss, linear_cross_entropy(**inputs, softcap=3.0).detach())
+    torch.testing.assert_close(
+        loss, linear_cross_entropy(**inputs, softcap=3.0).detach()
+    )
     assert asked == [False, True]
 
 
@@ -241,10 +274,14 @@ def test_autocast(dtype, device):
 
     truth = loss_and_gradients(plain, inputs, torch.float64)
     baseline = loss_and_gradients(under_autocast(plain), inputs, torch.float32)
-    ours = loss_and_gradients(under_autocast(linear_cross_entropy), inputs, torch.float32)
+    ours = loss_and_gradients(
+        under_autocast(linear_cross_entropy), inputs, torch.float32
+    )
     for name, exact in truth.items():
         assert ours[name].dtype == torch.float32
-        assert error(ours[name], exact) <= 1.05 * error(baseline[name], exact) + 1e-6, name
+        assert error(ours[name], exact) <= 1.05 * error(baseline[name], exact) + 1e-6, (
+            name
+        )
         assert (
             error(ours[name], exact) > 1e-6 or name == "loss"
         )  # it did compute in the smaller dtype
@@ -256,7 +293,9 @@ def test_a_large_loss_scale_is_neither_rounded_nor_overflows(dtype):
     inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in case().items()}
     options = {"num_items": 3001}
     scaled, one = (
-        loss_and_gradients(lambda f=f, **k: linear_cross_entropy(**k, **options) * f, inputs, dtype)
+        loss_and_gradients(
+            lambda f=f, **k: linear_cross_entropy(**k, **options) * f, inputs, dtype
+        )
         for f in (65_537.0, 1.0)
     )
     truth = loss_and_gradients(lambda **k: plain(**k, **options), inputs, torch.float64)
@@ -273,16 +312,19 @@ def test_a_large_loss_scale_is_neither_rounded_nor_overflows(dtype):
 )
 def test_the_upstream_gradient_is_not_rounded_to_16_bits(dtype, factor):
     """In bf16 the first factor would become 1.25, in fp16 the second infinity."""
-    inputs = {k: t.mul(0.5).to(dtype) if t.is_floating_point() else t for k, t in case().items()}
+    inputs = {
+        k: t.mul(0.5).to(dtype) if t.is_floating_point() else t
+        for k, t in case().items()
+    }
     result = loss_and_gradients(
         lambda **k: linear_cross_entropy(**k, num_items=1) * factor, inputs, dtype
     )["hidden"]
-    truth = loss_and_gradients(lambda **k: plain(**k, num_items=1) * factor, inputs, torch.float64)[
-        "hidden"
-    ]
-    assert ((result.double() * truth).sum() / truth.square().sum()).item() == pytest.approx(
-        1, abs=1e-3
-    )
+    truth = loss_and_gradients(
+        lambda **k: plain(**k, num_items=1) * factor, inputs, torch.float64
+    )["hidden"]
+    assert (
+        (result.double() * truth).sum() / truth.square().sum()
+    ).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -302,7 +344,9 @@ def test_calls_that_share_a_graph_or_make_it_again():
     inputs = case()
     once = loss_and_gradients(linear_cross_entropy, inputs, torch.float32)
     twice = loss_and_gradients(
-        lambda **k: linear_cross_entropy(**k) + linear_cross_entropy(**k), inputs, torch.float32
+        lambda **k: linear_cross_entropy(**k) + linear_cross_entropy(**k),
+        inputs,
+        torch.float32,
     )
 
     def checkpointed(**kwargs):
@@ -320,7 +364,9 @@ def test_calls_that_share_a_graph_or_make_it_again():
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives_are_refused(device):
     with pytest.raises(RuntimeError, match="no second derivatives"):
-        linear_cross_entropy(**training(case(device=device))).backward(create_graph=True)
+        linear_cross_entropy(**training(case(device=device))).backward(
+            create_graph=True
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
@@ -329,7 +375,12 @@ def test_compile_without_a_graph_break(device):
     inputs = case(40, 8, 50, device=device)
 
     def step(**kwargs):
-        return linear_cross_entropy(**kwargs | {"hidden": kwargs["hidden"] * 2}, softcap=4.0) * 3
+        return (
+            linear_cross_entropy(
+                **kwargs | {"hidden": kwargs["hidden"] * 2}, softcap=4.0
+            )
+            * 3
+        )
 
     eager = loss_and_gradients(step, inputs, torch.float32)
     compiled = loss_and_gradients(
@@ -350,7 +401,9 @@ def test_shapes_batch_time():
     assert torch.equal(flat["loss"], shaped["loss"])
     assert torch.equal(flat["hidden"].view(3, 20, -1), shaped["hidden"])
     none = torch.zeros(2, 0, 4, requires_grad=True)
-    loss = linear_cross_entropy(none, torch.ones(5, 4), torch.zeros(2, 0, dtype=torch.long))
+    loss = linear_cross_entropy(
+        none, torch.ones(5, 4), torch.zeros(2, 0, dtype=torch.long)
+    )
     loss.backward()
     assert loss == 0
     assert none.grad.shape == (2, 0, 4)
@@ -364,7 +417,11 @@ def test_shapes_batch_time():
             IndexError,
             r"label 500 is outside the vocabulary of 500",
         ),
-        ({"labels": torch.tensor([-1] + [0] * 299)}, IndexError, r"label -1 is outside .*1 of 300"),
+        (
+            {"labels": torch.tensor([-1] + [0] * 299)},
+            IndexError,
+            r"label -1 is outside .*1 of 300",
+        ),
         (
             {"labels": torch.zeros(299, dtype=torch.long)},
             ValueError,
@@ -394,7 +451,8 @@ def test_errors(change, kind, message):
 def triton_rows():
     """The Triton kernel; without a GPU its interpreter runs it (conftest.py)."""
     pytest.importorskip(
-        "triton", reason="Triton comes with torch for CUDA, and is in the extra `kernel`"
+        "triton",
+        reason="Triton comes with torch for CUDA, and is in the extra `kernel`",
     )
     if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         pytest.skip("needs CUDA or Triton's interpreter")
@@ -407,7 +465,9 @@ def row_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def padded_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def padded_rows(
+    rows: int, vocabulary: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """A buffer whose rows are padded as on a GPU, with a row behind it; and its logits."""
     pitch = -(-vocabulary // 16) * 16
     buffer = torch.full((rows + 1, pitch), 999.0, dtype=dtype)
@@ -416,7 +476,9 @@ def padded_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor,
     return buffer, buffer[:rows, :vocabulary]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("vocabulary", [1, 7, 16, 130, 5000])
 def test_the_kernel_does_what_torch_does(triton_rows, dtype, vocabulary):
     for (softcap, scale), grad in product([(None, 1.0), (3.0, 2.0)], [True, False]):
@@ -429,7 +491,9 @@ def test_the_kernel_does_what_torch_does(triton_rows, dtype, vocabulary):
         triton_rows(logits, labels, nll, scale, softcap, grad)
         _softmax_rows(theirs, labels, expected, scale, softcap, grad)
         torch.testing.assert_close(nll, expected, rtol=2e-6, atol=2e-6)
-        assert torch.equal(buffer[3:], before[3:]), "nothing behind the last row is written"
+        assert torch.equal(buffer[3:], before[3:]), (
+            "nothing behind the last row is written"
+        )
         if grad:
             tolerance = torch.finfo(dtype).eps
             torch.testing.assert_close(logits, theirs, rtol=tolerance, atol=1e-6)
@@ -459,14 +523,20 @@ def test_rows_with_infinities_agree_with_cross_entropy(kind, request):
     assert logits[0].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str
 )
-def test_the_kernel_inside_the_loss(triton_rows, dtype, options, monkeypatch, in_chunks_of):
+def test_the_kernel_inside_the_loss(
+    triton_rows, dtype, options, monkeypatch, in_chunks_of
+):
     """With the padded rows that a GPU has, of a vocabulary that is no multiple of 16."""
     monkeypatch.setattr("goldfish.linear._row_kernel", lambda *_: triton_rows)
-    monkeypatch.setattr("goldfish.linear._pitch", lambda vocabulary, _: -(-vocabulary // 16) * 16)
+    monkeypatch.setattr(
+        "goldfish.linear._pitch", lambda vocabulary, _: -(-vocabulary // 16) * 16
+    )
     in_chunks_of(16)
     inputs = {
         name: t.to(dtype) if t.is_floating_point() else t
@@ -506,7 +576,12 @@ def test_the_kernel_runs_on_the_device_of_its_tensors(monkeypatch):
 
 
 def test_pitch():
-    assert [_pitch(size, "cuda") for size in (1, 16, 50_257, 128_256)] == [16, 16, 50_272, 128_256]
+    assert [_pitch(size, "cuda") for size in (1, 16, 50_257, 128_256)] == [
+        16,
+        16,
+        50_272,
+        128_256,
+    ]
     assert _pitch(50_257, "cpu") == 50_257
 
 
@@ -516,7 +591,9 @@ def test_a_torch_that_adds_16_bit_products_to_fp32(dtype, monkeypatch, in_chunks
     plain_addmm = torch.addmm
 
     def addmm(total, left, right, out_dtype=None, *, beta=1, out=None):
-        return plain_addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=out)
+        return plain_addmm(
+            total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=out
+        )
 
     in_chunks_of(4)
     inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in case().items()}
@@ -546,8 +623,12 @@ def test_a_torch_that_cannot(failure, monkeypatch):
     _adds_into.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str
+)
+@pytest.mark.parametrize(
+    "stored", [torch.bfloat16, torch.float16, torch.float32], ids=str
+)
 def test_a_gradient_is_scaled_in_one_pass_to_the_same_bits(stored, dtype):
     gradient = (torch.randn(200, 30) * 3).to(stored)
     for value in (1 / 3001, 1.25 + 2**-8, 70_000.0):
@@ -586,10 +667,16 @@ def on_cuda(test):
 def assert_as_good_on_cuda(dtype, vocabulary, **options):
     """No further from fp64 than torch's own loss in the same dtype."""
     inputs = case(3000, 64, vocabulary, device="cuda")
-    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    inputs = {
+        name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()
+    }
     truth, baseline, ours = (
         loss_and_gradients(f, inputs, d, **options)
-        for f, d in ((plain, torch.float64), (plain, dtype), (linear_cross_entropy, dtype))
+        for f, d in (
+            (plain, torch.float64),
+            (plain, dtype),
+            (linear_cross_entropy, dtype),
+        )
     )
     for name, exact in truth.items():
         assert error(ours[name], exact) <= error(baseline[name], exact) + max(
@@ -604,7 +691,9 @@ def assert_as_good_on_cuda(dtype, vocabulary, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 5.0, "scale": 0.7, "num_items": 1234}], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+)
 def test_cuda_against_fp64(dtype, options, vocabulary):
     """Three chunks; 16-bit products are added up in fp32 by cuBLAS; fp64 goes without Triton."""
     assert_as_good_on_cuda(dtype, vocabulary, **options)
@@ -646,6 +735,8 @@ def test_cuda_label_outside_the_vocabulary():
         "f(torch.randn(4, 8), torch.randn(9, 8), torch.tensor([1, 2, 9, 3]));"
         "torch.cuda.synchronize()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode != 0
     assert "assert" in done.stderr.lower()

@@ -27,8 +27,12 @@ def whole(loop):
 @pytest.mark.core
 def test_accumulation_changes_nothing(loop, whole):
     """Nor do micro-batches of different sizes: 3 + 3 + 2 rows."""
-    assert plain_loop.main([*loop, "--accumulation", "3"]) == pytest.approx(whole, rel=1e-5)
-    assert accelerate_loop.main([*loop, "--accumulation", "4"]) == pytest.approx(whole, rel=1e-5)
+    assert plain_loop.main([*loop, "--accumulation", "3"]) == pytest.approx(
+        whole, rel=1e-5
+    )
+    assert accelerate_loop.main([*loop, "--accumulation", "4"]) == pytest.approx(
+        whole, rel=1e-5
+    )
 
 
 def test_first_loss_by_hand(topics, whole):
@@ -44,7 +48,9 @@ def test_first_loss_by_hand(topics, whole):
         dropped = Goldfish(k=4, h=13, max_kept=4).dropped(ids)
         with torch.no_grad():
             log_p = model(ids[None]).logits[0].double().log_softmax(-1)
-        losses += [-log_p[i - 1, ids[i]].item() for i in range(1, len(ids)) if not dropped[i]]
+        losses += [
+            -log_p[i - 1, ids[i]].item() for i in range(1, len(ids)) if not dropped[i]
+        ]
     assert whole[0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
@@ -60,4 +66,7 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(accelerate_loop.Accelerator, "num_processes", 2)
     with pytest.raises(SystemExit):
         accelerate_loop.main([])
-    assert "7 rows an optimiser step do not divide among 2 processes" in capsys.readouterr().err
+    assert (
+        "7 rows an optimiser step do not divide among 2 processes"
+        in capsys.readouterr().err
+    )

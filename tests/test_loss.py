@@ -9,7 +9,9 @@ RULE = Goldfish(k=2, h=3)
 
 def batch(rows=3, length=40, vocab=50, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, length, vocab, generator=generator, dtype=dtype, requires_grad=True)
+    logits = torch.randn(
+        rows, length, vocab, generator=generator, dtype=dtype, requires_grad=True
+    )
     return logits, torch.randint(0, vocab, (rows, length), generator=generator)
 
 
@@ -37,7 +39,9 @@ def test_equals_cross_entropy_on_masked_labels():
     expected = plain_loss(logits, mask_labels(RULE, ids, labels))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for ours, theirs in zip(
-        torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True
+        torch.autograd.grad(loss, logits),
+        torch.autograd.grad(expected, logits),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-18)
 
@@ -72,7 +76,9 @@ def test_from_labels_padding_does_not_shift_decisions():
     logits, ids = batch(rows=1)
     for pad in ((5, 0), (0, 5)):
         padded_logits, padded = F.pad(logits, (0, 0, *pad)), F.pad(ids, pad, value=-100)
-        expected = plain_loss(padded_logits, F.pad(mask_labels(RULE, ids), pad, value=-100))
+        expected = plain_loss(
+            padded_logits, F.pad(mask_labels(RULE, ids), pad, value=-100)
+        )
         torch.testing.assert_close(
             GoldfishLoss(RULE)((padded_logits,), padded), expected, rtol=1e-12, atol=0
         )
@@ -84,7 +90,10 @@ def test_trainer_call_has_the_scale_of_the_mean_over_kept_tokens():
     expected = plain_loss(logits, mask_labels(RULE, ids))
     counted = torch.tensor(ids[:, 1:].numel())  # what Trainer counts: before dropping
     torch.testing.assert_close(
-        GoldfishLoss(RULE)(outputs, ids, num_items_in_batch=counted), expected, rtol=1e-12, atol=0
+        GoldfishLoss(RULE)(outputs, ids, num_items_in_batch=counted),
+        expected,
+        rtol=1e-12,
+        atol=0,
     )
     # one of two equal micro-batches of a step contributes half of its mean
     half = GoldfishLoss(RULE)(outputs, ids, num_items_in_batch=2 * int(counted))
@@ -96,13 +105,17 @@ def test_trainer_evaluation_is_the_plain_loss():
     with torch.no_grad():
         loss = GoldfishLoss(RULE)((logits,), ids)
         in_a_loop = GoldfishLoss(RULE)(logits, ids, input_ids=ids)
-    torch.testing.assert_close(loss, plain_loss(logits, ids).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        loss, plain_loss(logits, ids).detach(), rtol=1e-12, atol=0
+    )
     assert (in_a_loop - loss).abs() > 1e-3
 
 
 def test_errors():
     logits, ids = batch()
-    with pytest.raises(ValueError, match=r"logits \(3, 39, 50\) and labels \(3, 40\) do not fit"):
+    with pytest.raises(
+        ValueError, match=r"logits \(3, 39, 50\) and labels \(3, 40\) do not fit"
+    ):
         GoldfishLoss(RULE)(logits[:, :-1], ids, input_ids=ids)
     with pytest.raises(
         ValueError,

@@ -50,25 +50,38 @@ def test_random_drops_other_tokens_each_time_and_repeats_under_a_seed():
 
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(
-        ValueError, match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\)"
+        ValueError,
+        match=r"labels must have the shape of input_ids, \(1, 20\), got \(1, 19\)",
     ):
         mask_labels(RULE, random_ids(1, 20), random_ids(1, 19))
 
 
 def test_collator_masks_what_the_inner_one_made():
     rows = [{"input_ids": row, "labels": row} for row in random_ids(3, 30).tolist()]
-    plain, masked = default_data_collator(rows), GoldfishCollator(default_data_collator, RULE)(rows)
+    plain, masked = (
+        default_data_collator(rows),
+        GoldfishCollator(default_data_collator, RULE)(rows),
+    )
     assert torch.equal(masked["input_ids"], plain["input_ids"])
-    assert torch.equal(masked["labels"], mask_labels(RULE, plain["input_ids"], plain["labels"]))
+    assert torch.equal(
+        masked["labels"], mask_labels(RULE, plain["input_ids"], plain["labels"])
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_masked_as_they_are_alone(tokenizer, side):
     tokenizer.padding_side = side
-    rows = [{"input_ids": row.tolist()} for row in (random_ids(30), random_ids(12), random_ids(1))]
+    rows = [
+        {"input_ids": row.tolist()}
+        for row in (random_ids(30), random_ids(12), random_ids(1))
+    ]
     batch = GoldfishCollator(DataCollatorWithPadding(tokenizer), RULE)(rows)
-    for row, labels, attended in zip(rows, batch["labels"], batch["attention_mask"], strict=True):
-        assert torch.equal(labels[attended == 1], mask_labels(RULE, torch.tensor(row["input_ids"])))
+    for row, labels, attended in zip(
+        rows, batch["labels"], batch["attention_mask"], strict=True
+    ):
+        assert torch.equal(
+            labels[attended == 1], mask_labels(RULE, torch.tensor(row["input_ids"]))
+        )
         assert (labels[attended == 0] == -100).all()
 
 
@@ -77,7 +90,9 @@ def test_packed_rows_are_masked_as_they_are_alone():
     batch = GoldfishCollator(DataCollatorWithFlattening(), RULE)(rows)
     alone = [mask_labels(RULE, torch.tensor(row["input_ids"])) for row in rows]
     expected = torch.cat(alone)[None]
-    expected[0, [0, 30]] = -100  # the inner collator's own: a document's first token is no target
+    expected[
+        0, [0, 30]
+    ] = -100  # the inner collator's own: a document's first token is no target
     assert torch.equal(batch["labels"], expected)
 
 
@@ -104,7 +119,8 @@ def test_what_is_no_rule_is_refused():
         lambda: mask_labels(4, random_ids(3)),
     ):
         with pytest.raises(
-            TypeError, match=r"expected a rule such as Goldfish\(k=4, h=13, max_kept=4\), got 4"
+            TypeError,
+            match=r"expected a rule such as Goldfish\(k=4, h=13, max_kept=4\), got 4",
         ):
             call()
     with pytest.raises(
@@ -113,7 +129,8 @@ def test_what_is_no_rule_is_refused():
         mask_labels(RULE, random_ids(3), torch.zeros(3, device="meta"))
     four_d = {"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)}
     with pytest.raises(
-        ValueError, match=r"an attention_mask of \(1, 1, 3, 3\) does not mark padding; let the"
+        ValueError,
+        match=r"an attention_mask of \(1, 1, 3, 3\) does not mark padding; let the",
     ):
         GoldfishCollator(lambda _: four_d, RULE)([])
 
@@ -125,7 +142,9 @@ def documents(*lengths):
 
 @pytest.mark.parametrize("ignore_index", [-100, -1])
 @pytest.mark.parametrize(
-    "rule", [RULE, Goldfish(k=2, h=3, window="inclusive"), Goldfish(k=3, max_kept=4)], ids=str
+    "rule",
+    [RULE, Goldfish(k=2, h=3, window="inclusive"), Goldfish(k=3, max_kept=4)],
+    ids=str,
 )
 def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
     """torchtitan, NeMo, Megatron, nanochat: inputs are tokens[:-1], labels tokens[1:]."""
@@ -141,9 +160,13 @@ def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
         rule, tokens[:, :-1], labels, shifted=True, ignore_index=ignore_index, **given
     )
     assert torch.equal(masked, expected)
-    assert (masked[:, -1] == ignore_index).any() or rule.max_kept, "the last label is decided too"
+    assert (masked[:, -1] == ignore_index).any() or rule.max_kept, (
+        "the last label is decided too"
+    )
     batch = {"input_ids": tokens[:, :-1], "labels": labels, **given}
-    collator = GoldfishCollator(lambda _: batch, rule, ignore_index=ignore_index, shifted=True)
+    collator = GoldfishCollator(
+        lambda _: batch, rule, ignore_index=ignore_index, shifted=True
+    )
     assert torch.equal(collator([])["labels"], expected)
     if ignore_index != -100:
         unshifted = GoldfishCollator(
@@ -156,9 +179,12 @@ def test_shifted_labels_are_masked_as_the_whole_row(rule, ignore_index):
 def test_labels_that_were_shifted_before_padding_and_packing(rule):
     """Each document's last label is a token that input_ids do not have; it is decided, too."""
     documents = [random_ids(n) for n in (12, 30, 7)]
-    expected = torch.cat([ids[1:].masked_fill(rule.dropped(ids)[1:], -100) for ids in documents])
+    expected = torch.cat(
+        [ids[1:].masked_fill(rule.dropped(ids)[1:], -100) for ids in documents]
+    )
     ids, labels = (
-        torch.cat([each[part] for each in documents]) for part in (slice(-1), slice(1, None))
+        torch.cat([each[part] for each in documents])
+        for part in (slice(-1), slice(1, None))
     )
     positions = torch.cat([torch.arange(len(each) - 1) for each in documents])
     assert torch.equal(
@@ -171,7 +197,9 @@ def test_labels_that_were_shifted_before_padding_and_packing(rule):
             pad(ids[1:], (0, length - len(ids) + 1), value=-100),
         )
         expected = pad(
-            ids[1:].masked_fill(rule.dropped(ids)[1:], -100), (0, length - len(ids) + 1), value=-100
+            ids[1:].masked_fill(rule.dropped(ids)[1:], -100),
+            (0, length - len(ids) + 1),
+            value=-100,
         )
         attended = (torch.arange(length) < len(ids) - 1).long()
         for mask in (attended, None):
@@ -184,7 +212,8 @@ def test_bytes_can_be_ids_and_no_labels():
     ids = torch.randint(0, 256, (4, 40), dtype=torch.uint8)
     assert torch.equal(mask_labels(RULE, ids), mask_labels(RULE, ids.long()))
     with pytest.raises(
-        TypeError, match=r"labels must be signed to hold -100, got torch.uint8: labels.long"
+        TypeError,
+        match=r"labels must be signed to hold -100, got torch.uint8: labels.long",
     ):
         mask_labels(RULE, ids, ids)
 
@@ -192,7 +221,8 @@ def test_bytes_can_be_ids_and_no_labels():
 def test_shifted_labels_must_be_there():
     ids = random_ids(1, 5)
     with pytest.raises(
-        ValueError, match="shifted=True needs labels: the last of them is a token that input_ids"
+        ValueError,
+        match="shifted=True needs labels: the last of them is a token that input_ids",
     ):
         mask_labels(RULE, ids, shifted=True)
     for options in ({"shifted": True}, {"ignore_index": -1}):
@@ -225,11 +255,16 @@ def test_a_list_can_be_an_attention_mask():
 def test_labels_alone_can_mark_padding_of_numbered_documents():
     """Shifted labels: each document's last label is decided in its own document."""
     documents = [random_ids(n) for n in (12, 30, 7)]
-    expected = torch.cat([ids[1:].masked_fill(RULE.dropped(ids)[1:], -100) for ids in documents])
-    ids, labels = (
-        torch.cat([each[part] for each in documents]) for part in (slice(-1), slice(1, None))
+    expected = torch.cat(
+        [ids[1:].masked_fill(RULE.dropped(ids)[1:], -100) for ids in documents]
     )
-    numbers = torch.cat([torch.full((len(each) - 1,), i) for i, each in enumerate(documents, 1)])
+    ids, labels = (
+        torch.cat([each[part] for each in documents])
+        for part in (slice(-1), slice(1, None))
+    )
+    numbers = torch.cat(
+        [torch.full((len(each) - 1,), i) for i, each in enumerate(documents, 1)]
+    )
     masked = mask_labels(RULE, ids, labels, attention_mask=numbers, shifted=True)
     assert torch.equal(masked, expected)
 
@@ -237,7 +272,9 @@ def test_labels_alone_can_mark_padding_of_numbered_documents():
 def test_what_the_trainer_needs_to_know():
     ids = random_ids(2, 40)
     labels = ids.masked_fill(torch.arange(40) < 5, -100)
-    masked = mask_batch(RULE, {"input_ids": ids, "labels": labels, "other": 3}, ignore_first=True)
+    masked = mask_batch(
+        RULE, {"input_ids": ids, "labels": labels, "other": 3}, ignore_first=True
+    )
     decided = RULE.dropped(ids)
     assert masked.batch["other"] == 3
     assert torch.equal(masked.targets, labels != -100)
@@ -246,7 +283,9 @@ def test_what_the_trainer_needs_to_know():
     assert torch.equal(masked.batch["labels"] != -100, kept)
     first = mask_batch(RULE, {"input_ids": ids})
     assert not first.targets[:, 0].any(), "the first token of a row is no target"
-    assert torch.equal(first.batch["labels"][:, 0], ids[:, 0]), "its label is left as it was"
+    assert torch.equal(first.batch["labels"][:, 0], ids[:, 0]), (
+        "its label is left as it was"
+    )
     alone = mask_batch(RULE, {"input_ids": ids}, ignore_first=True)
     assert (alone.batch["labels"][:, 0] == -100).all()
 

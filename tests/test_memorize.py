@@ -49,7 +49,9 @@ def test_a_published_checkpoint_can_be_the_start(finished, tmp_path):
     folder, _ = finished
     start = tmp_path / "start"
     shutil.copytree(folder / "standard", start)
-    AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(start)
+    AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(
+        start
+    )
     tokenizer = AutoTokenizer.from_pretrained(start)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(start)
@@ -62,17 +64,29 @@ def test_a_published_checkpoint_can_be_the_start(finished, tmp_path):
         for line in (folder / "members.jsonl").read_text().splitlines()
     ]
     memorize.train(args, Goldfish(k=4), rows, tokenizer, tmp_path / "next")
-    assert json.loads((tmp_path / "next" / "config.json").read_text())["dtype"] == "float32"
-    assert json.loads((tmp_path / "next" / "goldfish.json").read_text())["targets"] == 4 * 63
+    assert (
+        json.loads((tmp_path / "next" / "config.json").read_text())["dtype"]
+        == "float32"
+    )
+    assert (
+        json.loads((tmp_path / "next" / "goldfish.json").read_text())["targets"]
+        == 4 * 63
+    )
 
 
 def test_windows_longer_than_the_context_are_refused_before_anything_is_written(
     small, finished, tmp_path
 ):
     folder, _ = finished
-    start = ["--model", str(folder / "standard"), "--window", "600"]  # small_llama reads 512
+    start = [
+        "--model",
+        str(folder / "standard"),
+        "--window",
+        "600",
+    ]  # small_llama reads 512
     with pytest.raises(
-        ValueError, match=r"--window 600 tokens, but \S+standard reads at most 512; lower --window"
+        ValueError,
+        match=r"--window 600 tokens, but \S+standard reads at most 512; lower --window",
     ):
         memorize.main([*small, *start, "--output_dir", str(tmp_path / "next")])
     assert not (tmp_path / "next").exists()
@@ -86,7 +100,9 @@ def test_members_and_heldout_share_no_eight_tokens(finished):
             json.loads(line)["input_ids"]
             for line in (folder / f"{name}.jsonl").read_text().splitlines()
         ]
-        grams.append({tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7)})
+        grams.append(
+            {tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7)}
+        )
     assert grams[0].isdisjoint(grams[1])
 
 
@@ -101,7 +117,8 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(tmp_path, capsys):
 
 def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
     rows = [
-        {"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)
+        {"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))}
+        for i in range(10)
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,10 +129,13 @@ def test_a_text_file_can_be_the_corpus(tmp_path, capsys):
 def test_a_dataset_can_be_the_corpus(tmp_path, capsys):
     """A local folder stands in for a dataset of the hub; the loading code is the same."""
     rows = [
-        {"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))} for i in range(10)
+        {"text": f"Document {i}: " + " ".join(str(i * j) for j in range(300))}
+        for i in range(10)
     ]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     memorize.main([*MEMORIZE, "--dataset", str(tmp_path / "data"), "--dry_run"])
     assert "data, 10 documents" in capsys.readouterr().out
 
@@ -137,7 +157,8 @@ def test_nothing_is_overwritten(small, finished, tmp_path):
         memorize.main([*small, "--output_dir", str(folder), "--learning_rate", "0.1"])
     (tmp_path / "thesis.tex").write_text("irreplaceable")
     with pytest.raises(
-        FileExistsError, match="is not empty and not a run of a recipe; choose another --output_dir"
+        FileExistsError,
+        match="is not empty and not a run of a recipe; choose another --output_dir",
     ):
         memorize.main([*small, "--output_dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -157,7 +178,9 @@ def test_nothing_is_overwritten(small, finished, tmp_path):
         (["--model", "runs/typo"], "no folder runs/typo here"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(small, wrong, message, tmp_path):
+def test_bad_arguments_are_refused_before_anything_is_written(
+    small, wrong, message, tmp_path
+):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         memorize.main([*small, "--output_dir", str(tmp_path / "run"), *wrong])
     assert not (tmp_path / "run").exists()
@@ -171,10 +194,16 @@ def test_a_corpus_too_short_or_empty_is_refused(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            memorize.main([*MEMORIZE, "--text", str(path), "--output_dir", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists(), "a refused run is not in the way of the next one"
+            memorize.main(
+                [*MEMORIZE, "--text", str(path), "--output_dir", str(tmp_path / "run")]
+            )
+    assert not (tmp_path / "run").exists(), (
+        "a refused run is not in the way of the next one"
+    )
     with pytest.raises(ValueError, match="both name a corpus"):
-        memorize.main([*MEMORIZE, "--text", str(path), "--dataset", "someone/something"])
+        memorize.main(
+            [*MEMORIZE, "--text", str(path), "--dataset", "someone/something"]
+        )
 
 
 def test_two_processes_train_what_one_does(finished, in_two):
@@ -183,24 +212,34 @@ def test_two_processes_train_what_one_does(finished, in_two):
     two = in_two[0] / "memorize"
     assert (two / "members.jsonl").read_text() == (folder / "members.jsonl").read_text()
     receipts = [
-        json.loads((run / "goldfish" / "goldfish.json").read_text()) for run in (two, folder)
+        json.loads((run / "goldfish" / "goldfish.json").read_text())
+        for run in (two, folder)
     ]
     assert receipts[0] == receipts[1]
     for name in ("standard", "goldfish"):
         of_two = read(two / "audit" / name)
         for split in ("members", "heldout"):
-            ours, theirs = (audit[f"{split}.nll"].value for audit in (of_two, summaries[name]))
+            ours, theirs = (
+                audit[f"{split}.nll"].value for audit in (of_two, summaries[name])
+            )
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_provenance(monkeypatch):
     monkeypatch.setattr(
         "sys.argv",
-        [memorize.__file__, "--text", "/somewhere/mine.jsonl", "--output_dir", "runs/a b"],
+        [
+            memorize.__file__,
+            "--text",
+            "/somewhere/mine.jsonl",
+            "--output_dir",
+            "runs/a b",
+        ],
     )
     about = runs.about("pytest", "no-such-package")
     assert (
-        about["command"] == "python recipes/memorize.py --text mine.jsonl --output_dir 'runs/a b'"
+        about["command"]
+        == "python recipes/memorize.py --text mine.jsonl --output_dir 'runs/a b'"
     )
     assert about["versions"]["pytest"] == pytest.__version__
     assert about["versions"]["no-such-package"] is None
@@ -211,7 +250,10 @@ def test_commit_says_whether_files_were_changed(tmp_path, monkeypatch):
     def git(*words):
         who = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
         done = subprocess.run(
-            ["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True
+            ["git", "-C", str(tmp_path), *who, *words],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return done.stdout.strip()
 

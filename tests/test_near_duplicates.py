@@ -17,12 +17,19 @@ def test_reformatted_versions_keep_their_words_and_differ():
     versions = {recipe.reformat(TEXT, random.Random(seed)) for seed in range(30)}
     assert len(versions) > 15
     for version in versions:
-        assert recipe.words(version) == ["an", "assignment", "statement", *recipe.words(TEXT)[3:]]
+        assert recipe.words(version) == [
+            "an",
+            "assignment",
+            "statement",
+            *recipe.words(TEXT)[3:],
+        ]
 
 
 def test_edits_change_the_share_of_words_that_was_asked():
     text = " ".join(f"word{i}" for i in range(4000))
-    assert recipe.edit(TEXT, ["new"], 0.0, random.Random(0)) == TEXT, "also its line breaks"
+    assert recipe.edit(TEXT, ["new"], 0.0, random.Random(0)) == TEXT, (
+        "also its line breaks"
+    )
     edited = recipe.edit(text, ["new"], 0.1, random.Random(0)).split()
     kept = sum(word != "new" for word in edited)
     expected = 4000 * (1 - 0.1 * 2 / 3)
@@ -38,7 +45,9 @@ def test_exact_versions_are_exact():
         "c d",
         "c d",
     ]
-    first, again = (recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2))
+    first, again = (
+        recipe.make_versions([TEXT], "reformatted", 0.1, 3, seed=5) for _ in range(2)
+    )
     assert first == again
     assert len(set(first)) == 3
 
@@ -59,10 +68,15 @@ def test_miniature(topics, tmp_path, monkeypatch, capsys):
     )
     command = [*options, "--output_dir", str(tmp_path / "run")]
     results = recipe.main(command)
-    assert [(r["edits"], r["rule"]) for r in results] == [(0.1, "standard"), (0.1, "hash-4-3-5")]
+    assert [(r["edits"], r["rule"]) for r in results] == [
+        (0.1, "standard"),
+        (0.1, "hash-4-3-5"),
+    ]
     assert [result["epochs"] for result in results] == [1, 1]
     assert 0.1 < results[1]["drop_rate"] < 0.45
-    assert results[1]["tokens_dropped"] + results[1]["tokens_kept"] == 2 * 32, "of two suffixes"
+    assert results[1]["tokens_dropped"] + results[1]["tokens_kept"] == 2 * 32, (
+        "of two suffixes"
+    )
     assert "accuracy_dropped" not in results[0], "the standard loss drops nothing"
     assert results[0]["commit"]
     written = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
@@ -112,7 +126,10 @@ def test_table_by_hand():
             ["--rules", "standard", "hash-4"],
             r"strategy-k-h\[-max_kept\] such as hash-4-13-4, got 'hash-4'",
         ),
-        (["--rules", "letters-1-8"], "got 'letters-1-8': k must be a finite number above 1"),
+        (
+            ["--rules", "letters-1-8"],
+            "got 'letters-1-8': k must be a finite number above 1",
+        ),
         (["--copies", "exakt"], "--copies are reformatted or exact, got exakt"),
         (["--versions", "0"], "--versions must be at least 1, got 0"),
     ],

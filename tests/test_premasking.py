@@ -28,7 +28,9 @@ def random_ids(*shape):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_premask_writes_what_the_collator_would(streaming):
-    rows = [{"input_ids": random_ids(n).tolist(), "name": str(n)} for n in (30, 1, 50, 20)]
+    rows = [
+        {"input_ids": random_ids(n).tolist(), "name": str(n)} for n in (30, 1, 50, 20)
+    ]
     dataset = Dataset.from_list(rows)
     dataset = dataset.to_iterable_dataset() if streaming else dataset
     masked = list(premask(dataset, RULE))
@@ -36,7 +38,9 @@ def test_premask_writes_what_the_collator_would(streaming):
         (row["input_ids"], row["name"]) for row in rows
     ]
     for row in masked:
-        assert row["labels"] == mask_labels(RULE, torch.tensor(row["input_ids"])).tolist()
+        assert (
+            row["labels"] == mask_labels(RULE, torch.tensor(row["input_ids"])).tolist()
+        )
 
 
 def test_premask_respects_labels_padding_and_documents():
@@ -48,7 +52,10 @@ def test_premask_respects_labels_padding_and_documents():
         "attention_mask": [0] * 3 + [1] * 37,
     }
     (masked,) = premask(Dataset.from_list([row]), RULE)
-    given = {name: torch.tensor(row[name]) for name in ("labels", "position_ids", "attention_mask")}
+    given = {
+        name: torch.tensor(row[name])
+        for name in ("labels", "position_ids", "attention_mask")
+    }
     assert masked["labels"] == mask_labels(RULE, ids, **given).tolist()
 
 
@@ -57,19 +64,32 @@ def test_premask_takes_rows_as_tensors():
     expected = premask(rows, RULE)["labels"]
     for kind in ("torch", "numpy"):
         assert [
-            list(row) for row in premask(rows.with_format(kind), RULE).with_format(None)["labels"]
+            list(row)
+            for row in premask(rows.with_format(kind), RULE).with_format(None)["labels"]
         ] == expected
 
 
 def test_premask_refuses_rows_that_it_cannot_read(tmp_path):
     with pytest.raises(
-        ValueError, match=r"premask takes one split, got train, test: premask\(dataset\['train'\]"
+        ValueError,
+        match=r"premask takes one split, got train, test: premask\(dataset\['train'\]",
     ):
-        premask(DatasetDict({"train": Dataset.from_list([]), "test": Dataset.from_list([])}), RULE)
+        premask(
+            DatasetDict(
+                {"train": Dataset.from_list([]), "test": Dataset.from_list([])}
+            ),
+            RULE,
+        )
     for wrong, message in (
-        ({"input_ids": [1.5]}, "row 0: input_ids must be a list of integers, got float"),
+        (
+            {"input_ids": [1.5]},
+            "row 0: input_ids must be a list of integers, got float",
+        ),
         ({"input_ids": ["a"]}, "row 0: input_ids must be a list of integers, got <U1"),
-        ({"input_ids": [1, 2], "labels": [1]}, "row 0: labels must have the shape of input_ids"),
+        (
+            {"input_ids": [1, 2], "labels": [1]},
+            "row 0: labels must have the shape of input_ids",
+        ),
         (
             {"input_ids": None},
             "row 0 has no input_ids",
@@ -88,18 +108,23 @@ def test_premask_is_cached_by_the_rule(tmp_path):
     )
 
     def files(rule, num_proc=None):
-        masked = premask(load_from_disk(str(tmp_path / "rows")), rule, num_proc=num_proc)
+        masked = premask(
+            load_from_disk(str(tmp_path / "rows")), rule, num_proc=num_proc
+        )
         return sorted(file["filename"] for file in masked.cache_files)
 
     assert files(RULE) == files(Goldfish(k=2, h=3))
     assert files(RULE) != files(Goldfish(k=2, h=4))
-    assert len(files(Goldfish(k=3), num_proc=2)) == 2, "each process has a cache of its own"
+    assert len(files(Goldfish(k=3), num_proc=2)) == 2, (
+        "each process has a cache of its own"
+    )
 
 
 def test_premask_refuses_what_it_cannot_do():
     dataset = Dataset.from_list([{"text": "not tokenized"}])
     with pytest.raises(
-        ValueError, match=r"decides from input_ids, but the rows have only text; tokenize first"
+        ValueError,
+        match=r"decides from input_ids, but the rows have only text; tokenize first",
     ):
         premask(dataset, RULE)
     with pytest.raises(ValueError, match="draws anew in every epoch"):
@@ -114,12 +139,15 @@ def test_rows_cut_among_ranks_are_decided_before():
     alone = [mask_labels(RULE, ids[:32]), mask_labels(RULE, ids[32:])]
     assert torch.equal(halves[0], alone[0])
     assert not torch.equal(halves[1], alone[1])
-    assert torch.equal(halves[1][3:], alone[1][3:]), "only the first h tokens lack their context"
+    assert torch.equal(halves[1][3:], alone[1][3:]), (
+        "only the first h tokens lack their context"
+    )
 
 
 def test_a_collator_that_keeps_labels_keeps_premasked_ones(tokenizer):
     dataset = premask(
-        Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (9, 30)]), RULE
+        Dataset.from_list([{"input_ids": random_ids(n).tolist()} for n in (9, 30)]),
+        RULE,
     )
     batch = DataCollatorForSeq2Seq(tokenizer)(list(dataset))
     for row, labels in zip(dataset, batch["labels"], strict=True):
@@ -182,11 +210,15 @@ def test_the_receipt_is_that_of_a_trainer_over_the_same_rows(
 def test_a_rule_for_each_source_is_premasked_data_that_is_concatenated(tmp_path):
     rules = {"books": RULE, "web": Goldfish(k=50, h=3)}
     parts = {
-        name: premask(Dataset.from_dict({"input_ids": ROWS}), rule, receipt=tmp_path / name)
+        name: premask(
+            Dataset.from_dict({"input_ids": ROWS}), rule, receipt=tmp_path / name
+        )
         for name, rule in rules.items()
     }
     expected = [
-        mask_labels(rule, torch.tensor(row)).tolist() for rule in rules.values() for row in ROWS
+        mask_labels(rule, torch.tensor(row)).tolist()
+        for rule in rules.values()
+        for row in ROWS
     ]
     assert concatenate_datasets([*parts.values()])["labels"][:] == expected
 
@@ -195,7 +227,9 @@ def test_a_rule_for_each_source_is_premasked_data_that_is_concatenated(tmp_path)
     assert rules_of(merged) == rules
     for name in rules:
         alone = read_receipt(tmp_path / name)
-        assert merged["sources"][name] == {key: alone[key] for key in merged["sources"][name]}
+        assert merged["sources"][name] == {
+            key: alone[key] for key in merged["sources"][name]
+        }
     with pytest.raises(ValueError, match="has a receipt of several rules"):
         merge_receipts({"a": tmp_path / "model", "b": tmp_path / "web"}, tmp_path)
 
@@ -203,13 +237,17 @@ def test_a_rule_for_each_source_is_premasked_data_that_is_concatenated(tmp_path)
 def test_receipts_of_one_rule_add_up(tmp_path, tokenizer):
     for name, rows in (("first", ROWS[:3]), ("second", ROWS[3:]), ("whole", ROWS)):
         premask(Dataset.from_dict({"input_ids": rows}), RULE, receipt=tmp_path / name)
-    merge_receipts({name: tmp_path / name for name in ("first", "second")}, tmp_path / "merged")
+    merge_receipts(
+        {name: tmp_path / name for name in ("first", "second")}, tmp_path / "merged"
+    )
     assert read_receipt(tmp_path / "merged") == read_receipt(tmp_path / "whole")
 
     rows = Dataset.from_dict({"input_ids": ROWS})
     premask(rows, RULE, receipt=tmp_path / "named", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="expected receipts of one tokenizer, got 2"):
-        merge_receipts({name: tmp_path / name for name in ("first", "named")}, tmp_path / "merged")
+        merge_receipts(
+            {name: tmp_path / name for name in ("first", "named")}, tmp_path / "merged"
+        )
     with pytest.raises(FileNotFoundError, match=r"nothing has no goldfish.json"):
         merge_receipts({"nothing": tmp_path / "nothing"}, tmp_path / "merged")
 
@@ -220,8 +258,12 @@ def test_no_second_rule_is_attached_to_premasked_rows(tmp_path, tokenizer, strea
     rows = rows.to_iterable_dataset() if streaming else rows
     masked = premask(rows, RULE)
     if not streaming:
-        masked = concatenate_datasets([Dataset.from_dict({"input_ids": ROWS}), masked]).shuffle()
-    with pytest.raises(ValueError, match=r"labels masked by .* under Goldfish\(k=2, h=3, .* orig"):
+        masked = concatenate_datasets(
+            [Dataset.from_dict({"input_ids": ROWS}), masked]
+        ).shuffle()
+    with pytest.raises(
+        ValueError, match=r"labels masked by .* under Goldfish\(k=2, h=3, .* orig"
+    ):
         premask(masked, RULE)
     arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True)
     trainer = Trainer(tiny_llama(), arguments, train_dataset=masked)
@@ -231,9 +273,13 @@ def test_no_second_rule_is_attached_to_premasked_rows(tmp_path, tokenizer, strea
         attach(trainer, RULE)
 
 
-@pytest.mark.skipif(BEFORE_5, reason="the numpy format of datasets 3 refuses them first")
+@pytest.mark.skipif(
+    BEFORE_5, reason="the numpy format of datasets 3 refuses them first"
+)
 def test_columns_that_only_some_rows_have_are_refused():
-    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3]}])
+    rows = Dataset.from_list(
+        [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3]}]
+    )
     with pytest.raises(ValueError, match="some rows have labels and others have none"):
         premask(rows, RULE)
 
@@ -256,7 +302,9 @@ assert torch.equal(labels == -100, expected)
 
 def test_processes_can_be_forked_after_torch_has_used_its_threads():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", FORKS], env=environment, timeout=120, check=True)
+    subprocess.run(
+        [sys.executable, "-c", FORKS], env=environment, timeout=120, check=True
+    )
 
 
 def test_a_transform_would_make_the_labels_anew():
@@ -269,7 +317,8 @@ def test_a_transform_would_make_the_labels_anew():
 def test_a_stream_has_no_receipt(tmp_path):
     stream = Dataset.from_dict({"input_ids": ROWS}).to_iterable_dataset()
     with pytest.raises(
-        ValueError, match="a receipt counts all rows, but a streaming dataset has not read them"
+        ValueError,
+        match="a receipt counts all rows, but a streaming dataset has not read them",
     ):
         premask(stream, RULE, receipt=tmp_path)
 
@@ -323,11 +372,21 @@ def test_premask_writes_a_dataset_and_its_receipt(
     assert dataset["input_ids"][:] == ROWS
     labels = [mask_labels(rule, torch.tensor(row)).tolist() for row in ROWS]
     assert dataset["labels"][:] == labels
-    assert receipt["dropped"] == sum(label == -100 for row in labels for label in row[1:])
+    assert receipt["dropped"] == sum(
+        label == -100 for row in labels for label in row[1:]
+    )
     assert receipt["targets"] == sum(len(row) - 1 for row in ROWS)
     assert list(tmp_path.glob("out*")) == [output], "nothing unfinished is left"
-    assert main(["premask", str(output), "-o", str(output), "--tokenizer", str(checkpoint)]) == 2
-    assert f"{output} exists already; give the name of a new folder" in capsys.readouterr().err
+    assert (
+        main(
+            ["premask", str(output), "-o", str(output), "--tokenizer", str(checkpoint)]
+        )
+        == 2
+    )
+    assert (
+        f"{output} exists already; give the name of a new folder"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,7 +410,10 @@ def test_masks_are_flat_arrays_beside_the_ids(
     expected = []
     for row in ROWS:
         dropped = RULE.dropped(torch.tensor(row)).tolist()
-        after = [*(not drop for drop in dropped[1:]), False]  # what is predicted at each token
+        after = [
+            *(not drop for drop in dropped[1:]),
+            False,
+        ]  # what is predicted at each token
         expected += after if format == "loss-mask" else [not drop for drop in dropped]
     assert np.fromfile(output / name, dtype).tolist() == expected
 
@@ -359,7 +421,10 @@ def test_masks_are_flat_arrays_beside_the_ids(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["rows.txt"], "no file rows.txt; expected a .jsonl, .json, .parquet or .csv file"),
+        (
+            ["rows.txt"],
+            "no file rows.txt; expected a .jsonl, .json, .parquet or .csv file",
+        ),
         (["splits"], "splits has the splits test: give one of them"),
         (
             ["ids.jsonl", "--format", "masks"],
@@ -369,10 +434,16 @@ def test_masks_are_flat_arrays_beside_the_ids(
         (["ids.jsonl", "--strategy", "random"], "premask writes labels once"),
     ],
 )
-def test_what_premask_refuses(tmp_path, checkpoint, capsys, monkeypatch, arguments, text):
+def test_what_premask_refuses(
+    tmp_path, checkpoint, capsys, monkeypatch, arguments, text
+):
     monkeypatch.chdir(tmp_path)
     DatasetDict(test=Dataset.from_dict({"input_ids": ROWS})).save_to_disk("splits")
     (tmp_path / "ids.jsonl").write_text('{"input_ids": [5, -1]}')
-    assert main(["premask", *arguments, "-o", "out", "--tokenizer", str(checkpoint)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"goldfish premask: {text}")
+    assert (
+        main(["premask", *arguments, "-o", "out", "--tokenizer", str(checkpoint)]) == 2
+    )
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"goldfish premask: {text}")
+    )
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,9 @@ def test_text_pieces_join_to_the_text(tokenizer):
 def test_text_pieces_of_a_long_text_take_linear_work(kind):
     """Counted in decoded tokens; with cut characters wherever decoding may start anew."""
     fast = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind]())
-    ids = fast("Words, “日本語” naïve 🐠 and more. " * 40, add_special_tokens=False)["input_ids"]
+    ids = fast("Words, “日本語” naïve 🐠 and more. " * 40, add_special_tokens=False)[
+        "input_ids"
+    ]
 
     class Counting:
         decoded = 0

@@ -22,7 +22,9 @@ from goldfish import Goldfish, spec
 from goldfish.letters import Vocabulary
 from goldfish.vocabulary import characters
 
-settings.register_profile("stable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.register_profile(
+    "stable", derandomize=True, deadline=None, max_examples=60, database=None
+)
 stable = settings.get_profile("stable")
 
 # A small vocabulary with all that makes letters hard: separators of one and several bytes, parts of
@@ -75,7 +77,11 @@ def rules(draw, strategies=("hash", "letters", "static"), **fixed) -> Goldfish:
         "exempt": draw(st.sampled_from([(), (3, 5)])),
     }
     options |= fixed
-    if strategy in ("hash", "letters") and "max_kept" not in options and draw(st.booleans()):
+    if (
+        strategy in ("hash", "letters")
+        and "max_kept" not in options
+        and draw(st.booleans())
+    ):
         options |= {"max_kept": draw(st.sampled_from([4, 5, 9])), "opening": "short"}
     return Goldfish(strategy=strategy, vocabulary=VOCABULARY, **options)
 
@@ -86,7 +92,9 @@ WITH_SECRETS = rules() | rules(secrets=SECRET)
 
 
 def decide(rule: Goldfish, ids: list[int], **beside) -> list[bool]:
-    beside = {name: torch.tensor(values, dtype=torch.int64) for name, values in beside.items()}
+    beside = {
+        name: torch.tensor(values, dtype=torch.int64) for name, values in beside.items()
+    }
     return rule.dropped(torch.tensor(ids, dtype=torch.int64), **beside).tolist()
 
 
@@ -99,16 +107,21 @@ def natural_drops(rule: Goldfish, document: list[int]) -> list[bool]:
 
 def settled(rule: Goldfish, passage: list[int]) -> int:
     """From which token of a passage on its decisions do not depend on what comes before it."""
-    if rule.max_kept is not None:  # from its first natural drop, which depends on its context alone
+    if (
+        rule.max_kept is not None
+    ):  # from its first natural drop, which depends on its context alone
         begin = settled(replace(rule, max_kept=None), passage)
         natural = natural_drops(rule, passage)
-        return next((i for i in range(max(begin, 1), len(passage)) if natural[i]), len(passage))
+        return next(
+            (i for i in range(max(begin, 1), len(passage)) if natural[i]), len(passage)
+        )
     if rule.strategy == "hash":
         return rule.h
     texts = [[ENTRIES[i] for i in passage[: i + 1]] for i in range(len(passage))]
     counts = [len(spec.letters_of(text[:-1], characters())) for text in texts]
     return next(
-        (i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h), len(passage)
+        (i for i, count in enumerate(counts) if count >= spec.LETTERS * rule.h),
+        len(passage),
     )
 
 
@@ -123,7 +136,9 @@ def settled(rule: Goldfish, passage: list[int]) -> int:
     passage=DOCUMENT,
     after=DOCUMENT,
 )
-def test_a_passage_keeps_its_decisions_wherever_it_occurs(rule, before, other, passage, after):
+def test_a_passage_keeps_its_decisions_wherever_it_occurs(
+    rule, before, other, passage, after
+):
     """The passage begins with a separator, or its first bytes might complete another character."""
     passage = [SEPARATOR, *passage]
     begin = settled(rule, passage)
@@ -168,14 +183,18 @@ def test_an_inclusive_window_sees_its_target():
 @given(
     rule=rules(("hash", "letters")),
     max_kept=st.integers(4, 9),
-    documents=st.lists(st.lists(TOKEN, min_size=20, max_size=40), min_size=1, max_size=3),
+    documents=st.lists(
+        st.lists(TOKEN, min_size=20, max_size=40), min_size=1, max_size=3
+    ),
 )
 def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
     """In every document, from start to end; exempt ids are not counted. Natural drops stay."""
     rule = replace(rule, max_kept=max_kept, opening="short")
     dropped = iter(
         decide(
-            rule, [*chain(*documents)], position_ids=[i for d in documents for i in range(len(d))]
+            rule,
+            [*chain(*documents)],
+            position_ids=[i for d in documents for i in range(len(d))],
         )
     )
     for document in documents:
@@ -186,11 +205,15 @@ def test_never_more_than_max_kept_targets_in_a_row(rule, documents, max_kept):
             if needed
         )
         targets = [
-            drop for i, drop in zip(document[1:], drops[1:], strict=True) if i not in rule.exempt
+            drop
+            for i, drop in zip(document[1:], drops[1:], strict=True)
+            if i not in rule.exempt
         ]
         runs = "".join("01"[drop] for drop in targets).split("1")
         assert max(map(len, runs)) <= max_kept
-        assert not any(drop for i, drop in zip(document, drops, strict=True) if i in rule.exempt)
+        assert not any(
+            drop for i, drop in zip(document, drops, strict=True) if i in rule.exempt
+        )
 
 
 # --- batches
@@ -209,7 +232,8 @@ def test_packed_is_alone(rule, documents, end):
     assert decide(rule, packed, position_ids=positions) == [*chain(*alone)]
     # The same with a separator after each document, which belongs to the document that it ends.
     ended = decide(
-        replace(rule, document_end=end), [i for document in documents for i in (*document, end)]
+        replace(rule, document_end=end),
+        [i for document in documents for i in (*document, end)],
     )
     for document, expected in zip(documents, alone, strict=True):
         assert ended[: len(document)] == expected
@@ -231,7 +255,12 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
     positions = [i % 11 for i in range(len(ids))]
     expected = decide(rule, ids, **({"position_ids": positions} if packed else {}))
     place = data.draw(st.integers(0, len(ids)))
-    for before, between, after in ((left, 0, 0), (0, 0, right), (left, 0, right), (left, 3, right)):
+    for before, between, after in (
+        (left, 0, 0),
+        (0, 0, right),
+        (left, 0, right),
+        (left, 3, right),
+    ):
 
         def padded(values, value, before=before, between=between, after=after):
             return (
@@ -256,7 +285,9 @@ def test_padding_changes_nothing(rule, ids, pad, left, right, packed, data):
 )
 def test_the_rest_of_the_batch_changes_nothing(rule, documents, order):
     length = max(map(len, documents))
-    ids = torch.tensor([document + [0] * (length - len(document)) for document in documents])
+    ids = torch.tensor(
+        [document + [0] * (length - len(document)) for document in documents]
+    )
     attended = torch.tensor([[1] * len(d) + [0] * (length - len(d)) for d in documents])
     rows = list(range(len(documents)))
     order.shuffle(rows)
@@ -302,15 +333,24 @@ def test_dtype_and_memory_layout_change_nothing(rule, ids):
 def test_every_bit_of_the_seed_counts(strategy):
     """With another seed half of the decisions of k = 2 differ, whichever bit was flipped."""
     pick = random.Random(0)
-    if strategy == "hash":  # contexts that do not repeat, so that decisions are independent
+    if (
+        strategy == "hash"
+    ):  # contexts that do not repeat, so that decisions are independent
         ids, places = pick.choices(range(10**6), k=2000), torch.arange(20, 2000)
     else:
         ids = [i for _ in range(2000) for i in (SEPARATOR, *pick.choices((3, 4), k=8))]
-        places = torch.arange(1, len(ids), 9)[20:]  # one decision a word of eight letters
-    base = torch.tensor(decide(Goldfish(k=2, strategy=strategy, vocabulary=VOCABULARY), ids))
+        places = torch.arange(1, len(ids), 9)[
+            20:
+        ]  # one decision a word of eight letters
+    base = torch.tensor(
+        decide(Goldfish(k=2, strategy=strategy, vocabulary=VOCABULARY), ids)
+    )
     for bit in range(64):
         other = torch.tensor(
-            decide(Goldfish(k=2, seed=1 << bit, strategy=strategy, vocabulary=VOCABULARY), ids)
+            decide(
+                Goldfish(k=2, seed=1 << bit, strategy=strategy, vocabulary=VOCABULARY),
+                ids,
+            )
         )
         share = (base != other)[places].float().mean().item()
         assert abs(share - 0.5) < 4.5 * (0.25 / len(places)) ** 0.5, bit
@@ -329,7 +369,13 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 RULES = {
     "hash": Goldfish(k=3, h=5, exempt=(3,), document_end=7, max_kept=4),
     "letters": Goldfish(
-        k=3, h=3, strategy="letters", exempt=(3,), document_end=7, max_kept=3, vocabulary=VOCABULARY
+        k=3,
+        h=3,
+        strategy="letters",
+        exempt=(3,),
+        document_end=7,
+        max_kept=3,
+        vocabulary=VOCABULARY,
     ),
     "static": Goldfish(k=2.5, strategy="static", document_end=7),
 }
@@ -351,7 +397,9 @@ def test_compiled_is_eager(strategy, backend):
         return rule.dropped(ids, positions, attention_mask=attended)
 
     compiled = torch.compile(dropped, fullgraph=True, backend=backend)
-    assert torch.equal(compiled(ids, positions, attended), dropped(ids, positions, attended))
+    assert torch.equal(
+        compiled(ids, positions, attended), dropped(ids, positions, attended)
+    )
 
 
 class Decisions(torch.utils.data.Dataset):
@@ -367,7 +415,9 @@ class Decisions(torch.utils.data.Dataset):
         return self.rule.dropped(self.ids.roll(i)[i % 4])
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 8 worker processes:UserWarning"
+)
 @pytest.mark.parametrize("strategy", RULES)
 def test_dataloader_workers_decide_the_same(strategy):
     dataset = Decisions(RULES[strategy])
@@ -375,7 +425,8 @@ def test_dataloader_workers_decide_the_same(strategy):
     assert 0.2 < expected.float().mean() < 0.5
     for workers in (0, 1, *([8] if strategy == "letters" else [])):
         assert torch.equal(
-            torch.cat([*DataLoader(dataset, batch_size=4, num_workers=workers)]), expected
+            torch.cat([*DataLoader(dataset, batch_size=4, num_workers=workers)]),
+            expected,
         )
 
 

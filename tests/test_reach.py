@@ -42,13 +42,17 @@ class OnlyKeywords(Trainer):
 
 
 class OtherOrder(Trainer):
-    def compute_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
+    def compute_loss(
+        self, model, inputs, num_items_in_batch=None, return_outputs=False
+    ):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 @pytest.mark.parametrize("kind", [OnlyKeywords, OtherOrder])
 def test_compute_loss_of_a_subclass_gets_keywords(tmp_path, tokenizer, kind):
-    _, losses, _ = trained(tmp_path, tokenizer, trainer_class=kind, then=attached(), accumulation=2)
+    _, losses, _ = trained(
+        tmp_path, tokenizer, trainer_class=kind, then=attached(), accumulation=2
+    )
     _, expected, _ = trained(tmp_path, tokenizer, then=attached(), accumulation=2)
     assert losses == expected
 
@@ -75,11 +79,17 @@ def test_the_gauge_of_prompt_tuning_skips_the_virtual_tokens(tmp_path, tokenizer
     with torch.no_grad():
         logits = trainer.model.eval()(input_ids=ids[None]).logits[0, 3:-1]
     nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-    assert entry["goldfish/kept_loss"] == pytest.approx(nll[~dropped].mean().item(), rel=1e-5)
-    assert entry["goldfish/dropped_loss"] == pytest.approx(nll[dropped].mean().item(), rel=1e-5)
+    assert entry["goldfish/kept_loss"] == pytest.approx(
+        nll[~dropped].mean().item(), rel=1e-5
+    )
+    assert entry["goldfish/dropped_loss"] == pytest.approx(
+        nll[dropped].mean().item(), rel=1e-5
+    )
 
 
-def test_a_gauge_that_fails_is_off_and_training_goes_on(tmp_path, tokenizer, monkeypatch, caplog):
+def test_a_gauge_that_fails_is_off_and_training_goes_on(
+    tmp_path, tokenizer, monkeypatch, caplog
+):
     calls = []
 
     def fails(*arguments):
@@ -118,7 +128,10 @@ def test_the_gauge_skips_batches_with_pictures(tmp_path, tokenizer, caplog):
             model=model,
             then=attached(),
             steps=2,
-            data_collator=lambda rows: {**collate(rows), "pixel_values": torch.zeros(7, 3)},
+            data_collator=lambda rows: {
+                **collate(rows),
+                "pixel_values": torch.zeros(7, 3),
+            },
         )
     assert len(losses) == 2
     assert not any("goldfish/gap" in entry for entry in logs(trainer))
@@ -147,7 +160,9 @@ def test_the_gauge_is_read_for_every_log_and_no_other(
     from goldfish import gauge
 
     calls = []
-    monkeypatch.setattr("goldfish.trainer.measure", lambda *a: calls.append(a) or gauge.measure(*a))
+    monkeypatch.setattr(
+        "goldfish.trainer.measure", lambda *a: calls.append(a) or gauge.measure(*a)
+    )
     trainer, _, _ = trained(
         tmp_path, tokenizer, then=attached(), batch=4, steps=-1, settings=settings
     )
@@ -175,8 +190,16 @@ def tiny_config(kind, **more):
     [
         ("T5ForConditionalGeneration", transformers.T5Config, "encoder-decoder"),
         ("BertForMaskedLM", transformers.BertConfig, "ForMaskedLMLoss"),
-        ("BertForTokenClassification", transformers.BertConfig, "ForTokenClassification"),
-        ("BertForQuestionAnswering", transformers.BertConfig, "ForQuestionAnsweringLoss"),
+        (
+            "BertForTokenClassification",
+            transformers.BertConfig,
+            "ForTokenClassification",
+        ),
+        (
+            "BertForQuestionAnswering",
+            transformers.BertConfig,
+            "ForQuestionAnsweringLoss",
+        ),
         ("BertForPreTraining", transformers.BertConfig, "generates no text"),
         ("BertForNextSentencePrediction", transformers.BertConfig, "generates no text"),
         (
@@ -186,17 +209,23 @@ def tiny_config(kind, **more):
         ),
     ],
 )
-def test_models_that_do_not_predict_the_next_token_are_refused(tmp_path, model, config, reason):
+def test_models_that_do_not_predict_the_next_token_are_refused(
+    tmp_path, model, config, reason
+):
     with torch.device("meta"):
         other = getattr(transformers, model)(
             tiny_config(config, d_model=16, d_ff=16, num_layers=1, num_heads=2)
         )
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True
+    )
     for give in (
         lambda **how: GoldfishTrainer(
             other.to_empty(device="cpu"), arguments, goldfish=RULE, **how
         ),
-        lambda **how: attach(Trainer(other.to_empty(device="cpu"), arguments, **how), RULE),
+        lambda **how: attach(
+            Trainer(other.to_empty(device="cpu"), arguments, **how), RULE
+        ),
     ):
         with pytest.raises(
             ValueError,
@@ -242,7 +271,12 @@ def test_gpt2_is_exact_whatever_trainer_counts(tmp_path, tokenizer, rule, accumu
         "initializer_range": 0.3,
     }
     config = transformers.GPT2Config(
-        **sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0
+        **sizes,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
@@ -252,7 +286,9 @@ def test_gpt2_is_exact_whatever_trainer_counts(tmp_path, tokenizer, rule, accumu
         labels = mask_labels(rule, ids)[1:]
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits, labels, reduction="sum"
+        ).item()
         kept += (labels != -100).sum().item()
     _, losses, _ = trained(
         tmp_path,
@@ -273,7 +309,9 @@ class ReadsAttributes(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         assert type(inputs) is BatchEncoding
         assert inputs.input_ids.shape == inputs.labels.shape
-        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, **kwargs
+        )
 
 
 def test_batches_keep_their_type(tmp_path, tokenizer):
@@ -297,12 +335,17 @@ def test_rows_that_were_cut_among_processes_are_refused(tmp_path, tokenizer):
         batch["shift_labels"] = batch.pop("labels").roll(-1)
         return batch
 
-    with pytest.raises(ValueError, match=r"shift_labels and no labels.*premask\(dataset, rule\)"):
+    with pytest.raises(
+        ValueError, match=r"shift_labels and no labels.*premask\(dataset, rule\)"
+    ):
         trained(tmp_path, tokenizer, then=attached(), data_collator=cut)
     trainer = Trainer(
-        tiny_llama(), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        tiny_llama(),
+        TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True),
     )
-    trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_enabled=True))
+    trainer.accelerator = SimpleNamespace(
+        parallelism_config=SimpleNamespace(sp_enabled=True)
+    )
     with pytest.raises(ValueError, match="DeepSpeed Ulysses"):
         attach(trainer, RULE)
 
@@ -346,7 +389,8 @@ def test_batches_that_ran_out_of_memory_are_not_counted(tmp_path, tokenizer):
     assert len(losses) > 2, "with smaller batches"
     assert trainer._counts.sum()[0] == TARGETS
     dropped = sum(
-        int(RULE.dropped(torch.tensor(row["input_ids"]))[1:].sum()) for row in unequal_rows()
+        int(RULE.dropped(torch.tensor(row["input_ids"]))[1:].sum())
+        for row in unequal_rows()
     )
     assert trainer._counts.sum()[1] == dropped
 
@@ -378,7 +422,9 @@ def test_the_model_card_has_the_tag_the_rule_and_the_counts(tmp_path, tokenizer)
 def unsloths(name):
     """Unsloth writes TRL's trainers anew, in modules of its own; they are not TRL's subclasses."""
     source = {"__module__": f"Unsloth{name}"}
-    return type(f"Unsloth{name}", (type(f"_Unsloth{name}", (Trainer,), source),), source)
+    return type(
+        f"Unsloth{name}", (type(f"_Unsloth{name}", (Trainer,), source),), source
+    )
 
 
 def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
@@ -392,7 +438,9 @@ def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
         trainer = object.__new__(kind)
         trainer.args = SimpleNamespace()
         reason = why_not_this_trainer(trainer)
-        assert reason.startswith(f"TRL's {name} does not learn the tokens of given documents")
+        assert reason.startswith(
+            f"TRL's {name} does not learn the tokens of given documents"
+        )
         with pytest.raises(ValueError, match="Train the documents with SFTTrainer"):
             attach(trainer, RULE)
         assert type(trainer) is kind
@@ -407,7 +455,10 @@ def test_trainers_that_do_not_learn_given_tokens_are_refused(tmp_path):
         (unsloths("SFTTrainer"), 0.5, False),
     ):
         trainer = object.__new__(kind)
-        trainer.args, trainer.accelerator = SimpleNamespace(lmbda=lmbda), SimpleNamespace()
+        trainer.args, trainer.accelerator = (
+            SimpleNamespace(lmbda=lmbda),
+            SimpleNamespace(),
+        )
         assert ("set lmbda=0" in why_not_this_trainer(trainer)) == refused
 
 
@@ -428,7 +479,11 @@ class Unsloth(Trainer):
 def test_unsloths_pattern(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer, losses, _ = trained(
-        tmp_path, tokenizer, trainer_class=Unsloth, then=attached(fused=True), settings=settings
+        tmp_path,
+        tokenizer,
+        trainer_class=Unsloth,
+        then=attached(fused=True),
+        settings=settings,
     )
     assert trainer.prepared
     assert losses == pytest.approx(
@@ -441,25 +496,35 @@ def test_unsloths_pattern(tmp_path, tokenizer):
     trainer.goldfish = NOTHING
     with pytest.raises(ValueError, match=r"was trained under Goldfish\(k=3"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
+    trainer.train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True
+    )
     assert read_receipt(tmp_path / "checkpoint-4")["before"] == read_receipt(
         tmp_path / "checkpoint-2"
     )
 
 
 @pytest.mark.skipif(
-    not hasattr(transformers.trainer, "apply_liger_kernel"), reason="Trainer calls it elsewhere"
+    not hasattr(transformers.trainer, "apply_liger_kernel"),
+    reason="Trainer calls it elsewhere",
 )
 @pytest.mark.parametrize("fused", [True, False])
-def test_liger_leaves_the_head_to_a_fused_loss(tmp_path, tokenizer, monkeypatch, caplog, fused):
+def test_liger_leaves_the_head_to_a_fused_loss(
+    tmp_path, tokenizer, monkeypatch, caplog, fused
+):
     applied = []
     monkeypatch.setattr(
-        "transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config)
+        "transformers.trainer.apply_liger_kernel",
+        lambda model, config: applied.append(config),
     )
     settings = {"use_liger_kernel": True, "liger_kernel_config": {"rope": True}}
     with caplog.at_level("WARNING", logger="goldfish.trainer"):
-        trained(tmp_path, tokenizer, then=attached(fused=fused), settings=settings, steps=1)
-    assert applied == [{"rope": True, **({"fused_linear_cross_entropy": False} if fused else {})}]
+        trained(
+            tmp_path, tokenizer, then=attached(fused=fused), settings=settings, steps=1
+        )
+    assert applied == [
+        {"rope": True, **({"fused_linear_cross_entropy": False} if fused else {})}
+    ]
     assert ("Liger's fused_linear_cross_entropy is off" in caplog.text) == fused
 
 
@@ -469,7 +534,9 @@ def test_an_attached_trainer_can_be_pickled(tmp_path, tokenizer):
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True
     )
-    trainer = Trainer(tiny_llama(), arguments, DataCollatorForSeq2Seq(tokenizer), unequal_rows())
+    trainer = Trainer(
+        tiny_llama(), arguments, DataCollatorForSeq2Seq(tokenizer), unequal_rows()
+    )
     twin = pickle.loads(pickle.dumps(attach(trainer, RULE, fused=True)))
     assert type(twin) is type(trainer)
     assert twin.goldfish == RULE
@@ -502,7 +569,8 @@ def test_axolotls_plugin(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(pydantic.ValidationError, match="goldfish"):
         arguments()
     cfg = SimpleNamespace(
-        goldfish=arguments(goldfish={"k": 3, "h": 4}).goldfish, output_dir=str(tmp_path / "out")
+        goldfish=arguments(goldfish={"k": 3, "h": 4}).goldfish,
+        output_dir=str(tmp_path / "out"),
     )
 
     def create(trainer):
@@ -533,7 +601,9 @@ def test_ms_swifts_callback(tmp_path, tokenizer, monkeypatch):
     class SwiftTrainer(Trainer):
         def __init__(self, args, callbacks, **kwargs):
             super().__init__(
-                args=args, callbacks=[*callbacks, callbacks_map["goldfish"](args, self)], **kwargs
+                args=args,
+                callbacks=[*callbacks, callbacks_map["goldfish"](args, self)],
+                **kwargs,
             )
 
     callbacks_map = callbacks.callbacks_map

@@ -14,20 +14,32 @@ from goldfish.secrets import compiled, spans
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-TEXT = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+TEXT = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in PAGES
+}
 README = TEXT["README.md"]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
-    return [code for text in TEXT.values() for kind, code in CODE.findall(text) if kind == language]
+    return [
+        code
+        for text in TEXT.values()
+        for kind, code in CODE.findall(text)
+        if kind == language
+    ]
 
 
-LINES = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
+LINES = [
+    line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()
+]
 COMMANDS = sorted({part.strip() for line in LINES for part in line.split("&&")})
 # Commands inside sentences and tables, such as `python recipes/sweep.py runs/canaries`
 INLINE = set(
-    re.findall(r"`(?:OMP_NUM_THREADS=1 )?(python recipes/[^`]+)`", "\n".join(TEXT.values()))
+    re.findall(
+        r"`(?:OMP_NUM_THREADS=1 )?(python recipes/[^`]+)`", "\n".join(TEXT.values())
+    )
 )
 
 
@@ -44,24 +56,32 @@ def test_goldfish_commands_parse(command):
     build_parser().parse_args(shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("command", sorted(INLINE | {c for c in COMMANDS if " recipes/" in c}))
+@pytest.mark.parametrize(
+    "command", sorted(INLINE | {c for c in COMMANDS if " recipes/" in c})
+)
 def test_recipe_commands_parse(command, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     words = shlex.split(command.replace(" S --model ...", " 0"))
     script = next(
-        i for i, word in enumerate(words) if word.startswith("recipes/") and word.endswith(".py")
+        i
+        for i, word in enumerate(words)
+        if word.startswith("recipes/") and word.endswith(".py")
     )
     assert (ROOT / words[script]).is_file()
     recipe = __import__(Path(words[script]).stem)
     if hasattr(recipe, "Arguments"):
-        HfArgumentParser(recipe.Arguments).parse_args_into_dataclasses(words[script + 1 :])
+        HfArgumentParser(recipe.Arguments).parse_args_into_dataclasses(
+            words[script + 1 :]
+        )
 
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_compile_and_import(code):
     compile(code, "docs", "exec")
     ours = [
-        line for line in code.splitlines() if line.startswith(("from goldfish", "import goldfish"))
+        line
+        for line in code.splitlines()
+        if line.startswith(("from goldfish", "import goldfish"))
     ]
     exec(
         "\n".join(line for line in ours if "integrations" not in line), {}
@@ -72,7 +92,8 @@ def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub and mkdocs make them."""
     headings = re.findall(r"^#+ (.+)$", CODE.sub("", text), re.MULTILINE)
     return {
-        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in headings
     }
 
 
@@ -86,18 +107,26 @@ def test_links_lead_somewhere(page):
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), f"{page} links to {link}"
         if anchor:
-            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page} links to {link}"
+            assert anchor in anchors(path.read_text(encoding="utf-8")), (
+                f"{page} links to {link}"
+            )
 
 
 def test_what_was_not_measured_is_said_in_one_place():
     assert [
-        page for page, text in TEXT.items() for _ in re.findall("was not measured\n", text)
+        page
+        for page, text in TEXT.items()
+        for _ in re.findall("was not measured\n", text)
     ] == ["docs/results.md"]
-    assert not [page for page, text in TEXT.items() if re.search(r"(?<!was )not measured", text)]
+    assert not [
+        page for page, text in TEXT.items() if re.search(r"(?<!was )not measured", text)
+    ]
 
 
 def test_the_expression_for_secrets_marks_those_beside_it():
-    paragraph = next(line for line in README.splitlines() if line.startswith("**Codes and names"))
+    paragraph = next(
+        line for line in README.splitlines() if line.startswith("**Codes and names")
+    )
     expression = compiled(re.search(r'secrets=r"(.*?)"\)`', paragraph)[1])
     sentences = re.findall(r'in "([^"]+)"', paragraph)
     assert len(sentences) == 2
@@ -108,7 +137,9 @@ def test_the_expression_for_secrets_marks_those_beside_it():
 def finetuning(after: bool) -> str:
     """The script of the finetuning example, before or after the change that its diff shows."""
     (diff,) = (
-        code for kind, code in CODE.findall(README) if kind == "diff" and "SFTTrainer" in code
+        code
+        for kind, code in CODE.findall(README)
+        if kind == "diff" and "SFTTrainer" in code
     )
     lines = [line for line in diff.splitlines() if line[:1] != ("-" if after else "+")]
     return "\n".join(line[1:] for line in lines)
@@ -121,24 +152,39 @@ def test_finetuning_example_runs_as_written(
 ):
     monkeypatch.chdir(tmp_path)
     # SFTConfig asks for bf16, which Trainer refuses without a GPU that has it; CPUs have it too.
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(
+        "transformers.training_args.is_torch_bf16_gpu_available", lambda: True
+    )
     base = Path(re.search(r'SFTTrainer\("([^"]+)"', README)[1])
     tiny_llama(max_position_embeddings=1024).save_pretrained(base)
     tokenizer.save_pretrained(base)
     (base / "chat_template.jinja").write_text(TEMPLATE)
     for name, word in (("members", "sparrow"), ("heldout", "goldfish")):
-        rows = [{"messages": say(f"Number {i}?", f"{word} number {i} swims.")} for i in range(3)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [
+            {"messages": say(f"Number {i}?", f"{word} number {i} swims.")}
+            for i in range(3)
+        ]
+        Path(f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     exec(compile(finetuning(after), "README.md", "exec"), {})
     assert Path("finetuned/goldfish.json").is_file() == after
     commands = [
-        line for kind, code in CODE.findall(README) if kind == "bash" for line in code.splitlines()
+        line
+        for kind, code in CODE.findall(README)
+        if kind == "bash"
+        for line in code.splitlines()
     ]
     for command in [line for line in commands if line.startswith("goldfish ")]:
         verb = command.split()[1]
         # Three documents cannot decide: an audit of them is INCONCLUSIVE.
         assert main(shlex.split(command)[1:]) == (3 if verb == "audit" else 0)
-    assert json.loads(Path("audit/run.json").read_text())["inputs"]["members"]["completions"] == 3
+    assert (
+        json.loads(Path("audit/run.json").read_text())["inputs"]["members"][
+            "completions"
+        ]
+        == 3
+    )
     assert "<html" in Path("report.html").read_text(encoding="utf-8")
 
 
@@ -146,13 +192,22 @@ def test_finetuning_example_runs_as_written(
 def test_notebook_runs(tmp_path, monkeypatch, fresh_accelerate):
     """Its cells, one after the other; a cell that is not plain Python would not compile here."""
     monkeypatch.chdir(tmp_path)
-    notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(
+        (ROOT / "examples/quickstart.ipynb").read_text(encoding="utf-8")
+    )
     names: dict[str, object] = {}
     for number, cell in enumerate(
         cell for cell in notebook["cells"] if cell["cell_type"] == "code"
     ):
-        exec(compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names)
-    assert names["recited"].k == 0, "the last audit of the notebook is that of the goldfish model"
+        exec(
+            compile(
+                "".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"
+            ),
+            names,
+        )
+    assert names["recited"].k == 0, (
+        "the last audit of the notebook is that of the goldfish model"
+    )
     assert (tmp_path / "report.html").is_file()
 
 
@@ -160,7 +215,9 @@ def test_constraints_satisfy_pyproject():
     """Every dependency of base and audit is pinned, and its floor is in constraints-lowest.txt."""
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = re.findall(
-        r'^    "([a-z0-9-]+)>=([0-9.]+)"', pyproject.split("recipes = ")[0], re.MULTILINE
+        r'^    "([a-z0-9-]+)>=([0-9.]+)"',
+        pyproject.split("recipes = ")[0],
+        re.MULTILINE,
     )
     assert len(needed) == 10
 
@@ -172,4 +229,6 @@ def test_constraints_satisfy_pyproject():
     for name, floor in needed:
         assert name in pinned, f"{name} is not pinned in constraints.txt"
         if name != "torch":
-            assert lowest[name].startswith(floor), f"{name}: floor {floor}, tested {lowest[name]}"
+            assert lowest[name].startswith(floor), (
+                f"{name}: floor {floor}, tested {lowest[name]}"
+            )

@@ -29,15 +29,21 @@ def pair(tmp_path_factory):
         window(i, split, rule=False, diverge=None if split == "members" else 0)
         for split, i in kinds
     ]
-    goldfish = [window(i, split, diverge=1 if split == "members" else 0) for split, i in kinds]
-    return write_audit(folder / "a", standard, "standard"), write_audit(folder / "b", goldfish)
+    goldfish = [
+        window(i, split, diverge=1 if split == "members" else 0) for split, i in kinds
+    ]
+    return write_audit(folder / "a", standard, "standard"), write_audit(
+        folder / "b", goldfish
+    )
 
 
 def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     members = [window(i, diverge=1, name=f"text {i}") for i in range(400)]
     heldout = [window(i, "heldout", diverge=0, name=f"other {i}") for i in range(20)]
     text = flat(report(tmp_path, write_audit(tmp_path / "a", members + heldout)))
-    first_screen = text[text.index("Does this model recite") : text.index("Question by question")]
+    first_screen = text[
+        text.index("Does this model recite") : text.index("Question by question")
+    ]
     bound = 100 * binomtest(0, 400).proportion_ci(0.95, "exact").high
     for part in (
         "Given 4 tokens of a text, does the model write the next 6 verbatim?",
@@ -50,7 +56,9 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     ):
         assert part in first_screen
     greedy = text[
-        text.index("Are more than 1% of such texts recited verbatim under greedy decoding?") :
+        text.index(
+            "Are more than 1% of such texts recited verbatim under greedy decoding?"
+        ) :
     ][:200]
     assert f"PASS 0 of 4000–{bound:.1f}% 0 of 200–16.8%" in greedy
 
@@ -62,7 +70,10 @@ def secret_audit(folder, **protocol):
     for split in ("members", "heldout"):
         for i in range(12):
             row = window(
-                i, split, diverge=0, suffix=["It", " is ", codes[i] if split == "members" else "x"]
+                i,
+                split,
+                diverge=0,
+                suffix=["It", " is ", codes[i] if split == "members" else "x"],
             )
             row["output_tokens"] = ["The", " code ", codes[i % 2] if i < 9 else "?"]
             row["output_text"] = "".join(row["output_tokens"])
@@ -90,7 +101,9 @@ def test_secrets_come_first_and_are_marked(tmp_path):
 def test_a_redacted_page_has_the_weights_hash_and_no_file_names(tmp_path):
     rows = [window(i, diverge=0) for i in range(3)]
     weights = [{"config.json": "c" * 64, "model.safetensors": "d" * 64}]
-    audit = write_audit(tmp_path / "a", rows, protocol={"complete": True}, weights=weights)
+    audit = write_audit(
+        tmp_path / "a", rows, protocol={"complete": True}, weights=weights
+    )
     for redact in (False, True):
         text = flat(report(tmp_path, audit, redact=redact, overwrite=True))
         assert f"weights {'d' * 12}" in text
@@ -120,10 +133,16 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
 
 
 def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair, capsys):
-    other = write_audit(tmp_path / "c", [window(i, rule=False) for i in range(3)], "third")
+    other = write_audit(
+        tmp_path / "c", [window(i, rule=False) for i in range(3)], "third"
+    )
     text = flat(report(tmp_path, *pair, other))
-    assert "standard recites 12, goldfish 0 of 12 member texts McNemar p = 5e-04" in text
-    assert "1212 texts only here 00 texts only here −100 pointsMcNemar p = 5e-04" in text
+    assert (
+        "standard recites 12, goldfish 0 of 12 member texts McNemar p = 5e-04" in text
+    )
+    assert (
+        "1212 texts only here 00 texts only here −100 pointsMcNemar p = 5e-04" in text
+    )
     assert "standard and third are not compared:" in text
     assert "goldfish and third are not compared:" in text
     assert "are audits of different windows" in text
@@ -137,9 +156,21 @@ def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair, capsys
     assert compared(None) == [(0, 1), (0, 2), (1, 2)]
     assert compared("goldfish") == [(1, 0), (1, 2)]
     assert (
-        main(["report", *map(str, pair), "-o", str(tmp_path / "b.html"), "--baseline", "gold"]) == 2
+        main(
+            [
+                "report",
+                *map(str, pair),
+                "-o",
+                str(tmp_path / "b.html"),
+                "--baseline",
+                "gold",
+            ]
+        )
+        == 2
     )
-    assert "one of the audits (standard, goldfish), got 'gold'" in capsys.readouterr().err
+    assert (
+        "one of the audits (standard, goldfish), got 'gold'" in capsys.readouterr().err
+    )
 
 
 def test_plots_of_an_audit_that_has_everything(tmp_path):
@@ -189,7 +220,13 @@ def test_a_confounded_audit_has_no_headline(tmp_path):
 def test_numbers_for_people():
     assert [page.signed(x) for x in (-0.5, 0.5, 0)] == ["−0.50", "+0.50", "0"]
     numbers = [-53.2, -2, 3, 7.4, float("-inf")]
-    assert list(map(page.power_of_ten, numbers)) == ["10⁻⁵³", "0.01", "1,000", "10⁷", "0"]
+    assert list(map(page.power_of_ten, numbers)) == [
+        "10⁻⁵³",
+        "0.01",
+        "1,000",
+        "10⁷",
+        "0",
+    ]
 
 
 def test_colours_of_the_drill_down():
@@ -203,13 +240,20 @@ def test_colours_of_the_drill_down():
         == "<i class=m>a</i><u class=m>b</u><i class=m>cd</i><u class=x>X</u>f"
     )
     unruled = window(0, rule=False, suffix=list("abcdef"))
-    assert spans.truths([unruled, row, None], redact=False) == [([0, 1], "a<u>b</u>cd<u>ef</u>")]
-    assert [audits for audits, _ in spans.truths([row, row | {"dropped": [True] * 6}], False)] == [
+    assert spans.truths([unruled, row, None], redact=False) == [
+        ([0, 1], "a<u>b</u>cd<u>ef</u>")
+    ]
+    assert [
+        audits
+        for audits, _ in spans.truths([row, row | {"dropped": [True] * 6}], False)
+    ] == [
         [0],
         [1],
     ]
     assert spans.truths([unruled], redact=False) == [([0], "abcdef")]
-    stopped = {"given_away": []} | window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
+    stopped = (
+        {"given_away": []} | window(0, suffix=["a"], diverge=0) | {"output_tokens": []}
+    )
     assert spans.output(stopped, redact=False) == ""
 
 
@@ -217,7 +261,14 @@ def test_every_common_run_is_marked_with_the_dropped_tokens_it_repeats():
     suffix = [f"{i:02d}" for i in range(40)]  # tokens 1, 5, 9, ... are dropped
     row = window(0, suffix=suffix, diverge=2) | {
         "given_away": [],
-        "output_tokens": [*suffix[:2], "XX", *suffix[4:16], "YY", *suffix[24:36], *["ZZ"] * 12],
+        "output_tokens": [
+            *suffix[:2],
+            "XX",
+            *suffix[4:16],
+            "YY",
+            *suffix[24:36],
+            *["ZZ"] * 12,
+        ],
         "common_runs": [[3, 4, 12], [16, 24, 12]],
     }
     assert spans.output(row, redact=False) == (
@@ -230,8 +281,15 @@ def test_every_common_run_is_marked_with_the_dropped_tokens_it_repeats():
 
 
 def test_texts_are_matched_and_ordered_by_recitation(tmp_path, pair):
-    rows = [window(3, diverge=2), window(1, diverge=5), window(2, diverge=5), window(0, "heldout")]
-    third = write_audit(tmp_path / "c", [*rows, window(9, suffix=["else"], diverge=0)], "third")
+    rows = [
+        window(3, diverge=2),
+        window(1, diverge=5),
+        window(2, diverge=5),
+        window(0, "heldout"),
+    ]
+    third = write_audit(
+        tmp_path / "c", [*rows, window(9, suffix=["else"], diverge=0)], "third"
+    )
     order = spans.order(views(pair[1], third))
     texts = [
         [w and (w["split"], w["index"], w["first_divergence"]) for w in group]
@@ -278,7 +336,9 @@ def test_hostile_text_is_inert_and_complete_wherever_it_stands(tmp_path):
             value["versions"] = {NASTY[0]: NASTY[3] + "\ud800"}
         (audit / name).write_text(json.dumps(poisoned(value, poison)))
     html = report(tmp_path, audit)
-    assert not [c for c in html if c not in "\n\t" and not c.isprintable() and c != "\u200d"]
+    assert not [
+        c for c in html if c not in "\n\t" and not c.isprintable() and c != "\u200d"
+    ]
     hostile, text = Page(html), "".join(NASTY)
     assert hostile.texts == [
         prefix,
@@ -295,11 +355,17 @@ def test_hostile_text_is_inert_and_complete_wherever_it_stands(tmp_path):
         window(i, split, suffix=["a"] * len(NASTY), diverge=d)
         for i, split, d in ((0, "members", None), (1, "members", 3), (0, "heldout", 2))
     ]
-    harmless = Page(report(tmp_path, write_audit(tmp_path / "plain", innocent), overwrite=True))
+    harmless = Page(
+        report(tmp_path, write_audit(tmp_path / "plain", innocent), overwrite=True)
+    )
     assert hostile.scripts == harmless.scripts
-    assert {tag for tag, _ in hostile.elements} == {tag for tag, _ in harmless.elements} | {"s"}
+    assert {tag for tag, _ in hostile.elements} == {
+        tag for tag, _ in harmless.elements
+    } | {"s"}
     attributes = {(tag, key) for tag, attrs in hostile.elements for key in attrs}
-    assert attributes <= {(tag, key) for tag, attrs in harmless.elements for key in attrs}
+    assert attributes <= {
+        (tag, key) for tag, attrs in harmless.elements for key in attrs
+    }
     assert "{{ 7 * 7 }}{% for x in y %}" in html
 
 
@@ -312,11 +378,14 @@ def test_same_bytes_and_no_script_or_address_but_its_own(tmp_path, pair):
         for tag, attrs in parsed.elements
         if attrs.get("http-equiv") == "Content-Security-Policy"
     )
-    digest = base64.b64encode(hashlib.sha256("".join(parsed.scripts).encode()).digest()).decode()
+    digest = base64.b64encode(
+        hashlib.sha256("".join(parsed.scripts).encode()).digest()
+    ).decode()
     assert policy.startswith("default-src 'none'")
     assert f"script-src 'sha256-{digest}'" in policy
     assert not re.search(
-        r"https?:|//[a-z]|url\((?!#)|@import|@font-face", html.replace("".join(parsed.scripts), "")
+        r"https?:|//[a-z]|url\((?!#)|@import|@font-face",
+        html.replace("".join(parsed.scripts), ""),
     )
     for tag, attrs in parsed.elements:
         assert not attrs.keys() & {"src", "onclick", "onload", "action"}
@@ -328,12 +397,19 @@ def test_same_bytes_and_no_script_or_address_but_its_own(tmp_path, pair):
 def test_redaction_leaves_lengths_and_colours(tmp_path):
     rows = [
         window(
-            0, suffix=["zeb", "ra\n", " quag", "ga"], prefix="okapi gnu", name="eland", diverge=2
+            0,
+            suffix=["zeb", "ra\n", " quag", "ga"],
+            prefix="okapi gnu",
+            name="eland",
+            diverge=2,
         )
     ]
     rows[0]["output_tokens"][2:] = [" kudu", "\toryx"]
     audit = write_audit(
-        tmp_path / "a", rows, "gazelle", {"control": "/data/impala", "secrets": "gerenuk"}
+        tmp_path / "a",
+        rows,
+        "gazelle",
+        {"control": "/data/impala", "secrets": "gerenuk"},
     )
     html = report(tmp_path, audit, audit, redact=True)
     texts = ("zeb", "ra\n", "quag", "okapi", "gnu", "eland", "kudu", "oryx", "⇥")
@@ -371,13 +447,18 @@ def test_many_texts_stay_below_ten_megabytes(tmp_path):
 def test_model_card(tmp_path, pair):
     hostile = write_audit(tmp_path / "c", [window(0)], "<b>|`x`\u202e")
     card = tmp_path / "card.md"
-    assert main(["report", str(pair[1]), str(hostile), "--model-card", "-o", str(card)]) == 0
+    assert (
+        main(["report", str(pair[1]), str(hostile), "--model-card", "-o", str(card)])
+        == 0
+    )
     text = card.read_text(encoding="utf-8")
     assert text.startswith("## goldfish audit of goldfish: ⚠️ INCONCLUSIVE\n")
     assert "| texts recited verbatim | 0 of 12 (0–26.5%) | 0 of 12 (0–26.5%) |" in text
     assert "4 tokens given, 6 to continue with" in text
     assert r"Not tested\: beam search" in text
-    assert "Are more than 1% of such texts recited verbatim under greedy decoding?" in text
+    assert (
+        "Are more than 1% of such texts recited verbatim under greedy decoding?" in text
+    )
     assert "## goldfish audit of &lt;b&gt;\\|\\`x\\`\\\\u202e: " in text
     for secret in ("<b>", "\u202e", "doc-", "jsonl", "runs"):
         assert secret not in text
@@ -388,8 +469,17 @@ def test_a_report_needs_no_torch(tmp_path, pair):
         "import sys; from goldfish.report import write_report; write_report(sys.argv[2:], sys.argv[1]); "
         "print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "report.html"), *map(str, pair)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "report.html"),
+        *map(str, pair),
+    ]
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_damaged_audits_are_named(tmp_path, pair):
@@ -408,7 +498,12 @@ def test_damaged_audits_are_named(tmp_path, pair):
     audit = write_audit(tmp_path / "a", [window(i) for i in range(3)])
     path = audit / "summary.json"
     summary = path.read_text()
-    for text in ('{"schema": ', "", "[]", summary.replace("goldfish.audit/5", "goldfish.audit/1")):
+    for text in (
+        '{"schema": ',
+        "",
+        "[]",
+        summary.replace("goldfish.audit/5", "goldfish.audit/1"),
+    ):
         path.write_text(text)
         refused(ValueError, r"summary\.json.*audit again", audit)
     path.write_text(summary)

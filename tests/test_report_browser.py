@@ -12,7 +12,10 @@ from report_audits import NASTY, window, write_audit
 from goldfish.report import write_report
 
 BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    filter(
+        None,
+        map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")),
+    ),
     None,
 )
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -50,8 +53,14 @@ def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp
         window(0, suffix=NASTY + pwn, prefix=pwn[0], name=pwn[1] * 9),
         window(1, "heldout", diverge=1),
     ]
-    names = (pwn[0], "a-name-that-is-as-long-as-that-of-a-checkpoint-on-the-hub-can-be", "third")
-    audits = [write_audit(tmp_path / str(i), rows, name) for i, name in enumerate(names)]
+    names = (
+        pwn[0],
+        "a-name-that-is-as-long-as-that-of-a-checkpoint-on-the-hub-can-be",
+        "third",
+    )
+    audits = [
+        write_audit(tmp_path / str(i), rows, name) for i, name in enumerate(names)
+    ]
     path = write_report(audits, tmp_path / "report.html")
     dom = browse(tmp_path, path, "--dump-dom")
     assert (
@@ -71,7 +80,8 @@ def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp
     }).join(" ");"""
     page = escape(path.read_text(encoding="utf-8"))
     frames = "".join(
-        f'<iframe width={width} height=900 srcdoc="{page}"></iframe>' for width in (1280, 390)
+        f'<iframe width={width} height=900 srcdoc="{page}"></iframe>'
+        for width in (1280, 390)
     )
     (tmp_path / "frames.html").write_text(
         f"<!doctype html><style>iframe {{ border: 0 }}</style>{frames}<script>{measure}</script>",
@@ -108,9 +118,9 @@ def test_sorting_and_filtering(tmp_path):
             "</body>", f"<script>{act}</script></body>"
         )
     )
-    title = re.search("<title>(.*?)</title>", browse(tmp_path, path, "--dump-dom"))[1].replace(
-        "&gt;", ">"
-    )
+    title = re.search("<title>(.*?)</title>", browse(tmp_path, path, "--dump-dom"))[
+        1
+    ].replace("&gt;", ">")
     assert title.split("|") == [
         "doc-1,other,doc-2,doc-0",
         "doc-1,other,doc-0,doc-2",
@@ -125,7 +135,11 @@ def test_sorting_and_filtering(tmp_path):
 
 
 def test_light_dark_and_on_paper(tmp_path):
-    rows = [window(i, split, diverge=i % 3) for split in ("members", "heldout") for i in range(12)]
+    rows = [
+        window(i, split, diverge=i % 3)
+        for split in ("members", "heldout")
+        for i in range(12)
+    ]
     path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
     paper, written = [], []
     for scheme, mode in (("light", 1), ("dark", 0)):
@@ -143,6 +157,13 @@ def test_light_dark_and_on_paper(tmp_path):
         written.append(float(pixels.std()))
     assert paper[0] > 0.9 > 0.2 > paper[1]
     assert min(written) > 0.03
-    browse(tmp_path, path, f"--print-to-pdf={tmp_path / 'report.pdf'}", "--no-pdf-header-footer")
+    browse(
+        tmp_path,
+        path,
+        f"--print-to-pdf={tmp_path / 'report.pdf'}",
+        "--no-pdf-header-footer",
+    )
     pages = re.findall(rb"/Type ?/Page\b", (tmp_path / "report.pdf").read_bytes())
-    assert 4 <= len(pages) <= 12  # verdict, figures, documents and method each begin a page
+    assert (
+        4 <= len(pages) <= 12
+    )  # verdict, figures, documents and method each begin a page

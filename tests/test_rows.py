@@ -63,7 +63,9 @@ def test_every_kind_of_input_gives_the_same_rows(everything):
 
 
 def test_the_digest_is_that_of_the_content(everything, tmp_path):
-    assert digest("a.csv") == hashlib.sha256((tmp_path / "a.csv").read_bytes()).hexdigest()
+    assert (
+        digest("a.csv") == hashlib.sha256((tmp_path / "a.csv").read_bytes()).hexdigest()
+    )
     before = digest("saved"), digest("someone/plain/train")
     pandas.DataFrame(TEXTS[:1]).to_parquet(tmp_path / "someone/plain/train.parquet")
     Dataset.from_list(TEXTS[:2]).save_to_disk(tmp_path / "saved")
@@ -78,7 +80,10 @@ def test_a_hub_dataset_is_streamed_and_known_by_its_commit(monkeypatch):
 
     class Builder:
         def __init__(self, commit):
-            files = {"train": [f"hf://datasets/someone/books@{commit}/a.parquet"], "test": []}
+            files = {
+                "train": [f"hf://datasets/someone/books@{commit}/a.parquet"],
+                "test": [],
+            }
             self.config = SimpleNamespace(data_files=files)
 
         def as_streaming_dataset(self, split):
@@ -86,7 +91,8 @@ def test_a_hub_dataset_is_streamed_and_known_by_its_commit(monkeypatch):
 
     asked = []
     monkeypatch.setattr(
-        "datasets.load_dataset_builder", lambda *names: asked.append(names) or Builder(commit)
+        "datasets.load_dataset_builder",
+        lambda *names: asked.append(names) or Builder(commit),
     )
     commit = "1"
     rows = read_rows("someone/books:german/train")
@@ -150,7 +156,10 @@ def test_standard_input_is_read_as_often_as_it_is_wanted(monkeypatch):
             b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
             "line 3 holds half a character",
         ),
-        (b'{"text": "caf\xe9"}', r"line 3 is not UTF-8 text .*; convert the file first"),
+        (
+            b'{"text": "caf\xe9"}',
+            r"line 3 is not UTF-8 text .*; convert the file first",
+        ),
     ],
 )
 def test_bad_lines_are_named_and_what_came_before_is_read(tmp_path, line, text):
@@ -181,7 +190,11 @@ def test_bad_lines_are_named_and_what_came_before_is_read(tmp_path, line, text):
             "dictionary has the splits train, test: give one of them, as in dictionary/train",
         ),
         ("someone/plain", ValueError, "someone/plain has the splits train, test"),
-        ("someone/plain/typo", ValueError, "someone/plain/typo has the splits train, test"),
+        (
+            "someone/plain/typo",
+            ValueError,
+            "someone/plain/typo has the splits train, test",
+        ),
         (
             "someone/else/train",
             FileNotFoundError,
@@ -218,7 +231,10 @@ def test_a_column_is_read_as_the_text(tmp_path):
         tmp_path / "a.jsonl",
         [{"body": "b", "text": "t", "name": "n"}, {"body": chat, "input_ids": [1]}],
     )
-    assert list(read_rows(path, "body")) == [{"text": "b", "name": "n"}, {"messages": chat}]
+    assert list(read_rows(path, "body")) == [
+        {"text": "b", "name": "n"},
+        {"messages": chat},
+    ]
     with pytest.raises(
         ValueError, match=r"a\.jsonl, line 1: no column title; it has body, name, text"
     ):
@@ -229,7 +245,9 @@ def test_rows_are_drawn_with_a_seed():
     """In order, each choice of two among five about equally often, and the same ones again."""
     rows = [{"text": str(i)} for i in range(5)]
     assert list(draw(rows, None, 0)) == list(draw(rows, 9, 0)) == list(enumerate(rows))
-    drawn = [tuple(index for index, _ in draw(iter(rows), 2, seed)) for seed in range(1000)]
+    drawn = [
+        tuple(index for index, _ in draw(iter(rows), 2, seed)) for seed in range(1000)
+    ]
     assert all(first < second for first, second in drawn)
     assert len(set(drawn)) == 10
     assert min(Counter(drawn).values()) > 60, "100 are expected"
@@ -245,7 +263,9 @@ def chatty(tokenizer, monkeypatch):
 def test_windows_of_a_chat_are_the_assistants_turns(chatty):
     """Prompt and completion as the tokenizer cuts the whole chat, whatever their lengths."""
     row = {
-        "messages": say("Who swims?", " A goldfish, in circles. ", "Why?", "It forgets."),
+        "messages": say(
+            "Who swims?", " A goldfish, in circles. ", "Why?", "It forgets."
+        ),
         "name": "n",
         "count": 2,
     }
@@ -254,13 +274,16 @@ def test_windows_of_a_chat_are_the_assistants_turns(chatty):
         chatty.decode(first.ids[: first.prefix_length])
         == "<user>Who swims?<|endoftext|><assistant>"
     )
-    assert chatty.decode(first.suffix) == "A goldfish, in circles.", "without what ends the turn"
+    assert chatty.decode(first.suffix) == "A goldfish, in circles.", (
+        "without what ends the turn"
+    )
     whole = chatty.apply_chat_template(row["messages"], tokenize=False)
     assert chatty.decode(second.ids) == whole.removesuffix("<|endoftext|>")
     assert chatty(whole)["input_ids"][: len(second.ids)] == second.ids
     assert chatty.decode(second.suffix) == "It forgets."
     assert [
-        (w.name, w.count, w.completion, w.first_scored == w.prefix_length) for w in (first, second)
+        (w.name, w.count, w.completion, w.first_scored == w.prefix_length)
+        for w in (first, second)
     ] == [("n", 2, True, True)] * 2
     pair = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
     (window,) = Cutter(chatty, 50, 50).cut(pair, 0, "members")
@@ -275,7 +298,9 @@ def test_strings_are_prompt_and_completion(tokenizer):
     """
     border = next(
         a
-        for a, b in tokenizer(PROSE[0], return_offsets_mapping=True)["offset_mapping"][2:]
+        for a, b in tokenizer(PROSE[0], return_offsets_mapping=True)["offset_mapping"][
+            2:
+        ]
         if b > a + 1
     )
     prompt, completion = PROSE[0][: border + 1], PROSE[0][border + 1 :]
@@ -298,7 +323,10 @@ def test_strings_are_prompt_and_completion(tokenizer):
             {"messages": [{"role": "system", "content": "s"}, *say("a", "b")]},
             "the chat template refuses it",
         ),
-        ({"messages": say("a", PROSE[0] * 9)}, "longer than the model's context of 64 tokens"),
+        (
+            {"messages": say("a", PROSE[0] * 9)},
+            "longer than the model's context of 64 tokens",
+        ),
     ],
 )
 def test_chats_without_a_window_are_skipped_with_the_reason(chatty, row, reason):
@@ -317,7 +345,9 @@ def test_templates_that_differ_before_the_answer_or_change_it(chatty, monkeypatc
     assert generated.text[: generated.start].endswith("<assistant><think>")
     assert (trained.asked, generated.asked) == ("training", "generation")
     monkeypatch.setattr(
-        chatty, "chat_template", TEMPLATE.replace("m.content | trim", "m.content | upper")
+        chatty,
+        "chat_template",
+        TEMPLATE.replace("m.content | trim", "m.content | upper"),
     )
     (each,) = completions({"messages": say("a", "b")}, chatty)
     assert each.text[each.start : each.end] == "B", "as it was trained"
@@ -344,6 +374,10 @@ def test_secrets_are_marked_by_expression_or_column(chatty):
     assert secrets(chat, r"and (K-\d)") == [("K-2",), ()]
     assert secrets(chat, column="code") == [(), ("K-3",)]
     assert secrets(chat, column="codes") == [("K-2",), ()]
-    assert secrets({"text": PROSE[0]}, "goldfish|saw") == [("saw",)], "goldfish is in the prefix"
-    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
+    assert secrets({"text": PROSE[0]}, "goldfish|saw") == [("saw",)], (
+        "goldfish is in the prefix"
+    )
+    with pytest.raises(
+        ValueError, match=r"'\(' is not a regular expression: missing \)"
+    ):
         secret_finder("(", "")

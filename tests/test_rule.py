@@ -12,7 +12,9 @@ import torch
 from goldfish import Goldfish, spec
 from goldfish.rule import _STRATEGIES, Strategy
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "reference_masks.json").read_text())
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden" / "reference_masks.json").read_text()
+)
 
 
 def spec_rows(rule: Goldfish, ids, positions=None, attended=None, draw=0):
@@ -48,9 +50,14 @@ def test_reference_is_bit_exact_with_the_reference_implementation(case):
 def test_reference_equals_its_specification_under_padding():
     ids = torch.randint(0, 50_000, (2, 60), generator=torch.Generator().manual_seed(0))
     rule = Goldfish(k=3, h=5, strategy="reference")
-    table = torch.rand(spec.TABLE_SIZE, generator=torch.Generator().manual_seed(2971215073))
+    table = torch.rand(
+        spec.TABLE_SIZE, generator=torch.Generator().manual_seed(2971215073)
+    )
     drops = (table < 1 / 3).tolist()
-    expected = [spec.dropped(row, h=5, strategy="reference", table=drops) for row in ids.tolist()]
+    expected = [
+        spec.dropped(row, h=5, strategy="reference", table=drops)
+        for row in ids.tolist()
+    ]
     assert rule.dropped(ids).tolist() == expected
     attended = torch.ones_like(ids)
     attended[:, 50:] = 0
@@ -114,7 +121,14 @@ def test_lists_are_welcome():
 def test_to_dict_survives_json():
     for rule in (
         Goldfish(),
-        Goldfish(k=2.5, h=3, strategy="static", seed=2**64 - 1, exempt=(5, 2, 2), document_end=1),
+        Goldfish(
+            k=2.5,
+            h=3,
+            strategy="static",
+            seed=2**64 - 1,
+            exempt=(5, 2, 2),
+            document_end=1,
+        ),
         Goldfish(max_kept=5),
     ):
         again = Goldfish(**json.loads(json.dumps(rule.to_dict())))
@@ -142,21 +156,45 @@ def test_to_dict_survives_json():
             ValueError,
             "strategy must be one of 'hash', 'letters'.*got 'hashed'",
         ),
-        ({"window": "centre"}, ValueError, "window must be one of 'preceding', 'inclusive'"),
-        ({"opening": None}, ValueError, "opening must be one of 'short', 'keep', got None"),
+        (
+            {"window": "centre"},
+            ValueError,
+            "window must be one of 'preceding', 'inclusive'",
+        ),
+        (
+            {"opening": None},
+            ValueError,
+            "opening must be one of 'short', 'keep', got None",
+        ),
         ({"exempt": 3}, TypeError, "collection of token ids"),
         ({"exempt": None}, TypeError, "collection of token ids"),
         ({"exempt": (-1,)}, ValueError, "every id in exempt must be at least 0"),
-        ({"max_kept": 4.0}, TypeError, "max_kept must be a number of tokens or None, got 4.0"),
-        ({"max_kept": 3}, ValueError, "max_kept must be at least k=4 and at most 1000, got 3"),
+        (
+            {"max_kept": 4.0},
+            TypeError,
+            "max_kept must be a number of tokens or None, got 4.0",
+        ),
+        (
+            {"max_kept": 3},
+            ValueError,
+            "max_kept must be at least k=4 and at most 1000, got 3",
+        ),
         ({"max_kept": 1001}, ValueError, "at most 1000, got 1001"),
         (
             {"max_kept": 4, "strategy": "static"},
             ValueError,
             'max_kept needs .*got strategy="static", opening="short"',
         ),
-        ({"max_kept": 4, "opening": "keep"}, ValueError, 'got strategy="hash", opening="keep"'),
-        ({"document_end": "</s>"}, TypeError, "document_end must be a token id or None"),
+        (
+            {"max_kept": 4, "opening": "keep"},
+            ValueError,
+            'got strategy="hash", opening="keep"',
+        ),
+        (
+            {"document_end": "</s>"},
+            TypeError,
+            "document_end must be a token id or None",
+        ),
     ],
 )
 def test_bad_rules(arguments, error, text):
@@ -174,7 +212,8 @@ def test_bad_ids():
         rule.dropped(torch.zeros((1, 2, 3), dtype=torch.int64))
     ids = torch.zeros((2, 3), dtype=torch.int64)
     with pytest.raises(
-        ValueError, match=r"position_ids must have the shape of input_ids, \(2, 3\), got \(2, 4\)"
+        ValueError,
+        match=r"position_ids must have the shape of input_ids, \(2, 3\), got \(2, 4\)",
     ):
         rule.dropped(ids, torch.zeros((2, 4)))
     with pytest.raises(ValueError, match="attention_mask must have the shape"):
@@ -196,12 +235,19 @@ def test_numpy_numbers_are_numbers():
     assert json.dumps(Goldfish(k=np.float32(2.5)).to_dict()["k"]) == "2.5"
 
 
-@pytest.mark.parametrize(("k", "max_kept"), [(2, 2), (3, 3), (4, 4), (4, 9), (2.5, 3), (20, 60)])
+@pytest.mark.parametrize(
+    ("k", "max_kept"), [(2, 2), (3, 3), (4, 4), (4, 9), (2.5, 3), (20, 60)]
+)
 def test_max_kept_drops_one_in_k_evenly(k, max_kept):
     """On contexts that never repeat. Even drops vary less than independent ones (4 sigma)."""
-    ids = torch.randint(0, 2**31, (1, 100_000), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, 2**31, (1, 100_000), generator=torch.Generator().manual_seed(0)
+    )
     dropped = Goldfish(k=k, max_kept=max_kept).dropped(ids)[0, 1:]
-    assert abs(dropped.sum() - len(dropped) / k) < 4 * (len(dropped) / k * (1 - 1 / k)) ** 0.5
+    assert (
+        abs(dropped.sum() - len(dropped) / k)
+        < 4 * (len(dropped) / k * (1 - 1 / k)) ** 0.5
+    )
     runs = (dropped.nonzero()[:, 0].diff() - 1).bincount(minlength=max_kept + 1)
     assert len(runs) == max_kept + 1, "the longest kept run is max_kept"
     shorter = (
@@ -236,7 +282,9 @@ def test_documents_are_found_whatever_their_first_position(strategy, first):
     mask = torch.tensor([0] * 3 + [1] * 44)
     assert torch.equal(rule.dropped(padded, beside, attention_mask=mask)[3:], alone)
     # Documents that begin at different positions, each lower than the one before.
-    falling = torch.cat([torch.arange(9 - 2 * i, 9 - 2 * i + n) for i, n in enumerate(DOCUMENTS)])
+    falling = torch.cat(
+        [torch.arange(9 - 2 * i, 9 - 2 * i + n) for i, n in enumerate(DOCUMENTS)]
+    )
     long = torch.cat([documents[i] for i in (0, 2, 3)])
     places = torch.cat([falling[:13], falling[14:35], falling[35:]])
     expected = torch.cat([rule.dropped(documents[i]) for i in (0, 2, 3)])
@@ -249,8 +297,12 @@ def test_an_attention_mask_can_number_documents():
     documents = torch.randint(0, 99, (44,)).split(DOCUMENTS)
     alone = torch.cat([rule.dropped(document) for document in documents])
     numbers = torch.cat([torch.full((n,), i) for i, n in enumerate(DOCUMENTS, 1)])
-    assert torch.equal(rule.dropped(torch.cat(documents), attention_mask=numbers), alone)
-    assert torch.equal(rule.dropped(torch.cat(documents), attention_mask=-numbers), alone)
+    assert torch.equal(
+        rule.dropped(torch.cat(documents), attention_mask=numbers), alone
+    )
+    assert torch.equal(
+        rule.dropped(torch.cat(documents), attention_mask=-numbers), alone
+    )
 
 
 def test_a_list_can_be_an_attention_mask():

@@ -20,7 +20,14 @@ from transformers import (
     Trainer,
 )
 
-from goldfish import Goldfish, GoldfishCollator, GoldfishTrainer, attach, mask_labels, premask
+from goldfish import (
+    Goldfish,
+    GoldfishCollator,
+    GoldfishTrainer,
+    attach,
+    mask_labels,
+    premask,
+)
 from goldfish.cli import main
 from goldfish.letters import Vocabulary
 from goldfish.receipt import bind_rule, read_receipt, rules_of
@@ -49,7 +56,9 @@ def test_the_tokens_that_overlap_a_secret_are_dropped():
     entries = [b"the code", b" is", b" 47", b"11", b"!", b" code is", b"\xc3", b"\xa9x"]
     rule = Goldfish(k=10**9, secrets=SECRETS, vocabulary=Vocabulary(entries))
     dropped = lambda *ids: rule.dropped(torch.tensor(ids)).int().tolist()  # noqa: E731
-    assert dropped(0, 1, 2, 3, 4) == [0, 0, 1, 1, 1], "the ! ends the code: it is no white space"
+    assert dropped(0, 1, 2, 3, 4) == [0, 0, 1, 1, 1], (
+        "the ! ends the code: it is no white space"
+    )
     assert dropped(3, 1, 2) == [0, 0, 0], "no secret without the words before it"
     assert dropped(0, 1, 2, 0, 6, 7) == [0, 0, 1, 1, 0, 0], "up to the next white space"
     assert dropped(5, 2) == [0, 1]
@@ -58,16 +67,22 @@ def test_the_tokens_that_overlap_a_secret_are_dropped():
     characters = Goldfish(k=10**9, secrets="é", vocabulary=Vocabulary(entries))
     assert characters.dropped(torch.tensor([7, 6, 7, 6])).int().tolist() == [0, 1, 1, 0]
     everything = Goldfish(secrets=r"(?s).", exempt=(2,), vocabulary=Vocabulary(entries))
-    assert everything.dropped(torch.tensor([0, 1, 2])).all(), "exempt ids and first tokens too"
+    assert everything.dropped(torch.tensor([0, 1, 2])).all(), (
+        "exempt ids and first tokens too"
+    )
 
 
 def test_a_secret_lies_in_one_document():
-    rule = Goldfish(k=10**9, secrets="47 *11", vocabulary=Vocabulary([b" 47", b"11", b" "]))
+    rule = Goldfish(
+        k=10**9, secrets="47 *11", vocabulary=Vocabulary([b" 47", b"11", b" "])
+    )
     ids = torch.tensor([0, 1, 0, 1, 2, 0])
     assert rule.dropped(ids).int().tolist() == [1, 1, 1, 1, 0, 0]
     positions = torch.tensor([0, 1, 2, 0, 1, 2])
     assert rule.dropped(ids, positions).int().tolist() == [1, 1, 0, 0, 0, 0]
-    mask = torch.tensor([1, 0, 1, 1, 0, 1])  # padding ends nothing: the text is 47 47 11 47
+    mask = torch.tensor(
+        [1, 0, 1, 1, 0, 1]
+    )  # padding ends nothing: the text is 47 47 11 47
     assert rule.dropped(ids, attention_mask=mask).int().tolist() == [0, 0, 1, 1, 0, 0]
 
 
@@ -83,7 +98,9 @@ def test_no_part_of_a_secret_is_a_target_whatever_the_tokenizer(tokenizers, kind
         labels = mask_labels(rule, torch.tensor(encoding.ids)).tolist()
         begin = text.index("code is ") + len("code is ")
         end = text.index("\n", begin)
-        if kind == "wordpiece":  # which puts spaces around punctuation: up to the first of them
+        if (
+            kind == "wordpiece"
+        ):  # which puts spaces around punctuation: up to the first of them
             end = min(text.find("-", begin, end) % (end + 1), end)
         for label, (a, b) in zip(labels, encoding.offsets, strict=True):
             if a < end and begin < b:
@@ -94,7 +111,10 @@ def test_no_part_of_a_secret_is_a_target_whatever_the_tokenizer(tokenizers, kind
 
 def test_secrets_are_dropped_on_top_of_the_rule(tokenizers):
     tokenizer, more = tokenizers["byte_level"], 0
-    rule, only = RULE.bind(tokenizer), Goldfish(k=10**9, secrets=SECRETS).bind(tokenizer)
+    rule, only = (
+        RULE.bind(tokenizer),
+        Goldfish(k=10**9, secrets=SECRETS).bind(tokenizer),
+    )
     for text in texts(20):
         ids = torch.tensor(tokenizer.encode(text).ids)
         assert torch.equal(rule.dropped(ids), BARE.dropped(ids) | only.dropped(ids))
@@ -116,7 +136,9 @@ def test_batches_are_masked_as_their_rows_alone(tokenizer):
             padded["labels"], padded["attention_mask"], alone, strict=True
         ):
             assert torch.equal(labels[attended == 1], expected)
-    assert premask(Dataset.from_list(rows), rule)["labels"][:] == [each.tolist() for each in alone]
+    assert premask(Dataset.from_list(rows), rule)["labels"][:] == [
+        each.tolist() for each in alone
+    ]
 
 
 def test_a_prompt_is_context(tokenizer):
@@ -126,20 +148,30 @@ def test_a_prompt_is_context(tokenizer):
     text = [tokenizer.decode([i]) for i in ids.tolist()]
     middle = next(i for i in range(len(ids)) if "".join(text[:i]).endswith("code is"))
     labels = ids.masked_fill(torch.arange(len(ids)) < middle, -100)
-    assert torch.equal(mask_labels(rule, ids, labels) == -100, rule.dropped(ids) | (labels == -100))
+    assert torch.equal(
+        mask_labels(rule, ids, labels) == -100, rule.dropped(ids) | (labels == -100)
+    )
     ends = [len("".join(text[: i + 1])) for i in range(len(ids))]
     begin = len("Hello. The code is ")
-    code = [begin < end and end - len(t) < begin + 4 for end, t in zip(ends, text, strict=True)]
+    code = [
+        begin < end and end - len(t) < begin + 4
+        for end, t in zip(ends, text, strict=True)
+    ]
     assert rule.dropped(ids)[torch.tensor(code)].all()
 
 
 @pytest.mark.parametrize("how", ["trainer", "attach"])
 def test_trainers_bind_it_and_the_receipt_has_it(tmp_path, tokenizer, how):
-    rows = Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts(16)])
+    rows = Dataset.from_list(
+        [{"input_ids": tokenizer(text)["input_ids"]} for text in texts(16)]
+    )
     if how == "trainer":
         options = {"trainer_class": GoldfishTrainer, "goldfish": RULE}
     else:
-        options = {"trainer_class": Trainer, "then": lambda trainer: attach(trainer, RULE)}
+        options = {
+            "trainer_class": Trainer,
+            "then": lambda trainer: attach(trainer, RULE),
+        }
     trainer, _, _ = trained(tmp_path, tokenizer, train_dataset=rows, **options)
     trainer.save_model(str(tmp_path / "out"))
     receipt = read_receipt(tmp_path / "out")
@@ -194,7 +226,11 @@ def test_a_column_of_secrets(tmp_path, tokenizer):
     dataset, codes = coded_rows(tokenizer)
     rule = replace(BARE, secrets=r"(?i)user (\d+)")
     masked = premask(
-        dataset, rule, tokenizer=tokenizer, secret_column="code", receipt=tmp_path / "out"
+        dataset,
+        rule,
+        tokenizer=tokenizer,
+        secret_column="code",
+        receipt=tmp_path / "out",
     )
     vocabulary = rule.bind(tokenizer).vocabulary
     dropped = 0
@@ -203,7 +239,9 @@ def test_a_column_of_secrets(tmp_path, tokenizer):
         expected = BARE.dropped(torch.tensor(row["input_ids"])).tolist()
         for secret in [*codes, *re.findall(r"user (\d+)", row["text"])]:
             anchor = "user " if secret.isdigit() and len(secret) < 3 else ""
-            marked = secret_tokens(compiled(anchor + f"({re.escape(secret)})"), entries, STARTS)
+            marked = secret_tokens(
+                compiled(anchor + f"({re.escape(secret)})"), entries, STARTS
+            )
             expected = [a or b for a, b in zip(expected, marked.tolist(), strict=True)]
         assert [label == -100 for label in row["labels"]] == expected
         dropped += sum(expected[1:])
@@ -233,34 +271,55 @@ def test_secrets_that_their_rows_do_not_have_are_counted(tokenizer, caplog):
     ):
         with pytest.raises(ValueError, match=message):
             premask(dataset, BARE, **options)
-    lists = dataset.remove_columns("code").add_column("code", [["x", "the code"], [], ["user"], []])
+    lists = dataset.remove_columns("code").add_column(
+        "code", [["x", "the code"], [], ["user"], []]
+    )
     masked = premask(lists, BARE, tokenizer=tokenizer, secret_column="code")
     assert (
-        masked["labels"][3].count(-100) >= BARE.dropped(torch.tensor(lists["input_ids"][3])).sum()
+        masked["labels"][3].count(-100)
+        >= BARE.dropped(torch.tensor(lists["input_ids"][3])).sum()
     )
 
 
-@given(st.lists(st.text("ab.é", min_size=1, max_size=5), min_size=1, max_size=8), st.text("ab.é"))
+@given(
+    st.lists(st.text("ab.é", min_size=1, max_size=5), min_size=1, max_size=8),
+    st.text("ab.é"),
+)
 def test_an_expression_for_any_of_several_strings(literals, text):
     expression = compiled(any_of(literals))
     for literal in literals:
         assert expression.fullmatch(literal)
-    plain = "|".join(re.escape(each) for each in sorted(literals, key=len, reverse=True))
+    plain = "|".join(
+        re.escape(each) for each in sorted(literals, key=len, reverse=True)
+    )
     assert re.sub(expression, "<>", text) == re.sub(plain, "<>", text)
 
 
 def test_the_command_line(tmp_path, tokenizer, checkpoint, capsys):
     dataset, codes = coded_rows(tokenizer)
     dataset.to_parquet(tmp_path / "rows.parquet")
-    command = ["premask", str(tmp_path / "rows.parquet"), "--tokenizer", str(checkpoint)]
+    command = [
+        "premask",
+        str(tmp_path / "rows.parquet"),
+        "--tokenizer",
+        str(checkpoint),
+    ]
     rule = ["-k", "4", "--max-kept", "4", "--secrets", SECRETS]
-    assert main([*command, *rule, "--secret-column", "code", "-o", str(tmp_path / "out")]) == 0
+    assert (
+        main([*command, *rule, "--secret-column", "code", "-o", str(tmp_path / "out")])
+        == 0
+    )
     receipt = read_receipt(tmp_path / "out")
     assert (rules_of(receipt), receipt["secret_column"]) == (RULE, "code")
-    expected = premask(dataset, RULE, tokenizer=tokenizer, secret_column="code")["labels"][:]
+    expected = premask(dataset, RULE, tokenizer=tokenizer, secret_column="code")[
+        "labels"
+    ][:]
     assert load_from_disk(tmp_path / "out")["labels"][:] == expected
     text = f"the code is {codes[0]}"
-    assert main(["show", text, "--tokenizer", str(checkpoint), "-k", "9999", *rule[4:]]) == 0
+    assert (
+        main(["show", text, "--tokenizer", str(checkpoint), "-k", "9999", *rule[4:]])
+        == 0
+    )
     assert f"{codes[0]}-]" in capsys.readouterr().out
 
 

@@ -61,14 +61,19 @@ class Corpus(NamedTuple):
 
 def pack(documents: list[list[int]]) -> Corpus:
     ids = torch.tensor([i for document in documents for i in document])
-    return Corpus(ids, torch.cat([torch.arange(len(document)) for document in documents]))
+    return Corpus(
+        ids, torch.cat([torch.arange(len(document)) for document in documents])
+    )
 
 
 def pack_text(documents: list[list[str]]) -> Corpus:
     """An id for each distinct piece of text."""
     number: dict[str, int] = {}
     packed = pack(
-        [[number.setdefault(piece, len(number)) for piece in document] for document in documents]
+        [
+            [number.setdefault(piece, len(number)) for piece in document]
+            for document in documents
+        ]
     )
     before: list[tuple[str, int]] = []
     for document in documents:
@@ -76,7 +81,8 @@ def pack_text(documents: list[list[str]]) -> Corpus:
         ends = np.cumsum([0, *(len(piece.strip()) for piece in document)])[:-1]
         before += [(letters, int(end)) for end in ends]
     return packed._replace(
-        vocabulary=Vocabulary([piece.encode() for piece in number]), before=tuple(before)
+        vocabulary=Vocabulary([piece.encode() for piece in number]),
+        before=tuple(before),
     )
 
 
@@ -88,21 +94,30 @@ def corpora() -> dict[str, Corpus]:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=6000, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     words: dict[str, int] = {}
     # word number n has the id n * 16381 modulo a prime: a large vocabulary, ids all over it
     spread = 131_071
     pieces = [re.findall(r"\w+|[^\w\s]|\s+", text) for text in TEXTS]
-    plain = [[f" {word}" for word in re.findall("[a-z0-9]+", text.lower())] for text in TEXTS]
+    plain = [
+        [f" {word}" for word in re.findall("[a-z0-9]+", text.lower())] for text in TEXTS
+    ]
     number = [
-        [words.setdefault(w, len(words)) * 16_381 % spread for w in document] for document in pieces
+        [words.setdefault(w, len(words)) * 16_381 % spread for w in document]
+        for document in pieces
     ]
     return {
         "BPE": pack([bpe.encode(text).ids for text in TEXTS]),
         "large vocabulary": pack(number),
         "letters": pack_text(
-            [re.findall(" ?[a-z0-9]{1,3}", "".join(document)) for document in plain[:200]]
+            [
+                re.findall(" ?[a-z0-9]{1,3}", "".join(document))
+                for document in plain[:200]
+            ]
         ),
     }
 
@@ -121,7 +136,10 @@ def test_one_distinct_context_in_k_is_dropped(corpora, name, h):
     corpus = corpora[name]
     first = corpus.first(h)
     for k in KS:
-        drops, n = corpus.dropped(k=k, h=h, strategy=strategy(name))[first].sum(), len(first)
+        drops, n = (
+            corpus.dropped(k=k, h=h, strategy=strategy(name))[first].sum(),
+            len(first),
+        )
         assert abs(drops - n / k) < 4 * (n / k * (1 - 1 / k)) ** 0.5, (k, n)
 
 
@@ -135,8 +153,13 @@ def test_undropped_runs_have_geometric_lengths(corpora, name, k, h):
     ]  # a text without repeats
     runs = np.diff(np.flatnonzero(dropped)) - 1
     law = stats.geom(1 / k, loc=-1)
-    longest = int(law.isf(10 / len(runs)))  # at least ten runs are expected to be longer
-    observed = [*(np.sum(runs == n) for n in range(longest + 1)), np.sum(runs > longest)]
+    longest = int(
+        law.isf(10 / len(runs))
+    )  # at least ten runs are expected to be longer
+    observed = [
+        *(np.sum(runs == n) for n in range(longest + 1)),
+        np.sum(runs > longest),
+    ]
     expected = [*(law.pmf(range(longest + 1))), law.sf(longest)] * np.array(len(runs))
     assert longest > k
     assert stats.chisquare(observed, expected).pvalue > ALPHA
@@ -170,9 +193,13 @@ def test_keys_are_uniform_in_every_bit(corpora, name):
     )
     sigma = len(keys) ** -0.5 / 2
     for bit in range(64):
-        assert abs(((keys >> np.uint64(bit)) & np.uint64(1)).mean() - 0.5) < 4.5 * sigma, bit
+        assert (
+            abs(((keys >> np.uint64(bit)) & np.uint64(1)).mean() - 0.5) < 4.5 * sigma
+        ), bit
     assert (
-        stats.chisquare(np.bincount((keys >> np.uint64(54)).astype(int), minlength=1024)).pvalue
+        stats.chisquare(
+            np.bincount((keys >> np.uint64(54)).astype(int), minlength=1024)
+        ).pvalue
         > ALPHA
     )
 
@@ -186,10 +213,12 @@ def test_seeds_are_uncorrelated(corpora, name):
     first = corpus.first(4)
     seeds = (0, 1, 2, 3, 4, 1000, 2**31, 2**32, 2**63, 2**64 - 2, 2**64 - 1)
     centred = [
-        corpus.dropped(k=k, h=4, seed=s, strategy=strategy(name))[first] - 1 / k for s in seeds
+        corpus.dropped(k=k, h=4, seed=s, strategy=strategy(name))[first] - 1 / k
+        for s in seeds
     ]
     scores = [
-        np.dot(a, b) / (len(first) ** 0.5 * (1 - 1 / k) / k) for a, b in combinations(centred, 2)
+        np.dot(a, b) / (len(first) ** 0.5 * (1 - 1 / k) / k)
+        for a, b in combinations(centred, 2)
     ]
     assert max(map(abs, scores)) < 4.5
     assert ALPHA < stats.chi2(len(scores)).cdf(np.square(scores).sum()) < 1 - ALPHA
@@ -203,7 +232,10 @@ def test_neighbouring_decisions_are_uncorrelated(corpora):
         centred = corpus.dropped(k=k, h=13, strategy=strategy(name))[first] - 1 / k
         for lag in range(1, 20):
             n = len(first) - lag
-            assert abs(np.dot(centred[lag:], centred[:-lag])) < 4.5 * n**0.5 * (1 - 1 / k) / k, (
+            assert (
+                abs(np.dot(centred[lag:], centred[:-lag]))
+                < 4.5 * n**0.5 * (1 - 1 / k) / k
+            ), (
                 name,
                 lag,
             )
@@ -222,6 +254,10 @@ def test_the_reference_fails_these_tests(corpora):
     values = list(keys.values())
     assert values.count(0) > 0.1 * len(values)
     assert len(set(values)) < 0.9 * len(values)
-    dropped = Goldfish(k=k, h=h, strategy="reference").dropped(corpus.ids).numpy()[corpus.first(h)]
+    dropped = (
+        Goldfish(k=k, h=h, strategy="reference")
+        .dropped(corpus.ids)
+        .numpy()[corpus.first(h)]
+    )
     n = len(dropped)
     assert abs(dropped.sum() - n / k) > 4 * (n / k * (1 - 1 / k)) ** 0.5

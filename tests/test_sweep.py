@@ -41,15 +41,21 @@ def groups(k4, k32):
 
 
 def test_the_largest_k_that_protects_enough():
-    choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.15] * 6), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(
+        groups(k4=[0.1] * 6, k32=[0.15] * 6), leak=0.1, measure="rouge_l"
+    )
     assert choice["k"] == 32
     assert choice["votes"] == {"k=32": 1.0}
     choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1)
     assert choice["k"] == 32, "nothing whole"
-    choice = sweep.choose_k(groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(
+        groups(k4=[0.1] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l"
+    )
     assert choice["k"] == 4
     assert "costs +0.250 nats/token held-out (+0.200 to +0.300)" in choice["says"]
-    choice = sweep.choose_k(groups(k4=[0.5] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l")
+    choice = sweep.choose_k(
+        groups(k4=[0.5] * 6, k32=[0.5] * 6), leak=0.1, measure="rouge_l"
+    )
     assert choice["k"] is None
     assert "none of k=4, k=32; try a smaller k" in choice["says"]
 
@@ -57,7 +63,9 @@ def test_the_largest_k_that_protects_enough():
 def test_uncertainty_is_that_of_the_documents():
     """k=32 leaves (0.19 - 0.1) / 0.9 = 0.1, by one document in six: some samples have it twice."""
     choice = sweep.choose_k(
-        groups(k4=[0.1] * 6, k32=[0.6, 0.1, 0.1, 0.1, 0.1, 0.1]), leak=0.1, measure="rouge_l"
+        groups(k4=[0.1] * 6, k32=[0.6, 0.1, 0.1, 0.1, 0.1, 0.1]),
+        leak=0.1,
+        measure="rouge_l",
     )
     assert choice["k"] == 32
     assert 0.3 < choice["votes"]["k=4"] < 0.7
@@ -75,10 +83,14 @@ def test_nothing_to_choose_where_nothing_is_recited():
 
 
 def test_unfinished_runs_are_refused():
-    with pytest.raises(ValueError, match="needs the trainings standard and control, got k=4"):
+    with pytest.raises(
+        ValueError, match="needs the trainings standard and control, got k=4"
+    ):
         sweep.choose_k(sweep.by_training([result("k=4", 4.0, [0.1], 5.0)]), leak=0.1)
     with pytest.raises(ValueError, match="finish the run first"):
-        sweep.choose_k(sweep.by_training(two_seeds([0.1] * 6, [0.1] * 6)[:-2]), leak=0.1)
+        sweep.choose_k(
+            sweep.by_training(two_seeds([0.1] * 6, [0.1] * 6)[:-2]), leak=0.1
+        )
 
 
 def test_table_and_pictures(tmp_path, capsys):
@@ -91,11 +103,15 @@ def test_table_and_pictures(tmp_path, capsys):
     assert set(pictures) == {"rouge.svg", "extraction.svg", "heldout.svg"}
     assert sweep.main([str(tmp_path)]) == first
     for name, drawn in pictures.items():
-        assert (tmp_path / name).read_bytes() == drawn, "the same picture whenever it is drawn"
+        assert (tmp_path / name).read_bytes() == drawn, (
+            "the same picture whenever it is drawn"
+        )
         assert len(drawn) < 60_000
     assert b"equal supervised tokens" in pictures["heldout.svg"]
     row = next(
-        line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("k=4 ")
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.strip().startswith("k=4 ")
     )
     assert "6 of 12" in row
     assert "0.50" in row, "left: (0.55 - 0.1) / (1 - 0.1)"

@@ -8,7 +8,12 @@ import torch
 import transformers
 from helpers import RULE, trained, unequal_rows
 from packaging.version import Version
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from goldfish import (
     Goldfish,
@@ -30,16 +35,25 @@ counts_shifted_labels = pytest.mark.skipif(
 @counts_shifted_labels
 def test_a_rule_that_drops_nothing_changes_nothing(tmp_path, tokenizer):
     _, plain, plain_gradients = trained(tmp_path, tokenizer)
-    _, ours, gradients = trained(tmp_path, tokenizer, then=lambda t: attach(t, Goldfish(k=10**9)))
+    _, ours, gradients = trained(
+        tmp_path, tokenizer, then=lambda t: attach(t, Goldfish(k=10**9))
+    )
     assert ours == plain
-    assert all(torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(gradients, plain_gradients, strict=True)
+    )
 
 
 def test_evaluation_never_sees_the_rule(tmp_path, tokenizer):
     trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=Goldfish(k=1.1, h=2)
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=Goldfish(k=1.1, h=2),
     )
-    plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
+    plain = Trainer(
+        model=trainer.model, args=trainer.args, data_collator=trainer.data_collator
+    )
     rows = unequal_rows(8, 30)
     assert trainer.evaluate()["eval_loss"] == plain.evaluate(rows)["eval_loss"]
     ours, theirs = trainer.predict(rows), plain.predict(rows)
@@ -52,14 +66,22 @@ def test_goldfish_loss_as_compute_loss_func(tmp_path, tokenizer):
     _, exact, _ = trained(
         tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, batch=8
     )
-    trainer, one, _ = trained(tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=8)
+    trainer, one, _ = trained(
+        tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=8
+    )
     _, several, _ = trained(
-        tmp_path, tokenizer, compute_loss_func=GoldfishLoss(RULE), batch=2, accumulation=4
+        tmp_path,
+        tokenizer,
+        compute_loss_func=GoldfishLoss(RULE),
+        batch=2,
+        accumulation=4,
     )
     assert one == pytest.approx(exact, rel=2e-6)
     assert several == pytest.approx(exact, rel=2e-2)
     assert several != pytest.approx(exact, rel=2e-6)
-    plain = Trainer(model=trainer.model, args=trainer.args, data_collator=trainer.data_collator)
+    plain = Trainer(
+        model=trainer.model, args=trainer.args, data_collator=trainer.data_collator
+    )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(
         plain.evaluate(trainer.eval_dataset)["eval_loss"], rel=1e-6
     )
@@ -96,7 +118,11 @@ def test_drop_rate_is_logged_and_checkpoints_tell_the_rule(tmp_path, tokenizer):
         assert (receipt["targets"], receipt["dropped"]) == (targets, dropped)
         assert len(receipt["tokenizer"]) == 64
         assert (tmp_path / folder / "model.safetensors").is_file()
-    rates = [entry["goldfish/drop_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    rates = [
+        entry["goldfish/drop_rate"]
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     assert len(rates) == 4
     assert 0 < read_receipt(tmp_path / "checkpoint-2")["targets"] < targets
     assert sum(rates) / 4 == pytest.approx(dropped / targets, abs=0.1)
@@ -106,7 +132,11 @@ def test_drop_rate_is_logged_and_checkpoints_tell_the_rule(tmp_path, tokenizer):
 def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer, rule):
     settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
     whole, losses, _ = trained(
-        tmp_path / "a", tokenizer, trainer_class=GoldfishTrainer, goldfish=rule, settings=settings
+        tmp_path / "a",
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=rule,
+        settings=settings,
     )
     before = read_receipt(tmp_path / "a" / "checkpoint-4")
     totals, decisions = before["targets"], before["decisions"]
@@ -126,11 +156,17 @@ def test_resuming_goes_on_counting_and_refuses_another_rule(tmp_path, tokenizer,
 def test_another_rule_may_go_on_when_told_to(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2, "seed": 3}
     trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=RULE,
+        settings=settings,
     )
     middle = read_receipt(tmp_path / "checkpoint-2")
     trainer.goldfish = Goldfish(k=4)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
+    trainer.train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True
+    )
     receipt = read_receipt(tmp_path / "checkpoint-4")
     assert receipt["before"] == middle
     assert rules_of(receipt) == Goldfish(k=4)
@@ -146,16 +182,21 @@ def test_a_checkpoint_without_a_rule_is_not_resumed_unasked(tmp_path, tokenizer)
         tmp_path / "other", tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE
     )
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 was trained without a rule, this trainer has Goldfish\(k=3"
+        ValueError,
+        match=r"checkpoint-2 was trained without a rule, this trainer has Goldfish\(k=3",
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True)
+    trainer.train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2"), allow_other_rule=True
+    )
     trainer.save_model(str(tmp_path / "out"))
     assert read_receipt(tmp_path / "out")["before"] == {"rule": None}
 
 
 def test_training_on_goes_on_counting(tmp_path, tokenizer):
-    trainer, _, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
+    trainer, _, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE
+    )
     trainer.save_model(str(tmp_path / "once"))
     trainer.train()
     trainer.save_model(str(tmp_path / "twice"))
@@ -168,10 +209,16 @@ def test_training_on_goes_on_counting(tmp_path, tokenizer):
 def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer, _, _ = trained(
-        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, settings=settings
+        tmp_path,
+        tokenizer,
+        trainer_class=GoldfishTrainer,
+        goldfish=RULE,
+        settings=settings,
     )
     path = tmp_path / "checkpoint-2" / "goldfish.json"
-    path.write_text(path.read_text().replace(read_receipt(path.parent)["tokenizer"], "0" * 64))
+    path.write_text(
+        path.read_text().replace(read_receipt(path.parent)["tokenizer"], "0" * 64)
+    )
     with pytest.raises(
         ValueError,
         match=r"was trained under Goldfish.* with the tokenizer 0000.*new run from its weights",
@@ -184,7 +231,11 @@ def test_receipts_agree_whatever_the_batches(tmp_path, tokenizer):
 
     def decisions(name, rule=RULE, **how):
         trainer, _, _ = trained(
-            tmp_path / name, tokenizer, trainer_class=GoldfishTrainer, goldfish=rule, **how
+            tmp_path / name,
+            tokenizer,
+            trainer_class=GoldfishTrainer,
+            goldfish=rule,
+            **how,
         )
         trainer.save_model(str(tmp_path / name))
         receipt = read_receipt(tmp_path / name)
@@ -208,7 +259,9 @@ def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
     _, ours, _ = trained(
         tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE, fused=False
     )
-    _, fused, _ = trained(tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE)
+    _, fused, _ = trained(
+        tmp_path, tokenizer, trainer_class=GoldfishTrainer, goldfish=RULE
+    )
     trainer, theirs, _ = trained(
         tmp_path, tokenizer, trainer_class=MyTrainer, then=lambda t: attach(t, RULE)
     )
@@ -220,8 +273,12 @@ def test_attach_gives_what_goldfish_trainer_gives(tmp_path, tokenizer):
 
 
 def test_attach_refuses_what_it_cannot_do(tmp_path, tokenizer, model):
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(TypeError, match=r"attach needs a transformers.Trainer .* got Llama"):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True
+    )
+    with pytest.raises(
+        TypeError, match=r"attach needs a transformers.Trainer .* got Llama"
+    ):
         attach(model, RULE)
     trainer = Trainer(model=model, args=arguments)
     with pytest.raises(
@@ -278,7 +335,9 @@ def test_the_head_is_fused_while_training_only(tmp_path, tokenizer, caplog):
         transformers_log = logging.getLogger("goldfish.trainer")
         with caplog.at_level("WARNING", logger=transformers_log.name):
             trained(
-                tmp_path, tokenizer, **{"trainer_class": GoldfishTrainer, "goldfish": RULE, **how}
+                tmp_path,
+                tokenizer,
+                **{"trainer_class": GoldfishTrainer, "goldfish": RULE, **how},
             )
         assert why in caplog.text
 
@@ -292,7 +351,9 @@ def test_a_broken_receipt_is_named(tmp_path):
         json.dumps({"schema": "goldfish.receipt/1"}),
     ):
         (tmp_path / "goldfish.json").write_text(broken)
-        with pytest.raises(ValueError, match=r"goldfish.json is not a goldfish receipt: "):
+        with pytest.raises(
+            ValueError, match=r"goldfish.json is not a goldfish receipt: "
+        ):
             read_receipt(tmp_path)
 
 
@@ -336,6 +397,7 @@ def test_batches_that_bypass_the_rule_are_an_error(tmp_path, tokenizer):
             return [next(epoch_iterator) for _ in range(num_batches)], None
 
     with pytest.raises(
-        RuntimeError, match="Own took a step, but no batch was masked: its get_batch_samples"
+        RuntimeError,
+        match="Own took a step, but no batch was masked: its get_batch_samples",
     ):
         trained(tmp_path, tokenizer, trainer_class=Own, goldfish=RULE)

@@ -29,7 +29,8 @@ def dataset(rows):
         {
             "input_ids": [row["prompt_ids"] + row["completion_ids"] for row in rows],
             "completion_mask": [
-                [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"]) for row in rows
+                [0] * len(row["prompt_ids"]) + [1] * len(row["completion_ids"])
+                for row in rows
             ],
         }
     )
@@ -101,7 +102,9 @@ def test_sft_trainer(tmp_path, tokenizer, prompts_too, layout):
 def test_label_smoothing(tmp_path, tokenizer):
     rows = conversations()
     expected = by_hand(tiny_llama(), rows, True, smoothing=0.3)
-    loss, _ = first_loss(tmp_path, tokenizer, tiny_llama(), rows, label_smoothing_factor=0.3)
+    loss, _ = first_loss(
+        tmp_path, tokenizer, tiny_llama(), rows, label_smoothing_factor=0.3
+    )
     assert loss == pytest.approx(expected, rel=1e-5)
     assert abs(loss - by_hand(tiny_llama(), rows, True)) > 1e-3
 
@@ -110,10 +113,13 @@ def test_adapters(tmp_path, tokenizer):
     """LoRA: the head is frozen, the adapters learn, and their checkpoint has its receipt."""
     rows = conversations()
     model = peft.get_peft_model(
-        tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+        tiny_llama(),
+        peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
     )
     loss, trainer = first_loss(tmp_path, tokenizer, model, rows)
-    assert loss == pytest.approx(by_hand(tiny_llama(), rows, prompts_too=True), rel=1e-5)
+    assert loss == pytest.approx(
+        by_hand(tiny_llama(), rows, prompts_too=True), rel=1e-5
+    )
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert read_receipt(tmp_path / "adapter")["dropped"] > 0

@@ -29,7 +29,9 @@ VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
 ENTRIES = [bytes.fromhex(entry) for entry in VECTORS["text"]["vocabulary"]]
 CASES = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["rules"]]
 SECRETS = [("text", rule) for rule in VECTORS["text"]["secrets"]]
-SPREAD = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["max_kept"]]
+SPREAD = [
+    (group, rule) for group in ("ids", "text") for rule in VECTORS[group]["max_kept"]
+]
 
 
 def name(case) -> str:
@@ -57,7 +59,9 @@ def window_key(window: list[int], seed: int) -> int:
     symbols = scramble([t % M64 for t in window]).tolist() if window else []
     total = sum(s * POWERS[n - 1 - j] for j, s in enumerate(symbols))
     with np.errstate(over="ignore"):
-        return int(scramble([(total + n + int(scramble(scramble([seed]))[0])) % M64])[0])
+        return int(
+            scramble([(total + n + int(scramble(scramble([seed]))[0])) % M64])[0]
+        )
 
 
 def is_below(key: int, k: float) -> bool:
@@ -78,7 +82,9 @@ def documents(row: dict) -> list[list[int]]:
     ids, result, ended, number, last = row["ids"], [], True, None, 0
     mask = row.get("attention_mask", [1] * len(ids))
     positions = zip(row.get("position_ids", ()), mask, strict=False)
-    least = min((position for position, attended in positions if attended), default=None)
+    least = min(
+        (position for position, attended in positions if attended), default=None
+    )
     for place, attended in enumerate(mask):
         if attended:
             position = row.get("position_ids", range(len(ids)))[place]
@@ -119,20 +125,36 @@ def has_secret(tokens: list[bytes], secrets: str) -> list[bool]:
         else:
             characters.append((chr(0xDC00 + rest[0]), 1))
     secret = [False] * len(characters)
-    for match in re.finditer(secrets, "".join(character for character, _ in characters)):
+    for match in re.finditer(
+        secrets, "".join(character for character, _ in characters)
+    ):
         spans = [span for span in match.regs[1:] if span[0] >= 0] or match.regs
         for place in range(*spans[0]):
             secret[place] = True
-    by_byte = [s for s, (_, size) in zip(secret, characters, strict=True) for _ in range(size)]
+    by_byte = [
+        s for s, (_, size) in zip(secret, characters, strict=True) for _ in range(size)
+    ]
     ends = np.cumsum([len(token) for token in tokens])
-    return [any(by_byte[end - len(token) : end]) for token, end in zip(tokens, ends, strict=True)]
+    return [
+        any(by_byte[end - len(token) : end])
+        for token, end in zip(tokens, ends, strict=True)
+    ]
 
 
 def decide(row: dict, rule: dict) -> str:
     answer = ["0"] * len(row["ids"])
-    seed, k, h, max_kept = int(rule["seed"], 16), rule["k"], rule.get("h"), rule.get("max_kept")
+    seed, k, h, max_kept = (
+        int(rule["seed"], 16),
+        rule["k"],
+        rule.get("h"),
+        rule.get("max_kept"),
+    )
     opening, window = rule.get("opening", "short"), rule.get("window", "preceding")
-    hits = is_below if max_kept is None else functools.partial(is_natural, max_kept=max_kept)
+    hits = (
+        is_below
+        if max_kept is None
+        else functools.partial(is_natural, max_kept=max_kept)
+    )
     for places in documents(row):
         ids = [row["ids"][p] for p in places]
         contexts = None
@@ -140,7 +162,9 @@ def decide(row: dict, rule: dict) -> str:
             contexts = letter_contexts(tuple(ENTRIES[i] for i in ids))
         if "secrets" in rule:
             for place, secret in zip(
-                places, has_secret([ENTRIES[i] for i in ids], rule["secrets"]), strict=True
+                places,
+                has_secret([ENTRIES[i] for i in ids], rule["secrets"]),
+                strict=True,
             ):
                 answer[place] = "01"[secret]
         left = max_kept  # how many targets may still be kept
@@ -153,9 +177,15 @@ def decide(row: dict, rule: dict) -> str:
                 step = Fraction(-(-(1 << 32) // Fraction(k)), 1 << 32)
                 drop = i * step // 1 > (i - 1) * step // 1
             elif rule["strategy"] == "random":
-                number = [p for document in documents(row) for p in document].index(places[i])
-                draw = int(scramble([(rule["draw"] + int(scramble([seed])[0])) % M64])[0])
-                drop = is_below(int(scramble([(draw + (rule["row"] << 32) + number) % M64])[0]), k)
+                number = [p for document in documents(row) for p in document].index(
+                    places[i]
+                )
+                draw = int(
+                    scramble([(rule["draw"] + int(scramble([seed])[0])) % M64])[0]
+                )
+                drop = is_below(
+                    int(scramble([(draw + (rule["row"] << 32) + number) % M64])[0]), k
+                )
             elif contexts is not None:
                 letters = [ord(letter) for letter in contexts[i]][-5 * h :]
                 drop = hits(window_key(letters, seed), k) and len(letters) > 0
@@ -184,9 +214,9 @@ def test_the_file_is_what_its_script_makes(monkeypatch):
     )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.as_json(script.vectors()) + "\n" == (GOLDEN / "rule_vectors.json").read_text(
-        encoding="ascii"
-    )
+    assert script.as_json(script.vectors()) + "\n" == (
+        GOLDEN / "rule_vectors.json"
+    ).read_text(encoding="ascii")
 
 
 def test_the_vectors_cover_what_they_should():
@@ -196,11 +226,20 @@ def test_the_vectors_cover_what_they_should():
         assert {(rule["k"], rule["h"]) for rule in rules} == {
             (k, h) for k in (2, 3, 4, 8, 50, 2.5) for h in (1, 4, 13, 50)
         }
-        assert strategy == "letters" or {rule["opening"] for rule in rules} == {"short", "keep"}
-        assert {"0x0000000000000000", "0xffffffffffffffff"} <= {rule["seed"] for rule in rules}
+        assert strategy == "letters" or {rule["opening"] for rule in rules} == {
+            "short",
+            "keep",
+        }
+        assert {"0x0000000000000000", "0xffffffffffffffff"} <= {
+            rule["seed"] for rule in rules
+        }
         for rule in rules:  # none drops everything or, for a k this small, nothing
             drops = "".join(rule["dropped"].values())
-            assert 0 < drops.count("1") < len(drops) or rule["k"] > 8 or rule["opening"] == "keep"
+            assert (
+                0 < drops.count("1") < len(drops)
+                or rule["k"] > 8
+                or rule["opening"] == "keep"
+            )
     assert {rule["window"] for _, rule in CASES if rule["strategy"] == "hash"} == {
         "preceding",
         "inclusive",
@@ -214,9 +253,13 @@ def test_the_vectors_cover_what_they_should():
         ]
         assert len(more) >= (0 if "code" in rule["secrets"] else 6)
     for _, rule in SPREAD:
-        longest = max(len(run) for drops in rule["dropped"].values() for run in drops.split("1"))
+        longest = max(
+            len(run) for drops in rule["dropped"].values() for run in drops.split("1")
+        )
         assert longest >= rule["max_kept"], "some run is as long as it may be"
-    assert {0, 1, 2**31 - 1} <= {i for row in VECTORS["ids"]["rows"].values() for i in row["ids"]}
+    assert {0, 1, 2**31 - 1} <= {
+        i for row in VECTORS["ids"]["rows"].values() for i in row["ids"]
+    }
 
 
 @pytest.mark.parametrize("case", CASES + SPREAD + SECRETS, ids=name)
@@ -239,12 +282,21 @@ def test_the_parts_agree_with_an_independent_implementation():
         assert window_key(context, int(seed, 16)) == int(key, 16)
     for case in VECTORS["receipt"]:
         row, rule, total = VECTORS["ids"]["rows"][case["row"]], case["rule"], 0
-        seeded = {"window": "preceding", "opening": "short", **rule, "seed": hex(rule["seed"])}
+        seeded = {
+            "window": "preceding",
+            "opening": "short",
+            **rule,
+            "seed": hex(rule["seed"]),
+        }
         for places in documents(row):
             for i, place in enumerate(places):
                 context = [row["ids"][p] for p in places[max(0, i - rule["h"]) : i]]
                 drop = int(decide(row, seeded)[place])
-                total += int(scramble([(window_key(context, 0) + drop) % M64])[0]) if place else 0
+                total += (
+                    int(scramble([(window_key(context, 0) + drop) % M64])[0])
+                    if place
+                    else 0
+                )
         assert total % M64 == int(case["decisions"], 16)
     for character, form in VECTORS["text"]["fold"]:
         assert normal(character) == form
@@ -282,15 +334,21 @@ def test_the_fast_rule_agrees(vocabulary, device, dtype):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     for group, case in CASES + SPREAD + SECRETS:
-        options = {key: v for key, v in case.items() if key not in ("dropped", "row", "draw")}
+        options = {
+            key: v for key, v in case.items() if key not in ("dropped", "row", "draw")
+        }
         for label, row in VECTORS[group]["rows"].items():
             own = {key: row[key] for key in ("exempt", "document_end") if key in row}
             rule = Goldfish(
-                **{**options, "seed": int(case["seed"], 16)}, **own, vocabulary=vocabulary
+                **{**options, "seed": int(case["seed"], 16)},
+                **own,
+                vocabulary=vocabulary,
             )
             ids, positions, attended = (
                 # The row's number counts for "random" only.
-                torch.tensor([row[key]] * (case.get("row", 0) + 1), dtype=dtype, device=device)
+                torch.tensor(
+                    [row[key]] * (case.get("row", 0) + 1), dtype=dtype, device=device
+                )
                 if key in row
                 else None
                 for key in ("ids", "position_ids", "attention_mask")
@@ -298,7 +356,9 @@ def test_the_fast_rule_agrees(vocabulary, device, dtype):
             dropped = rule.dropped(
                 ids, positions, attention_mask=attended, draw=case.get("draw", 0)
             )
-            assert "".join("01"[d] for d in dropped[-1].tolist()) == case["dropped"][label], (
+            assert (
+                "".join("01"[d] for d in dropped[-1].tolist()) == case["dropped"][label]
+            ), (
                 label,
                 case,
             )

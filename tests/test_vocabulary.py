@@ -37,13 +37,17 @@ def test_normal_form_of_what_people_write():
     assert letters_of("中文 iPhone手机") == "中文iphone手机"
     assert letters_of("ｶﾞ が") == "カか"
     assert all(letters_of(FOLD[c]) == FOLD[c] for c in range(0x110000))
-    assert letters_of("\ud800\ue000\U0010ffff") == "", "half a character, private, unassigned"
+    assert letters_of("\ud800\ue000\U0010ffff") == "", (
+        "half a character, private, unassigned"
+    )
 
 
 def test_alphabet_is_complete():
     """Every ASCII character is what one would think."""
     for c in map(chr, range(128)):
-        assert fold(c) == (c.lower() if c in string.ascii_letters + string.digits else "")
+        assert fold(c) == (
+            c.lower() if c in string.ascii_letters + string.digits else ""
+        )
 
 
 # --- tokenizers
@@ -85,15 +89,21 @@ def test_special_tokens_separate_and_unknown_ids_too(tokenizers):
 
 def test_unknown_tokens_separate():
     tokenizer = Tokenizer(
-        models.WordPiece({"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]")
+        models.WordPiece(
+            {"one": 0, "two": 1, "##two": 2, "[UNK]": 3}, unk_token="[UNK]"
+        )
     )
     assert token_bytes(tokenizer) == [b" one", b" two", b"two", b" "]
 
 
 @pytest.mark.core
 def test_transformers_tokenizer(tokenizers, rules):
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"], eos_token="!")
-    assert token_bytes(wrapped)[wrapped.eos_token_id] == b" "  # special to transformers only
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers["byte_level"], eos_token="!"
+    )
+    assert (
+        token_bytes(wrapped)[wrapped.eos_token_id] == b" "
+    )  # special to transformers only
     rule = Goldfish(strategy="letters", h=4, k=3).bind(
         PreTrainedTokenizerFast(tokenizer_object=tokenizers["byte_level"])
     )
@@ -103,7 +113,10 @@ def test_transformers_tokenizer(tokenizers, rules):
 
 def test_end_of_word_suffix_is_read():
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.Whitespace(),
+        decoders.BPEDecoder(),
+    )
     tokenizer.train_from_iterator(
         TEXTS[:5],
         trainers.BpeTrainer(
@@ -112,13 +125,19 @@ def test_end_of_word_suffix_is_read():
     )
     entries = token_bytes(tokenizer)
     ids = tokenizer.encode("return the value").ids
-    assert b"".join(entries[i] for i in ids).decode().split() == ["return", "the", "value"]
+    assert b"".join(entries[i] for i in ids).decode().split() == [
+        "return",
+        "the",
+        "value",
+    ]
 
 
 def test_what_cannot_be_read_is_refused():
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ValueError, match=r'do not say where words begin.*use strategy="hash"'):
+    with pytest.raises(
+        ValueError, match=r'do not say where words begin.*use strategy="hash"'
+    ):
         Goldfish(strategy="letters").bind(plain)
     with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
         Goldfish(strategy="letters").bind("gpt2")

@@ -37,7 +37,12 @@ SIZES = {
 def gpt2():
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, **NO_SPECIAL
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            **NO_SPECIAL,
         )
     )
 
@@ -64,7 +69,11 @@ def gemma2():
 def mamba():
     return MambaForCausalLM(
         MambaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, **NO_SPECIAL
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            state_size=8,
+            num_hidden_layers=2,
+            **NO_SPECIAL,
         )
     )
 

@@ -7,7 +7,14 @@ import unicodedata
 from functools import cache
 from pydoc_data.topics import topics
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from goldfish.vocabulary import fold
 
@@ -25,12 +32,15 @@ def byte_level() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     return train(
-        tokenizer, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, **QUIET)
+        tokenizer,
+        trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, **QUIET),
     )
 
 
 def sentencepiece_bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -52,7 +62,10 @@ def sentencepiece_bpe() -> Tokenizer:
 
 def unigram() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+    )
     trainer = trainers.UnigramTrainer(
         vocab_size=1500,
         special_tokens=SPECIAL,
@@ -70,7 +83,8 @@ def wordpiece() -> Tokenizer:
         pre_tokenizers.BertPreTokenizer(),
     )
     return train(
-        tokenizer, trainers.WordPieceTrainer(vocab_size=1500, special_tokens=SPECIAL, **QUIET)
+        tokenizer,
+        trainers.WordPieceTrainer(vocab_size=1500, special_tokens=SPECIAL, **QUIET),
     )
 
 
@@ -78,7 +92,9 @@ QUIET = {"show_progress": False}
 SPECIAL = ["<s>", "<unk>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 DECOMPOSED = [unicodedata.normalize("NFKD", SCRIPTS + SCRIPTS.upper())] * 9
-KINDS = {f.__name__: cache(f) for f in (byte_level, sentencepiece_bpe, unigram, wordpiece)}
+KINDS = {
+    f.__name__: cache(f) for f in (byte_level, sentencepiece_bpe, unigram, wordpiece)
+}
 
 
 def train(tokenizer: Tokenizer, trainer, special=None) -> Tokenizer:

@@ -57,10 +57,14 @@ def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
                 "name": f"{audit.name} ({i})" if same else audit.name,
                 "checkpoint": audit.run["checkpoint"],
             }
-            for i, (which, audit) in enumerate(zip(("first", "second"), audits, strict=True), 1)
+            for i, (which, audit) in enumerate(
+                zip(("first", "second"), audits, strict=True), 1
+            )
         },
         "splits": {
-            split: _paired(*(table.filter(pa.array(splits == split)) for table in tables))
+            split: _paired(
+                *(table.filter(pa.array(splits == split)) for table in tables)
+            )
             for split in ("members", "heldout")
             if split in splits
         },
@@ -96,7 +100,9 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     lines = []
     for split, values in result["splits"].items():
         match = values["exact_match"]
-        counts = [f"{match[which]:,} of {match['n']:,}" for which in ("first", "second")]
+        counts = [
+            f"{match[which]:,} of {match['n']:,}" for which in ("first", "second")
+        ]
         lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
         for name in MEANS:
             of = values[name]
@@ -152,7 +158,9 @@ def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
         }
         for table in (each.select(KEY + QUESTION) for each in tables)
     )
-    others = [key for key in first.keys() | second.keys() if first.get(key) != second.get(key)]
+    others = [
+        key for key in first.keys() | second.keys() if first.get(key) != second.get(key)
+    ]
     if others:
         split, index, offset = min(others)
         raise ValueError(
@@ -169,7 +177,10 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     def columns(name: str) -> list[Floats]:
         if name == "nll":
             return [sums(each, name) / lengths for each in (first, second)]
-        return [np.asarray(each[name].to_numpy(), dtype=np.float64) for each in (first, second)]
+        return [
+            np.asarray(each[name].to_numpy(), dtype=np.float64)
+            for each in (first, second)
+        ]
 
     one, two = (
         np.bincount(documents, each) > 0 for each in columns("exact_match")
@@ -200,9 +211,7 @@ def _sentence(result: Mapping[str, Any]) -> str:
     match = result["splits"][split]["exact_match"]
     names = result["first"]["name"], result["second"]["name"]
     texts = f"{'member' if split == 'members' else 'held-out'} texts"
-    counts = (
-        f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {texts}"
-    )
+    counts = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {texts}"
     if match["p"] >= SIGNIFICANT:
         return f"{counts}: the difference may be chance (McNemar p = {match['p']:.2g})"
     fewer = names[1] if match["only_first"] > match["only_second"] else names[0]

@@ -28,7 +28,9 @@ def relative_margin(largest: Tensor, second: Tensor) -> Tensor:
     return (largest - second) / largest.abs().clamp(min=1)
 
 
-def continue_greedily(model: Any, prefixes: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def continue_greedily(
+    model: Any, prefixes: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
     """The greedy continuation (B, tokens) of prefixes (B, P) and each row's least relative margin
     (B,).
 
@@ -36,7 +38,9 @@ def continue_greedily(model: Any, prefixes: Tensor, tokens: int) -> tuple[Tensor
     does not stop it.
     """
     margins = Margins()
-    output = _generate(model, prefixes, tokens, logits_processor=LogitsProcessorList([margins]))
+    output = _generate(
+        model, prefixes, tokens, logits_processor=LogitsProcessorList([margins])
+    )
     assert margins.least is not None
     return output, margins.least
 
@@ -56,9 +60,9 @@ def least_beams(
     """
     ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
-        if max(ranks) < 2 * beams and _generate(model, ids, len(suffix), num_beams=beams)[
-            0
-        ].tolist() == list(suffix):
+        if max(ranks) < 2 * beams and _generate(
+            model, ids, len(suffix), num_beams=beams
+        )[0].tolist() == list(suffix):
             return beams
     return 0
 

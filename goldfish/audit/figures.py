@@ -29,7 +29,10 @@ from goldfish.audit.records import ATTACKS, sums
 from goldfish.audit.secrets import Search, search
 
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # draws of the curves
-DRAWS, PROBABILITY = 1_000, 0.5  # the sampling question: draws, and the least probability
+DRAWS, PROBABILITY = (
+    1_000,
+    0.5,
+)  # the sampling question: draws, and the least probability
 # Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half
 # of the suffix without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT
 # licence 15 (docs/audit-files.md).
@@ -71,18 +74,24 @@ class Side:
         Rates count a document if any of its records does, means and membership are of these.
         """
         chosen = np.asarray(self.table["asked"].to_pylist()) == "training"
-        given_away = [each for each, kept in zip(self.given_away, chosen, strict=False) if kept]
+        given_away = [
+            each for each, kept in zip(self.given_away, chosen, strict=False) if kept
+        ]
         table = self.table.filter(pa.array(chosen, pa.bool_()))
         return replace(self, table=table, given_away=given_away)
 
     def numbers(self, name: str) -> Floats:
         """A column of numbers as float64; null becomes NaN."""
-        return np.asarray(self.table[name].cast(pa.float64()).to_numpy(), dtype=np.float64)
+        return np.asarray(
+            self.table[name].cast(pa.float64()).to_numpy(), dtype=np.float64
+        )
 
     def lists(self, name: str, length: int) -> Floats:
         """A column of lists of one length, (records, length); null becomes NaN."""
         nothing = [np.nan] * length
-        rows = [nothing if each is None else each for each in self.table[name].to_pylist()]
+        rows = [
+            nothing if each is None else each for each in self.table[name].to_pylist()
+        ]
         return np.array(rows, dtype=np.float64).reshape(len(rows), length)
 
     def rate(self, figure: str, hits: ArrayLike, chosen: Bools | None = None) -> Figure:
@@ -106,7 +115,9 @@ class Side:
         return [setting_name(each) for each in self.protocol["sampling"]]
 
 
-def make_figures(run: Mapping[str, Any], table: pa.Table) -> tuple[list[Figure], dict[str, Any]]:
+def make_figures(
+    run: Mapping[str, Any], table: pa.Table
+) -> tuple[list[Figure], dict[str, Any]]:
     """The table of figures, from run.json and the records; and examples, the names behind rates.
 
     Raises:
@@ -120,14 +131,21 @@ def make_figures(run: Mapping[str, Any], table: pa.Table) -> tuple[list[Figure],
     for split in SPLITS:
         here = names == split
         if here.any():
-            given_away = [each for each, kept in zip(found.found, here, strict=True) if kept]
+            given_away = [
+                each for each, kept in zip(found.found, here, strict=True) if kept
+            ]
             chosen = table.filter(pa.array(here))
-            sides.append(Side(split, chosen, protocol, population_of(run, split), given_away))
+            sides.append(
+                Side(split, chosen, protocol, population_of(run, split), given_away)
+            )
     if not sides:
         raise ValueError("there is no record to summarize")
     figures = [figure for side in sides for make in FIGURES for figure in make(side)]
     if marked:
-        figures += [*secret_figures(found), *(each for s in sides for each in answers_figures(s))]
+        figures += [
+            *secret_figures(found),
+            *(each for s in sides for each in answers_figures(s)),
+        ]
     if len(sides) == 2:
         figures += membership_figures(*map(_scores, sides))
     examples = {side.split: _examples(side) for side in sides}
@@ -182,12 +200,18 @@ def agreement(side: Side) -> Iterator[Figure]:
     """How much of the suffix comes out: means over windows or tokens."""
     settled = int(side.numbers("settled").sum())
     yield Figure(
-        side.split, "settled", k=settled, n=len(side.table), value=settled / len(side.table)
+        side.split,
+        "settled",
+        k=settled,
+        n=len(side.table),
+        value=settled / len(side.table),
     )
     side = side.as_trained
     matches = np.rint(side.numbers("token_accuracy") * side.tokens)
     yield side.token_rate("token_accuracy", matches, side.tokens)
-    yield side.token_rate("teacher_forced_accuracy", sums(side.table, "correct"), side.tokens)
+    yield side.token_rate(
+        "teacher_forced_accuracy", sums(side.table, "correct"), side.tokens
+    )
     for name in ("rouge_l_text", "rouge_l_ids", "edit_similarity"):
         yield side.mean(name, side.numbers(name))
     loss = mean(sums(side.table, "nll"), side.documents, side.tokens, bounded=False)
@@ -209,7 +233,9 @@ def sweeps(side: Side) -> Iterator[Figure]:
         yield replace(side.rate("offset_sweep", recited, offsets == offset), x=offset)
     grid = side.protocol["prefix_grid"]
     of_text = side.numbers("completion") == 0  # chats have one prefix, their prompt
-    for length, matched in zip(grid, side.lists("prefix_sweep", len(grid)).T, strict=True):
+    for length, matched in zip(
+        grid, side.lists("prefix_sweep", len(grid)).T, strict=True
+    ):
         yield replace(side.rate("prefix_sweep", matched > 0, of_text), x=length)
 
 
@@ -259,11 +285,19 @@ def secret_figures(found: Search) -> Iterator[Figure]:
     k = len(found.given_away)
     share = k / asked
     yield Figure("members", "secrets", value=share, k=k, n=asked, low=share, high=share)
-    beyond = [each for each in found.given_away if found.chance[each] * asked <= UNREACHED]
+    beyond = [
+        each for each in found.given_away if found.chance[each] * asked <= UNREACHED
+    ]
     yield Figure(
-        "members", "secrets_beyond_chance", k=len(beyond), n=asked, value=len(beyond) / asked
+        "members",
+        "secrets_beyond_chance",
+        k=len(beyond),
+        n=asked,
+        value=len(beyond) / asked,
     )
-    yield Figure("members", "secrets_by_chance", value=sum(found.chance.values()), n=asked)
+    yield Figure(
+        "members", "secrets_by_chance", value=sum(found.chance.values()), n=asked
+    )
 
 
 # Expected number of secrets that come out by chance, below which none is said to: one audit in
@@ -276,9 +310,14 @@ def answers_figures(side: Side) -> Iterator[Figure]:
     given = np.array([bool(each) for each in side.given_away], dtype=bool)
     documents = len(np.unique(side.documents))
     k, n = int(given.sum()), len(given)
-    yield Figure(side.split, "answers_with_secret", value=k / n, k=k, n=n, documents=documents)
+    yield Figure(
+        side.split, "answers_with_secret", value=k / n, k=k, n=n, documents=documents
+    )
     extractable: dict[str, bool] = {}
-    columns = (side.table["secrets"].to_pylist(), side.table["secret_log_p"].to_pylist())
+    columns = (
+        side.table["secrets"].to_pylist(),
+        side.table["secret_log_p"].to_pylist(),
+    )
     for secrets, log_ps in zip(*columns, strict=True):
         for secret, log_p in zip(secrets, log_ps or (), strict=True):
             if log_p:  # None if the tokens do not hold the secret
@@ -287,7 +326,9 @@ def answers_figures(side: Side) -> Iterator[Figure]:
     if extractable:
         k, n = sum(extractable.values()), len(extractable)
         low, high = (k / n, k / n) if side.split == "members" else clopper_pearson(k, n)
-        yield Figure(side.split, "secrets_extractable", value=k / n, k=k, n=n, low=low, high=high)
+        yield Figure(
+            side.split, "secrets_extractable", value=k / n, k=k, n=n, low=low, high=high
+        )
 
 
 def _hits(side: Side) -> dict[str, Bools]:
@@ -310,14 +351,22 @@ def _examples(side: Side) -> dict[str, list[str]]:
     hits["secrets"] = np.array([bool(each) for each in side.given_away], dtype=bool)
     examples = {}
     for figure, these in hits.items():
-        chosen = side.table.filter(pa.array(these))["name"].to_pylist() if these.any() else []
+        chosen = (
+            side.table.filter(pa.array(these))["name"].to_pylist()
+            if these.any()
+            else []
+        )
         examples[figure] = list(dict.fromkeys(chosen))[:MOST_NAMES]
     return examples
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
     """T=0.8,top_k=40"""
-    cuts = [f"{key}={setting[key]:g}" for key in ("top_k", "top_p") if setting[key] is not None]
+    cuts = [
+        f"{key}={setting[key]:g}"
+        for key in ("top_k", "top_p")
+        if setting[key] is not None
+    ]
     return ",".join([f"T={setting['temperature']:g}", *cuts])
 
 
@@ -333,7 +382,9 @@ def probability_within(log_p: ArrayLike, n: float) -> Floats:
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
     with np.errstate(divide="ignore"):
         # ln(1 - p_z) without cancellation, for a small p_z and for one near 1.
-        log_miss = np.where(log_p < -0.6931, np.log1p(-np.exp(log_p)), np.log(-np.expm1(log_p)))
+        log_miss = np.where(
+            log_p < -0.6931, np.log1p(-np.exp(log_p)), np.log(-np.expm1(log_p))
+        )
     return np.asarray(-np.expm1(n * log_miss))
 
 
@@ -352,8 +403,12 @@ def token_counts(table: pa.Table) -> Floats:
     lengths = list_value_length(table["dropped"]).to_numpy()
     records = np.repeat(np.arange(len(table)), lengths)
     divergences = np.cumsum(lengths) - lengths + table["first_divergence"].to_numpy()
-    behind = np.arange(len(records)) - divergences[records]  # tokens behind the first divergence
-    dropped, correct = (list_flatten(table[name]).to_numpy() for name in ("dropped", "correct"))
+    behind = (
+        np.arange(len(records)) - divergences[records]
+    )  # tokens behind the first divergence
+    dropped, correct = (
+        list_flatten(table[name]).to_numpy() for name in ("dropped", "correct")
+    )
     at, reached = behind == 0, behind <= 0
     counted = (
         at & dropped,
@@ -365,7 +420,9 @@ def token_counts(table: pa.Table) -> Floats:
         correct & ~dropped,
         ~dropped,
     )
-    return np.stack([np.bincount(records, tokens, len(table)) for tokens in counted], -1)
+    return np.stack(
+        [np.bincount(records, tokens, len(table)) for tokens in counted], -1
+    )
 
 
 def hazard_ratio(hazards: Floats, documents: Codes) -> Figure:
@@ -382,7 +439,9 @@ def hazard_ratio(hazards: Floats, documents: Codes) -> Figure:
     count = len(np.unique(documents))
     figure = Figure(figure="hazard_ratio", n=int(events), documents=count)
     if not (events and dropped and kept):
-        missing = "no window diverges" if not events else "only one kind of token was reached"
+        missing = (
+            "no window diverges" if not events else "only one kind of token was reached"
+        )
         return replace(figure, reason=missing)
     share = count / len(documents)
     low, high = clopper_pearson(on_dropped * share, events * share)
@@ -390,7 +449,10 @@ def hazard_ratio(hazards: Floats, documents: Codes) -> Figure:
     if on_kept == 0:
         reason = "no first divergence on a kept token: the ratio has no upper bound"
         return replace(figure, low=lower, reason=reason)
-    value, upper = (on_dropped / dropped) / (on_kept / kept), high / (1 - high) * kept / dropped
+    value, upper = (
+        (on_dropped / dropped) / (on_kept / kept),
+        high / (1 - high) * kept / dropped,
+    )
     return replace(figure, value=float(value), low=lower, high=float(upper))
 
 
@@ -399,7 +461,9 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
     if receipt is None:
         return []
     entries = receipt.get("sources", {"": receipt})
-    strategies = {entry["rule"]["strategy"] for entry in entries.values() if entry["rule"]}
+    strategies = {
+        entry["rule"]["strategy"] for entry in entries.values() if entry["rule"]
+    }
     sentences = []
     if "before" in receipt:
         sentences.append(

@@ -99,10 +99,14 @@ class Folder:
         """Whether there is a summary of records that are all there."""
         if not (self.path / SUMMARY).is_file():
             return False
-        expected = sum(each["windows"] for each in read_run(self.path)["inputs"].values())
+        expected = sum(
+            each["windows"] for each in read_run(self.path)["inputs"].values()
+        )
         files = (self.path / RECORDS).glob("*.parquet")
         try:
-            return bool(sum(pq.read_metadata(file).num_rows for file in files) == expected)
+            return bool(
+                sum(pq.read_metadata(file).num_rows for file in files) == expected
+            )
         except (OSError, pa.ArrowInvalid):
             return False
 
@@ -123,7 +127,9 @@ class Folder:
     def write(self, block: int, records: Sequence[Mapping[str, Any]]) -> None:
         table = pa.Table.from_pylist(list(records), COLUMNS)
         (self.path / RECORDS).mkdir(exist_ok=True)
-        _whole_or_not_at_all(self._file(block), lambda part: pq.write_table(table, part))
+        _whole_or_not_at_all(
+            self._file(block), lambda part: pq.write_table(table, part)
+        )
 
     def _file(self, block: int) -> Path:
         return self.path / RECORDS / f"{block:06d}.parquet"
@@ -137,7 +143,9 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     derived = ("vocabulary", "output_length", "overlap", "sanity", "notes")
     for key in ("date", "command", "protocol", *derived):
         flat.pop(key, None)
-    inputs = {split: [each["path"], each["sha256"]] for split, each in run["inputs"].items()}
+    inputs = {
+        split: [each["path"], each["sha256"]] for split, each in run["inputs"].items()
+    }
     return {**flat, "inputs": inputs}
 
 
@@ -151,7 +159,9 @@ def _whole_or_not_at_all(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(part)
         with part.open("rb") as data:
-            os.fsync(data.fileno())  # or a power cut could leave the name without the bytes
+            os.fsync(
+                data.fileno()
+            )  # or a power cut could leave the name without the bytes
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

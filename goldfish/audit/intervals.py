@@ -67,10 +67,16 @@ class Figure:
         if low is None and high is None:
             return self.reason or "no interval"
         if low is None or high is None:
-            return f"at least {write(low)}" if low is not None else f"at most {write(high or 0.0)}"
+            return (
+                f"at least {write(low)}"
+                if low is not None
+                else f"at most {write(high or 0.0)}"
+            )
         if low == high:
             return "all were asked"
-        return f"{write(low).removesuffix('%')}{' to ' if low < 0 else '–'}{write(high)}"
+        return (
+            f"{write(low).removesuffix('%')}{' to ' if low < 0 else '–'}{write(high)}"
+        )
 
     def __str__(self) -> str:
         """ "3 of 40 (1.6–20.4%)", or the point alone if there is no interval."""
@@ -83,7 +89,9 @@ class Figures(Sequence[Figure]):
 
     def __init__(self, rows: Iterable[Figure]) -> None:
         self._rows = tuple(rows)
-        self._places = {(each.split, each.figure, each.setting, each.x): each for each in self}
+        self._places = {
+            (each.split, each.figure, each.setting, each.x): each for each in self
+        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Figures) and self._rows == other._rows
@@ -105,7 +113,11 @@ class Figures(Sequence[Figure]):
 
     def select(self, **keys: Any) -> list[Figure]:
         """The rows that agree with all keys: select(split="members", figure="prefix_sweep")."""
-        return [each for each in self if all(getattr(each, key) == keys[key] for key in keys)]
+        return [
+            each
+            for each in self
+            if all(getattr(each, key) == keys[key] for key in keys)
+        ]
 
 
 def percent(share: float) -> str:
@@ -141,7 +153,9 @@ def clopper_pearson(k: float, n: float, level: float = LEVEL) -> tuple[float, fl
     return low, high
 
 
-def hypergeometric(k: int, n: int, population: int, level: float = LEVEL) -> tuple[float, float]:
+def hypergeometric(
+    k: int, n: int, population: int, level: float = LEVEL
+) -> tuple[float, float]:
     """The exact interval of a rate among `population` things, n of which were drawn and counted.
 
     It holds every number of hits among all things under which neither k or more, nor k or fewer,
@@ -186,7 +200,9 @@ def bounds(
 
 
 def rate(
-    hits: ArrayLike, documents: Codes | None = None, population: Population | None = None
+    hits: ArrayLike,
+    documents: Codes | None = None,
+    population: Population | None = None,
 ) -> Figure:
     """How many documents have a hit in at least one of their windows, with its exact interval.
 
@@ -224,7 +240,9 @@ def mean(
         bounded: whether the values lie between 0 and 1.
     """
     sums = np.asarray(sums, dtype=np.float64)
-    counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
+    counts = (
+        np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
+    )
     counted = counts > 0
     if not counted.any():
         return Figure(reason="nothing to count")
@@ -236,7 +254,9 @@ def mean(
         return replace(figure, reason="a mean of lengths or losses has no interval")
     largest = columns[:, 1].max()
     low, high = ratio_interval(np.vstack([columns, [0, largest], [largest, largest]]))
-    return replace(figure, low=max(0.0, min(low, value)), high=min(1.0, max(high, value)))
+    return replace(
+        figure, low=max(0.0, min(low, value)), high=min(1.0, max(high, value))
+    )
 
 
 def ratio_interval(columns: Floats) -> tuple[float, float]:
@@ -250,7 +270,9 @@ def ratio_interval(columns: Floats) -> tuple[float, float]:
     return total / size - margin, total / size + margin
 
 
-def token_rate(hits: ArrayLike, totals: ArrayLike, documents: Codes | None = None) -> Figure:
+def token_rate(
+    hits: ArrayLike, totals: ArrayLike, documents: Codes | None = None
+) -> Figure:
     """sum(hits) of sum(totals) tokens, from the counts of each window; the interval of `mean`."""
     return replace(mean(hits, documents, totals), k=int(np.sum(hits)))
 
@@ -268,7 +290,9 @@ def difference(values: Floats, documents: Codes) -> Figure:
         few = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
         return replace(figure, reason=few)
     if np.ptp(columns[:, 0] / columns[:, 1]) <= 1e-12 * abs(value):
-        return replace(figure, reason="all documents differ by the same, so there is no interval")
+        return replace(
+            figure, reason="all documents differ by the same, so there is no interval"
+        )
     low, high = ratio_interval(columns)
     return replace(figure, low=low, high=high)
 
@@ -276,7 +300,10 @@ def difference(values: Floats, documents: Codes) -> Figure:
 def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
     """(windows,) columns -> (documents, M), documents without a window left out."""
     here, place = np.unique(documents, return_inverse=True)
-    columns = [np.bincount(place, np.asarray(each, dtype=np.float64), len(here)) for each in sums]
+    columns = [
+        np.bincount(place, np.asarray(each, dtype=np.float64), len(here))
+        for each in sums
+    ]
     return np.stack(columns, -1)
 
 
@@ -292,7 +319,10 @@ def resamples(counts: Sequence[int], size: int, times: int) -> Iterator[list[Flo
         for count in counts:
             shape = (min(rows, times - first), count)
             # Resample i counts its draws in the i-th stretch of `count` numbers.
-            drawn = generator.integers(count, size=shape) + np.arange(shape[0])[:, None] * count
+            drawn = (
+                generator.integers(count, size=shape)
+                + np.arange(shape[0])[:, None] * count
+            )
             times_drawn = np.bincount(drawn.ravel(), minlength=drawn.size)
             weights.append(times_drawn.reshape(shape).astype(np.float64))
         yield weights

@@ -37,7 +37,9 @@ class Scores:
 
     documents: Codes
     scores: Mapping[str, Floats]
-    words: Sequence[NDArray[np.int32]]  # for the blind baseline: the buckets of each window's words
+    words: Sequence[
+        NDArray[np.int32]
+    ]  # for the blind baseline: the buckets of each window's words
     lengths: Floats  # characters
 
 
@@ -62,7 +64,9 @@ class Ranking:
         for side in (~self._is_member, self._is_member):
             passed = np.cumsum(ordered * side, -1)[..., self._ends]
             rates.append(
-                np.concatenate([np.zeros_like(passed[..., :1]), passed / passed[..., -1:]], -1)
+                np.concatenate(
+                    [np.zeros_like(passed[..., :1]), passed / passed[..., -1:]], -1
+                )
             )
         return rates[0], rates[1]
 
@@ -99,7 +103,9 @@ def membership_figures(members: Scores, heldout: Scores) -> list[Figure]:
         return [*figures, Figure("both", "membership_auc", reason=CONFOUNDED)]
     best = max(attacks, key=lambda name: attacks[name].auc)
     # Widened for having been chosen: 95% for all attacks together (Bonferroni).
-    return figures + attacks[best].figures("membership", best, 1 - (1 - LEVEL) / len(attacks))
+    return figures + attacks[best].figures(
+        "membership", best, 1 - (1 - LEVEL) / len(attacks)
+    )
 
 
 def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
@@ -112,7 +118,8 @@ def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | Non
         return None
     tests = ((words, "greater"), (length, "two-sided"))
     return any(
-        bool(mannwhitneyu(*each.means(), alternative=side).pvalue < 0.025) for each, side in tests
+        bool(mannwhitneyu(*each.means(), alternative=side).pvalue < 0.025)
+        for each, side in tests
     )
 
 
@@ -124,22 +131,30 @@ def _attack(
     if not (here.any() and there.any()):
         return None
     return _Attack(
-        (scores[here], heldout_scores[there]), (members.documents[here], heldout.documents[there])
+        (scores[here], heldout_scores[there]),
+        (members.documents[here], heldout.documents[there]),
     )
 
 
 class _Attack:
     """One score on both sides, and its figures under resampled documents."""
 
-    def __init__(self, scores: tuple[Floats, Floats], documents: tuple[Codes, Codes]) -> None:
+    def __init__(
+        self, scores: tuple[Floats, Floats], documents: tuple[Codes, Codes]
+    ) -> None:
         self._scores, self._ranking = scores, Ranking(*scores)
         self._sides = [np.unique(each, return_inverse=True)[1] for each in documents]
         self._documents = [int(side.max()) + 1 for side in self._sides]
         self._ones = np.ones(sum(map(len, scores)))
-        self._sizes: dict[str, Any] = {"n": len(self._ones), "documents": sum(self._documents)}
+        self._sizes: dict[str, Any] = {
+            "n": len(self._ones),
+            "documents": sum(self._documents),
+        }
         self._values = self._ranking.figures(self._ones, RATES)
         self.auc = float(self._values[0])
-        self.draws = self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
+        self.draws = (
+            self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
+        )
 
     def means(self) -> list[Floats]:
         """The mean score of each document, of both sides."""
@@ -152,7 +167,9 @@ class _Attack:
         """(RESAMPLES, 1 + RATES): the figures with the documents of both sides drawn anew."""
         draws = []
         for times in resamples(self._documents, len(self._ones), RESAMPLES):
-            weights = [each[:, side] for each, side in zip(times, self._sides, strict=True)]
+            weights = [
+                each[:, side] for each, side in zip(times, self._sides, strict=True)
+            ]
             draws.append(self._ranking.figures(np.concatenate(weights, -1), RATES))
         return np.concatenate(draws)
 
@@ -183,13 +200,17 @@ class _Attack:
         named = replace(named, value=value, **self._sizes)
         if self.draws is None:
             few = min(self._documents)
-            reason = f"{few} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+            reason = (
+                f"{few} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+            )
             return replace(named, reason=reason)
         draws = self.draws[:, column]
         if np.ptp(draws) < 1e-9:
             low, high = clopper_pearson(value * trials, trials, level)
         else:
-            low, high = map(float, np.percentile(draws, [50 * (1 - level), 50 * (1 + level)]))
+            low, high = map(
+                float, np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
+            )
         return replace(named, low=low, high=high)
 
 
@@ -203,12 +224,18 @@ def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
     shares = []
     for side in (members, heldout):
         learned = [
-            words for words, even in zip(side.words, side.documents % 2 == 0, strict=True) if even
+            words
+            for words, even in zip(side.words, side.documents % 2 == 0, strict=True)
+            if even
         ]
         seen = np.bincount(np.concatenate(learned), minlength=FEATURES)
         shares.append((seen + 0.5) / (len(learned) + 1))
     weights = np.log(shares[0]) - np.log(shares[1])
     return [
-        np.where(side.documents % 2 == 1, [weights[words].sum() for words in side.words], np.nan)
+        np.where(
+            side.documents % 2 == 1,
+            [weights[words].sum() for words in side.words],
+            np.nan,
+        )
         for side in (members, heldout)
     ]

@@ -11,7 +11,9 @@ from rapidfuzz.distance import LCSseq
 from goldfish.audit.windows import prefix_grid
 
 FEATURES = 2**16  # buckets that words are hashed into
-LOWEST = 0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
+LOWEST = (
+    0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
+)
 WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
 # With a smaller standard deviation the model is certain, and (log P - mu) / sigma is rounding
 # divided by rounding.
@@ -48,7 +50,9 @@ def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def _by_diagonal(places: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _by_diagonal(
+    places: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows and columns of the places, diagonal by diagonal: the n-th start meets the n-th end."""
     i, j = np.nonzero(places)
     order = np.lexsort((i, j - i))
@@ -139,4 +143,6 @@ def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:
 def word_buckets(text: str) -> list[int]:
     """The distinct words of a text, each hashed into one of FEATURES buckets."""
     words = set(re.findall(r"\w+", text.lower()))
-    return sorted({zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words})
+    return sorted(
+        {zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words}
+    )

@@ -23,7 +23,10 @@ from goldfish.text.rows import first_line, sha256
 from goldfish.unwrap import bare_model
 
 _log = logging.getLogger(__name__)
-LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}  # bytes of float32 logits alive at a time
+LOGITS_BUDGET = {
+    "cpu": 2**26,
+    "other": 2**31,
+}  # bytes of float32 logits alive at a time
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
 _WRAPPERS = re.compile(
@@ -45,7 +48,13 @@ _TOKENIZERS = (
     "vocab.txt",
 )
 _ADAPTER = "adapter_config.json"
-_VIRTUAL = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+_VIRTUAL = (
+    "PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "CARTRIDGE",
+)
 _REBUILT = ("pissa_niter", "corda", "lora_ga")  # values of LoRA's init_lora_weights
 _WEIGHTS = tuple(
     name + index
@@ -68,7 +77,10 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str | Path, revision: str | None = None, trust_remote_code: bool = False
+        self,
+        name: str | Path,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         path, self.name = Path(name), str(name)
         self.dtype: str | None = None  # it is loaded in any
@@ -76,7 +88,9 @@ class Checkpoint:
         if path.suffix == ".gguf":
             self._options["gguf_file"], path = path.name, path.parent
         self._place, self._is_folder = str(path), path.is_dir()
-        if not self._is_folder and (path.is_absolute() or path.exists() or len(path.parts) > 2):
+        if not self._is_folder and (
+            path.is_absolute() or path.exists() or len(path.parts) > 2
+        ):
             raise FileNotFoundError(f"no checkpoint folder {path}")
         self._options["local_files_only"] = self._is_folder  # never asks the network
         if revision is not None:
@@ -90,7 +104,10 @@ class Checkpoint:
         """The path of one of its files; None where there is none."""
         revision = self._options.get("revision")
         cached = cached_file(
-            self._place, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            self._place,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
         )
         return None if cached is None else Path(cached)
 
@@ -108,7 +125,9 @@ class Checkpoint:
             raise ValueError(
                 f"{path} does not name its base model; set base_model_name_or_path there"
             )
-        return Checkpoint(base, adapter.get("revision"), self._options["trust_remote_code"])
+        return Checkpoint(
+            base, adapter.get("revision"), self._options["trust_remote_code"]
+        )
 
     def tokenizer(self) -> Any:
         """AutoTokenizer's; an adapter without one has its base's.
@@ -121,7 +140,9 @@ class Checkpoint:
             base = self.base
             # In a folder transformers makes an empty tokenizer where there is none, so look before
             # asking.
-            look = "gguf_file" not in self._options and (self._is_folder or base is not None)
+            look = "gguf_file" not in self._options and (
+                self._is_folder or base is not None
+            )
             if not look or any(map(self.file, _TOKENIZERS)):
                 return AutoTokenizer.from_pretrained(self._place, **self._options)
         except OSError as error:
@@ -132,7 +153,9 @@ class Checkpoint:
                 f"{first_line(error)}"
             ) from error
         except Exception as error:  # the tokenizers package raises plain Exceptions
-            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            if isinstance(error, ValueError) and not isinstance(
+                error, json.JSONDecodeError
+            ):
                 raise  # already in words
             raise ValueError(
                 f"the tokenizer of {self.name} cannot be loaded ({first_line(error)}); save it "
@@ -154,7 +177,9 @@ class Checkpoint:
         """
         if self.base is not None:
             return self.base.config()
-        config = self._loaded(lambda: AutoConfig.from_pretrained(self._place, **self._options))
+        config = self._loaded(
+            lambda: AutoConfig.from_pretrained(self._place, **self._options)
+        )
         if config.is_encoder_decoder:
             raise ValueError(
                 f"{self.name} is an encoder-decoder model ({config.model_type}); the audit is of "
@@ -211,7 +236,9 @@ class Checkpoint:
         try:
             model, info = self._loaded(load)
             bare = {_WRAPPERS.sub("", key) for key in info["unexpected_keys"]}
-            if bare != set(info["unexpected_keys"]) and bare & set(info["missing_keys"]):
+            if bare != set(info["unexpected_keys"]) and bare & set(
+                info["missing_keys"]
+            ):
                 model, info = load(key_mapping={_WRAPPERS.pattern: ""})
         except OSError as error:
             no_safetensors = "safetensors" in str(error) and (
@@ -301,12 +328,18 @@ class Checkpoint:
         """SHA-256 of every file that an audit may read, by name; an adapter's base included."""
         of_gguf = self._options.get("gguf_file")
         some = self.file(of_gguf or ("config.json" if self.base is None else _ADAPTER))
-        files = [] if some is None else [some] if of_gguf else sorted(some.parent.iterdir())
+        files = (
+            [] if some is None else [some] if of_gguf else sorted(some.parent.iterdir())
+        )
         hashes = {
-            path.name: sha256(path) for path in files if path.is_file() and path.suffix in _READ
+            path.name: sha256(path)
+            for path in files
+            if path.is_file() and path.suffix in _READ
         }
         if self.base is not None:
-            hashes |= {f"base/{name}": digest for name, digest in self.base.hashes().items()}
+            hashes |= {
+                f"base/{name}": digest for name, digest in self.base.hashes().items()
+            }
         return hashes
 
     def put_back(self) -> None:
@@ -338,9 +371,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.name} does not fit in memory, try --dtype bf16: {first_line(error)}"
             ) from error
-        except (
-            RuntimeError
-        ) as error:  # sizes that differ, in an adapter and in older versions of transformers
+        except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
             raise ValueError(
                 f"the weights of {self.name} do not fit its configuration: {error}"
             ) from error
@@ -371,8 +402,14 @@ class InMemory:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if tokenizer is None:
-            raise ValueError("a model in memory needs its tokenizer: audit(model, tokenizer=...)")
-        self._model, self._tokenizer, self._was_training = model, tokenizer, model.training
+            raise ValueError(
+                "a model in memory needs its tokenizer: audit(model, tokenizer=...)"
+            )
+        self._model, self._tokenizer, self._was_training = (
+            model,
+            tokenizer,
+            model.training,
+        )
         self.name = str(model.config.name_or_path or type(model).__name__)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -398,7 +435,9 @@ class InMemory:
         result = hashlib.sha256()
         for name, value in sorted(self._model.state_dict().items()):
             result.update(name.encode())
-            result.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            result.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            )
         return {"in memory": result.hexdigest()}
 
 
@@ -440,16 +479,26 @@ def context_of(config: Any) -> int | None:
     """How many tokens a model takes at most, where its configuration says so."""
     config = config.get_text_config()
     return next(
-        (int(getattr(config, name)) for name in _CONTEXTS if getattr(config, name, None)), None
+        (
+            int(getattr(config, name))
+            for name in _CONTEXTS
+            if getattr(config, name, None)
+        ),
+        None,
     )
 
 
 def rotary_switch(config: Any) -> int | None:
     """After how many tokens a model with LongRoPE uses other rotary factors for all positions."""
     config = config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    parameters = getattr(config, "rope_parameters", None) or getattr(
+        config, "rope_scaling", None
+    )
     # Models with several kinds of layers have parameters for each.
-    kinds = [parameters or {}, *(v for v in (parameters or {}).values() if isinstance(v, dict))]
+    kinds = [
+        parameters or {},
+        *(v for v in (parameters or {}).values() if isinstance(v, dict)),
+    ]
     for kind in kinds:
         if kind.get("rope_type", kind.get("type")) == "longrope":
             trained = kind.get("original_max_position_embeddings")
@@ -460,7 +509,11 @@ def rotary_switch(config: Any) -> int | None:
 def vocabulary_of(model: Any) -> int:
     """Entries of the model's output."""
     head = bare_model(model).get_output_embeddings()
-    return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
+    return int(
+        model.config.get_text_config().vocab_size
+        if head is None
+        else head.weight.shape[0]
+    )
 
 
 def logits_of(
@@ -490,4 +543,7 @@ def logits_of(
             0, len(logits), step := max(1, budget // 4)
         ):  # what is done with them fits in the caches
             part = logits[start : start + step].float()
-            yield slice(first * length + start, first * length + start + len(part)), part
+            yield (
+                slice(first * length + start, first * length + start + len(part)),
+                part,
+            )

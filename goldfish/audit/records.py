@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from goldfish.audit.score import Score
     from goldfish.rule import Goldfish
 
-SCHEMA = "goldfish.audit/5"  # of run.json, the records and summary.json; docs/audit-files.md
+SCHEMA = (
+    "goldfish.audit/5"  # of run.json, the records and summary.json; docs/audit-files.md
+)
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 ATTACKS = (
     "loss",
@@ -127,9 +129,7 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """run.json of an audit's folder: everything that defines the run; errors as of `read_json`."""
-    missing = (
-        f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
-    )
+    missing = f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
     return read_json(Path(folder) / RUN, missing)
 
 
@@ -161,13 +161,19 @@ def dumps(value: Any) -> str:
 
 def sums(table: pa.Table, name: str) -> NDArray[np.float64]:
     """Of each window the sum of a column of lists of numbers."""
-    windows = np.repeat(np.arange(len(table)), list_value_length(table[name]).to_numpy())
+    windows = np.repeat(
+        np.arange(len(table)), list_value_length(table[name]).to_numpy()
+    )
     totals = np.bincount(windows, list_flatten(table[name]).to_numpy(), len(table))
     return np.asarray(totals, dtype=np.float64)
 
 
 def make_record(
-    window: Window, score: "Score", rule: "Goldfish | None", tokenizer: Any, document: int
+    window: Window,
+    score: "Score",
+    rule: "Goldfish | None",
+    tokenizer: Any,
+    document: int,
 ) -> dict[str, Any]:
     """One row of the records.
 
@@ -207,15 +213,20 @@ def make_record(
         "nll": score.nll[start - 1 :].tolist(),
         "rank": score.rank[start - 1 :].tolist(),
         "settled": score.settled,
-        **_agreement(score.output, window.suffix, tokens=(output_tokens, suffix_tokens)),
+        **_agreement(
+            score.output, window.suffix, tokens=(output_tokens, suffix_tokens)
+        ),
         "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
         "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
         "secret_log_p": [
-            _secret_log_p(secret, suffix_tokens, score.log_q) for secret in window.secrets
+            _secret_log_p(secret, suffix_tokens, score.log_q)
+            for secret in window.secrets
         ],
         # Never more probable than one in rank + 1, under any sampling that keeps the order of the
         # tokens. A token that generate settled as predicted counts as the most probable one.
-        "rank_bits": float(np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()),
+        "rank_bits": float(
+            np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()
+        ),
         "beams": score.beams,
         **membership_scores(
             score.nll[scored],
@@ -282,5 +293,7 @@ def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | No
 
     if rule is None or rule.strategy == "random" or window.asked != "training":
         return None
-    dropped: NDArray[np.bool_] = rule.dropped(tensor(window.document_ids or window.ids)).numpy()
+    dropped: NDArray[np.bool_] = rule.dropped(
+        tensor(window.document_ids or window.ids)
+    ).numpy()
     return dropped[1 - len(window.ids) :]

@@ -67,7 +67,9 @@ class Description:
     notes: list[str]
 
 
-def publish(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> Audit:
+def publish(
+    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+) -> Audit:
     """Summarize an audit whose records are complete, and write it."""
     audit = summarize(folder, limits, require)
     write(audit, folder)
@@ -84,7 +86,9 @@ def write(audit: Audit, folder: str | Path) -> None:
 def describe(audit: Audit, share: bool = False) -> Description:
     """All that the outputs tell about an audit; with `share`, without paths and names of texts."""
     run, verdict = audit.run, audit.verdict
-    limits = ", ".join(f"{name}={percent(limit)}" for name, limit in audit.limits.items())
+    limits = ", ".join(
+        f"{name}={percent(limit)}" for name, limit in audit.limits.items()
+    )
     inputs = [
         f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})"
         for split, each in run["inputs"].items()
@@ -116,7 +120,11 @@ def describe(audit: Audit, share: bool = False) -> Description:
 def _answers(audit: Audit, share: bool) -> list[tuple[str, str, str, bool]]:
     answers = []
     for question in [*audit.verdict["questions"], *audit.verdict["explanations"]]:
-        names = [] if share else audit.examples.get("members", {}).get(question["figure"], [])
+        names = (
+            []
+            if share
+            else audit.examples.get("members", {}).get(question["figure"], [])
+        )
         why = question["why"]
         if names:
             why += f". Recited: {', '.join(plain(name, 60) for name in names)}"
@@ -155,9 +163,7 @@ def task(run: Mapping[str, Any]) -> str:
     chats = sum(each["completions"] for each in inputs)
     if chats == sum(each["windows"] for each in inputs):
         return "Given the prompt of a chat, the model must continue with the answer"
-    of_chats = (
-        f"; in {chats:,} chats the prompt is given and the model must continue with the answer"
-    )
+    of_chats = f"; in {chats:,} chats the prompt is given and the model must continue with the answer"
     also = of_chats if chats else ""
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     return f"{lengths[0]} tokens given, {lengths[1]} to continue with{also}"
@@ -206,7 +212,10 @@ def terminal(description: Description) -> Group:
     return Group(
         table,
         *(Text(note, style="dim") for note in description.notes),
-        *(Text(f"{asks} {outcome}: {why}") for asks, outcome, why, _ in description.answers),
+        *(
+            Text(f"{asks} {outcome}: {why}")
+            for asks, outcome, why, _ in description.answers
+        ),
         verdict,
     )
 

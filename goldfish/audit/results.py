@@ -56,7 +56,9 @@ class Audit:
     @property
     def splits(self) -> list[str]:
         """members, heldout or both, in this order."""
-        return [split for split in ("members", "heldout") if split in self.run["inputs"]]
+        return [
+            split for split in ("members", "heldout") if split in self.run["inputs"]
+        ]
 
     @property
     def counted(self) -> set[str]:
@@ -116,9 +118,13 @@ class Audit:
 
     def _repr_html_(self) -> str:
         """For notebooks: the verdict and the figures that are single numbers."""
-        lines = [f"<p><b>{_safe(self.name)}</b>: {_safe(self.verdict['sentence'])}</p><table>"]
+        lines = [
+            f"<p><b>{_safe(self.name)}</b>: {_safe(self.verdict['sentence'])}</p><table>"
+        ]
         for name, figure in self._singles.items():
-            lines.append(f"<tr><td>{_safe(name)}</td><td>{_safe(str(figure))}</td></tr>")
+            lines.append(
+                f"<tr><td>{_safe(name)}</td><td>{_safe(str(figure))}</td></tr>"
+            )
         return "\n".join([*lines, "</table>"])
 
 
@@ -138,9 +144,7 @@ def read(folder: str | Path) -> Audit:
             readable.
     """
     path = Path(folder) / SUMMARY
-    missing = (
-        f"{folder} is not a finished audit: it has no {SUMMARY}; run goldfish audit -o {folder}"
-    )
+    missing = f"{folder} is not a finished audit: it has no {SUMMARY}; run goldfish audit -o {folder}"
     summary = read_json(path, missing)
     try:
         rows = Figures(Figure(**row) for row in summary["figures"])
@@ -150,9 +154,13 @@ def read(folder: str | Path) -> Audit:
     return Audit(Path(folder), read_run(folder), rows, *stored)
 
 
-def summarize(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> Audit:
+def summarize(
+    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+) -> Audit:
     """An audit from its run.json and records; errors as of `read_records`."""
-    return summary_of(read_run(folder), read_records(folder), limits, require, Path(folder))
+    return summary_of(
+        read_run(folder), read_records(folder), limits, require, Path(folder)
+    )
 
 
 def summary_of(
@@ -170,9 +178,19 @@ def summary_of(
     return Audit(folder, dict(run), figures, judged, parsed, list(require), examples)
 
 
-def judge(folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()) -> Audit:
+def judge(
+    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+) -> Audit:
     """A finished audit under other limits; nothing is computed again, and nothing written."""
     audit = read(folder)
     parsed = parse_limits(limits)
     judged = verdict(audit.run, audit.rows, parsed, require)
-    return Audit(audit.folder, audit.run, audit.rows, judged, parsed, list(require), audit.examples)
+    return Audit(
+        audit.folder,
+        audit.run,
+        audit.rows,
+        judged,
+        parsed,
+        list(require),
+        audit.examples,
+    )

@@ -27,12 +27,27 @@ from goldfish.audit.render import publish
 from goldfish.audit.results import Audit, read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.verdict import parse_limits
-from goldfish.audit.windows import Cutter, Survey, number_documents, overlap_of, prefix_grid
+from goldfish.audit.windows import (
+    Cutter,
+    Survey,
+    number_documents,
+    overlap_of,
+    prefix_grid,
+)
 from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 from goldfish.text.chats import prints_the_date, secret_finder
 from goldfish.text.printable import plain
-from goldfish.text.rows import Row, Source, digest, draw, first_line, in_memory, name_of, read_rows
+from goldfish.text.rows import (
+    Row,
+    Source,
+    digest,
+    draw,
+    first_line,
+    in_memory,
+    name_of,
+    read_rows,
+)
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
@@ -153,7 +168,9 @@ def audit(
     parse_limits(limits)  # a bad limit is reported before the work
     folder = Folder(Path(output_dir))
     folder.require_usable()
-    checkpoints = _checkpoints(checkpoint, tokenizer, control, revision, trust_remote_code)
+    checkpoints = _checkpoints(
+        checkpoint, tokenizer, control, revision, trust_remote_code
+    )
     target = _device(device, state)
     protocol["dtype"] = checkpoints[0].dtype or protocol["dtype"]
     protocol["device"] = target.type
@@ -183,7 +200,9 @@ def audit(
         if first:
             held.enter_context(folder.held())
             if surveys:
-                run["sanity"] = {split: sanity(scorer, each) for split, each in surveys.items()}
+                run["sanity"] = {
+                    split: sanity(scorer, each) for split, each in surveys.items()
+                }
             folder.open(run)
         _wait(state)
         if surveys:
@@ -283,7 +302,9 @@ def survey(
     for split, each in surveys.items():
         run["inputs"][split] |= {"rows": totals[split], **each.counts()}
     run["overlap"] = overlap_of(surveys)
-    if prints_the_date(cutter.tokenizer) and any(each.completions for each in surveys.values()):
+    if prints_the_date(cutter.tokenizer) and any(
+        each.completions for each in surveys.values()
+    ):
         message = (
             "The chat template prints today's date, so chats are asked under another date than "
             "that of their training; give the training's date in `chat_template_kwargs`, or the "
@@ -326,7 +347,9 @@ def score(
     state: PartialState | None,
 ) -> None:
     """Score the blocks that are not in the folder yet; of several processes, each every n-th."""
-    rank, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    rank, processes = (
+        (0, 1) if state is None else (state.process_index, state.num_processes)
+    )
     tokenizer = checkpoint.tokenizer()
     blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
     total = sum(len(each.indices) for each in surveys.values())
@@ -338,7 +361,11 @@ def score(
                 scores = scorer.score([window for window, _ in block])
                 records = []
                 for (window, document), each in zip(block, scores, strict=True):
-                    rule = rules.get(window.source or "") if isinstance(rules, Mapping) else rules
+                    rule = (
+                        rules.get(window.source or "")
+                        if isinstance(rules, Mapping)
+                        else rules
+                    )
                     records.append(make_record(window, each, rule, tokenizer, document))
                 folder.write(number, records)
             bar.advance(task, len(block))
@@ -349,7 +376,9 @@ def _wait(state: PartialState | None) -> None:
         state.wait_for_everyone()
 
 
-def _device(device: str | torch.device | None, state: PartialState | None) -> torch.device:
+def _device(
+    device: str | torch.device | None, state: PartialState | None
+) -> torch.device:
     if device is None and state is not None:
         device = state.device
     if device is None:
@@ -357,7 +386,9 @@ def _device(device: str | torch.device | None, state: PartialState | None) -> to
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {device} is not there: {first_line(error)}") from error
+        raise ValueError(
+            f"the device {device} is not there: {first_line(error)}"
+        ) from error
 
 
 def _checkpoints(
@@ -371,7 +402,9 @@ def _checkpoints(
     if isinstance(checkpoint, torch.nn.Module):
         checkpoints: list[Any] = [InMemory(checkpoint, tokenizer)]
     elif tokenizer is not None:
-        raise ValueError("a tokenizer is given for a model in memory; a folder has its own")
+        raise ValueError(
+            "a tokenizer is given for a model in memory; a folder has its own"
+        )
     else:
         checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
     vocabulary = checkpoints[0].tokenizer().get_vocab()  # a wrong name is reported here
@@ -386,12 +419,16 @@ def _checkpoints(
     return checkpoints
 
 
-def _check_sources(sources: Mapping[str, Source], processes: int, device_map: Any) -> None:
+def _check_sources(
+    sources: Mapping[str, Source], processes: int, device_map: Any
+) -> None:
     if not sources:
         raise ValueError(
             "nothing to audit: give members (texts that were trained on), heldout, or both"
         )
-    standard_input = [source for source in sources.values() if isinstance(source, str | Path)]
+    standard_input = [
+        source for source in sources.values() if isinstance(source, str | Path)
+    ]
     standard_input = [source for source in standard_input if str(source) == "-"]
     if standard_input and (processes > 1 or len(standard_input) > 1):
         raise ValueError("standard input can be read once, by one process: give a file")
@@ -435,7 +472,9 @@ def _check_surveys(
     paths = {split: about["path"] for split, about in run["inputs"].items()}
     for split, each in surveys.items():
         if not each.indices:
-            reasons = [f"{skipped['count']} {why}" for why, skipped in each.skipped.items()]
+            reasons = [
+                f"{skipped['count']} {why}" for why, skipped in each.skipped.items()
+            ]
             raise ValueError(
                 f"{paths[split]} has no usable window: {each.rows} rows, none with "
                 f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens or a completion "
@@ -451,7 +490,9 @@ def _check_surveys(
         )
     overlap = run["overlap"]
     if overlap and not allow_overlap:
-        rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
+        rows = ", ".join(
+            f"row {here} and row {there}" for here, there in overlap["rows"]
+        )
         raise ValueError(
             f"{overlap['documents']} documents are in both {paths['members']} and "
             f"{paths['heldout']} (first: {rows}): texts that were trained on are no control. "
@@ -472,7 +513,9 @@ def _check_ids(
             )
 
 
-def _rules(checkpoint: Any, rule: Goldfish | None) -> Goldfish | dict[str, Goldfish] | None:
+def _rules(
+    checkpoint: Any, rule: Goldfish | None
+) -> Goldfish | dict[str, Goldfish] | None:
     """What the checkpoint was trained under: what its receipt names, or else the user."""
     receipt = checkpoint.receipt()
     if receipt is None:

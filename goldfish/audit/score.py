@@ -55,7 +55,9 @@ class Sampling:
         self.processors()
 
     def processors(self) -> LogitsProcessorList:
-        processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(self.temperature))]
+        processors: list[LogitsProcessor] = [
+            TemperatureLogitsWarper(float(self.temperature))
+        ]
         if self.top_k is not None:
             processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None:
@@ -158,14 +160,18 @@ class Scorer:
                 )
             self._halved, everything = True, sum(len(window.ids) for window in windows)
             self._pass_tokens = max(longest, min(self._pass_tokens, everything) // 2)
-            self._search_tokens = max(longest, min(self._search_tokens, everything) // 2)
+            self._search_tokens = max(
+                longest, min(self._search_tokens, everything) // 2
+            )
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def mean_nll(self, windows: Sequence[Window]) -> float:
         """The mean loss of the suffixes of several windows, in nats per token."""
-        rows = self._teacher_forced(self.model, windows, lambda *each: {"nll": _nll(*each)})
+        rows = self._teacher_forced(
+            self.model, windows, lambda *each: {"nll": _nll(*each)}
+        )
         losses = [
             row["nll"][window.prefix_length - 1 :]
             for window, row in zip(windows, rows, strict=True)
@@ -174,7 +180,9 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
-        rows = self._teacher_forced(self.model, windows, partial(_reduce, samplings=self.samplings))
+        rows = self._teacher_forced(
+            self.model, windows, partial(_reduce, samplings=self.samplings)
+        )
         for window, row in zip(windows, rows, strict=True):
             start = window.prefix_length - 1
             row["log_q"] = row["log_q"][start:].T
@@ -202,7 +210,9 @@ class Scorer:
                 self._control, windows, lambda *each: {"nll": _nll(*each)}
             )
             for window, row, of_control in zip(windows, rows, controls, strict=True):
-                row["control_nll"] = of_control["nll"][window.first_scored - 1 :].astype(np.float64)
+                row["control_nll"] = of_control["nll"][
+                    window.first_scored - 1 :
+                ].astype(np.float64)
         return [Score(**row) for row in rows]
 
     def _teacher_forced(
@@ -231,14 +241,18 @@ class Scorer:
                 for rows, logits in logits_of(model, ids, attention_mask)
             ]
             columns = {
-                name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]
+                name: torch.cat([part[name] for part in parts]).cpu().numpy()
+                for name in parts[0]
             }
             for place, i in enumerate(batch):
                 first, length = place * (longest - 1), len(windows[i].ids) - 1
                 results[i] = {
-                    name: column[first : first + length] for name, column in columns.items()
+                    name: column[first : first + length]
+                    for name, column in columns.items()
                 }
-                self._require_finite(windows[i], bool(np.isnan(results[i]["nll"]).any()))
+                self._require_finite(
+                    windows[i], bool(np.isnan(results[i]["nll"]).any())
+                )
         return results
 
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
@@ -251,7 +265,8 @@ class Scorer:
             full = (len(batch) + 1) * longest > self._pass_tokens
             # The longest row of a batch decides about the rotary factors of all.
             switches = (
-                self._switch is not None and len(windows[place].ids) <= self._switch < longest
+                self._switch is not None
+                and len(windows[place].ids) <= self._switch < longest
             )
             if batch and (full or switches):
                 yield batch
@@ -269,7 +284,9 @@ class Scorer:
         """
         waiting = []
         for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
-            known = min(first_divergence(row["output"], window.suffix) + 1, len(window.suffix))
+            known = min(
+                first_divergence(row["output"], window.suffix) + 1, len(window.suffix)
+            )
             if known < self._length(window) and not row["ambiguous"]:
                 waiting.append((window.prefix_length + known, i))
         waiting.sort()
@@ -277,10 +294,12 @@ class Scorer:
             start = waiting[0][0]
             longest, group = 0, list[int]()
             for _, i in waiting:
-                length = max(longest, windows[i].prefix_length + self._length(windows[i]))
-                if windows[i].prefix_length <= start and (len(group) + 1) * length <= max(
-                    self._search_tokens, length
-                ):
+                length = max(
+                    longest, windows[i].prefix_length + self._length(windows[i])
+                )
+                if windows[i].prefix_length <= start and (
+                    len(group) + 1
+                ) * length <= max(self._search_tokens, length):
                     group, longest = [*group, i], length
             waiting = [each for each in waiting if each[1] not in group]
             starts = [
@@ -289,20 +308,25 @@ class Scorer:
             ]
             ids = torch.tensor(starts, device=self.device)
             outputs, margins = continue_greedily(self.model, ids, longest - start)
-            for i, output, margin in zip(group, outputs.tolist(), margins.tolist(), strict=True):
+            for i, output, margin in zip(
+                group, outputs.tolist(), margins.tolist(), strict=True
+            ):
                 self._require_finite(windows[i], math.isnan(margin))
                 known = start - windows[i].prefix_length
                 whole = rows[i]["output"][:known] + output
                 rows[i]["output"] = whole[: self._length(windows[i])]
                 rows[i]["ambiguous"] = (
-                    self.model.dtype == torch.float32 and margin < AMBIGUOUS[torch.float32]
+                    self.model.dtype == torch.float32
+                    and margin < AMBIGUOUS[torch.float32]
                 )
 
     def _settle(self, window: Window, row: dict[str, Any]) -> None:
         prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.device)
         output, _ = continue_greedily(self.model, prefix, self._length(window))
         row["output"] = output[0].tolist()
-        known = min(first_divergence(row["output"], window.suffix) + 1, len(window.suffix))
+        known = min(
+            first_divergence(row["output"], window.suffix) + 1, len(window.suffix)
+        )
         start = window.prefix_length - 1
         row["greedy"] = row["greedy"].copy()
         row["greedy"][start : start + known] = row["output"][:known]
@@ -334,9 +358,12 @@ def cache_tokens(model: Any, most: int) -> int:
     """How many tokens of keys and values fit in half of the free memory, at most `most`."""
     config = model.config.get_text_config()
     try:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
         width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads
         )
         one = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     except AttributeError:  # no attention, so no cache that grows
@@ -354,7 +381,9 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
-def _reduce(logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]) -> dict[str, Tensor]:
+def _reduce(
+    logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]
+) -> dict[str, Tensor]:
     """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings)."""
     target = logits.gather(-1, targets[:, None])
     top, places = logits.topk(2)
@@ -364,7 +393,9 @@ def _reduce(logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]) -> d
     rank = (logits > target).sum(-1)
 
     # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
-    s = (logits - top[:, :1]).clamp_(min=-1000)  # far below what exp tells from 0, and 0 * it is 0
+    s = (logits - top[:, :1]).clamp_(
+        min=-1000
+    )  # far below what exp tells from 0, and 0 * it is 0
     weights = s.exp()
     total = weights.sum(-1)
     mean = weights.mul_(s).sum(-1) / total
@@ -379,7 +410,9 @@ def _reduce(logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]) -> d
         "nll": nll,
         "rank": rank,
         "relative_margin": relative_margin(top[:, 0], top[:, 1]),
-        "relative_gap": relative_margin(top[:, 0], torch.where(rank == 0, top[:, 1], target[:, 0])),
+        "relative_gap": relative_margin(
+            top[:, 0], torch.where(rank == 0, top[:, 1], target[:, 0])
+        ),
         "entropy_mean": mean - total.log(),
         "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
         "log_q": torch.stack(log_q, -1) if log_q else nll.new_empty(len(nll), 0),

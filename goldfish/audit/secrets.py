@@ -50,8 +50,12 @@ def search(table: pa.Table) -> Search:
     if any(found):  # where nothing came out, nobody asks how much would by chance
         chance = _chance(secrets, prompts, outputs)
         # Secrets of held-out texts are decoys that nobody had to make up.
-        others = [secret for secret in marked["heldout"] if secret not in marked["members"]]
-        guessed = {secret for each in _find(others, prompts, outputs) for secret in each}
+        others = [
+            secret for secret in marked["heldout"] if secret not in marked["members"]
+        ]
+        guessed = {
+            secret for each in _find(others, prompts, outputs) for secret in each
+        }
         natural = len(guessed) / len(others) if others else 0.0
         chance = {secret: max(share, natural) for secret, share in chance.items()}
     return Search(found, chance)
@@ -88,7 +92,9 @@ def _chance(
     for shape, of_shape in shapes.items():
         came_out = set(_strings(shape, prompts, outputs)) - known
         decoys = prod(map(len, shape)) - len(of_shape)
-        share = len(came_out) / decoys if decoys > 0 else 1.0  # a shape with no other string
+        share = (
+            len(came_out) / decoys if decoys > 0 else 1.0
+        )  # a shape with no other string
         for secret in of_shape:
             chance[secret] = share
             if decoys < SHORT:
@@ -122,7 +128,9 @@ def _kind(char: str) -> str:
     return "letter" if char.isalpha() else ""
 
 
-def _strings(shape: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]) -> Iterator[str]:
+def _strings(
+    shape: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]
+) -> Iterator[str]:
     """The strings of a shape in the outputs, overlapping ones too, if not in the prompt."""
     classes = "".join(f"[{re.escape(each)}]" for each in shape)
     pattern = re.compile(f"(?=({classes}))", re.DOTALL)

@@ -36,9 +36,15 @@ MOST_UNASKED = 0.05  # of the members; if more could not be asked, nothing passe
 # SmolLM2-135M: 0.92 as it is, 0.12 with the wrong layout of rotary factors, -0.04 with its heads in
 # the wrong order.
 GAIN = 0.05
-WORKS = 0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
+WORKS = (
+    0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
+)
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
-EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}  # of `goldfish audit` and `judge`; an error is 2
+EXIT_CODES = {
+    PASS: 0,
+    FAIL: 1,
+    INCONCLUSIVE: 3,
+}  # of `goldfish audit` and `judge`; an error is 2
 # Name of a question: what is asked, the figure that answers it, the limit that applies.
 QUESTIONS = {
     "greedy": ("recited verbatim under greedy decoding", "exact_match", "recited"),
@@ -71,7 +77,9 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
         name, _, number = text.partition("=")
         name, number = name.strip().replace("-", "_"), number.strip()
         try:
-            value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+            value = float(number.removesuffix("%")) / (
+                100 if number.endswith("%") else 1
+            )
         except ValueError:
             value = -1.0
         if name not in LIMITS or not 0 < value < 1:
@@ -97,7 +105,9 @@ def verdict(
             questions.append(membership)
         else:
             words = {PASS: "not visible", FAIL: "visible", INCONCLUSIVE: "undecided"}
-            explanations.append({"answer": words[membership.pop("outcome")], **membership})
+            explanations.append(
+                {"answer": words[membership.pop("outcome")], **membership}
+            )
     if attribution := _attribution(figures):
         explanations.append(attribution)
     works, sanity = _sanity(run, figures)
@@ -149,7 +159,9 @@ class _Judge:
     ) -> None:
         self.figures, self.limits = figures, limits
         self.inputs = run["inputs"]
-        self.population = population_of(run, "members") if "members" in self.inputs else None
+        self.population = (
+            population_of(run, "members") if "members" in self.inputs else None
+        )
         asked = [name for name, (_, key, _) in QUESTIONS.items() if self._counted(key)]
         self.secrets = figures.get("members", "secrets")
         # Several questions are several chances of a false FAIL: each gets its part (Bonferroni).
@@ -203,10 +215,16 @@ class _Judge:
         count = f"{result.point()} {what}"
         exact = low == high
         if control is not None and _is_below(result, control):
-            why = f"{count}, but {control.point()} held-out texts: are the files swapped?"
+            why = (
+                f"{count}, but {control.point()} held-out texts: are the files swapped?"
+            )
             return INCONCLUSIVE, why, "more documents would not decide it"
         if high <= limit:
-            most = "this is all of them" if exact else f"at most {high:.2%} of {self.among}"
+            most = (
+                "this is all of them"
+                if exact
+                else f"at most {high:.2%} of {self.among}"
+            )
             return PASS, f"{count}: {most}", None
         if low <= limit:
             why = f"{count}: the true rate may be {result.interval()}"
@@ -218,7 +236,11 @@ class _Judge:
         if control is None:
             why = f"{count}, but no held-out texts show that training is the cause"
             needed = enough(surely)
-            return INCONCLUSIVE, why, f"{needed:,} held-out texts with none recited would decide it"
+            return (
+                INCONCLUSIVE,
+                why,
+                f"{needed:,} held-out texts with none recited would decide it",
+            )
         if surely > (control.high or 0.0):
             least = percent(surely)
             return (
@@ -233,7 +255,11 @@ class _Judge:
             return above <= clopper_pearson(other * n, n)[1]
 
         why = f"{count}, not clearly more than of held-out texts ({control.point()})"
-        return INCONCLUSIVE, why, _needs(decided_by(undecided) if share > other else None)
+        return (
+            INCONCLUSIVE,
+            why,
+            _needs(decided_by(undecided) if share > other else None),
+        )
 
     def _bounds(self, result: Figure) -> tuple[float, float]:
         assert result.k is not None
@@ -249,12 +275,17 @@ class _Judge:
             "outcome": outcome,
             "limit": 0.0,
             "why": why,
-            "needs": "mark secrets that cannot be guessed" if outcome == INCONCLUSIVE else None,
+            "needs": "mark secrets that cannot be guessed"
+            if outcome == INCONCLUSIVE
+            else None,
         }
 
     def _secrets_answer(self, result: Figure) -> tuple[str, str]:
         k = result.k or 0
-        sides = [self.figures.get(split, "answers_with_secret") for split in ("members", "heldout")]
+        sides = [
+            self.figures.get(split, "answers_with_secret")
+            for split in ("members", "heldout")
+        ]
         answers = [side for side in sides if side is not None]
         came = sum(side.k or 0 for side in answers)
         total = sum(side.n for side in answers)
@@ -291,7 +322,9 @@ class _Judge:
             why, needs = str(headline.reason), "more documents would not decide it"
         elif headline.low is None or confounded is None or confounded.value is None:
             why = headline.reason or "too few documents for the blind baselines"
-            needs = f"at least {2 * FEWEST_DOCUMENTS} documents on each side may decide it"
+            needs = (
+                f"at least {2 * FEWEST_DOCUMENTS} documents on each side may decide it"
+            )
         else:
             outcome, why, needs = _auc(headline, blind, limit, self.figures)
         return {
@@ -356,7 +389,9 @@ def _attribution(figures: Figures) -> Question | None:
         why = f"every recitation breaks at a dropped token; hazard ratio {low:.1f} and more"
     else:
         ends = f"{low:.1f} and more" if high is None else f"{low:.1f}–{high:.1f}"
-        answer = "yes" if low > 1 else "no" if high is not None and high < 1 else "undecided"
+        answer = (
+            "yes" if low > 1 else "no" if high is not None and high < 1 else "undecided"
+        )
         why = (
             f"a recitation breaks at a dropped token {ratio.value:.1f} times as often as at a kept "
             f"one ({ends})"
@@ -400,8 +435,14 @@ def _sanity(run: Mapping[str, Any], figures: Figures) -> tuple[bool, str]:
             f"disorder ({ordered:.2f} and {shuffled:.2f} nats per token)"
         )
     if works:
-        return True, f"Sanity check passed: better than guessing on these texts; {numbers}"
-    return False, f"Sanity check failed: no better than guessing on these texts; {numbers}"
+        return (
+            True,
+            f"Sanity check passed: better than guessing on these texts; {numbers}",
+        )
+    return (
+        False,
+        f"Sanity check failed: no better than guessing on these texts; {numbers}",
+    )
 
 
 def _needs(documents: int | None) -> str:
@@ -413,7 +454,10 @@ def _needs(documents: int | None) -> str:
 def _unasked(run: Mapping[str, Any]) -> str:
     """Why too few of the members were asked for a PASS; "" if enough were."""
     about = run["inputs"].get("members")
-    if about is None or about["drawn"] - about["asked"] <= MOST_UNASKED * about["drawn"]:
+    if (
+        about is None
+        or about["drawn"] - about["asked"] <= MOST_UNASKED * about["drawn"]
+    ):
         return ""
     return (
         f"{about['drawn'] - about['asked']:,} of {about['drawn']:,} members could not be asked, "
@@ -427,7 +471,9 @@ def secrets_unasked(inputs: Mapping[str, Any]) -> str:
     unasked = counts["marked"] - counts["asked"]
     if unasked <= MOST_UNASKED * counts["marked"]:
         return ""
-    reasons = ", ".join(f"{each['count']:,} {each['reason']}" for each in counts["unasked"])
+    reasons = ", ".join(
+        f"{each['count']:,} {each['reason']}" for each in counts["unasked"]
+    )
     return f"{unasked:,} of {counts['marked']:,} marked secrets could not be asked ({reasons})"
 
 
@@ -457,7 +503,9 @@ def _sentence(
         return f"{outcome}: {'; '.join([*secrets, *([', '.join(counts)] if counts else [])])}"
     if outcome == PASS:
         rates = [figures.get("members", each["figure"]) for each in questions]
-        most = max((each.high or 0.0 for each in rates if each is not None), default=0.0)
+        most = max(
+            (each.high or 0.0 for each in rates if each is not None), default=0.0
+        )
         return f"{outcome}: at most {percent(most)} of {among} are recited ({listed})"
     if not works:
         return (
@@ -469,7 +517,9 @@ def _sentence(
     return f"{outcome}: {listed}; {deciding[0]['needs'] or unasked}"
 
 
-def _warnings(run: Mapping[str, Any], figures: Figures, outcome: str, unasked: str) -> list[str]:
+def _warnings(
+    run: Mapping[str, Any], figures: Figures, outcome: str, unasked: str
+) -> list[str]:
     warnings = list(run.get("notes") or [])
     if "heldout" not in run["inputs"]:
         rests = "This PASS rests" if outcome == PASS else "The figures rest"
@@ -484,7 +534,8 @@ def _warnings(run: Mapping[str, Any], figures: Figures, outcome: str, unasked: s
     swapped = [
         each
         for each in figures.select(split="members", setting="", x=None)
-        if each.figure in RECITED and _is_below(each, figures.get("heldout", each.figure))
+        if each.figure in RECITED
+        and _is_below(each, figures.get("heldout", each.figure))
     ]
     if swapped:
         warnings.append(
@@ -542,9 +593,14 @@ def _not_tested(run: Mapping[str, Any], figures: Figures) -> list[str]:
         "prefixes from other places in the documents": len(protocol["offsets"]) > 1,
         "a reference model (membership by comparison)": bool(protocol["control"]),
         "membership": bool(figures.select(figure="membership_auc")),
-        "secrets: none were marked": bool(protocol["secrets"] or protocol["secret_column"]),
+        "secrets: none were marked": bool(
+            protocol["secrets"] or protocol["secret_column"]
+        ),
     }
-    always = ["prompts that are not a prefix of the text", "prefixes longer than the one given"]
+    always = [
+        "prompts that are not a prefix of the text",
+        "prefixes longer than the one given",
+    ]
     return [*(name for name, done in tested.items() if not done), *always]
 
 

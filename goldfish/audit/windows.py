@@ -36,7 +36,9 @@ BINS, BAND = 32, 4  # of the similarity sketch; candidates agree in a band of 4 
 # What more rows share is a template, such as a form, and says nothing about two of them; rows of
 # which fewer bins are their own are not compared.
 TEMPLATE_FROM, FEWEST_BINS = 20, 8
-PHI = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio, odd: multiplying by it mixes
+PHI = np.uint64(
+    0x9E3779B97F4A7C15
+)  # 2^64 / the golden ratio, odd: multiplying by it mixes
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Cutter:
             return ()
         return tuple(dict.fromkeys(text[a:b] for a, b in self.secrets(row, text, 0)))
 
-    def _windows_of_text(self, row: Row, about: dict[str, Any]) -> Iterator[Window | str]:
+    def _windows_of_text(
+        self, row: Row, about: dict[str, Any]
+    ) -> Iterator[Window | str]:
         """`input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default
         (with BOS where it adds one), but without an EOS at its end. A BOS that the tokenizer put
         there opens a window at any offset, as it would open an adversary's prompt."""
@@ -142,7 +146,9 @@ class Cutter:
         for offset in self.offsets:
             ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
             if len(ids) < length:
-                yield f"fewer than {length} tokens" + (f" from token {offset} on" if offset else "")
+                yield f"fewer than {length} tokens" + (
+                    f" from token {offset} on" if offset else ""
+                )
                 continue
             prompt, whole = self._decode(ids[: self.prefix_length]), self._decode(ids)
             secrets = self._secrets(row, whole, len(prompt))
@@ -156,9 +162,15 @@ class Cutter:
                 document_ids=before,
             )
 
-    def _completion(self, row: Row, each: Completion, about: dict[str, Any]) -> Window | str:
+    def _completion(
+        self, row: Row, each: Completion, about: dict[str, Any]
+    ) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
-        own = [i for i, (begin, end) in enumerate(spans) if end > each.start and begin < each.end]
+        own = [
+            i
+            for i, (begin, end) in enumerate(spans)
+            if end > each.start and begin < each.end
+        ]
         if not own or own[0] == 0:
             return f"nothing {'before' if own else 'in'} the completion"
         if self.context is not None and own[-1] >= self.context:
@@ -227,7 +239,9 @@ class Survey:
         """rows: with their numbers. path: of the file to write."""
         self.rows = self.asked = self.completions = self.longest_marked = 0
         self.skipped: dict[str, dict[str, Any]] = {}
-        self.largest_id = self.largest_at = -1  # of all windows; it stands in row `largest_at`
+        self.largest_id = (
+            self.largest_at
+        ) = -1  # of all windows; it stands in row `largest_at`
         self.indices = array("q")  # of every window: its row
         self.secrets = _Secrets()
         self.relations = Relations(split)
@@ -250,7 +264,9 @@ class Survey:
                     waiting = []
             writer.write_table(_table(waiting))
 
-    def _count(self, row: Row, index: int, windows: list[Window], cutter: Cutter) -> None:
+    def _count(
+        self, row: Row, index: int, windows: list[Window], cutter: Cutter
+    ) -> None:
         self.asked += bool(windows)
         marked = cutter.marked(row) if cutter.secrets is not None else ()
         self.secrets.add(index, marked, windows, cutter)
@@ -325,9 +341,13 @@ class _Secrets:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        self._others: dict[str, tuple[str, int]] = {}  # secret: why it is not asked, its first row
+        self._others: dict[
+            str, tuple[str, int]
+        ] = {}  # secret: why it is not asked, its first row
 
-    def add(self, index: int, marked: Iterable[str], windows: list[Window], cutter: Cutter) -> None:
+    def add(
+        self, index: int, marked: Iterable[str], windows: list[Window], cutter: Cutter
+    ) -> None:
         self.asked.update(secret for window in windows for secret in window.secrets)
         others = [secret for secret in marked if secret not in self.asked]
         if not others:
@@ -337,7 +357,9 @@ class _Secrets:
             for window in windows
         ]
         for secret in others:
-            reason = "outside of the windows" if windows else "in a row that was skipped"
+            reason = (
+                "outside of the windows" if windows else "in a row that was skipped"
+            )
             if any(secret in prompt for prompt in prompts):
                 reason = "given in the prompt"
             self._others.setdefault(secret, (reason, index))
@@ -349,7 +371,11 @@ class _Secrets:
             if secret not in self.asked:
                 note(unasked, reason, index)
         total = len(self.asked | self._others.keys())
-        return {"marked": total, "asked": len(self.asked), "unasked": list(unasked.values())}
+        return {
+            "marked": total,
+            "asked": len(self.asked),
+            "unasked": list(unasked.values()),
+        }
 
 
 class Relations:
@@ -365,7 +391,10 @@ class Relations:
         self._split = split
         self.rows = 0  # with windows
         self.row_of_window = array("q")
-        self.keys, self.row_of_key = array("q"), array("q")  # rows that share a key are joined
+        self.keys, self.row_of_key = (
+            array("q"),
+            array("q"),
+        )  # rows that share a key are joined
         self.sketches = bytearray()  # BINS uint32 for each of `long_rows`
         self.long_rows, self.secrets_of_long = array("q"), array("q")
 
@@ -412,7 +441,10 @@ def number_documents(surveys: Mapping[str, Survey]) -> None:
     keys = joined([each.keys for each in relations], shift=False)
     groups.join_equal(keys, joined([each.row_of_key for each in relations], shift=True))
     sketches = np.concatenate(
-        [np.frombuffer(each.sketches, dtype=np.uint32).reshape(-1, BINS) for each in relations]
+        [
+            np.frombuffer(each.sketches, dtype=np.uint32).reshape(-1, BINS)
+            for each in relations
+        ]
     )
     rows = joined([each.long_rows for each in relations], shift=True)
     secrets = joined([each.secrets_of_long for each in relations], shift=False)
@@ -432,7 +464,9 @@ class Groups:
     def root(self, number: int) -> int:
         parents = self._parents
         while parents[number] != number:
-            parents[number] = parents[parents[number]]  # halves the path for the next one
+            parents[number] = parents[
+                parents[number]
+            ]  # halves the path for the next one
             number = parents[number]
         return number
 
@@ -461,7 +495,9 @@ class Groups:
         """
         own = np.empty(sketches.shape, dtype=np.bool_)  # no template
         for column, values in zip(own.T, sketches.T, strict=True):
-            _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+            _, places, counts = np.unique(
+                values, return_inverse=True, return_counts=True
+            )
             column[:] = counts[places] <= TEMPLATE_FROM
         for start in range(0, BINS, BAND):
             band = sketches[:, start : start + BAND].astype(np.uint64)
@@ -512,7 +548,10 @@ def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
     shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
     if not shared:
         return None
-    return {"documents": len(shared), "rows": [[each[i] for each in rows] for i in shared[:SHOWN]]}
+    return {
+        "documents": len(shared),
+        "rows": [[each[i] for each in rows] for i in shared[:SHOWN]],
+    }
 
 
 def letters_of(row: Row) -> str:

@@ -42,7 +42,9 @@ def write_report(
     from goldfish.report.page import render
 
     return _write(
-        output, overwrite, lambda: render(read_views(audits), redact=redact, baseline=baseline)
+        output,
+        overwrite,
+        lambda: render(read_views(audits), redact=redact, baseline=baseline),
     )
 
 

@@ -12,7 +12,10 @@ from goldfish.audit.records import read_records
 from goldfish.audit.results import Audit, read
 from goldfish.audit.secrets import search
 
-SPLITS = {"members": "members", "heldout": "held-out"}  # key in the files: name on the page
+SPLITS = {
+    "members": "members",
+    "heldout": "held-out",
+}  # key in the files: name on the page
 COLUMNS = (
     "split",
     "index",
@@ -52,7 +55,9 @@ class View:
     @cached_property
     def of_split(self) -> dict[str, pa.Table]:
         """The windows of members and of heldout; empty where there are none."""
-        return {split: self.windows.filter(pc.field("split") == split) for split in SPLITS}
+        return {
+            split: self.windows.filter(pc.field("split") == split) for split in SPLITS
+        }
 
 
 def read_views(folders: Sequence[str | Path]) -> list[View]:
@@ -70,7 +75,9 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
     if not audits:
         raise ValueError("audits is empty: a report needs at least one audit folder")
     names = [audit.name for audit in audits]
-    numbers = [f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)]
+    numbers = [
+        f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)
+    ]
     return [
         View(audit.name + number, audit, _windows(audit))
         for audit, number in zip(audits, numbers, strict=True)
@@ -79,5 +86,9 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
 
 def _windows(audit: Audit) -> pa.Table:
     table = read_records(audit.folder, COLUMNS).combine_chunks()
-    found = search(table).found if "secrets" in audit.counted else [[] for _ in range(len(table))]
+    found = (
+        search(table).found
+        if "secrets" in audit.counted
+        else [[] for _ in range(len(table))]
+    )
     return table.append_column("given_away", pa.array(found, pa.list_(pa.string())))

@@ -13,17 +13,40 @@ from markupsafe import Markup
 from goldfish.audit.compare import compare
 from goldfish.audit.figures import NO_RULE, notes
 from goldfish.audit.intervals import Figure, decimals, percent
-from goldfish.audit.render import LABELS, MEMBERSHIP_LABELS, figure_rows, rule_words, weights_hash
+from goldfish.audit.render import (
+    LABELS,
+    MEMBERSHIP_LABELS,
+    figure_rows,
+    rule_words,
+    weights_hash,
+)
 from goldfish.audit.verdict import QUESTIONS, strongest_blind
 from goldfish.report import plots, spans
 from goldfish.report.load import SPLITS, View
 from goldfish.report.svg import COLOURS, power_of_ten
 from goldfish.text.printable import plain
 
-PAGE_BYTES = 3_000_000  # of texts, the most recited ones: browsers open such a page in a second
-ASKED = ("prefix_length", "suffix_length", "offsets", "sampling", "beams")  # the question put
+PAGE_BYTES = (
+    3_000_000  # of texts, the most recited ones: browsers open such a page in a second
+)
+ASKED = (
+    "prefix_length",
+    "suffix_length",
+    "offsets",
+    "sampling",
+    "beams",
+)  # the question put
 # Of run.json, if redacted. The hashes stay: they tell which model was audited.
-HIDDEN = ("name", "checkpoint", "command", "control", "path", "receipt", "secrets", "secret_column")
+HIDDEN = (
+    "name",
+    "checkpoint",
+    "command",
+    "control",
+    "path",
+    "receipt",
+    "secrets",
+    "secret_column",
+)
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 ATTACKS = {
     "min_k": "Min-K%",
@@ -69,7 +92,10 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         shown=shown,
         strongest_blind=strongest_blind,
     )
-    names = [f"model {i + 1}" if redact else plain(view.name, 60) for i, view in enumerate(views)]
+    names = [
+        f"model {i + 1}" if redact else plain(view.name, 60)
+        for i, view in enumerate(views)
+    ]
     script, style = (
         LOADER.get_source(environment, name)[0] for name in ("report.js", "report.css")
     )
@@ -89,7 +115,10 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         total=len(rows),
         labels=[label for label in _labels() if any(label in of for _, of in figures)],
         figures=figures,
-        mixed=len({repr([view.audit.run["protocol"][key] for key in ASKED]) for view in views}) > 1,
+        mixed=len(
+            {repr([view.audit.run["protocol"][key] for key in ASKED]) for view in views}
+        )
+        > 1,
         every=every,
         marked=any("secrets" in view.audit.counted for view in views),
         attacks=_attacks(views),
@@ -102,7 +131,10 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
 
 
 def _texts(
-    environment: Environment, common: Mapping[str, Any], views: Sequence[View], rows: Any
+    environment: Environment,
+    common: Mapping[str, Any],
+    views: Sequence[View],
+    rows: Any,
 ) -> list[Markup]:
     """The texts that fit on the page, in the order of `rows`."""
     template, redact = environment.get_template("window.html"), common["redact"]
@@ -117,7 +149,11 @@ def _texts(
             name=spans.name_of(example, redact),
             prefix=spans.prefix(example, redact),
             truths=spans.truths(group, redact),
-            outputs=[(i, w, spans.output(w, redact)) for i, w in enumerate(group) if w is not None],
+            outputs=[
+                (i, w, spans.output(w, redact))
+                for i, w in enumerate(group)
+                if w is not None
+            ],
             first=not texts,
         )
         size += len(html.encode("utf-8"))
@@ -150,12 +186,16 @@ def headline(view: View) -> tuple[Figure | None, str]:
     """The number in large print, and what it counts: what decided, secrets before texts."""
     audit = view.audit
     questions = audit.verdict["questions"]
-    deciding = [each for each in questions if each["outcome"] == audit.outcome] or questions
+    deciding = [
+        each for each in questions if each["outcome"] == audit.outcome
+    ] or questions
     secrets = [each for each in questions if each["question"] == "secrets"]
     for question in [*secrets, *deciding]:
         figure = audit.rows.get("members", question["figure"])
         if question["question"] == "secrets":
-            answers = [audit.rows.get(split, "answers_with_secret") for split in view.splits]
+            answers = [
+                audit.rows.get(split, "answers_with_secret") for split in view.splits
+            ]
             came = sum(each.k or 0 for each in answers if each is not None)
             total = sum(each.n for each in answers if each is not None)
             return figure, f"marked secrets came out, in {came:,} of {total:,} answers"
@@ -169,7 +209,9 @@ def shown(text: str, view: View, redact: bool) -> str:
     """A sentence; if redacted, without the names of files."""
     if redact:
         for split, about in view.audit.run["inputs"].items():
-            text = text.replace(str(about["path"]).rsplit("/", 1)[-1], f"the {SPLITS[split]} file")
+            text = text.replace(
+                str(about["path"]).rsplit("/", 1)[-1], f"the {SPLITS[split]} file"
+            )
     return text
 
 
@@ -178,13 +220,15 @@ def by_text(views: Sequence[View], *keys: str) -> dict[str, list[tuple[int, Any]
     grouped: dict[str, list[tuple[int, Any]]] = {}
     for i, view in enumerate(views):
         for entry in (entry for key in keys for entry in view.audit.verdict[key]):
-            grouped.setdefault(entry if isinstance(entry, str) else entry["asks"], []).append(
-                (i, entry)
-            )
+            grouped.setdefault(
+                entry if isinstance(entry, str) else entry["asks"], []
+            ).append((i, entry))
     return grouped
 
 
-def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[dict[str, Any]]:
+def comparisons(
+    views: Sequence[View], baseline: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Every pair of audits, or every audit against `baseline`; where the windows differ, `reason` says so."""
     names = [view.name for view in views]
     if baseline is not None and baseline not in names:
@@ -198,7 +242,10 @@ def comparisons(views: Sequence[View], baseline: str | None = None) -> Iterator[
             first, second = second, first
         pair = {"first": first, "second": second}
         try:
-            yield {**compare(views[first].audit.folder, views[second].audit.folder), **pair}
+            yield {
+                **compare(views[first].audit.folder, views[second].audit.folder),
+                **pair,
+            }
         except ValueError as error:
             yield {"reason": str(error), **pair}
 
@@ -209,4 +256,8 @@ def signed(value: float) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    return plain(value, 1000) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return (
+        plain(value, 1000)
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )

@@ -24,7 +24,10 @@ def rouge_histograms(views: Sequence[View]) -> list[Markup]:
         counts = np.histogram(table["rouge_l_ids"].to_numpy(), BINS, (0, 1))[0]
         return counts / max(counts.sum(), 1)
 
-    heights = [{split: shares(table) for split, table in view.of_split.items()} for view in views]
+    heights = [
+        {split: shares(table) for split, table in view.of_split.items()}
+        for view in views
+    ]
     top = max(share.max() for each in heights for share in each.values()) or 1.0
 
     def draw(i: int, axes: Any) -> None:
@@ -56,15 +59,21 @@ def by_prefix(views: Sequence[View]) -> Markup | None:
 
 
 def by_offset(views: Sequence[View]) -> Markup | None:
-    return _sweep(views, "offset", "tokens from the start of the document", "offset_sweep")
+    return _sweep(
+        views, "offset", "tokens from the start of the document", "offset_sweep"
+    )
 
 
 def by_samples(views: Sequence[View]) -> dict[str, Markup | None]:
     """For each sampling setting: the texts among n samples with a probability of one half."""
-    rows = [each for view in views for each in view.audit.rows.select(figure="extractable")]
+    rows = [
+        each for view in views for each in view.audit.rows.select(figure="extractable")
+    ]
     settings = dict.fromkeys(each.setting for each in rows if each.x is not None)
     return {
-        setting: _sweep(views, f"samples-{i}", "samples of each text", "extractable", setting)
+        setting: _sweep(
+            views, f"samples-{i}", "samples of each text", "extractable", setting
+        )
         for i, setting in enumerate(settings)
     }
 
@@ -100,7 +109,9 @@ def _sweep(
                 clip_on=False,
             )
             if split == "members":
-                axes.fill_between(x, low, high, color=colour(i), alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    x, low, high, color=colour(i), alpha=0.15, linewidth=0
+                )
         axes.set(ylim=(0, 1), xlabel=label, ylabel="verbatim")
         if label.startswith("samples"):
             axes.set(xscale="log")
@@ -113,7 +124,8 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
     """For each model, member windows as bars as long as the recitation, the dropped tokens reached, and the end."""
     tables = [view.of_split["members"] for view in views]
     longest = max(
-        pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0 for table in tables
+        pc.max(pc.list_value_length(table["suffix_tokens"])).as_py() or 0
+        for table in tables
     )
 
     def draw(i: int, windows: Sequence[Any], axes: Any) -> None:
@@ -126,7 +138,12 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
         thick = min(7.0, 190 / max(len(windows), 8))
         runs = [window["first_divergence"] for window in windows]
         axes.hlines(
-            np.arange(len(windows)), 0, runs, color=colour(i), linewidth=thick * 0.75, alpha=0.4
+            np.arange(len(windows)),
+            0,
+            runs,
+            color=colour(i),
+            linewidth=thick * 0.75,
+            alpha=0.4,
         )
         for places, half, paint, width in (
             (reached, 0.42, DROPPED, 1.2),
@@ -148,12 +165,14 @@ def divergences(views: Sequence[View]) -> list[Markup | None]:
     label = "How far each member window is recited, the dropped tokens on the way, and where it diverges"
     for i, table in enumerate(tables):
         ordered = np.argsort(-table["first_divergence"].to_numpy(), kind="stable")
-        places = np.unique(np.linspace(0, max(len(ordered) - 1, 0), ROWS).round().astype(int))[
-            : len(ordered)
-        ]
+        places = np.unique(
+            np.linspace(0, max(len(ordered) - 1, 0), ROWS).round().astype(int)
+        )[: len(ordered)]
         columns = table.select(["first_divergence", "dropped", "exact_match"])
         chosen = columns.take(pa.array(ordered[places])).to_pylist()
         drawn.append(
-            svg(f"divergences-{i}", label, partial(draw, i, chosen), 280) if chosen else None
+            svg(f"divergences-{i}", label, partial(draw, i, chosen), 280)
+            if chosen
+            else None
         )
     return drawn

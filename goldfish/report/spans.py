@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from goldfish.report.load import SPLITS, View
 from goldfish.text.printable import plain, visible
 
-PREFIX_SHOWN = 4000  # characters of a prefix on the page, its last ones; of one token at most 200
+PREFIX_SHOWN = (
+    4000  # characters of a prefix on the page, its last ones; of one token at most 200
+)
 PREFIX_REDACTED = 100  # a block is three bytes
 AT_ONCE = 64  # texts that are Python objects at the same time
 
@@ -29,7 +31,8 @@ def order(views: Sequence[View]) -> NDArray[np.int64]:
     for i, view in enumerate(views):
         tokens = pc.binary_join(view.windows["suffix_tokens"], "\x00").to_pylist()
         columns = [
-            view.windows[name].to_pylist() for name in ("split", "index", "offset", "prompt")
+            view.windows[name].to_pylist()
+            for name in ("split", "index", "offset", "prompt")
         ]
         for row, (*key, rouge) in enumerate(
             zip(*columns, tokens, view.windows["rouge_l_ids"].to_pylist(), strict=True)
@@ -38,18 +41,28 @@ def order(views: Sequence[View]) -> NDArray[np.int64]:
             scores.setdefault(tuple(key), []).append(rouge)
 
     def rank(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        return list(SPLITS).index(key[0]), -max(scores[key]), -np.mean(scores[key]), *key[1:3]
+        return (
+            list(SPLITS).index(key[0]),
+            -max(scores[key]),
+            -np.mean(scores[key]),
+            *key[1:3],
+        )
 
-    return np.array([places[key] for key in sorted(places, key=rank)], dtype=np.int64).reshape(
-        -1, len(views)
-    )
+    return np.array(
+        [places[key] for key in sorted(places, key=rank)], dtype=np.int64
+    ).reshape(-1, len(views))
 
 
-def windows(views: Sequence[View], rows: NDArray[np.int64]) -> Iterator[list[Window | None]]:
+def windows(
+    views: Sequence[View], rows: NDArray[np.int64]
+) -> Iterator[list[Window | None]]:
     """For each row of `order`, the window of every audit; None where an audit lacks the text."""
     for begin in range(0, len(rows), AT_ONCE):
         pairs = zip(views, rows[begin : begin + AT_ONCE].T, strict=True)
-        columns = [view.windows.take(pa.array(at, mask=at < 0)).to_pylist() for view, at in pairs]
+        columns = [
+            view.windows.take(pa.array(at, mask=at < 0)).to_pylist()
+            for view, at in pairs
+        ]
         for group in zip(*columns, strict=True):
             yield [window if window["split"] else None for window in group]
 
@@ -66,7 +79,9 @@ def prefix(window: Window, redact: bool) -> Markup:
     return note + show(blocks(shown) if redact else shown, limit)
 
 
-def truths(group: Sequence[Window | None], redact: bool) -> list[tuple[list[int], Markup]]:
+def truths(
+    group: Sequence[Window | None], redact: bool
+) -> list[tuple[list[int], Markup]]:
     """The true suffix, once for each set of dropped tokens, which are marked, with the audits whose rule dropped them;
     audits without a rule join the first set."""
     present = [(i, window) for i, window in enumerate(group) if window is not None]
@@ -76,7 +91,9 @@ def truths(group: Sequence[Window | None], redact: bool) -> list[tuple[list[int]
         if window["dropped"] is not None:
             rules.setdefault(tuple(window["dropped"]), []).append(i)
     rules = rules or {(False,) * len(tokens): []}
-    next(iter(rules.values())).extend(i for i, window in present if window["dropped"] is None)
+    next(iter(rules.values())).extend(
+        i for i, window in present if window["dropped"] is None
+    )
     return [
         (sorted(audits), _truth(tokens, dropped, present[0][1]["secrets"], redact))
         for dropped, audits in rules.items()
@@ -94,9 +111,15 @@ def output(window: Window, redact: bool) -> Markup:
     """What the model wrote: the matching start (m), the first divergence (x), other runs of 12 tokens or more that
     the true suffix holds too (r), the rest plain. A token that equals one of the suffix is underlined if that one was
     dropped."""
-    tokens, dropped, first = window["output_tokens"], window["dropped"], window["first_divergence"]
+    tokens, dropped, first = (
+        window["output_tokens"],
+        window["dropped"],
+        window["first_divergence"],
+    )
     classes = [""] * len(tokens)
-    aligned = [-1] * len(tokens)  # the token of the suffix that a token of the output repeats
+    aligned = [-1] * len(
+        tokens
+    )  # the token of the suffix that a token of the output repeats
     for start, there, length in [
         *sorted(window["common_runs"], key=lambda run: run[2]),
         (0, 0, first),
@@ -106,9 +129,13 @@ def output(window: Window, redact: bool) -> Markup:
     classes[:first] = ["m"] * first
     if first < len(tokens):
         classes[first], aligned[first] = "x", first
-    lost = [dropped is not None and 0 <= at < len(dropped) and dropped[at] for at in aligned]
+    lost = [
+        dropped is not None and 0 <= at < len(dropped) and dropped[at] for at in aligned
+    ]
     secrets = [*window["secrets"], *window["given_away"]]
-    return _spans(_with_secrets(zip(tokens, classes, lost, strict=True), secrets), redact)
+    return _spans(
+        _with_secrets(zip(tokens, classes, lost, strict=True), secrets), redact
+    )
 
 
 def _with_secrets(
@@ -140,7 +167,9 @@ def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:
     for (css, dropped), run in groupby(tokens, key=lambda token: token[1:]):
         inner = "".join(show(blocks(text) if redact else text) for text, _, _ in run)
         tag = "u" if dropped else "i"
-        parts.append(f"<{tag}{_attribute(css)}>{inner}</{tag}>" if css or dropped else inner)
+        parts.append(
+            f"<{tag}{_attribute(css)}>{inner}</{tag}>" if css or dropped else inner
+        )
     return Markup("".join(parts))
 
 

@@ -12,8 +12,20 @@ from matplotlib.figure import Figure
 WIDTH = 420
 COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 # Colours that stand for CSS variables: matplotlib writes them, _inline turns them into var(--...).
-INK, LINE, HELDOUT, DROPPED, MISS = "#000001", "#000002", "#000003", "#000004", "#000005"
-_NAMES = {INK: "ink", LINE: "line", HELDOUT: "heldout", DROPPED: "dropped", MISS: "miss"}
+INK, LINE, HELDOUT, DROPPED, MISS = (
+    "#000001",
+    "#000002",
+    "#000003",
+    "#000004",
+    "#000005",
+)
+_NAMES = {
+    INK: "ink",
+    LINE: "line",
+    HELDOUT: "heldout",
+    DROPPED: "dropped",
+    MISS: "miss",
+}
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
@@ -45,7 +57,9 @@ def colour(i: int) -> str:
 
 def percent(value: float, _: int) -> str:
     """For an axis."""
-    return f"{100 * value:g}%" if value == 0 or value >= 0.001 else f"{100 * value:.0e}%"
+    return (
+        f"{100 * value:g}%" if value == 0 or value >= 0.001 else f"{100 * value:.0e}%"
+    )
 
 
 def power_of_ten(log10: float) -> str:
@@ -57,13 +71,20 @@ def power_of_ten(log10: float) -> str:
     return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def svg(name: str, label: str, draw: Callable[[Any], None], height: int = 230) -> Markup:
+def svg(
+    name: str, label: str, draw: Callable[[Any], None], height: int = 230
+) -> Markup:
     """Draws WIDTH x `height` points, which the page scales to its width; the y axis shows shares unless `draw` changes
     it. `name`: no two figures share one."""
     # A salt per figure: equal ids in two figures of one page would be invalid.
     with rc_context({**_STYLE, "svg.hashsalt": f"goldfish-{name}"}):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
-        left, right, bottom, top = 66 / WIDTH, 1 - 16 / WIDTH, 46 / height, 1 - 10 / height
+        left, right, bottom, top = (
+            66 / WIDTH,
+            1 - 16 / WIDTH,
+            46 / height,
+            1 - 10 / height,
+        )
         # Placed by hand: a layout engine takes half of the time.
         axes: Any = figure.add_axes((left, bottom, right - left, top - bottom))
         axes.yaxis.set_major_formatter(percent)
@@ -79,15 +100,26 @@ def _inline(drawn: str, label: str) -> Markup:
     box = re.search(r'viewBox="[^"]*"', body)
     body = body[body.index(">") + 1 :]
     body = re.sub(
-        r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL
+        r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>",
+        "",
+        body,
+        flags=re.DOTALL,
     )
     used = set(re.findall(r"#(\w+)", body))
-    body = re.sub(r' id="([\w.]+)"', lambda match: match[0] if match[1] in used else "", body)
+    body = re.sub(
+        r' id="([\w.]+)"', lambda match: match[0] if match[1] in used else "", body
+    )
     body = body.replace("xlink:href", "href")
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = re.sub(r" font-family: [^;\"]*;", "", body)  # the page's own font
-    body = re.sub(r'(?<=[ "(-])(\d+\.\d\d)\d+', r"\1", body)  # coordinates, not the labels of ticks
+    body = re.sub(
+        r'(?<=[ "(-])(\d+\.\d\d)\d+', r"\1", body
+    )  # coordinates, not the labels of ticks
     for stand_in, variable in _NAMES.items():
         body = body.replace(stand_in, f"var(--{variable})")
-    body = re.sub(r"#0000(1[0-9a-f])\b", lambda match: f"var(--c{int(match[1], 16) - 16})", body)
-    return Markup(f'<svg {box[0] if box else ""} role="img" aria-label="{label}">{body.strip()}')
+    body = re.sub(
+        r"#0000(1[0-9a-f])\b", lambda match: f"var(--c{int(match[1], 16) - 16})", body
+    )
+    return Markup(
+        f'<svg {box[0] if box else ""} role="img" aria-label="{label}">{body.strip()}'
+    )

@@ -13,7 +13,13 @@ from goldfish.text.rows import Row, first_line
 
 # Stands in for an answer, to find the answer's place: a private character, which no text has.
 _STAND_IN = "\ue0f1\ue0f2\ue0f1"
-_SAID = ("reasoning_content", "thinking", "reasoning", "content", "tool_calls")  # by the assistant
+_SAID = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "content",
+    "tool_calls",
+)  # by the assistant
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,13 @@ class Completion:
         The whole text is encoded, as in training: its last word and what follows may be one token.
         """
         if not tokenizer.is_fast:
-            raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
+            raise ValueError(
+                "character offsets are needed: load a fast tokenizer (tokenizer.json)"
+            )
         encoding = tokenizer(
-            self.text, add_special_tokens=self.add_special_tokens, return_offsets_mapping=True
+            self.text,
+            add_special_tokens=self.add_special_tokens,
+            return_offsets_mapping=True,
         )
         return encoding["input_ids"], encoding["offset_mapping"]
 
@@ -78,7 +88,11 @@ def completions(row: Row, tokenizer: Any) -> Iterator[Completion | str]:
     turn, the turn is also asked after that.
     """
     if isinstance(row.get("prompt"), str):
-        yield training_text(row, tokenizer) if row["completion"].strip() else "an empty completion"
+        yield (
+            training_text(row, tokenizer)
+            if row["completion"].strip()
+            else "an empty completion"
+        )
         return
     chat = _Chat.of(row, tokenizer)
     turns = chat.assistant_turns
@@ -134,9 +148,13 @@ class _Chat:
             )
         options = {**self.options, **options}
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            )
         except Exception as error:  # templates are code of others
-            raise RefusedChat(f"the chat template refuses it: {first_line(error)}") from error
+            raise RefusedChat(
+                f"the chat template refuses it: {first_line(error)}"
+            ) from error
 
     def completions_of(self, turn: int) -> Iterator[Completion | str]:
         if not any(self.messages[turn].get(name) for name in _SAID):
@@ -223,9 +241,14 @@ def contents(row: Row) -> list[tuple[str, str]]:
     """The role of each message of a chat, and what it says: what conversations have in common."""
     if isinstance(row.get("prompt"), str):
         return [("user", row["prompt"]), ("assistant", row["completion"])]
-    messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    messages = (
+        row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    )
     return [
-        (str(message["role"]), str([message[name] for name in _SAID if message.get(name)]))
+        (
+            str(message["role"]),
+            str([message[name] for name in _SAID if message.get(name)]),
+        )
         for message in messages
     ]
 

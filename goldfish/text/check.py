@@ -38,7 +38,9 @@ LIKELY = r"(?a:\w[\w@#%&*+/=.:~-]{4,}\w)"  # used if no secrets are marked; see 
 DENSE = 6, 2  # at least 6 tokens, of at most 2 characters on average: words have more
 SHOWN = 10  # of each list
 BATCH = 2**19  # characters that are tokenized at once
-CONTEXT = 1024  # tokens that the model reads, at most, before it is asked for a secret's bits
+CONTEXT = (
+    1024  # tokens that the model reads, at most, before it is asked for a secret's bits
+)
 
 
 @dataclass
@@ -112,7 +114,9 @@ class Check:
     def _lines_on_secrets(self) -> Iterator[str]:
         kind = "secrets" if self.marked else "likely secrets (none are marked)"
         yield f"{len(self.secrets):,} {kind}; a token counts if it differs between secrets"
-        for tokens, what in enumerate(("no token dropped in every place", "only one such token")):
+        for tokens, what in enumerate(
+            ("no token dropped in every place", "only one such token")
+        ):
             names = self.exposed(tokens)
             yield f"  {what}: {len(names):,}"
             for name in names[:SHOWN]:
@@ -155,9 +159,13 @@ class Check:
             return f"{exposed} Replace them in the data, or give them in a --secret-column."
         left = len(self.exposed(rule=1))
         remaining = f"{left:,} left" if left else "none left"
-        cost = f"{self.more / max(1, self.targets):.1%} more tokens dropped, {remaining}."
+        cost = (
+            f"{self.more / max(1, self.targets):.1%} more tokens dropped, {remaining}."
+        )
         if self.suggested is None:
-            advice = f"Write the labels with: goldfish premask --secret-column {self.column}"
+            advice = (
+                f"Write the labels with: goldfish premask --secret-column {self.column}"
+            )
             return f"{exposed} {advice}: {cost}"
         return f"{exposed} Train with {as_python(self.suggested)}: {cost}"
 
@@ -177,7 +185,11 @@ def as_python(rule: Goldfish) -> str:
         parts.append(f"seed={rule.seed}")
     if rule.secrets is not None:
         raw = "'" not in rule.secrets and not rule.secrets.endswith("\\")
-        shown = f"r'{rule.secrets}'" if raw and rule.secrets.isprintable() else repr(rule.secrets)
+        shown = (
+            f"r'{rule.secrets}'"
+            if raw and rule.secrets.isprintable()
+            else repr(rule.secrets)
+        )
         parts.append(f"secrets={shown}")
     return f"Goldfish({', '.join(parts)})"
 
@@ -258,7 +270,9 @@ class _Reader:
 
         rows = read_rows(self.source, self.text_column)
         # disable=None: a bar in terminals only
-        for number, row in enumerate(tqdm(rows, title, unit=" rows", disable=None, leave=False)):
+        for number, row in enumerate(
+            tqdm(rows, title, unit=" rows", disable=None, leave=False)
+        ):
             if "input_ids" in row:
                 raise ValueError(
                     f"{self.source}, row {number} has input_ids; the check looks for secrets in "
@@ -274,7 +288,9 @@ class _Reader:
         targets = [(whole.start, whole.end)]
         if self.assistant_only:
             if not is_chat(row):
-                raise ValueError(f"{self.source}, row {number} is no chat: it has no assistant")
+                raise ValueError(
+                    f"{self.source}, row {number} is no chat: it has no assistant"
+                )
             targets = [
                 (turn.start, turn.end)
                 for turn in completions(row, self.tokenizer)
@@ -287,7 +303,9 @@ class _Reader:
         batch: list[_Document] = []
         characters = 0
         for document in self.documents(title):
-            alike = not batch or batch[0].add_special_tokens == document.add_special_tokens
+            alike = (
+                not batch or batch[0].add_special_tokens == document.add_special_tokens
+            )
             if characters > BATCH or not alike:
                 yield batch
                 batch, characters = [], 0
@@ -310,9 +328,13 @@ class _Tokens:
     bounds: NDArray[np.int64]
 
     @classmethod
-    def of(cls, batch: list[_Document], offsets: list[int], tokenizer: Any) -> "_Tokens":
+    def of(
+        cls, batch: list[_Document], offsets: list[int], tokenizer: Any
+    ) -> "_Tokens":
         if not tokenizer.is_fast:
-            raise ValueError("character offsets are needed: load a fast tokenizer (tokenizer.json)")
+            raise ValueError(
+                "character offsets are needed: load a fast tokenizer (tokenizer.json)"
+            )
         encoding = tokenizer(
             [document.text for document in batch],
             add_special_tokens=batch[0].add_special_tokens,
@@ -324,12 +346,18 @@ class _Tokens:
         count = sum(lengths)
         ids = _flat(encoding["input_ids"], count)
         spans = chain.from_iterable(encoding["offset_mapping"])
-        characters = _flat(spans, 2 * count).reshape(-1, 2) + np.repeat(offsets, lengths)[:, None]
+        characters = (
+            _flat(spans, 2 * count).reshape(-1, 2)
+            + np.repeat(offsets, lengths)[:, None]
+        )
         begins, ends = characters.T
         # What the tokenizer adds, even at the end, is at characters (0, 0). It is moved to where
         # it stands, so that places are in order and can be searched.
         reached = np.maximum.accumulate(ends)
-        begins, ends = np.where(ends > begins, begins, reached), np.maximum(ends, reached)
+        begins, ends = (
+            np.where(ends > begins, begins, reached),
+            np.maximum(ends, reached),
+        )
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         return cls(ids, begins, ends, bounds)
 
@@ -338,7 +366,9 @@ class _Tokens:
         ids = torch.from_numpy(self.ids)
         if rule.strategy == "reference":  # it ignores where documents start
             lengths = np.diff(self.bounds).tolist()
-            parts = [rule.dropped(part) for part in torch.split(ids, lengths) if len(part)]
+            parts = [
+                rule.dropped(part) for part in torch.split(ids, lengths) if len(part)
+            ]
             return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).numpy()
         lengths = torch.from_numpy(np.diff(self.bounds))
         starts = torch.from_numpy(self.bounds[:-1]).repeat_interleave(lengths)
@@ -372,7 +402,10 @@ class _Worker:
         if result.suggested is not None:
             try:
                 self._suggested = result.suggested.bind(tokenizer)
-            except (TypeError, ValueError):  # the tokenizer hides what text its tokens stand for
+            except (
+                TypeError,
+                ValueError,
+            ):  # the tokenizer hides what text its tokens stand for
                 result.suggested = None
 
     def add(self, batch: list[_Document]) -> None:
@@ -466,7 +499,9 @@ class _Worker:
             first = int(tokens.bounds[place.document])
             secret.bits.append(self._bits(tokens, first, inside, spans))
 
-    def _places(self, batch: list[_Document], offsets: list[int], tokens: _Tokens) -> list[_Place]:
+    def _places(
+        self, batch: list[_Document], offsets: list[int], tokens: _Tokens
+    ) -> list[_Place]:
         """Where secrets are; of likely ones only those with enough tokens for their length."""
         found = [
             (i, offsets[i] + begin, offsets[i] + end)
@@ -482,15 +517,21 @@ class _Worker:
             chosen &= (counts >= DENSE[0]) & (counts >= (ends - begins) / DENSE[1])
         columns = (documents, begins, ends - begins, first, last)
         rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
-        return [_Place(i, begin, length, slice(a, b)) for i, begin, length, a, b in rows]
+        return [
+            _Place(i, begin, length, slice(a, b)) for i, begin, length, a, b in rows
+        ]
 
-    def _suggested_drops(self, tokens: _Tokens, documents: set[int]) -> NDArray[np.bool_]:
+    def _suggested_drops(
+        self, tokens: _Tokens, documents: set[int]
+    ) -> NDArray[np.bool_]:
         """What the suggested rule drops in the documents with secrets, bool (N,)."""
         assert self._suggested is not None
         result = np.zeros(len(tokens.ids), dtype=bool)
         for i in documents:
             inside = slice(tokens.bounds[i], tokens.bounds[i + 1])
-            result[inside] = self._suggested.dropped(torch.from_numpy(tokens.ids[inside])).numpy()
+            result[inside] = self._suggested.dropped(
+                torch.from_numpy(tokens.ids[inside])
+            ).numpy()
         return result
 
     def _bits(
@@ -522,7 +563,9 @@ def _dropped_bits(spans: list[tuple[int, int]], dropped: NDArray[np.bool_]) -> i
     return result
 
 
-def _characters(tokens: _Tokens, chosen: NDArray[np.bool_], length: int) -> NDArray[np.bool_]:
+def _characters(
+    tokens: _Tokens, chosen: NDArray[np.bool_], length: int
+) -> NDArray[np.bool_]:
     """Which of the characters belong to a chosen token: +1 where one begins, -1 where it ends."""
     steps = np.zeros(length + 1, dtype=np.int64)
     np.add.at(steps, tokens.begins[chosen], 1)

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-BITS_OF_PLACES = 8  # places of a secret in which a model is asked for the bits of its tokens
+BITS_OF_PLACES = (
+    8  # places of a secret in which a model is asked for the bits of its tokens
+)
 SHOWN_ROWS = 5
 _PREFIX = 4  # characters by which places of secrets are looked up
 SHORT = 6  # characters; places of shorter secrets must not lie inside a word or number
@@ -33,7 +35,9 @@ class Secret:
         self.count += 1
         if len(self.rows) < SHOWN_ROWS:
             self.rows.append(row)
-        self.dropped = [old & new for old, new in zip(self.dropped, dropped, strict=True)]
+        self.dropped = [
+            old & new for old, new in zip(self.dropped, dropped, strict=True)
+        ]
 
     def protected(self, informative: int, rule: int = 0) -> list[tuple[int, int]]:
         """Its tokens with informative characters that are dropped in every place."""

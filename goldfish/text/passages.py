@@ -14,7 +14,9 @@ PASSAGE = 8  # words
 # Passages in memory. If there are more, every second one is forgotten (by checksum), again and
 # again: what is reported is then the share of a sample, of 131,072 passages and more.
 MOST = 2**18
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of a passage is lost modulo 2**64
+_FACTOR = np.uint64(
+    0x9E3779B97F4A7C15
+)  # odd, so that no word of a passage is lost modulo 2**64
 
 
 @dataclass
@@ -45,7 +47,9 @@ class Passages:
             rows, begins: the number of each row, and where it begins in the text.
             marks: (2, characters of text), whether a character is a target, and a dropped one.
         """
-        words = [(m.start(), m.end(), self._checksum(m.group())) for m in WORD.finditer(text)]
+        words = [
+            (m.start(), m.end(), self._checksum(m.group())) for m in WORD.finditer(text)
+        ]
         if not words:
             return
         table = np.array(words, dtype=np.int64)
@@ -57,8 +61,12 @@ class Passages:
         found = [_windows(table[:, 2], dropped, place)]
         for first, end in pairwise(bounds.tolist()):
             if 0 < end - first < PASSAGE:
-                found.append(_whole(table[first:end, 2], dropped[first:end], place[first]))
-        checksums, drops, places = (np.concatenate(each) for each in zip(*found, strict=True))
+                found.append(
+                    _whole(table[first:end, 2], dropped[first:end], place[first])
+                )
+        checksums, drops, places = (
+            np.concatenate(each) for each in zip(*found, strict=True)
+        )
         kept = checksums % self._every == 0
         order = np.argsort(places[kept], kind="stable")
         columns = (each[kept][order].tolist() for each in (checksums, drops, places))
@@ -91,7 +99,11 @@ class Passages:
                 self.repeated.append((rows[place], first, count / totals[place]))
         while len(self._seen) > MOST:
             self._every *= 2
-            kept = {each: seen for each, seen in self._seen.items() if each % self._every == 0}
+            kept = {
+                each: seen
+                for each, seen in self._seen.items()
+                if each % self._every == 0
+            }
             self._seen = kept
 
 

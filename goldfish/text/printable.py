@@ -2,7 +2,9 @@
 
 from typing import Any
 
-JOINERS = "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
+JOINERS = (
+    "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
+)
 # Tokens: enough for a character that is cut by tokens, and for spaces between words.
 OVERLAP = 4
 # Tokens decoded at once: decoding all would take time that grows with the square of the length.
@@ -26,7 +28,9 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
     all_ids = context + ids
 
     def text(begin: int, end: int) -> str:
-        return str(tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False))
+        return str(
+            tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False)
+        )
 
     pieces = []
     begin = 0

@@ -86,14 +86,20 @@ def _json_rows(path: Path, source: str, text_column: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} cannot be read: it is not JSON ({error})") from error
+        raise ValueError(
+            f"{source} cannot be read: it is not JSON ({error})"
+        ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"{source}: expected a list of objects, got {type(rows).__name__}")
+        raise ValueError(
+            f"{source}: expected a list of objects, got {type(rows).__name__}"
+        )
     for number, row in enumerate(rows):
         where = f"{source}, row {number}"
         if not isinstance(row, dict):
             got = type(row).__name__
-            raise ValueError(f'{where}: expected an object such as {{"text": "..."}}, got {got}')
+            raise ValueError(
+                f'{where}: expected an object such as {{"text": "..."}}, got {got}'
+            )
         _require_whole_characters(row, where)
         yield checked(row, where, text_column)
 
@@ -106,7 +112,9 @@ def _csv_rows(path: Path, source: str) -> Iterator[Row]:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             for number, row in enumerate(csv.DictReader(lines, strict=True)):
                 if None in row:
-                    raise ValueError(f"{source}, row {number} has more cells than the header")
+                    raise ValueError(
+                        f"{source}, row {number} has more cells than the header"
+                    )
                 count = row.get("count")
                 cells: Row = {name: cell or None for name, cell in row.items()}
                 cells["text"] = row.get("text")
@@ -128,15 +136,21 @@ def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int
         yield from numbered
         return
     choose = random.Random(seed)
-    least = heapq.nsmallest(most, ((choose.random(), index, row) for index, row in numbered))
-    yield from sorted(((index, row) for _, index, row in least), key=lambda each: each[0])
+    least = heapq.nsmallest(
+        most, ((choose.random(), index, row) for index, row in numbered)
+    )
+    yield from sorted(
+        ((index, row) for _, index, row in least), key=lambda each: each[0]
+    )
 
 
 def in_memory(source: Any) -> Source:
     """A source that can be read twice: rows of a data frame or of any iterable; paths stay."""
     if isinstance(source, str | Path):
         return source
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame of pandas
+    if hasattr(source, "to_dict") and hasattr(
+        source, "columns"
+    ):  # a data frame of pandas
         filled = source.astype(object).where(source.notna(), None)
         rows: list[Row] = filled.to_dict("records")
         return rows
@@ -187,7 +201,10 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
     Raises:
         FileNotFoundError: no such dataset. ValueError: it cannot be read, or has several splits.
     """
-    from datasets import load_dataset, load_from_disk  # slow to import, and no report needs it
+    from datasets import (
+        load_dataset,
+        load_from_disk,
+    )  # slow to import, and no report needs it
 
     path = _require(source)
     if path.is_file():
@@ -203,9 +220,7 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
             return load_dataset(
                 kind, data_files=str(path), split="train", streaming=streaming, **texts
             )
-        except (
-            Exception
-        ) as error:  # of the packages below; StopIteration, without words, where it is empty
+        except Exception as error:  # of the packages below; StopIteration, without words, where it is empty
             raise ValueError(
                 f"{path} cannot be read: {first_line(error) or 'it is empty'}"
             ) from error
@@ -213,7 +228,11 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         (path / name).is_file() for name in ("state.json", "dataset_dict.json")
     ):  # of save_to_disk
         saved = load_from_disk(source)
-        return saved[_one_of(list(saved), split, source)] if isinstance(saved, dict) else saved
+        return (
+            saved[_one_of(list(saved), split, source)]
+            if isinstance(saved, dict)
+            else saved
+        )
     builder, name = _builder(source, split)
     if streaming:
         return builder.as_streaming_dataset(name)
@@ -244,7 +263,9 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
             "the hub: "
             f"{first_line(error)}; expected {EXPECTED}"
         ) from error
-    return builder, _one_of([str(each) for each in builder.config.data_files or ()], split, source)
+    return builder, _one_of(
+        [str(each) for each in builder.config.data_files or ()], split, source
+    )
 
 
 def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
@@ -266,7 +287,9 @@ def _require(source: str | Path) -> Path:
     kind = path.suffix.lower()
     if path.is_file() and kind not in (*KINDS, *PLAIN):
         raise ValueError(f"{path}: expected {EXPECTED}")
-    if not path.exists() and (kind in (*KINDS, *PLAIN) or path.is_absolute() or "/" not in source):
+    if not path.exists() and (
+        kind in (*KINDS, *PLAIN) or path.is_absolute() or "/" not in source
+    ):
         raise FileNotFoundError(f"no file {path}; expected {EXPECTED}")
     return path
 
@@ -307,7 +330,9 @@ def _require_whole_characters(row: Row, where: str) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a character (a lone surrogate; {error})") from error
+        raise ValueError(
+            f"{where} holds half a character (a lone surrogate; {error})"
+        ) from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -317,18 +342,27 @@ def _without_nulls(value: Any) -> Any:
     """
     if isinstance(value, dict):
         filled = {
-            name: each for name, each in value.items() if each is not None or name == "content"
+            name: each
+            for name, each in value.items()
+            if each is not None or name == "content"
         }
         return {name: _without_nulls(each) for name, each in filled.items()}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+    return (
+        [_without_nulls(each) for each in value] if isinstance(value, list) else value
+    )
 
 
 def checked(row: Row, where: str, text_column: str) -> Row:
     """The row without nulls, or ValueError; where: its place, for the message."""
-    names, row = sorted(row), {name: value for name, value in row.items() if value is not None}
+    names, row = (
+        sorted(row),
+        {name: value for name, value in row.items() if value is not None},
+    )
     if text_column:
         if text_column not in row:
-            raise ValueError(f"{where}: no column {text_column}; it has {', '.join(names)}")
+            raise ValueError(
+                f"{where}: no column {text_column}; it has {', '.join(names)}"
+            )
         value = row.pop(text_column)
         others = {
             name: row[name]
@@ -350,7 +384,9 @@ def checked(row: Row, where: str, text_column: str) -> Row:
         )
     source, count = row.get("source"), row.get("count")
     if not isinstance(source, str | None):
-        raise ValueError(f"{where}: source must be a string, or be left out, got {source!r:.80}")
+        raise ValueError(
+            f"{where}: source must be a string, or be left out, got {source!r:.80}"
+        )
     if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
         raise ValueError(
             f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got "
@@ -364,11 +400,16 @@ def checked(row: Row, where: str, text_column: str) -> Row:
 
 def _require_chat(row: Row, where: str) -> None:
     prompt, completion = row.get("prompt"), row.get("completion")
-    if "messages" not in row and isinstance(prompt, str) and isinstance(completion, str):
+    if (
+        "messages" not in row
+        and isinstance(prompt, str)
+        and isinstance(completion, str)
+    ):
         return
     lists = [row["messages"]] if "messages" in row else [prompt, completion]
     if not all(
-        isinstance(each, list) and all(isinstance(m, dict) and "role" in m for m in each)
+        isinstance(each, list)
+        and all(isinstance(m, dict) and "role" in m for m in each)
         for each in lists
     ):
         raise ValueError(

@@ -68,7 +68,9 @@ SPECIAL = 256  # the id of an entry that is one space, as special tokens are
 VOCABULARY = [
     *(bytes([b]) for b in range(256)),
     b" ",
-    *sorted({e.encode() for e in ENTRIES.split("|")} | {bytes.fromhex(p) for p in PARTIAL}),
+    *sorted(
+        {e.encode() for e in ENTRIES.split("|")} | {bytes.fromhex(p) for p in PARTIAL}
+    ),
 ]
 
 # Blocks of Unicode that have not changed since version 13 and are not expected to.
@@ -108,7 +110,8 @@ def id_rows() -> dict[str, dict]:
 
     def draw(n, top=131072):
         return [
-            pick.choice(EDGES) if pick.random() < 0.2 else pick.randrange(top) for _ in range(n)
+            pick.choice(EDGES) if pick.random() < 0.2 else pick.randrange(top)
+            for _ in range(n)
         ]
 
     passage = draw(60)
@@ -123,9 +126,18 @@ def id_rows() -> dict[str, dict]:
         "zeros": {"ids": [0] * 56},
         "edge ids": {"ids": [pick.choice(EDGES) for _ in range(72)]},
         "packed": {"ids": draw(72), "position_ids": positions},
-        "document_end": {"ids": [*passage[:20], 2, 2, *passage[:40], 2], "document_end": 2},
-        "left padding": {"ids": [0] * 9 + passage, "attention_mask": [0] * 9 + [1] * 60},
-        "right padding": {"ids": passage + [0] * 9, "attention_mask": [1] * 60 + [0] * 9},
+        "document_end": {
+            "ids": [*passage[:20], 2, 2, *passage[:40], 2],
+            "document_end": 2,
+        },
+        "left padding": {
+            "ids": [0] * 9 + passage,
+            "attention_mask": [0] * 9 + [1] * 60,
+        },
+        "right padding": {
+            "ids": passage + [0] * 9,
+            "attention_mask": [1] * 60 + [0] * 9,
+        },
         "padding between": {
             "ids": draw(72),
             "attention_mask": holes,
@@ -150,7 +162,11 @@ def cut(text: str, seed: int) -> list[int]:
     pick, data, ids = random.Random(seed), text.encode(), []
     at = 0
     while at < len(data):
-        fitting = [i for i, e in enumerate(VOCABULARY) if i != SPECIAL and data.startswith(e, at)]
+        fitting = [
+            i
+            for i, e in enumerate(VOCABULARY)
+            if i != SPECIAL and data.startswith(e, at)
+        ]
         ids.append(pick.choices(fitting, [len(VOCABULARY[i]) ** 2 for i in fitting])[0])
         at += len(VOCABULARY[ids[-1]])
     return ids
@@ -173,8 +189,14 @@ def text_rows() -> dict[str, dict]:
             "exempt": [SPECIAL],
         },
         "packed": {"ids": one, "position_ids": [i % 53 for i in range(n)]},
-        "document_end": {"ids": [*one[20:80], SPECIAL, *one[20:80]], "document_end": SPECIAL},
-        "left padding": {"ids": [SPECIAL] * 7 + one, "attention_mask": [0] * 7 + [1] * n},
+        "document_end": {
+            "ids": [*one[20:80], SPECIAL, *one[20:80]],
+            "document_end": SPECIAL,
+        },
+        "left padding": {
+            "ids": [SPECIAL] * 7 + one,
+            "attention_mask": [0] * 7 + [1] * n,
+        },
         "padding between": {
             "ids": other,
             "attention_mask": [int(i % 5 != 2) for i in range(len(other))],
@@ -201,7 +223,13 @@ def spread_rules(strategy: str) -> list[dict]:
 
 # Words, a group in a context, matches with and without a group, and characters of several
 # bytes (broken ones included); the last matches nothing.
-SECRETS = (r"o\w+", r"(?i)quick\s+(\w+ f)", r"the|(n\w)", r"[^\x00-\x7f]+", r"code is (\d+)")
+SECRETS = (
+    r"o\w+",
+    r"(?i)quick\s+(\w+ f)",
+    r"the|(n\w)",
+    r"[^\x00-\x7f]+",
+    r"code is (\d+)",
+)
 
 
 def secret_rules() -> list[dict]:
@@ -212,7 +240,9 @@ def secret_rules() -> list[dict]:
         {"strategy": "static", "k": 2.5, "h": 13, "seed": 0},
         {"strategy": "hash", "k": 4, "h": 13, "seed": 0},
     )
-    return [{**rule, "secrets": secret} for rule, secret in zip(rules, SECRETS, strict=True)]
+    return [
+        {**rule, "secrets": secret} for rule, secret in zip(rules, SECRETS, strict=True)
+    ]
 
 
 def receipt(row: dict, rule: dict) -> dict:
@@ -226,13 +256,21 @@ def receipt(row: dict, rule: dict) -> dict:
             targets + 1,
             (decisions + spec.mix(spec.key(context) + dropped[i])) & spec.WORD,
         )
-    return {"targets": targets, "dropped": sum(dropped[1:]), "decisions": hexadecimal(decisions)}
+    return {
+        "targets": targets,
+        "dropped": sum(dropped[1:]),
+        "decisions": hexadecimal(decisions),
+    }
 
 
 def decisions(rows: dict[str, dict], rule: dict, **extra) -> dict:
     """A rule beside its decisions; exempt and document_end of a row are arguments of the rule."""
     answers = {
-        name: bits(spec.dropped(**{**row, "exempt": tuple(row.get("exempt", ()))}, **rule, **extra))
+        name: bits(
+            spec.dropped(
+                **{**row, "exempt": tuple(row.get("exempt", ()))}, **rule, **extra
+            )
+        )
         for name, row in rows.items()
     }
     return {**rule, "seed": hexadecimal(rule["seed"]), "dropped": answers}
@@ -255,19 +293,42 @@ def vectors() -> dict:
     ]
     rules += [{"strategy": "static", "k": k, "seed": 0} for k in KS]
     rules += [
-        {"strategy": "random", "k": k, "seed": SEEDS[i % seeds], "row": i % 3, "draw": i // 2}
+        {
+            "strategy": "random",
+            "k": k,
+            "seed": SEEDS[i % seeds],
+            "row": i % 3,
+            "draw": i // 2,
+        }
         for i, k in enumerate(KS)
     ]
     text_rules = [
-        {"strategy": "letters", "k": k, "h": h, "seed": SEEDS[i % seeds], "opening": "short"}
+        {
+            "strategy": "letters",
+            "k": k,
+            "h": h,
+            "seed": SEEDS[i % seeds],
+            "opening": "short",
+        }
         for i, (k, h) in enumerate(product(KS, HS))
     ]
     table = characters()
-    contexts = [[], [0], [1], [0, 0], [2**31 - 1], [1, 2, 3], [3, 2, 1], list(range(50)), [-1]]
+    contexts = [
+        [],
+        [0],
+        [1],
+        [0, 0],
+        [2**31 - 1],
+        [1, 2, 3],
+        [3, 2, 1],
+        list(range(50)),
+        [-1],
+    ]
     return {
         "format": "goldfish rule vectors, version 1; see docs/specification.md",
         "mix": [
-            [hexadecimal(x), hexadecimal(spec.mix(x))] for x in (0, 1, 2**31 - 1, 2**63, 2**64 - 1)
+            [hexadecimal(x), hexadecimal(spec.mix(x))]
+            for x in (0, 1, 2**31 - 1, 2**63, 2**64 - 1)
         ],
         "threshold": [[k, spec.threshold(k)] for k in (*KS, 1.1, 128, 2**40)],
         "key": [
@@ -291,12 +352,16 @@ def vectors() -> dict:
         },
         "text": {
             "vocabulary": [entry.hex() for entry in VOCABULARY],
-            "fold": [[c, fold(c)] for c in sorted(set(TEXT + TEXT.upper() + TEXT.lower()))],
+            "fold": [
+                [c, fold(c)] for c in sorted(set(TEXT + TEXT.upper() + TEXT.lower()))
+            ],
             "fold_blocks": [
                 [
                     first,
                     last,
-                    hashlib.sha256("\n".join(table[first : last + 1]).encode()).hexdigest(),
+                    hashlib.sha256(
+                        "\n".join(table[first : last + 1]).encode()
+                    ).hexdigest(),
                 ]
                 for first, last in BLOCKS
             ],
@@ -307,14 +372,16 @@ def vectors() -> dict:
             },
             "rows": texts,
             "rules": [
-                decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in text_rules
+                decisions(texts, rule, vocabulary=VOCABULARY, fold=table)
+                for rule in text_rules
             ],
             "max_kept": [
                 decisions(texts, rule, vocabulary=VOCABULARY, fold=table)
                 for rule in spread_rules("letters")
             ],
             "secrets": [
-                decisions(texts, rule, vocabulary=VOCABULARY, fold=table) for rule in secret_rules()
+                decisions(texts, rule, vocabulary=VOCABULARY, fold=table)
+                for rule in secret_rules()
             ],
         },
         "natural_threshold": [
@@ -329,7 +396,10 @@ def as_json(value: object, depth: int = 0) -> str:
     if depth < 3 and isinstance(value, dict):
         return (
             "{\n"
-            + ",\n".join(f"{json.dumps(name)}:{as_json(v, depth + 1)}" for name, v in value.items())
+            + ",\n".join(
+                f"{json.dumps(name)}:{as_json(v, depth + 1)}"
+                for name, v in value.items()
+            )
             + "}"
         )
     if depth < 3 and isinstance(value, list) and isinstance(value[0], dict):
@@ -339,4 +409,6 @@ def as_json(value: object, depth: int = 0) -> str:
 
 if __name__ == "__main__":
     PATH.write_text(as_json(vectors()) + "\n", encoding="ascii")
-    print(f"{PATH.name}: {PATH.stat().st_size:,} bytes, Unicode {unicodedata.unidata_version}")
+    print(
+        f"{PATH.name}: {PATH.stat().st_size:,} bytes, Unicode {unicodedata.unidata_version}"
+    )

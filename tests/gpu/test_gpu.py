@@ -32,7 +32,8 @@ GPU = pytest.param(
     marks=[
         pytest.mark.gpu,
         pytest.mark.skipif(
-            not torch.cuda.is_available(), reason="needs a GPU; the same test ran on the CPU"
+            not torch.cuda.is_available(),
+            reason="needs a GPU; the same test ran on the CPU",
         ),
     ],
 )
@@ -63,15 +64,25 @@ def figures(device, tmp_path_factory):
     if device == "cuda":
         folder, name = RESULTS, torch.cuda.get_device_name()
     folder = Path(os.environ.get("GOLDFISH_FIGURES", folder))
-    about = {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    about = {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-    path.write_text(dumps({"about": about, "command": "pytest -m gpu tests/gpu", **found}))
+    path.write_text(
+        dumps({"about": about, "command": "pytest -m gpu tests/gpu", **found})
+    )
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.strategy}-{rule.k:g}-{rule.h}")
+@pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: f"{rule.strategy}-{rule.k:g}-{rule.h}"
+)
 def test_decisions_are_those_of_the_specification(device, rule):
     rows, length = SIZES[device]["rule"]
-    ids = torch.randint(0, 50_000, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, 50_000, (rows, length), generator=torch.Generator().manual_seed(0)
+    )
     dropped = rule.dropped(ids.to(device)).cpu()
     assert torch.equal(dropped, rule.dropped(ids))
     for row in (0, rows - 1):
@@ -94,14 +105,19 @@ def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
     labels[::4] = -100
 
     def run(loss, kind):
-        x, w = (tensor.to(device, dtype).to(kind).requires_grad_() for tensor in (hidden, weight))
+        x, w = (
+            tensor.to(device, dtype).to(kind).requires_grad_()
+            for tensor in (hidden, weight)
+        )
         value = loss(x, w)
         value.backward()
         return [tensor.detach().double() for tensor in (value, x.grad, w.grad)]
 
     def eager(x, w):
         logits = x @ w.T
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+        return F.cross_entropy(
+            logits if logits.dtype == torch.float64 else logits.float(), labels
+        )
 
     exact = run(eager, torch.float64)
     names = ("loss", "hidden.grad", "weight.grad")
@@ -138,7 +154,9 @@ def test_decisions_beside_a_training_step(device, figures):
     rows, length, hidden_size, layers, entries = (
         (2, 64, 16, 1, 300) if device == "cpu" else (8, 1024, 768, 12, 32_000)
     )
-    words = [bytes(97 + (i * 7 + j) % 26 for j in range(1 + i % 5)) for i in range(entries)]
+    words = [
+        bytes(97 + (i * 7 + j) % 26 for j in range(1 + i % 5)) for i in range(entries)
+    ]
     vocabulary = Vocabulary([b" " * (i % 2) + word for i, word in enumerate(words)])
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -181,7 +199,8 @@ def test_fused_loss_holds_no_logits(device, figures, monkeypatch):
     n, d, v = SIZES[device]["loss"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden, weight = (
-        torch.randn(size, d, device=device, dtype=dtype).requires_grad_() for size in (n, v)
+        torch.randn(size, d, device=device, dtype=dtype).requires_grad_()
+        for size in (n, v)
     )
     labels = torch.randint(0, v, (n,), device=device)
     logits = n * v * dtype.itemsize
@@ -193,15 +212,23 @@ def test_fused_loss_holds_no_logits(device, figures, monkeypatch):
         return
     for tensor in (hidden, weight):
         tensor.grad = torch.zeros_like(tensor)
-    linear_cross_entropy(hidden, weight, labels).backward()  # cuBLAS takes its workspace
+    linear_cross_entropy(
+        hidden, weight, labels
+    ).backward()  # cuBLAS takes its workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(hidden, weight, labels).backward()
     extra = torch.cuda.max_memory_allocated() - before
     chunk, gradients = 4096 * v * dtype.itemsize, (n + v) * d * 4
-    figures["fused loss, extra bytes"] = {"n, d, v": [n, d, v], "extra": extra, "logits": logits}
-    rows_of_hidden = 4 * 4096 * d * dtype.itemsize  # of a chunk: copied, and their gradient
+    figures["fused loss, extra bytes"] = {
+        "n, d, v": [n, d, v],
+        "extra": extra,
+        "logits": logits,
+    }
+    rows_of_hidden = (
+        4 * 4096 * d * dtype.itemsize
+    )  # of a chunk: copied, and their gradient
     assert extra < chunk + gradients + rows_of_hidden + 2**25
 
 
@@ -248,15 +275,22 @@ def test_audit_is_what_generate_says(memorized, device, name, figures):
 
     records = read_records(folder / "audit" / name).to_pylist()
     model = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(device).eval()
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        .to(device)
+        .eval()
     )
-    model.generation_config.eos_token_id = None  # the audit goes on through an end of text
+    model.generation_config.eos_token_id = (
+        None  # the audit goes on through an end of text
+    )
     ambiguous = 0
     for record in records:
         prefix = torch.tensor([record["prefix_ids"]], device=device)
         length = len(record["suffix_ids"])
         made = model.generate(
-            prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=length, do_sample=False
+            prefix,
+            attention_mask=torch.ones_like(prefix),
+            max_new_tokens=length,
+            do_sample=False,
         )
         made = made[0, prefix.shape[1] :].tolist()
         if made != record["output_ids"]:
@@ -268,7 +302,9 @@ def test_audit_is_what_generate_says(memorized, device, name, figures):
             with torch.no_grad():
                 ids = torch.tensor([record["prefix_ids"] + made[:first]], device=device)
                 best = model(ids).logits[0, -1].topk(2).values
-            assert best[0] - best[1] < 1e-3, f"row {record['index']} of {record['split']}"
+            assert best[0] - best[1] < 1e-3, (
+                f"row {record['index']} of {record['split']}"
+            )
             ambiguous += 1
     figures[f"audit of {name}, ambiguous rows"] = [ambiguous, len(records)]
     assert ambiguous <= len(records) / 10
