@@ -13,7 +13,7 @@ import torch
 from goldfish.masking import IGNORE_INDEX, PREMASKED, check_rule, mask_batch, premasked
 from goldfish.receipt import DropCounts, bind_rule, count_drops, write_receipt
 from goldfish.rule import Goldfish
-from goldfish.secrets import any_of, text_of
+from goldfish.secret_spans import any_of, text_of
 from goldfish.text.rows import dataset_of
 
 _log = logging.getLogger(__name__)

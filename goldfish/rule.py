@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from goldfish import spec
 from goldfish.hashing import hits, mix, prefix_hashes, signed, window_hashes
 from goldfish.letters import Vocabulary, contexts
-from goldfish.secrets import compiled, secret_tokens
+from goldfish.secret_spans import compiled, secret_tokens
 from goldfish.vocabulary import token_bytes
 
 Strategy = Literal["hash", "letters", "static", "random", "reference"]

@@ -18,7 +18,7 @@ ORDER = [
     "text",
     "text.printable",
     "text.rows",
-    "secrets",
+    "secret_spans",
     "text.chats",
     "spec",
     "hashing",

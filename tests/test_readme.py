@@ -10,7 +10,7 @@ from helpers import TEMPLATE, say, tiny_llama
 from transformers import HfArgumentParser
 
 from goldfish.cli import build_parser, main
-from goldfish.secrets import compiled, spans
+from goldfish.secret_spans import compiled, spans
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -31,7 +31,7 @@ from goldfish import (
 from goldfish.cli import main
 from goldfish.letters import Vocabulary
 from goldfish.receipt import bind_rule, read_receipt, rules_of
-from goldfish.secrets import any_of, compiled, secret_tokens
+from goldfish.secret_spans import any_of, compiled, secret_tokens
 from goldfish.text.chats import secret_finder
 from goldfish.text.show import show
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from goldfish.secrets import spans
+from goldfish.secret_spans import spans
 from goldfish.text.rows import Row, first_line
 
 # Stands in for an answer, to find the answer's place: a private character, which no text has.
