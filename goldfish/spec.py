@@ -12,7 +12,9 @@ splitmix64 finaliser).
 import re
 
 WORD = 2**64 - 1  # & WORD is "modulo 2**64"
-MULTIPLIER = 0xD1342543DE82EF95  # odd, so it has an inverse modulo 2**64
+# Odd, so it has an inverse modulo 2**64, which `hashing.prefix_hashes` needs. From Steele and Vigna
+# 2021, "Computationally easy, spectrally good multipliers".
+MULTIPLIER = 0xD1342543DE82EF95
 TABLE_SIZE = 1_000_003  # of the reference implementation
 LETTERS = 5  # letters that count as a word, for strategy "letters"
 
@@ -58,6 +60,8 @@ def natural_threshold(k: float, max_kept: int) -> int:
     numerator, denominator = k.as_integer_ratio()
     n = max_kept + 1
     one = 2 ** (32 * n)
+    # With u = 2**32 every target is dropped, and the mean distance is 1, less than any k. The mean
+    # distance falls as u rises, so there is one place to find.
     least, most = 1, 2**32
     while least < most:
         u = (least + most) // 2
@@ -116,12 +120,12 @@ def documents(
     if position_ids is None:
         position_ids = list(range(len(ids)))
     attended = [i for i in range(len(ids)) if attention_mask[i] != 0]
+    # 0 as a rule. Some frameworks count from 1 or 2, or reserve places for an image before the text.
     least = min((position_ids[i] for i in attended), default=0)
     result: list[list[int]] = []
     for number, i in enumerate(attended):
-        before = attended[
-            number - 1
-        ]  # the attended token before it, if it is not the first
+        # The attended token before it. For the first one this is the last, and does not count.
+        before = attended[number - 1]
         starts = (
             number == 0
             or ids[before] == document_end
@@ -154,14 +158,17 @@ def secret_tokens(tokens: list[bytes], secrets: str) -> list[bool]:
         begin, end = match.span(group)
         if begin == end:
             continue
-        # Characters are counted in bytes, to compare them with tokens.
+        # Tokens are counted in bytes, so the places of the secret are too. For the tokens
+        # b"a", b"\xc3", b"\xa9" and the secret "é", from character 1 to 2: first_byte is 1 and
+        # last_byte 2, so the second and the third token overlap it.
         first_byte = len(text[:begin].encode("utf-8", "surrogateescape"))
         last_byte = len(text[:end].encode("utf-8", "surrogateescape")) - 1
-        place = 0
+        place = 0  # of the token's first byte
         for i, token in enumerate(tokens):
-            if place <= last_byte and first_byte < place + len(token):
+            end_of_token = place + len(token)
+            if place <= last_byte and first_byte < end_of_token:
                 result[i] = True
-            place += len(token)
+            place = end_of_token
     return result
 
 
@@ -205,29 +212,24 @@ def dropped(
         vocabulary, fold: for "letters" and secrets, the bytes of each id, and the normal form of
             each code point. An id outside the vocabulary is a space.
     """
-    if (
-        strategy == "reference"
-    ):  # the original, defects included: no documents, no padding
-        assert table is not None
-        result = [False] * len(ids)
-        for i in range(h, len(ids)):
-            result[i] = table[_reference_key(ids[i - h + 1 : i + 1])]
-        return result
+    if strategy == "reference":
+        return _reference(ids, h, table)
 
-    entry = dict(enumerate(vocabulary or []))
     limit = threshold(k) if max_kept is None else natural_threshold(k, max_kept)
+    bytes_of = dict(enumerate(vocabulary or []))
     result = [False] * len(ids)
     attended = 0  # tokens of the row before the document
     for places in documents(ids, position_ids, attention_mask, document_end):
         document = [ids[i] for i in places]
-        tokens = [entry.get(token, b" ") for token in document]
+        tokens = [bytes_of.get(token, b" ") for token in document]
         since = 0  # targets since the last natural drop, or since the document's start
-        for offset in range(
-            1, len(document)
-        ):  # a document's first token is never dropped
+        # From 1: a document's first token is never dropped.
+        for offset in range(1, len(document)):
             if document[offset] in exempt:
                 continue
+
             if strategy == "static":
+                # offset * limit / 2**32 passes a whole number.
                 drop = (offset * limit) % 2**32 < limit
             elif strategy == "random":
                 drawn = mix((draw + mix(seed)) & WORD)
@@ -237,31 +239,48 @@ def dropped(
                 assert fold is not None
                 letters = letters_of(tokens[:offset], fold)[-LETTERS * h :]
                 code_points = [ord(letter) for letter in letters]
-                complete = len(letters) == LETTERS * h
                 drop = letters != "" and hits(key(code_points, seed), limit)
-                drop = drop and (complete or opening == "short")
+                drop = drop and (len(letters) == LETTERS * h or opening == "short")
             else:
                 n = min(h, offset)
                 end = offset if window == "preceding" else offset + 1
                 drop = hits(key(document[end - n : end], seed), limit)
                 drop = drop and (n == h or opening == "short")
+
             if max_kept is not None:
+                # What was decided so far is a natural drop. For max_kept = 2, with D for those:
+                #     natural drops   .  .  D  .  .  .  .
+                #     since           1  2  0  1  2  3  4
+                #     dropped         .  .  D  .  .  D  .
                 since = 0 if drop else since + 1
                 drop = since % (max_kept + 1) == 0
             result[places[offset]] = drop
+
         if secrets is not None:
-            for place, secret in zip(
-                places, secret_tokens(tokens, secrets), strict=True
-            ):
-                result[place] = result[place] or secret
+            # On top of the rule, and of its exceptions: a secret may be a document's first token.
+            overlaps = secret_tokens(tokens, secrets)
+            for place, overlap in zip(places, overlaps, strict=True):
+                result[place] = result[place] or overlap
         attended += len(document)
     return result
 
 
-def _reference_key(targets: list[int]) -> int:
+def _reference(ids: list[int], h: int, table: list[bool] | None) -> list[bool]:
+    """Strategy "reference": the authors' code, defects included.
+
+    It knows neither documents nor padding, and its window ends with the target itself.
+    """
+    assert table is not None
+    result = [False] * len(ids)
+    for i in range(h, len(ids)):
+        result[i] = table[_reference_key(ids[i - h + 1 : i + 1])]
+    return result
+
+
+def _reference_key(window: list[int]) -> int:
     """The product of h ids as a signed 64-bit integer that wraps, modulo the table's size."""
     product = 1
-    for token in targets:
+    for token in window:
         product = (product * token) & WORD
     if product >= 2**63:  # as a signed number, whose remainder is another
         product -= 2**64
