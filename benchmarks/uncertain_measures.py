@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from goldfish.audit.metrics import common_runs, rouge_l_text
+from goldfish.audit.records import common_runs, rouge_l_text
 
 IGNORE = -100
 CODE = re.compile(r"\b[A-Z0-9]{4}-[A-Z0-9]{4}\b")

@@ -34,8 +34,7 @@ import runs
 from runs import option
 from transformers import HfArgumentParser, LlamaForCausalLM, set_seed
 
-from goldfish.audit.metrics import rouge_l
-from goldfish.audit.records import read_records
+from goldfish.audit.records import read_records, rouge_l
 from goldfish.receipt import read_receipt
 
 

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from audit_records import write_run
 
-from goldfish.audit.metrics import word_buckets
-from goldfish.audit.records import ATTACKS, COLUMNS
+from goldfish.audit.records import ATTACKS, COLUMNS, word_buckets
 from goldfish.audit.render import publish
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report

@@ -24,13 +24,16 @@ from rouge_score.rouge_scorer import RougeScorer, _score_lcs
 from tokenizers.processors import TemplateProcessing
 
 from goldfish import Goldfish
-from goldfish.audit.metrics import common_runs, rouge_l, rouge_l_text, word_buckets
 from goldfish.audit.records import (
     COLUMNS,
+    common_runs,
     decisions,
     make_record,
     read_records,
     read_run,
+    rouge_l,
+    rouge_l_text,
+    word_buckets,
 )
 from goldfish.audit.windows import Cutter, Window, first_divergence
 

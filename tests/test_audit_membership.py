@@ -20,8 +20,7 @@ from goldfish import Goldfish
 from goldfish.audit import membership
 from goldfish.audit.intervals import Figures
 from goldfish.audit.membership import Ranking, Scores, membership_figures, word_scores
-from goldfish.audit.metrics import mean_of_lowest, word_buckets
-from goldfish.audit.records import make_record
+from goldfish.audit.records import make_record, mean_of_lowest, word_buckets
 from goldfish.audit.windows import Window
 
 

@@ -20,7 +20,7 @@ from goldfish.audit.intervals import (
     clopper_pearson,
     resamples,
 )
-from goldfish.audit.metrics import FEATURES
+from goldfish.audit.records import FEATURES
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
 RESAMPLES = 1_000

@@ -16,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from goldfish.audit.figures import NO_RULE
-from goldfish.audit.folder import write_text
 from goldfish.audit.intervals import Figure, percent
 from goldfish.audit.records import dumps
-from goldfish.audit.results import SUMMARY, Audit, summarize
+from goldfish.audit.results import SUMMARY, Audit, summarize, write_text
 from goldfish.audit.verdict import strongest_blind
 from goldfish.text.printable import plain
 

@@ -20,11 +20,10 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.folder import Folder
 from goldfish.audit.model import Checkpoint, InMemory, context_of, vocabulary_of
 from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
-from goldfish.audit.results import Audit, read
+from goldfish.audit.results import Audit, Folder, read
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.verdict import parse_limits
 from goldfish.audit.windows import (
