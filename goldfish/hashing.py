@@ -35,12 +35,17 @@ INVERSE = signed(pow(spec.MULTIPLIER, -1, 2**64))
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64. torch's own `>>` copies the sign bit, so -1 >> 1 is -1."""
+    # The copies of the sign fill the top `bits` bits, which this clears.
     low_bits = (1 << (64 - bits)) - 1
     return (x >> bits) & low_bits
 
 
 def mix(x: Tensor) -> Tensor:
-    """`spec.mix` of every element; int64 in, int64 out."""
+    """`spec.mix` of every element; int64 in, int64 out.
+
+    >>> mix(torch.tensor([0])).item() == signed(spec.mix(0))
+    True
+    """
     z = x + _GAMMA
     z = z ^ shift_right(z, 30)
     z = z * _MIX_A
@@ -51,9 +56,15 @@ def mix(x: Tensor) -> Tensor:
 
 def powers(base: int, count: int, device: torch.device) -> Tensor:
     """base**0 ... base**(count - 1), modulo 2**64; int64 (count,)."""
+    # The running product of [1, base, base, ...] wraps around in int64.
     table = torch.full((count,), base, dtype=torch.int64, device=device)
     table[:1] = 1
     return table.cumprod(0)
+
+
+def previous(values: Tensor) -> Tensor:
+    """The value one column before, 0 in the first column: [5, 6, 7] becomes [0, 5, 6]."""
+    return pad(values[..., :-1], (1, 0))
 
 
 def prefix_hashes(symbols: Tensor) -> Tensor:
@@ -70,8 +81,8 @@ def prefix_hashes(symbols: Tensor) -> Tensor:
     """
     length = symbols.shape[-1]
     weights = powers(INVERSE, length + 1, symbols.device)
-    sums = (symbols * weights[1:]).cumsum(-1)
-    return pad(sums, (1, 0))
+    weighted = symbols * weights[1:]
+    return pad(weighted.cumsum(-1), (1, 0))
 
 
 def window_hashes(prefix: Tensor, begin: Tensor, end: Tensor) -> Tensor:

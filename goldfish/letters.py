@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from goldfish import spec
-from goldfish.hashing import INVERSE, MULTIPLIER, powers, signed
+from goldfish.hashing import INVERSE, MULTIPLIER, powers, previous, signed
 from goldfish.vocabulary import characters
 
 _CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
@@ -57,15 +56,20 @@ class Vocabulary:
 
     def entries_of(self, ids: NDArray[np.int64]) -> list[bytes]:
         """The bytes of each id; one space for ids outside the vocabulary."""
-        known = len(self.entries)
-        return [self.entries[i] if 0 <= i < known else b" " for i in ids.tolist()]
+        entries = []
+        for i in ids.tolist():
+            known = 0 <= i < len(self.entries)
+            entries.append(self.entries[i] if known else b" ")
+        return entries
 
     def on(self, device: torch.device) -> Codes:
+        """The codes on a device. Made when they are needed: secrets= reads the bytes only."""
         cpu = torch.device("cpu")
-        if cpu not in self._on:  # made when needed: "secrets" reads the bytes only
+        if cpu not in self._on:
             self._on[cpu] = encode(self.entries)
         if device not in self._on:
-            self._on[device] = Codes(*(table.to(device) for table in self._on[cpu]))
+            copies = [table.to(device) for table in self._on[cpu]]
+            self._on[device] = Codes(*copies)
         return self._on[device]
 
 
@@ -77,44 +81,46 @@ def encode(entries: list[bytes]) -> Codes:
     for entry in entries:
         form = entry.decode("utf-8", "ignore").translate(characters())
         of_id.append(code.setdefault(form, len(code)))
-    cuts_characters = any(_tail(entry) for entry in entries)
     of_character = [0]
-    for form in characters() if cuts_characters else ():
-        of_character.append(code.setdefault(form, len(code)))
+    # Byte-level vocabularies cut characters, others do not, and do without the large table.
+    if any(_tail(entry) for entry in entries):
+        for form in characters():
+            of_character.append(code.setdefault(form, len(code)))
 
     # For the forms "", "ab" and "c": hashes [0, 0, h(a), h(ab), 0, h(c)], and outlines with
     # (first, letters) of (0, 0), (1, 2) and (4, 1).
     outlines: list[int] = []
     hashes: list[int] = []
-    inverse_powers = [1]
+    longest = max(map(len, code))
+    if longest > _MOST_LETTERS:
+        raise ValueError(
+            f"an entry of the vocabulary has {longest} letters and digits; "
+            f"at most {_MOST_LETTERS} fit"
+        )
+    cpu = torch.device("cpu")
+    down = powers(INVERSE, longest + 1, cpu)
+    inverse_powers = down.tolist()
     for form in code:
-        if len(form) > _MOST_LETTERS:
-            raise ValueError(
-                f"an entry of the vocabulary has {len(form)} letters and digits; "
-                f"at most {_MOST_LETTERS} fit"
-            )
         outlines.append(len(hashes) << 16 | len(form))
         state = 0
         hashes.append(state)
         for position, letter in enumerate(form, 1):
-            if position == len(inverse_powers):
-                next_power = inverse_powers[-1] * INVERSE
-                inverse_powers.append(next_power & spec.WORD)
             term = spec.mix(ord(letter)) * inverse_powers[position]
-            state = (state + term) & spec.WORD
+            state = signed(state + term)
             hashes.append(state)
-    parts = [_parts(entry) for entry in entries]
-    columns = (
-        of_id,
-        of_character,
-        parts,
-        outlines,
-        [signed(state) for state in hashes],
+    return Codes(
+        of_id=_table(of_id),
+        of_character=_table(of_character),
+        parts=_table([_parts(entry) for entry in entries]),
+        outline=_table(outlines),
+        hash=_table(hashes),
+        up=powers(MULTIPLIER, longest + 1, cpu),
+        down=down,
     )
-    tables = [torch.tensor(column, dtype=torch.int64) for column in columns]
-    cpu = torch.device("cpu")
-    tables += [powers(base, len(inverse_powers), cpu) for base in (MULTIPLIER, INVERSE)]
-    return Codes(*tables)
+
+
+def _table(column: list[int]) -> Tensor:
+    return torch.tensor(column, dtype=torch.int64)
 
 
 def contexts(
@@ -147,13 +153,16 @@ def contexts(
 
     # For every piece: its place in letters, M**place, M**-place, and the hash of all letters of the
     # row before it. Powers are products over pieces, because a row may have more letters than the
-    # longest form.
-    step = pad(length[..., :-1], (1, 0))
+    # longest form. For "Hel", "lo W", "orld" (each after an empty piece, as no character is cut):
+    #     piece    ""  Hel  ""  lo W  ""  orld
+    #     length    0    3   0     3   0     4
+    #     place     0    0   3     3   6     6
+    step = previous(length)
     place = step.cumsum(-1)
     scale = _look_up(codes.up, step).cumprod(-1)
     weight = _look_up(codes.down, step).cumprod(-1)
-    own_hash = _look_up(codes.hash, first + length) * weight
-    before = pad(own_hash[..., :-1], (1, 0)).cumsum(-1)
+    whole_hash = _look_up(codes.hash, first + length)
+    before = previous(whole_hash * weight).cumsum(-1)
 
     # A context ends where its token begins: at the first of the token's two pieces.
     end = place[..., ::2]
@@ -161,11 +170,12 @@ def contexts(
     power = scale[..., ::2]
     document_begin = place.gather(-1, 2 * document_start)
     begin = torch.maximum(end - letters, document_begin)
-    # It begins at some letter, in some piece, after `within` letters of that piece.
+    # It begins at some letter, in some piece, after `within` letters of that piece: for "orld" with
+    # letters=4 at letter 6 - 4 = 2, which is in the piece "Hel" after 2 of its letters.
     piece = torch.searchsorted(place, begin, right=True) - 1
     within = begin - place.gather(-1, piece)
-    inside = _look_up(codes.hash, first.gather(-1, piece) + within)
-    inside = inside * weight.gather(-1, piece)
+    first_letters = first.gather(-1, piece) + within
+    inside = _look_up(codes.hash, first_letters) * weight.gather(-1, piece)
     begin_hash = before.gather(-1, piece) + inside
     return (end_hash - begin_hash) * power, end - begin
 
@@ -185,13 +195,12 @@ def _completed(codes: Codes, ids: Tensor, starts: Tensor) -> Tensor:
     # What is pending after each token: its own tail, or what it passes on.
     pending = tail
     for _ in range(2):
-        earlier = pad(pending[..., :-1], (1, 0))
-        longer = (
-            earlier * shift + payload
-        )  # the bits so far, moved on, and the new ones
+        earlier = previous(pending)
+        # The bits so far, moved on, and the new ones.
+        longer = earlier * shift + payload
         passed_on = inside & (earlier != 0) & (longer < _COMPLETE)
         pending = tail + passed_on * longer
-    earlier = pad(pending[..., :-1], (1, 0))
+    earlier = previous(pending)
     value = earlier * shift + payload
     # An entry may have more continuation bytes than are missing: those mean nothing.
     for _ in range(2):
@@ -228,11 +237,12 @@ _INSIDE = 1 << 37
 
 def _parts(entry: bytes) -> int:
     rest = entry.lstrip(_CONTINUATION)
-    leading = entry[: len(entry) - len(rest)][:3]
+    leading = len(entry) - len(rest)
     payload = 0
-    for byte in leading:
+    shift = 1
+    for byte in entry[: min(leading, 3)]:
         payload = payload << 6 | byte & 63
-    shift = 1 << 6 * len(leading)
+        shift <<= 6
     inside = 0 if rest else _INSIDE
     return _tail(entry) << 38 | inside | payload << 19 | shift
 
@@ -254,7 +264,8 @@ def _tail(entry: bytes) -> int:
     following = entry[len(begun) :]
     size = 2 + (lead >= 0xE0) + (lead >= 0xF0)
     # c0, c1 and f5 to ff lead no character; ASCII is one already.
-    if not 0xC2 <= lead <= 0xF4 or len(following) + 1 >= size:
+    is_lead = 0xC2 <= lead <= 0xF4
+    if not is_lead or len(following) + 1 >= size:
         return 0
     marker = 1 << (22 + size - 6 * (size - 1))
     value = marker | lead & (0x7F >> size)

@@ -120,7 +120,7 @@ def documents(
     if position_ids is None:
         position_ids = list(range(len(ids)))
     attended = [i for i in range(len(ids)) if attention_mask[i] != 0]
-    # 0 as a rule. Some frameworks count from 1 or 2, or reserve places for an image before the text.
+    # 0 as a rule, but some frameworks count from 1 or 2.
     least = min((position_ids[i] for i in attended), default=0)
     result: list[list[int]] = []
     for number, i in enumerate(attended):
