@@ -14,10 +14,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from goldfish import spec
-from goldfish.hashing import hits, mix, prefix_hashes, signed, window_hashes
+from goldfish.hashing import (
+    hits,
+    mix,
+    prefix_hashes,
+    previous,
+    signed,
+    window_hashes,
+)
 from goldfish.letters import Vocabulary, contexts
 from goldfish.secret_spans import compiled, secret_tokens
 from goldfish.vocabulary import token_bytes
@@ -101,15 +107,9 @@ class Goldfish:
         self._set(seed=_integer("seed", self.seed, 0, "an integer below 2**64"))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        for name, kind in (
-            ("strategy", Strategy),
-            ("window", Window),
-            ("opening", Opening),
-        ):
-            value, choices = getattr(self, name), get_args(kind)
-            if value not in choices:
-                expected = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+        _check_choice("strategy", self.strategy, Strategy)
+        _check_choice("window", self.window, Window)
+        _check_choice("opening", self.opening, Opening)
         self._set(exempt=_checked_exempt(self.exempt))
         if self.document_end is not None:
             end = _integer("document_end", self.document_end, 0, "a token id or None")
@@ -170,9 +170,8 @@ class Goldfish:
         """
         if not self.reads_text:
             return self
-        entries = token_bytes(
-            getattr(tokenizer, "tokenizer", tokenizer)
-        )  # of a processor
+        # A processor has a tokenizer.
+        entries = token_bytes(getattr(tokenizer, "tokenizer", tokenizer))
         if self.vocabulary is None:
             return replace(self, vocabulary=Vocabulary(entries))
         if self.vocabulary.entries != entries:
@@ -196,9 +195,9 @@ class Goldfish:
         >>> Goldfish(**rule.to_dict()) == rule
         True
         """
-        values = {
-            each.name: getattr(self, each.name) for each in fields(self) if each.compare
-        }
+        # `vocabulary` and `_limit` are no settings, and do not count in a comparison either.
+        names = [each.name for each in fields(self) if each.compare]
+        values = {name: getattr(self, name) for name in names}
         return {**values, "exempt": list(self.exempt)}
 
     def dropped(
@@ -268,39 +267,55 @@ class Goldfish:
             nothing = torch.zeros_like(input_ids, dtype=torch.int64)
             return nothing.bool(), nothing
 
-        rows = input_ids.to(torch.int64).reshape(-1, input_ids.shape[-1])
-        positions = mask = slot = None
+        length = input_ids.shape[-1]
+        rows = input_ids.long().reshape(-1, length)
+        positions = None
         if position_ids is not None:
-            positions = position_ids.to(torch.int64).reshape(-1, rows.shape[-1])
-            positions = positions.expand_as(rows)
-        ids = rows
-        if attention_mask is not None:
-            mask = attention_mask.to(torch.int64).reshape(rows.shape)
-            attended = mask != 0
-            slot = torch.where(attended, attended.cumsum(-1) - 1, rows.shape[-1])
+            positions = position_ids.long().reshape(-1, length).expand_as(rows)
+        if attention_mask is None:
+            attended = torch.ones_like(rows, dtype=torch.bool)
+            drop, keys = self._decide(rows, positions, None, None, draw)
+        else:
+            # Padding moves to the end of each row, and the decisions back to where the tokens came
+            # from: `slot` is the place of each token meanwhile.
+            numbers = attention_mask.long().reshape(rows.shape)
+            attended = numbers != 0
+            slot = torch.where(attended, attended.cumsum(-1) - 1, length)
             ids = _attended_first(rows, slot, 0)
-            mask = _attended_first(mask, slot, 0)
+            numbers = _attended_first(numbers, slot, 0)
             if positions is not None:
                 positions = positions.masked_fill(~attended, _NEVER_FIRST)
                 positions = _attended_first(positions, slot, _NEVER_FIRST)
-
-        starts = self._document_starts(ids, positions, mask)
-        tokens = _tokens(ids, starts, self.h)
-        drop = self._drop(tokens, draw)
-        keys = mix(tokens.state + _SEED_0)
-        if self.secrets is not None:
-            lengths = None if slot is None else attended.sum(-1)
-            drop = drop | self._secret_tokens(ids, starts, lengths)
-        if slot is not None:  # back to where the tokens came from
+            lengths = attended.sum(-1)
+            drop, keys = self._decide(ids, positions, numbers, lengths, draw)
             drop = drop.gather(-1, slot)
             keys = keys.gather(-1, slot) * attended
-        if (
-            self.strategy == "reference"
-        ):  # the authors' code knows neither documents nor padding
+        if self.strategy == "reference":
+            # The authors' code knows neither documents nor padding.
             drop = _like_reference(self, rows)
-        if slot is not None:
-            drop = drop & attended
+        drop = drop & attended
         return drop.view(input_ids.shape), keys.view(input_ids.shape)
+
+    def _decide(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        document_numbers: Tensor | None,
+        lengths: Tensor | None,
+        draw: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Decisions and keys of rows whose padding, if any, is at the end; (B, T) each.
+
+        Args:
+            document_numbers: of each token, from the attention_mask.
+            lengths: int64 (B,), the tokens of each row without padding; None for all T.
+        """
+        starts = self._document_starts(ids, positions, document_numbers)
+        tokens = _tokens(ids, starts, self.h)
+        drop = self._drop(tokens, draw)
+        if self.secrets is not None:
+            drop = drop | self._secret_tokens(ids, starts, lengths)
+        return drop, mix(tokens.state + _SEED_0)
 
     def _document_starts(
         self, ids: Tensor, positions: Tensor | None, document_numbers: Tensor | None
@@ -310,14 +325,13 @@ class Goldfish:
         starts[:, 0] = True
         if positions is not None:
             least = positions.amin(-1, keepdim=True)
-            before = pad(positions[:, :-1], (1, 0))
-            starts = starts | (positions == least) | (positions < before)
+            falls = positions < previous(positions)
+            starts = starts | falls | (positions == least)
         if document_numbers is not None:
-            before = pad(document_numbers[:, :-1], (1, 0))
-            starts = starts | (document_numbers != before)
+            starts = starts | (document_numbers != previous(document_numbers))
         if self.document_end is not None:
             ends = ids == self.document_end
-            starts = starts | pad(ends[:, :-1], (1, 0))
+            starts = starts | previous(ends)
         return starts
 
     def _drop(self, tokens: "_Tokens", draw: int) -> Tensor:
@@ -354,14 +368,16 @@ class Goldfish:
         assert self.secrets is not None
         vocabulary, expression = self._bound_vocabulary(), compiled(self.secrets)
         # One copy from the device; the text and the expression are read on the CPU.
-        rows, row_starts = ids.cpu().numpy(), starts.cpu().numpy()
+        rows = ids.cpu().numpy()
+        row_starts = starts.cpu().numpy()
         result = np.zeros(rows.shape, dtype=bool)
         ends = [rows.shape[1]] * len(rows)
         if lengths is not None:
             ends = lengths.tolist()
         for i, end in enumerate(ends):
             entries = vocabulary.entries_of(rows[i, :end])
-            result[i, :end] = secret_tokens(expression, entries, row_starts[i, :end])
+            found = secret_tokens(expression, entries, row_starts[i, :end])
+            result[i, :end] = found
         return torch.from_numpy(result).to(ids.device)
 
     def _bound_vocabulary(self) -> Vocabulary:
@@ -380,9 +396,7 @@ def _attended_first(values: Tensor, slot: Tensor, fill: int) -> Tensor:
     [a, b, fill, fill, p].
     """
     rows, length = values.shape
-    result = torch.full(
-        (rows, length + 1), fill, dtype=values.dtype, device=values.device
-    )
+    result = values.new_full((rows, length + 1), fill)
     return result.scatter(-1, slot, values)
 
 
@@ -391,10 +405,14 @@ class _Tokens(NamedTuple):
 
     ids: Tensor
     column: Tensor
-    offset: Tensor  # the number of tokens before a token in its document
-    n: Tensor  # the length of its context in ids, min(h, offset)
-    state: Tensor  # the hash of that context, before it is mixed with a seed
-    prefix: Tensor  # (B, T + 1), see `hashing.prefix_hashes`
+    # The number of tokens before a token in its document.
+    offset: Tensor
+    # The length of its context in ids, min(h, offset).
+    n: Tensor
+    # The hash of that context, before it is mixed with a seed.
+    state: Tensor
+    # (B, T + 1), see `hashing.prefix_hashes`.
+    prefix: Tensor
 
 
 def _tokens(ids: Tensor, starts: Tensor, h: int) -> _Tokens:
@@ -416,16 +434,18 @@ def _hash(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
     if rule.window == "inclusive":
         end = tokens.column + 1
         state = window_hashes(tokens.prefix, end - tokens.n, end) + tokens.n
-    drop = hits(mix(state + _seed_term(rule.seed)), rule._limit)
-    return drop, tokens.n == rule.h
+    keys = mix(state + _seed_term(rule.seed))
+    return hits(keys, rule._limit), tokens.n == rule.h
 
 
 def _letters(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
     most = spec.LETTERS * rule.h
     codes = rule._bound_vocabulary().on(tokens.ids.device)
-    state, n = contexts(codes, tokens.ids, tokens.column - tokens.offset, most)
-    drop = hits(mix(state + n + _seed_term(rule.seed)), rule._limit)
-    return drop & (n > 0), n == most
+    document_start = tokens.column - tokens.offset
+    state, n = contexts(codes, tokens.ids, document_start, most)
+    keys = mix(state + n + _seed_term(rule.seed))
+    drop = hits(keys, rule._limit) & (n > 0)
+    return drop, n == most
 
 
 def _static(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
@@ -436,8 +456,9 @@ def _static(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]
 
 
 def _random(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
-    row = torch.arange(tokens.ids.shape[0], device=tokens.ids.device)[:, None]
-    number = (row << 32) + tokens.column
+    row = torch.arange(len(tokens.ids), device=tokens.ids.device)
+    # A number for each token of the batch, as long as rows have less than 2**32 tokens.
+    number = (row[:, None] << 32) + tokens.column
     drawn = spec.mix((draw + spec.mix(rule.seed)) & spec.WORD)
     drop = hits(mix(signed(drawn) + number), rule._limit)
     return drop, torch.ones_like(drop)
@@ -464,23 +485,21 @@ def _like_reference(rule: Goldfish, ids: Tensor) -> Tensor:
     It reads the shifted targets ids[:, 1:], and never drops the first h - 1 of them.
     """
     drop = torch.zeros_like(ids, dtype=torch.bool)
-    if (
-        ids.shape[-1] <= rule.h
-    ):  # the original fails on such rows; it never drops an opening
+    # The original fails on rows this short; it never drops an opening.
+    if ids.shape[-1] <= rule.h:
         return drop
     windows = ids[:, 1:].unfold(-1, rule.h, 1)
     product = windows.prod(-1)  # wraps, as in the original
-    table = _reference_table().to(ids.device)
-    drop[:, rule.h :] = table[product % spec.TABLE_SIZE] < 1 / rule.k
+    drawn = _reference_table().to(ids.device)[product % spec.TABLE_SIZE]
+    drop[:, rule.h :] = drawn < 1 / rule.k
     return drop
 
 
 @cache
 def _reference_table() -> Tensor:
     """The reference implementation's table as its CPU build makes it, whatever the ids' device."""
-    generator = torch.Generator().manual_seed(
-        2971215073
-    )  # the seed in the authors' code
+    # The seed in the authors' code, a prime Fibonacci number.
+    generator = torch.Generator().manual_seed(2971215073)
     return torch.rand(spec.TABLE_SIZE, generator=generator)
 
 
@@ -508,9 +527,15 @@ def _checked_exempt(exempt: object) -> tuple[int, ...]:
         raise TypeError(
             f"exempt must be a collection of token ids such as (1, 2), got {exempt!r}"
         )
-    return tuple(
-        sorted({_integer("every id in exempt", i, 0, "a token id") for i in exempt})
-    )
+    ids = {_integer("every id in exempt", i, 0, "a token id") for i in exempt}
+    return tuple(sorted(ids))
+
+
+def _check_choice(name: str, value: object, kind: Any) -> None:
+    choices = get_args(kind)
+    if value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {expected}, got {value!r}")
 
 
 def _integer(name: str, value: object, least: int, what: str) -> int:
