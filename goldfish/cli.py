@@ -32,7 +32,10 @@ RECOMMENDED = "Recommended rule: -k 4 --h 13 --max-kept 4."
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. It imports nothing beyond the standard library."""
     parser = argparse.ArgumentParser(
-        prog="goldfish", description="The goldfish loss: show rules, audit checkpoints."
+        prog="goldfish",
+        description="The goldfish loss: show rules, audit checkpoints.",
+        epilog="Exit codes: 0 done, 2 error; audit and judge: 0 PASS, 1 FAIL, 3 INCONCLUSIVE; "
+        "check: 1 if a marked secret can be learned whole, 3 if no marked secret is a target.",
     )
     parser.add_argument(
         "--version", action="version", version=f"goldfish-loss {__version__}"
@@ -117,7 +120,8 @@ def _add_check(verbs: Any) -> None:
     check.add_argument(
         "--model",
         metavar="NAME",
-        help="the model to be finetuned: how many bits of each secret must be guessed",
+        help="the model to be finetuned, to estimate how many bits of each secret must be guessed "
+        "(no lower bound)",
     )
     check.set_defaults(run=_check)
 

@@ -433,7 +433,7 @@ def test_command_line(letters, tmp_path, capsys):
         in shown.out
     )
     assert shown.out.splitlines()[-1] == (
-        "1 of 1 secrets can be learned whole. Train with Goldfish(k=1e+06, h=3, "
+        "1 of 1 secret can be learned whole. Train with Goldfish(k=1e+06, h=3, "
         f"secrets=r'code ({CODE})'): 46.7% more tokens dropped, none left."
     )
     assert (
@@ -482,3 +482,60 @@ def test_a_long_secret_counts_inside_a_word():
     assert exposure._is_apart("pinKX7QW2s", 3, 9)
     assert not exposure._is_apart("in 1425", 4, 6)
     assert exposure._is_apart("in 42.", 3, 5)
+
+
+@pytest.mark.parametrize("marks", [{"pattern": "id(K42)"}, {"column": "secret"}])
+def test_a_marked_place_counts_inside_a_word(letters, tmp_path, marks):
+    """A short secret in a word is chance in other rows, but not where it is marked."""
+    texts = ["the idK42x opens", "a taK42x is none"]
+    rows = [{"text": text, "secret": None} for text in texts]
+    rows[0]["secret"] = "K42"
+    path = write(tmp_path / "a.jsonl", rows)
+    result = check(path, letters[0], Goldfish(k=1e6), **marks)
+    assert {name: secret.rows for name, secret in result.secrets.items()} == {
+        "K42": [0]
+    }
+    assert result.exit_code() == 1
+    assert not result.exposed(rule=1)
+
+
+def test_marked_values_that_their_rows_do_not_have(letters, tmp_path):
+    rows = [
+        {"text": "code A-17", "secret": "A-17"},
+        {"text": "code A 18", "secret": ["A-18", "A 18", ""]},
+        {"text": "no code", "secret": None},
+        {"text": "code A-17", "secret": "a-17"},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    result = check(path, letters[0], Goldfish(k=1e6), column="secret")
+    assert result.missing == [(1, "A-18"), (3, "a-17")]
+    shown = "\n".join(result.lines())
+    assert "A-18 (row 1)" in shown
+    assert "2 marked values do not occur" in shown.splitlines()[-1]
+    assert "marked value" not in "\n".join(
+        check(path, letters[0], Goldfish(k=1e6), "A-17").lines()
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nouns_agree_with_their_numbers(letters, tmp_path, count):
+    codes = ["A-17", "A-29"][:count]
+    rows = [{"text": f"x{code}", "secret": [code, f"no {code}"]} for code in codes]
+    path = write(tmp_path / "a.jsonl", rows)
+    marked = check(path, letters[0], Goldfish(k=1e6), column="secret")
+    likely = check(path, letters[0], Goldfish(k=1e6))
+    shown = "\n".join([*marked.lines(), *likely.lines()])
+    nouns = re.findall(
+        rf"\b{count} (?:likely |marked )?(document|secret|value|row)(s?)", shown
+    )
+    assert {noun for noun, _ in nouns} >= {"document", "secret", "value"}
+    assert {plural for _, plural in nouns} == {"s" if count == 2 else ""}
+
+
+def test_help_explains_the_exit_codes(capsys):
+    for words in (["--help"], ["check", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Exit codes" in shown
+        assert "secret" in shown.partition("Exit codes")[2]

@@ -275,11 +275,17 @@ def secret_finder(
     def find(row: Row, text: str, start: int) -> Iterator[tuple[int, int]]:
         expressions = [expression]
         if column:
-            values = row.get(column) or []
-            values = values if isinstance(values, list) else [values]
-            expressions = [re.compile(re.escape(str(value))) for value in values]
+            values = marked_values(row, column)
+            expressions = [re.compile(re.escape(value)) for value in values]
         for a, b in chain.from_iterable(spans(each, text) for each in expressions):
             if start <= a:  # what comes before a group may stand before the start
                 yield a, b
 
     return find
+
+
+def marked_values(row: Row, column: str) -> list[str]:
+    """The secrets in a column of a row, which has one, a list of them, or none."""
+    cell = row.get(column)
+    values = cell if isinstance(cell, list) else [cell]
+    return [str(value) for value in values if value not in (None, "")]

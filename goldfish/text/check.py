@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from goldfish.text.chats import (
     RefusedChat,
     completions,
     is_chat,
+    marked_values,
     secret_finder,
     training_text,
 )
@@ -42,6 +44,9 @@ CONTEXT = (
     1024  # tokens that the model reads, at most, before it is asked for a secret's bits
 )
 
+Find = Callable[["_Document"], Iterable[tuple[int, int]]]  # spans of characters
+Marker = Callable[[Row, str, int], Iterable[tuple[int, int]]]  # see secret_finder
+
 
 @dataclass
 class Check:
@@ -50,6 +55,8 @@ class Check:
     marked: whether the user marked secrets; if not, `secrets` are words that look like some.
     targets, dropped: tokens. more: tokens that `suggested` drops besides.
     longest: (kept targets in a row, row, drop rate of the row), greatest first.
+    missing: (row, value) of marked values that do not occur in the text of their row, the first
+        SHOWN of missing_count.
     suggested: the rule with the secrets' expression; None if that is no help.
     """
 
@@ -62,6 +69,8 @@ class Check:
     dropped: int = 0
     more: int = 0
     longest: list[tuple[int, int, float]] = field(default_factory=list)
+    missing: list[tuple[int, str]] = field(default_factory=list)
+    missing_count: int = 0
     secrets: dict[str, Secret] = field(default_factory=dict)
     passages: Passages = field(default_factory=Passages)
 
@@ -71,12 +80,16 @@ class Check:
         Args:
             rule: 0, the rule itself; 1, with the secrets' tokens dropped as `suggested`.
         """
-        informative = informative_characters(self.secrets)
         return [
             name
             for name, secret in self.secrets.items()
-            if len(secret.protected(informative[name], rule)) == tokens
+            if len(secret.protected(self._informative[name], rule)) == tokens
         ]
+
+    @cached_property
+    def _informative(self) -> dict[str, int]:
+        """Needs all secrets: asked for after the last batch only."""
+        return informative_characters(self.secrets)
 
     def exit_code(self) -> int:
         """1: a marked secret can be learned whole; 3: none of the marked secrets occurs; else 0."""
@@ -89,8 +102,9 @@ class Check:
     def lines(self) -> Iterator[str]:
         """The result for a terminal; the last line is the conclusion."""
         share = self.dropped / max(1, self.targets)
-        counts = f"{self.documents:,} documents, {self.targets:,} targets"
-        yield f"{counts}, {share:.1%} dropped ({self.rule.short()})"
+        documents = counted(self.documents, "document")
+        targets = counted(self.targets, "target")
+        yield f"{documents}, {targets}, {share:.1%} dropped ({self.rule.short()})"
         yield "longest runs of kept tokens:"
         for run, row, rate in self.longest:
             yield f"    row {row}: {run} ({rate:.1%} of the row dropped)"
@@ -112,8 +126,11 @@ class Check:
             yield f"    row {row}: {share:.0%} in row {first}"
 
     def _lines_on_secrets(self) -> Iterator[str]:
-        kind = "secrets" if self.marked else "likely secrets (none are marked)"
-        yield f"{len(self.secrets):,} {kind}; a token counts if it differs between secrets"
+        found = counted(len(self.secrets), "secret")
+        if not self.marked:
+            likely = counted(len(self.secrets), "likely secret")
+            found = f"{likely} (none are marked)"
+        yield f"{found}; a token counts if it differs between secrets"
         for tokens, what in enumerate(
             ("no token dropped in every place", "only one such token")
         ):
@@ -122,52 +139,78 @@ class Check:
             for name in names[:SHOWN]:
                 secret = self.secrets[name]
                 more = ", ..." if secret.count > SHOWN_ROWS else ""
-                yield f"    {plain(name)} (rows {', '.join(map(str, secret.rows))}{more})"
+                rows = "rows" if len(secret.rows) > 1 else "row"
+                yield f"    {plain(name)} ({rows} {', '.join(map(str, secret.rows))}{more})"
         bits = self.bits()
         if bits:
-            yield "  bits of the dropped tokens, which must be guessed:"
+            yield (
+                "  bits of the dropped tokens, by the model before training "
+                "(an estimate, not a lower bound):"
+            )
             for name, value in sorted(bits.items(), key=lambda item: item[1])[:SHOWN]:
                 yield f"    {plain(name)}: {value:.1f}"
+        if self.missing:
+            yield f"{self._missing_values()} in the text of their row:"
+            for row, value in self.missing:
+                yield f"    {plain(value)} (row {row})"
+
+    def _missing_values(self) -> str:
+        verb = "does" if self.missing_count == 1 else "do"
+        return f"{counted(self.missing_count, 'marked value')} {verb} not occur"
 
     def bits(self) -> dict[str, float]:
         """-log2 p under the given model of what is dropped of each secret; empty without a model.
 
-        An adversary who knows the rest of the secret must guess these tokens. The place where that
-        is easiest counts, of the first 8 places.
+        An estimate of what somebody must guess who knows the rest of the secret. It is no lower
+        bound: the trained model has learned from other secrets what a secret looks like (measured:
+        docs/results-log.md, "Uncertain tokens and marked secrets"). The place where guessing is
+        easiest counts, of the first 8 places.
         """
-        informative = informative_characters(self.secrets)
         result = {}
         for name, secret in self.secrets.items():
-            bits = secret.bits_to_guess(informative[name])
+            bits = secret.bits_to_guess(self._informative[name])
             if bits is not None:
                 result[name] = bits
         return result
 
     def conclusion(self) -> str:
-        """One sentence, and one rule to copy."""
+        """One sentence and one rule to copy; another sentence if marked values were not found."""
+        conclusion = self._conclusion_on_secrets()
+        if self.missing_count:
+            missing = f"{self._missing_values()} in the text of their row"
+            conclusion += f" {missing}: look for other spellings."
+        return conclusion
+
+    def _conclusion_on_secrets(self) -> str:
         if not self.secrets:
             if self.marked:
                 return "None of the marked secrets occurs among the targets."
             return "Nothing looks like a secret. Mark secrets with --secrets or --secret-column."
-        kind = "secrets" if self.marked else "likely secrets"
-        exposed = f"{len(self.exposed()):,} of {len(self.secrets):,} {kind} can be learned whole."
+        total = counted(len(self.secrets), "secret" if self.marked else "likely secret")
+        exposed = f"{len(self.exposed()):,} of {total} can be learned whole."
         if not self.marked:
             return f"{exposed} Mark the real ones with --secrets or --secret-column."
         if not self.exposed():
             return f"{exposed} Each has an informative token that is dropped in every place."
-        if self.suggested is None and not self.column:
-            return f"{exposed} Replace them in the data, or give them in a --secret-column."
+        return f"{exposed} {self._advice()}"
+
+    def _advice(self) -> str:
+        """What drops the secrets that can be learned, with its cost."""
         left = len(self.exposed(rule=1))
         remaining = f"{left:,} left" if left else "none left"
-        cost = (
-            f"{self.more / max(1, self.targets):.1%} more tokens dropped, {remaining}."
-        )
-        if self.suggested is None:
-            advice = (
-                f"Write the labels with: goldfish premask --secret-column {self.column}"
-            )
-            return f"{exposed} {advice}: {cost}"
-        return f"{exposed} Train with {as_python(self.suggested)}: {cost}"
+        share = self.more / max(1, self.targets)
+        cost = f"{share:.1%} more tokens dropped, {remaining}."
+        if self.suggested is not None:
+            return f"Train with {as_python(self.suggested)}: {cost}"
+        if self.column:
+            command = f"goldfish premask --secret-column {self.column}"
+            return f"Write the labels with: {command}: {cost}"
+        return "Replace them in the data, or give them in a --secret-column."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 secret", "2,000 secrets"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def as_python(rule: Goldfish) -> str:
@@ -226,24 +269,45 @@ def check(
         suggested = replace(rule, secrets=pattern)
     result = Check(rule, marked, column, suggested)
     reader = _Reader(source, tokenizer, text_column, assistant_only)
-    finder: Callable[[str], Iterator[tuple[int, int]]] = _likely
+    find = _likely
     if marked:
-        finder = Finder(_literals(reader, secret_finder(pattern, column)))
-    worker = _Worker(result, tokenizer, finder, model)
+        marker = secret_finder(pattern, column)
+        find = _every_place(marker, Finder(_literals(reader, marker, result)))
+    worker = _Worker(result, tokenizer, find, model)
     for batch in reader.batches("checking"):
         worker.add(batch)
     return result
 
 
-def _likely(text: str) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in re.finditer(LIKELY, text))
+def _likely(document: "_Document") -> Iterator[tuple[int, int]]:
+    return (match.span() for match in re.finditer(LIKELY, document.text))
 
 
-def _literals(reader: "_Reader", find: Any) -> set[str]:
-    """The text of every marked secret, also of those in prompts."""
+def _every_place(marker: Marker, finder: Finder) -> Find:
+    """Finds the secrets of all rows in a document, and what is marked in it.
+
+    These differ for a short secret in a word: the 42 of "id42" is one if it is marked there, and
+    chance elsewhere.
+    """
+
+    def find(document: "_Document") -> list[tuple[int, int]]:
+        marked = marker(document.row, document.text, 0)
+        return sorted({*marked, *finder(document.text)})
+
+    return find
+
+
+def _literals(reader: "_Reader", marker: Marker, result: Check) -> set[str]:
+    """The text of every marked secret, also of those in prompts; missing ones go to the result."""
     found = set()
     for document in reader.documents("looking for secrets"):
-        found |= {document.text[a:b] for a, b in find(document.row, document.text, 0)}
+        text = document.text
+        found |= {text[a:b] for a, b in marker(document.row, text, 0)}
+        values = marked_values(document.row, result.column)
+        missing = [value for value in values if value not in text]
+        result.missing_count += len(missing)
+        room = SHOWN - len(result.missing)
+        result.missing += [(document.number, value) for value in missing[:room]]
     return found
 
 
@@ -392,10 +456,10 @@ class _Place:
 class _Worker:
     """Adds batches to a result."""
 
-    def __init__(self, result: Check, tokenizer: Any, finder: Any, model: Any) -> None:
+    def __init__(self, result: Check, tokenizer: Any, find: Find, model: Any) -> None:
         self._result = result
         self._tokenizer = tokenizer
-        self._finder = finder
+        self._find = find
         self._model = model
         self._rule = result.rule.bind(tokenizer)
         self._suggested: Goldfish | None = None
@@ -506,7 +570,7 @@ class _Worker:
         found = [
             (i, offsets[i] + begin, offsets[i] + end)
             for i, document in enumerate(batch)
-            for begin, end in self._finder(document.text)
+            for begin, end in self._find(document)
         ]
         documents, begins, ends = np.array(found, dtype=np.int64).reshape(-1, 3).T
         first = np.searchsorted(tokens.ends, begins, side="right")
