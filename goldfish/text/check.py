@@ -147,8 +147,8 @@ class Check:
                 "  bits of the dropped tokens, by the model before training "
                 "(an estimate, not a lower bound):"
             )
-            for name, value in sorted(bits.items(), key=lambda item: item[1])[:SHOWN]:
-                yield f"    {plain(name)}: {value:.1f}"
+            for name in sorted(bits, key=bits.__getitem__)[:SHOWN]:
+                yield f"    {plain(name)}: {bits[name]:.1f}"
         if self.missing:
             yield f"{self._missing_values()} in the text of their row:"
             for row, value in self.missing:
@@ -269,7 +269,7 @@ def check(
         suggested = replace(rule, secrets=pattern)
     result = Check(rule, marked, column, suggested)
     reader = _Reader(source, tokenizer, text_column, assistant_only)
-    find = _likely
+    find: Find = _likely
     if marked:
         marker = secret_finder(pattern, column)
         find = _every_place(marker, Finder(_literals(reader, marker, result)))
