@@ -343,27 +343,6 @@ def test_an_auc_far_below_one_half_is_no_pass():
     assert "are the files swapped?" in swapped["why"]
 
 
-def test_attribution_explains_if_something_is_recited():
-    rule = Goldfish(k=3, h=4)
-
-    def of(recall, dropped):
-        records = made_up_records(
-            "members", 100, recall, rule=rule, recall_dropped=dropped
-        )
-        audit = made_up_audit(records + made_up_records("heldout", 100, 0.2, rule=rule))
-        assert all(
-            each["question"] != "attribution" for each in audit.verdict["questions"]
-        )
-        return explanation(audit, "attribution")
-
-    assert of(0.98, 0.3)["answer"] == "yes"
-    assert "every recitation breaks at a dropped token" in of(1.0, 0.3)["why"]
-    assert of(0.7, 0.7)["answer"] == "undecided"
-    assert of(0.5, 0.98)["answer"] == "no"
-    assert of(0.2, 0.2) is None, "if nothing is recited, the rule had nothing to stop"
-    assert of(1.0, 1.0)["why"] == "hazard ratio not estimable: no window diverges"
-
-
 def test_a_pass_names_what_is_recited_and_what_it_rests_on():
     passed = recited(1, 1000, None)
     assert passed.outcome == "PASS"

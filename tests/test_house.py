@@ -48,6 +48,7 @@ ORDER = [
     "audit.records",
     "audit.secrets",
     "audit.membership",
+    "audit.proof",
     "audit.figures",
     "audit.verdict",
     "audit.results",

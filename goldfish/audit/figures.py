@@ -7,7 +7,7 @@ The figures of `lengths_of_runs` are an example.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,12 @@ from goldfish.audit.intervals import (
     token_rate,
 )
 from goldfish.audit.membership import Scores, membership_figures
+from goldfish.audit.proof import MOST_TOKENS, SEEDED, decisions_of, seed_test
 from goldfish.audit.records import ATTACKS, sums
 from goldfish.audit.secrets import Search, search
+
+if TYPE_CHECKING:
+    from goldfish.rule import Goldfish
 
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # draws of the curves
 DRAWS, PROBABILITY = (
@@ -50,7 +54,7 @@ class Side:
 
     table: its records. protocol: of run.json. population: all documents that there are, if the file
     is said to be complete; None for a sample. given_away: for every record the secrets
-    that its output gives away.
+    that its output gives away. rule: that of the training, if there was one for all documents.
     """
 
     split: str
@@ -58,6 +62,7 @@ class Side:
     protocol: Mapping[str, Any]
     population: Population | None = None
     given_away: Sequence[Sequence[str]] = ()
+    rule: "Goldfish | None" = None
 
     @cached_property
     def documents(self) -> Codes:
@@ -116,9 +121,11 @@ class Side:
 
 
 def make_figures(
-    run: Mapping[str, Any], table: pa.Table
+    run: Mapping[str, Any], table: pa.Table, rule: "Goldfish | None" = None
 ) -> tuple[list[Figure], dict[str, Any]]:
     """The table of figures, from run.json and the records; and examples, the names behind rates.
+
+    rule: that of run.json, bound to the tokenizer if it reads text.
 
     Raises:
         ValueError: no records.
@@ -126,6 +133,10 @@ def make_figures(
     protocol = run["protocol"]
     marked = bool(protocol["secrets"] or protocol["secret_column"])
     found = search(table) if marked else Search([[] for _ in range(len(table))], {})
+    if rule is None and run["rule"] is not None:
+        from goldfish.rule import Goldfish  # here, as it needs torch
+
+        rule = Goldfish(**run["rule"])
     names = np.asarray(table["split"].to_pylist(), dtype=str)
     sides = []
     for split in SPLITS:
@@ -135,9 +146,8 @@ def make_figures(
                 each for each, kept in zip(found.found, here, strict=True) if kept
             ]
             chosen = table.filter(pa.array(here))
-            sides.append(
-                Side(split, chosen, protocol, population_of(run, split), given_away)
-            )
+            population = population_of(run, split)
+            sides.append(Side(split, chosen, protocol, population, given_away, rule))
     if not sides:
         raise ValueError("there is no record to summarize")
     figures = [figure for side in sides for make in FIGURES for figure in make(side)]
@@ -240,22 +250,63 @@ def sweeps(side: Side) -> Iterator[Figure]:
 
 
 def attribution(side: Side) -> Iterator[Figure]:
-    """Did the rule stop the recitation? Dropped beside kept tokens."""
+    """Dropped beside kept tokens: was the claimed rule used, and how well is either predicted?"""
     side = side.as_trained
+    yield from _proof(side)
     ruled = is_valid(side.table["dropped"]).to_numpy()
     if not ruled.any():
         for name in ATTRIBUTION:
             yield Figure(side.split, name, reason=NO_RULE)
         return
     side = replace(side, table=side.table.filter(pa.array(ruled)), given_away=())
-    counts = token_counts(side.table)
-    right_dropped, dropped, right_kept, kept = counts[:, 4:].T
-    yield replace(hazard_ratio(counts[:, :4], side.documents), split=side.split)
-    yield side.token_rate("hazard_dropped", counts[:, 0], counts[:, 1])
-    yield side.token_rate("hazard_kept", counts[:, 2], counts[:, 3])
+    right_dropped, dropped, right_kept, kept = token_counts(side.table).T
     yield side.token_rate("dropped_share", dropped, dropped + kept)
     yield side.token_rate("teacher_forced_accuracy_dropped", right_dropped, dropped)
     yield side.token_rate("teacher_forced_accuracy_kept", right_kept, kept)
+
+
+def _proof(side: Side) -> Iterator[Figure]:
+    """The test of the rule's seed, `proof.seed_test`, with the first windows of the split."""
+    rule = side.rule
+    reason = _why_not_tested(rule)
+    if rule is None or reason:
+        yield Figure(side.split, "rule_p", reason=reason)
+        yield Figure(side.split, "rule_gap", reason=reason)
+        return
+    # Windows from further on lack what comes before them, which the rule reads.
+    windows = side.table.filter(pa.array(side.numbers("offset") == 0))
+    prefixes, suffixes, losses = (
+        windows[name].to_pylist() for name in ("prefix_ids", "suffix_ids", "nll")
+    )
+    rows = [a + b for a, b in zip(prefixes, suffixes, strict=True)]
+    tokens = np.cumsum([len(row) for row in rows])
+    used = max(1, int(np.count_nonzero(tokens <= MOST_TOKENS)))
+    rows, losses = rows[:used], losses[:used]
+    lengths = [len(each) for each in losses]
+    found = seed_test(
+        [np.array(each) for each in losses],
+        decisions_of(rule, rows, lengths),
+        rule.seed,
+    )
+    numbers = windows["document"].to_pylist()[:used]
+    about: dict[str, Any] = {"n": sum(lengths), "documents": len(set(numbers))}
+    if found is None:
+        about["reason"] = "the rule drops none of these tokens, or all of them"
+    yield Figure(side.split, "rule_p", value=found and found.p, **about)
+    yield Figure(side.split, "rule_gap", value=found and found.gap, **about)
+
+
+def _why_not_tested(rule: "Goldfish | None") -> str:
+    """Why the rule's seed cannot be tested; "" if it can."""
+    if rule is None:
+        return NO_RULE
+    if rule.strategy == "random":
+        return 'strategy "random" drops other tokens in every epoch'
+    if rule.strategy not in SEEDED:
+        return f'strategy "{rule.strategy}" has no seed that other seeds could stand beside'
+    if rule.strategy == "letters" and rule.vocabulary is None:
+        return 'strategy "letters" needs the tokenizer'
+    return ""
 
 
 FIGURES: tuple[Callable[[Side], Iterable[Figure]], ...] = (
@@ -267,9 +318,6 @@ FIGURES: tuple[Callable[[Side], Iterable[Figure]], ...] = (
     attribution,
 )
 ATTRIBUTION = (
-    "hazard_ratio",
-    "hazard_dropped",
-    "hazard_kept",
     "dropped_share",
     "teacher_forced_accuracy_dropped",
     "teacher_forced_accuracy_kept",
@@ -394,66 +442,19 @@ def extracted(log_p: ArrayLike, n: float, p: float = PROBABILITY) -> Bools:
 
 
 def token_counts(table: pa.Table) -> Floats:
-    """(records, 8), from records with `dropped`.
+    """(records, 4), from records with `dropped`.
 
-    First divergences on dropped tokens; dropped tokens up to the first divergence, it included; the
-    same for kept tokens. Then dropped tokens that are predicted teacher-forced; dropped tokens; the
-    same for kept tokens.
+    Dropped tokens that are predicted teacher-forced; dropped tokens; the same for kept tokens.
     """
     lengths = list_value_length(table["dropped"]).to_numpy()
     records = np.repeat(np.arange(len(table)), lengths)
-    divergences = np.cumsum(lengths) - lengths + table["first_divergence"].to_numpy()
-    behind = (
-        np.arange(len(records)) - divergences[records]
-    )  # tokens behind the first divergence
     dropped, correct = (
         list_flatten(table[name]).to_numpy() for name in ("dropped", "correct")
     )
-    at, reached = behind == 0, behind <= 0
-    counted = (
-        at & dropped,
-        reached & dropped,
-        at & ~dropped,
-        reached & ~dropped,
-        correct & dropped,
-        dropped,
-        correct & ~dropped,
-        ~dropped,
-    )
+    counted = (correct & dropped, dropped, correct & ~dropped, ~dropped)
     return np.stack(
         [np.bincount(records, tokens, len(table)) for tokens in counted], -1
     )
-
-
-def hazard_ratio(hazards: Floats, documents: Codes) -> Figure:
-    """Hazard of a first divergence on dropped tokens over that on kept ones.
-
-    hazards: (records, 4), the first columns of `token_counts`.
-
-    The interval is the exact one given how many tokens of each kind were reached: the events on
-    dropped tokens are binomial with odds ratio * reached dropped / reached kept. The windows of a
-    document count as one, as if they agreed, the worst case.
-    """
-    on_dropped, dropped, on_kept, kept = hazards.sum(0)
-    events = on_dropped + on_kept
-    count = len(np.unique(documents))
-    figure = Figure(figure="hazard_ratio", n=int(events), documents=count)
-    if not (events and dropped and kept):
-        missing = (
-            "no window diverges" if not events else "only one kind of token was reached"
-        )
-        return replace(figure, reason=missing)
-    share = count / len(documents)
-    low, high = clopper_pearson(on_dropped * share, events * share)
-    lower = float(low / (1 - low) * kept / dropped)
-    if on_kept == 0:
-        reason = "no first divergence on a kept token: the ratio has no upper bound"
-        return replace(figure, low=lower, reason=reason)
-    value, upper = (
-        (on_dropped / dropped) / (on_kept / kept),
-        high / (1 - high) * kept / dropped,
-    )
-    return replace(figure, value=float(value), low=lower, high=float(upper))
 
 
 def notes(receipt: Mapping[str, Any] | None) -> list[str]:

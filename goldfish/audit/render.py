@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -21,6 +21,9 @@ from goldfish.audit.records import dumps
 from goldfish.audit.results import SUMMARY, Audit, summarize, write_text
 from goldfish.audit.verdict import strongest_blind
 from goldfish.text.printable import plain
+
+if TYPE_CHECKING:
+    from goldfish.rule import Goldfish
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
@@ -44,7 +47,7 @@ LABELS = {  # in the order of every table: figures that are single numbers, and 
     "teacher_forced_accuracy_dropped": "  on dropped tokens",
     "teacher_forced_accuracy_kept": "  on kept tokens",
     "nll": "loss, nats/token",
-    "hazard_ratio": "hazard ratio, dropped/kept",
+    "rule_p": "p, the claimed rule",
 }
 MEMBERSHIP_LABELS = {"auc": "membership, AUC", "tpr": "membership, TPR at 1% FPR"}
 SPLIT_NAMES = {"members": "members", "heldout": "held-out"}
@@ -67,10 +70,13 @@ class Description:
 
 
 def publish(
-    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+    folder: str | Path,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    rule: "Goldfish | None" = None,
 ) -> Audit:
-    """Summarize an audit whose records are complete, and write it."""
-    audit = summarize(folder, limits, require)
+    """Summarize an audit whose records are complete, and write it; see `summarize`."""
+    audit = summarize(folder, limits, require, rule)
     write(audit, folder)
     return audit
 

@@ -40,6 +40,8 @@ except ImportError:  # Windows: there, two audits in one folder are not noticed
 if TYPE_CHECKING:
     import pandas as pd
 
+    from goldfish.rule import Goldfish
+
 _log = logging.getLogger(__name__)
 SUMMARY, LOCK, PART = "summary.json", "lock", ".part"
 
@@ -176,12 +178,17 @@ def read(folder: str | Path) -> Audit:
 
 
 def summarize(
-    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+    folder: str | Path,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    rule: "Goldfish | None" = None,
 ) -> Audit:
-    """An audit from its run.json and records; errors as of `read_records`."""
-    return summary_of(
-        read_run(folder), read_records(folder), limits, require, Path(folder)
-    )
+    """An audit from its run.json and records; errors as of `read_records`.
+
+    rule: that of run.json, bound to the tokenizer if it reads text.
+    """
+    run, table = read_run(folder), read_records(folder)
+    return summary_of(run, table, limits, require, Path(folder), rule)
 
 
 def summary_of(
@@ -190,9 +197,10 @@ def summary_of(
     limits: Sequence[str] = (),
     require: Sequence[str] = (),
     folder: Path = Path(),
+    rule: "Goldfish | None" = None,
 ) -> Audit:
     """The same, from their content."""
-    rows, examples = make_figures(run, table)
+    rows, examples = make_figures(run, table, rule)
     parsed = parse_limits(limits)
     figures = Figures(rows)
     judged = verdict(run, figures, parsed, require)

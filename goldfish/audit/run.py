@@ -208,7 +208,8 @@ def audit(
             score(surveys, scorer, checkpoints[0], rules, folder, run["name"], state)
         _wait(state)
         if first:
-            publish(folder.path, limits, require)
+            one_rule = rules if isinstance(rules, Goldfish) else None
+            publish(folder.path, limits, require, one_rule)
         _wait(state)
     return read(folder.path)
 

@@ -1,6 +1,6 @@
 """The table of figures -> the verdict: PASS, FAIL or INCONCLUSIVE, why, and what was not tested.
 
-Recitation decides. Membership counts if it is required; attribution only explains.
+Recitation decides. Membership counts if it is required; the test of the rule only explains.
 """
 
 from bisect import bisect_left
@@ -12,6 +12,7 @@ from scipy.special import gammainc
 
 from goldfish.audit.figures import (
     DRAWS,
+    NO_RULE,
     PROBABILITY,
     RUN,
     SIMILARITY,
@@ -39,6 +40,7 @@ GAIN = 0.05
 WORKS = (
     0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
 )
+SURE = 0.01  # of the test of the rule: the greatest p that tells of it
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 EXIT_CODES = {
     PASS: 0,
@@ -108,8 +110,8 @@ def verdict(
             explanations.append(
                 {"answer": words[membership.pop("outcome")], **membership}
             )
-    if attribution := _attribution(figures):
-        explanations.append(attribution)
+    if rule := _rule_question(run, figures):
+        explanations.append(rule)
     works, sanity = _sanity(run, figures)
     unasked = _unasked(run)
     outcomes = {question["outcome"] for question in questions}
@@ -370,38 +372,28 @@ def _auc(
     return INCONCLUSIVE, why, _needs(int(auc.documents * times))
 
 
-def _attribution(figures: Figures) -> Question | None:
-    """Only if there is something that a rule could have stopped: recited texts, or long runs."""
-    ratio = figures.get("members", "hazard_ratio")
-    share = figures.get("members", "dropped_share")
-    if ratio is None or share is None or share.value is None:
+def _rule_question(run: Mapping[str, Any], figures: Figures) -> Question | None:
+    """Only for a checkpoint that claims a rule."""
+    found = figures.get("members", "rule_p")
+    if found is None or found.reason == NO_RULE:
         return None
-    runs = [figures.get(split, "longest_run") for split in ("members", "heldout")]
-    longer = None not in runs and (runs[0].value or 0) > 2 * (runs[1].value or 0)  # type: ignore[union-attr]
-    counts = [figures.get("members", name) for name in ("exact_match", "near_verbatim")]
-    if not longer and not any(each is not None and each.k for each in counts):
-        return None
-    low, high = ratio.low, ratio.high
-    if low is None:
-        answer, why = "undecided", f"hazard ratio not estimable: {ratio.reason}"
-    elif ratio.value is None:
-        answer = "yes" if low > 1 else "undecided"
-        why = f"every recitation breaks at a dropped token; hazard ratio {low:.1f} and more"
-    else:
-        ends = f"{low:.1f} and more" if high is None else f"{low:.1f}–{high:.1f}"
-        answer = (
-            "yes" if low > 1 else "no" if high is not None and high < 1 else "undecided"
-        )
-        why = (
-            f"a recitation breaks at a dropped token {ratio.value:.1f} times as often as at a kept "
-            f"one ({ends})"
+    answer, why = "not asked", str(found.reason)
+    if found.value is not None:
+        p = f"p = {found.value:.3f}".replace("0.", ".")
+        answer = "yes" if found.value <= SURE else "undecided"
+        why = f"the claimed rule is in the weights ({p})"
+        if found.value > SURE:
+            why = f"no sign of the claimed rule ({p})"
+        seed = (run["rule"] or {}).get("seed", 0)
+        why += (
+            f": the tokens that seed {seed} drops, compared with those of other seeds"
         )
     return {
         "answer": answer,
-        "question": "attribution",
-        "figure": "hazard_ratio",
-        "asks": "Is it the rule that stops recitation?",
-        "limit": 1.0,
+        "question": "rule",
+        "figure": "rule_p",
+        "asks": "Was the model trained under the claimed rule?",
+        "limit": SURE,
         "why": why,
         "needs": None,
     }
