@@ -21,7 +21,7 @@ RULE = {
     "strategy": "hash",
     "seed": 0,
     "window": "preceding",
-    "head": "short",
+    "opening": "short",
     "exempt": [],
     "document_end": None,
 }

@@ -290,10 +290,13 @@ def _proof(side: Side) -> Iterator[Figure]:
     )
     numbers = windows["document"].to_pylist()[:used]
     about: dict[str, Any] = {"n": sum(lengths), "documents": len(set(numbers))}
+    p = gap = None
     if found is None:
         about["reason"] = "the rule drops none of these tokens, or all of them"
-    yield Figure(side.split, "rule_p", value=found and found.p, **about)
-    yield Figure(side.split, "rule_gap", value=found and found.gap, **about)
+    else:
+        p, gap = found.p, found.gap
+    yield Figure(side.split, "rule_p", value=p, **about)
+    yield Figure(side.split, "rule_gap", value=gap, **about)
 
 
 def _why_not_tested(rule: "Goldfish | None") -> str:

@@ -128,8 +128,8 @@ def decisions_of(
 
     def dropped_under(seed: int) -> Bools:
         with_seed = replace(rule, seed=seed, secrets=None)
-        dropped: Bools = with_seed.dropped(ids, positions).numpy()
-        return dropped[asked]
+        dropped: Bools = with_seed.dropped(ids, positions).numpy()[asked]
+        return dropped
 
     return dropped_under
 
