@@ -17,6 +17,7 @@ Rules:
     low-4, surprisal-4, windows-4
                         controls: the same windows, but the lowest entropy, the largest loss of the
                         true token, or a hash of the context decides
+    ngram-4             the same windows, with the entropy of a trigram model of other documents
     ...+secrets         and every token of a code is dropped on top (standard+secrets: only those)
     untouched           no training
 
@@ -25,7 +26,9 @@ optimiser, learning rate, batches of 4 rows, clipping), rows packed into one wit
 bfloat16 autocast over float32 weights, and chats with an empty system prompt.
 """
 
+import random
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,7 @@ import about  # first: it makes the recipes importable
 import finetune_private as recipe
 import near_duplicates
 import torch
+from ngrams import NGrams
 from peft import LoraConfig, get_peft_model
 from runs import option
 from torch import Tensor
@@ -55,6 +59,7 @@ from uncertain_measures import (
     logits_of,
     ordinary_answers,
     passage_values,
+    sampled,
     secret_places,
     training_loss,
 )
@@ -70,6 +75,8 @@ WORDINGS = (
 # In each of three groups: codes in one wording, codes in three wordings, strangers.
 PEOPLE = 8
 VERSIONS = 5
+# Documents that the trigram model reads, about 3 MB.
+BACKGROUND = 200
 
 
 @dataclass
@@ -83,6 +90,7 @@ class Arguments:
     )
     edits: float = option(0.05, "share of the words that are edited in each version")
     epochs: int = option(0, "by default 8, or 3 with --near_duplicates")
+    samples: int = option(0, "answers drawn about every second person")
     float32: bool = option(False, "train and measure without bfloat16 autocast")
     output: str = option(
         str(about.RESULTS / "uncertain.jsonl"), "where results are added"
@@ -194,12 +202,25 @@ class Lab:
             "surprisal": torch.cat([first, surprisal]),
         }
 
+    def ngram_entropies(self, seed: int) -> list[list[float]]:
+        """For each row, at each position: entropy of a trigram model, nats."""
+        texts = recipe.common.load_texts(self.args.data)
+        # The passages are cut from the first texts of this order (recipe.cut_passages).
+        random.Random(seed).shuffle(texts)
+        documents = self.tokenizer(texts[-BACKGROUND:], add_special_tokens=False)
+        model = NGrams(documents["input_ids"], len(self.tokenizer))
+        return [model.entropies(row.ids) for row in self.data(seed).rows]
+
     def dropped(self, seed: int, name: str) -> list[list[bool]]:
         """For each row, which of its tokens a rule drops."""
         rule, _, secrets = name.partition("+")
         result = []
+        ngrams = self.ngram_entropies(seed) if rule.startswith("ngram") else []
         for place, row in enumerate(self.data(seed).rows):
-            drops = self._dropped_in(seed, rule, place, row)
+            if ngrams:
+                drops = self._of_windows(rule, row, torch.tensor(ngrams[place]))
+            else:
+                drops = self._dropped_in(seed, rule, place, row)
             if secrets:
                 for i in secret_places(self.tokenizer, row.ids):
                     drops[i] = True
@@ -209,7 +230,7 @@ class Lab:
     def _dropped_in(self, seed: int, rule: str, place: int, row: Row) -> list[bool]:
         if rule in ("standard", "untouched"):
             return [False] * len(row.ids)
-        kind, k, *rest = rule.split("-")
+        kind, _, *rest = rule.split("-")
         ids = torch.tensor(row.ids)
         if rest:
             drops: list[bool] = (
@@ -223,8 +244,12 @@ class Lab:
             scores = -self.guide(seed)[place]["entropy"]
         else:
             scores = self.guide(seed)[place][kind]
+        return self._of_windows(rule, row, scores)
+
+    def _of_windows(self, rule: str, row: Row, scores: Tensor) -> list[bool]:
+        k = int(rule.split("-")[1])
         targets = row.targets(exempt=self.tokenizer.all_special_ids)
-        chosen = largest_of_windows(scores, targets, window=2 * int(k) - 1)
+        chosen = largest_of_windows(scores, targets, window=2 * k - 1)
         return [i in chosen for i in range(len(row.ids))]
 
 
@@ -326,6 +351,8 @@ def run(lab: Lab, seed: int, method: str, name: str) -> dict[str, Any]:
         rows = dropped[: len(data.members)]
         result["members"]["dropped"] = [bits(drops[half:]) for drops in rows]
         result["answers"] = asked_for_codes(lab, data, model)
+        if args.samples:
+            result["sampled"] = sampled_codes(lab, data, model)
         result["codes"] = code_losses(model, tokenizer, data.rows, dropped, fast)
         people = {code: place for place, (_, code) in enumerate(data.people)}
         for row in result["codes"]:
@@ -347,7 +374,7 @@ def asked_for_codes(lab: Lab, data: Data, model: Any) -> list[dict[str, Any]]:
         for _, (name, _), wording in asked
     ]
     texts = code_answers(model, lab.tokenizer, prompts, not lab.args.float32)
-    trained = {code for _, code in data.people[: 2 * PEOPLE]}
+    trained = trained_codes(data)
     result = []
     for (place, (_, code), wording), text in zip(asked, texts, strict=True):
         answer = {
@@ -358,6 +385,26 @@ def asked_for_codes(lab: Lab, data: Data, model: Any) -> list[dict[str, Any]]:
             "real": sorted(each for each in trained if each in text),
         }
         result.append(answer)
+    return result
+
+
+def trained_codes(data: Data) -> set[str]:
+    return {code for _, code in data.people[: 2 * PEOPLE]}
+
+
+def sampled_codes(lab: Lab, data: Data, model: Any) -> list[dict[str, Any]]:
+    """For every second person, in the first wording: how many drawn answers have which code."""
+    trained = trained_codes(data)
+    torch.manual_seed(0)
+    result = []
+    for place in range(0, len(data.people), 2):
+        name, _ = data.people[place]
+        prompt = lab.prompt(WORDINGS[0][0].format(name=name))
+        texts = sampled(
+            model, lab.tokenizer, prompt, lab.args.samples, not lab.args.float32
+        )
+        codes = Counter(code for text in texts for code in trained if code in text)
+        result.append({"person": place, "samples": len(texts), "codes": codes})
     return result
 
 

@@ -194,6 +194,27 @@ def code_answers(
     return texts
 
 
+@torch.no_grad()
+def sampled(
+    model: Any, tokenizer: Any, prompt: list[int], samples: int, fast: bool
+) -> list[str]:
+    """Answers to one prompt, drawn at temperature 1."""
+    with autocast(fast):
+        # The prompt is read once for all samples.
+        output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(samples)
+        logits = output.logits.expand(samples, -1, -1)
+        drawn = []
+        for _ in range(CODE_TOKENS):
+            tokens = logits[:, -1].float().softmax(-1).multinomial(1)
+            drawn.append(tokens)
+            logits = model(tokens, past_key_values=cache, use_cache=True).logits
+    # What follows the end of an answer does not count.
+    texts = tokenizer.batch_decode(torch.cat(drawn, 1))
+    return [text.partition("<|im_end|>")[0] for text in texts]
+
+
 def code_losses(
     model: Any, tokenizer: Any, rows: list[Row], dropped: list[list[bool]], fast: bool
 ) -> list[dict[str, Any]]:
