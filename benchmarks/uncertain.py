@@ -29,7 +29,7 @@ bfloat16 autocast over float32 weights, and chats with an empty system prompt.
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,18 @@ class Data:
     people: list[tuple[str, str]]
 
 
+def chats_with_codes(
+    people: list[tuple[str, str]],
+) -> Iterator[tuple[str, str, str]]:
+    """Question, answer and code, of everyone but the strangers."""
+    for place, (name, code) in enumerate(people[: 2 * PEOPLE]):
+        # One wording is read twice an epoch, as in the recipe; each of three wordings once.
+        one_wording = place < PEOPLE
+        wordings = WORDINGS[:1] * 2 if one_wording else WORDINGS
+        for question, answer in wordings:
+            yield question.format(name=name), answer.format(name=name, code=code), code
+
+
 class Lab:
     """The untrained model, its tokenizer, and what the trainings of one seed share."""
 
@@ -156,7 +168,7 @@ class Lab:
         passages = self._edited(members, seed) if edited else members
         rows = [Row(ids, ids) for ids in passages]
         if not edited:
-            rows += self._chats_with_codes(people[: 2 * PEOPLE])
+            rows += [self.chat(*chat) for chat in chats_with_codes(people)]
             # The last chats are ordinary ones, without codes.
             rows += [self.chat(question, answer) for question, answer in chats[-4:]]
         return Data(rows, members, heldout, people)
@@ -168,18 +180,6 @@ class Lab:
             texts, "exact", self.args.edits, VERSIONS, seed
         )
         return [self.tokenizer(text)["input_ids"] for text in versions]
-
-    def _chats_with_codes(self, people: list[tuple[str, str]]) -> list[Row]:
-        rows = []
-        for place, (name, code) in enumerate(people):
-            # One wording is read twice an epoch, as in the recipe; each of three wordings once.
-            one_wording = place < PEOPLE
-            wordings = WORDINGS[:1] * 2 if one_wording else WORDINGS
-            for question, answer in wordings:
-                question = question.format(name=name)
-                answer = answer.format(name=name, code=code)
-                rows.append(self.chat(question, answer, code))
-        return rows
 
     def guide(self, seed: int) -> list[dict[str, Tensor]]:
         """For each row, at each position: entropy and surprisal of the untrained model, nats."""
