@@ -10,9 +10,8 @@ from torch.nn.functional import pad
 
 from goldfish.rule import Goldfish, check_beside
 
-IGNORE_INDEX = (
-    -100
-)  # what torch's cross-entropy and Hugging Face's models leave out of the loss
+# What torch's cross-entropy and Hugging Face's models leave out of the loss.
+IGNORE_INDEX = -100
 # In the description of a premasked dataset, which datasets keep through map, shuffle, concatenate
 # and save_to_disk (not through parquet files).
 PREMASKED = "labels masked by goldfish.premask under"
@@ -142,27 +141,26 @@ def mask_batch(
 
     # Everything that is no target is ignored already, except padding in labels made of ids.
     ignored = ~targets | decided
-    if (
-        not shifted and not first_is_target
-    ):  # the first token of a row is no target: nothing comes before it
+    if not shifted and not first_is_target:
+        # The first token of a row is no target: nothing comes before it.
         targets[..., :1] = False
         ignored[..., :1] |= ignore_first
     masked = {**batch, "labels": labels.masked_fill(ignored, ignore_index)}
-    if batch.get("shift_labels") is not None:
+    shift_labels = batch.get("shift_labels")
+    if shift_labels is not None:
         # The label at position i is that of the token after it; the last one has none.
         next_ignored = pad(ignored[..., 1:], (0, 1), value=True)
-        masked["shift_labels"] = batch["shift_labels"].masked_fill(
-            next_ignored, ignore_index
-        )
+        masked["shift_labels"] = shift_labels.masked_fill(next_ignored, ignore_index)
     return Masked(masked, targets, decided & targets, keys)
 
 
 def premasked(dataset: Any) -> str:
     """What the description of a dataset says about an earlier `premask`; empty if nothing."""
-    description = getattr(getattr(dataset, "info", None), "description", None) or ""
-    return "; ".join(
-        line for line in description.splitlines() if line.startswith(PREMASKED)
-    )
+    info = getattr(dataset, "info", None)
+    description = getattr(info, "description", None) or ""
+    # Concatenated data sets have the descriptions of all.
+    lines = [line for line in description.splitlines() if line.startswith(PREMASKED)]
+    return "; ".join(lines)
 
 
 def check_rule(rule: Any) -> None:
@@ -237,14 +235,14 @@ def _unshifted(
     Returns:
         The arguments of `Goldfish.dropped` with rows of 2T, and int64 of the labels' shape.
     """
-    ids, mask = given["input_ids"], given["attention_mask"]
+    ids = given["input_ids"]
+    mask = given["attention_mask"]
     mask = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
     next_id = pad(ids[..., 1:], (0, 1))
     next_attended = pad(mask[..., 1:] != 0, (0, 1))
     extra = (labels != next_id) | ~next_attended
-    extra_mask = (extra & targets) * mask.clamp(
-        min=1
-    )  # of the same document as its position
+    # An extra place is of the same document as its position.
+    extra_mask = (extra & targets) * mask.clamp(min=1)
 
     pairs = {
         "input_ids": (ids, labels.to(ids.dtype)),

@@ -55,16 +55,17 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     size = max(vocabulary.values(), default=-1) + 1
     entries = [b" "] * size
     for token, i in vocabulary.items():
-        entries[i] = to_bytes(token)
+        entries[i] = to_bytes(token) or b" "
+    # Added tokens are matched in the text as they are, so they are not in the model's own code.
     for token in description["added_tokens"] or []:
-        content = token["content"].replace("▁", " ")
-        entries[token["id"]] = b" " if token["special"] else content.encode()
+        content = token["content"].replace("▁", " ").encode()
+        entries[token["id"]] = b" " if token["special"] else content or b" "
     # Some tokens are special only to transformers, and the unknown one has no text of its own.
     unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
     special = {unknown, *getattr(tokenizer, "all_special_ids", ())}
     for i in special - {None}:
         entries[i] = b" "
-    return [entry or b" " for entry in entries]
+    return entries
 
 
 def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
@@ -74,10 +75,8 @@ def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         parts += _parts(description[name])
     kinds = {part["type"] for part in parts}
-    prefix, suffix = (
-        model.get("continuing_subword_prefix"),
-        model.get("end_of_word_suffix"),
-    )
+    prefix = model.get("continuing_subword_prefix")
+    suffix = model.get("end_of_word_suffix")
     if "ByteLevel" in kinds:
         return _byte_level_reader()
     if prefix or model["type"] == "WordPiece":
@@ -88,7 +87,7 @@ def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
     if not space:
         raise ValueError(
             f"the entries of this tokenizer ({model['type']}, pre-tokenizer "
-            f"{description['pre_tokenizer']}) do not say where words begin; supported are "
+            f"{description['pre_tokenizer']}) do not show where words begin; supported are "
             "byte-level BPE, SentencePiece (Metaspace, byte fallback) and WordPiece; "
             'for others use strategy="hash" without secrets'
         )
@@ -96,11 +95,20 @@ def _reader(description: dict[str, Any]) -> Callable[[str], bytes]:
     fallback = {}
     if model.get("byte_fallback") or "ByteFallback" in kinds:
         fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-    return lambda token: fallback.get(token) or token.replace(space, " ").encode()
+
+    def read(token: str) -> bytes:
+        """With the space "▁": "▁walk" is b" walk"."""
+        return fallback.get(token) or token.replace(space, " ").encode()
+
+    return read
 
 
 def _byte_level_reader() -> Callable[[str], bytes]:
-    """Byte-level BPE: each character of an entry stands for one byte."""
+    r"""Byte-level BPE: each character of an entry stands for one byte.
+
+    The printable bytes of Latin-1 stand for themselves, the 68 others have characters from U+0100
+    on: "Ġ" is a space and "Ċ" a line feed, so "ĠcafÃ©" is b" caf\xc3\xa9", that is " café".
+    """
     from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -134,7 +142,7 @@ def _space_of(parts: list[dict[str, Any]]) -> str:
             return str(part.get("replacement", "▁"))
         if part["type"] == "Replace":
             # Either way: " " by "▁" in a normalizer, "▁" by " " in a decoder.
-            strings = (part["content"], *part["pattern"].values())
+            strings = [part["content"], *part["pattern"].values()]
             if "▁" in strings:
                 return "▁"
     return ""
@@ -146,13 +154,9 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if node["type"] != "Sequence":
         return [node]
-    inner = (
-        node.get("normalizers")
-        or node.get("pretokenizers")
-        or node.get("decoders")
-        or []
-    )
     parts = []
-    for child in inner:
-        parts += _parts(child)
+    # A sequence has one of these lists, by what it is a sequence of.
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        for child in node.get(name, ()):
+            parts += _parts(child)
     return parts

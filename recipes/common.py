@@ -289,8 +289,12 @@ def rule_of(name: str, seed: int = 0) -> Goldfish | None:
         strategy, k, h, *rest = name.split("-")
         (max_kept,) = map(int, rest) if rest else (None,)
         return Goldfish(
-            k=float(k), h=int(h), strategy=strategy, seed=seed, max_kept=max_kept
-        )  # type: ignore[arg-type]
+            k=float(k),
+            h=int(h),
+            strategy=strategy,  # type: ignore[arg-type]
+            seed=seed,
+            max_kept=max_kept,
+        )
     except ValueError as error:
         raise ValueError(
             "a rule is standard or strategy-k-h[-max_kept] such as hash-4-13-4, got "

@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_refused():
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(
-        ValueError, match=r'do not say where words begin.*use strategy="hash"'
+        ValueError, match=r'do not show where words begin.*use strategy="hash"'
     ):
         Goldfish(strategy="letters").bind(plain)
     with pytest.raises(TypeError, match=r"fast tokenizer.*got str"):
