@@ -17,7 +17,7 @@ from goldfish.unwrap import bare_model
 
 # Logits that exist during a measurement: 256 MB of fp32. Longer rows are cut.
 LOGITS_BUDGET = 2**26
-# Of the training time, at most, unless a single row takes more.
+# The share of the training time that measuring may take, unless a single row takes more.
 SHARE = 0.01
 
 
@@ -29,7 +29,8 @@ def rows_to_measure(batch_rows: int, rows_a_step: int, steps: float) -> int:
     >>> rows_to_measure(batch_rows=8, rows_a_step=8, steps=10)  # 1% of 80 rows' steps
     2
     """
-    affordable = int(3 * SHARE * rows_a_step * max(1.0, steps))
+    trained_rows = rows_a_step * max(1.0, steps)
+    affordable = int(3 * SHARE * trained_rows)
     return max(1, min(batch_rows, affordable))
 
 
@@ -73,23 +74,22 @@ def measure(
         logits = model(**inputs).logits
     finally:
         model.train(was_training)
-    # Counted from the end: prompt tuning puts virtual tokens in front.
-    logits = logits[:, -labels.shape[1] - 1 : -1].float().transpose(1, 2)
+    # Counted from the end: prompt tuning puts virtual tokens in front. The last position predicts
+    # a token that no row has.
+    logits = logits[:, -labels.shape[1] - 1 : -1]
     nll = nn.functional.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, reduction="none"
+        logits.float().transpose(1, 2),
+        labels,
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
     )
     nll = nll.double()
     is_target = labels != IGNORE_INDEX
     is_dropped = dropped[:rows, 1:length]
-    kept_targets, dropped_targets = is_target & ~is_dropped, is_target & is_dropped
-    return torch.stack(
-        [
-            (nll * kept_targets).sum(),
-            kept_targets.sum(),
-            (nll * dropped_targets).sum(),
-            dropped_targets.sum(),
-        ]
-    )
+    sums = []
+    for targets in (is_target & ~is_dropped, is_target & is_dropped):
+        sums += [(nll * targets).sum(), targets.sum()]
+    return torch.stack(sums)
 
 
 def _first(batch: Mapping[str, Any], rows: int, length: int) -> dict[str, Tensor]:
@@ -115,7 +115,8 @@ def readings(sums: Tensor) -> dict[str, float]:
     kept_nll, kept, dropped_nll, dropped = sums.tolist()
     if not (kept and dropped):
         return {}
-    kept_loss, dropped_loss = kept_nll / kept, dropped_nll / dropped
+    kept_loss = kept_nll / kept
+    dropped_loss = dropped_nll / dropped
     return {
         "goldfish/kept_loss": kept_loss,
         "goldfish/dropped_loss": dropped_loss,

@@ -112,14 +112,11 @@ class GoldfishLoss(nn.Module):
         total, kept = _sum_over_targets(logits, masked, self.ignore_index)
         loss = total / kept.clamp(min=1)
         if num_items_in_batch is not None:
-            counted = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(
-                min=1
-            )
-            loss = (
-                loss
-                * (labels[..., 1:] != self.ignore_index).sum().to(loss.device)
-                / counted
-            )
+            # The mean over the kept tokens of this batch, weighted by its share of the targets of
+            # the step, because Trainer adds the losses of the batches up.
+            targets = (labels[..., 1:] != self.ignore_index).sum()
+            step = torch.as_tensor(num_items_in_batch, device=loss.device)
+            loss = loss * targets.to(loss.device) / step.clamp(min=1)
         return loss
 
 

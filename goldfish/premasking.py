@@ -19,10 +19,11 @@ from goldfish.text.rows import dataset_of
 _log = logging.getLogger(__name__)
 FORMATS = ("labels", "mask", "loss-mask")
 CHUNK = 1000  # rows that are read at a time
-BATCH_TOKENS = 2**18  # that are decided at a time, padding included
-COUNTS = (
-    "goldfish_counts"  # a column for the time of writing: `count_drops` of each row
-)
+# Tokens that are decided at a time, padding included: arrays of 2 MB.
+BATCH_TOKENS = 2**18
+# A column for the time of writing: `count_drops` of each row. The sum over the rows that were
+# written is right also for parts that `datasets` takes from its cache.
+COUNTS = "goldfish_counts"
 
 
 def premask(
@@ -127,8 +128,9 @@ def _with_secrets_of(
     rows = dataset.with_format("numpy").select_columns(["input_ids", column])
     for number, row in enumerate(rows):
         own = _secrets_of_cell(row[column], number)
-        text = text_of(vocabulary.entries_of(np.asarray(row["input_ids"])))
         secrets.update(own)
+        entries = vocabulary.entries_of(np.asarray(row["input_ids"]))
+        text = text_of(entries)
         if any(secret not in text for secret in own):
             missing.append(number)
     if missing:
@@ -154,7 +156,8 @@ def _secrets_of_cell(value: Any, number: int) -> list[str]:
     secrets = list(value) if isinstance(value, (list, np.ndarray)) else [value]
     for secret in secrets:
         if not isinstance(secret, str):
-            kind = type(secret).__name__  # not the secret itself
+            # The message names the type, and not the secret: messages end up in logs.
+            kind = type(secret).__name__
             raise ValueError(
                 f"row {number}: secrets are strings or lists of strings, got {kind}"
             )
@@ -163,9 +166,8 @@ def _secrets_of_cell(value: Any, number: int) -> list[str]:
 
 def _with_trace(masked: Any, rule: Goldfish) -> Any:
     """`masked`, described as such, so that no second rule is attached to it."""
-    masked.info.description = (
-        f"{masked.info.description or ''}\n{PREMASKED} {rule}".strip()
-    )
+    earlier = masked.info.description or ""
+    masked.info.description = f"{earlier}\n{PREMASKED} {rule}".strip()
     return masked
 
 
@@ -193,10 +195,10 @@ def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
 def _with_format_of(dataset: Any, masked: Any) -> Any:
     """`masked` in the format of `dataset`; the labels are visible if the ids are."""
     given = dataset.format
+    columns = {*given["columns"]}
+    if "input_ids" in columns:
+        columns.add("labels")
     # None is "all columns", also of columns that are added later.
-    columns = {*given["columns"]} | (
-        {"labels"} if "input_ids" in given["columns"] else set()
-    )
     all_columns = columns == set(masked.column_names)
     return masked.with_format(
         given["type"],
@@ -230,19 +232,20 @@ def _mask_rows(
     lengths = [len(row["input_ids"]) for row in given]
     labels: list[Any] = [None] * len(given)
     counts: list[Any] = [None] * len(given)
-    # Results go back to the places of their rows, without the padding.
     for places in _of_similar_length(lengths):
+        # A batch is padded to the length of its last row, which is the longest.
         width = lengths[places[-1]]
-        masked = mask_batch(rule, _padded([given[place] for place in places], width))
-        numpy_labels = masked.batch["labels"].numpy()
-        row_counts = count_drops(masked).tolist()
-        for place, row_labels, one in zip(
-            places, numpy_labels, row_counts, strict=True
-        ):
-            row_labels = row_labels[: lengths[place]]
+        batch = _padded([given[place] for place in places], width)
+        masked = mask_batch(rule, batch)
+        batch_labels = masked.batch["labels"].numpy()
+        batch_counts = count_drops(masked).tolist()
+        # Results go back to the places of their rows, without the padding. With lengths of
+        # [3, 9, 2] the places are [2, 0, 1].
+        for line, place in enumerate(places):
+            row_labels = batch_labels[line, : lengths[place]]
             is_array = isinstance(rows["input_ids"][place], np.ndarray)
             labels[place] = row_labels if is_array else row_labels.tolist()
-            counts[place] = one
+            counts[place] = batch_counts[line]
     return {"labels": labels, COUNTS: counts} if count else {"labels": labels}
 
 
@@ -257,14 +260,17 @@ def _read_row(
             raise ValueError(f"row {number} has no input_ids")
         if value is None:
             continue
-        row[name] = np.asarray(value)
-        if row[name].size and not np.issubdtype(row[name].dtype, np.integer):
-            kind = row[name].dtype
+        column = np.asarray(value)
+        row[name] = column
+        # An empty list becomes an array of floats.
+        is_integer = np.issubdtype(column.dtype, np.integer)
+        if column.size and not is_integer:
             raise ValueError(
-                f"row {number}: {name} must be a list of integers, got {kind}"
+                f"row {number}: {name} must be a list of integers, got {column.dtype}"
             )
-        if row[name].shape != row["input_ids"].shape or row[name].ndim != 1:
-            shapes = f"{row['input_ids'].shape}, got {row[name].shape}"
+        expected = row["input_ids"].shape
+        if column.shape != expected or column.ndim != 1:
+            shapes = f"{expected}, got {column.shape}"
             raise ValueError(
                 f"row {number}: {name} must have the shape of input_ids, {shapes}"
             )
@@ -273,10 +279,11 @@ def _read_row(
 
 def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
     """The places of all rows, shortest first, in batches of at most BATCH_TOKENS with padding."""
-    # All rows of a batch are padded to the length of the last one, which is the longest.
     batch: list[int] = []
     for place in np.argsort(lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+        # With this row, which is longer than all before it, every row has its length.
+        padded_size = (len(batch) + 1) * lengths[place]
+        if batch and padded_size > BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(place)
@@ -286,12 +293,12 @@ def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
 
 def _padded(rows: list[dict[str, np.ndarray]], width: int) -> dict[str, torch.Tensor]:
     """A batch of rows, padded on the right; padding has the attention_mask 0."""
-    absent = [name for name in rows[0] if any(name not in row for row in rows)]
-    absent += [name for row in rows for name in row if name not in rows[0]]
-    if absent:
-        raise ValueError(
-            f"some rows have {absent[0]} and others have none; give it to all"
-        )
+    for row in rows:
+        uneven = row.keys() ^ rows[0].keys()
+        if uneven:
+            raise ValueError(
+                f"some rows have {min(uneven)} and others have none; give it to all"
+            )
     batch = {}
     for name in {*rows[0], "attention_mask"}:
         fill = IGNORE_INDEX if name == "labels" else 0
@@ -355,9 +362,9 @@ def premask_files(
 
 
 def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
-    name, dtype = (
-        ("loss_mask.npy", np.float32) if shifted else ("labels_mask.npy", np.bool_)
-    )
+    """The ids and the targets of all rows, one after the other; see `premask_files`."""
+    name = "loss_mask.npy" if shifted else "labels_mask.npy"
+    dtype = np.float32 if shifted else np.bool_
     rows = masked.select_columns(["input_ids", "labels"]).with_format("numpy")
     with (
         (folder / "token_ids.npy").open("wb") as ids,
@@ -365,13 +372,16 @@ def _write_arrays(masked: Any, folder: Path, *, shifted: bool) -> None:
     ):
         for batch in rows.iter(CHUNK):
             for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-                if len(row) and not 0 <= row.min() <= row.max() < 2**32:
+                if len(row) == 0:
+                    continue
+                if row.min() < 0 or row.max() >= 2**32:
                     raise ValueError(
                         f"ids must fit into uint32, got {row.min()} to {row.max()}"
                     )
                 targets = labels != IGNORE_INDEX
                 if shifted:
-                    targets = np.append(targets[1:], False)[: len(row)]
+                    # Whether the next token is a target; after the last one there is none.
+                    targets = np.append(targets[1:], False)
                 ids.write(row.astype(np.uint32).tobytes())
                 mask.write(targets.astype(dtype).tobytes())
         if ids.tell() == 0:

@@ -37,6 +37,7 @@ def count_drops(masked: Masked) -> Tensor:
     Returns:
         int64 (B, 3), or (3,) for one row (T,).
     """
+    # Of booleans and of wrapping int64 alike: no float, so no order of summation matters.
     decisions = mix(masked.keys + masked.dropped) * masked.targets
     numbers = (masked.targets, masked.dropped, decisions)
     return torch.stack([number.sum(-1) for number in numbers], -1)
@@ -74,7 +75,8 @@ class DropCounts:
 
     def add(self, counts: Tensor) -> None:
         """Add the counts of rows, int64 (B, 3) or (3,), to the step that comes."""
-        self._step += counts.reshape(-1, 3).sum(0).to(self._step.device)
+        batch = counts.reshape(-1, 3).sum(0)
+        self._step += batch.to(self._step.device)
 
     def add_masked(self, masked: Masked) -> None:
         """Add the counts of a batch to the step that comes."""
@@ -154,11 +156,13 @@ def write_receipt(
         "schema": SCHEMA,
         **counts.to_dict(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        # "letters" reads characters as this version of Unicode knows them.
+        # Strategy "letters" depends on the version of Unicode.
         "versions": {**versions(), "unicode": unicodedata.unidata_version},
-        **({"before": before} if before else {}),
-        **({"secret_column": secret_column} if secret_column else {}),
     }
+    if before:
+        receipt["before"] = before
+    if secret_column:
+        receipt["secret_column"] = secret_column
     return _write(folder, receipt)
 
 
@@ -200,31 +204,30 @@ def merge_receipts(folders: Mapping[str, str | Path], output: str | Path) -> Pat
         receipts[name] = receipt
     tokenizers = {receipt["tokenizer"] for receipt in receipts.values()}
     if len(tokenizers) != 1:
-        names = ", ".join(str(folder) for folder in folders.values())
+        names = ", ".join(map(str, folders.values()))
         raise ValueError(
             f"expected receipts of one tokenizer, got {len(tokenizers)}: {names}"
         )
 
     first = next(iter(receipts.values()))
-    about = {name: first[name] for name in ("schema", "tokenizer", "versions")}
-    keys = ("rule", "targets", "dropped", "decisions", "secret_column")
-    entries = {
-        name: {key: receipt[key] for key in keys if key in receipt}
-        for name, receipt in receipts.items()
-    }
-    secret_column = first.get("secret_column")
-    if any(
-        receipt["rule"] != first["rule"]
-        or receipt.get("secret_column") != secret_column
-        for receipt in receipts.values()
-    ):
-        return _write(output, {**about, "sources": entries})
-    counts = DropCounts(Goldfish(**first["rule"]), torch.device("cpu"))
+    merged = {name: first[name] for name in ("schema", "tokenizer", "versions")}
+    settings = [
+        (receipt["rule"], receipt.get("secret_column")) for receipt in receipts.values()
+    ]
+    if any(each != settings[0] for each in settings):
+        # The name of a source must lead to its rule, so nothing is added up.
+        merged["sources"] = {
+            name: {key: receipt[key] for key in receipt if key not in merged}
+            for name, receipt in receipts.items()
+        }
+        return _write(output, merged)
+    counts = DropCounts(Goldfish(**first["rule"]))
     for receipt in receipts.values():
         counts.total += _total(receipt)
-    if secret_column is not None:
-        about["secret_column"] = secret_column
-    return _write(output, {**about, **counts.to_dict()})
+    merged |= counts.to_dict()
+    if "secret_column" in first:
+        merged["secret_column"] = first["secret_column"]
+    return _write(output, merged)
 
 
 def card_section(counts: DropCounts) -> str:
@@ -272,10 +275,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """SHA-256 of what a tokenizer does to text, without its settings for padding and truncation."""
     if hasattr(tokenizer, "backend_tokenizer"):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # A call such as tokenizer(text, truncation=True) leaves these behind.
         state.pop("padding", None)
         state.pop("truncation", None)
     elif hasattr(tokenizer, "get_vocab"):
         state = tokenizer.get_vocab()
     else:
         return None
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    description = json.dumps(state, sort_keys=True)
+    return hashlib.sha256(description.encode()).hexdigest()

@@ -40,8 +40,9 @@ def spans(expression: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
     """
     for match in expression.finditer(text):
         # regs[0] is the span of the match, regs[i] that of group i; (-1, -1) if it has no part.
-        group_spans = [span for span in match.regs[1:] if span[0] >= 0]
-        begin, end = group_spans[0] if group_spans else match.span()
+        # The example's second match has ((14, 21), (-1, -1), (19, 21)).
+        whole, *groups = match.regs
+        begin, end = next((span for span in groups if span[0] >= 0), whole)
         if begin < end:
             yield begin, end
 
@@ -50,7 +51,7 @@ def any_of(literals: Iterable[str]) -> str:
     """An expression that matches each of some strings, and longer ones rather than shorter ones.
 
     Strings that begin alike share that beginning, so the cost of a search hardly depends on how
-    many there are.
+    many there are. It is made from a tree with a branch for each character.
 
     >>> any_of(["4711", "4712", "47", "x.y"])
     '(?:47(?:1(?:1|2))?|x\\\\.y)'
@@ -66,7 +67,8 @@ def any_of(literals: Iterable[str]) -> str:
 
 def _expression_of(node: dict[str, Any]) -> str:
     prefix = ""
-    while len(node) == 1:  # a loop: recursion would be as deep as the strings are long
+    # A loop where the tree does not branch: recursion would be as deep as the strings are long.
+    while len(node) == 1:
         character, node = next(iter(node.items()))
         prefix += re.escape(character)
     branches = []
@@ -94,9 +96,10 @@ def secret_tokens(
         bool (T,).
     """
     result = np.zeros(len(entries), dtype=bool)
-    first_tokens = np.flatnonzero(starts).tolist()
-    for first, end in pairwise([*first_tokens, len(entries)]):
-        result[first:end] = _of_document(expression, entries[first:end])
+    bounds = [*np.flatnonzero(starts).tolist(), len(entries)]
+    for first, end in pairwise(bounds):
+        document = entries[first:end]
+        result[first:end] = _of_document(expression, document)
     return result
 
 
@@ -118,7 +121,9 @@ def _of_document(
     found = list(spans(expression, text))
     if not found:
         return result
-    # From characters to bytes, and from bytes to tokens. Only for documents with a secret.
+    # From characters to bytes, and from bytes to tokens. Only for documents with a secret. For the
+    # tokens b"PIN ", b"47", b"11" and the secret 4711: byte_of is the identity, token_ends are
+    # [4, 6, 8], and the secret's bytes 4 to 8 are those of the tokens 1 and 2.
     byte_of = _byte_offsets(text)
     token_ends = np.cumsum([len(entry) for entry in entries])
     for begin, end in found:
@@ -137,11 +142,10 @@ def _byte_offsets(text: str) -> NDArray[np.int64]:
     """
     code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     sizes = np.ones(len(text), dtype=np.int64)
-    for least in (
-        0x80,
-        0x800,
-        0x10000,
-    ):  # the first code points of two, three and four bytes
-        sizes += code_points >= least
-    sizes[(code_points >= 0xDC80) & (code_points <= 0xDCFF)] = 1
+    sizes += code_points >= 0x80
+    sizes += code_points >= 0x800
+    sizes += code_points >= 0x10000
+    # A byte that is part of no character, see `text_of`.
+    is_single_byte = (code_points >= 0xDC80) & (code_points <= 0xDCFF)
+    sizes[is_single_byte] = 1
     return np.concatenate([[0], np.cumsum(sizes)])
