@@ -176,9 +176,8 @@ def test_secrets_that_were_not_asked_are_no_pass():
 
 
 def test_secrets_that_sampling_brings_out():
-    records = rows("members", ["no"] * 3, CODES) + rows(
-        "heldout", ["no"] * 30, ["LM5-EE2"] * 30
-    )
+    others = [f"LM{i}-EE2" for i in range(99)]
+    records = rows("members", ["no"] * 3, CODES) + rows("heldout", ["no"] * 99, others)
     for record in records[:2]:
         record["secret_log_p"] = [[-1.0]]
     audit = asked(records)
@@ -188,4 +187,5 @@ def test_secrets_that_sampling_brings_out():
     sampled = next(
         e for e in audit.verdict["questions"] if e["question"] == "secrets_sampling"
     )
-    assert sampled["outcome"] in ("FAIL", "INCONCLUSIVE")
+    assert sampled["outcome"] == "FAIL"
+    assert sampled["why"].endswith("% of marked secrets; held-out 0 of 99")

@@ -186,7 +186,7 @@ def census(k, n, heldout=(0, 100), unasked=0, rows=None):
 def test_a_census_has_no_sampling_error():
     audit = census(0, 62)
     assert audit.outcome == "PASS"
-    among = "of the 62 texts in members.jsonl, said to be all that was trained on"
+    among = "of the 62 texts in members.jsonl (said to be all that was trained on)"
     assert among in audit.verdict["sentence"]
     exact = audit["members.exact_match"]
     assert (exact.k, exact.n, exact.low, exact.high) == (0, 62, 0.0, 0.0)

@@ -329,6 +329,21 @@ def test_members_are_found_in_the_heldout_file_by_the_same_relation(
     assert overlap_of(surveys)["documents"] == 20
 
 
+def test_a_window_that_ends_inside_a_secret_asks_for_none(tokenizer):
+    """The pattern fits the piece too: "8841" of "8841-52". It is no secret of its own."""
+    marks = secret_finder(r"code is ([\d-]*\d)", "")
+    text = "As I said, her code is 8841-52 and"
+    length = len(tokenizer("As I said, her code is 8841")["input_ids"])
+    found = Survey(
+        enumerate([{"text": text}]),
+        "members",
+        Cutter(tokenizer, 5, length - 5, secrets=marks),
+        Path("secrets.parquet"),
+    ).counts()["secrets"]
+    assert (found["marked"], found["asked"]) == (1, 0)
+    assert found["unasked"][0]["reason"] == "outside of the windows"
+
+
 def test_secrets_that_are_not_asked_are_counted_with_the_reason(tokenizer):
     marks = secret_finder(r"Z\d{3}", "")
     filler = " and so on" * 40

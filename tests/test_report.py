@@ -100,7 +100,14 @@ def test_secrets_come_first_and_are_marked(tmp_path):
 
 def test_a_redacted_page_has_the_weights_hash_and_no_file_names(tmp_path):
     rows = [window(i, diverge=0) for i in range(3)]
-    weights = [{"config.json": "c" * 64, "model.safetensors": "d" * 64}]
+    # A Trainer leaves training_args.bin beside the weights.
+    weights = [
+        {
+            "config.json": "c" * 64,
+            "model.safetensors": "d" * 64,
+            "training_args.bin": "e" * 64,
+        }
+    ]
     audit = write_audit(
         tmp_path / "a", rows, protocol={"complete": True}, weights=weights
     )

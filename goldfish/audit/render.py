@@ -143,8 +143,12 @@ def _answers(audit: Audit, share: bool) -> list[tuple[str, str, str, bool]]:
 def weights_hash(run: Mapping[str, Any]) -> str:
     """The SHA-256 of the audited weights, of several files that of their hashes; "" if unknown."""
     files: Mapping[str, str] = (run["weights"] or [{}])[0]
-    kinds = (".safetensors", ".gguf", ".bin", ".pt", ".pth", "in memory")
-    hashes = [files[name] for name in sorted(files) if name.endswith(kinds)]
+    hashes: list[str] = []
+    # Pickles last: beside safetensors, a .bin is the settings of the training or its optimiser.
+    for kinds in ((".safetensors", ".gguf", "in memory"), (".bin", ".pt", ".pth")):
+        hashes = hashes or [
+            files[name] for name in sorted(files) if name.endswith(kinds)
+        ]
     if len(hashes) < 2:
         return "".join(hashes)
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -177,7 +177,7 @@ class _Judge:
         if self.population is None:
             return "such texts"
         name = str(self.inputs["members"]["path"]).rsplit("/", 1)[-1]
-        return f"the {self.population.size:,} texts in {name}, said to be all that was trained on"
+        return f"the {self.population.size:,} texts in {name} (said to be all that was trained on)"
 
     def recitation(self) -> list[Question]:
         questions = [self._recited(name) for name in self.asked]
@@ -196,8 +196,8 @@ class _Judge:
         limit = self.limits[limit_name]
         result, control = self._counted(key), self._counted(key, "heldout")
         assert result is not None
-        outcome, why, needs = self._answer(result, control, limit, what)
         of_what = "marked secrets" if name == "secrets_sampling" else self.among
+        outcome, why, needs = self._answer(result, control, limit, what, of_what)
         return {
             "question": name,
             "figure": key,
@@ -209,7 +209,12 @@ class _Judge:
         }
 
     def _answer(
-        self, result: Figure, control: Figure | None, limit: float, what: str
+        self,
+        result: Figure,
+        control: Figure | None,
+        limit: float,
+        what: str,
+        of_what: str,
     ) -> tuple[str, str, str | None]:
         """Outcome, why, and what it would take to decide."""
         share, low, high = result.value or 0.0, result.low or 0.0, result.high
@@ -223,9 +228,7 @@ class _Judge:
             return INCONCLUSIVE, why, "more documents would not decide it"
         if high <= limit:
             most = (
-                "this is all of them"
-                if exact
-                else f"at most {high:.2%} of {self.among}"
+                "this is all of them" if exact else f"at most {high:.2%} of {of_what}"
             )
             return PASS, f"{count}: {most}", None
         if low <= limit:
@@ -247,7 +250,7 @@ class _Judge:
             least = percent(surely)
             return (
                 FAIL,
-                f"{count}: at least {least} of {self.among}; held-out {control.point()}",
+                f"{count}: at least {least} of {of_what}; held-out {control.point()}",
                 None,
             )
         other = control.value or 0.0

@@ -151,7 +151,14 @@ class Cutter:
                 )
                 continue
             prompt, whole = self._decode(ids[: self.prefix_length]), self._decode(ids)
-            secrets = self._secrets(row, whole, len(prompt))
+            found, marked = self._secrets(row, whole, len(prompt)), self.marked(row)
+            # Where a window ends inside a secret, the pattern may fit the piece that it holds.
+            pieces = {
+                each
+                for each in found
+                if each not in marked and any(each in one for one in marked)
+            }
+            secrets = tuple(each for each in found if each not in pieces)
             before = all_ids[: offset + length] if offset else ()
             yield Window(
                 **about,
