@@ -30,9 +30,13 @@ from goldfish.unwrap import bare_model
 
 HANDLE = "_goldfish_fused_head"  # the attribute of a model that is its FusedHead
 _log = logging.getLogger(__name__)
-# The numbers of the probe, in fp64. A soft cap is found from the last, which tanh maps to the cap
-# itself; a scale from 2**-40, where tanh is the identity. The first 13 go from 1/16 to 2**20 in
-# factors of -4: close enough to tell tanh from any other bound, far enough apart to cover any cap.
+# The numbers of the probe, in fp64:
+#
+#     0.0625  -0.25  1  -4  16  -64  ...  2**20    2**-40    -2**20  2**20
+#
+# A soft cap is found from the last, which tanh maps to the cap itself; a scale from 2**-40, where
+# tanh is the identity. The first 13 go in factors of -4: close enough to tell tanh from any other
+# bound, far enough apart to cover any cap. -2**20 tells a bound on both sides from one on one side.
 _PROBE = (*((-4.0) ** i / 16 for i in range(13)), 2.0**-40, -(2.0**20), 2.0**20)
 
 # torch.compile runs a function with the first decorator as plain Python, and compiles the model's
@@ -81,7 +85,8 @@ def fuse_head(model: nn.Module) -> "FusedHead":
         )
     base = bare_model(model)
     needed = ("get_output_embeddings", "loss_function", "config")
-    if not all(hasattr(base, name) for name in needed):
+    missing = [name for name in needed if not hasattr(base, name)]
+    if missing:
         raise TypeError(
             "fuse_head needs a causal language model of transformers, got "
             f"{type(base).__name__}; in a model of your own call "
@@ -122,16 +127,16 @@ class FusedHead:
         }
         self._forward: Callable[..., Any] = model.forward
         self._plain_loss: Any = model.loss_function
-        self.__signature__ = inspect.signature(
-            model.forward
-        )  # Trainer and generate() read it
+        # Trainer and generate() read it, to see which columns and arguments the model takes.
+        self.__signature__ = inspect.signature(model.forward)
         self._names = list(self.__signature__.parameters)
         self._heads: list[nn.Linear] = []
         self._call: _Call | None = None
         self._scale = 1.0
         self._softcap: float | None = None
         self._compiled = False
-        self._active, self.reason = True, ""
+        self._active = True
+        self.reason = ""
         self._adopt_head()
         model.__dict__ |= {HANDLE: self, "forward": self, "_loss_function": self._loss}
 
@@ -141,9 +146,11 @@ class FusedHead:
         self._release_heads()
         attributes = self._model.__dict__
         attributes.pop(HANDLE, None)
-        for name, ours in (("forward", self), ("_loss_function", self._loss)):
+        patched = {"forward": self, "_loss_function": self._loss}
+        for name, ours in patched.items():
+            # Someone wrapped it meanwhile, and still calls it: it only passes calls through now.
             if attributes.get(name) != ours:
-                continue  # someone wrapped it meanwhile: from now on it only passes calls through
+                continue
             del attributes[name]
             if name in self._own:
                 attributes[name] = self._own[name]
@@ -157,13 +164,13 @@ class FusedHead:
 
     @_between_graphs  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            args and args[0] is self._model
-        ):  # accelerate binds a forward that it unwraps
+        # accelerate binds a forward that it unwraps, so the model comes as the first argument.
+        if args and args[0] is self._model:
             args = args[1:]
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         if not (self._active and self._is_training_call(inputs)):
             return self._forward(*args, **kwargs)
+        # resize_token_embeddings makes a new head, and PEFT wraps it, after we patched the old one.
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
         if not self.reason and inputs.get("past_key_values") is not None:
@@ -175,6 +182,7 @@ class FusedHead:
         return self._forward(**inputs) if output is None else output
 
     def _is_training_call(self, inputs: dict[str, Any]) -> bool:
+        # `logits_to_keep=0` means all rows. Otherwise logits and labels differ in length.
         to_keep = inputs.get("logits_to_keep")
         all_rows = to_keep is None or (isinstance(to_keep, int) and to_keep == 0)
         has_labels = inputs.get("labels") is not None
@@ -206,6 +214,7 @@ class FusedHead:
             )
         else:
             self._scale, self._softcap = after_head
+            # From now on training calls are fused, this one included.
             self._proved = True
 
     @_between_graphs  # type: ignore[untyped-decorator]
@@ -238,10 +247,10 @@ class FusedHead:
         """One forward, and its output; None if head and loss function were not used as expected."""
         shifted = inputs.get("shift_labels")
         targets = shifted
-        if targets is None:  # as transformers' own loss aligns labels
-            targets = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[
-                ..., 1:
-            ]
+        if targets is None:
+            # As transformers' own loss aligns labels: [5, 6, 7] becomes [6, 7, -100].
+            padded = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)
+            targets = padded[..., 1:]
         # The host waits for the GPU to learn how many rows are kept. Before the forward the GPU has
         # least to do: Trainer waits at the end of every backward pass, to check the loss. A graph
         # would be compiled again for another number of rows, so there the operator finds them.
@@ -257,7 +266,8 @@ class FusedHead:
         finally:
             self._call = None
         self._compiled = call.compiled
-        if not call.problem and (call.heads, call.losses) != (1, 1):
+        used_once = call.heads == 1 and call.losses == 1
+        if not call.problem and not used_once:
             call.problem = (
                 f"its forward called its head {call.heads} times and its loss function "
                 f"{call.losses} times"
@@ -272,7 +282,8 @@ class FusedHead:
         """Patch the head's linear layers, or fall back if they are not known."""
         self._release_heads()
         self._head = head = self._model.get_output_embeddings()  # type: ignore[operator]
-        self._proved, self.reason = False, ""
+        self._proved = False
+        self.reason = ""
         linears = [head]
         if hasattr(head, "original_module") and hasattr(head, "modules_to_save"):
             # PEFT's modules_to_save: several layers, of which one runs.
@@ -327,11 +338,9 @@ class FusedHead:
         call.vocabulary = linear.weight.shape[0]
         call.problem = call.problem or _why_not_this_call(linear, hidden, call)
         if self._proved and not call.problem:
-            rows = (
-                None
-                if call.compiled or call.rows is None
-                else call.rows.to(hidden.device)
-            )
+            rows = call.rows
+            if rows is not None:
+                rows = None if call.compiled else rows.to(hidden.device)
             call.loss_sum = loss_sum(
                 hidden,
                 linear.weight,
@@ -341,9 +350,8 @@ class FusedHead:
                 scale=self._scale,
                 rows=rows,
             )
-        call.heads += (
-            1  # not before: an error of the loss itself is no reason to fall back
-        )
+        # Not before: an error of the loss itself is no reason to fall back.
+        call.heads += 1
         if call.problem:
             return nn.functional.linear(hidden, linear.weight, linear.bias)
         # The first forward sees the whole width, which shows whether single columns are changed
@@ -360,23 +368,13 @@ class FusedHead:
         """The model's loss function. In a training call: the head's sum, divided."""
         call = self._call
         if call is None or call.heads == 0:
-            return self._plain_loss(
-                logits,
-                labels,
-                vocab_size,
-                *args,
-                **kwargs,
-            )
+            return self._plain_loss(logits, labels, vocab_size, *args, **kwargs)
         call.losses += 1
         call.logits = logits
         if not call.problem:
-            call.problem = _why_not_this_loss(
-                call,
-                labels,
-                vocab_size,
-                args,
-                kwargs,
-            )
+            call.problem = _why_not_this_loss(call, labels, vocab_size, args, kwargs)
+        # The first forward only reads the probe, without a loss; after a problem its result is
+        # thrown away.
         if call.loss_sum is None:
             return torch.zeros((), device=labels.device)
         count = (call.targets != IGNORE_INDEX).sum().to(call.loss_sum.device)
@@ -404,6 +402,7 @@ def read_probe(logits: Tensor | None) -> tuple[float, float | None] | None:
     y = y[:, 0]
     small, bound = x.abs().argmin(), y[-1]
     scale = y[small] / x[small]
+    # A scale alone is exact up to the rounding of fp32; tanh of fp32 errs a little more.
     if scale != 0 and torch.allclose(y, scale * x, rtol=1e-6, atol=0):
         return scale.item(), None
     if scale > 0 and bound > 0:

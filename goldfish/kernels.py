@@ -48,14 +48,17 @@ def _softmax_rows(
     # never splits them. It does for `< pitch`, a multiple of 16, and not for `< vocabulary`. So
     # loads and stores are masked by the pitch, and values by the vocabulary: for GPT-2's 50,257
     # logits in rows of 50,272, 15 values that nobody reads are loaded and overwritten.
-    row = tl.program_id(0).to(tl.int64)  # rows * pitch may pass 2**31
+    # 64 bits, since rows * pitch may pass 2**31: 4,096 rows of 524,288 logits do.
+    row = tl.program_id(0).to(tl.int64)
     logits += row * pitch
     label = tl.load(labels + row)
     # Read before the reductions below, whose barriers stand between this load and the stores of the
     # second pass.
     target = _logit(tl.load(logits + label), scale, softcap, CAPPED)
     lane = tl.arange(0, BLOCK)
-    # One running maximum and one running sum for each lane: no reduction inside the loop.
+    # One running maximum and one running sum for each lane: no reduction inside the loop. With
+    # BLOCK = 4,096 lane 5 reads the logits 5, 4101, 8197, ... If they are 1, 3, 2, then `highest`
+    # becomes 1, 3, 3 and `total` becomes 1, exp(-2) + 1, exp(-2) + 1 + exp(-1).
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, pitch, BLOCK):

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from goldfish.masking import IGNORE_INDEX
 
 # Bytes of fp32 logits that a pass of the softmax covers. On a CPU, for each thread: its L2 cache.
+# 32,000 logits are 128 kB, so a thread takes 8 rows through all passes before the next 8.
 _SOFTMAX_BLOCK = {"cpu": 2**20, "other": 2**26}
 # Bytes of a 16-bit product that is added to an fp32 sum at once. On a CPU it stays in the cache.
+# With D = 512 in bf16 that is the gradient of 2,048 entries of the vocabulary.
 _PRODUCT_BLOCK = {"cpu": 2**21, "other": 2**26}
 # Bytes of logits that exist at a time on a CPU.
 _CHUNK_CPU = 2**27
@@ -104,14 +106,7 @@ def linear_cross_entropy(
     >>> hidden.grad[1].tolist()  # this position was dropped
     [0.0, 0.0, 0.0, 0.0]
     """
-    _check_arguments(
-        hidden,
-        weight,
-        labels,
-        bias,
-        num_items,
-        softcap,
-    )
+    _check_arguments(hidden, weight, labels, bias, num_items, softcap)
     total = loss_sum(
         hidden,
         weight,
@@ -147,9 +142,9 @@ def _check_arguments(
         raise ValueError(f"expected bias ({weight.shape[0]},), got {tuple(bias.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be token ids (integers), got {labels.dtype}")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(
-        hidden.device.type
-    ):
+    # Autocast casts both to one dtype: a bf16 backbone may have an fp32 head there.
+    casts = torch.is_autocast_enabled(hidden.device.type)
+    if hidden.dtype != weight.dtype and not casts:
         raise TypeError(
             f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them, or use autocast"
         )
@@ -172,6 +167,8 @@ def divisor(count: Tensor, num_items: int | Tensor | None) -> Tensor:
         return count.clamp(min=1)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(count.device)
+    # A micro-batch without a kept row has the sum 0. Its num_items may be 0 too (the whole step was
+    # dropped), and 0 / 0 would put NaN into every gradient.
     return torch.where(count == 0, 1, num_items)
 
 
@@ -201,6 +198,7 @@ def loss_sum(
     """
     device = hidden.device.type
     dtype = hidden.dtype
+    # Autocast does not cast for an operator of our own, so the operator gets the dtype.
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -254,8 +252,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the nll, and its gradients for hidden (N, D), weight (V, D) and bias (V,).
 
-    `needs_grad` is about those three; a gradient that is not needed is empty. A single operator for
-    torch.compile, which so does not have to know how many rows are kept.
+    `needs_grad` is about those three; a gradient that is not needed is empty. It is one operator
+    so that torch.compile does not look inside: the number of kept rows, which differs from batch to
+    batch, would make it compile again.
 
     A chunk of rows goes through four steps, all in one buffer of logits:
 
@@ -270,6 +269,8 @@ def _forward(
     rows = kept_rows(labels, ignore_index) if rows is None else rows
     labels = labels[rows].long()
     _check_range(labels, vocabulary)
+    # Dropped rows keep a gradient of 0. The weight's gradient is summed over chunks, so it is fp32
+    # even for a bf16 weight; it need not be zeroed, as the first chunk overwrites it.
     grad_hidden = torch.zeros_like(hidden) if for_hidden else hidden.new_empty(0)
     grad_weight = weight.new_empty(
         (vocabulary, width) if for_weight else 0, dtype=statistics
@@ -278,6 +279,7 @@ def _forward(
     nll = hidden.new_empty(len(rows), dtype=statistics)
     if len(rows) == 0:
         return nll.sum(), grad_hidden, grad_weight.zero_(), grad_bias
+    # One buffer for all chunks: on a CPU a new one for each would be mapped and zeroed again.
     chunk = min(_chunk_rows(weight, dtype, for_weight), len(rows))
     pitch = _pitch(vocabulary, hidden.device.type)
     buffer = torch.empty(chunk, pitch, dtype=dtype, device=hidden.device)
@@ -297,14 +299,8 @@ def _forward(
                 torch.mm(part, weight.T, out=logits)
             else:
                 torch.addmm(bias, part, weight.T, out=logits)
-            softmax(
-                logits,
-                labels[here],
-                nll[here],
-                scale,
-                softcap,
-                any(needs_grad),
-            )
+            softmax(logits, labels[here], nll[here], scale, softcap, any(needs_grad))
+            # From here on `logits` are their own gradients.
             if for_hidden:
                 grad_hidden.index_copy_(0, index, (logits @ weight).to(hidden.dtype))
             if for_weight:
@@ -417,14 +413,15 @@ def _chunk_rows(weight: Tensor, dtype: torch.dtype, for_weight: bool) -> int:
 
     On a CPU with a vocabulary of 32,000: 2**27 / 32,000 / 4 bytes = 1,048 rows in fp32.
 
-    On a GPU, where the weight is trained: each chunk reads and writes the fp32 gradient of the
-    weight, 8 V D bytes, besides its logits, V bytes times the rows and the itemsize. As many logits
-    as that gradient has bytes keep the first below the second: with D = 2048 and bf16,
+    On a GPU, if the weight is trained: each chunk reads and writes the fp32 gradient of the weight,
+    4 V D bytes each way, and its logits several times, V bytes times rows and itemsize. The chunk
+    is so large that its logits are as many bytes as that gradient. With D = 2048 in bf16:
     4 * 2048 / 2 = 4,096 rows.
     """
     vocabulary, width = weight.shape
     if weight.device.type == "cpu":
         return max(128, min(2048, _CHUNK_CPU // vocabulary) // dtype.itemsize)
+    # A frozen head (LoRA) has no such gradient; 1,024 rows are assumed to fill a GPU.
     if not for_weight:
         return 1024
     return min(4096, max(1024, 4 * width // dtype.itemsize))
@@ -450,28 +447,20 @@ def _accumulate(
 
     `first`: total is not initialised yet, and is overwritten.
     """
+    # With beta = 0 addmm does not read `total`, which may be NaN before it is initialised.
     beta = 0 if first else 1
     if grad_logits.dtype == total.dtype:
-        torch.addmm(
-            total,
-            grad_logits.T,
-            part,
-            beta=beta,
-            out=total,
-        )
+        torch.addmm(total, grad_logits.T, part, beta=beta, out=total)
         return
     if _adds_into(total.dtype, part.dtype, total.device):
-        torch.addmm(
-            total,
-            grad_logits.T,
-            part,
-            total.dtype,
-            beta=beta,
-            out=total,
-        )
+        # bf16 in, fp32 out: cuBLAS adds its fp32 sums to `total` without rounding them to bf16.
+        torch.addmm(total, grad_logits.T, part, total.dtype, beta=beta, out=total)
         return
-    # The 16-bit product is rounded before it is added: an error of one rounding for each chunk. It
-    # is made in blocks of rows of the vocabulary, so that it is still in the cache when it is read.
+    # Here the product of a chunk is rounded to 16 bits before it is added. With 4,096 kept rows in
+    # 8 chunks that is 8 roundings, each of at most one part in 256 (bf16) of its own chunk's sum;
+    # added up in bf16 throughout, each would be of the whole sum so far.
+    # The product (V, D) is made in blocks of rows, so that a block is still in the cache when it is
+    # added: with D = 512, 2,048 of 32,000 rows at a time.
     limit = _PRODUCT_BLOCK.get(total.device.type, _PRODUCT_BLOCK["other"])
     block = max(256, limit // (part.shape[1] * part.dtype.itemsize))
     for begin in range(0, len(total), block):
@@ -492,14 +481,7 @@ def _adds_into(total: torch.dtype, part: torch.dtype, device: torch.device) -> b
     sums = torch.zeros(16, 16, dtype=total, device=device)
     product = torch.zeros(16, 16, dtype=part, device=device)
     try:
-        torch.addmm(
-            sums,
-            product,
-            product,
-            total,
-            beta=1,
-            out=sums,
-        )
+        torch.addmm(sums, product, product, total, beta=1, out=sums)
     except (TypeError, RuntimeError):  # an unknown argument; not implemented
         return False
     return True
@@ -542,6 +524,7 @@ def _softmax_rows(
         here = logits[begin : begin + block]
         label = labels[begin : begin + block, None]
         x = here if scratch is None else scratch[: len(here)].copy_(here)
+        # x becomes z. The slope of the cap, 1 - tanh**2, is kept for the gradient.
         slope = None
         if scale != 1:
             x.mul_(scale)
@@ -549,12 +532,15 @@ def _softmax_rows(
             x.div_(softcap).tanh_()
             slope = 1 - x * x if grad else None
             x.mul_(softcap)
+        # x becomes z - max(z), then its exponential. The label's entry is read in between: its
+        # logarithm afterwards would have lost its digits, or be log 0.
         x.sub_(x.amax(1, keepdim=True))
         target = x.gather(1, label)
         total = x.exp_().sum(1, keepdim=True)
         nll[begin : begin + block] = (total.log() - target).squeeze(1)
         if not grad:
             continue
+        # x becomes (p - 1[label]) * scale, and the slope is applied last.
         x.mul_(scale / total)
         x.scatter_add_(1, label, torch.full_like(target, -scale))
         if slope is not None:

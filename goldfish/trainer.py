@@ -101,9 +101,8 @@ class GoldfishMixin(Trainer):
         self._refuse_what_is_not_supported()
         self._fused = fused
         self._head: FusedHead | None = None
-        self._bound_train = self.__dict__.pop(
-            "train", None
-        )  # Unsloth sets one on the instance
+        # Unsloth sets `train` on the instance, which would hide ours.
+        self._bound_train = self.__dict__.pop("train", None)
         # A checkpoint, and whether it may have been trained under another rule.
         self._resume_from: tuple[str, bool] | None = None
         # TRL's trainers have other losses, which Trainer's label smoothing does not touch.
@@ -123,6 +122,7 @@ class GoldfishMixin(Trainer):
                 "nn.DataParallel averages its replicas, whatever tokens they keep: use torchrun"
             )
         self._start_counting(rule)
+        # Trainer announces these moments to callbacks only.
         self._events = _Events(self)
         self.add_callback(self._events)
 
@@ -144,11 +144,9 @@ class GoldfishMixin(Trainer):
         # Older versions of Trainer apply Liger's kernels in __init__.
         is_patched = "forward" in vars(bare_model(self.model))
         if getattr(self.args, "use_liger_kernel", False) and not is_patched:
-            config = self.args.liger_kernel_config or {}
-            self.args.liger_kernel_config = {
-                **config,
-                "fused_linear_cross_entropy": False,
-            }
+            config = dict(self.args.liger_kernel_config or {})
+            config["fused_linear_cross_entropy"] = False
+            self.args.liger_kernel_config = config
             logger.warning_once(
                 "Liger's fused_linear_cross_entropy is off: the goldfish loss is fused with the "
                 "head"
@@ -163,9 +161,8 @@ class GoldfishMixin(Trainer):
         self._gauge_is_off = False
         self._last_batch: dict[str, Any] = {}  # with the labels before they were masked
         self._last_dropped: Tensor | None = None
-        self._unmasked: dict[
-            str, Tensor
-        ] = {}  # labels of a step's first batch, for the check
+        # Labels of a step's first batch before they were masked, for the check of the first step.
+        self._unmasked: dict[str, Tensor] = {}
         self._check_is_due = False
         # The receipt of earlier training under another rule.
         self._before: dict[str, Any] | None = None
@@ -175,8 +172,12 @@ class GoldfishMixin(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> Any:
+        # Trainer takes the micro-batches of a step from here and counts their targets together: two
+        # of them with 100 and 20 kept targets are both divided by 120.
         masked = map(self._mask_and_count, epoch_iterator, itertools.count())
         batches, num_items = super().get_batch_samples(masked, num_batches, device)
+        # Trainer does not count for a model that takes no num_items_in_batch. We do, because
+        # compute_loss weights such a model's means.
         if batches and self._averages():
             num_items = (
                 torch.stack([_targets(batch) for batch in batches]).sum().to(device)
@@ -205,10 +206,8 @@ class GoldfishMixin(Trainer):
         )
         self._counts.add(count_drops(masked))
         labels = batch["input_ids"].masked_fill(~masked.targets, IGNORE_INDEX)
-        self._last_batch, self._last_dropped = (
-            {**batch, "labels": labels},
-            masked.dropped,
-        )
+        self._last_batch = {**batch, "labels": labels}
+        self._last_dropped = masked.dropped
         if self._check_is_due and micro_batch == 0:
             self._unmasked = _dropped_put_back(batch, masked)
         return _in_type_of(batch, masked.batch)
@@ -230,21 +229,20 @@ class GoldfishMixin(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         if num_items_in_batch is None or not self._averages():
-            given = (
-                {}
-                if num_items_in_batch is None
-                else {"num_items_in_batch": num_items_in_batch}
-            )
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, **given
-            )
+            # Evaluation passes none, and the compute_loss of a subclass may not take one.
+            options: dict[str, Any] = {"return_outputs": return_outputs}
+            if num_items_in_batch is not None:
+                options["num_items_in_batch"] = num_items_in_batch
+            return super().compute_loss(model, inputs, **options)
         kept = _targets(inputs)
         # The mean over no target would be 0 / 0, and so would its gradient: such a batch gets
         # targets, with weight 0.
         inputs = inputs | {"labels": inputs["labels"].masked_fill(kept == 0, 0)}
         result = super().compute_loss(model, inputs, return_outputs=return_outputs)
         mean, *outputs = result if return_outputs else (result,)
-        # Undoes the means that Trainer takes over micro-batches, and DDP over processes.
+        # Two micro-batches with means a and b over 100 and 20 of the step's 120 kept targets: the
+        # loss is (100 a + 20 b) / 120. Trainer takes the mean of what is returned here for the two,
+        # and DDP the mean over processes, so 2 * a * 100 / 120 is returned for the first.
         means = self.current_gradient_accumulation_steps
         if self.args.average_tokens_across_devices:
             means *= self.accelerator.num_processes
@@ -255,9 +253,8 @@ class GoldfishMixin(Trainer):
         self, model: Any, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         unmasked, self._unmasked = self._unmasked, {}
-        is_fused = (
-            self._head is not None and self._head.reason == ""
-        )  # it takes labels itself
+        # A fused head takes its targets from the labels itself.
+        is_fused = self._head is not None and self._head.reason == ""
         if unmasked and not is_fused:
             self._check_that_labels_are_targets(
                 model, inputs, unmasked, num_items_in_batch
@@ -273,17 +270,18 @@ class GoldfishMixin(Trainer):
         otherwise. Two forward passes without gradient, once in a training, and only for trainers
         of which it is not known (`labels_are_targets`).
         """
-        here = (
-            inputs["labels"] != unmasked["labels"].to(inputs["labels"].device)
-        ).any()
+        labels = inputs["labels"]
+        here = (labels != unmasked["labels"].to(labels.device)).any()
+        # All processes compute the two losses, or none: a sharded model gathers its weights there.
         anywhere = self.accelerator.reduce(here.float().to(self.args.device), "sum")
+        # The rule dropped nothing in this batch: the next step may tell.
         if anywhere == 0:
-            return  # the rule dropped nothing in this batch: the next step may tell
+            return
         losses = [
             self._loss_without_trace(
-                model, _in_type_of(inputs, {**inputs, **labels}), num_items
+                model, _in_type_of(inputs, {**inputs, **changed}), num_items
             )
-            for labels in ({}, unmasked)
+            for changed in ({}, unmasked)
         ]
         self._check_is_due = False
         if here and torch.equal(*losses):
@@ -302,11 +300,13 @@ class GoldfishMixin(Trainer):
         num_items: Any,
     ) -> Tensor:
         """The training loss of a batch, without drawing random numbers or adding to TRL's logs."""
+        # What TRL's compute_loss adds to its logs: put back below.
         names = ("_metrics", "_total_train_tokens")
         logged = {
             name: deepcopy(value) for name, value in vars(self).items() if name in names
         }
         model.train()
+        # Dropout draws here, and would draw other numbers in the step itself.
         gpus = {
             parameter.device for parameter in model.parameters() if parameter.is_cuda
         }
@@ -328,6 +328,7 @@ class GoldfishMixin(Trainer):
             logger.warning_once(
                 "The gauge of memorization skips batches that hold images or audio beside the text."
             )
+        # One process without a measurable batch stops all: the others would wait in `measure`.
         skips = torch.tensor(
             float(self._gauge_is_off or not measurable), device=self.args.device
         )
@@ -345,6 +346,7 @@ class GoldfishMixin(Trainer):
                 sums += measure(
                     self.model_wrapped, inputs, dropped.to(self.args.device), rows
                 )
+        # Whatever goes wrong here is no reason to end a training.
         except Exception as error:
             logger.warning(
                 "The gauge of memorization is off, training goes on. %s: %s",
@@ -364,7 +366,11 @@ class GoldfishMixin(Trainer):
             self._counts.sync(self._sum_over_rows)
 
     def _sum_over_rows(self, counts: Tensor) -> Tensor:
-        """The sum over all processes, of which those that read the same rows count them once."""
+        """The sum over all processes, with rows that several of them read counted once.
+
+        Four processes with tensor parallelism of 2 read two batches: ranks 0 and 1 the first, 2 and
+        3 the second. Their places along "tp" are 0, 1, 0, 1, so ranks 1 and 3 add nothing.
+        """
         mesh: Any = getattr(self.accelerator, "torch_device_mesh", None)
         for name in getattr(mesh, "mesh_dim_names", None) or ():
             if name in SHARED_ROWS and mesh.get_local_rank(name) > 0:
@@ -381,6 +387,7 @@ class GoldfishMixin(Trainer):
         self._sync(may_wait=False)
         now = self._counts.sum()
         targets, dropped = now[0] - self._logged[0], now[1] - self._logged[1]
+        # Not in the log of an evaluation or of a finished training, which have no "loss".
         if "loss" in logs and targets > 0:
             logs |= {"goldfish/drop_rate": dropped / targets} | readings(self._measured)
             self._logged = now
@@ -469,12 +476,10 @@ class GoldfishMixin(Trainer):
     def _why_not_fused(self) -> str:
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return "compute_loss_func and label smoothing need the logits"
-        own = type(self).compute_loss is not GoldfishMixin.compute_loss
-        if (
-            own
-            or getattr(super().compute_loss, "__func__", None)
-            is not Trainer.compute_loss
-        ):
+        # A compute_loss in front of ours (a subclass of GoldfishTrainer) or behind it (attach).
+        in_front = type(self).compute_loss is not GoldfishMixin.compute_loss
+        behind = getattr(super().compute_loss, "__func__", None)
+        if in_front or behind is not Trainer.compute_loss:
             return f"{type(self).__name__} computes its own loss"
         if self.args.n_gpu > 1:
             return "nn.DataParallel runs replicas of the model; use one process per GPU (torchrun)"
@@ -483,10 +488,8 @@ class GoldfishMixin(Trainer):
         return ""
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
-        receipt, tokenizer = (
-            read_receipt(checkpoint),
-            tokenizer_fingerprint(self.processing_class),
-        )
+        receipt = read_receipt(checkpoint)
+        tokenizer = tokenizer_fingerprint(self.processing_class)
         was, here = "without a rule", f"{self.goldfish} and the tokenizer {tokenizer}"
         if receipt:
             rules = rules_of(receipt)
@@ -620,6 +623,8 @@ def attach(trainer: AnyTrainer, rule: Goldfish, *, fused: bool = False) -> AnyTr
             f"this trainer already has a rule, {trainer.goldfish}; set trainer.goldfish to change "
             "it"
         )
+    # The object itself is changed, since others refer to it already (its callbacks do). If the rule
+    # is refused, it is as it was.
     plain, state = trainer.__class__, dict(trainer.__dict__)
     try:
         trainer.__class__ = _with_goldfish(plain)

@@ -44,6 +44,8 @@ def why_not_this_trainer(trainer: Trainer) -> str:
             "receipt would count only those: train with the plain Trainer, and copy the receipt of "
             "premask beside the weights"
         )
+    # With DeepSpeed Ulysses a process gets a part of each row. Its first h tokens would be decided
+    # without the tokens before them.
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     return SHARDED if getattr(parallel, "sp_enabled", False) else ""
 
@@ -62,7 +64,8 @@ def why_not_this_model(model: Any) -> str:
     elif (
         type(model).__module__.startswith("transformers.") and not model.can_generate()
     ):
-        problem = f"{name} generates no text"  # such as BertForPreTraining
+        # BertForPreTraining and the like, which compute their loss without their loss_function.
+        problem = f"{name} generates no text"
     if not problem:
         return ""
     return (
@@ -80,11 +83,12 @@ def labels_are_targets(trainer: Any) -> bool:
     names = trainer.args.label_names
     if names is not None and "labels" not in names:
         return False
+    # Our own label smoothing reads the labels; another function may not.
     loss = trainer.compute_loss_func
-    if loss is not None and not (
-        isinstance(loss, partial) and loss.func is smoothed_loss
-    ):
+    is_ours = isinstance(loss, partial) and loss.func is smoothed_loss
+    if loss is not None and not is_ours:
         return False
+    # Every class that overrides compute_loss may take its targets elsewhere, and so may the model.
     computes = [each for each in type(trainer).__mro__ if "compute_loss" in vars(each)]
     # FSDP puts a class of torch in front.
     model = type(bare_model(trainer.model))

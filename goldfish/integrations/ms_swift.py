@@ -22,8 +22,10 @@ def register(rule: Goldfish, *, fused: bool = False) -> None:
     """
     check_rule(rule)
 
+    # `attach` needs a finished trainer: on_init_end is called at the end of its __init__.
     class Attach(TrainerCallback):  # type: ignore[misc, unused-ignore]
         def on_init_end(self, *_: Any, **__: Any) -> None:
             attach(self.trainer, rule, fused=fused)
 
+    # The name behind --callbacks.
     callbacks_map["goldfish"] = Attach
