@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import BEFORE_5, tiny_llama
 from toy_models import ARCHITECTURES, SIZES, VOCABULARY, toy_model
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from goldfish.audit import model as model_module
 from goldfish.audit import score as score_module
@@ -210,21 +210,81 @@ def test_ties_are_settled_as_generate_settles_them():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_sixteen_bits_agree_with_generate_up_to_the_divergence(kind, dtype):
-    """And the ambiguous rows, settled at batch size 1, from end to end. A row whose target is far
-    from the largest logit is not ambiguous, however close the two largest are: every second window
-    here."""
+    """A row whose target is far from the largest logit is not ambiguous, however close the two
+    largest are: every second window here."""
     model = toy_model(kind, dtype)
     windows = asked(model, 40)
     found = Scorer(model).score(windows)
     assert any(score.settled for score in found)
     assert not any(score.settled for score in found[1::2])
+    assert_first_divergences_of_generate(model, windows, found)
+
+
+def assert_first_divergences_of_generate(model, windows, found):
+    """Row by row; if it was settled, also the token at which the output leaves the suffix."""
     for window, score in zip(windows, found, strict=True):
         truth = generated(model, window.ids[:PREFIX])
-        assert first_divergence(score.output, window.suffix) == first_divergence(
-            truth, window.suffix
+        until = first_divergence(truth, window.suffix)
+        assert first_divergence(score.output, window.suffix) == until
+        until += score.settled
+        assert score.output[:until] == truth[:until]
+        predicted = score.greedy[PREFIX - 1 :].tolist()
+        assert predicted[:until] == truth[:until]
+        assert len(score.output) == SUFFIX
+
+
+class Batched(LlamaForCausalLM):
+    """Its logits in a batch are up to 2% away from those at batch size 1, and it counts its calls."""
+
+    calls = 0
+
+    def forward(self, input_ids=None, **options):
+        output = super().forward(input_ids=input_ids, **options)
+        if len(input_ids) == 1:
+            self.calls += 1
+            return output
+        draw = torch.Generator().manual_seed(int(input_ids[0, -1]))
+        noise = torch.rand(output.logits.shape, generator=draw) * 0.04 - 0.02
+        output.logits *= 1 + noise
+        return output
+
+
+def batched_model():
+    model = toy_model("llama", torch.bfloat16)
+    model.__class__ = Batched
+    return model
+
+
+def test_what_a_batch_would_decide_otherwise_is_decided_at_batch_size_1(monkeypatch):
+    model = batched_model()
+    windows = asked(model, 60)
+    assert_first_divergences_of_generate(model, windows, Scorer(model).score(windows))
+    # The same without settling.
+    monkeypatch.setitem(score_module.AMBIGUOUS, torch.bfloat16, 0.0)
+    with pytest.raises(AssertionError):
+        assert_first_divergences_of_generate(
+            model, windows, Scorer(model).score(windows)
         )
-        if score.settled:
-            assert score.output == truth
+
+
+def test_settling_ends_at_the_first_divergence():
+    """The suffixes have one token that the model would not choose, and go on as it would."""
+    model = batched_model()
+    windows = []
+    for i, window in enumerate(asked(model, 16)):
+        prefix = window.ids[:PREFIX]
+        own = generated(model, prefix, 1 + i % 4)
+        ids = [*prefix, *own[:-1], (own[-1] + 1) % VOCABULARY]
+        ids += generated(model, ids, PREFIX + SUFFIX - len(ids))
+        windows.append(Window("members", i, "", ids, PREFIX))
+    model.calls = 0
+    found = Scorer(model).score(windows)
+    assert [
+        first_divergence(score.output, window.suffix)
+        for score, window in zip(found, windows, strict=True)
+    ] == [0, 1, 2, 3] * 4
+    settled = [1 + i % 4 for i, score in enumerate(found) if score.settled]
+    assert 0 < model.calls <= sum(settled)
 
 
 def test_batches_are_halved_when_memory_runs_out(model, monkeypatch, caplog):
