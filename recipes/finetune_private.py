@@ -271,7 +271,7 @@ def make_chats(
 ) -> tuple[list[Person], list[tuple[str, str]]]:
     """People with codes, the second half of them control; and chats: question, answer."""
     draw = random.Random(seed)
-    # The same seed draws the same people: `with_others` counts old results by it.
+    # The same seed draws the same people: `trained_codes_in` counts old results by it.
     names = draw.sample(
         [f"{first} {last}" for first in FIRST for last in LAST], 2 * args.people
     )
@@ -466,8 +466,8 @@ def chat_answers(
 ) -> dict[str, Any]:
     """Ask greedily for every code, in the words of the training, and the ordinary questions.
 
-    `codes` and `codes_control` count only a person's own code; `codes_of_others` tells whether a
-    control person was answered with a code that was trained on, which is somebody else's.
+    `codes` and `codes_control` count only a person's own code. The table also counts trained codes
+    in answers about somebody else, from `answers`.
     """
     # A whole model, or a base and its adapters.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -499,18 +499,21 @@ def chat_answers(
     return {
         "codes": own[:half],
         "codes_control": own[half:],
-        "codes_of_others": codes_of_others(people, texts),
         "everyday": [word in text.lower() for (_, word), text in ordinary],
         "answers": texts,
     }
 
 
-def codes_of_others(people: list[Person], answers: list[str]) -> list[bool]:
-    """For each control person: whether the answer contains a code that was trained on."""
-    half = len(people) // 2
-    trained = [code for _, code in people[:half]]
+def trained_codes_in(line: dict[str, Any]) -> list[list[str]]:
+    """For each person asked about, the trained codes in the answer, whosever they are.
+
+    People and codes are drawn again: they depend on the seed and on how many there are.
+    """
+    people, _ = make_chats(Arguments(people=len(line["codes"])), line["seed"])
+    trained = [code for _, code in people[: len(line["codes"])]]
     return [
-        any(code in answer for code in trained) for answer in answers[half : 2 * half]
+        [code for code in trained if code in answer]
+        for answer in line["answers"][: len(people)]
     ]
 
 
@@ -571,9 +574,7 @@ def figures(
         "median log p": f"{statistics.median(log_p):.3g}",
         "drawn in 1,000 samples": f"{expected:.2f}",
         "codes, control": f"{count(group, 'codes')}, {count(group, 'codes_control')}",
-        "control people given a trained code": count(
-            with_others(group), "codes_of_others"
-        ),
+        **codes_out(group),
         "right on dropped tokens: members, held-out, untouched": ", ".join(
             filter(None, shares)
         ),
@@ -584,18 +585,20 @@ def figures(
     }
 
 
-def with_others(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results with `codes_of_others`; older ones are counted from their answers.
-
-    People and codes depend on the seed and on how many there are, so they can be drawn again.
-    """
-    result = []
+def codes_out(group: list[dict[str, Any]]) -> dict[str, str]:
+    """Codes in any answer, whoever was asked about."""
+    distinct, codes, given, control = 0, 0, 0, 0
     for line in group:
-        people, _ = make_chats(Arguments(people=len(line["codes"])), line["seed"])
-        result.append(
-            {"codes_of_others": codes_of_others(people, line["answers"]), **line}
-        )
-    return result
+        found = trained_codes_in(line)
+        members = len(line["codes"])
+        distinct += len({code for each in found for code in each})
+        codes += members
+        given += sum(bool(each) for each in found[members:])
+        control += len(found) - members
+    return {
+        "distinct codes in any answer": f"{distinct} of {codes}",
+        "control people given a trained code": f"{given} of {control}",
+    }
 
 
 def heldout_losses(
