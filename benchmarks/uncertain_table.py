@@ -7,7 +7,9 @@ Differences are paired: the same seed, and in it the same passages or questions.
 with replacement. Three seeds are few for a bootstrap: intervals may be too narrow.
 """
 
+import json
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,73 +21,80 @@ from scipy.stats import linregress, spearmanr
 
 Result = dict[str, Any]
 BASELINE = "hash-4-13-4"  # what the criterion compares with
-ORDER = (
-    "untouched",
-    "standard",
-    "hash-3-13",
-    "hash-4-13",
-    "hash-4-13-4",
-    "hash-2-13-4",
-    "windows-4",
-    "entropy-4",
-    "entropy-6",
-    "entropy-8",
-    "standard+secrets",
-    "hash-4-13-4+secrets",
-    "entropy-4+secrets",
-)
-NAMES = {
+# Columns, in this order.
+SECRETS = {
+    "untouched": "untouched",
+    "standard": "standard",
+    "hash-4-13": "`hash`, k=4",
+    "hash-4-13-4": "k=4, `max_kept=4`",
+    "hash-2-13-2": "k=2, `max_kept=2`",
+    "entropy-4": "entropy, k=4",
+    "standard+secrets": "secrets alone",
+    "hash-4-13-4+secrets": "k=4, `max_kept=4` + secrets",
+}
+UNCERTAIN = {
+    "untouched": "untouched",
+    "standard": "standard",
     "hash-4-13": "`hash`, k=4",
     "hash-3-13": "`hash`, k=3",
     "hash-4-13-4": "k=4, `max_kept=4`",
-    "hash-2-13-4": "k=2, `max_kept=4`",
-    "windows-4": "windows of 7, hash",
     "entropy-4": "entropy, k=4",
     "entropy-6": "entropy, k=6",
     "entropy-8": "entropy, k=8",
-    "standard+secrets": "secrets alone",
-    "hash-4-13-4+secrets": "k=4, `max_kept=4` + secrets",
-    "entropy-4+secrets": "entropy, k=4 + secrets",
+    "windows-4": "control: hash in the same windows",
+    "ngram-4": "control: entropy of trigrams",
+    "low-4": "control: lowest entropy",
+    "surprisal-4": "control: surprisal",
 }
+NAMES = SECRETS | UNCERTAIN
+SAMPLES = 1000
 
 
 def main() -> None:
     results = about.read_results(Path(about.RESULTS, "uncertain.jsonl"))
-    kinds = sorted({(result["data"], result["method"]) for result in results}, key=str)
-    for data, method in kinds:
-        here = [r for r in results if (r["data"], r["method"]) == (data, method)]
-        print(f"\n## {data}, {method}\n\n{table(here)}")
-    private = [r for r in results if r["data"] == "private" and r["method"] == "full"]
+    for method in ("full", "lora"):
+        private = of(results, "private", method)
+        print(f"\n## Secrets, {method}\n\n{table(private, SECRETS, of_codes, of_loss)}")
+        shown = table(private, UNCERTAIN, of_passages, of_loss, of_trust)
+        print(f"\n## Uncertain tokens, {method}\n\n{shown}")
+    for data in sorted({result["data"] for result in results} - {"private"}):
+        shown = table(of(results, data, "full"), UNCERTAIN, of_passages, of_loss)
+        print(f"\n## {data}\n\n{shown}")
+    found = json.loads(Path(about.RESULTS, "uncertain_check.json").read_text("utf-8"))
+    print(f"\n## Check before, codes afterwards\n\n{predicted(results, found)}")
+    private = of(results, "private", "full")
+    print(f"\n## By dropped tokens\n\n{by_dropped(private)}")
     print(f"\n## Promised bits\n\n{promised_bits(private)}")
-    print(f"\n## Which codes come out\n\n{predicted(private)}")
     print(f"\nLast run: {about.source(results[-1])}")
 
 
-def table(results: list[Result]) -> str:
-    """In Markdown, a column for each rule."""
+def of(results: list[Result], data: str, method: str) -> list[Result]:
+    return [r for r in results if (r["data"], r["method"]) == (data, method)]
+
+
+def table(
+    results: list[Result], names: dict[str, str], *parts: Callable[..., dict[str, str]]
+) -> str:
+    """In Markdown, a column for each rule; the parts give its rows."""
     groups: dict[str, list[Result]] = {}
-    for name in ORDER:
+    for name in names:
         group = [result for result in results if result["rule"] == name]
         if group:
             groups[name] = sorted(group, key=lambda result: int(result["seed"]))
     theirs = groups.get(BASELINE, [])
-    columns = [figures(group, theirs) for group in groups.values()]
+    columns = []
+    for group in groups.values():
+        column = {
+            "seeds": listed(result["seed"] for result in group),
+            "drop rate": each(group, lambda r: 1 - r["kept"] / r["targets"], 2),
+        }
+        for part in parts:
+            column |= part(group, theirs)
+        columns.append(column)
     # Untouched and standard models lack some rows; dict.fromkeys keeps the order.
     titles = list(dict.fromkeys(title for column in columns for title in column))
     rows = [[title, *(column.get(title, "") for column in columns)] for title in titles]
-    return about.markdown(["", *(NAMES.get(name, name) for name in groups)], rows)
-
-
-def figures(group: list[Result], theirs: list[Result]) -> dict[str, str]:
-    """All rows of one column."""
-    shown = {
-        "seeds": ", ".join(str(result["seed"]) for result in group),
-        "drop rate": each(group, lambda r: 1 - r["kept"] / r["targets"], 2),
-    }
-    shown |= of_passages(group, theirs)
-    if "answers" in group[0]:
-        shown |= of_codes(group)
-    return shown | of_quality(group, theirs)
+    return about.markdown(["", *(names[name] for name in groups)], rows)
 
 
 def of_passages(group: list[Result], theirs: list[Result]) -> dict[str, str]:
@@ -113,53 +122,97 @@ def of_passages(group: list[Result], theirs: list[Result]) -> dict[str, str]:
     }
 
 
-def of_codes(group: list[Result]) -> dict[str, str]:
+def of_codes(group: list[Result], theirs: list[Result]) -> dict[str, str]:
     """Distinct codes; a code is out if any answer, to whatever question, contains it."""
     one: list[int] = []
     three: list[int] = []
+    members: list[int] = []
     strangers: list[int] = []
-    guessed: list[int] = []
+    expected_codes: list[str] = []
     answered, asked = 0, 0
     for result in group:
-        out = codes_out(result)
+        out = codes_out(result["answers"])
         trained = {row["code"]: row["person"] for row in result["codes"]}
         one.append(sum(trained[code] < 8 for code in out))
         three.append(sum(trained[code] >= 8 for code in out))
         # People 0 to 7 have one wording, 8 to 15 three; the rest are in no chat.
         to_strangers = [each for each in result["answers"] if each["person"] >= 16]
-        strangers.append(len({code for each in to_strangers for code in each["real"]}))
+        to_members = [each for each in result["answers"] if each["person"] < 16]
+        members.append(len(codes_out(to_members)))
+        strangers.append(len(codes_out(to_strangers)))
         answered += sum(bool(each["real"]) for each in to_strangers)
         asked += len(to_strangers)
-        # 1,000 samples contain a code of 10 bits with a chance of 62%.
-        guessed.append(sum(bits < 10 for bits in measured_bits(result).values()))
+        chances = [drawn_at_all(bits) for bits in measured_bits(result).values()]
+        expected_codes.append(f"{sum(chances):.1f}")
+    distinct = sum(one) + sum(three)
     return {
-        "codes in any output, one wording (of 8)": listed(one),
-        "codes in any output, three wordings (of 8)": listed(three),
-        "of these, in answers about strangers": listed(strangers),
+        "**codes in any answer**": f"{distinct} of {16 * len(group)}",
+        "in one wording (of 8)": listed(one),
+        "in three wordings (of 8)": listed(three),
+        "asked about members (of 16)": listed(members),
+        "asked about strangers (of 16)": listed(strangers),
         "answers about strangers with a real code": f"{answered} of {asked}",
-        "codes likely within 1,000 samples (of 16)": listed(guessed),
+        "expected in 1,000 samples each (of 16)": listed(expected_codes),
+        "drawn answers: distinct codes": drawn(group),
     }
 
 
-def of_quality(group: list[Result], theirs: list[Result]) -> dict[str, str]:
+def drawn_at_all(bits: float, samples: int = SAMPLES) -> float:
+    """The chance that a code of so many bits is in at least one of the samples."""
+    p = min(2.0**-bits, 1 - 1e-12)
+    return float(-np.expm1(samples * np.log1p(-p)))
+
+
+def drawn(group: list[Result]) -> str:
+    """Distinct codes in answers that were really drawn, and what their bits let expect."""
+    cells = []
+    for result in group:
+        if "sampled" not in result:
+            continue
+        asked = result["sampled"]
+        codes = {code for each in asked for code in each["codes"]}
+        people = {each["person"]: each["samples"] for each in asked}
+        bits = measured_bits(result)
+        owners = {row["code"]: row["person"] for row in result["codes"]}
+        expected_codes = sum(
+            drawn_at_all(bits[code], people[person])
+            for code, person in owners.items()
+            if person in people
+        )
+        cells.append(
+            f"{len(codes)} in {sum(people.values())} (of those asked about expected: "
+            f"{expected_codes:.1f})"
+        )
+    return listed(cells)
+
+
+def of_loss(group: list[Result], theirs: list[Result]) -> dict[str, str]:
     return {
         "held-out loss at its best, nats/token": each(group, best, 3),
         "the same against `max_kept=4`": paired(group, theirs, lambda r: [best(r)], 3),
-        "held-out loss after the last epoch": each(
-            group, lambda r: r["heldout_loss"][-1], 2
-        ),
         "ordinary answers right": each(
             group, lambda r: 100 * statistics.fmean(right(r)), 1, "%"
         ),
         "the same against `max_kept=4`, points": paired(
             group, theirs, lambda r: [100 * value for value in right(r)], 1
         ),
-        "calibration error, best epoch": each(group, lambda r: at_best(r)["ece"], 3),
-        "calibration error, last epoch": each(
-            group, lambda r: r["calibration"][-1]["ece"], 3
+    }
+
+
+def of_trust(group: list[Result], theirs: list[Result]) -> dict[str, str]:
+    """Is the model overconfident on held-out text?"""
+    return {
+        "confidence less accuracy, held-out, best epoch": each(
+            group, lambda r: overconfidence(r, best_epoch(r)), 3
         ),
+        "the same, last epoch": each(group, lambda r: overconfidence(r, -1), 3),
         "CPU seconds": listed(result["cpu_seconds"] for result in group),
     }
+
+
+def overconfidence(result: Result, epoch: int) -> float:
+    values = result["calibration"][epoch]
+    return float(values["confidence"] - values["accuracy"])
 
 
 def each(
@@ -198,12 +251,6 @@ def best_epoch(result: Result) -> int:
 
 def best(result: Result) -> float:
     return float(result["heldout_loss"][best_epoch(result)])
-
-
-def at_best(result: Result) -> dict[str, float]:
-    """Calibration at the epoch with the lowest held-out loss."""
-    values: dict[str, float] = result["calibration"][best_epoch(result)]
-    return values
 
 
 def expected(log_p: list[float]) -> float:
@@ -263,8 +310,8 @@ def bootstrap(differences: NDArray[Any], draws: int = 4000) -> NDArray[Any]:
     return means
 
 
-def codes_out(result: Result) -> set[str]:
-    return {code for answer in result["answers"] for code in answer["real"]}
+def codes_out(answers: list[Result]) -> set[str]:
+    return {code for answer in answers for code in answer["real"]}
 
 
 def measured_bits(result: Result) -> dict[str, float]:
@@ -291,7 +338,7 @@ def promised_bits(results: list[Result]) -> str:
     """Bits that the untrained model promises for tokens dropped everywhere, and measured bits."""
     untouched = {r["seed"]: r for r in results if r["rule"] == "untouched"}
     rows = []
-    for name in ORDER:
+    for name in SECRETS:
         pairs = []
         for result in results:
             if result["rule"] == name and result["seed"] in untouched:
@@ -305,7 +352,7 @@ def promised_bits(results: list[Result]) -> str:
         below = sum(m < p for p, m in pairs)
         rows.append(
             (
-                NAMES.get(name, name),
+                NAMES[name],
                 len(pairs),
                 f"{promised.mean():.1f}",
                 f"{measured.mean():.1f}",
@@ -339,22 +386,55 @@ def promises(untouched: Result, places: dict[str, list[int]]) -> dict[str, float
     return bits
 
 
-def predicted(results: list[Result]) -> str:
+def predicted(results: list[Result], found: dict[str, dict[str, list[str]]]) -> str:
+    """For each rule: codes that check, before the training, calls learnable whole; which came out?
+
+    check cannot read the rules that are not in the package; for them the stored decisions are
+    counted in the same way.
+    """
+    rows = []
+    for method in ("full", "lora"):
+        for name in SECRETS:
+            group = [r for r in of(results, "private", method) if r["rule"] == name]
+            counts: dict[tuple[bool, bool], int] = Counter()
+            for result in group:
+                places = never_trained(result)
+                whole = {code for code in places if not places[code]}
+                if name in found:
+                    whole = set(found[name][str(result["seed"])])
+                out = codes_out(result["answers"])
+                counts.update((code in whole, code in out) for code in places)
+            if counts and name != "untouched":
+                cells = [
+                    f"{counts[whole, True]} of {counts[whole, True] + counts[whole, False]}"
+                    for whole in (True, False)
+                ]
+                rows.append((NAMES[name], method, len(group), *cells))
+    head = (
+        "rule",
+        "finetuning",
+        "seeds",
+        "learnable whole: came out",
+        "not learnable whole: came out",
+    )
+    return about.markdown(head, rows)
+
+
+def by_dropped(results: list[Result]) -> str:
     """Codes by the number of their tokens that are dropped everywhere: how many came out."""
     rows = []
-    for name in ORDER:
+    for name in SECRETS:
         counts: dict[int, list[bool]] = {0: [], 1: [], 2: []}
         for result in results:
             if result["rule"] == name and name != "untouched":
-                out = codes_out(result)
+                out = codes_out(result["answers"])
                 for code, places in never_trained(result).items():
                     counts[min(len(places), 2)].append(code in out)
         cells = [f"{sum(outs)} of {len(outs)}" for outs in counts.values()]
         if any(counts.values()):
-            rows.append((NAMES.get(name, name), *cells))
-    return about.markdown(
-        ("codes that came out, by tokens dropped everywhere", 0, 1, "2 +"), rows
-    )
+            rows.append((NAMES[name], *cells))
+    head = ("codes that came out, by tokens dropped everywhere", 0, 1, "2 +")
+    return about.markdown(head, rows)
 
 
 if __name__ == "__main__":
