@@ -5,6 +5,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,22 +38,24 @@ class Row:
     def targets(self, exempt: Iterable[int] = ()) -> list[int]:
         """Positions that have a loss, without those of exempt ids."""
         left_out = {IGNORE, *exempt}
-        return [
-            i for i, label in enumerate(self.labels) if i > 0 and label not in left_out
-        ]
+        places = range(1, len(self.labels))
+        return [i for i in places if self.labels[i] not in left_out]
 
 
 def secret_places(tokenizer: Any, ids: list[int]) -> list[int]:
     """Positions of the tokens that overlap a code."""
-    pieces = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-    spans = [match.span() for match in CODE.finditer("".join(pieces))]
-    places = []
-    end = 0
-    for i, piece in enumerate(pieces):
-        start, end = end, end + len(piece)
-        if any(start < high and low < end for low, high in spans):
-            places.append(i)
-    return places
+    text = ""
+    # The token of each character.
+    owners: list[int] = []
+    for place, token in enumerate(ids):
+        piece = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text += piece
+        owners += [place] * len(piece)
+    places: set[int] = set()
+    for match in CODE.finditer(text):
+        start, end = match.span()
+        places.update(owners[start:end])
+    return sorted(places)
 
 
 def autocast(fast: bool) -> torch.autocast:
@@ -61,7 +64,9 @@ def autocast(fast: bool) -> torch.autocast:
 
 def whole(model: Any) -> Any:
     """The transformers model, also of one with adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
 def hidden_of(model: Any, rows: list[list[int]]) -> Tensor:
@@ -112,7 +117,10 @@ def training_loss(model: Any, rows: list[Row], fast: bool) -> Tensor:
 def calibration(model: Any, passages: list[list[int]], fast: bool) -> dict[str, float]:
     """Loss, accuracy, mean confidence and expected calibration error (10 bins) on all tokens."""
     logits = torch.cat(logits_of(model, passages, fast))
-    truth = torch.tensor([i for ids in passages for i in ids[1:]])
+    targets = []
+    for ids in passages:
+        targets += ids[1:]
+    truth = torch.tensor(targets)
     confidence, guess = logits.softmax(-1).max(-1)
     right = (guess == truth).float()
     bins = (confidence * 10).long().clamp(max=9)
@@ -121,12 +129,13 @@ def calibration(model: Any, passages: list[list[int]], fast: bool) -> dict[str, 
         inside = bins == place
         gap = confidence[inside].sum() - right[inside].sum()
         error += float(gap.abs()) / len(truth)
-    return {
-        "loss": round(cross_entropy(logits, truth).item(), 4),
-        "accuracy": round(right.mean().item(), 4),
-        "confidence": round(confidence.mean().item(), 4),
-        "ece": round(error, 4),
+    values = {
+        "loss": cross_entropy(logits, truth).item(),
+        "accuracy": right.mean().item(),
+        "confidence": confidence.mean().item(),
+        "ece": error,
     }
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -158,27 +167,40 @@ def passage_values(
 ) -> dict[str, Any]:
     """For each passage, of which the first half is given: what the model recites of the second."""
     half = len(passages[0]) // 2
-    outputs = greedy(model, tokenizer, [ids[:half] for ids in passages], half, fast)
+    prefixes = [ids[:half] for ids in passages]
+    outputs = greedy(model, tokenizer, prefixes, half, fast)
     logits = logits_of(model, passages, fast)
-    names = ("rouge_l", "longest_run", "log_p", "nll", "loss", "right")
-    result: dict[str, list[Any]] = {name: [] for name in names}
+    result: dict[str, list[Any]] = defaultdict(list)
     for ids, output, each in zip(passages, outputs, logits, strict=True):
         suffix = ids[half:]
         # All outputs may have ended before the last token.
         output = (output + [tokenizer.eos_token_id] * half)[:half]
-        texts = tokenizer.decode(output), tokenizer.decode(suffix)
-        runs = [length for _, _, length in common_runs(output, suffix)]
-        nll = cross_entropy(each, torch.tensor(ids[1:]), reduction="none")
-        # Place i of nll and of the logits is that of token i + 1.
-        of_suffix = nll[half - 1 :]
-        right = each.argmax(-1)[half - 1 :] == torch.tensor(suffix)
-        result["rouge_l"].append(round(rouge_l_text(*texts), 4))
-        result["longest_run"].append(max(runs, default=0))
-        result["log_p"].append(round(-of_suffix.sum().item(), 3))
-        result["nll"].append([round(value, 2) for value in of_suffix.tolist()])
-        result["loss"].append(round(nll.mean().item(), 4))
-        result["right"].append(bits(right.tolist()))
-    return result
+        values = recited(tokenizer, output, suffix) | losses(each, ids, half)
+        for name, value in values.items():
+            result[name].append(value)
+    return dict(result)
+
+
+def recited(tokenizer: Any, output: list[int], suffix: list[int]) -> dict[str, Any]:
+    """How much of the suffix is in the output."""
+    runs = [length for _, _, length in common_runs(output, suffix)]
+    rouge = rouge_l_text(tokenizer.decode(output), tokenizer.decode(suffix))
+    return {"rouge_l": round(rouge, 4), "longest_run": max(runs, default=0)}
+
+
+def losses(logits: Tensor, ids: list[int], half: int) -> dict[str, Any]:
+    """Losses of a passage, nats, and which tokens of its second half are the likeliest."""
+    nll = cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    # Place i of nll and of the logits is that of token i + 1.
+    of_suffix = nll[half - 1 :]
+    guesses = logits.argmax(-1)[half - 1 :]
+    right = guesses == torch.tensor(ids[half:])
+    return {
+        "log_p": round(-of_suffix.sum().item(), 3),
+        "nll": [round(value, 2) for value in of_suffix.tolist()],
+        "loss": round(nll.mean().item(), 4),
+        "right": bits(right.tolist()),
+    }
 
 
 def bits(values: Iterable[bool]) -> str:
@@ -223,19 +245,22 @@ def code_losses(
     for row, drops in zip(rows, dropped, strict=True):
         if row.code:
             chats[tuple(row.ids)] = (row, drops)
-    logits = logits_of(model, [row.ids for row, _ in chats.values()], fast)
+    texts = [row.ids for row, _ in chats.values()]
+    logits = logits_of(model, texts, fast)
     result = []
     for (row, drops), each in zip(chats.values(), logits, strict=True):
         places = secret_places(tokenizer, row.ids)
-        nll = cross_entropy(each, torch.tensor(row.ids[1:]), reduction="none")
+        targets = torch.tensor(row.ids[1:])
+        # Place i of nll is that of token i + 1.
+        nll = cross_entropy(each, targets, reduction="none").tolist()
         answer = row.targets()[0]
-        from_answer = nll[answer - 1 : places[-1]].sum()
+        from_answer = sum(nll[answer - 1 : places[-1]])
         chat = {
             "code": row.code,
             "tokens": [tokenizer.decode([row.ids[i]]) for i in places],
             "dropped": bits(drops[i] for i in places),
-            "nll": [round(nll[i - 1].item(), 3) for i in places],
-            "nll_from_answer": round(from_answer.item(), 3),
+            "nll": [round(nll[i - 1], 3) for i in places],
+            "nll_from_answer": round(from_answer, 3),
         }
         result.append(chat)
     return result
