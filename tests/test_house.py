@@ -29,6 +29,7 @@ ORDER = [
     "text.show",
     "text.passages",
     "text.exposure",
+    "text.findings",
     "text.check",
     "kernels",
     "unwrap",

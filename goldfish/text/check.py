@@ -2,9 +2,8 @@
 
 import heapq
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -26,215 +25,26 @@ from goldfish.text.chats import (
 )
 from goldfish.text.exposure import (
     BITS_OF_PLACES,
-    SHOWN_ROWS,
     Finder,
     Secret,
     as_bits,
-    informative_characters,
+    is_dense,
+    likely_secrets,
 )
-from goldfish.text.passages import Passages
-from goldfish.text.printable import plain
+from goldfish.text.findings import Check
+from goldfish.text.passages import SHOWN, Words
 from goldfish.text.rows import Row, read_rows
 
-LIKELY = r"(?a:\w[\w@#%&*+/=.:~-]{4,}\w)"  # used if no secrets are marked; see DENSE
-DENSE = 6, 2  # at least 6 tokens, of at most 2 characters on average: words have more
-SHOWN = 10  # of each list
-BATCH = 2**19  # characters that are tokenized at once
-CONTEXT = (
-    1024  # tokens that the model reads, at most, before it is asked for a secret's bits
-)
+# Characters that are tokenized at once. More would need more memory; 64 times fewer cost a fifth
+# of the speed.
+BATCH = 2**19
+# Tokens that the model reads, at most, before it is asked for a secret's bits.
+CONTEXT = 1024
+# What is remembered of words that look like secrets, which nobody marked. 2**16 are about 100 MB.
+MOST_LIKELY = 2**16
 
-Find = Callable[["_Document"], Iterable[tuple[int, int]]]  # spans of characters
-Marker = Callable[[Row, str, int], Iterable[tuple[int, int]]]  # see secret_finder
-
-
-@dataclass
-class Check:
-    """What `check` found. Rows count from 0.
-
-    marked: whether the user marked secrets; if not, `secrets` are words that look like some.
-    targets, dropped: tokens. more: tokens that `suggested` drops besides.
-    longest: (kept targets in a row, row, drop rate of the row), greatest first.
-    missing: (row, value) of marked values that do not occur in the text of their row, the first
-        SHOWN of missing_count.
-    suggested: the rule with the secrets' expression; None if that is no help.
-    """
-
-    rule: Goldfish
-    marked: bool
-    column: str = ""
-    suggested: Goldfish | None = None
-    documents: int = 0
-    targets: int = 0
-    dropped: int = 0
-    more: int = 0
-    longest: list[tuple[int, int, float]] = field(default_factory=list)
-    missing: list[tuple[int, str]] = field(default_factory=list)
-    missing_count: int = 0
-    secrets: dict[str, Secret] = field(default_factory=dict)
-    passages: Passages = field(default_factory=Passages)
-
-    def exposed(self, tokens: int = 0, rule: int = 0) -> list[str]:
-        """The secrets with exactly so many informative tokens that are dropped in every place.
-
-        Args:
-            rule: 0, the rule itself; 1, with the secrets' tokens dropped as `suggested`.
-        """
-        return [
-            name
-            for name, secret in self.secrets.items()
-            if len(secret.protected(self._informative[name], rule)) == tokens
-        ]
-
-    @cached_property
-    def _informative(self) -> dict[str, int]:
-        """Needs all secrets: asked for after the last batch only."""
-        return informative_characters(self.secrets)
-
-    def exit_code(self) -> int:
-        """1: a marked secret can be learned whole; 3: none of the marked secrets occurs; else 0."""
-        if not self.marked:
-            return 0
-        if not self.secrets:
-            return 3
-        return 1 if self.exposed() else 0
-
-    def lines(self) -> Iterator[str]:
-        """The result for a terminal; the last line is the conclusion."""
-        share = self.dropped / max(1, self.targets)
-        documents = counted(self.documents, "document")
-        targets = counted(self.targets, "target")
-        yield f"{documents}, {targets}, {share:.1%} dropped ({self.rule.short()})"
-        yield "longest runs of kept tokens:"
-        for run, row, rate in self.longest:
-            yield f"    row {row}: {run} ({rate:.1%} of the row dropped)"
-        yield from self._lines_on_passages()
-        yield from self._lines_on_secrets()
-        yield self.conclusion()
-
-    def _lines_on_passages(self) -> Iterator[str]:
-        found = self.passages
-        recurring = found.recurring / max(1, found.total)
-        differing = found.differing / max(1, found.recurring)
-        yield (
-            f"{recurring:.1%} of passages occur in an earlier row, "
-            f"{differing:.1%} of these with other dropped words"
-        )
-        repeated = found.repeated
-        yield f"rows with at least half of their passages in one earlier row: {len(repeated):,}"
-        for row, first, share in repeated[:SHOWN]:
-            yield f"    row {row}: {share:.0%} in row {first}"
-
-    def _lines_on_secrets(self) -> Iterator[str]:
-        found = counted(len(self.secrets), "secret")
-        if not self.marked:
-            likely = counted(len(self.secrets), "likely secret")
-            found = f"{likely} (none are marked)"
-        yield f"{found}; a token counts if it differs between secrets"
-        for tokens, what in enumerate(
-            ("no token dropped in every place", "only one such token")
-        ):
-            names = self.exposed(tokens)
-            yield f"  {what}: {len(names):,}"
-            for name in names[:SHOWN]:
-                secret = self.secrets[name]
-                more = ", ..." if secret.count > SHOWN_ROWS else ""
-                rows = "rows" if len(secret.rows) > 1 else "row"
-                yield f"    {plain(name)} ({rows} {', '.join(map(str, secret.rows))}{more})"
-        bits = self.bits()
-        if bits:
-            yield (
-                "  bits of the dropped tokens, by the model before training "
-                "(an estimate, not a lower bound):"
-            )
-            for name in sorted(bits, key=bits.__getitem__)[:SHOWN]:
-                yield f"    {plain(name)}: {bits[name]:.1f}"
-        if self.missing:
-            yield f"{self._missing_values()} in the text of their row:"
-            for row, value in self.missing:
-                yield f"    {plain(value)} (row {row})"
-
-    def _missing_values(self) -> str:
-        verb = "does" if self.missing_count == 1 else "do"
-        return f"{counted(self.missing_count, 'marked value')} {verb} not occur"
-
-    def bits(self) -> dict[str, float]:
-        """-log2 p under the given model of what is dropped of each secret; empty without a model.
-
-        An estimate of what somebody must guess who knows the rest of the secret. It is no lower
-        bound: the trained model has learned from other secrets what a secret looks like (measured:
-        docs/results-log.md, "Uncertain tokens and marked secrets"). The place where guessing is
-        easiest counts, of the first 8 places.
-        """
-        result = {}
-        for name, secret in self.secrets.items():
-            bits = secret.bits_to_guess(self._informative[name])
-            if bits is not None:
-                result[name] = bits
-        return result
-
-    def conclusion(self) -> str:
-        """One sentence and one rule to copy; another sentence if marked values were not found."""
-        conclusion = self._conclusion_on_secrets()
-        if self.missing_count:
-            missing = f"{self._missing_values()} in the text of their row"
-            conclusion += f" {missing}: look for other spellings."
-        return conclusion
-
-    def _conclusion_on_secrets(self) -> str:
-        if not self.secrets:
-            if self.marked:
-                return "None of the marked secrets occurs among the targets."
-            return "Nothing looks like a secret. Mark secrets with --secrets or --secret-column."
-        total = counted(len(self.secrets), "secret" if self.marked else "likely secret")
-        exposed = f"{len(self.exposed()):,} of {total} can be learned whole."
-        if not self.marked:
-            return f"{exposed} Mark the real ones with --secrets or --secret-column."
-        if not self.exposed():
-            return f"{exposed} Each has an informative token that is dropped in every place."
-        return f"{exposed} {self._advice()}"
-
-    def _advice(self) -> str:
-        """What drops the secrets that can be learned, with its cost."""
-        left = len(self.exposed(rule=1))
-        remaining = f"{left:,} left" if left else "none left"
-        share = self.more / max(1, self.targets)
-        cost = f"{share:.1%} more tokens dropped, {remaining}."
-        if self.suggested is not None:
-            return f"Train with {as_python(self.suggested)}: {cost}"
-        if self.column:
-            command = f"goldfish premask --secret-column {self.column}"
-            return f"Write the labels with: {command}: {cost}"
-        return "Replace them in the data, or give them in a --secret-column."
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 secret", "2,000 secrets"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def as_python(rule: Goldfish) -> str:
-    r"""The rule to copy into a script.
-
-    >>> print(as_python(Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)")))
-    Goldfish(k=4, h=13, max_kept=4, secrets=r'code (\d+)')
-    """
-    parts = [f"k={rule.k:g}", f"h={rule.h}"]
-    if rule.strategy != "hash":
-        parts.append(f'strategy="{rule.strategy}"')
-    if rule.max_kept is not None:
-        parts.append(f"max_kept={rule.max_kept}")
-    if rule.seed:
-        parts.append(f"seed={rule.seed}")
-    if rule.secrets is not None:
-        raw = "'" not in rule.secrets and not rule.secrets.endswith("\\")
-        shown = (
-            f"r'{rule.secrets}'"
-            if raw and rule.secrets.isprintable()
-            else repr(rule.secrets)
-        )
-        parts.append(f"secrets={shown}")
-    return f"Goldfish({', '.join(parts)})"
+Marker = Callable[[Row, str, int], Iterable[tuple[int, int]]]  # see `secret_finder`
+Spans = tuple[NDArray[np.int64], NDArray[np.int64]]  # begins and ends, in characters
 
 
 def check(
@@ -269,7 +79,7 @@ def check(
         suggested = replace(rule, secrets=pattern)
     result = Check(rule, marked, column, suggested)
     reader = _Reader(source, tokenizer, text_column, assistant_only)
-    find: Find = _likely
+    find: Callable[[_Batch], Spans] = _likely
     if marked:
         marker = secret_finder(pattern, column)
         find = _every_place(marker, Finder(_literals(reader, marker, result)))
@@ -279,20 +89,25 @@ def check(
     return result
 
 
-def _likely(document: "_Document") -> Iterator[tuple[int, int]]:
-    return (match.span() for match in re.finditer(LIKELY, document.text))
+def _likely(batch: "_Batch") -> Spans:
+    return likely_secrets(batch.text)
 
 
-def _every_place(marker: Marker, finder: Finder) -> Find:
+def _every_place(marker: Marker, finder: Finder) -> "Callable[[_Batch], Spans]":
     """Finds the secrets of all rows in a document, and what is marked in it.
 
     These differ for a short secret in a word: the 42 of "id42" is one if it is marked there, and
     chance elsewhere.
     """
 
-    def find(document: "_Document") -> list[tuple[int, int]]:
-        marked = marker(document.row, document.text, 0)
-        return sorted({*marked, *finder(document.text)})
+    def find(batch: "_Batch") -> Spans:
+        found = []
+        for document, offset in zip(batch.documents, batch.offsets, strict=False):
+            marked = marker(document.row, document.text, 0)
+            for begin, end in sorted({*marked, *finder(document.text)}):
+                found.append((offset + begin, offset + end))
+        begins, ends = np.array(found, dtype=np.int64).reshape(-1, 2).T
+        return begins, ends
 
     return find
 
@@ -362,85 +177,135 @@ class _Reader:
             ]
         return _Document(number, row, whole.text, targets, whole.add_special_tokens)
 
-    def batches(self, title: str) -> Iterator[list[_Document]]:
+    def batches(self, title: str) -> Iterator["_Batch"]:
         """Documents of about BATCH characters that are tokenized alike."""
-        batch: list[_Document] = []
+        documents: list[_Document] = []
         characters = 0
         for document in self.documents(title):
-            alike = (
-                not batch or batch[0].add_special_tokens == document.add_special_tokens
-            )
+            special = document.add_special_tokens
+            alike = not documents or documents[0].add_special_tokens == special
             if characters > BATCH or not alike:
-                yield batch
-                batch, characters = [], 0
-            batch.append(document)
+                yield _Batch.of(documents)
+                documents, characters = [], 0
+            documents.append(document)
             characters += len(document.text)
-        if batch:
-            yield batch
+        if documents:
+            yield _Batch.of(documents)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some documents, and all of them in one text, each with a line break behind it.
+
+    offsets: where each document begins in the text, and the end of the text, int64 (B + 1,).
+    """
+
+    documents: list[_Document]
+    text: str
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, documents: list[_Document]) -> "_Batch":
+        text = "".join(document.text + "\n" for document in documents)
+        sizes = [len(document.text) + 1 for document in documents]
+        return cls(documents, text, np.cumsum([0, *sizes]))
+
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """The number of each document's row, int64 (B,)."""
+        return np.array([document.number for document in self.documents])
+
+    def is_target(self) -> NDArray[np.bool_]:
+        """Whether each character of the text is a target."""
+        result = np.zeros(len(self.text), dtype=bool)
+        for document, offset in zip(self.documents, self.offsets, strict=False):
+            for begin, end in document.targets:
+                result[offset + begin : offset + end] = True
+        return result
 
 
 @dataclass
 class _Tokens:
-    """All tokens of a batch, one after the other; characters count in the joined text.
+    """All tokens of a batch, one after the other; characters count in the batch's text.
 
-    ids, begins, ends: of each token (N,), int64. bounds: where documents begin and end, (B + 1,).
+    ids, begins, ends: of each token, int64 (N,). bounds: where documents begin and end, (B + 1,).
+    target, dropped: which tokens are targets, and which of these the rule drops, bool (N,).
     """
 
     ids: NDArray[np.int64]
     begins: NDArray[np.int64]
     ends: NDArray[np.int64]
     bounds: NDArray[np.int64]
+    target: NDArray[np.bool_]
+    dropped: NDArray[np.bool_]
 
     @classmethod
     def of(
-        cls, batch: list[_Document], offsets: list[int], tokenizer: Any
+        cls,
+        batch: _Batch,
+        is_target: NDArray[np.bool_],
+        tokenizer: Any,
+        rule: Goldfish,
     ) -> "_Tokens":
         if not tokenizer.is_fast:
             raise ValueError(
                 "character offsets are needed: load a fast tokenizer (tokenizer.json)"
             )
         encoding = tokenizer(
-            [document.text for document in batch],
-            add_special_tokens=batch[0].add_special_tokens,
+            [document.text for document in batch.documents],
+            add_special_tokens=batch.documents[0].add_special_tokens,
             return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,  # no warning about texts that are longer than the model's context
         )
-        lengths = [len(ids) for ids in encoding["input_ids"]]
-        count = sum(lengths)
-        ids = _flat(encoding["input_ids"], count)
-        spans = chain.from_iterable(encoding["offset_mapping"])
-        characters = (
-            _flat(spans, 2 * count).reshape(-1, 2)
-            + np.repeat(offsets, lengths)[:, None]
-        )
-        begins, ends = characters.T
+        lengths = np.array([len(ids) for ids in encoding["input_ids"]])
+        bounds = np.cumsum([0, *lengths])
+        ids = _flat(encoding["input_ids"], bounds[-1])
+        pairs = chain.from_iterable(encoding["offset_mapping"])
+        places = _flat(pairs, 2 * bounds[-1]).reshape(-1, 2)
+        places += np.repeat(batch.offsets[:-1], lengths)[:, None]
+        begins, ends = places.T
         # What the tokenizer adds, even at the end, is at characters (0, 0). It is moved to where
         # it stands, so that places are in order and can be searched.
         reached = np.maximum.accumulate(ends)
-        begins, ends = (
-            np.where(ends > begins, begins, reached),
-            np.maximum(ends, reached),
-        )
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        return cls(ids, begins, ends, bounds)
+        added = ends <= begins
+        begins = np.where(added, reached, begins)
+        ends = np.maximum(ends, reached)
+        # The first token of a document is predicted by nothing; what the tokenizer adds has no
+        # characters.
+        target = is_target[begins] & (ends > begins)
+        target[bounds[:-1][lengths > 0]] = False
+        dropped = _drops(rule, ids, bounds) & target
+        return cls(ids, begins, ends, bounds, target, dropped)
 
-    def dropped_by(self, rule: Goldfish) -> NDArray[np.bool_]:
-        """Which tokens a bound rule drops, bool (N,)."""
-        ids = torch.from_numpy(self.ids)
-        if rule.strategy == "reference":  # it ignores where documents start
-            lengths = np.diff(self.bounds).tolist()
-            parts = [
-                rule.dropped(part) for part in torch.split(ids, lengths) if len(part)
-            ]
-            return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).numpy()
-        lengths = torch.from_numpy(np.diff(self.bounds))
-        starts = torch.from_numpy(self.bounds[:-1]).repeat_interleave(lengths)
-        return rule.dropped(ids, position_ids=torch.arange(len(ids)) - starts).numpy()
+    def overlapping(
+        self, begins: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first token that overlaps each span of characters, and the one after the last."""
+        first = np.searchsorted(self.ends, begins, side="right")
+        last = np.searchsorted(self.begins, ends, side="left")
+        return first, last
 
 
 def _flat(lists: Iterable[Iterable[int]], count: int) -> NDArray[np.int64]:
     return np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=count)
+
+
+def _drops(
+    rule: Goldfish, ids: NDArray[np.int64], bounds: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which tokens a bound rule drops, bool (N,); documents lie between the bounds."""
+    lengths = np.diff(bounds)
+    given = torch.from_numpy(ids)
+    if rule.strategy == "reference":  # it ignores where documents start
+        parts = [
+            rule.dropped(part)
+            for part in torch.split(given, lengths.tolist())
+            if len(part)
+        ]
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).numpy()
+    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
+    return rule.dropped(given, position_ids=torch.from_numpy(positions)).numpy()
 
 
 @dataclass(frozen=True)
@@ -448,7 +313,7 @@ class _Place:
     """Where a secret is: its document's place in the batch, its characters, its tokens."""
 
     document: int
-    begin: int  # in the joined text
+    begin: int  # in the batch's text
     length: int
     tokens: slice
 
@@ -456,7 +321,13 @@ class _Place:
 class _Worker:
     """Adds batches to a result."""
 
-    def __init__(self, result: Check, tokenizer: Any, find: Find, model: Any) -> None:
+    def __init__(
+        self,
+        result: Check,
+        tokenizer: Any,
+        find: Callable[[_Batch], Spans],
+        model: Any,
+    ) -> None:
         self._result = result
         self._tokenizer = tokenizer
         self._find = find
@@ -466,175 +337,159 @@ class _Worker:
         if result.suggested is not None:
             try:
                 self._suggested = result.suggested.bind(tokenizer)
-            except (
-                TypeError,
-                ValueError,
-            ):  # the tokenizer hides what text its tokens stand for
+            except (TypeError, ValueError):
+                # The tokenizer hides what text its tokens stand for.
                 result.suggested = None
 
-    def add(self, batch: list[_Document]) -> None:
-        joined = "\n".join(document.text for document in batch)
-        sizes = [len(document.text) + 1 for document in batch]
-        offsets = [0, *np.cumsum(sizes).tolist()]
-        tokens = _Tokens.of(batch, offsets[:-1], self._tokenizer)
-        is_target = np.zeros(len(joined) + 1, dtype=bool)
-        for document, offset in zip(batch, offsets, strict=False):
-            for begin, end in document.targets:
-                is_target[offset + begin : offset + end] = True
-        # The first token of a document is predicted by nothing; what the tokenizer adds has no
-        # characters.
-        target = is_target[tokens.begins] & (tokens.ends > tokens.begins)
-        target[tokens.bounds[:-1][np.diff(tokens.bounds) > 0]] = False
-        dropped = tokens.dropped_by(self._rule) & target
-        self._count(batch, tokens, target, dropped)
-        self._add_secrets(batch, offsets, tokens, target, dropped)
-        marks = np.stack([is_target, _characters(tokens, dropped, len(is_target))])
-        rows = [document.number for document in batch]
-        self._result.passages.count(joined, rows, offsets[:-1], marks)
+    def add(self, batch: _Batch) -> None:
+        is_target = batch.is_target()
+        tokens = _Tokens.of(batch, is_target, self._tokenizer, self._rule)
+        self._count(batch, tokens)
+        self._add_secrets(batch, tokens)
+        words = Words.of(batch.text)
+        first, last = tokens.overlapping(words.begins, words.ends)
+        dropped_before = np.concatenate([[0], np.cumsum(tokens.dropped)])
+        has_dropped = dropped_before[last] > dropped_before[first]
+        rows = batch.numbers[_containing(batch.offsets, words.begins)]
+        chosen = is_target[words.begins]
+        self._result.passages.count(
+            words.checksums[chosen], has_dropped[chosen], rows[chosen]
+        )
 
-    def _count(
-        self,
-        batch: list[_Document],
-        tokens: _Tokens,
-        target: NDArray[np.bool_],
-        dropped: NDArray[np.bool_],
-    ) -> None:
+    def _count(self, batch: _Batch, tokens: _Tokens) -> None:
         result = self._result
-        result.documents += len(batch)
-        result.targets += int(target.sum())
-        result.dropped += int(dropped.sum())
-        for i, document in enumerate(batch):
-            inside = slice(tokens.bounds[i], tokens.bounds[i + 1])
-            drops = dropped[inside][target[inside]]
-            # Between two breaks of [start, drop, ..., drop, end] are the kept targets.
-            breaks = np.flatnonzero(np.concatenate([[True], drops, [True]]))
-            run = int(np.diff(breaks).max()) - 1
-            rate = float(drops.sum()) / max(1, len(drops))
-            entry = (run, document.number, rate)
-            if len(result.longest) < SHOWN or entry > result.longest[-1]:
-                result.longest = heapq.nlargest(SHOWN, [*result.longest, entry])
+        result.documents += len(batch.documents)
+        result.targets += int(tokens.target.sum())
+        result.dropped += int(tokens.dropped.sum())
+        documents, longest, rates = _longest_runs(tokens)
+        rows = batch.numbers[documents]
+        entries = zip(longest.tolist(), rows.tolist(), rates.tolist(), strict=True)
+        result.longest = heapq.nlargest(SHOWN, chain(result.longest, entries))
 
-    def _add_secrets(
-        self,
-        batch: list[_Document],
-        offsets: list[int],
-        tokens: _Tokens,
-        target: NDArray[np.bool_],
-        dropped: NDArray[np.bool_],
-    ) -> None:
-        places = self._places(batch, offsets, tokens)
+    def _add_secrets(self, batch: _Batch, tokens: _Tokens) -> None:
+        places = self._places(batch, tokens)
         if not places:
             return
-        suggested = dropped.copy()
+        suggested = tokens.dropped.copy()
         if self._suggested is not None:
-            documents = {place.document for place in places}
-            suggested |= self._suggested_drops(tokens, documents) & target
+            suggested |= self._suggested_drops(tokens, places) & tokens.target
         elif self._result.column:  # premask drops every place of the column's secrets
             for place in places:
                 suggested[place.tokens] = True
-            suggested &= target
-        self._result.more += int((suggested & ~dropped).sum())
+            suggested &= tokens.target
+        self._result.more += int((suggested & ~tokens.dropped).sum())
         # What is no target in a place is not learned there either.
-        unlearned = (dropped | ~target, suggested | ~target)
+        unlearned = (tokens.dropped | ~tokens.target, suggested | ~tokens.target)
         for place in places:
-            inside = np.arange(place.tokens.start, place.tokens.stop)
-            if target[inside].any():
-                begin = place.begin - offsets[place.document]
-                text = batch[place.document].text[begin : begin + place.length]
-                self._add_place(text, batch, place, tokens, unlearned)
+            if tokens.target[place.tokens].any():
+                self._add_place(batch, tokens, place, unlearned)
 
     def _add_place(
         self,
-        text: str,
-        batch: list[_Document],
-        place: _Place,
+        batch: _Batch,
         tokens: _Tokens,
+        place: _Place,
         unlearned: tuple[NDArray[np.bool_], NDArray[np.bool_]],
     ) -> None:
-        inside = np.arange(place.tokens.start, place.tokens.stop)
-        spans = [_span(tokens, i, place) for i in inside]
-        decisions = [_dropped_bits(spans, each[inside]) for each in unlearned]
-        secret = self._result.secrets.get(text)
+        secrets = self._result.secrets
+        text = batch.text[place.begin : place.begin + place.length]
+        spans = _spans_in(place, tokens)
+        decisions = [_dropped_bits(spans, each[place.tokens]) for each in unlearned]
+        secret = secrets.get(text)
         if secret is None:
-            secret = Secret(text, spans, decisions)
-            self._result.secrets[text] = secret
-        secret.add(batch[place.document].number, decisions)
+            if not self._result.marked and len(secrets) >= MOST_LIKELY:
+                return
+            secret = secrets[text] = Secret(text, spans, decisions)
+        secret.add(batch.documents[place.document].number, decisions)
         if self._model is not None and len(secret.bits) < BITS_OF_PLACES:
-            first = int(tokens.bounds[place.document])
-            secret.bits.append(self._bits(tokens, first, inside, spans))
+            secret.bits.append(self._bits(tokens, place, spans))
 
-    def _places(
-        self, batch: list[_Document], offsets: list[int], tokens: _Tokens
-    ) -> list[_Place]:
+    def _places(self, batch: _Batch, tokens: _Tokens) -> list[_Place]:
         """Where secrets are; of likely ones only those with enough tokens for their length."""
-        found = [
-            (i, offsets[i] + begin, offsets[i] + end)
-            for i, document in enumerate(batch)
-            for begin, end in self._find(document)
-        ]
-        documents, begins, ends = np.array(found, dtype=np.int64).reshape(-1, 3).T
-        first = np.searchsorted(tokens.ends, begins, side="right")
-        last = np.searchsorted(tokens.begins, ends, side="left")
+        begins, ends = self._find(batch)
+        first, last = tokens.overlapping(begins, ends)
         chosen = last > first
         if not self._result.marked:
-            counts = last - first
-            chosen &= (counts >= DENSE[0]) & (counts >= (ends - begins) / DENSE[1])
+            chosen &= is_dense(last - first, ends - begins)
+        documents = _containing(batch.offsets, begins)
         columns = (documents, begins, ends - begins, first, last)
         rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
         return [
-            _Place(i, begin, length, slice(a, b)) for i, begin, length, a, b in rows
+            _Place(document, begin, length, slice(a, b))
+            for document, begin, length, a, b in rows
         ]
 
     def _suggested_drops(
-        self, tokens: _Tokens, documents: set[int]
+        self, tokens: _Tokens, places: list[_Place]
     ) -> NDArray[np.bool_]:
         """What the suggested rule drops in the documents with secrets, bool (N,)."""
         assert self._suggested is not None
+        lengths = np.diff(tokens.bounds)
+        has_secret = np.zeros(len(lengths), dtype=bool)
+        has_secret[[place.document for place in places]] = True
+        chosen = np.repeat(has_secret, lengths)
+        bounds = np.cumsum([0, *lengths[has_secret]])
         result = np.zeros(len(tokens.ids), dtype=bool)
-        for i in documents:
-            inside = slice(tokens.bounds[i], tokens.bounds[i + 1])
-            result[inside] = self._suggested.dropped(
-                torch.from_numpy(tokens.ids[inside])
-            ).numpy()
+        result[chosen] = _drops(self._suggested, tokens.ids[chosen], bounds)
         return result
 
     def _bits(
-        self,
-        tokens: _Tokens,
-        first: int,
-        inside: NDArray[np.int64],
-        spans: list[tuple[int, int]],
+        self, tokens: _Tokens, place: _Place, spans: list[tuple[int, int]]
     ) -> list[tuple[int, int, float]]:
-        """The model's -log2 p of the tokens `inside` a document that begins at token `first`."""
-        last = int(inside[-1]) + 1
-        first = max(first, last - CONTEXT)
-        every = _surprisal(self._model, tokens.ids[first:last])
-        chosen = zip(spans, inside - first, strict=True)
-        return [(begin, end, every[i]) for (begin, end), i in chosen]
+        """The model's -log2 p of a secret's tokens, each after all before it in its document."""
+        begin, end = place.tokens.start, place.tokens.stop
+        first = max(int(tokens.bounds[place.document]), end - CONTEXT)
+        every = _surprisal(self._model, tokens.ids[first:end])
+        bits = every[begin - first :]
+        return [(a, b, each) for (a, b), each in zip(spans, bits, strict=True)]
 
 
-def _span(tokens: _Tokens, i: int, place: _Place) -> tuple[int, int]:
-    """The characters of a secret that token i covers."""
-    begin = max(int(tokens.begins[i]) - place.begin, 0)
-    return begin, min(int(tokens.ends[i]) - place.begin, place.length)
+def _containing(
+    bounds: NDArray[np.int64], places: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """For each place the document in which it is: bounds [0, 3, 9], place 4 -> 1."""
+    return np.searchsorted(bounds, places, side="right") - 1
+
+
+def _longest_runs(
+    tokens: _Tokens,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Of each document with targets: its place, its longest run of kept targets, its drop rate."""
+    targets = np.flatnonzero(tokens.target)
+    if not len(targets):
+        return targets, targets, targets.astype(float)
+    documents, first, counts = np.unique(
+        _containing(tokens.bounds, targets), return_index=True, return_counts=True
+    )
+    drops = tokens.dropped[targets].astype(np.int64)
+    # Targets are counted through. A run begins behind a dropped target or with a document, so the
+    # run up to target i has i + 1 - begin targets: with "." kept and "x" dropped, ". . x . ."
+    # has the begins 0 0 3 3 3 and runs of 1 2 0 1 2.
+    index = np.arange(len(targets))
+    begins = np.where(drops, index + 1, 0)
+    begins[first] = np.maximum(begins[first], first)
+    begins = np.maximum.accumulate(begins)
+    longest = np.maximum.reduceat(index + 1 - begins, first)
+    return documents, longest, np.add.reduceat(drops, first) / counts
+
+
+def _spans_in(place: _Place, tokens: _Tokens) -> list[tuple[int, int]]:
+    """The characters of a secret that each of its tokens covers."""
+    begins = tokens.begins[place.tokens].tolist()
+    ends = tokens.ends[place.tokens].tolist()
+    return [
+        (max(begin - place.begin, 0), min(end - place.begin, place.length))
+        for begin, end in zip(begins, ends, strict=True)
+    ]
 
 
 def _dropped_bits(spans: list[tuple[int, int]], dropped: NDArray[np.bool_]) -> int:
     """The characters whose token is dropped: [(0, 2), (2, 3)], [False, True] -> 0b100."""
     result = 0
     for (begin, end), drop in zip(spans, dropped.tolist(), strict=True):
-        result |= as_bits(begin, end) if drop else 0
+        if drop:
+            result |= as_bits(begin, end)
     return result
-
-
-def _characters(
-    tokens: _Tokens, chosen: NDArray[np.bool_], length: int
-) -> NDArray[np.bool_]:
-    """Which of the characters belong to a chosen token: +1 where one begins, -1 where it ends."""
-    steps = np.zeros(length + 1, dtype=np.int64)
-    np.add.at(steps, tokens.begins[chosen], 1)
-    np.add.at(steps, tokens.ends[chosen], -1)
-    return np.cumsum(steps)[:length] > 0
 
 
 @torch.inference_mode()

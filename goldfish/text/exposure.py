@@ -3,14 +3,28 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import takewhile
 
-BITS_OF_PLACES = (
-    8  # places of a secret in which a model is asked for the bits of its tokens
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from goldfish.text.passages import code_points, runs
+
+# Places of a secret in which a model is asked for the bits of its tokens.
+BITS_OF_PLACES = 8
 SHOWN_ROWS = 5
-_PREFIX = 4  # characters by which places of secrets are looked up
-SHORT = 6  # characters; places of shorter secrets must not lie inside a word or number
+# Characters by which places of secrets are looked up.
+_PREFIX = 4
+# Characters. Places of shorter secrets must not lie inside a word or number.
+SHORT = 6
+
+# A word that nobody marked looks like a secret if it has at least 6 characters and 6 tokens of at
+# most 2 characters on average. Ordinary words have more characters to a token.
+LEAST = 6
+DENSE = 2
+# Between letters and digits these belong to one word, as in "XK7-PQ2" or "a1b2@c3".
+SIGNS = "@#%&*+/=.:~-"
 
 
 @dataclass
@@ -174,3 +188,38 @@ def _is_apart(text: str, begin: int, end: int) -> bool:
         if len(pair) == 2 and (pair.isdecimal() or pair.isalpha()):
             return False
     return True
+
+
+def likely_secrets(text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where words begin and end that are long enough for secrets; see `is_dense` for the rest.
+
+    They begin and end with an ASCII letter, digit or underscore.
+    """
+    kinds = _kinds()[np.minimum(code_points(text), 0x80)]
+    begins, ends = runs(kinds == 2)
+    # "XK7-PQ2, 5" has the runs XK7, PQ2 and 5. Only the second gap has characters of kind 0.
+    others_before = np.concatenate([[0], np.cumsum(kinds == 0)])
+    together = others_before[begins[1:]] == others_before[ends[:-1]]
+    gaps = np.flatnonzero(together)
+    begins, ends = np.delete(begins, gaps + 1), np.delete(ends, gaps)
+    long = ends - begins >= LEAST
+    return begins[long], ends[long]
+
+
+def is_dense(
+    tokens: NDArray[np.int64], characters: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether words with so many tokens and characters look like secrets."""
+    return (tokens >= LEAST) & (tokens * DENSE >= characters)
+
+
+@cache
+def _kinds() -> NDArray[np.int8]:
+    """Of each ASCII character, and of all others together: 2 letters and digits, 1 SIGNS, 0."""
+    kinds = np.zeros(0x81, dtype=np.int8)
+    for code in range(0x80):
+        if re.match(r"\w", chr(code)):
+            kinds[code] = 2
+        elif chr(code) in SIGNS:
+            kinds[code] = 1
+    return kinds

@@ -1,144 +1,176 @@
 """Passages that occur more than once in a data set, and whether their dropped words agree."""
 
-import re
-import zlib
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-WORD = re.compile(r"[^\W_]+")
+from goldfish.hashing import mix, prefix_hashes, shift_right, window_hashes
+
 PASSAGE = 8  # words
-# Passages in memory. If there are more, every second one is forgotten (by checksum), again and
-# again: what is reported is then the share of a sample, of 131,072 passages and more.
+SHOWN = 10  # rows that are listed
+# Passages in memory (6 MB). If there are more, every second one is forgotten (by checksum), again
+# and again, and those that are left stand for as many as were forgotten.
 MOST = 2**18
-_FACTOR = np.uint64(
-    0x9E3779B97F4A7C15
-)  # odd, so that no word of a passage is lost modulo 2**64
+
+
+class Words(NamedTuple):
+    """The words of a text: runs of letters and digits.
+
+    begins, ends: characters, int64 (N,). checksums: equal for words that differ in case only.
+    """
+
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    checksums: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, text: str) -> "Words":
+        letters = _folded()[code_points(text)]
+        begins, ends = runs(letters > 0)
+        return cls(begins, ends, _checksums(letters, begins, ends))
 
 
 @dataclass
 class Passages:
     """Counts of passages. A passage is a run of 8 words of a row, or all words of a shorter row.
 
-    total: passages counted. recurring: those that occur in an earlier row. differing: the recurring
-    ones in which other words have a dropped token than in the first row.
-    repeated: (row, earlier row, share of the row's passages that are in it), if at least half are.
+    total: passages. recurring: those that occur in an earlier row. differing: the recurring ones in
+    which other words have a dropped token than in the first row. Estimates once passages are
+    sampled: each that is compared stands for `one_in` passages at that time.
+    repeated: (row, earlier row, share of the row's passages that are in it), if at least half of
+    those that are compared are; the first SHOWN of repeated_count.
+    one_in: of so many passages one is compared.
     """
 
     total: int = 0
     recurring: int = 0
     differing: int = 0
     repeated: list[tuple[int, int, float]] = field(default_factory=list)
-    # checksum -> first row, which words are dropped (one bit each); checksums that _every divides
-    _seen: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False)
-    _every: int = 1
-    _checksums: dict[str, int] = field(default_factory=dict, repr=False)  # of words
+    repeated_count: int = 0
+    one_in: int = 1
+    # Three rows: the checksums of passages in ascending order, which of their words are dropped
+    # (one bit each), and the row in which each was first seen.
+    _seen: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros((3, 0), dtype=np.int64),
+        repr=False,
+        compare=False,
+    )
 
     def count(
-        self, text: str, rows: list[int], begins: list[int], marks: NDArray[np.bool_]
+        self,
+        words: NDArray[np.int64],
+        dropped: NDArray[np.bool_],
+        rows: NDArray[np.int64],
     ) -> None:
-        """Add the words of some rows.
+        """Add the words of some rows; int64 or bool (N,).
 
         Args:
-            text: the rows, one after the other, with characters between them that are no words.
-            rows, begins: the number of each row, and where it begins in the text.
-            marks: (2, characters of text), whether a character is a target, and a dropped one.
+            words: the checksum of each word, in the order of the text.
+            dropped: whether a token of the word is dropped.
+            rows: the number of the row in which the word is, ascending.
         """
-        words = [
-            (m.start(), m.end(), self._checksum(m.group())) for m in WORD.finditer(text)
-        ]
-        if not words:
-            return
-        table = np.array(words, dtype=np.int64)
-        table = table[marks[0, table[:, 0]]]
-        dropped_before = np.concatenate([[0], np.cumsum(marks[1])])
-        dropped = dropped_before[table[:, 1]] > dropped_before[table[:, 0]]
-        place = np.searchsorted(begins, table[:, 0], side="right") - 1
-        bounds = np.searchsorted(place, np.arange(len(rows) + 1))
-        found = [_windows(table[:, 2], dropped, place)]
-        for first, end in pairwise(bounds.tolist()):
-            if 0 < end - first < PASSAGE:
-                found.append(
-                    _whole(table[first:end, 2], dropped[first:end], place[first])
-                )
-        checksums, drops, places = (
-            np.concatenate(each) for each in zip(*found, strict=True)
-        )
-        kept = checksums % self._every == 0
-        order = np.argsort(places[kept], kind="stable")
-        columns = (each[kept][order].tolist() for each in (checksums, drops, places))
-        self._compare(list(zip(*columns, strict=True)), rows)
+        begins, ends = _passages(rows)
+        checksums = _checksums(words, begins, ends)
+        compared = checksums % self.one_in == 0
+        begins, ends = begins[compared], ends[compared]
+        drops = np.zeros(len(begins), dtype=np.int64)
+        for j in range(PASSAGE):
+            inside = begins + j < ends
+            place = np.minimum(begins + j, len(rows) - 1)
+            drops = 2 * drops + (dropped[place] & inside)
+        self._compare(np.stack([checksums[compared], drops, rows[begins]]))
 
-    def _checksum(self, word: str) -> int:
-        checksum = self._checksums.get(word)
-        if checksum is None:
-            if len(self._checksums) > MOST:
-                self._checksums.clear()
-            checksum = zlib.crc32(word.casefold().encode("utf-8", "replace"))
-            self._checksums[word] = checksum
-        return checksum
-
-    def _compare(self, found: list[tuple[int, int, int]], rows: list[int]) -> None:
-        """Compare (checksum, dropped words, index of the row) with the passages seen before."""
-        totals = Counter(place for _, _, place in found)
-        earlier: dict[int, Counter[int]] = {}
-        for checksum, drop, place in found:
-            row = rows[place]
-            first, before = self._seen.setdefault(checksum, (row, drop))
-            if first != row:
-                self.recurring += 1
-                self.differing += before != drop
-                earlier.setdefault(place, Counter())[first] += 1
-        self.total += len(found)
-        for place, counts in earlier.items():
-            first, count = counts.most_common(1)[0]
-            if 2 * count >= totals[place]:
-                self.repeated.append((rows[place], first, count / totals[place]))
-        while len(self._seen) > MOST:
-            self._every *= 2
-            kept = {
-                each: seen
-                for each, seen in self._seen.items()
-                if each % self._every == 0
-            }
-            self._seen = kept
+    def _compare(self, found: NDArray[np.int64]) -> None:
+        """Compare passages with those before them; int64 (3, N) as in _seen, in order of rows."""
+        every = np.concatenate([self._seen, found], axis=1)
+        _, first, which = np.unique(every[0], return_index=True, return_inverse=True)
+        # first: where each checksum is for the first time. Those seen before come first.
+        self._seen = every[:, first]
+        known = len(which) - found.shape[1]
+        _, drops, rows = found
+        _, first_drops, first_rows = self._seen[:, which[known:]]
+        recurs = first_rows != rows
+        self.total += self.one_in * len(rows)
+        self.recurring += self.one_in * int(recurs.sum())
+        self.differing += self.one_in * int((recurs & (first_drops != drops)).sum())
+        for repeated in _repeated(rows, first_rows):
+            self.repeated_count += 1
+            if len(self.repeated) < SHOWN:
+                self.repeated.append(repeated)
+        while self._seen.shape[1] > MOST:
+            self.one_in *= 2
+            self._seen = self._seen[:, self._seen[0] % self.one_in == 0]
 
 
-Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+def _repeated(
+    rows: NDArray[np.int64], first_rows: NDArray[np.int64]
+) -> Iterator[tuple[int, int, float]]:
+    """(row, earlier row, share) if at least half of a row's passages were in that earlier row.
 
-
-def _windows(
-    words: NDArray[np.int64], dropped: NDArray[np.bool_], place: NDArray[np.int64]
-) -> Found:
-    """Checksum, dropped words and row of each run of 8 words inside a row.
-
-    The checksum of w0 ... w7 is w0 f**7 + w1 f**6 + ... + w7 modulo 2**64, made for all runs at
-    once: after the j-th step every run has its first j words.
+    Args:
+        rows, first_rows: of each passage its row, and the row in which it was first.
     """
-    count = max(0, len(words) - PASSAGE + 1)
-    checksums = np.zeros(count, dtype=np.uint64)
-    drops = np.zeros(count, dtype=np.int64)
-    for j in range(PASSAGE):
-        checksums = checksums * _FACTOR + words[j : j + count].astype(np.uint64)
-        drops = drops * 2 + dropped[j : j + count]
-    inside = place[:count] == place[PASSAGE - 1 :][:count]
-    return _mixed(checksums[inside]), drops[inside], place[:count][inside]
+    numbers, totals = np.unique(rows, return_counts=True)
+    total_of = dict(zip(numbers.tolist(), totals.tolist(), strict=True))
+    recurs = rows != first_rows
+    pairs = np.stack([rows[recurs], first_rows[recurs]])
+    pairs, counts = np.unique(pairs, axis=1, return_counts=True)
+    best: dict[int, tuple[int, int]] = {}
+    for row, first, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+        best[row] = max(best.get(row, (0, 0)), (count, first))
+    for row, (count, first) in best.items():
+        if 2 * count >= total_of[row]:
+            yield row, first, count / total_of[row]
 
 
-def _whole(words: NDArray[np.int64], dropped: NDArray[np.bool_], place: int) -> Found:
-    """The same for a row with fewer than 8 words, which is one passage."""
-    checksum = np.full(1, len(words), dtype=np.uint64)
-    drops = np.zeros(1, dtype=np.int64)
-    for word, drop in zip(words.astype(np.uint64), dropped, strict=True):
-        checksum = checksum * _FACTOR + word
-        drops = drops * 2 + drop
-    return _mixed(checksum), drops, np.full(1, place, dtype=np.int64)
+def _passages(
+    rows: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where passages begin and end, given the row of each word.
+
+    With passages of 2 words, the rows [5, 5, 5, 6] have the passages 0-2, 1-3 and 3-4.
+    """
+    words = np.arange(len(rows))
+    first_of_row = np.searchsorted(rows, rows, side="left")
+    end_of_row = np.searchsorted(rows, rows, side="right")
+    # A row with fewer than 8 words is one passage.
+    begins = np.flatnonzero((words + PASSAGE <= end_of_row) | (words == first_of_row))
+    return begins, np.minimum(begins + PASSAGE, end_of_row[begins])
 
 
-def _mixed(checksums: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """44 bits in which every word counts: the lowest bits of a product ignore higher ones."""
-    mixed: NDArray[np.uint64] = (checksums * _FACTOR) >> np.uint64(20)
-    return mixed.astype(np.int64)
+def _checksums(
+    symbols: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """A checksum of each symbols[begin:end], 44 bits; the length counts too."""
+    begin, end = torch.from_numpy(begins), torch.from_numpy(ends)
+    hashes = window_hashes(prefix_hashes(torch.from_numpy(symbols)), begin, end)
+    return shift_right(mix(hashes + (end - begin)), 20).numpy()
+
+
+def code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def runs(flags: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where runs of True begin and end: [0, 1, 1, 0, 1] -> [1, 4], [3, 5]."""
+    steps = np.diff(flags.astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+
+
+@cache
+def _folded() -> NDArray[np.int64]:
+    """For every code point of a letter or digit its lower case, 0 for the others: A and a -> 97.
+
+    Of a lower case of several characters the first one counts, so "ß" is the same as "s".
+    """
+    folded = np.zeros(0x110000, dtype=np.int64)
+    for code in range(len(folded)):
+        character = chr(code)
+        if character.isalnum():
+            folded[code] = ord(character.casefold()[0])
+    return folded

@@ -1,0 +1,201 @@
+"""What `goldfish check` found, and how it is said in a terminal."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from goldfish.rule import Goldfish
+from goldfish.text.exposure import SHOWN_ROWS, Secret, informative_characters
+from goldfish.text.passages import SHOWN, Passages
+from goldfish.text.printable import plain
+
+
+@dataclass
+class Check:
+    """What `check` found. Rows count from 0.
+
+    marked: whether the user marked secrets; if not, `secrets` are words that look like some.
+    targets, dropped: tokens. more: tokens that `suggested` drops besides.
+    longest: (kept targets in a row, row, drop rate of the row), greatest first.
+    missing: (row, value) of marked values that do not occur in the text of their row, the first
+        SHOWN of missing_count.
+    suggested: the rule with the secrets' expression; None if that is no help.
+    """
+
+    rule: Goldfish
+    marked: bool
+    column: str = ""
+    suggested: Goldfish | None = None
+    documents: int = 0
+    targets: int = 0
+    dropped: int = 0
+    more: int = 0
+    longest: list[tuple[int, int, float]] = field(default_factory=list)
+    missing: list[tuple[int, str]] = field(default_factory=list)
+    missing_count: int = 0
+    secrets: dict[str, Secret] = field(default_factory=dict)
+    passages: Passages = field(default_factory=Passages)
+
+    def exposed(self, tokens: int = 0, rule: int = 0) -> list[str]:
+        """The secrets with exactly so many informative tokens that are dropped in every place.
+
+        Args:
+            rule: 0, the rule itself; 1, with the secrets' tokens dropped as `suggested`.
+        """
+        return [
+            name
+            for name, secret in self.secrets.items()
+            if len(secret.protected(self._informative[name], rule)) == tokens
+        ]
+
+    @cached_property
+    def _informative(self) -> dict[str, int]:
+        """Needs all secrets: asked for after the last batch only."""
+        return informative_characters(self.secrets)
+
+    def exit_code(self) -> int:
+        """1: a marked secret can be learned whole; 3: none of the marked secrets occurs; else 0."""
+        if not self.marked:
+            return 0
+        if not self.secrets:
+            return 3
+        return 1 if self.exposed() else 0
+
+    def lines(self) -> Iterator[str]:
+        """The result for a terminal; the last line is the conclusion."""
+        share = self.dropped / max(1, self.targets)
+        documents = counted(self.documents, "document")
+        targets = counted(self.targets, "target")
+        yield f"{documents}, {targets}, {share:.1%} dropped ({self.rule.short()})"
+        yield "longest runs of kept tokens:"
+        for run, row, rate in self.longest:
+            yield f"    row {row}: {run} ({rate:.1%} of the row dropped)"
+        yield from self._lines_on_passages()
+        yield from self._lines_on_secrets()
+        yield self.conclusion()
+
+    def _lines_on_passages(self) -> Iterator[str]:
+        found = self.passages
+        if found.one_in > 1:
+            yield f"one in {found.one_in:,} passages is compared:"
+        recurring = found.recurring / max(1, found.total)
+        differing = found.differing / max(1, found.recurring)
+        yield (
+            f"{recurring:.1%} of passages occur in an earlier row, "
+            f"{differing:.1%} of these with other dropped words"
+        )
+        repeated = f"{found.repeated_count:,}"
+        yield f"rows with at least half of their passages in one earlier row: {repeated}"
+        for row, first, share in found.repeated:
+            yield f"    row {row}: {share:.0%} in row {first}"
+
+    def _lines_on_secrets(self) -> Iterator[str]:
+        found = counted(len(self.secrets), "secret")
+        if not self.marked:
+            likely = counted(len(self.secrets), "likely secret")
+            found = f"{likely} (none are marked)"
+        yield f"{found}; a token counts if it differs between secrets"
+        for tokens, what in enumerate(
+            ("no token dropped in every place", "only one such token")
+        ):
+            names = self.exposed(tokens)
+            yield f"  {what}: {len(names):,}"
+            for name in names[:SHOWN]:
+                secret = self.secrets[name]
+                more = ", ..." if secret.count > SHOWN_ROWS else ""
+                rows = "rows" if len(secret.rows) > 1 else "row"
+                yield f"    {plain(name)} ({rows} {', '.join(map(str, secret.rows))}{more})"
+        bits = self.bits()
+        if bits:
+            yield (
+                "  bits of the dropped tokens, by the model before training "
+                "(an estimate, not a lower bound):"
+            )
+            for name in sorted(bits, key=bits.__getitem__)[:SHOWN]:
+                yield f"    {plain(name)}: {bits[name]:.1f}"
+        if self.missing:
+            yield f"{self._missing_values()} in the text of their row:"
+            for row, value in self.missing:
+                yield f"    {plain(value)} (row {row})"
+
+    def _missing_values(self) -> str:
+        verb = "does" if self.missing_count == 1 else "do"
+        return f"{counted(self.missing_count, 'marked value')} {verb} not occur"
+
+    def bits(self) -> dict[str, float]:
+        """-log2 p under the given model of what is dropped of each secret; empty without a model.
+
+        An estimate of what somebody must guess who knows the rest of the secret. It is no lower
+        bound: the trained model has learned from other secrets what a secret looks like (measured:
+        docs/results-log.md, "Uncertain tokens and marked secrets"). The place where guessing is
+        easiest counts, of the first 8 places.
+        """
+        result = {}
+        for name, secret in self.secrets.items():
+            bits = secret.bits_to_guess(self._informative[name])
+            if bits is not None:
+                result[name] = bits
+        return result
+
+    def conclusion(self) -> str:
+        """One sentence and one rule to copy; another sentence if marked values were not found."""
+        conclusion = self._conclusion_on_secrets()
+        if self.missing_count:
+            missing = f"{self._missing_values()} in the text of their row"
+            conclusion += f" {missing}: look for other spellings."
+        return conclusion
+
+    def _conclusion_on_secrets(self) -> str:
+        if not self.secrets:
+            if self.marked:
+                return "None of the marked secrets occurs among the targets."
+            return "Nothing looks like a secret. Mark secrets with --secrets or --secret-column."
+        total = counted(len(self.secrets), "secret" if self.marked else "likely secret")
+        exposed = f"{len(self.exposed()):,} of {total} can be learned whole."
+        if not self.marked:
+            return f"{exposed} Mark the real ones with --secrets or --secret-column."
+        if not self.exposed():
+            return f"{exposed} Each has an informative token that is dropped in every place."
+        return f"{exposed} {self._advice()}"
+
+    def _advice(self) -> str:
+        """What drops the secrets that can be learned, with its cost."""
+        left = len(self.exposed(rule=1))
+        remaining = f"{left:,} left" if left else "none left"
+        share = self.more / max(1, self.targets)
+        cost = f"{share:.1%} more tokens dropped, {remaining}."
+        if self.suggested is not None:
+            return f"Train with {as_python(self.suggested)}: {cost}"
+        if self.column:
+            command = f"goldfish premask --secret-column {self.column}"
+            return f"Write the labels with: {command}: {cost}"
+        return "Replace them in the data, or give them in a --secret-column."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 secret", "2,000 secrets"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def as_python(rule: Goldfish) -> str:
+    r"""The rule to copy into a script.
+
+    >>> print(as_python(Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)")))
+    Goldfish(k=4, h=13, max_kept=4, secrets=r'code (\d+)')
+    """
+    parts = [f"k={rule.k:g}", f"h={rule.h}"]
+    if rule.strategy != "hash":
+        parts.append(f'strategy="{rule.strategy}"')
+    if rule.max_kept is not None:
+        parts.append(f"max_kept={rule.max_kept}")
+    if rule.seed:
+        parts.append(f"seed={rule.seed}")
+    if rule.secrets is not None:
+        raw = "'" not in rule.secrets and not rule.secrets.endswith("\\")
+        shown = (
+            f"r'{rule.secrets}'"
+            if raw and rule.secrets.isprintable()
+            else repr(rule.secrets)
+        )
+        parts.append(f"secrets={shown}")
+    return f"Goldfish({', '.join(parts)})"
