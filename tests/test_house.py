@@ -174,6 +174,21 @@ def test_training_and_audit_do_not_load_each_other():
     assert "goldfish.trainer" not in loaded_after("import goldfish.audit")
 
 
+def test_the_first_hour_on_a_gpu_starts_without_extras():
+    """A machine with a GPU may have torch and transformers only: benchmarks/gpu.sh runs what it can."""
+    root = PACKAGE.parent
+    files = ("tests/gpu/test_gpu.py", "benchmarks/loss.py", "benchmarks/step.py")
+    if not (root / files[0]).is_file():
+        pytest.skip("goldfish is installed from a wheel: there is no checkout")
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(('datasets', 'trl', 'peft', 'rapidfuzz')))\n"
+        "sys.path[:0] = ['tests', 'benchmarks']\n"
+        f"for path in {files}: runpy.run_path(path)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
 def test_public_names():
     for name in goldfish.__all__:
         assert getattr(goldfish, name) is not None

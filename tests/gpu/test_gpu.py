@@ -6,12 +6,14 @@ Every test runs at toy size on the CPU and, marked `gpu`, at full size on a GPU,
 are kept. Those that audit a model are skipped without rapidfuzz.
 """
 
+import json
 import os
 import platform
 import re
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import goldfish.audit
 from goldfish import Goldfish, linear_cross_entropy, spec
-from goldfish.audit.records import dumps
 from goldfish.letters import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -70,9 +71,8 @@ def figures(device, tmp_path_factory):
         "python": platform.python_version(),
     }
     path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
-    path.write_text(
-        dumps({"about": about, "command": "pytest -m gpu tests/gpu", **found})
-    )
+    result = {"about": about, "command": "pytest -m gpu tests/gpu", **found}
+    path.write_text(json.dumps(result, indent=2, default=asdict) + "\n")
 
 
 @pytest.mark.parametrize(
