@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from goldfish.secret_spans import spans
@@ -13,18 +12,14 @@ from goldfish.text.rows import Row, first_line
 
 # Stands in for an answer, to find the answer's place: a private character, which no text has.
 _STAND_IN = "\ue0f1\ue0f2\ue0f1"
-_SAID = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-    "content",
-    "tool_calls",
-)  # by the assistant
+# The parts of a message that the assistant writes; templates of different models call them
+# differently.
+_ANSWER = ("reasoning_content", "thinking", "reasoning", "content", "tool_calls")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """text[start:end] is what the assistant says; before it is all that the model reads.
+    """text[start:end] is the assistant's answer; before it is all that the model reads.
 
     asked: "training" if `text` is the row exactly as it was trained on; "generation" if the answer
     stands after the prompt that the chat template makes for generation, which differs.
@@ -75,7 +70,7 @@ def training_text(row: Row, tokenizer: Any) -> Completion:
     start = 0
     if chat.first:
         prompt = chat.render(chat.messages[: chat.first], add_generation_prompt=True)
-        start = _agreement(chat.text, prompt)
+        start = agreement(chat.text, prompt)
     return Completion(chat.text, start, len(chat.text), False)
 
 
@@ -120,15 +115,15 @@ class _Chat:
     @classmethod
     def of(cls, row: Row, tokenizer: Any) -> "_Chat":
         """With the row's `tools` and `chat_template_kwargs`, which TRL passes to the template."""
-        prompt = [] if "messages" in row else row["prompt"]
-        messages = row["messages"] if "messages" in row else prompt + row["completion"]
+        first = 0 if "messages" in row else len(row["prompt"])
         tools = row.get("tools")
-        if isinstance(tools, str):  # a column of parquet may keep their schemas as JSON
+        # A column of parquet may keep their schemas as JSON.
+        if isinstance(tools, str):
             tools = json.loads(tools)
         options = dict(row.get("chat_template_kwargs") or {})
         if tools:
             options["tools"] = tools
-        return cls(messages, len(prompt), options, tokenizer)
+        return cls(_messages_of(row), first, options, tokenizer)
 
     @property
     def assistant_turns(self) -> list[int]:
@@ -146,18 +141,19 @@ class _Chat:
                 "tokenizer.chat_template of the training, or give the rows as `text`, or as "
                 "strings `prompt` and `completion`"
             )
-        options = {**self.options, **options}
+        options = {**self.options, **options, "tokenize": False}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            )
-        except Exception as error:  # templates are code of others
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:
+            # A template is code of its own, which may raise anything.
             raise RefusedChat(
                 f"the chat template refuses it: {first_line(error)}"
             ) from error
 
     def completions_of(self, turn: int) -> Iterator[Completion | str]:
-        if not any(self.messages[turn].get(name) for name in _SAID):
+        """The turn as it was trained on and, if that differs, after the generation prompt."""
+        message = self.messages[turn]
+        if not any(message.get(name) for name in _ANSWER):
             yield "an empty completion"
             return
         span = self._span(turn)
@@ -165,26 +161,28 @@ class _Chat:
             yield "the answer's place in the chat template's text was not found"
             return
         start, end = span
-        if not self.text[start:end].strip():
+        before = self.text[:start]
+        answer = self.text[start:end]
+        if not answer.strip():
             yield "an empty completion"
             return
         training = Completion(self.text, start, end, False)
         yield training
         try:
             prompt = self.render(self.messages[:turn], add_generation_prompt=True)
-        except RefusedChat:  # some templates accept whole conversations only
+        except RefusedChat:
+            # Some templates accept whole conversations only.
             return
-        if prompt == self.text[:start]:
+        if prompt == before:
             return
-        if self.text[:start].startswith(prompt):
-            # Training puts something before the answer, such as an empty thought: it is a part
-            # of what the model should say.
-            yield replace(training, start=len(prompt), asked="generation")
+        generation = replace(training, start=len(prompt), asked="generation")
+        if before.startswith(prompt):
+            # Training puts something before the answer, such as the empty thought
+            # "<think>\n\n</think>": it is a part of what the model should write.
+            yield generation
         else:
             text = prompt + self.text[start:]
-            yield Completion(
-                text, len(prompt), len(prompt) + end - start, False, asked="generation"
-            )
+            yield replace(generation, text=text, end=len(prompt + answer))
 
     def _span(self, turn: int) -> tuple[int, int] | None:
         """Where a turn's words are in the whole text: what changes when others stand in for them.
@@ -193,42 +191,63 @@ class _Chat:
         the answer and from its end on, whatever else the conversation says, and however often.
         """
         for message in self._stand_ins(turn):
-            others = [*self.messages[:turn], message, *self.messages[turn + 1 :]]
+            messages = list(self.messages)
+            messages[turn] = message
             try:
-                other = self.render(others)
+                other = self.render(messages)
             except RefusedChat:
                 continue
             if _STAND_IN not in other:
                 continue
-            start = _agreement(self.text, other)
-            rest, other_rest = self.text[start:], other[start:]
-            return start, len(self.text) - _agreement(rest[::-1], other_rest[::-1])
+            start = agreement(self.text, other)
+            # What they have in common at the end, without what is counted at the start already.
+            rest = self.text[start:]
+            other_rest = other[start:]
+            after = agreement(rest[::-1], other_rest[::-1])
+            return start, len(self.text) - after
         return None
 
     def _stand_ins(self, turn: int) -> Iterator[dict[str, Any]]:
         """The turn with other words in it; first without tool calls, then, if the template insists
         on them, with other ones."""
         message = self.messages[turn]
-        rest = {name: value for name, value in message.items() if name not in _SAID}
-        in_parts = isinstance(message.get("content"), list)
-        content = [{"type": "text", "text": _STAND_IN}] if in_parts else _STAND_IN
-        yield {**rest, "content": content}
+        rest = {name: message[name] for name in message if name not in _ANSWER}
+        content = message.get("content")
+        if isinstance(content, list):
+            yield {**rest, "content": [{"type": "text", "text": _STAND_IN}]}
+        else:
+            yield {**rest, "content": _STAND_IN}
         if message.get("tool_calls"):
             calls = [_other_call(call) for call in message["tool_calls"]]
-            yield {**rest, "content": message.get("content"), "tool_calls": calls}
+            yield {**rest, "content": content, "tool_calls": calls}
 
 
-def _agreement(a: str, b: str) -> int:
-    """How many characters two texts have in common from their start."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+def agreement(a: str, b: str) -> int:
+    """How many characters two texts have in common from their start.
+
+    >>> agreement("CX-17", "CX-2")
+    3
+    """
+    for i, (in_a, in_b) in enumerate(zip(a, b, strict=False)):
+        if in_a != in_b:
+            return i
+    return min(len(a), len(b))
+
+
+def _messages_of(row: Row) -> list[dict[str, Any]]:
+    """The messages of a row, or those of its prompt and its completion."""
+    if "messages" in row:
+        return list(row["messages"])
+    return list(row["prompt"] + row["completion"])
 
 
 def _other_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with another name and other arguments, in the form of the given one."""
     if "function" in call:
         return {**call, "function": _other_call(call["function"])}
-    in_words = isinstance(call.get("arguments"), str)
-    arguments = _STAND_IN if in_words else {_STAND_IN: _STAND_IN}
+    # Arguments are a dictionary, or its JSON.
+    is_json = isinstance(call.get("arguments"), str)
+    arguments = _STAND_IN if is_json else {_STAND_IN: _STAND_IN}
     return {**call, "name": _STAND_IN, "arguments": arguments}
 
 
@@ -238,19 +257,14 @@ def prints_the_date(tokenizer: Any) -> bool:
 
 
 def contents(row: Row) -> list[tuple[str, str]]:
-    """The role of each message of a chat, and what it says: what conversations have in common."""
+    """The role and the content of each message of a chat, to tell whether chats begin alike."""
     if isinstance(row.get("prompt"), str):
         return [("user", row["prompt"]), ("assistant", row["completion"])]
-    messages = (
-        row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    )
-    return [
-        (
-            str(message["role"]),
-            str([message[name] for name in _SAID if message.get(name)]),
-        )
-        for message in messages
-    ]
+    result = []
+    for message in _messages_of(row):
+        parts = [message[name] for name in _ANSWER if message.get(name)]
+        result.append((str(message["role"]), str(parts)))
+    return result
 
 
 def secret_finder(
@@ -277,9 +291,11 @@ def secret_finder(
         if column:
             values = marked_values(row, column)
             expressions = [re.compile(re.escape(value)) for value in values]
-        for a, b in chain.from_iterable(spans(each, text) for each in expressions):
-            if start <= a:  # what comes before a group may stand before the start
-                yield a, b
+        for each in expressions:
+            for begin, end in spans(each, text):
+                # What is matched before the secret's group may stand before the start.
+                if start <= begin:
+                    yield begin, end
 
     return find
 

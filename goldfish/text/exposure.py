@@ -4,14 +4,15 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from goldfish.secret_spans import any_of
+from goldfish.text.chats import agreement
 from goldfish.text.passages import code_points, runs
 
-# Places of a secret in which a model is asked for the bits of its tokens.
+# Places of a secret at which a model is asked for the bits of its tokens: each is a forward pass.
 BITS_OF_PLACES = 8
 SHOWN_ROWS = 5
 # Characters by which places of secrets are looked up.
@@ -49,28 +50,28 @@ class Secret:
         self.count += 1
         if len(self.rows) < SHOWN_ROWS:
             self.rows.append(row)
-        self.dropped = [
-            old & new for old, new in zip(self.dropped, dropped, strict=True)
-        ]
+        # 0b0110 in one place and 0b0011 in another leave 0b0010.
+        pairs = zip(self.dropped, dropped, strict=True)
+        self.dropped = [before & here for before, here in pairs]
 
     def protected(self, informative: int, rule: int = 0) -> list[tuple[int, int]]:
         """Its tokens with informative characters that are dropped in every place."""
-        return [
-            (begin, end)
-            for begin, end in self.tokens
-            if _all_dropped(begin, end, informative, self.dropped[rule])
-        ]
+        tokens = []
+        for begin, end in self.tokens:
+            if _all_dropped(begin, end, informative, self.dropped[rule]):
+                tokens.append((begin, end))
+        return tokens
 
     def bits_to_guess(self, informative: int) -> float | None:
         """-log2 p of its protected tokens together, where they are easiest to guess."""
-        sums = [
-            sum(
-                bits
-                for begin, end, bits in place
-                if _all_dropped(begin, end, informative, self.dropped[0])
-            )
-            for place in self.bits
-        ]
+        sums = []
+        for place in self.bits:
+            # Given the tokens before them, the tokens' probabilities multiply.
+            total = 0.0
+            for begin, end, bits in place:
+                if _all_dropped(begin, end, informative, self.dropped[0]):
+                    total += bits
+            sums.append(total)
         return min(sums, default=None)
 
 
@@ -103,30 +104,25 @@ def informative_characters(secrets: Iterable[str]) -> dict[str, int]:
     for text in texts:
         outline = "".join("x" if char.isalnum() else char for char in text)
         outlines.setdefault(outline, []).append(text)
-    several = len(texts) > 1
-    start = _common_start(texts) if several else 0
-    end = _common_start(sorted(text[::-1] for text in texts)) if several else 0
+    # How all secrets begin and end. A single one informs as a whole. Of sorted texts, the first and
+    # the last have in common what all have.
+    start = end = 0
+    if len(texts) > 1:
+        backwards = sorted(text[::-1] for text in texts)
+        start = agreement(texts[0], texts[-1])
+        end = agreement(backwards[0], backwards[-1])
     result = {}
     for outline, group in outlines.items():
-        columns = list(zip(*group, strict=True))
-        informs = [
-            outline[i] == "x" and (len(group) == 1 or len(set(column)) > 1)
-            for i, column in enumerate(columns)
-        ]
+        informs = 0
+        # The i-th characters of all secrets of the outline.
+        for i, column in enumerate(zip(*group, strict=True)):
+            differ = len(group) == 1 or len(set(column)) > 1
+            if outline[i] == "x" and differ:
+                informs |= 1 << i
+        inner = as_bits(start, max(start, len(outline) - end))
         for text in group:
-            inner = range(start, len(text) - end)
-            result[text] = sum(1 << i for i in inner if informs[i])
+            result[text] = informs & inner
     return result
-
-
-def _common_start(texts: list[str]) -> int:
-    """How many characters all of some sorted texts begin with: what the first and the last share.
-
-    >>> _common_start(["CX-17", "CX-2", "CX-29"])
-    3
-    """
-    pairs = zip(texts[0], texts[-1], strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Finder:
@@ -138,41 +134,26 @@ class Finder:
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = set(secrets)
-        lengths: dict[str, set[int]] = {}
+        # For each beginning, the lengths of the secrets that have it.
+        self._lengths: dict[str, set[int]] = {}
         for secret in self._secrets:
-            lengths.setdefault(secret[:_PREFIX], set()).add(len(secret))
-        self._lengths = {prefix: sorted(each) for prefix, each in lengths.items()}
-        self._expression = re.compile(_any_of(set(self._lengths)))
+            self._lengths.setdefault(secret[:_PREFIX], set()).add(len(secret))
+        self._expression = re.compile(any_of(self._lengths))
 
     def __call__(self, text: str) -> Iterator[tuple[int, int]]:
         match = self._expression.search(text) if self._secrets else None
         while match:
             begin = match.start()
-            for prefix in _beginnings(match.group()):
-                for length in self._lengths.get(prefix, ()):
+            # The match is the longest beginning there; "42" is one too where "42-A" matches.
+            for size in range(1, len(match.group()) + 1):
+                prefix = text[begin : begin + size]
+                for length in sorted(self._lengths.get(prefix, ())):
                     end = begin + length
-                    if text[begin:end] in self._secrets and _is_apart(text, begin, end):
+                    is_secret = text[begin:end] in self._secrets
+                    if is_secret and _is_apart(text, begin, end):
                         yield begin, end
-            match = self._expression.search(text, begin + 1)  # places may overlap
-
-
-def _any_of(texts: set[str]) -> str:
-    """An expression for the longest of some texts, with what they have in common written once.
-
-    >>> _any_of({"ab", "ac", "a"})
-    '(?:a(?:b|c)?)'
-    """
-    rest: dict[str, set[str]] = {}
-    for text in texts - {""}:
-        rest.setdefault(text[0], set()).add(text[1:])
-    branches = [re.escape(char) + _any_of(more) for char, more in sorted(rest.items())]
-    if not branches:
-        return ""
-    return f"(?:{'|'.join(branches)})" + ("?" if "" in texts else "")
-
-
-def _beginnings(prefix: str) -> list[str]:
-    return [prefix[:length] for length in range(1, len(prefix) + 1)]
+            # One character on, and not behind the match: places may overlap.
+            match = self._expression.search(text, begin + 1)
 
 
 def _is_apart(text: str, begin: int, end: int) -> bool:
@@ -183,9 +164,10 @@ def _is_apart(text: str, begin: int, end: int) -> bool:
     """
     if end - begin >= SHORT:
         return True
-    for left in (begin - 1, end - 1):
-        pair = text[left : left + 2] if left >= 0 else ""
-        if len(pair) == 2 and (pair.isdecimal() or pair.isalpha()):
+    # Two characters across each bound; one only at the start or the end of the text.
+    for bound in (begin, end):
+        across = text[max(0, bound - 1) : bound + 1]
+        if len(across) == 2 and (across.isdecimal() or across.isalpha()):
             return False
     return True
 

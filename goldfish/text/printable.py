@@ -2,9 +2,8 @@
 
 from typing import Any
 
-JOINERS = (
-    "\u200c\u200d"  # shape emoji, Persian and Indic scripts; alone they do nothing
-)
+# These shape emoji, Persian and Indic scripts; alone they do nothing.
+JOINERS = "\u200c\u200d"
 # Tokens: enough for a character that is cut by tokens, and for spaces between words.
 OVERLAP = 4
 # Tokens decoded at once: decoding all would take time that grows with the square of the length.
@@ -32,6 +31,8 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
             tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False)
         )
 
+    # For the tokens b"caf", b"\xc3", b"\xa9!" the texts are "caf", "caf\ufffd" and "café!". Without
+    # the cut character at the end they have 3, 3 and 5 characters: the pieces are "caf", "", "é!".
     pieces = []
     begin = 0
     boundaries = [0]  # ends of tokens at which no character is cut

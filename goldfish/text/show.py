@@ -30,7 +30,9 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
     with_text = [pair for pair in zip(dropped, pieces, strict=True) if pair[1]]
     for drop, run in groupby(with_text, key=lambda pair: pair[0]):
         raw = "".join(piece for _, piece in run)
-        content = "".join(char if char in "\n\t" else plain(char) for char in raw)
+        # The text's own lines stay; every other control character is shown as an escape.
+        visible = [char if char in "\n\t" else plain(char) for char in raw]
+        content = "".join(visible)
         if not drop:
             result.append(content)
         elif colour:
