@@ -151,10 +151,10 @@ def test_standard_input_is_read_as_often_as_it_is_wanted(monkeypatch):
             b'{"text": "", "source": ["web"]}',
             r"line 3: source must be a string, or be left out, got \['web'\]",
         ),
-        (b'{"text": "\\ud83d"}', "line 3 holds half a character"),
+        (b'{"text": "\\ud83d"}', "line 3 has half a character"),
         (
             b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
-            "line 3 holds half a character",
+            "line 3 has half a character",
         ),
         (
             b'{"text": "caf\xe9"}',

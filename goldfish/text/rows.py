@@ -13,18 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PLAIN = (".txt", ".text", ".md", ".rst")  # read as one row
-KINDS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}  # for load_dataset
+# Files that are read as one row.
+PLAIN = (".txt", ".text", ".md", ".rst")
+# Files with rows, and what `datasets.load_dataset` calls them.
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EXPECTED = (
     "a .jsonl, .json, .parquet or .csv file whose rows have text, input_ids, messages, or prompt "
-    "and completion; a "
-    ".txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - for .jsonl on "
-    "standard input"
+    "and completion; a .txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - "
+    "for .jsonl on standard input"
 )
 Row = dict[str, Any]
 Source = str | Path | Iterable[Row]
@@ -50,17 +46,18 @@ def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
         return
     source, path = str(source), _require(source)
     kind = path.suffix.lower()
+    # json and csv are read here and not by `datasets`, which guesses types: it makes 42 of the cell
+    # 0042, a timestamp of a date, and refuses chats whose messages have different keys.
     if kind in PLAIN:
         yield {"text": _decoded(path.read_bytes(), source), "name": path.name}
     elif kind == ".jsonl":
         yield from _lines(path, source, text_column)
     elif kind == ".json":
         yield from _json_rows(path, source, text_column)
-    elif kind == ".csv":
-        for number, row in enumerate(_csv_rows(path, source)):
-            yield checked(row, f"{source}, row {number}", text_column)
     else:
-        for number, row in enumerate(_named(dataset_of(source), source)):
+        is_csv = kind == ".csv"
+        rows = _csv_rows(path, source) if is_csv else _dataset_rows(source)
+        for number, row in enumerate(rows):
             yield checked(row, f"{source}, row {number}", text_column)
 
 
@@ -74,10 +71,12 @@ def _lines(path: Path, source: str, text_column: str) -> Iterator[Row]:
 
 
 def _json_rows(path: Path, source: str, text_column: str) -> Iterator[Row]:
-    """Of a list of objects, or of an object a line, as values are: a date stays a text."""
+    """Of a list of objects, or of an object a line; a date stays a text."""
     with path.open("rb") as data:
         start = data.read(4096)
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+    # A file may begin with the three bytes of a byte order mark.
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"{"):
         yield from _lines(path, source, text_column)
         return
     text = _decoded(path.read_bytes(), source)
@@ -95,11 +94,7 @@ def _json_rows(path: Path, source: str, text_column: str) -> Iterator[Row]:
         )
     for number, row in enumerate(rows):
         where = f"{source}, row {number}"
-        if not isinstance(row, dict):
-            got = type(row).__name__
-            raise ValueError(
-                f'{where}: expected an object such as {{"text": "..."}}, got {got}'
-            )
+        _require_object(row, where)
         _require_whole_characters(row, where)
         yield checked(row, where, text_column)
 
@@ -115,10 +110,10 @@ def _csv_rows(path: Path, source: str) -> Iterator[Row]:
                     raise ValueError(
                         f"{source}, row {number} has more cells than the header"
                     )
-                count = row.get("count")
-                cells: Row = {name: cell or None for name, cell in row.items()}
+                cells: Row = {name: row[name] or None for name in row}
                 cells["text"] = row.get("text")
-                if count and count.isdecimal():
+                count = row.get("count") or ""
+                if count.isdecimal():
                     cells["count"] = int(count)
                 yield cells
     except (csv.Error, UnicodeDecodeError) as error:
@@ -126,31 +121,29 @@ def _csv_rows(path: Path, source: str) -> Iterator[Row]:
 
 
 def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int, Row]]:
-    """(index, row) of `most` rows in order, all choices equally likely; of all rows where most is
-    None.
+    """(index, row) of `most` rows in order, all choices equally likely; of all rows if it is None.
 
-    Reads to the end and holds no more than `most` rows: those with the least of random numbers.
+    Reads to the end, with no more than `most` rows in memory: each row draws a number, and the rows
+    with the least numbers stay.
     """
-    numbered = enumerate(rows)
     if most is None:
-        yield from numbered
+        yield from enumerate(rows)
         return
     choose = random.Random(seed)
-    least = heapq.nsmallest(
-        most, ((choose.random(), index, row) for index, row in numbered)
-    )
-    yield from sorted(
-        ((index, row) for _, index, row in least), key=lambda each: each[0]
-    )
+    # The index stands before the row, so that equal numbers never compare rows.
+    drawn = ((choose.random(), index, row) for index, row in enumerate(rows))
+    chosen = heapq.nsmallest(most, drawn)
+    for _, index, row in sorted(chosen, key=lambda each: each[1]):
+        yield index, row
 
 
 def in_memory(source: Any) -> Source:
     """A source that can be read twice: rows of a data frame or of any iterable; paths stay."""
     if isinstance(source, str | Path):
         return source
-    if hasattr(source, "to_dict") and hasattr(
-        source, "columns"
-    ):  # a data frame of pandas
+    is_data_frame = hasattr(source, "to_dict") and hasattr(source, "columns")
+    if is_data_frame:
+        # A cell without a value is NaN, which would be a text or a count of its own.
         filled = source.astype(object).where(source.notna(), None)
         rows: list[Row] = filled.to_dict("records")
         return rows
@@ -168,7 +161,8 @@ def digest(source: Source) -> str:
     if not isinstance(source, str | Path):
         result = hashlib.sha256()
         for row in source:
-            result.update(json.dumps(row, default=str, sort_keys=True).encode() + b"\n")
+            line = json.dumps(row, default=str, sort_keys=True)
+            result.update(f"{line}\n".encode())
         return result.hexdigest()
     source, path = str(source), _require(source)
     if path.is_file():
@@ -178,10 +172,11 @@ def digest(source: Source) -> str:
     else:
         builder, split = _builder(source)
         files = builder.config.data_files[split]
-    lines = [
-        f"{Path(each).name} {sha256(Path(each))}" if Path(each).is_file() else str(each)
-        for each in files
-    ]
+    lines = []
+    for name in map(str, files):
+        file = Path(name)
+        # On the hub, a name is an address with a commit.
+        lines.append(f"{file.name} {sha256(file)}" if file.is_file() else name)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -195,16 +190,16 @@ def sha256(path: Path) -> str:
 
 
 def dataset_of(source: str, *, streaming: bool = True, split: str | None = None) -> Any:
-    """A `datasets` dataset of a file with rows, a folder or a hub name; split: where it has several
-    and names none.
+    """A `datasets` dataset of a file with rows, a folder or a hub name.
+
+    Args:
+        split: the one to take of several, if `source` does not name one.
 
     Raises:
         FileNotFoundError: no such dataset. ValueError: it cannot be read, or has several splits.
     """
-    from datasets import (
-        load_dataset,
-        load_from_disk,
-    )  # slow to import, and no report needs it
+    # Slow to import, and no report needs it.
+    from datasets import load_dataset, load_from_disk
 
     path = _require(source)
     if path.is_file():
@@ -214,25 +209,22 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
                 f"{path} is text; a dataset has rows: expected one of {', '.join(KINDS)}, or a "
                 "folder"
             )
-        # Columns of csv are texts, as in `read_rows`.
-        texts = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+        options: dict[str, Any] = {"split": "train", "streaming": streaming}
+        if kind == "csv":
+            # Columns are texts, as in `read_rows`.
+            options |= {"dtype": str, "keep_default_na": False}
         try:
-            return load_dataset(
-                kind, data_files=str(path), split="train", streaming=streaming, **texts
-            )
-        except Exception as error:  # of the packages below; StopIteration, without words, where it is empty
-            raise ValueError(
-                f"{path} cannot be read: {first_line(error) or 'it is empty'}"
-            ) from error
-    if any(
-        (path / name).is_file() for name in ("state.json", "dataset_dict.json")
-    ):  # of save_to_disk
+            return load_dataset(kind, data_files=str(path), **options)
+        except Exception as error:
+            # Of the packages below `datasets`. For an empty file it is a StopIteration without text.
+            reason = first_line(error) or "it is empty"
+            raise ValueError(f"{path} cannot be read: {reason}") from error
+    # The files of save_to_disk, for one split and for several.
+    if (path / "state.json").is_file():
+        return load_from_disk(source)
+    if (path / "dataset_dict.json").is_file():
         saved = load_from_disk(source)
-        return (
-            saved[_one_of(list(saved), split, source)]
-            if isinstance(saved, dict)
-            else saved
-        )
+        return saved[_one_of(list(saved), split, source)]
     builder, name = _builder(source, split)
     if streaming:
         return builder.as_streaming_dataset(name)
@@ -240,10 +232,12 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
     return builder.as_dataset(name)
 
 
-def _named(rows: Iterable[Row], source: str) -> Iterator[Row]:
+def _dataset_rows(source: str) -> Iterator[Row]:
+    """The rows of `dataset_of`; whatever the many packages below it raise is a ValueError."""
+    rows = dataset_of(source)
     try:
         yield from rows
-    except Exception as error:  # of the many packages below `datasets`
+    except Exception as error:
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
 
 
@@ -260,12 +254,10 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no file or folder {source} here that can be read, and no dataset of that name on "
-            "the hub: "
-            f"{first_line(error)}; expected {EXPECTED}"
+            f"the hub: {first_line(error)}; expected {EXPECTED}"
         ) from error
-    return builder, _one_of(
-        [str(each) for each in builder.config.data_files or ()], split, source
-    )
+    splits = [str(each) for each in builder.config.data_files or ()]
+    return builder, _one_of(splits, split, source)
 
 
 def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
@@ -283,20 +275,21 @@ def _require(source: str | Path) -> Path:
     """The path of a source, which for a hub name is not there."""
     if str(source) == "-":
         return Path(_standard_input().name)
-    source, path = str(source), Path(source)
-    kind = path.suffix.lower()
-    if path.is_file() and kind not in (*KINDS, *PLAIN):
+    path = Path(source)
+    has_rows = path.suffix.lower() in (*KINDS, *PLAIN)
+    if path.is_file() and not has_rows:
         raise ValueError(f"{path}: expected {EXPECTED}")
-    if not path.exists() and (
-        kind in (*KINDS, *PLAIN) or path.is_absolute() or "/" not in source
-    ):
+    # A hub name has a slash before its split, and no ending of a file.
+    may_be_on_hub = "/" in str(source) and not path.is_absolute() and not has_rows
+    if not path.exists() and not may_be_on_hub:
         raise FileNotFoundError(f"no file {path}; expected {EXPECTED}")
     return path
 
 
 @cache
 def _standard_input() -> Any:
-    """A copy, to be read again."""
+    """A copy, to be read again: an audit reads its inputs several times."""
+    # Not closed before the process ends, and then deleted.
     copy = tempfile.NamedTemporaryFile(suffix=".jsonl")  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, copy)
     copy.flush()
@@ -317,13 +310,19 @@ def _parsed(line: str, where: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(
-            f'{where}: expected an object such as {{"text": "..."}}, got {type(row).__name__}'
-        )
+    _require_object(row, where)
+    # UTF-8 has no halves of characters; only an escape such as \\ud83d can write one.
     if "\\u" in line:
         _require_whole_characters(row, where)
     return row
+
+
+def _require_object(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        got = type(row).__name__
+        raise ValueError(
+            f'{where}: expected an object such as {{"text": "..."}}, got {got}'
+        )
 
 
 def _require_whole_characters(row: Row, where: str) -> None:
@@ -331,7 +330,7 @@ def _require_whole_characters(row: Row, where: str) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} holds half a character (a lone surrogate; {error})"
+            f"{where} has half a character (a lone surrogate; {error})"
         ) from error
 
 
@@ -340,39 +339,36 @@ def _without_nulls(value: Any) -> Any:
 
     An empty content stays: templates tell one that is null from one that is missing.
     """
-    if isinstance(value, dict):
-        filled = {
-            name: each
-            for name, each in value.items()
-            if each is not None or name == "content"
-        }
-        return {name: _without_nulls(each) for name, each in filled.items()}
-    return (
-        [_without_nulls(each) for each in value] if isinstance(value, list) else value
-    )
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    result = {}
+    for name, each in value.items():
+        if each is not None or name == "content":
+            result[name] = _without_nulls(each)
+    return result
 
 
 def checked(row: Row, where: str, text_column: str) -> Row:
     """The row without nulls, or ValueError; where: its place, for the message."""
-    names, row = (
-        sorted(row),
-        {name: value for name, value in row.items() if value is not None},
-    )
+    names = sorted(row)
+    row = {name: value for name, value in row.items() if value is not None}
     if text_column:
         if text_column not in row:
             raise ValueError(
                 f"{where}: no column {text_column}; it has {', '.join(names)}"
             )
         value = row.pop(text_column)
-        others = {
-            name: row[name]
-            for name in row
-            if name not in ("input_ids", "text", "messages", "completion")
-        }
-        row = others | {"messages" if isinstance(value, list) else "text": value}
-    ids, text = row.get("input_ids"), row.get("text")
+        # The named column is read, and not the columns that would be read without a name.
+        for name in ("input_ids", "text", "messages", "completion"):
+            row.pop(name, None)
+        row["messages" if isinstance(value, list) else "text"] = value
+    ids = row.get("input_ids")
+    text = row.get("text")
     if ids is not None:
-        if not (isinstance(ids, list) and all(_is_whole(i) and i >= 0 for i in ids)):
+        are_ids = isinstance(ids, list) and all(_is_whole(i) and i >= 0 for i in ids)
+        if not are_ids:
             raise ValueError(f"{where}: input_ids must be a list of token ids")
     elif text is None and ("messages" in row or {"prompt", "completion"} <= row.keys()):
         _require_chat(row, where)
@@ -399,24 +395,23 @@ def checked(row: Row, where: str, text_column: str) -> Row:
 
 
 def _require_chat(row: Row, where: str) -> None:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if (
-        "messages" not in row
-        and isinstance(prompt, str)
-        and isinstance(completion, str)
-    ):
-        return
-    lists = [row["messages"]] if "messages" in row else [prompt, completion]
-    if not all(
-        isinstance(each, list)
-        and all(isinstance(m, dict) and "role" in m for m in each)
-        for each in lists
-    ):
+    if "messages" in row:
+        parts = [row["messages"]]
+    else:
+        parts = [row["prompt"], row["completion"]]
+        if all(isinstance(part, str) for part in parts):
+            return
+    if not all(_are_messages(part) for part in parts):
         raise ValueError(
             f"{where}: expected messages such as {{'role': 'user', 'content': '...'}}, in a "
-            "list; prompt and "
-            "completion are both strings or both such lists"
+            "list; prompt and completion are both strings or both such lists"
         )
+
+
+def _are_messages(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(each, dict) and "role" in each for each in value)
 
 
 def _is_whole(value: Any) -> bool:
