@@ -216,7 +216,7 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         try:
             return load_dataset(kind, data_files=str(path), **options)
         except Exception as error:
-            # Of the packages below `datasets`. For an empty file it is a StopIteration without text.
+            # Of the packages below `datasets`; for an empty file a StopIteration without text.
             reason = first_line(error) or "it is empty"
             raise ValueError(f"{path} cannot be read: {reason}") from error
     # The files of save_to_disk, for one split and for several.
@@ -307,11 +307,11 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _parsed(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
+        row: Row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     _require_object(row, where)
-    # UTF-8 has no halves of characters; only an escape such as \\ud83d can write one.
+    # UTF-8 has no halves of characters; only an escape such as \ud83d can write one.
     if "\\u" in line:
         _require_whole_characters(row, where)
     return row
