@@ -32,7 +32,7 @@ from goldfish.text.exposure import (
     likely_secrets,
 )
 from goldfish.text.findings import Check
-from goldfish.text.passages import SHOWN, Words
+from goldfish.text.passages import SHOWN, Flags, Ints, Words
 from goldfish.text.rows import Row, read_rows
 
 # Characters that are tokenized at once. More would need more memory; 64 times fewer cost a fifth
@@ -44,7 +44,7 @@ CONTEXT = 1024
 MOST_LIKELY = 2**16
 
 Marker = Callable[[Row, str, int], Iterable[tuple[int, int]]]  # see `secret_finder`
-Spans = tuple[NDArray[np.int64], NDArray[np.int64]]  # begins and ends, in characters
+Spans = tuple[Ints, Ints]  # begins and ends, in characters
 
 
 def check(
@@ -101,13 +101,14 @@ def _every_place(marker: Marker, finder: Finder) -> "Callable[[_Batch], Spans]":
     """
 
     def find(batch: "_Batch") -> Spans:
-        found = []
+        begins, ends = [], []
         for document, offset in zip(batch.documents, batch.offsets, strict=False):
             marked = marker(document.row, document.text, 0)
-            for begin, end in sorted({*marked, *finder(document.text)}):
-                found.append((offset + begin, offset + end))
-        begins, ends = np.array(found, dtype=np.int64).reshape(-1, 2).T
-        return begins, ends
+            spans = {*marked, *finder(document.text)}
+            for begin, end in sorted(spans):
+                begins.append(offset + begin)
+                ends.append(offset + end)
+        return np.array(begins, dtype=np.int64), np.array(ends, dtype=np.int64)
 
     return find
 
@@ -117,12 +118,14 @@ def _literals(reader: "_Reader", marker: Marker, result: Check) -> set[str]:
     found = set()
     for document in reader.documents("looking for secrets"):
         text = document.text
-        found |= {text[a:b] for a, b in marker(document.row, text, 0)}
-        values = marked_values(document.row, result.column)
-        missing = [value for value in values if value not in text]
-        result.missing_count += len(missing)
-        room = SHOWN - len(result.missing)
-        result.missing += [(document.number, value) for value in missing[:room]]
+        for begin, end in marker(document.row, text, 0):
+            found.add(text[begin:end])
+        for value in marked_values(document.row, result.column):
+            if value in text:
+                continue
+            result.missing_count += 1
+            if len(result.missing) < SHOWN:
+                result.missing.append((document.number, value))
     return found
 
 
@@ -202,20 +205,22 @@ class _Batch:
 
     documents: list[_Document]
     text: str
-    offsets: NDArray[np.int64]
+    offsets: Ints
 
     @classmethod
     def of(cls, documents: list[_Document]) -> "_Batch":
         text = "".join(document.text + "\n" for document in documents)
-        sizes = [len(document.text) + 1 for document in documents]
-        return cls(documents, text, np.cumsum([0, *sizes]))
+        offsets = [0]
+        for document in documents:
+            offsets.append(offsets[-1] + len(document.text) + 1)
+        return cls(documents, text, np.array(offsets))
 
     @cached_property
-    def numbers(self) -> NDArray[np.int64]:
+    def numbers(self) -> Ints:
         """The number of each document's row, int64 (B,)."""
         return np.array([document.number for document in self.documents])
 
-    def is_target(self) -> NDArray[np.bool_]:
+    def is_target(self) -> Flags:
         """Whether each character of the text is a target."""
         result = np.zeros(len(self.text), dtype=bool)
         for document, offset in zip(self.documents, self.offsets, strict=False):
@@ -232,18 +237,18 @@ class _Tokens:
     target, dropped: which tokens are targets, and which of these the rule drops, bool (N,).
     """
 
-    ids: NDArray[np.int64]
-    begins: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    target: NDArray[np.bool_]
-    dropped: NDArray[np.bool_]
+    ids: Ints
+    begins: Ints
+    ends: Ints
+    bounds: Ints
+    target: Flags
+    dropped: Flags
 
     @classmethod
     def of(
         cls,
         batch: _Batch,
-        is_target: NDArray[np.bool_],
+        is_target: Flags,
         tokenizer: Any,
         rule: Goldfish,
     ) -> "_Tokens":
@@ -263,8 +268,9 @@ class _Tokens:
         ids = _flat(encoding["input_ids"], bounds[-1])
         pairs = chain.from_iterable(encoding["offset_mapping"])
         places = _flat(pairs, 2 * bounds[-1]).reshape(-1, 2)
-        places += np.repeat(batch.offsets[:-1], lengths)[:, None]
-        begins, ends = places.T
+        document_offsets = np.repeat(batch.offsets[:-1], lengths)
+        begins = places[:, 0] + document_offsets
+        ends = places[:, 1] + document_offsets
         # What the tokenizer adds, even at the end, is at characters (0, 0). It is moved to where
         # it stands, so that places are in order and can be searched.
         reached = np.maximum.accumulate(ends)
@@ -278,34 +284,30 @@ class _Tokens:
         dropped = _drops(rule, ids, bounds) & target
         return cls(ids, begins, ends, bounds, target, dropped)
 
-    def overlapping(
-        self, begins: NDArray[np.int64], ends: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def overlapping(self, begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
         """The first token that overlaps each span of characters, and the one after the last."""
         first = np.searchsorted(self.ends, begins, side="right")
         last = np.searchsorted(self.begins, ends, side="left")
         return first, last
 
 
-def _flat(lists: Iterable[Iterable[int]], count: int) -> NDArray[np.int64]:
-    return np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=count)
+def _flat(lists: Iterable[Iterable[int]], count: int) -> Ints:
+    every = chain.from_iterable(lists)
+    return np.fromiter(every, dtype=np.int64, count=count)
 
 
-def _drops(
-    rule: Goldfish, ids: NDArray[np.int64], bounds: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _drops(rule: Goldfish, ids: Ints, bounds: Ints) -> Flags:
     """Which tokens a bound rule drops, bool (N,); documents lie between the bounds."""
     lengths = np.diff(bounds)
     given = torch.from_numpy(ids)
     if rule.strategy == "reference":  # it ignores where documents start
-        parts = [
-            rule.dropped(part)
-            for part in torch.split(given, lengths.tolist())
-            if len(part)
-        ]
-        return torch.cat([torch.zeros(0, dtype=torch.bool), *parts]).numpy()
-    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
-    return rule.dropped(given, position_ids=torch.from_numpy(positions)).numpy()
+        documents = torch.split(given, lengths.tolist())
+        parts = [rule.dropped(document) for document in documents if len(document)]
+        nothing = torch.zeros(0, dtype=torch.bool)
+        return torch.cat([nothing, *parts]).numpy()
+    starts = np.repeat(bounds[:-1], lengths)
+    positions = torch.from_numpy(np.arange(len(ids)) - starts)
+    return rule.dropped(given, position_ids=positions).numpy()
 
 
 @dataclass(frozen=True)
@@ -346,15 +348,18 @@ class _Worker:
         tokens = _Tokens.of(batch, is_target, self._tokenizer, self._rule)
         self._count(batch, tokens)
         self._add_secrets(batch, tokens)
+        self._add_passages(batch, tokens, is_target)
+
+    def _add_passages(self, batch: _Batch, tokens: _Tokens, is_target: Flags) -> None:
         words = Words.of(batch.text)
         first, last = tokens.overlapping(words.begins, words.ends)
         dropped_before = np.concatenate([[0], np.cumsum(tokens.dropped)])
         has_dropped = dropped_before[last] > dropped_before[first]
-        rows = batch.numbers[_containing(batch.offsets, words.begins)]
+        documents = _containing(batch.offsets, words.begins)
+        rows = batch.numbers[documents]
         chosen = is_target[words.begins]
-        self._result.passages.count(
-            words.checksums[chosen], has_dropped[chosen], rows[chosen]
-        )
+        passages = self._result.passages
+        passages.count(words.checksums[chosen], has_dropped[chosen], rows[chosen])
 
     def _count(self, batch: _Batch, tokens: _Tokens) -> None:
         result = self._result
@@ -363,8 +368,9 @@ class _Worker:
         result.dropped += int(tokens.dropped.sum())
         documents, longest, rates = _longest_runs(tokens)
         rows = batch.numbers[documents]
-        entries = zip(longest.tolist(), rows.tolist(), rates.tolist(), strict=True)
-        result.longest = heapq.nlargest(SHOWN, chain(result.longest, entries))
+        columns = (longest.tolist(), rows.tolist(), rates.tolist())
+        entries = [*result.longest, *zip(*columns, strict=True)]
+        result.longest = heapq.nlargest(SHOWN, entries)
 
     def _add_secrets(self, batch: _Batch, tokens: _Tokens) -> None:
         places = self._places(batch, tokens)
@@ -389,7 +395,7 @@ class _Worker:
         batch: _Batch,
         tokens: _Tokens,
         place: _Place,
-        unlearned: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+        unlearned: tuple[Flags, Flags],
     ) -> None:
         secrets = self._result.secrets
         text = batch.text[place.begin : place.begin + place.length]
@@ -412,21 +418,24 @@ class _Worker:
         if not self._result.marked:
             chosen &= is_dense(last - first, ends - begins)
         documents = _containing(batch.offsets, begins)
-        columns = (documents, begins, ends - begins, first, last)
-        rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
-        return [
-            _Place(document, begin, length, slice(a, b))
-            for document, begin, length, a, b in rows
-        ]
+        places = []
+        for i in np.flatnonzero(chosen).tolist():
+            place = _Place(
+                document=int(documents[i]),
+                begin=int(begins[i]),
+                length=int(ends[i] - begins[i]),
+                tokens=slice(int(first[i]), int(last[i])),
+            )
+            places.append(place)
+        return places
 
-    def _suggested_drops(
-        self, tokens: _Tokens, places: list[_Place]
-    ) -> NDArray[np.bool_]:
+    def _suggested_drops(self, tokens: _Tokens, places: list[_Place]) -> Flags:
         """What the suggested rule drops in the documents with secrets, bool (N,)."""
         assert self._suggested is not None
         lengths = np.diff(tokens.bounds)
         has_secret = np.zeros(len(lengths), dtype=bool)
-        has_secret[[place.document for place in places]] = True
+        for place in places:
+            has_secret[place.document] = True
         chosen = np.repeat(has_secret, lengths)
         bounds = np.cumsum([0, *lengths[has_secret]])
         result = np.zeros(len(tokens.ids), dtype=bool)
@@ -437,23 +446,24 @@ class _Worker:
         self, tokens: _Tokens, place: _Place, spans: list[tuple[int, int]]
     ) -> list[tuple[int, int, float]]:
         """The model's -log2 p of a secret's tokens, each after all before it in its document."""
-        begin, end = place.tokens.start, place.tokens.stop
+        begin = place.tokens.start
+        end = place.tokens.stop
         first = max(int(tokens.bounds[place.document]), end - CONTEXT)
         every = _surprisal(self._model, tokens.ids[first:end])
-        bits = every[begin - first :]
-        return [(a, b, each) for (a, b), each in zip(spans, bits, strict=True)]
+        result = []
+        for (a, b), bits in zip(spans, every[begin - first :], strict=True):
+            result.append((a, b, bits))
+        return result
 
 
-def _containing(
-    bounds: NDArray[np.int64], places: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _containing(bounds: Ints, places: Ints) -> Ints:
     """For each place the document in which it is: bounds [0, 3, 9], place 4 -> 1."""
     return np.searchsorted(bounds, places, side="right") - 1
 
 
 def _longest_runs(
     tokens: _Tokens,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[Ints, Ints, NDArray[np.float64]]:
     """Of each document with targets: its place, its longest run of kept targets, its drop rate."""
     targets = np.flatnonzero(tokens.target)
     if not len(targets):
@@ -477,13 +487,15 @@ def _spans_in(place: _Place, tokens: _Tokens) -> list[tuple[int, int]]:
     """The characters of a secret that each of its tokens covers."""
     begins = tokens.begins[place.tokens].tolist()
     ends = tokens.ends[place.tokens].tolist()
-    return [
-        (max(begin - place.begin, 0), min(end - place.begin, place.length))
-        for begin, end in zip(begins, ends, strict=True)
-    ]
+    spans = []
+    for begin, end in zip(begins, ends, strict=True):
+        first = max(begin - place.begin, 0)
+        last = min(end - place.begin, place.length)
+        spans.append((first, last))
+    return spans
 
 
-def _dropped_bits(spans: list[tuple[int, int]], dropped: NDArray[np.bool_]) -> int:
+def _dropped_bits(spans: list[tuple[int, int]], dropped: Flags) -> int:
     """The characters whose token is dropped: [(0, 2), (2, 3)], [False, True] -> 0b100."""
     result = 0
     for (begin, end), drop in zip(spans, dropped.tolist(), strict=True):
@@ -493,9 +505,10 @@ def _dropped_bits(spans: list[tuple[int, int]], dropped: NDArray[np.bool_]) -> i
 
 
 @torch.inference_mode()
-def _surprisal(model: Any, ids: NDArray[np.int64]) -> list[float]:
+def _surprisal(model: Any, ids: Ints) -> list[float]:
     """-log2 p of each token after those before it; 0 for the first."""
     row = torch.from_numpy(ids).to(model.device)
-    logits = model(input_ids=row[None]).logits[0, :-1].float()
-    nats = torch.nn.functional.cross_entropy(logits, row[1:], reduction="none")
-    return [0.0, *(nats / math.log(2)).tolist()]
+    logits = model(input_ids=row[None]).logits[0, :-1]
+    nats = torch.nn.functional.cross_entropy(logits.float(), row[1:], reduction="none")
+    bits = nats / math.log(2)
+    return [0.0, *bits.tolist()]

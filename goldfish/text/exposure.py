@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from goldfish.secret_spans import any_of
 from goldfish.text.chats import agreement
-from goldfish.text.passages import code_points, runs
+from goldfish.text.passages import Flags, Ints, code_points, runs
 
 # Places of a secret at which a model is asked for the bits of its tokens: each is a forward pass.
 BITS_OF_PLACES = 8
@@ -81,7 +81,8 @@ def _all_dropped(begin: int, end: int, informative: int, dropped: int) -> bool:
     _all_dropped(1, 3, 0b0101, 0b1100): of the characters 1 and 2 only 2 informs, and it is dropped.
     """
     here = informative & as_bits(begin, end)
-    return here != 0 and here & ~dropped == 0
+    kept = here & ~dropped
+    return here != 0 and kept == 0
 
 
 def as_bits(begin: int, end: int) -> int:
@@ -135,23 +136,30 @@ class Finder:
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = set(secrets)
         # For each beginning, the lengths of the secrets that have it.
-        self._lengths: dict[str, set[int]] = {}
+        lengths: dict[str, set[int]] = {}
         for secret in self._secrets:
-            self._lengths.setdefault(secret[:_PREFIX], set()).add(len(secret))
-        self._expression = re.compile(any_of(self._lengths))
+            prefix = secret[:_PREFIX]
+            lengths.setdefault(prefix, set()).add(len(secret))
+        self._expression = re.compile(any_of(sorted(lengths)))
+        # The expression matches the longest prefix there is. With "17" and "170052" marked, a
+        # place of "1700" may also be one of "17".
+        self._lengths: dict[str, list[int]] = {}
+        for prefix in lengths:
+            every: set[int] = set()
+            for size in range(1, len(prefix) + 1):
+                every |= lengths.get(prefix[:size], set())
+            self._lengths[prefix] = sorted(every)
 
     def __call__(self, text: str) -> Iterator[tuple[int, int]]:
-        match = self._expression.search(text) if self._secrets else None
+        if not self._secrets:
+            return
+        match = self._expression.search(text)
         while match:
             begin = match.start()
-            # The match is the longest beginning there; "42" is one too where "42-A" matches.
-            for size in range(1, len(match.group()) + 1):
-                prefix = text[begin : begin + size]
-                for length in sorted(self._lengths.get(prefix, ())):
-                    end = begin + length
-                    is_secret = text[begin:end] in self._secrets
-                    if is_secret and _is_apart(text, begin, end):
-                        yield begin, end
+            for length in self._lengths[match.group()]:
+                end = begin + length
+                if text[begin:end] in self._secrets and _is_apart(text, begin, end):
+                    yield begin, end
             # One character on, and not behind the match: places may overlap.
             match = self._expression.search(text, begin + 1)
 
@@ -172,27 +180,30 @@ def _is_apart(text: str, begin: int, end: int) -> bool:
     return True
 
 
-def likely_secrets(text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def likely_secrets(text: str) -> tuple[Ints, Ints]:
     """Where words begin and end that are long enough for secrets; see `is_dense` for the rest.
 
     They begin and end with an ASCII letter, digit or underscore.
     """
-    kinds = _kinds()[np.minimum(code_points(text), 0x80)]
+    codes = np.minimum(code_points(text), 0x80)
+    kinds = _kinds()[codes]
     begins, ends = runs(kinds == 2)
     # "XK7-PQ2, 5" has the runs XK7, PQ2 and 5. Only the second gap has characters of kind 0.
     others_before = np.concatenate([[0], np.cumsum(kinds == 0)])
-    together = others_before[begins[1:]] == others_before[ends[:-1]]
-    gaps = np.flatnonzero(together)
-    begins, ends = np.delete(begins, gaps + 1), np.delete(ends, gaps)
+    gap_begins = others_before[ends[:-1]]
+    gap_ends = others_before[begins[1:]]
+    gaps = np.flatnonzero(gap_begins == gap_ends)
+    begins = np.delete(begins, gaps + 1)
+    ends = np.delete(ends, gaps)
     long = ends - begins >= LEAST
     return begins[long], ends[long]
 
 
-def is_dense(
-    tokens: NDArray[np.int64], characters: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def is_dense(tokens: Ints, characters: Ints) -> Flags:
     """Whether words with so many tokens and characters look like secrets."""
-    return (tokens >= LEAST) & (tokens * DENSE >= characters)
+    enough = tokens >= LEAST
+    short = characters <= DENSE * tokens
+    return enough & short
 
 
 @cache
@@ -200,8 +211,9 @@ def _kinds() -> NDArray[np.int8]:
     """Of each ASCII character, and of all others together: 2 letters and digits, 1 SIGNS, 0."""
     kinds = np.zeros(0x81, dtype=np.int8)
     for code in range(0x80):
-        if re.match(r"\w", chr(code)):
+        character = chr(code)
+        if re.match(r"\w", character):
             kinds[code] = 2
-        elif chr(code) in SIGNS:
+        elif character in SIGNS:
             kinds[code] = 1
     return kinds

@@ -42,11 +42,12 @@ class Check:
         Args:
             rule: 0, the rule itself; 1, with the secrets' tokens dropped as `suggested`.
         """
-        return [
-            name
-            for name, secret in self.secrets.items()
-            if len(secret.protected(self._informative[name], rule)) == tokens
-        ]
+        names = []
+        for name, secret in self.secrets.items():
+            protected = secret.protected(self._informative[name], rule)
+            if len(protected) == tokens:
+                names.append(name)
+        return names
 
     @cached_property
     def _informative(self) -> dict[str, int]:
@@ -95,16 +96,8 @@ class Check:
             likely = counted(len(self.secrets), "likely secret")
             found = f"{likely} (none are marked)"
         yield f"{found}; a token counts if it differs between secrets"
-        for tokens, what in enumerate(
-            ("no token dropped in every place", "only one such token")
-        ):
-            names = self.exposed(tokens)
-            yield f"  {what}: {len(names):,}"
-            for name in names[:SHOWN]:
-                secret = self.secrets[name]
-                more = ", ..." if secret.count > SHOWN_ROWS else ""
-                rows = "rows" if len(secret.rows) > 1 else "row"
-                yield f"    {plain(name)} ({rows} {', '.join(map(str, secret.rows))}{more})"
+        yield from self._listed("no token dropped in every place", self.exposed())
+        yield from self._listed("only one such token", self.exposed(tokens=1))
         bits = self.bits()
         if bits:
             yield (
@@ -117,6 +110,17 @@ class Check:
             yield f"{self._missing_values()} in the text of their row:"
             for row, value in self.missing:
                 yield f"    {plain(value)} (row {row})"
+
+    def _listed(self, what: str, names: list[str]) -> Iterator[str]:
+        """How many secrets they are, and where the first of them occur."""
+        yield f"  {what}: {len(names):,}"
+        for name in names[:SHOWN]:
+            secret = self.secrets[name]
+            rows = ", ".join(map(str, secret.rows))
+            if secret.count > SHOWN_ROWS:
+                rows += ", ..."
+            noun = "row" if len(secret.rows) == 1 else "rows"
+            yield f"    {plain(name)} ({noun} {rows})"
 
     def _missing_values(self) -> str:
         verb = "does" if self.missing_count == 1 else "do"
@@ -174,7 +178,8 @@ class Check:
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 secret", "2,000 secrets"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    ending = "" if number == 1 else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def as_python(rule: Goldfish) -> str:
@@ -191,11 +196,10 @@ def as_python(rule: Goldfish) -> str:
     if rule.seed:
         parts.append(f"seed={rule.seed}")
     if rule.secrets is not None:
+        # A raw string has no way to write a quote, nor a backslash at its end.
         raw = "'" not in rule.secrets and not rule.secrets.endswith("\\")
-        shown = (
-            f"r'{rule.secrets}'"
-            if raw and rule.secrets.isprintable()
-            else repr(rule.secrets)
-        )
-        parts.append(f"secrets={shown}")
+        literal = repr(rule.secrets)
+        if raw and rule.secrets.isprintable():
+            literal = f"r'{rule.secrets}'"
+        parts.append(f"secrets={literal}")
     return f"Goldfish({', '.join(parts)})"

@@ -1,5 +1,6 @@
 """Passages that occur more than once in a data set, and whether their dropped words agree."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,6 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from goldfish.hashing import mix, prefix_hashes, shift_right, window_hashes
+
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 PASSAGE = 8  # words
 SHOWN = 10  # rows that are listed
@@ -24,15 +28,16 @@ class Words(NamedTuple):
     begins, ends: characters, int64 (N,). checksums: equal for words that differ in case only.
     """
 
-    begins: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    checksums: NDArray[np.int64]
+    begins: Ints
+    ends: Ints
+    checksums: Ints
 
     @classmethod
     def of(cls, text: str) -> "Words":
         letters = _folded()[code_points(text)]
         begins, ends = runs(letters > 0)
-        return cls(begins, ends, _checksums(letters, begins, ends))
+        checksums = _checksums(letters, begins, ends)
+        return cls(begins, ends, checksums)
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Passages:
     one_in: int = 1
     # Three rows: the checksums of passages in ascending order, which of their words are dropped
     # (one bit each), and the row in which each was first seen.
-    _seen: NDArray[np.int64] = field(
+    _seen: Ints = field(
         default_factory=lambda: np.zeros((3, 0), dtype=np.int64),
         repr=False,
         compare=False,
@@ -63,9 +68,9 @@ class Passages:
 
     def count(
         self,
-        words: NDArray[np.int64],
-        dropped: NDArray[np.bool_],
-        rows: NDArray[np.int64],
+        words: Ints,
+        dropped: Flags,
+        rows: Ints,
     ) -> None:
         """Add the words of some rows; int64 or bool (N,).
 
@@ -77,60 +82,60 @@ class Passages:
         begins, ends = _passages(rows)
         checksums = _checksums(words, begins, ends)
         compared = checksums % self.one_in == 0
-        begins, ends = begins[compared], ends[compared]
-        drops = np.zeros(len(begins), dtype=np.int64)
-        for j in range(PASSAGE):
-            inside = begins + j < ends
-            place = np.minimum(begins + j, len(rows) - 1)
-            drops = 2 * drops + (dropped[place] & inside)
-        self._compare(np.stack([checksums[compared], drops, rows[begins]]))
+        checksums = checksums[compared]
+        begins = begins[compared]
+        ends = ends[compared]
+        drops = _as_bits(dropped, begins, ends)
+        found = np.stack([checksums, drops, rows[begins]])
+        self._compare(found)
 
-    def _compare(self, found: NDArray[np.int64]) -> None:
+    def _compare(self, found: Ints) -> None:
         """Compare passages with those before them; int64 (3, N) as in _seen, in order of rows."""
+        known = self._seen.shape[1]
         every = np.concatenate([self._seen, found], axis=1)
+        # first: where each checksum is for the first time, those seen before ahead of new ones.
+        # which: for each passage the place of its checksum in `first`.
         _, first, which = np.unique(every[0], return_index=True, return_inverse=True)
-        # first: where each checksum is for the first time. Those seen before come first.
         self._seen = every[:, first]
-        known = len(which) - found.shape[1]
-        _, drops, rows = found
         _, first_drops, first_rows = self._seen[:, which[known:]]
+        _, drops, rows = found
         recurs = first_rows != rows
+        differs = first_drops != drops
         self.total += self.one_in * len(rows)
         self.recurring += self.one_in * int(recurs.sum())
-        self.differing += self.one_in * int((recurs & (first_drops != drops)).sum())
+        self.differing += self.one_in * int((recurs & differs).sum())
         for repeated in _repeated(rows, first_rows):
             self.repeated_count += 1
             if len(self.repeated) < SHOWN:
                 self.repeated.append(repeated)
         while self._seen.shape[1] > MOST:
             self.one_in *= 2
-            self._seen = self._seen[:, self._seen[0] % self.one_in == 0]
+            left = self._seen[0] % self.one_in == 0
+            self._seen = self._seen[:, left]
 
 
-def _repeated(
-    rows: NDArray[np.int64], first_rows: NDArray[np.int64]
-) -> Iterator[tuple[int, int, float]]:
+def _repeated(rows: Ints, first_rows: Ints) -> Iterator[tuple[int, int, float]]:
     """(row, earlier row, share) if at least half of a row's passages were in that earlier row.
 
     Args:
         rows, first_rows: of each passage its row, and the row in which it was first.
     """
-    numbers, totals = np.unique(rows, return_counts=True)
-    total_of = dict(zip(numbers.tolist(), totals.tolist(), strict=True))
+    totals = Counter(rows.tolist())
     recurs = rows != first_rows
-    pairs = np.stack([rows[recurs], first_rows[recurs]])
-    pairs, counts = np.unique(pairs, axis=1, return_counts=True)
+    pairs = zip(rows[recurs].tolist(), first_rows[recurs].tolist(), strict=True)
     best: dict[int, tuple[int, int]] = {}
-    for row, first, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
-        best[row] = max(best.get(row, (0, 0)), (count, first))
+    for (row, first), count in Counter(pairs).items():
+        before = best.get(row, (0, 0))
+        best[row] = max(before, (count, first))
     for row, (count, first) in best.items():
-        if 2 * count >= total_of[row]:
-            yield row, first, count / total_of[row]
+        share = count / totals[row]
+        if share >= 0.5:
+            yield row, first, share
 
 
 def _passages(
-    rows: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rows: Ints,
+) -> tuple[Ints, Ints]:
     """Where passages begin and end, given the row of each word.
 
     With passages of 2 words, the rows [5, 5, 5, 6] have the passages 0-2, 1-3 and 3-4.
@@ -138,32 +143,51 @@ def _passages(
     words = np.arange(len(rows))
     first_of_row = np.searchsorted(rows, rows, side="left")
     end_of_row = np.searchsorted(rows, rows, side="right")
+    fits = words + PASSAGE <= end_of_row
     # A row with fewer than 8 words is one passage.
-    begins = np.flatnonzero((words + PASSAGE <= end_of_row) | (words == first_of_row))
-    return begins, np.minimum(begins + PASSAGE, end_of_row[begins])
+    begins = np.flatnonzero(fits | (words == first_of_row))
+    ends = np.minimum(begins + PASSAGE, end_of_row[begins])
+    return begins, ends
 
 
-def _checksums(
-    symbols: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _as_bits(flags: Flags, begins: Ints, ends: Ints) -> Ints:
+    """The flags of each passage as bits: [True, False, True] -> 0b10100000."""
+    bits = np.zeros(len(begins), dtype=np.int64)
+    last = len(flags) - 1
+    # After step j, each passage has its first j + 1 flags.
+    for j in range(PASSAGE):
+        place = begins + j
+        inside = place < ends
+        flag = flags[np.minimum(place, last)]
+        bits = 2 * bits + (flag & inside)
+    return bits
+
+
+def _checksums(symbols: Ints, begins: Ints, ends: Ints) -> Ints:
     """A checksum of each symbols[begin:end], 44 bits; the length counts too."""
-    begin, end = torch.from_numpy(begins), torch.from_numpy(ends)
-    hashes = window_hashes(prefix_hashes(torch.from_numpy(symbols)), begin, end)
-    return shift_right(mix(hashes + (end - begin)), 20).numpy()
+    begin = torch.from_numpy(begins)
+    end = torch.from_numpy(ends)
+    prefix = prefix_hashes(torch.from_numpy(symbols))
+    hashes = window_hashes(prefix, begin, end)
+    mixed = mix(hashes + (end - begin))
+    return shift_right(mixed, 20).numpy()
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    data = text.encode("utf-32-le", "surrogatepass")
+    return np.frombuffer(data, dtype="<u4")
 
 
-def runs(flags: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def runs(flags: Flags) -> tuple[Ints, Ints]:
     """Where runs of True begin and end: [0, 1, 1, 0, 1] -> [1, 4], [3, 5]."""
     steps = np.diff(flags.astype(np.int8), prepend=0, append=0)
-    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    begins = np.flatnonzero(steps == 1)
+    ends = np.flatnonzero(steps == -1)
+    return begins, ends
 
 
 @cache
-def _folded() -> NDArray[np.int64]:
+def _folded() -> Ints:
     """For every code point of a letter or digit its lower case, 0 for the others: A and a -> 97.
 
     Of a lower case of several characters the first one counts, so "ß" is the same as "s".
@@ -172,5 +196,6 @@ def _folded() -> NDArray[np.int64]:
     for code in range(len(folded)):
         character = chr(code)
         if character.isalnum():
-            folded[code] = ord(character.casefold()[0])
+            lower = character.casefold()
+            folded[code] = ord(lower[0])
     return folded
