@@ -5,7 +5,7 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,48 @@ from goldfish import __version__
 from goldfish.text.printable import plain
 from goldfish.text.rows import EXPECTED
 
-EXTRA = (
-    "rapidfuzz",
-    "scipy",
-    "matplotlib",
-    "jinja2",
-    "rich",
-)  # packages of the extra "audit"
+# Packages of the extra "audit".
+EXTRA = ("rapidfuzz", "scipy", "matplotlib", "jinja2", "rich")
 
+OVERVIEW = """\
+The goldfish loss: train language models that do not recite their training data, and test whether
+they do. Training itself is Python: GoldfishTrainer, or goldfish.attach(trainer, rule)."""
+EXAMPLES = """\
+examples, in the order of a training:
+  goldfish show "a text in quotes" --tokenizer MODEL -k 4 --h 13 --max-kept 4
+  goldfish check train.jsonl --tokenizer MODEL -k 4 --h 13 --max-kept 4
+  goldfish premask tokenized -o masked --tokenizer MODEL -k 4 --h 13 --max-kept 4
+  goldfish audit runs/model --members train.jsonl --heldout other.jsonl -o audit
+  goldfish judge audit --limit recited=2%
+  goldfish compare audit-of-one audit-of-another -o comparison
+  goldfish report audit -o report.html
 
-EXPLAIN_EXIT = (
+Each command explains its options and exit codes: goldfish check --help"""
+AUDIT_FOLDER = "a folder written by `goldfish audit`"
+EXIT = "Exit codes: 0 done, 2 error."
+EXIT_OF_AUDIT = (
     "Exit codes: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 2 error. accelerate launch and torchrun report "
     "every code but 0 as 1; `goldfish judge DIR` gives the code of a finished audit."
 )
-RECOMMENDED = "Recommended rule: -k 4 --h 13 --max-kept 4."
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. It imports nothing beyond the standard library."""
     parser = argparse.ArgumentParser(
         prog="goldfish",
-        description="The goldfish loss: show rules, audit checkpoints.",
-        epilog="Exit codes: 0 done, 2 error; audit and judge: 0 PASS, 1 FAIL, 3 INCONCLUSIVE; "
-        "check: 1 if a marked secret can be learned whole, 3 if no marked secret is a target.",
+        description=OVERVIEW,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version", action="version", version=f"goldfish-loss {__version__}"
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="COMMAND", title="commands"
+    )
     _add_show(verbs)
-    _add_premask(verbs)
     _add_check(verbs)
+    _add_premask(verbs)
     _add_audit(verbs)
     _add_judge(verbs)
     _add_compare(verbs)
@@ -51,97 +62,115 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_verb(
+    verbs: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+    more: str = "",
+    epilog: str = EXIT,
+) -> argparse.ArgumentParser:
+    """Add a verb.
+
+    Args:
+        summary: its line in `goldfish --help`, and the beginning of its own help.
+        more: the rest of its own description.
+    """
+    sentence = f"{summary[0].upper()}{summary[1:]}."
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name, help=summary, description=f"{sentence} {more}", epilog=epilog
+    )
+    verb.set_defaults(run=run)
+    return verb
+
+
 def _add_show(verbs: Any) -> None:
-    show = verbs.add_parser(
-        "show", help="mark the tokens of a text that a rule drops", epilog=RECOMMENDED
+    show = _add_verb(
+        verbs, "show", _show, "mark the tokens of a text that a rule drops"
     )
     source = show.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", help="a text in quotes")
     source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text")
-    _add_rule(show)
-    _add_rule_secrets(show)
-    show.set_defaults(run=_show)
-
-
-def _add_premask(verbs: Any) -> None:
-    premask = verbs.add_parser(
-        "premask",
-        help="write masked labels for a tokenized dataset, for trainers without goldfish support",
-        description="Write masked labels for a tokenized dataset (its split train) and a receipt, "
-        "goldfish.json, with the rule and the counts of one pass. Copy the receipt beside the "
-        "weights after training.",
-        epilog=RECOMMENDED,
-    )
-    premask.add_argument(
-        "input",
-        help="a folder of datasets.save_to_disk, or a .parquet, .json or .jsonl file; needs a "
-        "column input_ids",
-    )
-    premask.add_argument(
-        "-o", "--output-dir", required=True, metavar="DIR", help="a new folder"
-    )
-    _add_rule(premask)
-    _add_rule_secrets(premask)
-    premask.add_argument(
-        "--secret-column",
-        metavar="NAME",
-        help="also drop the secrets in this column (strings, or lists of them), in every row",
-    )
-    premask.add_argument(
-        "--format",
-        default="labels",
-        help="labels (default): a datasets folder; mask: arrays for OLMo; loss-mask: arrays for "
-        "Megatron and NeMo",
-    )
-    premask.add_argument(
-        "--num-proc", type=int, metavar="N", help="processes (default 1)"
-    )
-    premask.set_defaults(run=_premask)
+    _add_rule(show, with_secrets=True)
 
 
 def _add_check(verbs: Any) -> None:
-    check = verbs.add_parser(
+    check = _add_verb(
+        verbs,
         "check",
-        help="what a rule leaves unprotected in the training data, before training",
-        description="Apply a rule to the training data, before training, and report what can be "
-        "learned in spite of it. The last line is a conclusion and a rule to copy.",
-        epilog="Exit codes: 0 no marked secret can be learned whole (or none was marked), 1 some "
-        "can, 3 secrets were marked but none is a target, 2 error. Tokenizing uses every core; "
-        f"RAYON_NUM_THREADS limits it. {RECOMMENDED}",
+        _check,
+        "report what a rule leaves unprotected in the training data, before training",
+        "The last line is a conclusion, with a rule to copy. Tokenizing uses every core; the "
+        "environment variable RAYON_NUM_THREADS limits it.",
+        "Exit codes: 0 no marked secret can be learned whole, or none was marked; 1 some can; "
+        "3 secrets were marked but none is a target; 2 error.",
     )
-    check.add_argument("source", metavar="DATA", help=EXPECTED)
-    _add_rule(check)
-    _add_marks(check)
-    check.add_argument(
+    add = check.add_argument
+    add("source", metavar="DATA", help=EXPECTED)
+    add(
         "--assistant-only",
         action="store_true",
         help="only the assistant's turns are targets, as with TRL's assistant_only_loss",
     )
-    check.add_argument(
+    add(
         "--model",
         metavar="NAME",
         help="the model to be finetuned, to estimate how many bits of each secret must be guessed "
         "(no lower bound)",
     )
-    check.set_defaults(run=_check)
+    _add_marks(check)
+    _add_rule(check)
+
+
+def _add_premask(verbs: Any) -> None:
+    premask = _add_verb(
+        verbs,
+        "premask",
+        _premask,
+        "write masked labels for a tokenized dataset, for trainers without goldfish support",
+        "Reads the split train if there are several. Beside the labels it writes goldfish.json, a "
+        "receipt with the rule and what it dropped in one pass; copy it beside the weights after "
+        "training.",
+    )
+    add = premask.add_argument
+    add(
+        "input",
+        help="a folder of datasets.save_to_disk, or a .parquet, .json or .jsonl file; needs a "
+        "column input_ids",
+    )
+    add("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
+    add(
+        "--format",
+        default="labels",
+        help="labels (default): a datasets folder; mask: arrays for OLMo; loss-mask: arrays for "
+        "Megatron and NeMo",
+    )
+    add("--num-proc", type=int, metavar="N", help="processes (default 1)")
+    add(
+        "--secret-column",
+        metavar="NAME",
+        help="also drop the secrets in this column (strings, or lists of them), in every row",
+    )
+    _add_rule(premask, with_secrets=True)
 
 
 def _add_audit(verbs: Any) -> None:
-    audit = verbs.add_parser(
+    audit = _add_verb(
+        verbs,
         "audit",
-        help="test whether a checkpoint recites texts",
-        description="Test whether a checkpoint recites texts. After an interruption, repeat the "
-        "command to continue.",
-        epilog=EXPLAIN_EXIT,
+        _audit,
+        "test whether a checkpoint recites texts",
+        "Give --members, --heldout or both. After an interruption, repeat the command to continue.",
+        EXIT_OF_AUDIT,
     )
     audit.add_argument(
         "checkpoint", help="a folder, hub name or .gguf file with model and tokenizer"
     )
     _add_audit_data(audit)
+    _add_marks(audit)
     _add_audit_questions(audit)
     _add_audit_model(audit)
     _add_verdict(audit)
-    audit.set_defaults(run=_audit)
 
 
 def _add_audit_data(audit: argparse.ArgumentParser) -> None:
@@ -156,25 +185,19 @@ def _add_audit_data(audit: argparse.ArgumentParser) -> None:
         "--max-rows",
         type=int,
         metavar="N",
-        help="audit N rows of each, drawn with --seed",
+        help="audit N rows of each, drawn at random (default: all)",
     )
+    add("--seed", type=int, default=0, help="of that draw (default 0)")
     add(
         "--complete",
         action="store_true",
         help="--members is everything the model was trained on: a census, not a sample",
     )
     add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the rows drawn by --max-rows (default 0)",
-    )
-    add(
         "--allow-overlap",
         action="store_true",
-        help="audit although the two inputs share texts",
+        help="audit even if texts are in both --members and --heldout",
     )
-    _add_marks(audit)
     add(
         "-o",
         "--output-dir",
@@ -194,12 +217,14 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         "--prefix-length",
         type=int,
         default=50,
+        metavar="N",
         help="tokens the model is given (default 50)",
     )
     add(
         "--suffix-length",
         type=int,
         default=50,
+        metavar="N",
         help="tokens the model must continue with (default 50)",
     )
     add(
@@ -207,23 +232,24 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         default=[0],
-        metavar="T",
-        help="where prefixes start, in tokens from a text's start (default 0)",
+        metavar="N",
+        help="tokens of each text before a prefix starts; several ask several times (default 0)",
     )
     add(
         "--sampling",
-        type=_sampling,
+        type=_settings_of(_SAMPLING, "temperature=0.8,top_k=40,top_p=0.95"),
         nargs="*",
         metavar="SETTING",
-        help="temperature=0.8,top_p=0.9 (default: temperature=1 with and without top_k=40)",
+        help="compute the probability that sampling recites a text, for settings such as "
+        "temperature=0.8,top_p=0.9 (default: temperature=1, and the same with top_k=40)",
     )
     add(
         "--beams",
         type=int,
         nargs="+",
         default=[],
-        metavar="B",
-        help="also run beam searches with B beams, such as 4 16",
+        metavar="N",
+        help="also run beam searches with N beams, such as 4 16",
     )
     add(
         "--control",
@@ -232,9 +258,9 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
     )
     add(
         "--rule",
-        type=_rule_settings,
+        type=_settings_of(_RULE, "k=4,h=13,max_kept=4"),
         metavar="RULE",
-        help="the rule of the training, if the checkpoint has no goldfish.json: "
+        help="the rule of the training, if the checkpoint has no goldfish.json, such as "
         "k=4,h=13,max_kept=4",
     )
 
@@ -255,7 +281,7 @@ def _add_audit_model(audit: argparse.ArgumentParser) -> None:
     add(
         "--revision",
         metavar="NAME",
-        help="of a hub checkpoint: a branch, tag or commit",
+        help="a branch, tag or commit of a hub checkpoint",
     )
     add(
         "--batch-tokens",
@@ -276,14 +302,15 @@ def _add_audit_model(audit: argparse.ArgumentParser) -> None:
 
 
 def _add_judge(verbs: Any) -> None:
-    judge = verbs.add_parser(
+    judge = _add_verb(
+        verbs,
         "judge",
-        help="judge a finished audit again, with other limits",
-        epilog=EXPLAIN_EXIT,
+        _judge,
+        "judge a finished audit again, perhaps with other limits",
+        "Computes nothing anew, and writes only with -o.",
+        EXIT_OF_AUDIT,
     )
-    judge.add_argument(
-        "folder", metavar="DIR", help="a folder written by `goldfish audit`"
-    )
+    judge.add_argument("folder", metavar="DIR", help=AUDIT_FOLDER)
     judge.add_argument(
         "-o",
         "--output-dir",
@@ -291,30 +318,33 @@ def _add_judge(verbs: Any) -> None:
         help="write summary.json and summary.md there; DIR itself may be given",
     )
     _add_verdict(judge)
-    judge.set_defaults(run=_judge)
 
 
 def _add_compare(verbs: Any) -> None:
-    compare = verbs.add_parser(
-        "compare", help="compare two audits of the same windows, paired"
+    compare = _add_verb(
+        verbs,
+        "compare",
+        _compare,
+        "compare two audits of the same texts, text by text",
     )
-    compare.add_argument(
-        "first", metavar="A", help="a folder written by `goldfish audit`"
-    )
-    compare.add_argument(
-        "second", metavar="B", help="another, of the same texts and lengths"
-    )
-    compare.add_argument(
-        "-o", "--output-dir", required=True, metavar="DIR", help="a new folder"
-    )
-    compare.set_defaults(run=_compare)
+    add = compare.add_argument
+    add("first", metavar="A", help=AUDIT_FOLDER)
+    add("second", metavar="B", help="another, of the same texts and lengths")
+    add("-o", "--output-dir", required=True, metavar="DIR", help="a new folder")
 
 
 def _add_report(verbs: Any) -> None:
-    report = verbs.add_parser("report", help="write one HTML page from finished audits")
+    report = _add_verb(
+        verbs, "report", _report, "write one HTML page from finished audits"
+    )
     add = report.add_argument
-    add("audits", nargs="+", metavar="DIR", help="folders written by `goldfish audit`")
-    add("-o", "--output", metavar="FILE", help="default report.html, or model-card.md")
+    add("audits", nargs="+", metavar="DIR", help=AUDIT_FOLDER)
+    add(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the new file (default report.html, or model-card.md)",
+    )
     add("--overwrite", action="store_true", help="replace an existing file")
     add(
         "--redact", action="store_true", help="hide texts, names and paths, for sharing"
@@ -329,66 +359,72 @@ def _add_report(verbs: Any) -> None:
         action="store_true",
         help="write a Markdown section for a model card instead",
     )
-    report.set_defaults(run=_report)
 
 
-def _add_rule(verb: argparse.ArgumentParser) -> None:
-    add = verb.add_argument_group("rule").add_argument
+def _add_rule(verb: argparse.ArgumentParser, *, with_secrets: bool = False) -> None:
+    group = verb.add_argument_group(
+        "rule",
+        "Recommended: -k 4 --h 13 --max-kept 4. Without options, the paper's rule.",
+    )
+    add = group.add_argument
     add(
         "--tokenizer",
         required=True,
         metavar="DIR",
         help="a folder or hub name with a tokenizer",
     )
-    add("-k", type=float, default=4, help="drop one token in k (default 4)")
+    add("-k", type=float, default=4, help="drop one token in K, on average (default 4)")
     add(
         "--h",
         type=int,
         default=13,
-        help="context: h tokens, or 5h letters with letters (default 13)",
+        help="decide from the H tokens before a token; with --strategy letters, from the 5H "
+        "letters before it (default 13)",
     )
+    # Not checked here: the list of strategies is in goldfish.rule, which imports torch.
     add(
         "--strategy",
         default="hash",
-        help="hash (default), letters, or one for comparison",
+        help="hash (default): decide from the tokens before; letters: from the letters and digits "
+        "before, so copies with another layout have the same dropped tokens. For comparison only: "
+        "static, random, reference",
     )
     add(
         "--max-kept",
         type=int,
         metavar="N",
-        help="keep at most N tokens in a row; at least k",
+        help="keep at most N tokens in a row; N is at least K (default: no limit)",
     )
     add(
         "--seed",
         type=int,
         default=0,
-        help="rules with other seeds drop other tokens (default 0)",
+        help="another seed drops other tokens (default 0)",
     )
-
-
-def _add_rule_secrets(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--secrets",
-        metavar="REGEX",
-        dest="rule_secrets",
-        help="also drop what this expression matches; the first group, if any, is the secret",
-    )
+    if with_secrets:
+        add(
+            "--secrets",
+            metavar="REGEX",
+            dest="rule_secrets",
+            help="also drop what this expression matches, or its first group, if it has groups",
+        )
 
 
 def _add_marks(verb: argparse.ArgumentParser) -> None:
     """Which column is read, and which parts of it are secrets."""
-    verb.add_argument(
+    group = verb.add_argument_group("columns and secrets")
+    group.add_argument(
         "--text-column",
         metavar="NAME",
         default="",
         help="the column with the texts or messages",
     )
-    marks = verb.add_mutually_exclusive_group()
+    marks = group.add_mutually_exclusive_group()
     marks.add_argument(
         "--secrets",
         metavar="REGEX",
         default="",
-        help="regex for secrets; the first group, if any, is the secret",
+        help="what this expression matches is a secret, or its first group, if it has groups",
     )
     marks.add_argument(
         "--secret-column",
@@ -406,7 +442,8 @@ def _add_verdict(verb: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=SHARE",
         dest="limits",
-        help="recited=1%%, near_verbatim=1%%, auc=55%% (the defaults)",
+        help="what is still a PASS; may be repeated (defaults: recited=1%%, near_verbatim=1%%, "
+        "auc=55%%)",
     )
     add(
         "--require",
@@ -454,14 +491,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Parse the command line; a misspelt verb or option ends with a suggestion and exit code 2."""
+    """Parse the command line; a misspelt command or option ends with a suggestion and exit code 2."""
     parser = build_parser()
     verbs = next(
         action.choices for action in parser._actions if isinstance(action.choices, dict)
     )
     verb = next((word for word in words if not word.startswith("-")), "")
     if verb and verb not in verbs:
-        parser.error(f"there is no verb {verb!r}{_suggestion(verb, verbs)}")
+        parser.error(f"there is no command {verb!r}{_suggestion(verb, verbs)}")
     args, unknown = parser.parse_known_args(words)
     if unknown:
         options = verbs[args.verb]._option_string_actions
@@ -555,28 +592,27 @@ def _check(args: argparse.Namespace) -> int:
     return result.exit_code()
 
 
-def _sampling(text: str) -> dict[str, float | int]:
-    """temperature=0.8,top_k=40 as the arguments of a Sampling."""
-    kinds = {"temperature": float, "top_k": int, "top_p": float}
-    given = dict(part.partition("=")[::2] for part in text.split(","))
-    try:
-        return {name: kinds[name](number) for name, number in given.items()}
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(
-            f"expected settings such as temperature=0.8,top_k=40,top_p=0.95, got {text!r}"
-        ) from None
+Kinds = dict[str, Callable[[str], Any]]
+_SAMPLING: Kinds = {"temperature": float, "top_k": int, "top_p": float}
+_RULE: Kinds = {"k": float, "h": int, "max_kept": int, "seed": int, "strategy": str}
 
 
-def _rule_settings(text: str) -> dict[str, float | int | str]:
-    """k=4,h=13,max_kept=4 as arguments of a Goldfish."""
-    kinds = {"k": float, "h": int, "max_kept": int, "seed": int, "strategy": str}
-    given = dict(part.partition("=")[::2] for part in text.split(","))
-    try:
-        return {name: kinds[name](value) for name, value in given.items()}
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(
-            f"expected settings such as k=4,h=13,max_kept=4, got {text!r}"
-        ) from None
+def _settings_of(kinds: Kinds, example: str) -> Callable[[str], dict[str, Any]]:
+    """The type of an option such as `example`: a function that makes keyword arguments of it."""
+
+    def parse(text: str) -> dict[str, Any]:
+        settings = {}
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            try:
+                settings[name] = kinds[name](value)
+            except (KeyError, ValueError):
+                raise argparse.ArgumentTypeError(
+                    f"expected settings such as {example}, got {text!r}"
+                ) from None
+        return settings
+
+    return parse
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import BEFORE_5, PROSE
 
 from goldfish import Goldfish
 from goldfish.cli import EXTRA, main
+from goldfish.rule import Strategy
 from goldfish.text.show import DROPPED, show
 
 pytestmark = pytest.mark.core
@@ -246,8 +248,8 @@ def test_the_verdict_is_the_exit_code(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "suggestion"),
     [
-        ("adit x", "there is no verb 'adit'; did you mean audit?"),
-        ("zzz", "there is no verb 'zzz'; choose from show, premask"),
+        ("adit x", "there is no command 'adit'; did you mean audit?"),
+        ("zzz", "there is no command 'zzz'; choose from show, check"),
         (
             "audit x -o y --memebers z",
             "unrecognized argument --memebers; did you mean --members?",
@@ -342,6 +344,22 @@ def test_a_missing_extra_is_one_line_with_the_remedy(package, command):
         f'goldfish {command[0]}: {package} is not installed; it comes with the extra "audit": '
         "pip install 'goldfish-loss[audit]'\n"
     )
+
+
+def help_of(*command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command_strategy_and_exit_code(capsys):
+    overview = help_of(capsys=capsys)
+    for verb in ("show", "check", "premask", "audit", "judge", "compare", "report"):
+        assert f"  goldfish {verb} " in overview  # an example
+        assert "Exit codes: 0" in help_of(verb, capsys=capsys)
+    for verb in ("show", "check", "premask"):
+        text = help_of(verb, capsys=capsys)
+        assert all(strategy in text for strategy in get_args(Strategy))
 
 
 def test_help_needs_no_extra():
