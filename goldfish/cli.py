@@ -252,6 +252,41 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         help="also run beam searches with N beams, such as 4 16",
     )
     add(
+        "--near-verbatim",
+        default="25t,50%",
+        metavar="AT-LEAST",
+        help="tokens, words or characters in one piece, or a share of the tokens: 25t, 15w, 150c, "
+        "90%% (default 25t,50%%)",
+    )
+    add(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="TEMPLATE",
+        help='ask simple prompts with columns of the rows, such as "What is the text of {title}?"',
+    )
+    add(
+        "--ask-length",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of such an answer at most (default 256)",
+    )
+    add(
+        "--ask-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also draw N answers at temperature 1 (default 0)",
+    )
+    add(
+        "--ask-rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ask an answer that recites to go on, N rounds in all (default 1)",
+    )
+    add(
         "--control",
         metavar="DIR",
         help="a reference model: same tokenizer, not trained on the members",

@@ -18,6 +18,8 @@ PROTOCOL = {
     "suffix_length": SUFFIX,
     "offsets": [0],
     "beams": None,
+    "near_verbatim": "25t,50%",
+    "ask": None,
     "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
     "control": None,
     "complete": False,

@@ -47,6 +47,7 @@ ORDER = [
     "audit.score",
     "audit.intervals",
     "audit.records",
+    "audit.ask",
     "audit.secrets",
     "audit.membership",
     "audit.proof",

@@ -40,7 +40,14 @@ DRAWS, PROBABILITY = (
 # Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half
 # of the suffix without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT
 # licence 15 (docs/audit-files.md).
-RUN, SIMILARITY = 25, 0.5
+NEAR_VERBATIM = "25t,50%"
+# The column that each unit of a threshold is about, and its name.
+UNITS = {
+    "t": ("longest_run", "tokens in one piece"),
+    "w": ("longest_run_words", "words in one piece"),
+    "c": ("longest_run_characters", "characters in one piece"),
+    "%": ("edit_similarity", "of the tokens"),
+}
 SPLITS = ("members", "heldout")
 NO_RULE = "no rule is known for this checkpoint"
 MOST_NAMES = 10
@@ -121,45 +128,68 @@ class Side:
 
 
 def make_figures(
-    run: Mapping[str, Any], table: pa.Table, rule: "Goldfish | None" = None
+    run: Mapping[str, Any],
+    table: pa.Table,
+    rule: "Goldfish | None" = None,
+    asked: pa.Table | None = None,
 ) -> tuple[list[Figure], dict[str, Any]]:
     """The table of figures, from run.json and the records; and examples, the names behind rates.
 
-    rule: that of run.json, bound to the tokenizer if it reads text.
+    rule: that of run.json, bound to the tokenizer if it reads text. asked: the answers to simple
+    prompts, if there were some.
 
     Raises:
         ValueError: no records.
     """
     protocol = run["protocol"]
     marked = bool(protocol["secrets"] or protocol["secret_column"])
-    found = search(table) if marked else Search([[] for _ in range(len(table))], {})
+    outputs = _outputs(table, asked)
+    found = search(outputs) if marked else Search([[]] * len(outputs), {})
     if rule is None and run["rule"] is not None:
         from goldfish.rule import Goldfish  # here, as it needs torch
 
         rule = Goldfish(**run["rule"])
-    names = np.asarray(table["split"].to_pylist(), dtype=str)
-    sides = []
-    for split in SPLITS:
-        here = names == split
-        if here.any():
-            given_away = [
-                each for each, kept in zip(found.found, here, strict=True) if kept
-            ]
-            chosen = table.filter(pa.array(here))
-            population = population_of(run, split)
-            sides.append(Side(split, chosen, protocol, population, given_away, rule))
+
+    def sides_of(part: pa.Table, given_away: Sequence[Sequence[str]]) -> list[Side]:
+        sides = []
+        names = np.asarray(part["split"].to_pylist(), dtype=str)
+        for split in SPLITS:
+            here = names == split
+            if here.any():
+                chosen = part.filter(pa.array(here))
+                given = [
+                    each for each, kept in zip(given_away, here, strict=False) if kept
+                ]
+                population = population_of(run, split)
+                sides.append(Side(split, chosen, protocol, population, given, rule))
+        return sides
+
+    sides = sides_of(table, found.found[: len(table)])
     if not sides:
         raise ValueError("there is no record to summarize")
     figures = [figure for side in sides for make in FIGURES for figure in make(side)]
     if marked:
-        figures += [
-            *secret_figures(found),
-            *(each for s in sides for each in answers_figures(s)),
-        ]
+        figures += secret_figures(found)
+        for side in sides:
+            figures += answers_figures(side)
     if len(sides) == 2:
         figures += membership_figures(*map(_scores, sides))
     examples = {side.split: _examples(side) for side in sides}
+    if asked is not None:
+        for side in sides_of(asked, found.found[len(table) :]):
+            figures += asked_figures(side)
+            examples[side.split]["asked"] = _names(side, _asked_hits(side))
     return figures, examples
+
+
+def _outputs(table: pa.Table, asked: pa.Table | None) -> pa.Table:
+    """All outputs, to be searched for secrets; which secrets there are is told by the windows."""
+    names = ["split", "secrets", "prompt", "output_text"]
+    if asked is None:
+        return table.select(names)
+    nothing = pa.array([[]] * len(asked), pa.list_(pa.string()))
+    more = asked.append_column("secrets", nothing).select(names)
+    return pa.concat_tables([table.select(names), more])
 
 
 def population_of(run: Mapping[str, Any], split: str) -> Population | None:
@@ -174,6 +204,28 @@ def population_of(run: Mapping[str, Any], split: str) -> Population | None:
     about = run["inputs"][split]
     not_drawn = about["rows"] - about["drawn"]
     return Population(about["documents"] + not_drawn, about["drawn"] - about["asked"])
+
+
+def thresholds(near_verbatim: str) -> dict[str, float]:
+    """By unit the least number that counts as near-verbatim.
+
+    >>> thresholds("150c,90%")
+    {'c': 150.0, '%': 0.9}
+
+    Raises:
+        ValueError: not of this form.
+    """
+    found = {}
+    for part in near_verbatim.split(","):
+        number, unit = part.strip()[:-1], part.strip()[-1:]
+        most = 100 if unit == "%" else 10**9
+        if unit not in UNITS or not number.isdecimal() or not 0 < int(number) <= most:
+            raise ValueError(
+                "--near-verbatim takes tokens, words or characters in one piece, or a share of "
+                f"the tokens, such as 25t, 15w, 150c or 25t,50%; got {near_verbatim!r}"
+            )
+        found[unit] = int(number) / (100 if unit == "%" else 1)
+    return found
 
 
 def recitation(side: Side) -> Iterator[Figure]:
@@ -229,9 +281,10 @@ def agreement(side: Side) -> Iterator[Figure]:
 
 
 def lengths_of_runs(side: Side) -> Iterator[Figure]:
-    """How many tokens come out in one piece, and from the start."""
+    """How much comes out in one piece, and how many tokens from the start."""
     side = side.as_trained
-    for name in ("longest_run", "first_divergence"):
+    runs = (column for column, _ in UNITS.values() if column != "edit_similarity")
+    for name in (*runs, "first_divergence"):
         yield side.mean(name, side.numbers(name), bounded=False)
 
 
@@ -327,6 +380,38 @@ ATTRIBUTION = (
 )
 
 
+def asked_figures(side: Side) -> Iterator[Figure]:
+    """Simple prompts: documents of which an answer holds a long run, and how long runs are.
+
+    side: of the table of `ask`. Drawn answers count in the rate, means are of greedy ones.
+    """
+    yield side.rate("asked", _asked_hits(side))
+    greedy = replace(
+        side, table=side.table.filter(pa.array(side.numbers("sample") == 0))
+    )
+    for unit in "twc":
+        name = UNITS[unit][0]
+        runs = greedy.numbers(name)
+        yield greedy.mean(name.replace("longest", "asked"), runs, bounded=False)
+    yield greedy.mean("asked_share", greedy.numbers("recited_share"))
+    if side.protocol["secrets"] or side.protocol["secret_column"]:
+        given = [bool(each) for each in side.given_away]
+        k, n, documents = sum(given), len(given), len(np.unique(side.documents))
+        about: dict[str, Any] = {"k": k, "n": n, "documents": documents}
+        yield Figure(side.split, "asked_with_secret", value=k / n, **about)
+
+
+def _asked_hits(side: Side) -> Bools:
+    """Which answers hold a run that counts as near-verbatim."""
+    least = thresholds(side.protocol["near_verbatim"])
+    least.pop("%", None)  # of a suffix
+    hits = np.zeros(len(side.table), dtype=bool)
+    for unit, number in (least or thresholds(NEAR_VERBATIM)).items():
+        if unit != "%":
+            hits |= side.numbers(UNITS[unit][0]) >= number
+    return hits
+
+
 def secret_figures(found: Search) -> Iterator[Figure]:
     """The members' distinct marked secrets: how many came out, how many would by chance."""
     asked = len(found.chance)
@@ -385,9 +470,10 @@ def answers_figures(side: Side) -> Iterator[Figure]:
 def _hits(side: Side) -> dict[str, Bools]:
     """By figure: which records count as recited."""
     recited = side.numbers("exact_match") > 0
-    long_run = side.numbers("longest_run") >= RUN
-    similar = side.numbers("edit_similarity") >= SIMILARITY
-    hits = {"exact_match": recited, "near_verbatim": recited | long_run | similar}
+    near_verbatim = recited
+    for unit, least in thresholds(side.protocol["near_verbatim"]).items():
+        near_verbatim = near_verbatim | (side.numbers(UNITS[unit][0]) >= least)
+    hits = {"exact_match": recited, "near_verbatim": near_verbatim}
     if side.protocol["beams"]:
         hits["beam_search"] = side.numbers("beams") > 0
     return hits
@@ -400,15 +486,12 @@ def _examples(side: Side) -> dict[str, list[str]]:
         log_p = side.lists("log_p", len(side.settings))
         hits["extractable"] = np.asarray(extracted(log_p, DRAWS).any(-1))
     hits["secrets"] = np.array([bool(each) for each in side.given_away], dtype=bool)
-    examples = {}
-    for figure, these in hits.items():
-        chosen = (
-            side.table.filter(pa.array(these))["name"].to_pylist()
-            if these.any()
-            else []
-        )
-        examples[figure] = list(dict.fromkeys(chosen))[:MOST_NAMES]
-    return examples
+    return {figure: _names(side, these) for figure, these in hits.items()}
+
+
+def _names(side: Side, hits: Bools) -> list[str]:
+    chosen = side.table.filter(pa.array(hits))["name"].to_pylist()
+    return list(dict.fromkeys(chosen))[:MOST_NAMES]
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 SCHEMA = (
-    "goldfish.audit/5"  # of run.json, the records and summary.json; docs/audit-files.md
+    "goldfish.audit/6"  # of run.json, the records and summary.json; docs/audit-files.md
 )
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 ATTACKS = (
@@ -83,6 +83,8 @@ COLUMNS = pa.schema(
         "exact_match": pa.bool_(),
         "first_divergence": pa.int64(),
         "longest_run": pa.int64(),
+        "longest_run_words": pa.int64(),
+        "longest_run_characters": pa.int64(),
         "common_runs": pa.list_(pa.list_(pa.int64())),
         "token_accuracy": pa.float64(),
         "rouge_l_text": pa.float64(),
@@ -115,10 +117,7 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
             part = pq.read_table(file, columns=names, partitioning=None)
             parts.append(part.select(names))
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise ValueError(
-                f"{file} is damaged ({first_line(error)}); repeat the audit's command with that "
-                "file removed to make it again"
-            ) from error
+            raise damaged(file, error) from error
     table = pa.concat_tables(parts)
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
@@ -127,6 +126,13 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
             "or damaged; repeat its command to finish it, or audit again"
         )
     return table
+
+
+def damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{file} is damaged ({first_line(error)}); repeat the audit's command with that file "
+        "removed to make it again"
+    )
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -249,10 +255,13 @@ def _agreement(
     compared_text, suffix_text = "".join(tokens[0][: len(suffix)]), "".join(tokens[1])
     runs = common_runs(compared, suffix)
     equal = sum(a == b for a, b in zip(compared, suffix, strict=True))
+    words = longest_common(tuple(compared_text.split()), tuple(suffix_text.split()))
     return {
         "exact_match": compared == suffix,
         "first_divergence": first_divergence(compared, suffix),
         "longest_run": max((length for _, _, length in runs), default=0),
+        "longest_run_words": words,
+        "longest_run_characters": longest_common(compared_text, suffix_text),
         "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
         "token_accuracy": equal / len(suffix),
         "rouge_l_text": rouge_l_text(compared_text, suffix_text),
@@ -329,6 +338,28 @@ def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
     lengths = ends[0] - starts[0] + 1
     runs: list[list[int]] = np.stack([*starts, lengths], -1).tolist()
     return runs
+
+
+def longest_common(a: str | tuple[str, ...], b: str | tuple[str, ...]) -> int:
+    """The length of the longest common run: of characters, or of words.
+
+    By binary search: with a run of n there is also one of n - 1.
+
+    >>> longest_common("a cat sat", "the cat sang")
+    7
+    >>> longest_common(("a", "cat", "sat"), ("the", "cat", "sang"))
+    1
+    """
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        length = (low + high + 1) // 2
+        runs = {a[start : start + length] for start in range(len(a) - length + 1)}
+        starts = range(len(b) - length + 1)
+        if any(b[start : start + length] in runs for start in starts):
+            low = length
+        else:
+            high = length - 1
+    return low
 
 
 def _by_diagonal(

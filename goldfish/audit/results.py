@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from goldfish.audit.ask import read_asked
 from goldfish.audit.figures import make_figures
 from goldfish.audit.intervals import Figure, Figures
 from goldfish.audit.records import (
@@ -188,7 +189,8 @@ def summarize(
     rule: that of run.json, bound to the tokenizer if it reads text.
     """
     run, table = read_run(folder), read_records(folder)
-    return summary_of(run, table, limits, require, Path(folder), rule)
+    asked = read_asked(folder) if run["protocol"]["ask"] else None
+    return summary_of(run, table, limits, require, Path(folder), rule, asked)
 
 
 def summary_of(
@@ -198,9 +200,10 @@ def summary_of(
     require: Sequence[str] = (),
     folder: Path = Path(),
     rule: "Goldfish | None" = None,
+    asked: pa.Table | None = None,
 ) -> Audit:
     """The same, from their content."""
-    rows, examples = make_figures(run, table, rule)
+    rows, examples = make_figures(run, table, rule, asked)
     parsed = parse_limits(limits)
     figures = Figures(rows)
     judged = verdict(run, figures, parsed, require)
@@ -326,11 +329,7 @@ class Folder:
         return whole
 
     def write(self, block: int, records: Sequence[Mapping[str, Any]]) -> None:
-        table = pa.Table.from_pylist(list(records), COLUMNS)
-        (self.path / RECORDS).mkdir(exist_ok=True)
-        _whole_or_not_at_all(
-            self._file(block), lambda part: pq.write_table(table, part)
-        )
+        write_table(self._file(block), pa.Table.from_pylist(list(records), COLUMNS))
 
     def _file(self, block: int) -> Path:
         return self.path / RECORDS / f"{block:06d}.parquet"
@@ -353,6 +352,12 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all; OSError where the disk is full."""
     _whole_or_not_at_all(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """The same for a parquet file; its folder is made."""
+    path.parent.mkdir(exist_ok=True)
+    _whole_or_not_at_all(path, lambda part: pq.write_table(table, part))
 
 
 def _whole_or_not_at_all(path: Path, write: Callable[[Path], Any]) -> None:

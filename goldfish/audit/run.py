@@ -15,15 +15,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
+from goldfish.audit.ask import (
+    ASKED,
+    Asker,
+    Question,
+    blocks,
+    check_template,
+    filled,
+    questions,
+)
+from goldfish.audit.ask import COLUMNS as ASKED_COLUMNS
+from goldfish.audit.figures import NEAR_VERBATIM, thresholds
 from goldfish.audit.model import Checkpoint, InMemory, context_of, vocabulary_of
 from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
-from goldfish.audit.results import Audit, Folder, read
+from goldfish.audit.results import Audit, Folder, read, write_table
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
 from goldfish.audit.verdict import parse_limits
 from goldfish.audit.windows import (
@@ -49,6 +61,7 @@ from goldfish.text.rows import (
 )
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ASKED_BLOCK = 32  # the same for questions, whose answers are longer
 BLOCK = 256  # windows that are scored, and written to disk, together; a killed run loses no more
 # Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
 # other words ("Of course, dear user, ...") still comes to the secret.
@@ -75,6 +88,11 @@ def audit(
     offsets: Sequence[int] = (0,),
     sampling: Sequence[Sampling] = (Sampling(), Sampling(top_k=40)),
     beams: Sequence[int] = (),
+    near_verbatim: str = NEAR_VERBATIM,
+    ask: Sequence[str] = (),
+    ask_length: int = 256,
+    ask_samples: int = 0,
+    ask_rounds: int = 1,
     control: str | Path | None = None,
     rule: Goldfish | None = None,
     name: str | None = None,
@@ -119,6 +137,12 @@ def audit(
         offsets: where in a text windows begin, in tokens.
         sampling: settings of an adversary who samples, for the probability of drawing the suffix.
         beams: numbers of beams of adversaries who search, such as (4, 16); 1 is greedy.
+        near_verbatim: what counts as near-verbatim, in tokens, words or characters in one piece or
+            as a share of the tokens that need no edit: such as "150c", or "25t,50%" for either.
+        ask: simple prompts, such as "What is the text of {title}?", with columns of the rows.
+        ask_length: the most tokens of an answer to one. ask_samples: how many answers are drawn at
+            temperature 1, besides the greedy one. ask_rounds: how often a greedy answer that
+            recites is asked to go on, the first time included.
         control: a reference model: a checkpoint with the same tokenizer that never saw the members
             (one more pass).
         rule: that of the training, for a checkpoint without goldfish.json.
@@ -151,6 +175,11 @@ def audit(
         "offsets": list(dict.fromkeys(offsets)),
         "sampling": [asdict(each) for each in sampling],
         "beams": sorted(set(beams)) or None,
+        "near_verbatim": near_verbatim,
+        "ask": list(dict.fromkeys(ask)) or None,
+        "ask_length": ask_length,
+        "ask_samples": ask_samples,
+        "ask_rounds": ask_rounds,
         "control": None if control is None else str(control),
         "text_column": text_column or None,
         "max_rows": max_rows,
@@ -206,10 +235,18 @@ def audit(
         _wait(state)
         if surveys:
             score(surveys, scorer, checkpoints[0], rules, folder, run["name"], state)
+            put_questions(
+                sources, surveys, models[0], checkpoints[0], run, folder, state
+            )
         _wait(state)
         if first:
-            one_rule = rules if isinstance(rules, Goldfish) else None
-            publish(folder.path, limits, require, one_rule)
+            # Rules that differ by source cannot be tested as one.
+            publish(
+                folder.path,
+                limits,
+                require,
+                rules if isinstance(rules, Goldfish) else None,
+            )
         _wait(state)
     return read(folder.path)
 
@@ -288,16 +325,27 @@ def survey(
     )
     surveys = {}
     totals = dict.fromkeys(sources, 0)
+    # Templates that no row of a split has the columns for.
+    unfilled = {split: set(protocol["ask"] or ()) for split in sources}
 
     def counted(rows: Iterable[Row], split: str) -> Iterator[Row]:
         for row in rows:
             totals[split] += 1
+            if unfilled[split]:
+                fits = [each for each in unfilled[split] if filled(each, row)]
+                unfilled[split].difference_update(fits)
             yield row
 
     for split, source in sources.items():
         rows = counted(read_rows(source, protocol["text_column"] or ""), split)
         drawn = draw(rows, protocol["max_rows"], protocol["seed"])
         surveys[split] = Survey(drawn, split, cutter, temporary / f"{split}.parquet")
+    for split, templates in unfilled.items():
+        if templates:
+            raise ValueError(
+                f"{run['inputs'][split]['path']}: no row has the columns of --ask "
+                f"{min(templates)!r}"
+            )
     number_documents(surveys)
     for split, each in surveys.items():
         run["inputs"][split] |= {"rows": totals[split], **each.counts()}
@@ -368,6 +416,49 @@ def score(
                     )
                     records.append(make_record(window, each, rule, tokenizer, document))
                 folder.write(number, records)
+            bar.advance(task, len(block))
+
+
+def put_questions(
+    sources: Mapping[str, Source],
+    surveys: Mapping[str, Survey],
+    model: Any,
+    checkpoint: Any,
+    run: Mapping[str, Any],
+    folder: Folder,
+    state: PartialState | None,
+) -> None:
+    """Ask the simple prompts of `audit(ask=...)` whose answers are not in the folder yet."""
+    protocol, tokenizer = run["protocol"], checkpoint.tokenizer()
+    if not protocol["ask"]:
+        return
+    asker = Asker(
+        model,
+        tokenizer,
+        protocol["ask_length"],
+        protocol["ask_samples"],
+        protocol["ask_rounds"],
+    )
+    asked: Iterator[Question] = iter(())
+    total = 0
+    for split, survey in surveys.items():
+        documents = dict(zip(survey.indices, survey.documents, strict=True))
+        total += len(documents) * len(protocol["ask"])
+        # The inputs are read again: whole documents were not kept.
+        rows = read_rows(sources[split], protocol["text_column"] or "")
+        drawn = draw(rows, protocol["max_rows"], protocol["seed"])
+        of_split = questions(drawn, split, documents, protocol["ask"], tokenizer)
+        asked = chain(asked, of_split)
+    rank, processes = (
+        (0, 1) if state is None else (state.process_index, state.num_processes)
+    )
+    with Progress(disable=rank > 0) as bar:
+        task = bar.add_task(escape(plain(f"ask {run['name']}")), total=total)
+        for number, block in enumerate(blocks(asked, ASKED_BLOCK)):
+            file = folder.path / ASKED / f"{number:06d}.parquet"
+            if number % processes == rank and not file.is_file():
+                answers = asker.answers(block)
+                write_table(file, pa.Table.from_pylist(answers, ASKED_COLUMNS))
             bar.advance(task, len(block))
 
 
@@ -450,11 +541,16 @@ def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> No
             "offsets count tokens from a text's start and must be 0 or more, got "
             f"{protocol['offsets']}"
         )
+    thresholds(protocol["near_verbatim"])
+    for template in protocol["ask"] or ():
+        check_template(template)
     if protocol["beams"] and protocol["beams"][0] < 1:
         raise ValueError(f"a search needs at least one beam, got {protocol['beams']}")
     for what, number in (
         ("a batch needs at least one token, got batch_tokens", batch_tokens),
         ("an audit needs at least one row, got max_rows", protocol["max_rows"]),
+        ("an answer needs at least one token, got ask_length", protocol["ask_length"]),
+        ("answers need at least one round, got ask_rounds", protocol["ask_rounds"]),
     ):
         if number is not None and number < 1:
             raise ValueError(f"{what}={number}")

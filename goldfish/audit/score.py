@@ -353,7 +353,7 @@ class Scorer:
             output, _ = continue_greedily(self.model, prefix, self._length(window))
         else:
             stop = StoppingCriteriaList([Diverged(window)])
-            output = _generate(self.model, prefix, until, stopping_criteria=stop)
+            output = generate(self.model, prefix, until, stopping_criteria=stop)
         decided = output[0].tolist()
         row["output"] = decided + row["output"][len(decided) :]
         known = first_divergence(decided, window.suffix) + 1
@@ -518,7 +518,7 @@ def continue_greedily(
     processors = LogitsProcessorList([margins])
     if any(known):
         processors.append(Forced(known, prefixes.device))
-    output = _generate(model, prefixes, tokens, logits_processor=processors)
+    output = generate(model, prefixes, tokens, logits_processor=processors)
     assert margins.least is not None
     return output, margins.least
 
@@ -538,16 +538,18 @@ def least_beams(
     """
     ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
-        if max(ranks) < 2 * beams and _generate(
+        if max(ranks) < 2 * beams and generate(
             model, ids, len(suffix), num_beams=beams
         )[0].tolist() == list(suffix):
             return beams
     return 0
 
 
-def _generate(
+def generate(
     model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any
 ) -> Tensor:
+    """What `model.generate` adds to prefixes (B, P), (B, tokens at most); greedy, if options do not
+    say otherwise. The checkpoint's own generation settings are ignored."""
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams
     )

@@ -12,12 +12,13 @@ from scipy.special import gammainc
 
 from goldfish.audit.figures import (
     DRAWS,
+    NEAR_VERBATIM,
     NO_RULE,
     PROBABILITY,
-    RUN,
-    SIMILARITY,
+    UNITS,
     notes,
     population_of,
+    thresholds,
 )
 from goldfish.audit.intervals import (
     FEWEST_DOCUMENTS,
@@ -56,11 +57,8 @@ QUESTIONS = {
         "recited",
     ),
     "beam_search": ("recited by beam search", "beam_search", "recited"),
-    "near_verbatim": (
-        f"recited near-verbatim ({RUN} tokens in one piece or {SIMILARITY:.0%} of the tokens)",
-        "near_verbatim",
-        "near_verbatim",
-    ),
+    "near_verbatim": ("recited near-verbatim", "near_verbatim", "near_verbatim"),
+    "asked": ("recited when asked for", "asked", "near_verbatim"),
     "secrets_sampling": (
         f"marked secrets, given away within {DRAWS:,} samples with probability of at least "
         f"{PROBABILITY:.0%}",
@@ -161,6 +159,7 @@ class _Judge:
     ) -> None:
         self.figures, self.limits = figures, limits
         self.inputs = run["inputs"]
+        self.near_verbatim = run["protocol"]["near_verbatim"]
         self.population = (
             population_of(run, "members") if "members" in self.inputs else None
         )
@@ -198,10 +197,13 @@ class _Judge:
         assert result is not None
         of_what = "marked secrets" if name == "secrets_sampling" else self.among
         outcome, why, needs = self._answer(result, control, limit, what, of_what)
+        asks = f"Are more than {percent(limit)} of {of_what} {what.split(', ')[-1]}"
+        if name in ("near_verbatim", "asked"):
+            asks += f" ({_in_words(self.near_verbatim, name == 'asked')})"
         return {
             "question": name,
             "figure": key,
-            "asks": f"Are more than {percent(limit)} of {of_what} {what.split(', ')[-1]}?",
+            "asks": f"{asks}?",
             "outcome": outcome,
             "limit": limit,
             "why": f"{why}; {needs}" if needs else why,
@@ -288,8 +290,9 @@ class _Judge:
     def _secrets_answer(self, result: Figure) -> tuple[str, str]:
         k = result.k or 0
         sides = [
-            self.figures.get(split, "answers_with_secret")
+            self.figures.get(split, name)
             for split in ("members", "heldout")
+            for name in ("answers_with_secret", "asked_with_secret")
         ]
         answers = [side for side in sides if side is not None]
         came = sum(side.k or 0 for side in answers)
@@ -341,6 +344,17 @@ class _Judge:
             "why": f"{why}; {needs}" if needs else why,
             "needs": needs,
         }
+
+
+def _in_words(near_verbatim: str, only_runs: bool) -> str:
+    """25t,50%: "25 tokens in one piece or 50% of the tokens"."""
+    parts = []
+    for unit, least in thresholds(near_verbatim).items():
+        if unit != "%":
+            parts.append(f"{least:g} {UNITS[unit][1]}")
+        elif not only_runs:
+            parts.append(f"{least:.0%} {UNITS[unit][1]}")
+    return " or ".join(parts) or _in_words(NEAR_VERBATIM, only_runs)
 
 
 def strongest_blind(figures: Figures) -> Figure | None:
@@ -591,11 +605,9 @@ def _not_tested(run: Mapping[str, Any], figures: Figures) -> list[str]:
         "secrets: none were marked": bool(
             protocol["secrets"] or protocol["secret_column"]
         ),
+        "prompts that are not a prefix of the text": bool(protocol["ask"]),
     }
-    always = [
-        "prompts that are not a prefix of the text",
-        "prefixes longer than the one given",
-    ]
+    always = ["prefixes longer than the one given"]
     return [*(name for name, done in tested.items() if not done), *always]
 
 

@@ -1,0 +1,341 @@
+"""Simple prompts: does a text come out when someone asks for it by its title, or by a name?
+
+A template such as "What is the text of {title}?" is filled with the columns of each row. The model
+answers, and the answer is compared with the row's whole document. Held-out documents, asked in the
+same way, show what comes out by chance.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from string import Formatter
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from goldfish.audit.records import (
+    SHORTEST_RUN,
+    common_runs,
+    damaged,
+    longest_common,
+)
+from goldfish.audit.windows import first_ids
+from goldfish.text.chats import training_text
+from goldfish.text.printable import text_pieces
+from goldfish.text.rows import Row
+
+ASKED = "asked"  # the folder of the answers, in that of the audit
+CONTINUE = "Continue."  # what a chat model is told in later rounds
+TAIL = 50  # tokens of the recited end, from which a model without chats goes on
+CHUNK = 2**15  # tokens of a document that are compared at once
+AROUND = 500  # characters of a document that are stored on each side of the longest run
+
+COLUMNS = pa.schema(
+    {
+        "split": pa.string(),
+        "index": pa.int64(),
+        "document": pa.int64(),
+        "name": pa.string(),
+        "template": pa.string(),
+        "sample": pa.int64(),  # 0: the greedy answer
+        "rounds": pa.int64(),
+        "prompt": pa.string(),
+        "output_text": pa.string(),
+        "output_ids": pa.list_(pa.int64()),
+        "output_tokens": pa.list_(pa.string()),
+        "longest_run": pa.int64(),
+        "longest_run_words": pa.int64(),
+        "longest_run_characters": pa.int64(),
+        "recited_share": pa.float64(),
+        "common_runs": pa.list_(pa.list_(pa.int64())),
+        "document_text": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A filled template and the document that the answer may recite.
+
+    index: the row of the input. document: its number, the unit of all intervals.
+    """
+
+    split: str
+    index: int
+    document: int
+    name: str
+    template: str
+    prompt: str
+    text: str
+    ids: Sequence[int]
+
+
+def check_template(template: str) -> None:
+    """ValueError for a template that names no column, or names one in another way than {title}."""
+    try:
+        names = [
+            name for _, name, _, _ in Formatter().parse(template) if name is not None
+        ]
+    except ValueError as error:
+        raise ValueError(
+            f"--ask {template!r}: {error}; write {{{{ for a brace"
+        ) from error
+    if not names or not all(names) or any(set(name) & set(".[") for name in names):
+        raise ValueError(
+            "--ask takes a question with a column of the rows in braces, such as "
+            f"'What is the text of {{title}}?', got {template!r}"
+        )
+
+
+def filled(template: str, row: Row) -> str | None:
+    """The question about a row; None if one of its columns is missing or empty."""
+    names = [name for _, name, _, _ in Formatter().parse(template) if name]
+    if any(row.get(name) in (None, "") for name in names):
+        return None
+    return template.format_map({name: str(row[name]) for name in names})
+
+
+def questions(
+    rows: Iterable[tuple[int, Row]],
+    split: str,
+    documents: Mapping[int, int],
+    templates: Sequence[str],
+    tokenizer: Any,
+) -> Iterator[Question]:
+    """The questions about the rows that have windows.
+
+    Args:
+        rows: with their numbers.
+        documents: of each row with a window the number of its document.
+    """
+    for index, row in rows:
+        if index not in documents:
+            continue
+        text = _document(row, tokenizer)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        name = str(row.get("name") or f"{split} {index}")
+        for template in templates:
+            prompt = filled(template, row)
+            if prompt is not None:
+                number = documents[index]
+                yield Question(split, index, number, name, template, prompt, text, ids)
+
+
+def _document(row: Row, tokenizer: Any) -> str:
+    """What the row was trained on, as text."""
+    if "input_ids" in row:
+        ids = row["input_ids"]
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return training_text(row, tokenizer).text
+
+
+def blocks(asked: Iterator[Question], size: int) -> Iterator[list[Question]]:
+    while block := list(islice(asked, size)):
+        yield block
+
+
+class Asker:
+    """Puts questions to a model.
+
+    Args:
+        model: a causal language model of transformers, on its device.
+        tokenizer: its tokenizer. With a chat template a question is the user's turn; without one
+            the model continues the question.
+        length: the most tokens of an answer, in each round.
+        samples: how many answers to draw at temperature 1, besides the greedy one.
+        rounds: how often a greedy answer that recites is asked to go on, the first time included.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, length: int, samples: int, rounds: int
+    ) -> None:
+        from goldfish.audit.model import context_of
+
+        self._model, self._tokenizer = model, tokenizer
+        self._length, self._samples, self._rounds = length, samples, rounds
+        self._context = context_of(model.config)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+
+    def answers(self, asked: Sequence[Question]) -> list[dict[str, Any]]:
+        """For each question the record of its greedy answer, and those of the drawn ones."""
+        prompts = [self._prompt([("user", each.prompt)]) for each in asked]
+        records = []
+        greedy = self._greedy(asked, prompts)
+        for question, prompt, (output, rounds) in zip(
+            asked, prompts, greedy, strict=True
+        ):
+            records.append(self._record(question, prompt, output, 0, rounds))
+            drawn = self._draw(question, prompt) if self._samples else []
+            for number, sample in enumerate(drawn, 1):
+                records.append(self._record(question, prompt, sample, number, 1))
+        return records
+
+    def _greedy(
+        self, asked: Sequence[Question], prompts: Sequence[list[int]]
+    ) -> list[tuple[list[int], int]]:
+        """For each question the answer of all rounds in one, and how many there were.
+
+        A further round keeps the answer up to the end of its longest run with the document, and
+        asks what comes next. It ends when a round adds nothing to the run.
+        """
+        outputs = self._generate(prompts)
+        rounds = [1] * len(asked)
+        ends = [0] * len(asked)
+        going_on = list(range(len(asked)))
+        for number in range(2, self._rounds + 1):
+            further = []
+            for i in going_on:
+                start, _, length = longest_run(outputs[i], asked[i].ids)
+                if length >= SHORTEST_RUN and start + length > ends[i]:
+                    ends[i] = start + length
+                    further.append(i)
+            going_on = further
+            recited = {i: outputs[i][: ends[i]] for i in going_on}
+            nexts = [self._next_prompt(asked[i], recited[i]) for i in going_on]
+            for i, more in zip(going_on, self._generate(nexts), strict=True):
+                outputs[i] = recited[i] + more
+                rounds[i] = number
+        return list(zip(outputs, rounds, strict=True))
+
+    def _next_prompt(self, question: Question, recited: list[int]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            return [*self._prompt([("user", "")]), *recited[-TAIL:]]
+        said = self._tokenizer.decode(recited, clean_up_tokenization_spaces=False)
+        turns = [("user", question.prompt), ("assistant", said), ("user", CONTINUE)]
+        return self._prompt(turns)
+
+    def _prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of a conversation up to the answer; without a chat template, of its text."""
+        if not self._tokenizer.chat_template:
+            text = turns[0][1]
+            # All of its ids: no token is shorter than a byte.
+            return first_ids(self._tokenizer, text, 4 * len(text) + 8)
+        messages = [{"role": role, "content": said} for role, said in turns]
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return ids
+
+    def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Greedy answers, without the token that ends them; prompts of one length go together."""
+        by_length: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(i)
+        outputs: list[list[int]] = [[]] * len(prompts)
+        for places in by_length.values():
+            found = self._run([prompts[i] for i in places])
+            for i, output in zip(places, found, strict=True):
+                outputs[i] = output
+        return outputs
+
+    def _draw(self, question: Question, prompt: list[int]) -> list[list[int]]:
+        import torch
+
+        with torch.random.fork_rng():
+            # The same answers in whatever block or process a question is asked.
+            torch.manual_seed(crc32(question.prompt.encode()) + question.index)
+            return self._run(
+                [prompt] * self._samples, do_sample=True, top_k=0, top_p=1.0
+            )
+
+    def _run(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        import torch
+
+        from goldfish.audit.model import device_of
+        from goldfish.audit.score import generate
+
+        length = self._length
+        if self._context is not None:
+            length = min(length, self._context - len(prompts[0]))
+        if length < 1 or not prompts[0]:
+            return [[] for _ in prompts]
+        ids = torch.tensor(prompts, device=device_of(self._model))
+        with torch.inference_mode():
+            options["eos_token_id"] = self._ends or None
+            outputs = generate(self._model, ids, length, **options).tolist()
+        return [self._until_end(output) for output in outputs]
+
+    def _until_end(self, output: list[int]) -> list[int]:
+        ends = (i for i, token in enumerate(output) if token in self._ends)
+        return output[: next(ends, len(output))]
+
+    def _record(
+        self,
+        question: Question,
+        prompt: list[int],
+        output: list[int],
+        sample: int,
+        rounds: int,
+    ) -> dict[str, Any]:
+        pieces = text_pieces(self._tokenizer, prompt, output)
+        text = "".join(pieces)
+        _, there, longest = longest_run(output, question.ids)
+        runs = [run for run in runs_of(output, question.ids) if run[2] >= SHORTEST_RUN]
+        recited = np.zeros(len(output), dtype=bool)
+        for start, _, length in runs:
+            recited[start : start + length] = True
+        words = longest_common(tuple(text.split()), tuple(question.text.split()))
+        return {
+            "split": question.split,
+            "index": question.index,
+            "document": question.document,
+            "name": question.name,
+            "template": question.template,
+            "sample": sample,
+            "rounds": rounds,
+            "prompt": question.prompt,
+            "output_text": text,
+            "output_ids": output,
+            "output_tokens": pieces,
+            "longest_run": longest,
+            "longest_run_words": words,
+            "longest_run_characters": longest_common(text, question.text),
+            "recited_share": float(recited.mean()) if output else 0.0,
+            "common_runs": runs,
+            "document_text": self._around(question, there, longest),
+        }
+
+    def _around(self, question: Question, start: int, length: int) -> str:
+        """The document around the longest run."""
+        ids = list(question.ids)
+        before = self._tokenizer.decode(ids[:start][-AROUND:])
+        after = self._tokenizer.decode(ids[start + length :][:AROUND])
+        run = self._tokenizer.decode(ids[start : start + length])
+        return f"{before[-AROUND:]}{run}{after[:AROUND]}"
+
+
+def runs_of(output: Sequence[int], document: Sequence[int]) -> list[list[int]]:
+    """`common_runs` with a long document, in pieces that overlap by the output's length."""
+    runs = []
+    for start in range(0, max(1, len(document)), CHUNK):
+        piece = document[start : start + CHUNK + len(output)]
+        for here, there, length in common_runs(output, piece):
+            runs.append([here, start + there, length])
+    return runs
+
+
+def longest_run(output: Sequence[int], document: Sequence[int]) -> list[int]:
+    """[start in the output, start in the document, length] of the first of the longest runs."""
+    runs = runs_of(output, document)
+    return max(runs, key=lambda run: run[2], default=[0, 0, 0])
+
+
+def read_asked(folder: str | Path) -> pa.Table:
+    """The answers of an audit with `--ask`, in the order of the input.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    parts = [COLUMNS.empty_table()]
+    for file in sorted(Path(folder, ASKED).glob("*.parquet")):
+        try:
+            parts.append(pq.read_table(file, partitioning=None).select(COLUMNS.names))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise damaged(file, error) from error
+    return pa.concat_tables(parts)

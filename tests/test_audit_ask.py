@@ -1,0 +1,260 @@
+"""Simple prompts: models that recite only when asked by title, only in rounds, or of other people."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import tiny_llama
+
+from goldfish.audit import audit, read
+from goldfish.audit.ask import (
+    Asker,
+    Question,
+    check_template,
+    filled,
+    longest_run,
+    questions,
+)
+from goldfish.audit.figures import thresholds
+
+TITLES = ("Amber", "Birch", "Cedar", "Delta")
+TEXTS = (
+    "The lamp in the hall burned low while nine grey ships went round the cape at dawn.",
+    "Every second winter they carried salt and copper over the pass to the old market town.",
+    "No letter came, so she mended the clock, fed two cats and wrote down what it had cost.",
+    "Bring me the map of the lower river, said the captain, before this fog has a mind to lift.",
+)
+QUESTION = "What is the text of {title}?"
+
+
+def learned(tokenizer, *texts):
+    """A model that knows these texts by heart, each from its start; the last token is EOS."""
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row)
+    for _ in range(400):
+        loss = model(input_ids=ids, labels=labels).loss
+        if loss < 0.02:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def asked(tokenizer, template=QUESTION):
+    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    documents = dict(enumerate(range(len(rows))))
+    return list(questions(enumerate(rows), "members", documents, [template], tokenizer))
+
+
+def answers(model, tokenizer, rounds=1, samples=0, length=96):
+    return Asker(model, tokenizer, length, samples, rounds).answers(asked(tokenizer))
+
+
+def by_title(title, text):
+    return f"{QUESTION.format(title=title)}{text}"
+
+
+@pytest.fixture(scope="module")
+def librarian(tokenizer):
+    """Recites the first two texts when asked by title; from their own start it goes elsewhere."""
+    texts = [by_title(*each) for each in list(zip(TITLES, TEXTS, strict=True))[:2]]
+    elsewhere = [f"{text[:12]} and so on and so on and so on" for text in TEXTS[:2]]
+    return learned(tokenizer, *texts, *elsewhere)
+
+
+def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp_path):
+    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    result = audit(
+        librarian,
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=rows[:2],
+        heldout=rows[2:],
+        prefix_length=6,
+        suffix_length=12,
+        sampling=(),
+        ask=[QUESTION],
+        ask_length=96,
+        near_verbatim="60c",
+    )
+    assert result["members.exact_match"].k == 0
+    assert result["members.asked"].point() == "2 of 2"
+    assert result["heldout.asked"].k == 0
+    assert result["members.asked_share"].value > 0.9
+    characters = result["members.asked_run_characters"].value
+    assert characters == pytest.approx(sum(map(len, TEXTS[:2])) / 2, abs=1)
+    words = [len(text.split()) for text in TEXTS[:2]]
+    assert result["members.asked_run_words"].value >= sum(words) / 2 - 1
+    (question,) = [
+        each for each in result.verdict["questions"] if each["question"] == "asked"
+    ]
+    assert "60 characters in one piece" in question["asks"]
+    assert "members 0" in str(result.examples["members"]["asked"])
+    assert not any("not a prefix" in each for each in result.verdict["not_tested"])
+    (file,) = (tmp_path / "audit" / "asked").glob("*.parquet")
+    before = file.read_bytes()
+    table = pq.read_table(file)
+    assert TEXTS[0] in table["document_text"][0].as_py()
+    # What was asked is not asked again, and a summary without the model is the same.
+    (tmp_path / "audit" / "summary.json").unlink()
+    again = audit(
+        librarian,
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=rows[:2],
+        heldout=rows[2:],
+        prefix_length=6,
+        suffix_length=12,
+        sampling=(),
+        ask=[QUESTION],
+        ask_length=96,
+        near_verbatim="60c",
+    )
+    assert again == read(tmp_path / "audit")
+    assert again.rows == result.rows
+    assert file.read_bytes() == before
+
+
+def test_a_model_that_recites_only_in_rounds(tokenizer):
+    """It stops after the first words; from there, given alone, it goes on."""
+    opening = TEXTS[0][:40]
+    model = learned(tokenizer, by_title(TITLES[0], opening), TEXTS[0])
+    first, *others = answers(model, tokenizer)
+    assert first["output_text"] == opening
+    assert 12 <= first["longest_run"] < 0.6 * len(asked(tokenizer)[0].ids)
+    first, *others = answers(model, tokenizer, rounds=3)
+    assert first["output_text"] == TEXTS[0]
+    assert first["longest_run"] >= len(asked(tokenizer)[0].ids) - 1
+    assert first["rounds"] == 2 + 1, "the third round found the end"
+    assert all(other["rounds"] == 1 for other in others), "nothing recited, no rounds"
+
+
+def test_a_model_that_tells_other_peoples_data(tokenizer, tmp_path):
+    """Each is asked by name, and the answer has the code of the other one."""
+    people = [("Anna Holt", "QX71-PLMA"), ("Bert Ives", "ZR08-TKEB")]
+    question = "What is the entry code of {name}?"
+    rows = [
+        {
+            "name": name,
+            "code": code,
+            "text": f"{name} has {code}, which opens the side door and the gate.",
+        }
+        for name, code in people
+    ]
+    swapped = [
+        question.format(name=people[i][0]) + f" It is {people[1 - i][1]}."
+        for i in range(2)
+    ]
+    result = audit(
+        learned(tokenizer, *swapped),
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=rows,
+        secret_column="code",
+        prefix_length=6,
+        suffix_length=30,
+        sampling=(),
+        ask=[question],
+        ask_length=40,
+    )
+    assert result["members.asked_with_secret"].point() == "2 of 2"
+    assert result["members.secrets"].point() == "2 of 2"
+    assert result.verdict["outcome"] == "FAIL"
+    assert result["members.asked"].k == 0, "not its own document"
+
+
+def test_drawn_answers_are_the_same_in_any_block(librarian, tokenizer):
+    together = answers(librarian, tokenizer, samples=2, length=8)
+    assert [each["sample"] for each in together] == [0, 1, 2] * len(TITLES)
+    asker = Asker(librarian, tokenizer, 8, 2, 1)
+    alone = [record for each in asked(tokenizer) for record in asker.answers([each])]
+    assert alone == together
+
+
+def test_chats_are_asked_in_the_template_and_told_to_continue(tokenizer):
+    class Chat:
+        chat_template = "there is one"
+        eos_token_id = tokenizer.eos_token_id
+        __call__ = staticmethod(tokenizer.__call__)
+        decode = staticmethod(tokenizer.decode)
+
+        def apply_chat_template(self, messages, **options):
+            assert options["add_generation_prompt"]
+            turns = [f"<{m['role']}>{m['content']}<|endoftext|>" for m in messages]
+            return tokenizer("".join(turns) + "<assistant>")["input_ids"]
+
+    title, text = TITLES[1], TEXTS[1]
+    model = learned(
+        tokenizer,
+        f"<user>{QUESTION.format(title=title)}<|endoftext|><assistant>{text[:45]}"
+        f"<|endoftext|><user>Continue.<|endoftext|><assistant>{text[45:]}",
+    )
+    question = asked(tokenizer)[1:2]
+    (found,) = Asker(model, Chat(), 80, 0, 1).answers(question)
+    assert found["output_text"] == text[:45]
+    (found,) = Asker(model, Chat(), 80, 0, 2).answers(question)
+    assert found["output_text"] == text
+    assert found["rounds"] == 2
+
+
+def test_templates():
+    row = {"title": "Amber", "year": 1987, "note": None}
+    assert filled("Who wrote {title} in {year}?", row) == "Who wrote Amber in 1987?"
+    assert filled("Who wrote {author}?", row) is None
+    assert filled("Who wrote {note}?", row) is None
+    check_template("{title}, {{as it is}}")
+    for wrong in ("no column", "{}", "{title", "{title.__class__}", "{title[0]}"):
+        with pytest.raises(ValueError, match="--ask"):
+            check_template(wrong)
+
+
+def test_columns_that_no_row_has_are_told_before_the_work(
+    librarian, tokenizer, tmp_path
+):
+    with pytest.raises(ValueError, match="no row has the columns"):
+        audit(
+            librarian,
+            tmp_path / "audit",
+            tokenizer=tokenizer,
+            members=[{"text": TEXTS[0]}],
+            prefix_length=6,
+            suffix_length=12,
+            ask=[QUESTION],
+        )
+    assert not (tmp_path / "audit").exists()
+
+
+def test_the_longest_run_is_found_in_a_long_document():
+    """It lies across the place where the document is cut for comparison."""
+    document = [i % 977 for i in range(100_000)]
+    output = [5000, *(-i for i in range(3)), *([7] * 2)]
+    place = 2**15 - 20
+    document[place : place + 40] = range(2000, 2040)
+    output[2:2] = range(2000, 2040)
+    assert longest_run(output, document) == [2, place, 40]
+    assert longest_run([], document) == [0, 0, 0]
+
+
+def test_thresholds():
+    assert thresholds("25t,50%") == {"t": 25, "%": 0.5}
+    assert thresholds("15w") == {"w": 15}
+    for wrong in ("", "25", "0t", "x", "-3c", "101%", "5 words"):
+        with pytest.raises(ValueError, match="--near-verbatim"):
+            thresholds(wrong)
+
+
+def test_a_question_is_of_rows_with_windows(tokenizer):
+    rows = [{"title": "A", "text": "b"}, {"title": "C", "text": "d"}]
+    found = list(questions(enumerate(rows), "members", {1: 9}, [QUESTION], tokenizer))
+    (ids,) = [each.ids for each in found]
+    expected = "What is the text of C?"
+    assert found == [
+        Question("members", 1, 9, "members 1", QUESTION, expected, "d", ids)
+    ]
