@@ -488,13 +488,13 @@ def test_beams_equal_a_search_over_every_row(monkeypatch):
             )
         )
     searches = []
-    generate = score_module.least_beams.__globals__["_generate"]
+    generate = score_module.least_beams.__globals__["generate"]
 
     def counting(model, prefixes, tokens, **options):
         searches.append(options.get("num_beams"))
         return generate(model, prefixes, tokens, **options)
 
-    monkeypatch.setitem(score_module.least_beams.__globals__, "_generate", counting)
+    monkeypatch.setitem(score_module.least_beams.__globals__, "generate", counting)
     found = [score.beams for score in Scorer(model, beams=tried).score(windows)]
     expected = [
         next(
