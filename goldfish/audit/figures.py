@@ -51,6 +51,7 @@ UNITS = {
 SPLITS = ("members", "heldout")
 NO_RULE = "no rule is known for this checkpoint"
 MOST_NAMES = 10
+IDS = ("prefix_ids", "suffix_ids")
 
 Bools = NDArray[np.bool_]
 
@@ -86,6 +87,8 @@ class Side:
         Rates count a document if any of its records does, means and membership are of these.
         """
         chosen = np.asarray(self.table["asked"].to_pylist()) == "training"
+        if chosen.all():
+            return self  # no copy of a large table
         given_away = [
             each for each, kept in zip(self.given_away, chosen, strict=False) if kept
         ]
@@ -100,11 +103,12 @@ class Side:
 
     def lists(self, name: str, length: int) -> Floats:
         """A column of lists of one length, (records, length); null becomes NaN."""
-        nothing = [np.nan] * length
-        rows = [
-            nothing if each is None else each for each in self.table[name].to_pylist()
-        ]
-        return np.array(rows, dtype=np.float64).reshape(len(rows), length)
+        column = self.table[name]
+        rows = np.full((len(column), length), np.nan)
+        # Flattening leaves out the lists that are null.
+        values = list_flatten(column).cast(pa.float64()).to_numpy()
+        rows[is_valid(column).to_numpy()] = values.reshape(-1, length)
+        return rows
 
     def rate(self, figure: str, hits: ArrayLike, chosen: Bools | None = None) -> Figure:
         """How many documents have a hit in any record; chosen: bool, the records that count."""
@@ -328,20 +332,18 @@ def _proof(side: Side) -> Iterator[Figure]:
         return
     # Windows from further on lack what comes before them, which the rule reads.
     windows = side.table.filter(pa.array(side.numbers("offset") == 0))
-    prefixes, suffixes, losses = (
-        windows[name].to_pylist() for name in ("prefix_ids", "suffix_ids", "nll")
-    )
+    lengths_of = (list_value_length(windows[name]).to_numpy() for name in IDS)
+    tokens = np.cumsum(sum(lengths_of))
+    windows = windows[: max(1, int(np.count_nonzero(tokens <= MOST_TOKENS)))]
+    prefixes, suffixes, losses = (windows[name].to_pylist() for name in (*IDS, "nll"))
     rows = [a + b for a, b in zip(prefixes, suffixes, strict=True)]
-    tokens = np.cumsum([len(row) for row in rows])
-    used = max(1, int(np.count_nonzero(tokens <= MOST_TOKENS)))
-    rows, losses = rows[:used], losses[:used]
     lengths = [len(each) for each in losses]
     found = seed_test(
         [np.array(each) for each in losses],
         decisions_of(rule, rows, lengths),
         rule.seed,
     )
-    numbers = windows["document"].to_pylist()[:used]
+    numbers = windows["document"].to_pylist()
     about: dict[str, Any] = {"n": sum(lengths), "documents": len(set(numbers))}
     p = gap = None
     if found is None:
@@ -575,6 +577,9 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
 def _scores(side: Side) -> Scores:
     side = side.as_trained
     scores = {attack: side.numbers(f"mia_{attack}") for attack in ATTACKS}
-    words = [np.array(each, dtype=np.int32) for each in side.table["words"].to_pylist()]
+    column = side.table["words"]
+    ends = np.cumsum(list_value_length(column).to_numpy())
+    # Views of one array: as Python lists the words would take five times the memory.
+    words = np.split(list_flatten(column).to_numpy(), ends)[:-1]
     codes = np.unique(side.documents, return_inverse=True)[1]
     return Scores(codes, scores, words, side.numbers("characters"))

@@ -45,6 +45,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 SUMMARY, LOCK, PART = "summary.json", "lock", ".part"
+# Columns of the records that figures do not need as a rule. They are most of the bytes.
+_FOR_READERS = (
+    "prompt",
+    "suffix_text",
+    "output_text",
+    "prefix_ids",
+    "output_ids",
+    "suffix_tokens",
+    "output_tokens",
+    "rank",
+    "common_runs",
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,14 @@ def summarize(
 
     rule: that of run.json, bound to the tokenizer if it reads text.
     """
-    run, table = read_run(folder), read_records(folder)
+    run = read_run(folder)
+    unread = set(_FOR_READERS)
+    if run["rule"] is not None:
+        unread.discard("prefix_ids")  # the test of the rule needs them
+    if run["protocol"]["secrets"] or run["protocol"]["secret_column"]:
+        unread -= {"prompt", "output_text"}  # where secrets are looked for
+    columns = [name for name in COLUMNS.names if name not in unread]
+    table = read_records(folder, columns)
     asked = read_asked(folder) if run["protocol"]["ask"] else None
     return summary_of(run, table, limits, require, Path(folder), rule, asked)
 
