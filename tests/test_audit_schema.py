@@ -8,7 +8,7 @@ import pytest
 from audit_records import made_up_audit, made_up_records
 
 from goldfish import Goldfish
-from goldfish.audit.figures import RUN, SIMILARITY, UNREACHED
+from goldfish.audit.figures import NEAR_VERBATIM, UNREACHED
 from goldfish.audit.records import ATTACKS, COLUMNS, SCHEMA
 from goldfish.audit.secrets import SHORT
 from goldfish.audit.verdict import GAIN, LIMITS
@@ -54,8 +54,10 @@ def test_thresholds_are_documented():
         "`recited` (default {recited} of documents), `near_verbatim` ({near_verbatim})"
     )
     assert limits.format(**LIMITS) in TEXT
-    assert f"a run of at least {RUN} tokens" in TEXT
-    assert f"edit similarity is at least {SIMILARITY}" in TEXT
+    run, share = NEAR_VERBATIM.split(",")
+    assert f"a run of at least {run.removesuffix('t')} tokens" in TEXT
+    similarity = float(share.removesuffix("%")) / 100
+    assert f"edit similarity is at least {similarity:g}" in TEXT
     assert f"at least {GAIN} nats per token" in TEXT
     assert f"fewer than {SHORT:,} strings" in TEXT
     assert f"is at most {UNREACHED}" in TEXT

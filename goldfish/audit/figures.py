@@ -147,8 +147,10 @@ def make_figures(
     """
     protocol = run["protocol"]
     marked = bool(protocol["secrets"] or protocol["secret_column"])
-    outputs = _outputs(table, asked)
-    found = search(outputs) if marked else Search([[]] * len(outputs), {})
+    answers = len(table) + (0 if asked is None else len(asked))
+    found = Search([[]] * answers, {})
+    if marked:
+        found = search(_outputs(table, asked))
     if rule is None and run["rule"] is not None:
         from goldfish.rule import Goldfish  # here, as it needs torch
 
