@@ -130,6 +130,7 @@ class Lab:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self._data: dict[int, Data] = {}
         self._guides: dict[int, list[dict[str, Tensor]]] = {}
+        self._ngrams: dict[int, list[Tensor]] = {}
 
     def load(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
@@ -202,55 +203,58 @@ class Lab:
             "surprisal": torch.cat([first, surprisal]),
         }
 
-    def ngram_entropies(self, seed: int) -> list[list[float]]:
+    def ngram_entropies(self, seed: int) -> list[Tensor]:
         """For each row, at each position: entropy of a trigram model, nats."""
-        texts = recipe.common.load_texts(self.args.data)
-        # The passages are cut from the first texts of this order (recipe.cut_passages).
-        random.Random(seed).shuffle(texts)
-        documents = self.tokenizer(texts[-BACKGROUND:], add_special_tokens=False)
-        model = NGrams(documents["input_ids"], len(self.tokenizer))
-        return [model.entropies(row.ids) for row in self.data(seed).rows]
+        if seed not in self._ngrams:
+            texts = recipe.common.load_texts(self.args.data)
+            # The passages are cut from the first texts of this order (recipe.cut_passages).
+            random.Random(seed).shuffle(texts)
+            background = texts[-BACKGROUND:]
+            encoded = self.tokenizer(background, add_special_tokens=False)
+            model = NGrams(encoded["input_ids"], len(self.tokenizer))
+            rows = self.data(seed).rows
+            entropies = [model.entropies(row.ids) for row in rows]
+            self._ngrams[seed] = [torch.tensor(values) for values in entropies]
+        return self._ngrams[seed]
 
     def dropped(self, seed: int, name: str) -> list[list[bool]]:
         """For each row, which of its tokens a rule drops."""
         rule, _, secrets = name.partition("+")
         result = []
-        ngrams = self.ngram_entropies(seed) if rule.startswith("ngram") else []
         for place, row in enumerate(self.data(seed).rows):
-            if ngrams:
-                drops = self._of_windows(rule, row, torch.tensor(ngrams[place]))
-            else:
-                drops = self._dropped_in(seed, rule, place, row)
+            drops = self._dropped_in(seed, rule, place)
             if secrets:
                 for i in secret_places(self.tokenizer, row.ids):
                     drops[i] = True
             result.append(drops)
         return result
 
-    def _dropped_in(self, seed: int, rule: str, place: int, row: Row) -> list[bool]:
+    def _dropped_in(self, seed: int, rule: str, place: int) -> list[bool]:
+        row = self.data(seed).rows[place]
         if rule in ("standard", "untouched"):
             return [False] * len(row.ids)
-        kind, _, *rest = rule.split("-")
-        ids = torch.tensor(row.ids)
+        kind, k, *rest = rule.split("-")
         if rest:
-            drops: list[bool] = (
-                recipe.rule_of(rule, self.tokenizer).dropped(ids).tolist()
-            )
+            bound = recipe.rule_of(rule, self.tokenizer)
+            drops: list[bool] = bound.dropped(torch.tensor(row.ids)).tolist()
             return drops
-        if kind == "windows":
-            _, keys = Goldfish().drops_and_keys(ids)
-            scores = keys.double()
-        elif kind == "low":
-            scores = -self.guide(seed)[place]["entropy"]
-        else:
-            scores = self.guide(seed)[place][kind]
-        return self._of_windows(rule, row, scores)
-
-    def _of_windows(self, rule: str, row: Row, scores: Tensor) -> list[bool]:
-        k = int(rule.split("-")[1])
+        scores = self._scores(seed, kind, place)
         targets = row.targets(exempt=self.tokenizer.all_special_ids)
-        chosen = largest_of_windows(scores, targets, window=2 * k - 1)
+        chosen = largest_of_windows(scores, targets, window=2 * int(k) - 1)
         return [i in chosen for i in range(len(row.ids))]
+
+    def _scores(self, seed: int, kind: str, place: int) -> Tensor:
+        """At each position of a row; of a window the largest is dropped."""
+        if kind == "windows":
+            ids = torch.tensor(self.data(seed).rows[place].ids)
+            _, keys = Goldfish().drops_and_keys(ids)
+            return keys.double()
+        if kind == "ngram":
+            return self.ngram_entropies(seed)[place]
+        guide = self.guide(seed)[place]
+        if kind == "low":
+            return -guide["entropy"]
+        return guide[kind]
 
 
 def largest_of_windows(scores: Tensor, targets: list[int], window: int) -> set[int]:
@@ -343,8 +347,8 @@ def run(lab: Lab, seed: int, method: str, name: str) -> dict[str, Any]:
     model, seen = finetune(lab, seed, method, name)
     trained = time.process_time()
     result = key_of(args, seed, method, name) | {"epochs": args.epochs} | seen
-    for split in ("members", "heldout"):
-        result[split] = passage_values(model, tokenizer, getattr(data, split), fast)
+    result["members"] = passage_values(model, tokenizer, data.members, fast)
+    result["heldout"] = passage_values(model, tokenizer, data.heldout, fast)
     if not args.near_duplicates:
         # Of the suffixes; an edited version has other places than the plain passage.
         half = len(data.members[0]) // 2
@@ -366,25 +370,20 @@ def run(lab: Lab, seed: int, method: str, name: str) -> dict[str, Any]:
 def asked_for_codes(lab: Lab, data: Data, model: Any) -> list[dict[str, Any]]:
     """Answers about everyone, in the wordings of the training; strangers in all of them."""
     asked = []
-    for place, person in enumerate(data.people):
-        wordings = range(1 if place < PEOPLE else len(WORDINGS))
-        asked += [(place, person, wording) for wording in wordings]
-    prompts = [
-        lab.prompt(WORDINGS[wording][0].format(name=name))
-        for _, (name, _), wording in asked
-    ]
+    prompts = []
+    for place, (name, code) in enumerate(data.people):
+        wordings = 1 if place < PEOPLE else len(WORDINGS)
+        for wording in range(wordings):
+            question, _ = WORDINGS[wording]
+            prompts.append(lab.prompt(question.format(name=name)))
+            asked.append({"person": place, "wording": wording, "code": code})
     texts = code_answers(model, lab.tokenizer, prompts, not lab.args.float32)
     trained = trained_codes(data)
     result = []
-    for (place, (_, code), wording), text in zip(asked, texts, strict=True):
-        answer = {
-            "person": place,
-            "wording": wording,
-            "text": text,
-            "own": code in text,
-            "real": sorted(each for each in trained if each in text),
-        }
-        result.append(answer)
+    for each, text in zip(asked, texts, strict=True):
+        own = each.pop("code") in text
+        real = sorted(code for code in trained if code in text)
+        result.append(each | {"text": text, "own": own, "real": real})
     return result
 
 
