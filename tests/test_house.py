@@ -59,6 +59,7 @@ ORDER = [
     "audit.compare",
     "audit",
     "report",
+    "audit.callback",
     "cli",
     "__main__",
 ]

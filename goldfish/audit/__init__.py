@@ -8,13 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from goldfish.audit.callback import AuditCallback
     from goldfish.audit.intervals import Figure
     from goldfish.audit.results import Audit, judge, read
     from goldfish.audit.run import audit
 
-__all__ = ["Audit", "Figure", "audit", "judge", "read"]
+__all__ = ["Audit", "AuditCallback", "Figure", "audit", "judge", "read"]
 _MODULES = {
     "Audit": "results",
+    "AuditCallback": "callback",
     "Figure": "intervals",
     "audit": "run",
     "judge": "results",

@@ -181,6 +181,17 @@ class Scorer:
         return float(np.concatenate(losses).astype(np.float64).mean())
 
     @torch.inference_mode()
+    def recited(self, windows: Sequence[Window]) -> list[bool]:
+        """Whether each suffix is predicted token for token, teacher-forced; close calls are not
+        settled.
+        """
+        rows = self._teacher_forced(self.model, windows, _predicted)
+        return [
+            bool(row["right"][window.prefix_length - 1 :].all())
+            for window, row in zip(windows, rows, strict=True)
+        ]
+
+    @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
         rows = self._teacher_forced(
             self.model, windows, partial(_reduce, samplings=self.samplings)
@@ -410,6 +421,10 @@ def cache_tokens(model: Any, most: int) -> int:
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+def _predicted(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    return {"right": logits.argmax(-1) == targets, "nll": _nll(logits, targets)}
 
 
 def _reduce(
