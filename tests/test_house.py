@@ -57,9 +57,9 @@ ORDER = [
     "audit.render",
     "audit.run",
     "audit.compare",
-    "audit",
     "report",
     "audit.callback",
+    "audit",
     "cli",
     "__main__",
 ]

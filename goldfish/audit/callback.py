@@ -19,7 +19,7 @@ from goldfish.text.rows import Source, in_memory, read_rows
 MOST_WINDOWS = 256  # of the question that is asked during training
 
 
-class AuditCallback(TrainerCallback):  # type: ignore[misc]
+class AuditCallback(TrainerCallback):
     """Audits the model when its training ends, and asks on the way whether it recites.
 
     At the end it writes the audit's folder, and beside it the page:
