@@ -526,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Parse the command line; a misspelt command or option ends with a suggestion and exit code 2."""
+    """Parse the command line; a misspelt word ends with a suggestion and exit code 2."""
     parser = build_parser()
     verbs = next(
         action.choices for action in parser._actions if isinstance(action.choices, dict)

@@ -173,9 +173,12 @@ class FusedHead:
         # resize_token_embeddings makes a new head, and PEFT wraps it, after we patched the old one.
         if self._model.get_output_embeddings() is not self._head:  # type: ignore[operator]
             self._adopt_head()
-        if not self.reason and inputs.get("past_key_values") is not None:
+        # A loop over the names would be a generator, which torch.compile refuses here.
+        before_5_24, since = inputs.get("past_key_values"), inputs.get("cache")
+        has_cache = before_5_24 is not None or since is not None
+        if not self.reason and has_cache:
             # The forward that reads the probe would add to the cache.
-            self._fall_back("it is called with past_key_values (prefix tuning?)")
+            self._fall_back("it is called with a key-value cache (prefix tuning?)")
         elif not (self.reason or self._proved):
             self._prove(inputs)
         output = None if self.reason else self._fused(inputs)
