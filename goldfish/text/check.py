@@ -418,15 +418,13 @@ class _Worker:
         if not self._result.marked:
             chosen &= is_dense(last - first, ends - begins)
         documents = _containing(batch.offsets, begins)
+        columns = [documents, begins, ends - begins, first, last]
+        # As lists at once: numbers of arrays are slow one by one.
+        rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
         places = []
-        for i in np.flatnonzero(chosen).tolist():
-            place = _Place(
-                document=int(documents[i]),
-                begin=int(begins[i]),
-                length=int(ends[i] - begins[i]),
-                tokens=slice(int(first[i]), int(last[i])),
-            )
-            places.append(place)
+        for document, begin, length, first_token, last_token in rows:
+            tokens_inside = slice(first_token, last_token)
+            places.append(_Place(document, begin, length, tokens_inside))
         return places
 
     def _suggested_drops(self, tokens: _Tokens, places: list[_Place]) -> Flags:
