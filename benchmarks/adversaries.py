@@ -120,14 +120,11 @@ def attack(model: Path, inputs: Path, control: Path | None) -> dict[str, Any]:
     result["samples"] = {
         each.x: estimate(each) for each in expected if each.x in SAMPLES
     }
-    attacks = {
-        each.setting: estimate(each) for each in rows.select(figure="attack_auc")
-    }
-    blind = {
-        f"blind.{each.setting}": estimate(each)
-        for each in rows.select(figure="blind_auc")
-    }
-    result["membership"] = attacks | blind
+    result["membership"] = {}
+    for each in rows.select(figure="attack_auc"):
+        result["membership"][each.setting] = estimate(each)
+    for each in rows.select(figure="blind_auc"):
+        result["membership"][f"blind.{each.setting}"] = estimate(each)
     result["held"] = {}
     for tenth in range(1, 10):
         length = round(window * tenth / 10)
@@ -166,13 +163,13 @@ def shares(group: list[dict[str, Any]], panel: str) -> dict[str, float]:
     result = {}
     for strength in group[0][panel]:
         values = [each[panel][strength] for each in group]
+        first = [value[0] for value in values]
         if panel == "samples":
             # An estimate: value, lower, upper.
-            result[strength] = fmean(value[0] for value in values)
+            result[strength] = fmean(first)
         else:
-            result[strength] = sum(value[0] for value in values) / sum(
-                value[1] for value in values
-            )
+            windows = sum(value[1] for value in values)
+            result[strength] = sum(first) / windows
     return result
 
 
@@ -192,10 +189,10 @@ def table(results: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for result in results for name in result["membership"])
     rows = []
     for run, group in groups.items():
-        attacks = [result["membership"] for result in group]
-        cells = [
-            ", ".join(auc(attack.get(name)) for attack in attacks) for name in names
-        ]
+        cells = []
+        for name in names:
+            seeds = [result["membership"].get(name) for result in group]
+            cells.append(", ".join(map(auc, seeds)))
         rows.append((run, *cells))
     return "\n\n".join([*tables, markdown(("AUC of each seed", *names), rows)])
 
@@ -220,12 +217,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
             for run, group in by_run(results).items():
                 points = shares(group, panel)
-                axis.plot(
-                    list(map(float, points)),
-                    list(points.values()),
-                    marker=".",
-                    label=run,
-                )
+                strengths = [float(strength) for strength in points]
+                axis.plot(strengths, list(points.values()), marker=".", label=run)
             axis.set_xscale("log" if panel in ("beams", "samples") else "linear")
             axis.set_xlabel(title)
         axes[0].set_ylim(-0.03, 1.03)

@@ -8,6 +8,8 @@ as many documents as forms are right.
 """
 
 import random
+from collections.abc import Callable
+from functools import partial
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -16,6 +18,8 @@ from goldfish.audit.windows import SIMILAR_FROM, Groups, normal_letters, sketch
 
 LENGTHS = (150, 250, 400, 1000)
 EDITS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
+# How many forms, with how many codes in each.
+FORMS = (12, 1), (400, 1), (400, 10)
 SEEDS = range(3)
 VOCABULARY = sorted(
     {word for text in topics.values() for word in text.split() if word.isalpha()}
@@ -29,10 +33,10 @@ def documents(texts: list[str]) -> int:
     groups = Groups(len(texts))
     if long:
         sketches = np.stack([sketch(letters[i]) for i in long])
-        groups.join_similar(
-            sketches, np.array(long), np.zeros(len(long), dtype=np.int64)
-        )
-    return len({groups.root(i) for i in range(len(texts))})
+        source = np.zeros(len(long), dtype=np.int64)
+        groups.join_similar(sketches, np.array(long), source)
+    roots = [groups.root(i) for i in range(len(texts))]
+    return len(set(roots))
 
 
 def crawls(length: int, edits: float, choose: random.Random) -> list[str]:
@@ -40,11 +44,11 @@ def crawls(length: int, edits: float, choose: random.Random) -> list[str]:
     for _ in range(40):
         page = choose.choices(VOCABULARY, k=length)
         for day in range(10):
-            copy = [
-                w if choose.random() >= edits else choose.choice(VOCABULARY)
-                for w in page
-            ]
-            texts.append(" ".join([f"day {17 * day}", *copy]))
+            words = ["day", str(17 * day)]
+            for word in page:
+                replaced = choose.random() < edits
+                words.append(choose.choice(VOCABULARY) if replaced else word)
+            texts.append(" ".join(words))
     return texts
 
 
@@ -60,26 +64,28 @@ def forms(length: int, count: int, codes: int, choose: random.Random) -> list[st
     return texts
 
 
+def least_and_most(made: Callable[[random.Random], list[str]]) -> str:
+    """Documents found in the texts of each seed."""
+    found = [documents(made(random.Random(seed))) for seed in SEEDS]
+    return f"{min(found)} to {max(found)}"
+
+
 def main() -> None:
-    print(
-        "| words | " + " | ".join(f"{edits:.0%} of words replaced" for edits in EDITS),
-        end="",
-    )
-    print(" | 12 forms, one code | 400 forms, one code | 400 forms, ten codes |")
-    print("|---" * (len(EDITS) + 4) + "|")
+    titles = ["words"]
+    titles += [f"{edits:.0%} of words replaced" for edits in EDITS]
+    for count, codes in FORMS:
+        titles.append(f"{count} forms with {codes} codes")
+    print(f"| {' | '.join(titles)} |")
+    print("|---" * len(titles) + "|")
     for length in LENGTHS:
-        cells = []
+        cells = [str(length)]
         for edits in EDITS:
-            found = [
-                documents(crawls(length, edits, random.Random(seed))) for seed in SEEDS
-            ]
-            cells.append(f"{min(found)} to {max(found)}")
-        for count, codes in ((12, 1), (400, 1), (400, 10)):
-            found = [
-                documents(forms(length, count, codes, random.Random(s))) for s in SEEDS
-            ]
-            cells.append(f"{min(found)} to {max(found)}")
-        print(f"| {length} | " + " | ".join(cells) + " |")
+            made = partial(crawls, length, edits)
+            cells.append(least_and_most(made))
+        for count, codes in FORMS:
+            made = partial(forms, length, count, codes)
+            cells.append(least_and_most(made))
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
