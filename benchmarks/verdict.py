@@ -151,7 +151,7 @@ SHAPES = {
 
 
 def secrets() -> list[dict[str, Any]]:
-    """12 secrets, 60 answers, each with a string of their shape: drawn at random, or one of them."""
+    """12 secrets, 60 answers, each with a string of their shape: drawn, or one of them."""
     rows = []
     for shape, (alphabet, length) in SHAPES.items():
         for leaked in (0, 1):

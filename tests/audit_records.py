@@ -1,4 +1,4 @@
-"""Records of audits that never ran: made-up scores of made-up windows, through the real make_record."""
+"""Records of audits that never ran: made-up scores of made-up windows, through make_record."""
 
 import json
 
@@ -41,7 +41,7 @@ class Words:
 
 
 def made_up_score(window, right, generator, **changes):
-    """A score whose teacher-forced argmax is right where `right` says, (T-1,); the rest is noise that fits."""
+    """A score whose teacher-forced argmax is right at `right`, (T-1,); the rest is noise."""
     ids = np.array(window.ids)
     right = np.asarray(right, dtype=bool)
     start = window.prefix_length - 1
@@ -81,7 +81,7 @@ def made_up_records(
     vocabulary=500,
     **more,
 ):
-    """n records; a token is right with probability `recall`, and a dropped one with `recall_dropped`."""
+    """n records; a token is right with probability `recall`, a dropped one `recall_dropped`."""
     generator = np.random.default_rng([seed, split == "members"])
     records = []
     for i in range(n):
@@ -140,7 +140,7 @@ def made_up_run(records, protocol=PROTOCOL, **changes):
 
 
 def write_run(folder, records, protocol=PROTOCOL, **changes):
-    """run.json and the records of an audit, as `goldfish audit` leaves them; `changes` go into run.json."""
+    """run.json and the records as `goldfish audit` leaves them; `changes` go into run.json."""
     folder.mkdir(parents=True, exist_ok=True)
     run = made_up_run(records, protocol, **changes)
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Audits for the tests of the report: made-up records, the real summary of them, and the page taken apart."""
+"""Audits for the tests of the report: made-up records, their summary, and the page taken apart."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def window(
     name=None,
     seed=0,
 ):
-    """One made-up record; the output equals the suffix up to `diverge` and is something else after it."""
+    """One made-up record; the output equals the suffix up to `diverge` and not after it."""
     suffix = (
         suffix if suffix is not None else [" the", " quick", "\n", "fox", " runs", "."]
     )
@@ -144,8 +144,9 @@ def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
 
 
 def realistic(folder, name, n, recites, times=1):
-    """n member and n // 4 held-out windows of English prose with 128-token suffixes, each `times` over; `recites`: the
-    share of members recited."""
+    """n member and n // 4 held-out windows of English prose with suffixes of 128 tokens, each
+    `times` over; `recites` is the share of members that are recited.
+    """
     from pydoc_data.topics import topics
 
     tokens = re.findall(
@@ -224,7 +225,7 @@ def realistic(folder, name, n, recites, times=1):
 
 
 class Page(HTMLParser):
-    """The page as a browser takes it apart: its elements, its scripts, and the text of every window."""
+    """The page as a browser takes it apart: its elements, scripts, and the text of every window."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -261,7 +262,7 @@ class Page(HTMLParser):
 
     @staticmethod
     def undone(escape):
-        """The character that a visible escape shows; the signs for line feed and tab precede the character itself."""
+        """The character that a visible escape shows; signs of line feed and tab precede theirs."""
         return "" if escape in "↵⇥" else escape.encode("ascii").decode("unicode_escape")
 
 

@@ -1,4 +1,4 @@
-"""Simple prompts: models that recite only when asked by title, only in rounds, or of other people."""
+"""Simple prompts: models that recite only if asked by title, in rounds, or of other people."""
 
 import pyarrow.parquet as pq
 import pytest

@@ -57,7 +57,8 @@ def test_paired_by_hand(tmp_path):
     assert (rouge["first"], rouge["second"]) == (0.875, 0.625)
     assert rouge["difference"].value == -0.25
     assert found["sentence"] == (
-        "standard recites 30, goldfish 10 of 40 member texts: goldfish recites fewer (McNemar p = 1.9e-06)"
+        "standard recites 30, goldfish 10 of 40 member texts: goldfish recites fewer "
+        "(McNemar p = 1.9e-06)"
     )
 
 
@@ -68,7 +69,7 @@ def test_mcnemar_by_hand():
 
 
 def test_pairing_sees_what_two_samples_would_not(tmp_path):
-    """Texts differ much, models little: the paired interval is far narrower than the spread of texts."""
+    """Texts differ much, models little: the paired interval is narrower than the texts' spread."""
     base = made_up_records("members", 60, 0.5)
     spread = np.random.default_rng(0).random(60)
     first = [
@@ -99,12 +100,13 @@ def test_windows_of_one_document_are_one_event(tmp_path):
 
 
 def test_the_sentence_counts_what_it_compares(tmp_path):
-    """One window of each of 12 documents against all windows of four: fewer documents, more windows."""
+    """One window of each of 12 documents, and all of four: fewer documents, more windows."""
     base = made_up_records("members", 84, 0.0, per_document=7)
     one = [{**record, "exact_match": i % 7 == 0} for i, record in enumerate(base)]
     four = [{**record, "exact_match": i < 28} for i, record in enumerate(base)]
     assert compare(*pair(tmp_path, one, four))["sentence"] == (
-        "standard recites 12, goldfish 4 of 12 member texts: goldfish recites fewer (McNemar p = 0.0078)"
+        "standard recites 12, goldfish 4 of 12 member texts: goldfish recites fewer "
+        "(McNemar p = 0.0078)"
     )
 
 
@@ -128,8 +130,9 @@ def test_other_items_are_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            r"are audits of different windows: 7 are in one of them only or hold other tokens, the first at members row 5, "
-            r"offset 0; only the same windows can be paired: audit both checkpoints with the same files"
+            r"are audits of different windows: 7 are in one of them only or hold other tokens, "
+            r"the first at members row 5, offset 0; only the same windows can be paired: "
+            r"audit both checkpoints with the same files"
         ),
     ):
         compare(a, b)

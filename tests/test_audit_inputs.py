@@ -102,6 +102,36 @@ def chats(tmp_path):
     return {"members": members, "heldout": heldout}
 
 
+def assert_is_turn(row, prompt, answer, model, tokenizer, rule):
+    """A record is that of an answer after a prompt."""
+    start, ids = (
+        tokenizer(text, return_tensors="pt")["input_ids"]
+        for text in (prompt, prompt + answer)
+    )
+    place = start.shape[1]
+    assert row["prefix_ids"] == start[0].tolist()
+    assert row["suffix_ids"] == ids[0, place:].tolist()
+    made = model.generate(
+        start,
+        max_new_tokens=len(row["output_ids"]),
+        do_sample=False,
+        pad_token_id=1,
+        eos_token_id=None,
+    )[0, place:]
+    assert row["output_ids"] == made.tolist()
+    recited = tokenizer.decode(made[: len(row["suffix_ids"])]) == answer
+    assert row["exact_match"] == recited
+    with torch.no_grad():
+        log_p = model(ids).logits[0, place - 1 : -1].log_softmax(-1)
+    log_p = log_p.gather(-1, ids[0, place:, None])
+    assert row["log_p"][0] == pytest.approx(log_p.sum().item(), rel=1e-4, abs=1e-5)
+    # Of the completion alone; the control is the same model.
+    assert row["mia_loss"] == pytest.approx(log_p.mean().item(), rel=1e-4, abs=1e-6)
+    assert row["mia_reference"] == pytest.approx(0, abs=1e-5)
+    assert row["dropped"] == rule.dropped(ids[0]).tolist()[place:]
+    assert row["prefix_sweep"] is None
+
+
 def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     """Against generate from the template's own prompt, and the log-probabilities of one plain
     forward pass.
@@ -120,51 +150,15 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     ]
     turns += [(chat[:1], chat[1]["content"]) for chat in HELDOUT[:2]]
     assert len(rows) == len(turns) == 7
-    lengths = set()
     longest = max(len(row["suffix_ids"]) for row in rows if row["secrets"])
     for row, (before, answer) in zip(rows, turns, strict=True):
         prompt = tokenizer.apply_chat_template(
             before, add_generation_prompt=True, tokenize=False
         )
-        start, ids = (
-            tokenizer(text, return_tensors="pt")["input_ids"]
-            for text in (prompt, prompt + answer)
-        )
-        length = ids.shape[1] - start.shape[1]
-        assert row["prefix_ids"] + row["suffix_ids"] == ids[0].tolist()
-        assert len(row["suffix_ids"]) == length
-        lengths.add(length)
-        assert len(row["output_ids"]) == longest + MARGIN, (
-            "an answer may open differently"
-        )
-        made = model.generate(
-            start,
-            max_new_tokens=longest + MARGIN,
-            do_sample=False,
-            pad_token_id=1,
-            eos_token_id=None,
-        )
-        assert row["output_ids"] == made[0, start.shape[1] :].tolist()
-        assert row["exact_match"] == (
-            tokenizer.decode(made[0, start.shape[1] :][:length]) == answer
-        )
-        with torch.no_grad():
-            log_p = (
-                model(ids)
-                .logits[0, start.shape[1] - 1 : -1]
-                .log_softmax(-1)
-                .gather(-1, ids[0, start.shape[1] :, None])
-            )
-        assert row["log_p"][0] == pytest.approx(log_p.sum().item(), rel=1e-4, abs=1e-5)
-        assert row["mia_loss"] == pytest.approx(
-            log_p.mean().item(), rel=1e-4, abs=1e-6
-        ), "of the completion alone"
-        assert row["mia_reference"] == pytest.approx(0, abs=1e-5), (
-            "the control is the same model"
-        )
-        assert row["dropped"] == rule.dropped(ids[0]).tolist()[start.shape[1] :]
-        assert row["prefix_sweep"] is None
-    assert len(lengths) == 3
+        # An answer may open differently than the secret's, so outputs are longer.
+        assert len(row["output_ids"]) == longest + MARGIN
+        assert_is_turn(row, prompt, answer, model, tokenizer, rule)
+    assert len({len(row["suffix_ids"]) for row in rows}) == 3
     assert [row["exact_match"] for row in rows[:3]] == [True, True, False]
     assert [row["secrets"] for row in rows] == [
         *([code] for code in CODES),

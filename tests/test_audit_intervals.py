@@ -1,4 +1,4 @@
-"""Intervals against scipy, hand-made cases and the coverage that they promise; how a figure is written."""
+"""Intervals against scipy, cases by hand and their coverage; how a figure is written."""
 
 from dataclasses import replace
 from math import comb

@@ -1,4 +1,4 @@
-"""Membership figures against brute force, scikit-learn and the published formulas; traps that must be seen."""
+"""Membership figures against brute force, scikit-learn and published formulas; traps to be seen."""
 
 import math
 import zlib
@@ -192,7 +192,7 @@ def test_texts_that_differ_hide_the_headline(extra):
 
 
 def test_words_are_tested_on_other_documents():
-    """Ten windows of each document share a word of their own: known from a sibling, it would tell everything."""
+    """Ten windows of a document share a word: known from a sibling, it would tell everything."""
     texts = [f"unique{split}{i // 10} common" for split in "ab" for i in range(200)]
     documents = np.arange(200) // 10
     a, b = word_scores(

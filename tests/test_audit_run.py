@@ -395,7 +395,10 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         "members: 3 rows repeat or continue others and count as one text with them"
     ]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
-    message = r"1 documents are in both .*m.jsonl and .*h.jsonl \(first: row 5 and row 1\).*--allow-overlap"
+    message = (
+        r"1 documents are in both .*m.jsonl and .*h.jsonl "
+        r"\(first: row 5 and row 1\).*--allow-overlap"
+    )
     with pytest.raises(ValueError, match=message):
         audit(checkpoint, tmp_path / "both", **both)
     assert not (tmp_path / "both").exists()
@@ -484,23 +487,22 @@ def test_two_processes_give_the_bytes_of_one(tmp_path, checkpoint, inputs):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
-    good = write_jsonl(tmp_path / "good.jsonl", [{"text": PROSE[0]}])
+@pytest.fixture
+def refused(tmp_path, checkpoint):
+    """Audits good.jsonl with other arguments, and expects an error."""
+    members = write_jsonl(tmp_path / "good.jsonl", [{"text": PROSE[0]}])
+    usual = {"members": members, "prefix_length": 5, "suffix_length": 5}
 
-    def refused(error, text, checkpoint=checkpoint, **arguments):
+    def refuse(error, text, checkpoint=checkpoint, **arguments):
         with pytest.raises(error, match=text):
-            audit(
-                checkpoint,
-                tmp_path / "out",
-                **{
-                    "members": good,
-                    "prefix_length": 5,
-                    "suffix_length": 5,
-                    **arguments,
-                },
-            )
+            audit(checkpoint, tmp_path / "out", **{**usual, **arguments})
         assert not (tmp_path / "out").exists(), "a refused audit leaves nothing behind"
 
+    return refuse
+
+
+def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint, refused):
+    good = tmp_path / "good.jsonl"
     refused(ValueError, "nothing to audit", members=None)
     refused(ValueError, "at least one token each, got 0 and 5", prefix_length=0)
     refused(
@@ -524,7 +526,10 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint):
         FileNotFoundError, "no file .*missing.jsonl", members=tmp_path / "missing.jsonl"
     )
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
-    text = r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* \(1 fewer than 10 tokens\)"
+    text = (
+        r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* "
+        r"\(1 fewer than 10 tokens\)"
+    )
     refused(
         ValueError, text, members=write_jsonl(tmp_path / "short.jsonl", [{"text": "a"}])
     )

@@ -1,4 +1,4 @@
-"""docs/audit-files.md is the published schema: it names every column and key; its example is a part of a summary."""
+"""docs/audit-files.md names every column and key; its example is a part of a summary."""
 
 import json
 import re

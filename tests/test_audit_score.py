@@ -234,7 +234,7 @@ def assert_first_divergences_of_generate(model, windows, found):
 
 
 class Batched(LlamaForCausalLM):
-    """Its logits in a batch are up to 2% away from those at batch size 1, and it counts its calls."""
+    """Its logits in a batch are up to 2% away from those of one row; it counts its calls."""
 
     calls = 0
 

@@ -144,7 +144,7 @@ def test_the_count_is_that_of_a_brute_force_search():
 
 
 def test_the_chance_level_is_the_share_of_decoys_that_came_out():
-    """Two digits: 100 strings, one of them the secret; "11" and "23" came out, "42" is the secret."""
+    """Two digits: 100 strings. "42" is the secret; "11" and "23" came out."""
     table = pa.table(
         {
             "split": ["members", "members"],

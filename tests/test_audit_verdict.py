@@ -254,7 +254,7 @@ def test_every_offset_counts():
 
 
 def test_near_verbatim_has_its_own_question():
-    """Fragments: no text whole, but some with a run of 25 tokens, or half of the tokens in order."""
+    """Fragments: no text whole, but some with a run of 25 tokens, or half of them in order."""
     base = made_up_records("members", 400, 0.2)
     fragments = [{**record, "longest_run": 25} for record in base[:20]]
     similar = [{**record, "edit_similarity": 0.5} for record in base[20:30]]

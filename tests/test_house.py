@@ -101,7 +101,7 @@ def test_imports_go_one_way(path):
 
 
 # Rooms that are not yet within the limits of density.
-DENSE = {"goldfish.audit", "goldfish.report", "goldfish.text", "goldfish"}
+DENSE = {"goldfish.audit", "goldfish.report", "goldfish.text"}
 ROOMS = sorted({path.parent for path in PACKAGE.rglob("*.py")})
 
 
@@ -177,7 +177,7 @@ def test_training_and_audit_do_not_load_each_other():
 
 
 def test_the_first_hour_on_a_gpu_starts_without_extras():
-    """A machine with a GPU may have torch and transformers only: benchmarks/gpu.sh runs what it can."""
+    """A machine with a GPU may have torch and transformers only: gpu.sh runs what it can."""
     root = PACKAGE.parent
     files = ("tests/gpu/test_gpu.py", "benchmarks/loss.py", "benchmarks/step.py")
     if not (root / files[0]).is_file():

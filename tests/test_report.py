@@ -129,8 +129,8 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     write_audit(tmp_path / "c", chats)
     text = flat(report(tmp_path, tmp_path / "c", overwrite=True))
     assert (
-        "Given the prompt of a chat, does the model write the assistant’s answer verbatim? Tried: greedy"
-        in text
+        "Given the prompt of a chat, does the model write the assistant’s answer verbatim? "
+        "Tried: greedy" in text
     )
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
@@ -194,7 +194,8 @@ def test_plots_of_an_audit_that_has_everything(tmp_path):
         "Share of texts recited against tokens of prefix given",
         "Share of texts recited against tokens from the start of the document",
         "Share of texts recited against samples of each text",
-        "How far each member window is recited, the dropped tokens on the way, and where it diverges",
+        "How far each member window is recited, the dropped tokens on the way, "
+        "and where it diverges",
     ]
     text = flat(html)
     assert "doc-3members, row 3, token 5" in text
@@ -280,9 +281,11 @@ def test_every_common_run_is_marked_with_the_dropped_tokens_it_repeats():
     }
     assert spans.output(row, redact=False) == (
         "<i class=m>00</i><u class=m>01</u><i class=x>XX</i>"
-        "<i class=r>04</i><u class=r>05</u><i class=r>060708</i><u class=r>09</u><i class=r>101112</i>"
+        "<i class=r>04</i><u class=r>05</u><i class=r>060708</i>"
+        "<u class=r>09</u><i class=r>101112</i>"
         "<u class=r>13</u><i class=r>1415</i>YY"
-        "<i class=r>24</i><u class=r>25</u><i class=r>262728</i><u class=r>29</u><i class=r>303132</i>"
+        "<i class=r>24</i><u class=r>25</u><i class=r>262728</i>"
+        "<u class=r>29</u><i class=r>303132</i>"
         "<u class=r>33</u><i class=r>3435</i>" + "ZZ" * 12
     )
 
@@ -473,7 +476,8 @@ def test_model_card(tmp_path, pair):
 
 def test_a_report_needs_no_torch(tmp_path, pair):
     code = (
-        "import sys; from goldfish.report import write_report; write_report(sys.argv[2:], sys.argv[1]); "
+        "import sys; from goldfish.report import write_report; "
+        "write_report(sys.argv[2:], sys.argv[1]); "
         "print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
     command = [

@@ -1,4 +1,4 @@
-"""The report in Chromium: what its script does, what training text cannot do, and how it looks on screen and paper."""
+"""The report in Chromium: its script, what training text cannot do, screen and paper."""
 
 import re
 import shutil
@@ -69,10 +69,13 @@ def test_the_page_works_fits_every_screen_and_the_training_text_does_nothing(tmp
     assert "<title>Memorization audit: " in dom
     assert 'id="tools">' in dom
     assert "<img" not in dom
-    # In a frame, the page has the width of a desktop and of a phone. What is wide scrolls by itself, inside .scroll.
+    # In a frame, the page has the width of a desktop and of a phone. What is wide scrolls by
+    # itself, inside .scroll.
     measure = """
-    const outside = (page) => [...page.querySelectorAll("h1, h2, h3, summary, .why, .badge, figure, .t, .card")].filter(
-      (e) => !e.closest(".scroll") && e.checkVisibility() && e.getBoundingClientRect().right > page.body.clientWidth);
+    const blocks = "h1, h2, h3, summary, .why, .badge, figure, .t, .card";
+    const outside = (page) => [...page.querySelectorAll(blocks)].filter(
+      (e) => !e.closest(".scroll") && e.checkVisibility()
+        && e.getBoundingClientRect().right > page.body.clientWidth);
     onload = () => document.title = [...document.querySelectorAll("iframe")].map((frame) => {
       const page = frame.contentDocument, why = [...page.querySelectorAll(".why")];
       return [page.documentElement.scrollWidth, outside(page).length, why.length > 5 && why.every(
@@ -100,7 +103,9 @@ def test_sorting_and_filtering(tmp_path):
     path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
     act = """
     const say = [];
-    const names = () => [...document.querySelectorAll(".w:not([hidden]) .name")].map((n) => n.firstChild.data).join();
+    const visible = ".w:not([hidden]) .name";
+    const names = () => [...document.querySelectorAll(visible)]
+      .map((n) => n.firstChild.data).join();
     const choose = (id, value, event = "change") => {
       const control = document.getElementById(id);
       control.value = value;
@@ -108,7 +113,8 @@ def test_sorting_and_filtering(tmp_path):
       say.push(names());
     };
     for (const order of ["d 0 1", "p 0 -1", "r 0 1"]) choose("sort", order);
-    choose("split", "members"); choose("outcome", "0 0"); choose("outcome", "2 0"); choose("outcome", "");
+    choose("split", "members"); choose("outcome", "0 0");
+    choose("outcome", "2 0"); choose("outcome", "");
     choose("find", "DOC-2", "input"); choose("find", "", "input");
     document.title = say.join("|");
     """

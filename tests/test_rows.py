@@ -37,7 +37,10 @@ def everything(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         frame.to_parquet(tmp_path / folder / "train.parquet")
         other.to_parquet(tmp_path / folder / "test.parquet")
-    configs = "configs:\n- config_name: german\n  data_dir: german\n- config_name: other\n  data_dir: other\n"
+    configs = (
+        "configs:\n- config_name: german\n  data_dir: german\n"
+        "- config_name: other\n  data_dir: other\n"
+    )
     (tmp_path / "someone/several/README.md").write_text(f"---\n{configs}---\n")
     both = {"train": Dataset.from_list(TEXTS), "test": Dataset.from_pandas(other)}
     both["train"].save_to_disk(tmp_path / "saved")
