@@ -226,25 +226,44 @@ def smollm2(results: Results, data: str, base: str) -> None:
 
 
 def tables() -> str:
-    """Those of docs/proof.md."""
+    """Those of docs/proof.md: p by training seed, and the mean gap in standard deviations."""
     found = about.read_results(OUTPUT)
-    lines = ["| trained | " + " | ".join(f"p <= {level}" for level in LEVELS) + " |"]
-    lines.append("|---" * (len(LEVELS) + 1) + "|")
-    for each in found:
-        if each["key"]["test"] == "null":
-            shares = [f"{share:.3f}" for share in each["at_most"].values()]
-            lines.append(f"| {each['key']['trained']} | {' | '.join(shares)} |")
-    lines.append("")
-    cells: dict[tuple[Any, ...], list[Any]] = {}
-    for each in found:
-        key = {name: value for name, value in each["key"].items() if name != "seed"}
-        if key["test"] != "null":
-            cells.setdefault(tuple(key.values()), []).append(each)
-    for key, of_key in cells.items():
-        p = [f"{each['p']:.3f}".removeprefix("0") for each in of_key]
-        away = np.mean([each["deviations"] for each in of_key])
-        lines.append(f"| {' | '.join(map(str, key))} | {', '.join(p)} | {away:.1f} |")
-    return "\n".join(lines)
+    lines = about.markdown(
+        ["trained", *(f"p at most {level}" for level in LEVELS)],
+        [
+            [each["key"]["trained"], *(f"{x:.3f}" for x in each["at_most"].values())]
+            for each in found
+            if each["key"]["test"] == "null"
+        ],
+    )
+    power, after = [], []
+    for rule in RULES:
+        for epochs in EPOCHS:
+            cells = [
+                cell(found, test="power", k=rule.k, epochs=epochs, windows=count)
+                for count in COUNTS
+            ]
+            power.append([f"{rule.k:g}", str(epochs), *cells])
+        row = [f"{rule.k:g}"]
+        for test in ("bfloat16", "int4"):
+            row.append(cell(found, test=test, k=rule.k))
+        for count in (1, 10, 100):
+            row.append(cell(found, test="finetuned", k=rule.k, steps=count))
+        after.append(row)
+    heading = ["k", "epochs", *(f"{count} windows" for count in COUNTS)]
+    lines += "\n\n" + about.markdown(heading, power)
+    heading = ["k", "bfloat16", "4 bits", "1 further step", "10", "100"]
+    return lines + "\n\n" + about.markdown(heading, after)
+
+
+def cell(found: list[dict[str, Any]], **key: Any) -> str:
+    """p of each seed, and in brackets the mean gap in standard deviations."""
+    chosen = [each for each in found if key.items() <= each["key"].items()]
+    if not chosen:
+        return ""
+    p = [f"{each['p']:.3f}".removeprefix("0") for each in chosen]
+    gap = np.mean([each["deviations"] for each in chosen])
+    return f"{', '.join(p)} ({gap:.1f})"
 
 
 def main() -> None:
