@@ -15,6 +15,7 @@ from goldfish.audit.ask import (
     questions,
 )
 from goldfish.audit.figures import thresholds
+from goldfish.report import write_report
 
 TITLES = ("Amber", "Birch", "Cedar", "Delta")
 TEXTS = (
@@ -102,6 +103,15 @@ def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp
     before = file.read_bytes()
     table = pq.read_table(file)
     assert TEXTS[0] in table["document_text"][0].as_py()
+    page = tmp_path / "page.html"
+    write_report([tmp_path / "audit"], page)
+    html = page.read_text(encoding="utf-8")
+    assert "What is the text of Amber?" in html
+    assert TEXTS[1].split(" ", 3)[3] in html
+    write_report([tmp_path / "audit"], page, redact=True, overwrite=True)
+    html = page.read_text(encoding="utf-8")
+    assert "Amber" not in html
+    assert "What is the text of {title}?" in html
     # What was asked is not asked again, and a summary without the model is the same.
     (tmp_path / "audit" / "summary.json").unlink()
     again = audit(

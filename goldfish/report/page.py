@@ -21,7 +21,7 @@ from goldfish.audit.render import (
     weights_hash,
 )
 from goldfish.audit.verdict import QUESTIONS, strongest_blind
-from goldfish.report import plots, spans
+from goldfish.report import asked, plots, spans
 from goldfish.report.load import SPLITS, View
 from goldfish.report.svg import COLOURS, power_of_ten
 from goldfish.text.printable import plain
@@ -113,6 +113,7 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         **common,
         texts=_texts(environment, common, views, rows),
         total=len(rows),
+        answers_of=[asked.answers(view, redact) for view in views],
         labels=[label for label in _labels() if any(label in of for _, of in figures)],
         figures=figures,
         mixed=len(

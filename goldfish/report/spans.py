@@ -104,7 +104,7 @@ def _truth(
     tokens: Sequence[str], dropped: Sequence[bool], secrets: Sequence[str], redact: bool
 ) -> Markup:
     plain_tokens = zip(tokens, [""] * len(tokens), dropped, strict=True)
-    return _spans(_with_secrets(plain_tokens, secrets), redact)
+    return marked(_with_secrets(plain_tokens, secrets), redact)
 
 
 def output(window: Window, redact: bool) -> Markup:
@@ -133,7 +133,7 @@ def output(window: Window, redact: bool) -> Markup:
         dropped is not None and 0 <= at < len(dropped) and dropped[at] for at in aligned
     ]
     secrets = [*window["secrets"], *window["given_away"]]
-    return _spans(
+    return marked(
         _with_secrets(zip(tokens, classes, lost, strict=True), secrets), redact
     )
 
@@ -161,7 +161,7 @@ def name_of(window: Window, redact: bool) -> str:
     return blocks(window["name"][:60]) if redact else plain(window["name"], 80)
 
 
-def _spans(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:
+def marked(tokens: Iterable[tuple[str, str, bool]], redact: bool) -> Markup:
     """HTML of (text, class, dropped) tokens: <u> where dropped, else <i>; equal neighbours share one."""
     parts = []
     for (css, dropped), run in groupby(tokens, key=lambda token: token[1:]):
