@@ -14,7 +14,13 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from goldfish.audit.windows import SIMILAR_FROM, Groups, normal_letters, sketch
+from goldfish.audit.windows import (
+    SIMILAR_FROM,
+    connected,
+    normal_letters,
+    similar_pairs,
+    sketch,
+)
 
 LENGTHS = (150, 250, 400, 1000)
 EDITS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -30,13 +36,12 @@ def documents(texts: list[str]) -> int:
     """How many documents similarity alone finds."""
     letters = [normal_letters(text) for text in texts]
     long = [i for i, text in enumerate(letters) if len(text) >= SIMILAR_FROM]
-    groups = Groups(len(texts))
-    if long:
-        sketches = np.stack([sketch(letters[i]) for i in long])
-        source = np.zeros(len(long), dtype=np.int64)
-        groups.join_similar(sketches, np.array(long), source)
-    roots = [groups.root(i) for i in range(len(texts))]
-    return len(set(roots))
+    if not long:
+        return len(texts)
+    sketches = np.stack([sketch(letters[i]) for i in long])
+    pairs = similar_pairs(sketches, np.zeros(len(long), dtype=np.int64))
+    groups = connected(len(long), [pairs])
+    return len(texts) - len(long) + len(set(groups.tolist()))
 
 
 def crawls(length: int, edits: float, choose: random.Random) -> list[str]:

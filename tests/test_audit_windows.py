@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from goldfish.audit.windows import (
     Cutter,
-    Groups,
     Survey,
     Window,
+    connected,
+    equal_pairs,
     first_ids,
     number_documents,
     overlap_of,
@@ -161,9 +162,9 @@ def test_numbers_are_joined_by_any_key_they_share():
             for i, j in itertools.product(range(12), repeat=2):
                 if set(keys[i]) & set(keys[j]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
-        groups = Groups(12)
-        groups.join_equal(np.array(keys).ravel(), np.arange(12).repeat(3))
-        assert [groups.root(i) for i in range(12)] == expected
+        a, b = equal_pairs(np.array(keys).ravel())
+        groups = connected(12, [(a // 3, b // 3)]).tolist()
+        assert [groups.index(group) for group in groups] == expected
 
 
 def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):

@@ -64,19 +64,16 @@ class Figure:
         """ "1.6–20.4%", "0.19–0.24", "exact", or why there is none."""
         low, high = self.low, self.high
         write = decimals if self.k is None else percent
-        if low is None and high is None:
-            return self.reason or "no interval"
-        if low is None or high is None:
-            return (
-                f"at least {write(low)}"
-                if low is not None
-                else f"at most {write(high or 0.0)}"
-            )
-        if low == high:
+        if low is None:
+            if high is None:
+                return self.reason or "no interval"
+            return f"at most {write(high)}"
+        if high is None:
+            return f"at least {write(low)}"
+        if low == high:  # of a census
             return "all were asked"
-        return (
-            f"{write(low).removesuffix('%')}{' to ' if low < 0 else '–'}{write(high)}"
-        )
+        dash = " to " if low < 0 else "–"  # no dash before a minus sign
+        return f"{write(low).removesuffix('%')}{dash}{write(high)}"
 
     def __str__(self) -> str:
         """ "3 of 40 (1.6–20.4%)", or the point alone if there is no interval."""
@@ -148,6 +145,7 @@ def clopper_pearson(k: float, n: float, level: float = LEVEL) -> tuple[float, fl
     [0.0, 0.01]
     """
     tail = (1 - level) / 2
+    # The tails of a binomial distribution are those of a beta distribution.
     low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
     high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
     return low, high
@@ -167,12 +165,16 @@ def hypergeometric(
     tail = (1 - level) / 2
     # Between the hits that were seen and those that leave room for the misses that were seen.
     totals = range(k, population - (n - k) + 1)
-    first = bisect_left(
-        totals, True, key=lambda m: bool(hypergeom.sf(k - 1, population, m, n) > tail)
-    )
-    behind = bisect_left(
-        totals, True, key=lambda m: bool(hypergeom.cdf(k, population, m, n) <= tail)
-    )
+
+    def many_enough(total: int) -> bool:
+        return bool(hypergeom.sf(k - 1, population, total, n) > tail)
+
+    def too_many(total: int) -> bool:
+        return bool(hypergeom.cdf(k, population, total, n) <= tail)
+
+    # Both are false up to some total and true from there on.
+    first = bisect_left(totals, True, key=many_enough)
+    behind = bisect_left(totals, True, key=too_many)
     return totals[first] / population, totals[behind - 1] / population
 
 
@@ -196,7 +198,8 @@ def bounds(
     size = max(population.size, n)
     low, high = hypergeometric(k, n, size, level)
     total = size + population.unasked
-    return low * size / total, (high * size + population.unasked) / total
+    fewest, most = low * size, high * size + population.unasked
+    return fewest / total, most / total
 
 
 def rate(
@@ -240,34 +243,40 @@ def mean(
         bounded: whether the values lie between 0 and 1.
     """
     sums = np.asarray(sums, dtype=np.float64)
-    counts = (
-        np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
-    )
+    if counts is None:
+        counts = np.ones(len(sums))
+    counts = np.asarray(counts, dtype=np.float64)
     counted = counts > 0
     if not counted.any():
         return Figure(reason="nothing to count")
-    documents = np.arange(len(sums)) if documents is None else documents
+    if documents is None:
+        documents = np.arange(len(sums))
     columns = document_sums([sums[counted], counts[counted]], documents[counted])
     value = float(columns[:, 0].sum() / columns[:, 1].sum())
     figure = Figure(value=value, n=int(counts.sum()), documents=len(columns))
     if not bounded:
         return replace(figure, reason="a mean of lengths or losses has no interval")
-    largest = columns[:, 1].max()
-    low, high = ratio_interval(np.vstack([columns, [0, largest], [largest, largest]]))
-    return replace(
-        figure, low=max(0.0, min(low, value)), high=min(1.0, max(high, value))
-    )
+    # The two documents more have as many tokens as the longest one.
+    longest = columns[:, 1].max()
+    low, high = ratio_interval(np.vstack([columns, [0, longest], [longest, longest]]))
+    # They draw the interval towards 1/2, so that it could leave out a share of 0 or 1.
+    low, high = max(0.0, min(low, value)), min(1.0, max(high, value))
+    return replace(figure, low=low, high=high)
 
 
 def ratio_interval(columns: Floats) -> tuple[float, float]:
-    """Student's t interval of sum(columns[:, 0]) / sum(columns[:, 1]) over documents, by the
-    linearization that is usual for ratios (Cochran 1977, section 6.4)."""
+    """Student's t interval of sum(columns[:, 0]) / sum(columns[:, 1]) over documents.
+
+    By the linearization that is usual for ratios (Cochran 1977, section 6.4).
+    """
     count = len(columns)
     total, size = columns.sum(0)
-    residuals = columns[:, 0] - total / size * columns[:, 1]
+    ratio = total / size
+    # What each document adds to the total beyond its share.
+    residuals = columns[:, 0] - ratio * columns[:, 1]
     error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / size
     margin = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
-    return total / size - margin, total / size + margin
+    return ratio - margin, ratio + margin
 
 
 def token_rate(
@@ -289,6 +298,7 @@ def difference(values: Floats, documents: Codes) -> Figure:
     if len(columns) < FEWEST_DOCUMENTS:
         few = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
         return replace(figure, reason=few)
+    # Rounding alone must not pass for a spread.
     if np.ptp(columns[:, 0] / columns[:, 1]) <= 1e-12 * abs(value):
         return replace(
             figure, reason="all documents differ by the same, so there is no interval"
@@ -300,10 +310,10 @@ def difference(values: Floats, documents: Codes) -> Figure:
 def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
     """(windows,) columns -> (documents, M), documents without a window left out."""
     here, place = np.unique(documents, return_inverse=True)
-    columns = [
-        np.bincount(place, np.asarray(each, dtype=np.float64), len(here))
-        for each in sums
-    ]
+    columns = []
+    for each in sums:
+        values = np.asarray(each, dtype=np.float64)
+        columns.append(np.bincount(place, values, len(here)))
     return np.stack(columns, -1)
 
 
@@ -313,16 +323,15 @@ def resamples(counts: Sequence[int], size: int, times: int) -> Iterator[list[Flo
     counts: documents of each group. size: numbers that a resample takes in memory. The seed is
     fixed. Yields some resamples at a time: for each group (resamples, documents).
     """
-    generator, rows = np.random.default_rng(0), max(1, CHUNK // size)
-    for first in range(0, times, rows):
+    generator = np.random.default_rng(0)
+    at_once = max(1, CHUNK // size)
+    for first in range(0, times, at_once):
+        rows = min(at_once, times - first)
         weights = []
         for count in counts:
-            shape = (min(rows, times - first), count)
-            # Resample i counts its draws in the i-th stretch of `count` numbers.
-            drawn = (
-                generator.integers(count, size=shape)
-                + np.arange(shape[0])[:, None] * count
-            )
-            times_drawn = np.bincount(drawn.ravel(), minlength=drawn.size)
-            weights.append(times_drawn.reshape(shape).astype(np.float64))
+            drawn = generator.integers(count, size=(rows, count))
+            # One bincount for all rows: row i has the numbers from i * count on for itself.
+            drawn += np.arange(rows)[:, None] * count
+            times_drawn = np.bincount(drawn.ravel(), minlength=rows * count)
+            weights.append(times_drawn.reshape(rows, count).astype(np.float64))
         yield weights

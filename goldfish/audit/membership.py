@@ -1,4 +1,4 @@
-"""Membership scores of two splits -> how well they separate members from held-out texts, with blind baselines beside.
+"""How well membership scores separate members from held-out texts, beside blind baselines.
 
 Scores: higher = more likely a member. Intervals resample the documents of both sides.
 """
@@ -33,29 +33,35 @@ CONFOUNDED = (
 
 @dataclass(frozen=True)
 class Scores:
-    """Windows of one split: their documents' codes, and their scores by attack, NaN where an attack has none."""
+    """The windows of one split.
+
+    documents: (windows,) the codes of their documents, from 0. scores: (windows,) by attack, NaN
+    for a window without a score. words: the buckets of each window's words. lengths: (windows,)
+    characters. The last two are for the blind baselines.
+    """
 
     documents: Codes
     scores: Mapping[str, Floats]
-    words: Sequence[
-        NDArray[np.int32]
-    ]  # for the blind baseline: the buckets of each window's words
-    lengths: Floats  # characters
+    words: Sequence[NDArray[np.int32]]
+    lengths: Floats
 
 
 class Ranking:
-    """The windows of both sides by falling score: the ROC curve's figures under any weights, from one sort."""
+    """The windows of both sides by falling score.
+
+    The bootstrap asks for the ROC curve a thousand times under other weights, with one sort.
+    """
 
     def __init__(self, members: Floats, heldout: Floats) -> None:
         scores = np.concatenate([members, heldout])
         self._order = np.argsort(-scores)
         self._is_member = self._order < len(members)
-        self._ends = np.flatnonzero(
-            np.diff(scores[self._order], append=np.nan)
-        )  # the last of equal scores
+        # The last of equal scores: a threshold cannot part them. NaN differs from everything, so
+        # the last window is an end too.
+        self._ends = np.flatnonzero(np.diff(scores[self._order], append=np.nan))
 
     def curve(self, weights: Floats) -> tuple[Floats, Floats]:
-        """False and true positive rate of "score >= threshold" for every threshold, from the strictest on.
+        """False and true positive rates of "score >= threshold", the strictest threshold first.
 
         weights: (..., members + held-out windows). Returns (..., thresholds + 1), both from 0 to 1.
         """
@@ -63,18 +69,21 @@ class Ranking:
         rates = []
         for side in (~self._is_member, self._is_member):
             passed = np.cumsum(ordered * side, -1)[..., self._ends]
-            rates.append(
-                np.concatenate(
-                    [np.zeros_like(passed[..., :1]), passed / passed[..., -1:]], -1
-                )
-            )
+            share = passed / passed[..., -1:]
+            nothing = np.zeros_like(share[..., :1])  # a threshold that none passes
+            rates.append(np.concatenate([nothing, share], -1))
         return rates[0], rates[1]
 
     def figures(self, weights: Floats, rates: Sequence[float]) -> Floats:
-        """(..., 1 + rates): the AUC, P(a member scores higher than a held-out window) + P(equal) / 2; and for each
-        false positive rate the true one at the loosest threshold that lets at most so many held-out windows through."""
+        """The AUC, and for each false positive rate the true one; (..., 1 + rates).
+
+        The AUC is P(a member scores higher than a held-out window) + P(equal) / 2. A true positive
+        rate is that of the loosest threshold which at most such a share of the held-out passes.
+        """
         false, true = self.curve(weights)
+        # Trapezoids count half of the pairs with equal scores.
         auc = (np.diff(false) * (true[..., 1:] + true[..., :-1])).sum(-1) / 2
+        # Rates are sums of weights divided by their total: equal ones differ by rounding.
         tpr = [np.where(false <= rate + 1e-12, true, 0).max(-1) for rate in rates]
         return np.stack([auc, *tpr], -1)
 
@@ -103,24 +112,24 @@ def membership_figures(members: Scores, heldout: Scores) -> list[Figure]:
         return [*figures, Figure("both", "membership_auc", reason=CONFOUNDED)]
     best = max(attacks, key=lambda name: attacks[name].auc)
     # Widened for having been chosen: 95% for all attacks together (Bonferroni).
-    return figures + attacks[best].figures(
-        "membership", best, 1 - (1 - LEVEL) / len(attacks)
-    )
+    level = 1 - (1 - LEVEL) / len(attacks)
+    return figures + attacks[best].figures("membership", best, level)
 
 
 def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
     """Whether a baseline that never saw the model separates the sides; None with too few documents.
 
-    Both baselines together are to accuse one honest random split in twenty: 2.5% each, by rank tests of documents,
-    whose level holds for few of them. A classifier below chance has learned nothing; lengths may differ either way.
+    Both baselines together are to accuse one honest random split in twenty: 2.5% each, by rank
+    tests of documents, whose level holds for few of them.
     """
     if not (words and length and words.draws is not None and length.draws is not None):
         return None
+    # A classifier below chance has learned nothing; lengths may differ either way.
     tests = ((words, "greater"), (length, "two-sided"))
-    return any(
-        bool(mannwhitneyu(*each.means(), alternative=side).pvalue < 0.025)
-        for each, side in tests
-    )
+    p_values = [
+        mannwhitneyu(*each.means(), alternative=side).pvalue for each, side in tests
+    ]
+    return bool(min(p_values) < 0.025)
 
 
 def _attack(
@@ -143,18 +152,19 @@ class _Attack:
         self, scores: tuple[Floats, Floats], documents: tuple[Codes, Codes]
     ) -> None:
         self._scores, self._ranking = scores, Ranking(*scores)
+        # Codes from 0 without gaps: windows without a score may have left some out.
         self._sides = [np.unique(each, return_inverse=True)[1] for each in documents]
         self._documents = [int(side.max()) + 1 for side in self._sides]
-        self._ones = np.ones(sum(map(len, scores)))
+        windows = sum(map(len, scores))
         self._sizes: dict[str, Any] = {
-            "n": len(self._ones),
+            "n": windows,
             "documents": sum(self._documents),
         }
-        self._values = self._ranking.figures(self._ones, RATES)
+        self._values = self._ranking.figures(np.ones(windows), RATES)
         self.auc = float(self._values[0])
-        self.draws = (
-            self._resampled() if min(self._documents) >= FEWEST_DOCUMENTS else None
-        )
+        self.draws: Floats | None = None
+        if min(self._documents) >= FEWEST_DOCUMENTS:
+            self.draws = self._resampled(windows)
 
     def means(self) -> list[Floats]:
         """The mean score of each document, of both sides."""
@@ -163,14 +173,16 @@ class _Attack:
             for side, each in zip(self._sides, self._scores, strict=True)
         ]
 
-    def _resampled(self) -> Floats:
+    def _resampled(self, windows: int) -> Floats:
         """(RESAMPLES, 1 + RATES): the figures with the documents of both sides drawn anew."""
         draws = []
-        for times in resamples(self._documents, len(self._ones), RESAMPLES):
-            weights = [
+        for times in resamples(self._documents, windows, RESAMPLES):
+            # A window counts as often as its document was drawn.
+            members, heldout = (
                 each[:, side] for each, side in zip(times, self._sides, strict=True)
-            ]
-            draws.append(self._ranking.figures(np.concatenate(weights, -1), RATES))
+            )
+            weights = np.concatenate([members, heldout], -1)
+            draws.append(self._ranking.figures(weights, RATES))
         return np.concatenate(draws)
 
     def figures(self, name: str, setting: str, level: float) -> list[Figure]:
@@ -179,6 +191,7 @@ class _Attack:
         figures = [self._figure(auc, 0, min(self._documents), level)]
         for column, fpr in enumerate(RATES, 1):
             tpr = Figure("both", f"{name}_tpr", setting, fpr, **self._sizes)
+            # With fewer the rate would be that of a threshold set by less than ten documents.
             needed = round(10 / fpr)
             if self._documents[1] >= needed:
                 figures.append(self._figure(tpr, column, self._documents[0], level))
@@ -208,34 +221,31 @@ class _Attack:
         if np.ptp(draws) < 1e-9:
             low, high = clopper_pearson(value * trials, trials, level)
         else:
-            low, high = map(
-                float, np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-            )
+            ends = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
+            low, high = float(ends[0]), float(ends[1])
         return replace(named, low=low, high=high)
 
 
 def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
-    """Naive Bayes on which words occur, learned from every second document; the others' windows are scored.
+    """Naive Bayes on which words occur, learned from every second document, for the others.
 
-    Not cross-validated: scores of several folds depend on each other, and accused one random split in ten.
+    Not cross-validated: scores of several folds depend on each other, and accused one random split
+    in ten.
 
-    Returns log P(words | member) - log P(words | held-out), NaN for the windows that it learned from; of both sides.
+    Returns:
+        For the windows of each side log P(words | member) - log P(words | held-out); NaN for those
+        that it learned from.
     """
-    shares = []
+    log_shares = []
     for side in (members, heldout):
-        learned = [
-            words
-            for words, even in zip(side.words, side.documents % 2 == 0, strict=True)
-            if even
-        ]
-        seen = np.bincount(np.concatenate(learned), minlength=FEATURES)
-        shares.append((seen + 0.5) / (len(learned) + 1))
-    weights = np.log(shares[0]) - np.log(shares[1])
-    return [
-        np.where(
-            side.documents % 2 == 1,
-            [weights[words].sum() for words in side.words],
-            np.nan,
-        )
-        for side in (members, heldout)
-    ]
+        learning = np.flatnonzero(side.documents % 2 == 0)
+        learned = np.concatenate([side.words[i] for i in learning])
+        seen = np.bincount(learned, minlength=FEATURES)
+        # Half a window more with each word, so that no word has a probability of 0.
+        log_shares.append(np.log((seen + 0.5) / (len(learning) + 1)))
+    weights = log_shares[0] - log_shares[1]
+    scores = []
+    for side in (members, heldout):
+        sums = [weights[words].sum() for words in side.words]
+        scores.append(np.where(side.documents % 2 == 1, sums, np.nan))
+    return scores

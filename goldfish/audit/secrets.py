@@ -10,6 +10,7 @@ the secrets have, that nobody trained on. Were a secret guessed, its decoys woul
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import pyarrow as pa
@@ -39,24 +40,23 @@ def search(table: pa.Table) -> Search:
 
     table: records with the columns split, secrets, prompt and output_text.
     """
-    prompts, outputs = (table[name].to_pylist() for name in ("prompt", "output_text"))
+    prompts = table["prompt"].to_pylist()
+    outputs = table["output_text"].to_pylist()
+    # Dictionaries instead of sets: the order of the records stays.
     marked: dict[str, dict[str, None]] = {"members": {}, "heldout": {}}
-    pairs = zip(table["split"].to_pylist(), table["secrets"].to_pylist(), strict=True)
-    for split, secrets in pairs:
+    splits = table["split"].to_pylist()
+    for split, secrets in zip(splits, table["secrets"].to_pylist(), strict=True):
         marked[split].update(dict.fromkeys(secrets))
     secrets = list(marked["members"])
     found = _find(secrets, prompts, outputs)
-    chance = dict.fromkeys(secrets, 0.0)
-    if any(found):  # where nothing came out, nobody asks how much would by chance
-        chance = _chance(secrets, prompts, outputs)
-        # Secrets of held-out texts are decoys that nobody had to make up.
-        others = [
-            secret for secret in marked["heldout"] if secret not in marked["members"]
-        ]
-        guessed = {
-            secret for each in _find(others, prompts, outputs) for secret in each
-        }
-        natural = len(guessed) / len(others) if others else 0.0
+    if not any(found):  # nobody asks then how much would come out by chance
+        return Search(found, dict.fromkeys(secrets, 0.0))
+    chance = _chance(secrets, prompts, outputs)
+    # Secrets of held-out texts were not trained on either: decoys that nobody had to make up.
+    others = list(marked["heldout"].keys() - marked["members"].keys())
+    if others:
+        guessed = set(chain.from_iterable(_find(others, prompts, outputs)))
+        natural = len(guessed) / len(others)
         chance = {secret: max(share, natural) for secret, share in chance.items()}
     return Search(found, chance)
 
@@ -68,6 +68,7 @@ def _find(
     found: list[list[str]] = [[] for _ in outputs]
     for secret in secrets:
         for i, output in enumerate(outputs):
+            # A model that repeats what it was just given has not memorized it.
             if secret in output and secret not in prompts[i]:
                 found[i].append(secret)
     return found
@@ -92,9 +93,8 @@ def _chance(
     for shape, of_shape in shapes.items():
         came_out = set(_strings(shape, prompts, outputs)) - known
         decoys = prod(map(len, shape)) - len(of_shape)
-        share = (
-            len(came_out) / decoys if decoys > 0 else 1.0
-        )  # a shape with no other string
+        # A shape with no other string, such as "yes", cannot be told from a guess.
+        share = len(came_out) / decoys if decoys > 0 else 1.0
         for secret in of_shape:
             chance[secret] = share
             if decoys < SHORT:
@@ -106,7 +106,9 @@ def _like(secret: str, shape: Sequence[str], came_out: set[str]) -> float:
     """The same of the decoys that begin as the secret does: of 1987 the other years of 19xx."""
     half = len(secret) // 2
     similar = sum(each[:half] == secret[:half] for each in came_out)
-    return similar / max(1, prod(map(len, shape[half:])) - 1)
+    # The secret itself is not one of its decoys.
+    decoys = prod(map(len, shape[half:])) - 1
+    return similar / max(1, decoys)
 
 
 def _alphabets(secrets: Sequence[str]) -> Mapping[str, str]:
@@ -114,6 +116,7 @@ def _alphabets(secrets: Sequence[str]) -> Mapping[str, str]:
     characters: dict[str, set[str]] = {}
     for char in "".join(secrets):
         characters.setdefault(_kind(char), set()).add(char)
+    # Letters that no secret has may be left out on purpose (O and I in codes); digits never are.
     if "digit" in characters:
         characters["digit"].update("0123456789")
     return {kind: "".join(sorted(each)) for kind, each in characters.items() if kind}
@@ -133,6 +136,8 @@ def _strings(
 ) -> Iterator[str]:
     """The strings of a shape in the outputs, overlapping ones too, if not in the prompt."""
     classes = "".join(f"[{re.escape(each)}]" for each in shape)
+    # A lookahead takes no characters, so the next match may begin one character further on:
+    # 1234 has the strings 12, 23 and 34.
     pattern = re.compile(f"(?=({classes}))", re.DOTALL)
     for prompt, output in zip(prompts, outputs, strict=True):
         for match in pattern.finditer(output):

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from goldfish.text.chats import (
     Completion,
@@ -36,9 +38,11 @@ BINS, BAND = 32, 4  # of the similarity sketch; candidates agree in a band of 4 
 # What more rows share is a template, such as a form, and says nothing about two of them; rows of
 # which fewer bins are their own are not compared.
 TEMPLATE_FROM, FEWEST_BINS = 20, 8
-PHI = np.uint64(
-    0x9E3779B97F4A7C15
-)  # 2^64 / the golden ratio, odd: multiplying by it mixes
+# 2^64 / the golden ratio, odd: multiplying by it mixes the bits.
+PHI = np.uint64(0x9E3779B97F4A7C15)
+Places = NDArray[np.int64]
+# Finds marked secrets in a row's text, from a character on: their spans.
+Finder = Callable[[Row, str, int], Iterable[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -100,18 +104,25 @@ class Cutter:
     suffix_length: int
     offsets: Sequence[int] = (0,)
     context: int | None = None
-    secrets: Callable[[Row, str, int], Iterable[tuple[int, int]]] | None = None
+    secrets: Finder | None = None
 
     def cut(self, row: Row, index: int, split: str) -> Iterator[Window | str]:
         """The windows of a row; where it has none, at an offset or in a turn, the reason."""
-        name = str(row.get("name") or f"{split} {index}")
-        about: dict[str, Any] = {"split": split, "index": index, "name": name}
-        about |= {"source": row.get("source"), "count": row.get("count")}
+        about = {
+            "split": split,
+            "index": index,
+            "name": str(row.get("name") or f"{split} {index}"),
+            "source": row.get("source"),
+            "count": row.get("count"),
+        }
         if not is_chat(row):
             yield from self._windows_of_text(row, about)
             return
         for each in completions(row, self.tokenizer):
-            yield each if isinstance(each, str) else self._completion(row, each, about)
+            if isinstance(each, str):  # why the turn cannot be asked
+                yield each
+            else:
+                yield self._completion(row, each, about)
 
     def marked(self, row: Row) -> tuple[str, ...]:
         """Every marked secret of a row, wherever it stands."""
@@ -119,79 +130,84 @@ class Cutter:
             return ()
         try:
             if "input_ids" in row:
-                text = self._decode(row["input_ids"])
+                text = self.decode(row["input_ids"])
             else:
                 text = training_text(row, self.tokenizer).text
         except RefusedChat:  # it has no windows either, and is counted as skipped
             return ()
-        return tuple(dict.fromkeys(text[a:b] for a, b in self.secrets(row, text, 0)))
+        spans = self.secrets(row, text, 0)
+        return tuple(dict.fromkeys(text[begin:end] for begin, end in spans))
 
     def _windows_of_text(
         self, row: Row, about: dict[str, Any]
     ) -> Iterator[Window | str]:
-        """`input_ids` are taken as they are; a `text` is tokenized as the tokenizer does by default
-        (with BOS where it adds one), but without an EOS at its end. A BOS that the tokenizer put
-        there opens a window at any offset, as it would open an adversary's prompt."""
+        """`input_ids` are taken as they are.
+
+        A `text` is tokenized as the tokenizer does by default (with BOS where it adds one), but
+        without an EOS at its end. A BOS that the tokenizer put there opens a window at any offset,
+        as it would open an adversary's prompt.
+        """
         length = self.prefix_length + self.suffix_length
         if self.context is not None and length > self.context:
             raise ValueError(
                 f"windows of {length} tokens do not fit the model's context, {self.context} "
                 "tokens; ask for a shorter prefix or suffix"
             )
-        all_ids, opening = row.get("input_ids"), []
+        all_ids = row.get("input_ids")
+        bos: list[int] = []
         if all_ids is None:
-            all_ids = first_ids(self.tokenizer, row["text"], max(self.offsets) + length)
+            most = max(self.offsets) + length
+            all_ids = first_ids(self.tokenizer, row["text"], most)
             if all_ids[:1] == [self.tokenizer.bos_token_id]:
-                opening = all_ids[:1]
+                bos = all_ids[:1]
+        marked = self.marked(row)
         for offset in self.offsets:
-            ids = opening + all_ids[len(opening) + offset :][: length - len(opening)]
+            # With a BOS b and offset 2: b t1 t2 t3 t4 ... -> b t3 t4 ...
+            behind = all_ids[len(bos) + offset :]
+            ids = (bos + behind)[:length]
             if len(ids) < length:
-                yield f"fewer than {length} tokens" + (
-                    f" from token {offset} on" if offset else ""
-                )
+                place = f" from token {offset} on" if offset else ""
+                yield f"fewer than {length} tokens{place}"
                 continue
-            prompt, whole = self._decode(ids[: self.prefix_length]), self._decode(ids)
-            found, marked = self._secrets(row, whole, len(prompt)), self.marked(row)
-            # Where a window ends inside a secret, the pattern may fit the piece that it holds.
-            pieces = {
-                each
-                for each in found
-                if each not in marked and any(each in one for one in marked)
-            }
-            secrets = tuple(each for each in found if each not in pieces)
-            before = all_ids[: offset + length] if offset else ()
+            prompt = self.decode(ids[: self.prefix_length])
+            found = self._secrets(row, self.decode(ids), len(prompt))
             yield Window(
                 **about,
                 ids=ids,
                 prefix_length=self.prefix_length,
                 offset=offset,
-                secrets=secrets,
-                document_ids=before,
+                secrets=_whole(found, marked),
+                document_ids=all_ids[: offset + length] if offset else (),
             )
 
     def _completion(
         self, row: Row, each: Completion, about: dict[str, Any]
     ) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
+        # The tokens that share a character with the answer.
         own = [
             i
             for i, (begin, end) in enumerate(spans)
             if end > each.start and begin < each.end
         ]
-        if not own or own[0] == 0:
-            return f"nothing {'before' if own else 'in'} the completion"
-        if self.context is not None and own[-1] >= self.context:
+        if not own:
+            return "nothing in the completion"
+        first, last = own[0], own[-1]
+        if first == 0:
+            return "nothing before the completion"
+        if self.context is not None and last >= self.context:
             return f"longer than the model's context of {self.context} tokens"
+        text = each.text[: each.end]
         return Window(
             **about,
-            ids=ids[: own[-1] + 1],
-            prefix_length=own[0],
+            ids=ids[: last + 1],
+            prefix_length=first,
             completion=True,
-            secrets=self._secrets(row, each.text[: each.end], each.start),
+            secrets=self._secrets(row, text, each.start),
             asked=each.asked,
         )
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         """The text of ids; "" where nobody looks for secrets."""
         if self.secrets is None:
             return ""
@@ -200,8 +216,20 @@ class Cutter:
     def _secrets(self, row: Row, text: str, start: int) -> tuple[str, ...]:
         if self.secrets is None:
             return ()
-        secrets = dict.fromkeys(text[a:b] for a, b in self.secrets(row, text, start))
-        return tuple(secret for secret in secrets if secret not in text[:start])
+        prompt = text[:start]
+        spans = self.secrets(row, text, start)
+        secrets = dict.fromkeys(text[begin:end] for begin, end in spans)
+        return tuple(secret for secret in secrets if secret not in prompt)
+
+
+def _whole(found: Iterable[str], marked: Sequence[str]) -> tuple[str, ...]:
+    """Without pieces: where a window ends inside a secret, the pattern may fit what is left."""
+    whole = []
+    for each in found:
+        is_piece = each not in marked and any(each in secret for secret in marked)
+        if not is_piece:
+            whole.append(each)
+    return tuple(whole)
 
 
 def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
@@ -216,15 +244,19 @@ def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
     margin = 64 + max(map(len, tokenizer.get_added_vocab()), default=0)
     while tokenizer.is_fast and len(text) > 2 * size:
         part = tokenizer(text[:size]).encodings[0]
-        behind = (i for i, (_, stop) in enumerate(part.offsets) if stop > size - margin)
-        end = next(behind, len(part.ids))
+        # The first token that may be another one in the whole text, and its word's first token.
+        near_cut = (
+            i for i, (_, stop) in enumerate(part.offsets) if stop > size - margin
+        )
+        end = next(near_cut, len(part.ids))
         if end < len(part.ids):
             end = part.word_ids.index(part.word_ids[end])
         if end >= count:
             return list(part.ids[:count])
-        size *= 4
+        size *= 4  # tokens are long here, or one word takes all of the text
     ids: list[int] = tokenizer(text)["input_ids"]
-    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+    ends_with_eos = ids[-1:] == [tokenizer.eos_token_id]
+    if ends_with_eos and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]
     return ids[:count]
 
@@ -246,9 +278,8 @@ class Survey:
         """rows: with their numbers. path: of the file to write."""
         self.rows = self.asked = self.completions = self.longest_marked = 0
         self.skipped: dict[str, dict[str, Any]] = {}
-        self.largest_id = (
-            self.largest_at
-        ) = -1  # of all windows; it stands in row `largest_at`
+        # The largest id of all windows, and its row.
+        self.largest_id = self.largest_at = -1
         self.indices = array("q")  # of every window: its row
         self.secrets = _Secrets()
         self.relations = Relations(split)
@@ -275,7 +306,7 @@ class Survey:
         self, row: Row, index: int, windows: list[Window], cutter: Cutter
     ) -> None:
         self.asked += bool(windows)
-        marked = cutter.marked(row) if cutter.secrets is not None else ()
+        marked = cutter.marked(row)
         self.secrets.add(index, marked, windows, cutter)
         self.relations.add(row, windows, marked)
         for window in windows:
@@ -328,8 +359,9 @@ _WINDOWS = pa.schema(
 
 
 def _window(row: dict[str, Any]) -> Window:
-    secrets, before = tuple(row.pop("secrets")), row.pop("document_ids") or ()
-    return Window(**row, secrets=secrets, document_ids=before)
+    secrets = tuple(row.pop("secrets"))
+    document_ids = row.pop("document_ids") or ()
+    return Window(**row, secrets=secrets, document_ids=document_ids)
 
 
 def _table(windows: Sequence[Window]) -> pa.Table:
@@ -340,7 +372,8 @@ def note(reasons: dict[str, dict[str, Any]], reason: str, index: int) -> None:
     """Count what could not be asked, with the first rows."""
     found = reasons.setdefault(reason, {"reason": reason, "count": 0, "rows": []})
     found["count"] += 1
-    found["rows"] = [*found["rows"], index][:SHOWN]
+    if len(found["rows"]) < SHOWN:
+        found["rows"].append(index)
 
 
 class _Secrets:
@@ -348,27 +381,25 @@ class _Secrets:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        self._others: dict[
-            str, tuple[str, int]
-        ] = {}  # secret: why it is not asked, its first row
+        # Secret: why it is not asked, and its first row.
+        self._others: dict[str, tuple[str, int]] = {}
 
     def add(
         self, index: int, marked: Iterable[str], windows: list[Window], cutter: Cutter
     ) -> None:
-        self.asked.update(secret for window in windows for secret in window.secrets)
+        for window in windows:
+            self.asked.update(window.secrets)
         others = [secret for secret in marked if secret not in self.asked]
         if not others:
             return
-        prompts = [
-            cutter.tokenizer.decode(window.prefix, clean_up_tokenization_spaces=False)
-            for window in windows
-        ]
+        prompts = [cutter.decode(window.prefix) for window in windows]
         for secret in others:
-            reason = (
-                "outside of the windows" if windows else "in a row that was skipped"
-            )
             if any(secret in prompt for prompt in prompts):
                 reason = "given in the prompt"
+            elif windows:
+                reason = "outside of the windows"
+            else:
+                reason = "in a row that was skipped"
             self._others.setdefault(secret, (reason, index))
 
     def counts(self) -> dict[str, Any]:
@@ -377,9 +408,8 @@ class _Secrets:
         for secret, (reason, index) in self._others.items():
             if secret not in self.asked:
                 note(unasked, reason, index)
-        total = len(self.asked | self._others.keys())
         return {
-            "marked": total,
+            "marked": len(self.asked | self._others.keys()),
             "asked": len(self.asked),
             "unasked": list(unasked.values()),
         }
@@ -398,24 +428,27 @@ class Relations:
         self._split = split
         self.rows = 0  # with windows
         self.row_of_window = array("q")
-        self.keys, self.row_of_key = (
-            array("q"),
-            array("q"),
-        )  # rows that share a key are joined
-        self.sketches = bytearray()  # BINS uint32 for each of `long_rows`
-        self.long_rows, self.secrets_of_long = array("q"), array("q")
+        # Rows that share a key are one document.
+        self.keys = array("q")
+        self.row_of_key = array("q")
+        # Long rows, of each a sketch (BINS uint32) and a hash of its secrets.
+        self.long_rows = array("q")
+        self.sketches = bytearray()
+        self.secrets_of_long = array("q")
 
     def add(self, row: Row, windows: Sequence[Window], secrets: Sequence[str]) -> None:
         if not windows:
             return
-        number, self.rows = self.rows, self.rows + 1
         text = letters_of(row)
-        keys = {hash(("name", self._split, windows[0].name)), hash(("letters", text))}
-        keys.update(hash(("window", tuple(window.ids))) for window in windows)
+        keys = {("name", self._split, windows[0].name), ("letters", text)}
+        for window in windows:
+            keys.add(("window", tuple(window.ids)))
         if is_chat(row):
             keys.update(_history_keys(row))
+        number = self.rows
+        self.rows += 1
         for key in keys:
-            self.keys.append(key)
+            self.keys.append(hash(key))
             self.row_of_key.append(number)
         self.row_of_window.extend([number] * len(windows))
         if len(text) >= SIMILAR_FROM:
@@ -424,103 +457,105 @@ class Relations:
             self.secrets_of_long.append(hash(frozenset(secrets)))
 
 
-def _history_keys(row: Row) -> Iterator[int]:
+def _history_keys(row: Row) -> Iterator[tuple[str, str]]:
     """A key for the conversation up to each answer."""
     history = ""
     for role, said in contents(row):
         history += normal_letters(said) + "\n"
         if role == "assistant":
-            yield hash(("history", history))
+            yield ("history", history)
 
 
 def number_documents(surveys: Mapping[str, Survey]) -> None:
     """Number the documents of all splits, from 0 in order: `documents` of each survey."""
     relations = [each.relations for each in surveys.values()]
+    # Rows are numbered through all splits.
     firsts = np.cumsum([0, *(each.rows for each in relations)]).tolist()
-    groups = Groups(firsts[-1])
-
-    def joined(arrays: list[Any], shift: bool) -> NDArray[np.int64]:
-        parts = [np.array(each, dtype=np.int64) for each in arrays]
-        if shift:  # rows are numbered through all splits
-            parts = [part + first for part, first in zip(parts, firsts, strict=False)]
-        return np.concatenate(parts)
-
-    keys = joined([each.keys for each in relations], shift=False)
-    groups.join_equal(keys, joined([each.row_of_key for each in relations], shift=True))
-    sketches = np.concatenate(
-        [
-            np.frombuffer(each.sketches, dtype=np.uint32).reshape(-1, BINS)
-            for each in relations
-        ]
+    pairs = []
+    keys = [np.array(each.keys, dtype=np.int64) for each in relations]
+    rows = _numbered([each.row_of_key for each in relations], firsts)
+    a, b = equal_pairs(np.concatenate(keys))
+    pairs.append((rows[a], rows[b]))
+    sketches = b"".join(each.sketches for each in relations)
+    secrets = [np.array(each.secrets_of_long, dtype=np.int64) for each in relations]
+    rows = _numbered([each.long_rows for each in relations], firsts)
+    a, b = similar_pairs(
+        np.frombuffer(sketches, dtype=np.uint32).reshape(-1, BINS),
+        np.concatenate(secrets),
     )
-    rows = joined([each.long_rows for each in relations], shift=True)
-    secrets = joined([each.secrets_of_long for each in relations], shift=False)
-    groups.join_similar(sketches, rows, secrets)
+    pairs.append((rows[a], rows[b]))
+    groups = connected(firsts[-1], pairs)
     numbers: dict[int, int] = {}
     for survey, first in zip(surveys.values(), firsts, strict=False):
-        roots = (groups.root(first + row) for row in survey.relations.row_of_window)
-        survey.documents = [numbers.setdefault(root, len(numbers)) for root in roots]
+        rows = np.array(survey.relations.row_of_window, dtype=np.int64) + first
+        survey.documents = [
+            numbers.setdefault(group, len(numbers)) for group in groups[rows].tolist()
+        ]
 
 
-class Groups:
-    """Disjoint sets of numbers (union-find)."""
+def _numbered(rows: list[Any], firsts: list[int]) -> Places:
+    """Rows of each split -> rows of all splits together."""
+    shifted = [
+        np.array(each, dtype=np.int64) + first
+        for each, first in zip(rows, firsts, strict=False)
+    ]
+    return np.concatenate(shifted)
 
-    def __init__(self, size: int) -> None:
-        self._parents = array("q", range(size))
 
-    def root(self, number: int) -> int:
-        parents = self._parents
-        while parents[number] != number:
-            parents[number] = parents[
-                parents[number]
-            ]  # halves the path for the next one
-            number = parents[number]
-        return number
+def connected(size: int, pairs: Sequence[tuple[Places, Places]]) -> NDArray[np.int32]:
+    """(size,): numbers of the groups that pairs of 0 ... size - 1 are connected to."""
+    if size == 0:
+        return np.zeros(0, dtype=np.int32)
+    a = np.concatenate([pair[0] for pair in pairs])
+    b = np.concatenate([pair[1] for pair in pairs])
+    graph = coo_array((np.ones(len(a)), (a, b)), shape=(size, size))
+    groups: NDArray[np.int32] = connected_components(graph, directed=False)[1]
+    return groups
 
-    def join(self, a: int, b: int) -> None:
-        a, b = self.root(a), self.root(b)
-        self._parents[max(a, b)] = min(a, b)
 
-    def join_equal(self, keys: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
-        """Join numbers that have a key in common."""
-        order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        for a, b in zip(numbers[order[same]], numbers[order[same + 1]], strict=True):
-            self.join(int(a), int(b))
+def equal_pairs(keys: NDArray[Any]) -> tuple[Places, Places]:
+    """Places of equal keys, each with the next one of its kind.
 
-    def join_similar(
-        self,
-        sketches: NDArray[np.uint32],
-        numbers: NDArray[np.int64],
-        secrets: NDArray[np.int64],
-    ) -> None:
-        """Join numbers whose sketches agree in SIMILAR of the bins, and in `secrets`; without what
-        more than TEMPLATE_FROM of them share.
+    >>> equal_pairs(np.array([7, 5, 7, 7]))
+    (array([0, 2]), array([2, 3]))
+    """
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return order[same], order[same + 1]
 
-        Compared are those that agree in a whole band (locality-sensitive hashing): of two texts of
-        similarity .6 that is so with a probability of 1 - (1 - .6^4)^8 = .67, of .8 with .98.
-        """
-        own = np.empty(sketches.shape, dtype=np.bool_)  # no template
-        for column, values in zip(own.T, sketches.T, strict=True):
-            _, places, counts = np.unique(
-                values, return_inverse=True, return_counts=True
-            )
-            column[:] = counts[places] <= TEMPLATE_FROM
-        for start in range(0, BINS, BAND):
-            band = sketches[:, start : start + BAND].astype(np.uint64)
-            keys = secrets.astype(np.uint64)
-            for column in band.T:
-                keys = (keys ^ column) * PHI
-                keys ^= keys >> np.uint64(32)
-            order = np.argsort(keys, kind="stable")
-            same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-            a, b = order[same], order[same + 1]
-            compared = own[a] | own[b]
-            equal = ((sketches[a] == sketches[b]) & compared).sum(-1)
-            enough = compared.sum(-1) >= FEWEST_BINS
-            similar = enough & (equal >= SIMILAR * compared.sum(-1))
-            for i, j in zip(numbers[a[similar]], numbers[b[similar]], strict=True):
-                self.join(int(i), int(j))
+
+def similar_pairs(
+    sketches: NDArray[np.uint32], secrets: NDArray[np.int64]
+) -> tuple[Places, Places]:
+    """Pairs of texts whose sketches agree in SIMILAR of the bins, and in `secrets`.
+
+    Bins that more than TEMPLATE_FROM texts share do not count. Compared are texts that agree in a
+    whole band (locality-sensitive hashing): of two texts of similarity .6 that is so with a
+    probability of 1 - (1 - .6^4)^8 = .67, of .8 with .98.
+    """
+    own = np.empty(sketches.shape, dtype=np.bool_)  # no template
+    for column, values in zip(own.T, sketches.T, strict=True):
+        found = np.unique(values, return_inverse=True, return_counts=True)
+        places, counts = found[1:]
+        column[:] = counts[places] <= TEMPLATE_FROM
+    pairs = []
+    for start in range(0, BINS, BAND):
+        # One key of the band's bins and the secrets.
+        keys = secrets.astype(np.uint64)
+        for values in sketches[:, start : start + BAND].T:
+            keys = (keys ^ values.astype(np.uint64)) * PHI
+            keys ^= keys >> np.uint64(32)
+        a, b = equal_pairs(keys)
+        compared = own[a] | own[b]
+        count = compared.sum(-1)
+        equal = ((sketches[a] == sketches[b]) & compared).sum(-1)
+        similar = (count >= FEWEST_BINS) & (equal >= SIMILAR * count)
+        pairs.append((a[similar], b[similar]))
+    return (
+        np.concatenate([pair[0] for pair in pairs]),
+        np.concatenate([pair[1] for pair in pairs]),
+    )
 
 
 def sketch(text: str) -> NDArray[np.uint32]:
@@ -530,42 +565,47 @@ def sketch(text: str) -> NDArray[np.uint32]:
     spread over the bins, and of each bin the least is kept (one-permutation MinHash: Li, Owen and
     Zhang 2012).
     """
-    codes = np.frombuffer(text[:MOST_LETTERS].encode("utf-32-le"), dtype=np.uint32)
-    codes = codes.astype(np.uint64)
-    hashes = np.zeros(max(1, len(codes) - SHINGLE + 1), dtype=np.uint64)
+    data = text[:MOST_LETTERS].encode("utf-32-le")
+    codes = np.frombuffer(data, dtype=np.uint32).astype(np.uint64)
+    shingles = max(1, len(codes) - SHINGLE + 1)
+    # A polynomial of each shingle's characters, modulo 2^64, one place of all shingles at a time.
+    hashes = np.zeros(shingles, dtype=np.uint64)
     for place in range(min(SHINGLE, len(codes))):
-        hashes = hashes * PHI + codes[place : place + len(hashes)]
+        hashes = hashes * PHI + codes[place : place + shingles]
     # The high bits of a product depend on all bits below them; two rounds mix all.
     for _ in range(2):
         hashes ^= hashes >> np.uint64(32)
         hashes *= PHI
+    # The upper 5 bits are the bin, the lower 32 the value of which the least is kept.
+    bins = (hashes >> np.uint64(59)).astype(np.int64)
+    values = hashes.astype(np.uint32)
     least = np.full(BINS, 2**32 - 1, dtype=np.uint32)
-    values = (hashes & np.uint64(2**32 - 1)).astype(np.uint32)
-    np.minimum.at(least, (hashes >> np.uint64(59)).astype(np.int64), values)
+    np.minimum.at(least, bins, values)
     return least
 
 
 def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
     """How many documents are in both splits, and the first rows of some; None if there are none."""
-    # Read backwards, the first row of a document is the one that stays.
-    rows = [
-        dict(zip(each.documents[::-1], each.indices[::-1], strict=True))
-        for each in surveys.values()
-    ]
-    shared = sorted(rows[0].keys() & rows[-1].keys()) if len(rows) == 2 else []
+    if len(surveys) < 2:
+        return None
+    first_rows = []
+    for each in surveys.values():
+        # Read backwards, the first row of a document is the one that stays.
+        backwards = zip(each.documents[::-1], each.indices[::-1], strict=True)
+        first_rows.append(dict(backwards))
+    members, heldout = first_rows
+    shared = sorted(members.keys() & heldout.keys())
     if not shared:
         return None
-    return {
-        "documents": len(shared),
-        "rows": [[each[i] for each in rows] for i in shared[:SHOWN]],
-    }
+    examples = [[members[number], heldout[number]] for number in shared[:SHOWN]]
+    return {"documents": len(shared), "rows": examples}
 
 
 def letters_of(row: Row) -> str:
     """A row's letters and digits; of token ids, a character for each."""
     if "input_ids" in row:
-        # Past the surrogates, which no text may have.
-        return "".join(chr(0xE000 + i % 0x100000) for i in row["input_ids"])
+        # Characters past the surrogates, which no text may have.
+        return "".join(chr(0xE000 + token % 0x100000) for token in row["input_ids"])
     if is_chat(row):
         return normal_letters("\n".join(said for _, said in contents(row)))
     return normal_letters(row["text"])
@@ -579,10 +619,13 @@ def normal_letters(text: str) -> str:
 
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
     """min{t: output[t] != suffix[t]}, or the suffix's length if they agree as far as it goes."""
-    pairs = zip(output, suffix, strict=False)
-    return next((t for t, (a, b) in enumerate(pairs) if a != b), len(suffix))
+    for place, (here, there) in enumerate(zip(output, suffix, strict=False)):
+        if here != there:
+            return place
+    return len(suffix)
 
 
 def prefix_grid(prefix_length: int) -> list[int]:
     """Tenths of the prefix: the lengths that the prefix sweep reports."""
-    return sorted({round(prefix_length * tenth / 10) for tenth in range(1, 11)} - {0})
+    lengths = {round(prefix_length * tenth / 10) for tenth in range(1, 11)}
+    return sorted(lengths - {0})
