@@ -238,7 +238,7 @@ def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
     """
     log_shares = []
     for side in (members, heldout):
-        learning = np.flatnonzero(side.documents % 2 == 0)
+        learning = np.flatnonzero(side.documents % 2 == 0).tolist()
         learned = np.concatenate([side.words[i] for i in learning])
         seen = np.bincount(learned, minlength=FEATURES)
         # Half a window more with each word, so that no word has a probability of 0.

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict
+from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,10 +170,11 @@ def dumps(value: Any) -> str:
 
 def sums(table: pa.Table, name: str) -> NDArray[np.float64]:
     """Of each window the sum of a column of lists of numbers."""
-    windows = np.repeat(
-        np.arange(len(table)), list_value_length(table[name]).to_numpy()
-    )
-    totals = np.bincount(windows, list_flatten(table[name]).to_numpy(), len(table))
+    lengths = list_value_length(table[name]).to_numpy()
+    values = list_flatten(table[name]).to_numpy()
+    # The window of each value. Differences of one running sum would lose digits.
+    windows = np.repeat(np.arange(len(table)), lengths)
+    totals = np.bincount(windows, values, len(table))
     return np.asarray(totals, dtype=np.float64)
 
 
@@ -188,14 +190,19 @@ def make_record(
     document: the number of the window's document, the unit of all intervals.
     """
     start = window.prefix_length
-    all_dropped = decisions(rule, window)
+    # Scores are about ids[1:]: those of the suffix begin at start - 1.
+    of_suffix = slice(start - 1, None)
+    of_membership = slice(window.first_scored - 1, None)
+    correct = score.greedy == np.array(window.ids[1:])
+    dropped = decisions(rule, window)
     suffix_tokens = text_pieces(tokenizer, window.prefix, window.suffix)
     output_tokens = text_pieces(tokenizer, window.prefix, score.output)
     prompt = tokenizer.decode(window.prefix, clean_up_tokenization_spaces=False)
     suffix_text = "".join(suffix_tokens)
     text = prompt + suffix_text
-    correct = score.greedy == np.array(window.ids[1:])
-    scored = slice(window.first_scored - 1, None)
+    # Never more probable than one in rank + 1, under any sampling that keeps the order of the
+    # tokens. A token that generate settled as predicted counts as the most probable one.
+    rank = np.where(correct, 0, score.rank)[of_suffix]
     return {
         "split": window.split,
         "index": window.index,
@@ -216,45 +223,42 @@ def make_record(
         "secrets": list(window.secrets),
         "characters": len(text),
         "words": word_buckets(text),
-        "dropped": None if all_dropped is None else all_dropped[start - 1 :].tolist(),
-        "correct": correct[start - 1 :].tolist(),
-        "nll": score.nll[start - 1 :].tolist(),
-        "rank": score.rank[start - 1 :].tolist(),
+        "dropped": None if dropped is None else dropped[of_suffix].tolist(),
+        "correct": correct[of_suffix].tolist(),
+        "nll": score.nll[of_suffix].tolist(),
+        "rank": score.rank[of_suffix].tolist(),
         "settled": score.settled,
-        **_agreement(
-            score.output, window.suffix, tokens=(output_tokens, suffix_tokens)
-        ),
+        **_agreement(score.output, window.suffix, output_tokens, suffix_text),
         "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
         "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
         "secret_log_p": [
             _secret_log_p(secret, suffix_tokens, score.log_q)
             for secret in window.secrets
         ],
-        # Never more probable than one in rank + 1, under any sampling that keeps the order of the
-        # tokens. A token that generate settled as predicted counts as the most probable one.
-        "rank_bits": float(
-            np.log2(1 + np.where(correct, 0, score.rank))[start - 1 :].sum()
-        ),
+        "rank_bits": float(np.log2(1 + rank).sum()),
         "beams": score.beams,
         **membership_scores(
-            score.nll[scored],
-            score.entropy_mean[scored],
-            score.entropy_std[scored],
+            score.nll[of_membership],
+            score.entropy_mean[of_membership],
+            score.entropy_std[of_membership],
             suffix_text if window.completion else text,
-            None if all_dropped is None else all_dropped[scored],
+            None if dropped is None else dropped[of_membership],
             score.control_nll,
         ),
     }
 
 
 def _agreement(
-    output: list[int], suffix: list[int], tokens: tuple[list[str], list[str]]
+    output: list[int], suffix: list[int], output_tokens: list[str], suffix_text: str
 ) -> dict[str, Any]:
-    """How far an output, as far as the suffix reaches, agrees with it; tokens: their texts."""
+    """How far an output, as far as the suffix reaches, agrees with it.
+
+    output_tokens: the text of each token of the output.
+    """
     compared = output[: len(suffix)]
-    compared_text, suffix_text = "".join(tokens[0][: len(suffix)]), "".join(tokens[1])
+    compared_text = "".join(output_tokens[: len(suffix)])
     runs = common_runs(compared, suffix)
-    equal = sum(a == b for a, b in zip(compared, suffix, strict=True))
+    equal = sum(map(eq, compared, suffix))
     words = longest_common(tuple(compared_text.split()), tuple(suffix_text.split()))
     return {
         "exact_match": compared == suffix,
@@ -290,7 +294,8 @@ def _secret_log_p(
     starts = np.append(0, ends[:-1])
     # Tokens that share a character with it: [" co", "de 4", "2 is"] and "42" give the last two.
     of_secret = (ends > begin) & (starts < begin + len(secret))
-    log_p: list[float] = log_q[:, of_secret].astype(np.float64).sum(-1).tolist()
+    of_tokens = log_q[:, of_secret].astype(np.float64)
+    log_p: list[float] = of_tokens.sum(-1).tolist()
     return log_p
 
 
@@ -304,9 +309,9 @@ def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | No
 
     if rule is None or rule.strategy == "random" or window.asked != "training":
         return None
-    dropped: NDArray[np.bool_] = rule.dropped(
-        tensor(window.document_ids or window.ids)
-    ).numpy()
+    # The rule reads the document from its start, not from the window's.
+    ids = tensor(window.document_ids or window.ids)
+    dropped: NDArray[np.bool_] = rule.dropped(ids).numpy()
     return dropped[1 - len(window.ids) :]
 
 
@@ -316,7 +321,9 @@ def rouge_l(candidate: Sequence[Hashable], reference: Sequence[Hashable]) -> flo
     0 if both are empty.
     """
     total = len(candidate) + len(reference)
-    return 2 * LCSseq.similarity(candidate, reference) / total if total else 0.0
+    if total == 0:
+        return 0.0
+    return 2 * LCSseq.similarity(candidate, reference) / total
 
 
 def rouge_l_text(candidate: str, reference: str) -> float:
@@ -324,8 +331,8 @@ def rouge_l_text(candidate: str, reference: str) -> float:
 
     It is of lower-case words of a-z and 0-9, so it is 0 on other scripts.
     """
-    words = [re.findall("[a-z0-9]+", text.lower()) for text in (candidate, reference)]
-    return rouge_l(*words)
+    words = re.compile("[a-z0-9]+")
+    return rouge_l(words.findall(candidate.lower()), words.findall(reference.lower()))
 
 
 def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
@@ -333,8 +340,11 @@ def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
     # equal[i, j]: a[i] == b[j]. A run is a stretch of True on a diagonal; the border of False
     # ends the runs at the edges.
     equal = np.pad(np.equal.outer(np.asarray(a), np.asarray(b)), 1)
-    here, before, behind = equal[1:-1, 1:-1], equal[:-2, :-2], equal[2:, 2:]
-    starts, ends = _by_diagonal(here & ~before), _by_diagonal(here & ~behind)
+    here = equal[1:-1, 1:-1]
+    before = equal[:-2, :-2]
+    behind = equal[2:, 2:]
+    starts = _by_diagonal(here & ~before)
+    ends = _by_diagonal(here & ~behind)
     lengths = ends[0] - starts[0] + 1
     runs: list[list[int]] = np.stack([*starts, lengths], -1).tolist()
     return runs
@@ -350,10 +360,12 @@ def longest_common(a: str | tuple[str, ...], b: str | tuple[str, ...]) -> int:
     >>> longest_common(("a", "cat", "sat"), ("the", "cat", "sang"))
     1
     """
-    low, high = 0, min(len(a), len(b))
+    low = 0
+    high = min(len(a), len(b))
     while low < high:
         length = (low + high + 1) // 2
-        runs = {a[start : start + length] for start in range(len(a) - length + 1)}
+        starts = range(len(a) - length + 1)
+        runs = {a[start : start + length] for start in starts}
         starts = range(len(b) - length + 1)
         if any(b[start : start + length] in runs for start in starts):
             low = length
@@ -377,12 +389,12 @@ def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
     correct: bool (T-1,), of ids[1:].
     """
     suffix_length = len(correct) + 1 - prefix_length
+    # misses[i]: how many of the first i tokens are wrong. A prefix of n tokens is followed by
+    # ids[n], whose place in `correct` is n - 1.
     misses = np.cumsum([0, *~correct])
-    # A prefix of n tokens is followed by ids[n], whose place in `correct` is n - 1.
-    return [
-        bool(misses[start - 1 + suffix_length] == misses[start - 1])
-        for start in prefix_grid(prefix_length)
-    ]
+    firsts = np.array(prefix_grid(prefix_length)) - 1
+    recited: list[bool] = (misses[firsts + suffix_length] == misses[firsts]).tolist()
+    return recited
 
 
 def membership_scores(
@@ -411,6 +423,7 @@ def membership_scores(
     if dropped is not None and dropped.any() and not dropped.all():
         kept_loss = float(-log_p[~dropped].mean())
         dropped_loss = float(-log_p[dropped].mean())
+    # "replace": a token may end within a character, and half of one has no UTF-8.
     compressed = len(zlib.compress(text.encode("utf-8", "replace")))
     normalized = (log_p - entropy_mean) / np.maximum(entropy_std, LEAST_STD)
     scores: dict[str, float | None] = {
@@ -440,6 +453,7 @@ def window_votes(differences: NDArray[np.float64]) -> float:
 
     differences: (T-1,), loss under the reference model minus loss under the model.
     """
+    # The sum over a run is the difference of two running sums.
     total = np.cumsum(np.append(0.0, differences))
     sizes = np.minimum(WBC_SIZES, len(differences))
     shares = [np.mean(total[size:] > total[:-size]) for size in sizes]
@@ -449,12 +463,13 @@ def window_votes(differences: NDArray[np.float64]) -> float:
 def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:
     """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
     count = max(1, int(share * len(values)))
-    return float(np.partition(values, count - 1)[:count].mean())
+    lowest = np.partition(values, count - 1)[:count]
+    return float(lowest.mean())
 
 
 def word_buckets(text: str) -> list[int]:
     """The distinct words of a text, each hashed into one of FEATURES buckets."""
     words = set(re.findall(r"\w+", text.lower()))
-    return sorted(
-        {zlib.crc32(word.encode("utf-8", "replace")) % FEATURES for word in words}
-    )
+    # CRC is the same in every process, which Python's hash of a string is not.
+    codes = (zlib.crc32(word.encode("utf-8", "replace")) for word in words)
+    return sorted({code % FEATURES for code in codes})

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -135,10 +135,12 @@ class Audit:
     def _known(self, name: str) -> str:
         if name in self._singles:
             return name
+        # A cutoff of .4 finds "members.em" too, which the default of .6 does not.
         near = difflib.get_close_matches(name, self._singles, 5, 0.4)
+        some = ", ".join(near or list(self._singles)[:5])
         raise KeyError(
-            f"this audit has no figure {name!r} that is a single number; it has "
-            f"{', '.join(near or list(self._singles)[:5])}, ...; curves are in `figures`"
+            f"this audit has no figure {name!r} that is a single number; it has {some}, ...; "
+            "curves are in `figures`"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -154,17 +156,16 @@ class Audit:
 
     def _repr_html_(self) -> str:
         """For notebooks: the verdict and the figures that are single numbers."""
-        lines = [
-            f"<p><b>{_safe(self.name)}</b>: {_safe(self.verdict['sentence'])}</p><table>"
-        ]
+        sentence = _safe(self.verdict["sentence"])
+        lines = [f"<p><b>{_safe(self.name)}</b>: {sentence}</p>", "<table>"]
         for name, figure in self._singles.items():
-            lines.append(
-                f"<tr><td>{_safe(name)}</td><td>{_safe(str(figure))}</td></tr>"
-            )
+            cells = f"<td>{_safe(name)}</td><td>{_safe(str(figure))}</td>"
+            lines.append(f"<tr>{cells}</tr>")
         return "\n".join([*lines, "</table>"])
 
 
 def _safe(text: str) -> str:
+    # Settings are the user's, names of texts are anybody's.
     return escape(plain(text, 1000))
 
 
@@ -201,6 +202,7 @@ def summarize(
     rule: that of run.json, bound to the tokenizer if it reads text.
     """
     run = read_run(folder)
+    # Three quarters of the bytes stay on the disk, unless a figure needs them.
     unread = set(_FOR_READERS)
     if run["rule"] is not None:
         unread.discard("prefix_ids")  # the test of the rule needs them
@@ -236,15 +238,7 @@ def judge(
     audit = read(folder)
     parsed = parse_limits(limits)
     judged = verdict(audit.run, audit.rows, parsed, require)
-    return Audit(
-        audit.folder,
-        audit.run,
-        audit.rows,
-        judged,
-        parsed,
-        list(require),
-        audit.examples,
-    )
+    return replace(audit, verdict=judged, limits=parsed, require=list(require))
 
 
 class Folder:
@@ -261,13 +255,15 @@ class Folder:
         """FileExistsError unless the folder is new, empty, or holds an audit."""
         if not self.path.exists() or (self.path / RUN).is_file():
             return
-        if not self.path.is_dir() or any(
-            path.name not in (LOCK, RUN + PART) for path in self.path.iterdir()
-        ):
-            raise FileExistsError(
-                f"{self.path} exists and is not an empty folder; choose another output folder or "
-                "remove it"
-            )
+        if self.path.is_dir():
+            # A run that was killed at once left no more than these.
+            names = {path.name for path in self.path.iterdir()}
+            if names <= {LOCK, RUN + PART}:
+                return
+        raise FileExistsError(
+            f"{self.path} exists and is not an empty folder; choose another output folder or "
+            "remove it"
+        )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -279,16 +275,18 @@ class Folder:
         self.require_usable()
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / LOCK
+        # "a+" leaves what is in the file: it says who is using the folder.
         with path.open("a+", encoding="utf-8") as lock:
             try:
+                # The system lets go of it when the process ends, however that happens.
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 lock.seek(0)
+                user = lock.read().strip()
                 raise FileExistsError(
-                    f"{self.path} is in use by another audit ({lock.read().strip()}); wait until "
-                    "it has ended, or "
-                    "choose another output folder"
+                    f"{self.path} is in use by another audit ({user}); wait until it has ended, "
+                    "or choose another output folder"
                 ) from None
             lock.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
@@ -305,33 +303,31 @@ class Folder:
         """
         if not (self.path / RUN).is_file():
             write_text(self.path / RUN, dumps(run))
-        before, now = _settings(read_run(self.path)), _settings(json.loads(dumps(run)))
-        if before != now:
-            differences = [
-                f"{key} ({before.get(key)!r:.80} there, {now.get(key)!r:.80} now)"
-                for key in dict.fromkeys([*before, *now])
-                if before.get(key) != now.get(key)
-            ]
+        before = _settings(read_run(self.path))
+        now = _settings(json.loads(dumps(run)))  # tuples are lists in JSON
+        differences = []
+        for key in dict.fromkeys([*before, *now]):
+            old, new = before.get(key), now.get(key)
+            if old != new:
+                differences.append(f"{key} ({old!r:.80} there, {new!r:.80} now)")
+        if differences:
             raise FileExistsError(
                 f"{self.path} holds an audit with other settings: {'; '.join(differences)}. "
-                "Repeat that audit to "
-                "finish it, choose another output folder, or remove this one"
+                "Repeat that audit to finish it, choose another output folder, or remove this one"
             )
 
     def is_finished(self) -> bool:
         """Whether there is a summary of records that are all there."""
         if not (self.path / SUMMARY).is_file():
             return False
-        expected = sum(
-            each["windows"] for each in read_run(self.path)["inputs"].values()
-        )
+        inputs = read_run(self.path)["inputs"].values()
+        expected = sum(each["windows"] for each in inputs)
         files = (self.path / RECORDS).glob("*.parquet")
         try:
-            return bool(
-                sum(pq.read_metadata(file).num_rows for file in files) == expected
-            )
-        except (OSError, pa.ArrowInvalid):
+            found = sum(pq.read_metadata(file).num_rows for file in files)
+        except (OSError, pa.ArrowInvalid):  # damaged: the blocks are looked through
             return False
+        return bool(found == expected)
 
     def has(self, block: int, windows: int) -> bool:
         """Whether a block is there, whole and readable; a damaged one is to be made again."""
@@ -355,16 +351,15 @@ class Folder:
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must share with the one that it continues, one level deep for messages; counts
-    follow from it.
-    """
+    """What a run must share with the one that it continues; one level deep, for the message."""
     flat = {**run, **run["protocol"]}
+    # What follows from the rest is not known yet when a finished audit is asked for again.
     derived = ("vocabulary", "output_length", "overlap", "sanity", "notes")
     for key in ("date", "command", "protocol", *derived):
         flat.pop(key, None)
-    inputs = {
-        split: [each["path"], each["sha256"]] for split, each in run["inputs"].items()
-    }
+    inputs = {}
+    for split, about in run["inputs"].items():
+        inputs[split] = [about["path"], about["sha256"]]
     return {**flat, "inputs": inputs}
 
 
@@ -383,10 +378,9 @@ def _whole_or_not_at_all(path: Path, write: Callable[[Path], Any]) -> None:
     part = path.with_name(path.name + PART)
     try:
         write(part)
+        # Or a power cut could leave the name without the bytes.
         with part.open("rb") as data:
-            os.fsync(
-                data.fileno()
-            )  # or a power cut could leave the name without the bytes
+            os.fsync(data.fileno())
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -440,7 +440,8 @@ class Relations:
         if not windows:
             return
         text = letters_of(row)
-        keys = {("name", self._split, windows[0].name), ("letters", text)}
+        keys: set[tuple[Any, ...]] = {("letters", text)}
+        keys.add(("name", self._split, windows[0].name))
         for window in windows:
             keys.add(("window", tuple(window.ids)))
         if is_chat(row):
