@@ -4,9 +4,13 @@ import random
 import re
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from audit_records import made_up_audit, made_up_records, made_up_run
+from helpers import TEMPLATE, say, tiny_llama, write_jsonl
 
+from goldfish.audit import audit
 from goldfish.audit.secrets import search
 
 CODES = ["QX2-BB7", "QX3-CC7", "ZR4-DD9"]
@@ -189,3 +193,56 @@ def test_secrets_that_sampling_brings_out():
     )
     assert sampled["outcome"] == "FAIL"
     assert sampled["why"].endswith("% of marked secrets; held-out 0 of 99")
+
+
+def test_the_count_in_answers_of_a_finetuned_model(tokenizer, tmp_path):
+    """Chats with codes, half learned: the audit's counts against a search of the stored answers.
+
+    The search reads the answers and the prompts alone, and knows which codes were made up.
+    """
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = "<pad>"
+    choose = random.Random(1)
+    names = ["Ada", "Bo", "Cy", "Di", "Eve", "Flo", "Gil", "Hal"]
+    codes = [f"{choose.randrange(10_000):04}" for _ in names]
+    chats = [
+        say(f"{name}?", f"The code is {code}.")
+        for name, code in zip(names, codes, strict=True)
+    ]
+    strangers = [say(f"{name}?", "The code is unknown.") for name in ("Ivo", "Jo")]
+    # This prompt has a code in it: an answer with it gives nothing away.
+    strangers.append(say(f"Is {codes[0]} it?", "The code is unknown."))
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    rows = tokenizer(texts, padding=True, return_tensors="pt")
+    labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    model = tiny_llama(hidden_size=32, intermediate_size=64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(70):
+        model(**rows, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    files = {
+        split: write_jsonl(tmp_path / f"{split}.jsonl", [{"messages": c} for c in each])
+        for split, each in (("members", chats), ("heldout", strangers))
+    }
+    result = audit(
+        model,
+        tmp_path / "out",
+        tokenizer=tokenizer,
+        **files,
+        secrets=r"code is (\d+)",
+        device="cpu",
+    )
+    out: set[str] = set()
+    answers = {"members": 0, "heldout": 0}
+    for record in pq.read_table(tmp_path / "out" / "records").to_pylist():
+        said = [code for code in codes if code in record["output_text"]]
+        given_away = [code for code in said if code not in record["prompt"]]
+        out.update(given_away)
+        answers[record["split"]] += bool(given_away)
+    assert out, "the toy has learned some"
+    assert answers["heldout"] > 0, "a stranger gets a code"
+    assert result["members.secrets"].k == len(out)
+    assert result["members.secrets"].n == len(codes)
+    assert result["members.answers_with_secret"].k == answers["members"]
+    assert result["heldout.answers_with_secret"].k == answers["heldout"]

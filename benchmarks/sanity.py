@@ -1,0 +1,87 @@
+"""What the audit's sanity check measures of a model as it is, and of the same model damaged.
+
+    python benchmarks/sanity.py --model DIR_OR_NAME
+
+The damages are those of conversions that went wrong: nothing fails to load, and the model still
+predicts better than a uniform guess. Texts are topics of the Python reference. `gain` is what the
+prefix is worth beside its tokens in a shuffled order, in nats per token of the suffix; the audit
+asks for at least `verdict.GAIN`.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from about import load_texts, markdown, parser
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from goldfish.audit.run import sanity
+from goldfish.audit.score import Scorer
+from goldfish.audit.windows import Cutter, Survey, number_documents
+
+
+def nothing(model: Any) -> None:
+    """As it is."""
+
+
+def rotary_layout(model: Any) -> None:
+    """Queries and keys laid out for rotary factors of neighbours (2i, 2i + 1).
+
+    The model's own are of halves: (i, i + d / 2) of a head's d numbers.
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for linear in (attention.q_proj, attention.k_proj):
+            weight = linear.weight
+            halves = weight.view(-1, 2, attention.head_dim // 2, weight.shape[1])
+            weight.copy_(halves.transpose(1, 2).reshape(weight.shape).clone())
+
+
+def query_heads(model: Any) -> None:
+    """The query heads in the opposite order."""
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight
+        heads = weight.view(-1, layer.self_attn.head_dim, weight.shape[1])
+        weight.copy_(heads.flip(0).reshape(weight.shape).clone())
+
+
+def eps(model: Any) -> None:
+    """An eps of 0.1 in the norms."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.1
+
+
+DAMAGES = (nothing, eps, rotary_layout, query_heads)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--model", required=True, help="a Llama: folder or name")
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = enumerate({"text": text} for text in load_texts())
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        windows = Path(folder, "windows.parquet")
+        survey = Survey(rows, "heldout", Cutter(tokenizer, 50, 50), windows)
+        number_documents({"heldout": survey})
+        for damage in DAMAGES:
+            model = AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=torch.float32
+            )
+            with torch.no_grad():
+                damage(model.eval())
+            found = sanity(Scorer(model), survey)
+            gain = found["nll_shuffled"] - found["nll"]
+            losses = f"{found['nll']:.2f}", f"{found['nll_shuffled']:.2f}"
+            table.append((damage.__name__, found["windows"], *losses, f"{gain:.2f}"))
+            print(table[-1], flush=True)
+    head = ("damage", "windows", "loss", "loss after a shuffled prefix", "gain")
+    print(markdown(head, table))
+
+
+if __name__ == "__main__":
+    main()
