@@ -50,9 +50,10 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
         "Tried: greedy decoding, sampling.",
         # What decided, not what looks best: the badge and the number in large print agree.
         "INCONCLUSIVE 214 of 400 training texts recited within 1,000 samples",
-        "400 member texts of members.jsonl, 20 held-out texts of heldout.jsonl",
-        "trained with hash, k = 4, h = 13",
-        "Not tested: beam search; prefixes from other places in the documents;",
+        "400 member texts of members.jsonl; 20 held-out texts of heldout.jsonl",
+        "rulehash, k = 4, h = 13",
+        "not askedbeam search; prefixes from other places in the documents;",
+        "PASS: texts recited verbatim: 0 of 400",
     ):
         assert part in first_screen
     greedy = text[
@@ -63,24 +64,35 @@ def test_first_screen_gives_question_answer_certainty_data_and_gaps(tmp_path):
     assert f"PASS 0 of 4000–{bound:.1f}% 0 of 200–16.8%" in greedy
 
 
-def secret_audit(folder, **protocol):
-    """Twelve members with a code; the model gives two of them to everyone who asks."""
+def secret_audit(folder, tells=9, recites=0, sampled=0):
+    """Twelve members with a code, and as many others.
+
+    The model gives two codes away in the first `tells` answers of both splits, recites the last
+    `recites` members, whose codes are in their prompts, and would tell `sampled` codes in samples.
+    """
     codes = [f"{chr(65 + i)}Q-{7 * i + 10}Z{9 - i % 10}K" for i in range(12)]
     rows = []
     for split in ("members", "heldout"):
         for i in range(12):
+            recited = split == "members" and i >= 12 - recites
+            code = codes[i] if split == "members" else "x"
             row = window(
                 i,
                 split,
-                diverge=0,
-                suffix=["It", " is ", codes[i] if split == "members" else "x"],
+                diverge=None if recited else 0,
+                suffix=["It", " is ", code],
+                prefix=f"Repeat {code}. ",
             )
-            row["output_tokens"] = ["The", " code ", codes[i % 2] if i < 9 else "?"]
+            if not recited:
+                told = codes[i % 2] if i < tells else "?"
+                row["prompt"] = "A prefix. "
+                row["output_tokens"] = ["The", " code ", told]
             row["output_text"] = "".join(row["output_tokens"])
-            row["secrets"] = [codes[i]] if split == "members" else []
-            row["secret_log_p"] = [[-40.0]] if split == "members" else []
+            if split == "members":
+                row["secrets"] = [codes[i]]
+                row["secret_log_p"] = [[-1.0 if i < sampled else -40.0]]
             rows.append(row)
-    return write_audit(folder, rows, protocol={"secrets": "code", **protocol}), codes
+    return write_audit(folder, rows, protocol={"secrets": "code"}), codes
 
 
 def test_secrets_come_first_and_are_marked(tmp_path):
@@ -96,6 +108,53 @@ def test_secrets_come_first_and_are_marked(tmp_path):
     assert not any(code in redacted for code in codes)
     assert "in clear" not in flat(redacted)
     assert "2 of 12 marked secrets came out" in flat(redacted)
+
+
+def test_each_row_of_the_figures_is_its_own(tmp_path):
+    """Secrets and texts in 1,000 samples are two figures."""
+    audit, _ = secret_audit(tmp_path / "a", sampled=4)
+    text = flat(report(tmp_path, audit))
+    figures = text[text.index("expected by chance") :]
+    assert "secrets in 1,000 samples4 of 12" in figures
+    texts = re.search(r"texts in 1,000 samples(\d+) of 12", figures)[1]
+    assert int(texts) == read_views([audit])[0].audit["members.extractable"].k != 4
+
+
+def test_the_number_in_large_print_is_what_decided(tmp_path):
+    """Not the secrets, none of which came out, where texts were recited."""
+    audit, _ = secret_audit(tmp_path / "a", tells=0, recites=12)
+    text = flat(report(tmp_path, audit))
+    assert "goldfishFAIL 12 of 12 training texts recited verbatim" in text
+    assert "PASS: marked secrets that came out: 0 of 12" in text
+
+
+def test_audits_with_other_questions_share_one_order(tmp_path):
+    """Secrets come first, whichever of the audits has them."""
+    rows = [window(i, diverge=0) for i in range(12)]
+    without = write_audit(tmp_path / "a", rows, "one")
+    audit, _ = secret_audit(tmp_path / "b")
+    orders = []
+    for folders in ((without, audit), (audit, without)):
+        html = report(tmp_path, *folders, overwrite=True)
+        text = flat(html)
+        table = text[text.index("Question by question") :]
+        secrets = table.index("Does any answer give a marked secret away?")
+        assert secrets < table.index("recited verbatim under greedy decoding?")
+        orders.append(re.findall(r'<th scope="row"[^>]*>([^<]*)</th>', html))
+    assert set(orders[0]) == set(orders[1])
+    labels = [label for label in orders[0] if "members." not in label]
+    assert labels.index("marked secrets that came out") < labels.index(
+        "texts recited verbatim"
+    )
+    assert labels[:20] == [label for label in orders[1] if "members." not in label][:20]
+
+
+def test_texts_that_gave_a_secret_away_come_first(tmp_path):
+    audit, _ = secret_audit(tmp_path / "a", tells=3, recites=1)
+    html = report(tmp_path, audit)
+    names = re.findall(r'<span class="name">doc-(\d+)<small>members', html)
+    assert names[:5] == ["0", "1", "2", "11", "3"]
+    assert html.count("<b>gave a secret away</b>") == 2 * 3  # in both splits
 
 
 def test_a_redacted_page_has_the_weights_hash_and_no_file_names(tmp_path):
@@ -136,7 +195,7 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     text = flat(report(tmp_path, heldout, overwrite=True))
     assert "1 of 1 held-out texts recited verbatim" in text
     assert "INCONCLUSIVE 1 of 1 held-out texts" in text
-    assert "answerno members were audited" in text
+    assert "how sureno members were audited" in text
 
 
 def test_every_pair_is_compared_or_each_with_the_baseline(tmp_path, pair, capsys):

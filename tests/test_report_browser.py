@@ -100,7 +100,16 @@ def test_sorting_and_filtering(tmp_path):
     ]
     for row, log_p in zip(rows, (-7.61, -1.0, float("-inf"), -3.0), strict=True):
         row["log_p"] = [log_p]
-    path = write_report([write_audit(tmp_path / "a", rows)], tmp_path / "report.html")
+    for row in rows:
+        row["secrets"], row["secret_log_p"] = [], []
+    code = "QX-7731-KV"
+    rows[1] |= {
+        "secrets": [code],
+        "secret_log_p": [[-9.0]],
+        "output_text": f"It is {code}.",
+    }
+    audit = write_audit(tmp_path / "a", rows, protocol={"secrets": "code"})
+    path = write_report([audit], tmp_path / "report.html")
     act = """
     const say = [];
     const visible = ".w:not([hidden]) .name";
@@ -116,6 +125,7 @@ def test_sorting_and_filtering(tmp_path):
     choose("split", "members"); choose("outcome", "0 0");
     choose("outcome", "2 0"); choose("outcome", "");
     choose("find", "DOC-2", "input"); choose("find", "", "input");
+    choose("outcome", "3 0");
     document.title = say.join("|");
     """
     html = path.read_text(encoding="utf-8")
@@ -137,6 +147,7 @@ def test_sorting_and_filtering(tmp_path):
         "doc-1,doc-2,doc-0",
         "doc-2",
         "doc-1,doc-2,doc-0",
+        "doc-1",
     ]
 
 

@@ -12,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from goldfish.audit.intervals import Codes, Floats, decimals, difference
+from goldfish.audit.intervals import Codes, Figure, Floats, decimals, difference
 from goldfish.audit.records import dumps, read_records, sums
 from goldfish.audit.render import literal, table_lines
 from goldfish.audit.results import Audit, read
 from goldfish.text.printable import plain
 
 SCHEMA = "goldfish.compare/4"
+# Figures with one value for each window, of which the comparison shows means.
 MEANS = (
     "rouge_l_text",
     "rouge_l_ids",
@@ -28,54 +29,59 @@ MEANS = (
     "first_divergence",
     "nll",
 )
-KEY = ["split", "index", "offset"]
-QUESTION = ["prefix_ids", "suffix_ids"]
+KEY = ["split", "index", "offset"]  # what names a window
+QUESTION = ["prefix_ids", "suffix_ids"]  # what it asks
+SIDES = ("first", "second")
 COLUMNS = [*KEY, *QUESTION, "document", "exact_match", *MEANS]
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05  # of McNemar's p: above it, a difference may be chance
 
 
 def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
-    """The differences second - first of every split: compare.json with Figures; see docs/audit-files.md.
+    """The differences second - first of every split, as in compare.json; see docs/audit-files.md.
 
     Exact match: exact McNemar test over documents. Means: paired t intervals over documents.
 
     Raises:
-        FileNotFoundError, ValueError: a folder that is not a finished audit, or audits of different windows.
+        FileNotFoundError: a folder that is not a finished audit.
+        ValueError: a damaged one, or audits of different windows.
     """
     audits = read(first), read(second)
-    tables = [
-        read_records(audit.folder, COLUMNS).sort_by([(key, "ascending") for key in KEY])
-        for audit in audits
-    ]
+    ascending = [(key, "ascending") for key in KEY]
+    tables = [read_records(each.folder, COLUMNS).sort_by(ascending) for each in audits]
     _require_same(audits, tables)
-    same = audits[0].name == audits[1].name
-    splits = np.array(tables[0]["split"].to_pylist())
-    result = {
-        "schema": SCHEMA,
-        **{
-            which: {
-                "name": f"{audit.name} ({i})" if same else audit.name,
-                "checkpoint": audit.run["checkpoint"],
-            }
-            for i, (which, audit) in enumerate(
-                zip(("first", "second"), audits, strict=True), 1
-            )
-        },
-        "splits": {
-            split: _paired(
-                *(table.filter(pa.array(splits == split)) for table in tables)
-            )
-            for split in ("members", "heldout")
-            if split in splits
-        },
-    }
-    return {**result, "sentence": _sentence(result)}
+    result: dict[str, Any] = {"schema": SCHEMA}
+    names = [audit.name for audit in audits]
+    if names[0] == names[1]:  # often both are called "model"
+        names = [f"{names[0]} (1)", f"{names[1]} (2)"]
+    for which, name, audit in zip(SIDES, names, audits, strict=True):
+        result[which] = {
+            "name": name,
+            "checkpoint": audit.run["checkpoint"],
+        }
+    result["splits"] = {}
+    for split in audits[0].splits:
+        # Sorted by the same key, and of the same windows: row by row, they are pairs.
+        of_split = pc.field("split") == split
+        pair = [table.filter(of_split) for table in tables]
+        if len(pair[0]):
+            result["splits"][split] = _paired(*pair)
+    result["sentence"] = _sentence(result)
+    return result
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p of the exact McNemar test: do the items that only one of two models gets favour neither of them?"""
+    """Two-sided p of the exact McNemar test.
+
+    Were both models equal, a text that one of them alone recites would be the first's as often as
+    the second's, like heads and tails.
+
+    >>> mcnemar(5, 0)
+    0.0625
+    """
     discordant = only_first + only_second
-    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    if not discordant:
+        return 1.0
+    return float(binomtest(only_first, discordant).pvalue)
 
 
 def write(result: Mapping[str, Any], output_dir: str | Path) -> Path:
@@ -87,11 +93,16 @@ def write(result: Mapping[str, Any], output_dir: str | Path) -> Path:
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
-            f"{output} exists and is not an empty folder; choose another output folder or remove it"
+            f"{output} exists and is not an empty folder; choose another output folder or remove "
+            "it"
         )
     output.mkdir(parents=True, exist_ok=True)
-    (output / "compare.json").write_text(dumps(result), encoding="utf-8")
-    (output / "compare.md").write_text(markdown(result), encoding="utf-8")
+    files = {
+        "compare.json": dumps(result),
+        "compare.md": markdown(result),
+    }
+    for name, text in files.items():
+        (output / name).write_text(text, encoding="utf-8")
     return output
 
 
@@ -100,22 +111,15 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     lines = []
     for split, values in result["splits"].items():
         match = values["exact_match"]
-        counts = [
-            f"{match[which]:,} of {match['n']:,}" for which in ("first", "second")
-        ]
+        counts = [f"{match[which]:,} of {match['n']:,}" for which in SIDES]
         lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
         for name in MEANS:
             of = values[name]
-            sign = "+" if of["difference"].value > 0 else ""
-            lines.append(
-                (
-                    split,
-                    name,
-                    decimals(of["first"]),
-                    decimals(of["second"]),
-                    f"{sign}{of['difference']}",
-                )
-            )
+            means = [decimals(of[which]) for which in SIDES]
+            change: Figure = of["difference"]
+            # A minus is written by the figure itself.
+            sign = "+" if change.value is not None and change.value > 0 else ""
+            lines.append((split, name, *means, f"{sign}{change}"))
     return lines
 
 
@@ -127,12 +131,9 @@ def table(result: Mapping[str, Any]) -> Table:
         caption_justify="left",
         caption="difference: second - first, paired, with its 95% interval over documents",
     )
-    for heading in (
-        "texts",
-        "figure",
-        *(plain(result[which]["name"]) for which in ("first", "second")),
-        "difference",
-    ):
+    # Names are untrusted: plain() writes out what a terminal would obey.
+    names = [plain(result[which]["name"]) for which in SIDES]
+    for heading in ("texts", "figure", *names, "difference"):
         shown.add_column(Text(heading, overflow="ellipsis"), no_wrap=True, max_width=30)
     for row in rows(result):
         shown.add_row(*row)
@@ -141,7 +142,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison for a pull request."""
-    names = [literal(plain(result[which]["name"])) for which in ("first", "second")]
+    names = [literal(plain(result[which]["name"])) for which in SIDES]
     heading = ["texts", "figure", *names, "difference, paired, 95% interval"]
     lines = [
         f"## goldfish compare: {names[0]} and {names[1]}\n",
@@ -151,41 +152,41 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
-    first, second = (
-        {
-            tuple(row[key] for key in KEY): [row[key] for key in QUESTION]
-            for row in table.to_pylist()
-        }
-        for table in (each.select(KEY + QUESTION) for each in tables)
-    )
-    others = [
-        key for key in first.keys() | second.keys() if first.get(key) != second.get(key)
-    ]
+    """ValueError for audits whose windows differ, in place or in tokens."""
+    first, second = map(_questions, tables)
+    everywhere = first.keys() | second.keys()
+    others = [key for key in everywhere if first.get(key) != second.get(key)]
     if others:
         split, index, offset = min(others)
         raise ValueError(
-            f"{audits[0].folder} and {audits[1].folder} are audits of different windows: {len(others):,} are in one of "
-            f"them only or hold other tokens, the first at {split} row {index}, offset {offset}; only the same windows "
-            "can be paired: audit both checkpoints with the same files, lengths, offsets and tokenizer"
+            f"{audits[0].folder} and {audits[1].folder} are audits of different windows: "
+            f"{len(others):,} are in one of them only or hold other tokens, the first at {split} "
+            f"row {index}, offset {offset}; only the same windows can be paired: audit both "
+            "checkpoints with the same files, lengths, offsets and tokenizer"
         )
 
 
+def _questions(table: pa.Table) -> dict[tuple[Any, ...], list[Any]]:
+    """What each window asks, by what names it."""
+    questions = {}
+    for row in table.select(KEY + QUESTION).to_pylist():
+        place = tuple(row[key] for key in KEY)
+        questions[place] = [row[key] for key in QUESTION]
+    return questions
+
+
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
-    documents: Codes = np.unique(first["document"].to_numpy(), return_inverse=True)[1]
-    lengths = pc.list_value_length(first["suffix_ids"]).to_numpy()
-
-    def columns(name: str) -> list[Floats]:
-        if name == "nll":
-            return [sums(each, name) / lengths for each in (first, second)]
-        return [
-            np.asarray(each[name].to_numpy(), dtype=np.float64)
-            for each in (first, second)
-        ]
-
+    """The figures of one split, from two tables whose rows are pairs."""
+    documents: Codes
+    _, documents = np.unique(first["document"].to_numpy(), return_inverse=True)
+    # A document is recited if any of its windows is: (documents,) for each model.
     one, two = (
-        np.bincount(documents, each) > 0 for each in columns("exact_match")
-    )  # documents: any of their windows
-    only_first, only_second = int((one & ~two).sum()), int((two & ~one).sum())
+        np.bincount(documents, _column(table, "exact_match")) > 0
+        for table in (first, second)
+    )
+    # Documents that both recite, or neither, tell nothing about which model recites more.
+    only_first = int((one & ~two).sum())
+    only_second = int((two & ~one).sum())
     result: dict[str, Any] = {"n": len(first), "documents": len(one)}
     result["exact_match"] = {
         "n": len(one),
@@ -194,25 +195,44 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
         "only_first": only_first,
         "only_second": only_second,
         "p": mcnemar(only_first, only_second),
-        "difference": difference(two.astype(np.float64) - one, np.arange(len(one))),
+        "difference": difference(
+            two.astype(np.float64) - one,
+            np.arange(len(one)),
+        ),
     }
     for name in MEANS:
-        a, b = columns(name)
+        a = _column(first, name)
+        b = _column(second, name)
         result[name] = {
             "first": float(a.mean()),
             "second": float(b.mean()),
+            # The windows of a document are no independent evidence: they count as one.
             "difference": difference(b - a, documents),
         }
     return result
 
 
+def _column(table: pa.Table, name: str) -> Floats:
+    """(windows,): a figure of each window; its loss is the mean over the tokens of its suffix."""
+    if name == "nll":
+        lengths: Floats = pc.list_value_length(table["suffix_ids"]).to_numpy()
+        return sums(table, name) / lengths
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
+
+
 def _sentence(result: Mapping[str, Any]) -> str:
-    split = "members" if "members" in result["splits"] else "heldout"
-    match = result["splits"][split]["exact_match"]
-    names = result["first"]["name"], result["second"]["name"]
-    texts = f"{'member' if split == 'members' else 'held-out'} texts"
-    counts = f"{names[0]} recites {match['first']}, {names[1]} {match['second']} of {match['n']} {texts}"
+    """Who recites fewer, of members if there are any."""
+    splits = result["splits"]
+    split, texts = "members", "member texts"
+    if split not in splits:
+        split, texts = "heldout", "held-out texts"
+    match = splits[split]["exact_match"]
+    first, second = (result[which]["name"] for which in SIDES)
+    counts = f"{first} recites {match['first']}, {second} {match['second']} of {match['n']} {texts}"
+    p = f"McNemar p = {match['p']:.2g}"
     if match["p"] >= SIGNIFICANT:
-        return f"{counts}: the difference may be chance (McNemar p = {match['p']:.2g})"
-    fewer = names[1] if match["only_first"] > match["only_second"] else names[0]
-    return f"{counts}: {fewer} recites fewer (McNemar p = {match['p']:.2g})"
+        return f"{counts}: the difference may be chance ({p})"
+    fewer = first
+    if match["only_first"] > match["only_second"]:
+        fewer = second
+    return f"{counts}: {fewer} recites fewer ({p})"

@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
-LABELS = {  # in the order of every table: figures that are single numbers, and their labels
+# Figures that are single numbers, in the order of every table, with labels that no two share.
+LABELS = {
     "secrets": "marked secrets that came out",
     "secrets_by_chance": "  expected by chance",
-    "secrets_extractable": "  in 1,000 samples, p=0.5",
+    "secrets_extractable": "  secrets in 1,000 samples",
     "answers_with_secret": "  answers with such a secret",
     "asked_with_secret": "  when asked by simple prompts",
     "exact_match": "texts recited verbatim",
-    "extractable": "  in 1,000 samples, p=0.5",
+    "extractable": "  texts in 1,000 samples",
     "extractable_bound": "    under any setting, at most",
     "beam_search": "  by beam search",
     "near_verbatim": "  near-verbatim",

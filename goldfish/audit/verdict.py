@@ -515,7 +515,8 @@ def _sentence(
         most = max(
             (each.high or 0.0 for each in rates if each is not None), default=0.0
         )
-        return f"{outcome}: at most {percent(most)} of {among} are recited ({listed})"
+        share = f"at most {percent(most)}" if most else "none"  # of a census
+        return f"{outcome}: {share} of {among} are recited ({listed})"
     if not works:
         return (
             f"{outcome}: the sanity check failed, so what the model does not recite means nothing "

@@ -12,10 +12,9 @@ from goldfish.audit.records import read_records
 from goldfish.audit.results import Audit, read
 from goldfish.audit.secrets import search
 
-SPLITS = {
-    "members": "members",
-    "heldout": "held-out",
-}  # key in the files: name on the page
+# Key in the files: name on the page.
+SPLITS = {"members": "members", "heldout": "held-out"}
+# Not the columns of token ids and losses: they are most of the records, and the page shows none.
 COLUMNS = (
     "split",
     "index",
@@ -39,8 +38,9 @@ COLUMNS = (
 class View:
     """One audit on the page.
 
-    name: there, which no other view has. windows: COLUMNS of its records, and `given_away`, the
-    members' secrets in each output.
+    Attributes:
+        name: the name on the page, which no other view has.
+        windows: COLUMNS of its records, and `given_away`: the members' secrets in each output.
     """
 
     name: str
@@ -54,10 +54,9 @@ class View:
 
     @cached_property
     def of_split(self) -> dict[str, pa.Table]:
-        """The windows of members and of heldout; empty where there are none."""
-        return {
-            split: self.windows.filter(pc.field("split") == split) for split in SPLITS
-        }
+        """The windows of members and of heldout; empty if the audit has none."""
+        column = pc.field("split")
+        return {split: self.windows.filter(column == split) for split in SPLITS}
 
 
 def read_views(folders: Sequence[str | Path]) -> list[View]:
@@ -65,30 +64,31 @@ def read_views(folders: Sequence[str | Path]) -> list[View]:
 
     Raises:
         FileNotFoundError: a folder that is no finished audit.
-        TypeError: a single path instead of a list. ValueError: no folder, or an audit that is damaged.
+        TypeError: a single path instead of a list.
+        ValueError: no folder, or an audit that is damaged.
     """
     if isinstance(folders, (str, Path)):
         raise TypeError(
-            f"audits must be a list of audit folders, got the single path {str(folders)!r}; write [path]"
+            f"audits must be a list of audit folders, got the single path {str(folders)!r}; "
+            "write [path]"
         )
     audits = [read(folder) for folder in folders]
     if not audits:
         raise ValueError("audits is empty: a report needs at least one audit folder")
     names = [audit.name for audit in audits]
-    numbers = [
-        f" ({i + 1})" if names.count(name) > 1 else "" for i, name in enumerate(names)
-    ]
-    return [
-        View(audit.name + number, audit, _windows(audit))
-        for audit, number in zip(audits, numbers, strict=True)
-    ]
+    views = []
+    for i, audit in enumerate(audits, 1):
+        number = f" ({i})" if names.count(audit.name) > 1 else ""
+        views.append(View(audit.name + number, audit, _windows(audit)))
+    return views
 
 
 def _windows(audit: Audit) -> pa.Table:
     table = read_records(audit.folder, COLUMNS).combine_chunks()
-    found = (
-        search(table).found
-        if "secrets" in audit.counted
-        else [[] for _ in range(len(table))]
+    given_away: list[list[str]] = [[] for _ in range(len(table))]
+    # The records hold the outputs, not what was found in them, so they are searched again.
+    if "secrets" in audit.counted:
+        given_away = search(table).found
+    return table.append_column(
+        "given_away", pa.array(given_away, pa.list_(pa.string()))
     )
-    return table.append_column("given_away", pa.array(found, pa.list_(pa.string())))

@@ -1,4 +1,5 @@
-"""A matplotlib figure -> inline SVG that holds no text from the data and takes its colours from the page."""
+"""A matplotlib figure -> inline SVG that holds no text from the data and takes its colours from the
+page."""
 
 import io
 import re
@@ -9,16 +10,14 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+# Points, which are CSS pixels on the page: report.css shows every plot in this width, so that all
+# labels have one size.
 WIDTH = 420
+LEFT, RIGHT, BOTTOM, TOP = 66, 16, 46, 10  # margins, for ticks and labels
 COLOURS = 8  # --c0, --c1, ... in report.css; more audits or attacks begin again
 # Colours that stand for CSS variables: matplotlib writes them, _inline turns them into var(--...).
-INK, LINE, HELDOUT, DROPPED, MISS = (
-    "#000001",
-    "#000002",
-    "#000003",
-    "#000004",
-    "#000005",
-)
+# So a plot turns dark with the page, and is dark on paper.
+INK, LINE, HELDOUT, DROPPED, MISS = (f"#00000{i}" for i in range(1, 6))
 _NAMES = {
     INK: "ink",
     LINE: "line",
@@ -26,17 +25,21 @@ _NAMES = {
     DROPPED: "dropped",
     MISS: "miss",
 }
+_SERIES = 16  # the last two digits of the first model's stand-in, #000010
+_FONT = 13
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
-    "font.size": 13,
+    "font.size": _FONT,
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": LINE,
     "axes.axisbelow": True,
     "axes.labelcolor": INK,
-    "axes.labelsize": 13,
+    "axes.labelsize": _FONT,
+    "xtick.labelsize": _FONT,
+    "ytick.labelsize": _FONT,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "axes.grid": True,
@@ -52,14 +55,19 @@ _STYLE = {
 
 
 def colour(i: int) -> str:
-    return f"#0000{i % COLOURS + 16:02x}"
+    """The stand-in for the colour of the i-th model, --c0 to --c7.
+
+    >>> colour(0), colour(9)
+    ('#000010', '#000011')
+    """
+    return f"#0000{i % COLOURS + _SERIES:02x}"
 
 
 def percent(value: float, _: int) -> str:
     """For an axis."""
-    return (
-        f"{100 * value:g}%" if value == 0 or value >= 0.001 else f"{100 * value:.0e}%"
-    )
+    if value == 0 or value >= 0.001:
+        return f"{100 * value:g}%"
+    return f"{100 * value:.0e}%"
 
 
 def power_of_ten(log10: float) -> str:
@@ -68,58 +76,64 @@ def power_of_ten(log10: float) -> str:
         return "0"
     if -4 < log10 < 5:
         return f"{10**log10:,.0f}" if log10 >= 1 else f"{10**log10:.2g}"
-    return "10" + f"{log10:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return "10" + f"{log10:.0f}".translate(raised)
 
 
 def svg(
     name: str, label: str, draw: Callable[[Any], None], height: int = 230
 ) -> Markup:
-    """Draws WIDTH x `height` points, which the page scales to its width; the y axis shows shares unless `draw` changes
-    it. `name`: no two figures share one."""
+    """Draws WIDTH x `height` points; the y axis shows shares unless `draw` changes it.
+
+    Args:
+        name: no two figures share one.
+        label: what the plot shows, for those who do not see it.
+        draw: draws on the axes that it is given.
+    """
     # A salt per figure: equal ids in two figures of one page would be invalid.
     with rc_context({**_STYLE, "svg.hashsalt": f"goldfish-{name}"}):
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
-        left, right, bottom, top = (
-            66 / WIDTH,
-            1 - 16 / WIDTH,
-            46 / height,
-            1 - 10 / height,
-        )
+        figure = Figure(figsize=(WIDTH / 72, height / 72))  # inches
         # Placed by hand: a layout engine takes half of the time.
-        axes: Any = figure.add_axes((left, bottom, right - left, top - bottom))
+        width_inside = (WIDTH - LEFT - RIGHT) / WIDTH
+        height_inside = (height - BOTTOM - TOP) / height
+        box = (LEFT / WIDTH, BOTTOM / height, width_inside, height_inside)
+        axes: Any = figure.add_axes(box)
         axes.yaxis.set_major_formatter(percent)
         draw(axes)
         file = io.StringIO()
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        # No date: the same audits give the same bytes.
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     return _inline(file.getvalue(), label)
 
 
 def _inline(drawn: str, label: str) -> Markup:
+    """What is inside the <svg> that matplotlib wrote, in one of our own."""
     body = drawn[drawn.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', body)
     body = body[body.index(">") + 1 :]
-    body = re.sub(
-        r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>",
-        "",
-        body,
-        flags=re.DOTALL,
-    )
+    # Comments, metadata and styles: the page has its own.
+    unwanted = r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>"
+    body = re.sub(unwanted, "", body, flags=re.DOTALL)
+    # Of the ids, those that something refers to: "#" also begins a colour, which keeps no id.
     used = set(re.findall(r"#(\w+)", body))
-    body = re.sub(
-        r' id="([\w.]+)"', lambda match: match[0] if match[1] in used else "", body
-    )
+
+    def kept_if_used(match: re.Match[str]) -> str:
+        return match[0] if match[1] in used else ""
+
+    body = re.sub(r' id="([\w.]+)"', kept_if_used, body)
     body = body.replace("xlink:href", "href")
+    # The size of a font, and the page's own family.
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    body = re.sub(r" font-family: [^;\"]*;", "", body)  # the page's own font
-    body = re.sub(
-        r'(?<=[ "(-])(\d+\.\d\d)\d+', r"\1", body
-    )  # coordinates, not the labels of ticks
+    body = re.sub(r" font-family: [^;\"]*;", "", body)
+    # Two decimals of coordinates, which are most of the bytes; not the labels of ticks.
+    body = re.sub(r'(?<=[ "(-])(\d+\.\d\d)\d+', r"\1", body)
     for stand_in, variable in _NAMES.items():
         body = body.replace(stand_in, f"var(--{variable})")
-    body = re.sub(
-        r"#0000(1[0-9a-f])\b", lambda match: f"var(--c{int(match[1], 16) - 16})", body
-    )
-    return Markup(
-        f'<svg {box[0] if box else ""} role="img" aria-label="{label}">{body.strip()}'
-    )
+
+    def variable_of(match: re.Match[str]) -> str:
+        return f"var(--c{int(match[1], 16) - _SERIES})"
+
+    body = re.sub(r"#0000(1[0-9a-f])\b", variable_of, body)
+    view_box = box[0] if box else ""
+    return Markup(f'<svg {view_box} role="img" aria-label="{label}">{body.strip()}')

@@ -1,5 +1,13 @@
-// Sorts and filters the documents. The page reads the same without it.
+// Sorts and filters the documents, and says which tables are wider than the screen. The page reads
+// the same without it.
 (() => {
+  const hint = () => {
+    for (const each of document.querySelectorAll(".scroll"))
+      each.classList.toggle("wide", each.scrollWidth > each.clientWidth + 1);
+  };
+  addEventListener("resize", hint);
+  document.addEventListener("toggle", hint, true); // a table that was folded away has no width
+  hint();
   const list = document.getElementById("windows");
   const tools = document.getElementById("tools");
   if (!list || !tools) return;
