@@ -29,7 +29,9 @@ examples, in the order of a training:
   goldfish compare audit-of-one audit-of-another -o comparison
   goldfish report audit -o report.html
 
-Each command explains its options and exit codes: goldfish check --help"""
+Exit codes: 0 done, 2 error. audit and judge: 0 PASS, 1 FAIL, 3 INCONCLUSIVE. check: 1 a marked
+secret can be learned whole, 3 no marked secret is a target.
+Each command explains its options: goldfish check --help"""
 AUDIT_FOLDER = "a folder written by `goldfish audit`"
 EXIT = "Exit codes: 0 done, 2 error."
 EXIT_OF_AUDIT = (

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Span = tuple[int, int]  # where something begins and ends in a text, in characters
+
 
 @cache
 def compiled(pattern: str) -> re.Pattern[str]:
@@ -30,7 +32,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return expression
 
 
-def spans(expression: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+def spans(expression: re.Pattern[str], text: str) -> Iterator[Span]:
     r"""Where the secrets of a text begin and end.
 
     A secret is the first group that has a part in a match, or the whole match if none has.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from goldfish.secret_spans import spans
+from goldfish.secret_spans import Span, spans
 from goldfish.text.rows import Row, first_line
 
 # Stands in for an answer, to find the answer's place: a private character, which no text has.
@@ -15,6 +15,10 @@ _STAND_IN = "\ue0f1\ue0f2\ue0f1"
 # The parts of a message that the assistant writes; templates of different models call them
 # differently.
 _ANSWER = ("reasoning_content", "thinking", "reasoning", "content", "tool_calls")
+
+Message = dict[str, Any]
+# Finds the secrets of a row in a text, from some character on.
+Finder = Callable[[Row, str, int], Iterator[Span]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Completion:
     add_special_tokens: bool
     asked: str = "training"
 
-    def encode(self, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, tokenizer: Any) -> tuple[list[int], list[Span]]:
         """The ids of the whole text, and the characters of each.
 
         The whole text is encoded, as in training: its last word and what follows may be one token.
@@ -62,10 +66,12 @@ def training_text(row: Row, tokenizer: Any) -> Completion:
     As in TRL, of `prompt` and `completion` only the completion is a target.
     """
     if "text" in row:
-        return Completion(row["text"], 0, len(row["text"]), True)
+        text = row["text"]
+        return Completion(text, 0, len(text), True)
     if isinstance(row.get("prompt"), str):
-        text = row["prompt"] + row["completion"]
-        return Completion(text, len(row["prompt"]), len(text), True)
+        prompt = row["prompt"]
+        text = prompt + row["completion"]
+        return Completion(text, len(prompt), len(text), True)
     chat = _Chat.of(row, tokenizer)
     start = 0
     if chat.first:
@@ -107,7 +113,7 @@ def completions(row: Row, tokenizer: Any) -> Iterator[Completion | str]:
 class _Chat:
     """A conversation and how it is rendered; first: the message where the completion begins."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     first: int
     options: Mapping[str, Any]
     tokenizer: Any
@@ -127,14 +133,17 @@ class _Chat:
 
     @property
     def assistant_turns(self) -> list[int]:
-        numbers = range(self.first, len(self.messages))
-        return [i for i in numbers if self.messages[i]["role"] == "assistant"]
+        turns = []
+        for i in range(self.first, len(self.messages)):
+            if self.messages[i]["role"] == "assistant":
+                turns.append(i)
+        return turns
 
     @cached_property
     def text(self) -> str:
         return self.render(self.messages)
 
-    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def render(self, messages: list[Message], **options: Any) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "the rows are chats, but the tokenizer has no chat template: save it with the "
@@ -184,7 +193,7 @@ class _Chat:
             text = prompt + self.text[start:]
             yield replace(generation, text=text, end=len(prompt + answer))
 
-    def _span(self, turn: int) -> tuple[int, int] | None:
+    def _span(self, turn: int) -> Span | None:
         """Where a turn's words are in the whole text: what changes when others stand in for them.
 
         "...<assistant>It is 42.<end><user>..." and "...<assistant>XYX<end><user>..." agree up to
@@ -207,7 +216,7 @@ class _Chat:
             return start, len(self.text) - after
         return None
 
-    def _stand_ins(self, turn: int) -> Iterator[dict[str, Any]]:
+    def _stand_ins(self, turn: int) -> Iterator[Message]:
         """The turn with other words in it; first without tool calls, then, if the template insists
         on them, with other ones."""
         message = self.messages[turn]
@@ -228,20 +237,22 @@ def agreement(a: str, b: str) -> int:
     >>> agreement("CX-17", "CX-2")
     3
     """
-    for i, (in_a, in_b) in enumerate(zip(a, b, strict=False)):
+    count = 0
+    for in_a, in_b in zip(a, b, strict=False):
         if in_a != in_b:
-            return i
-    return min(len(a), len(b))
+            break
+        count += 1
+    return count
 
 
-def _messages_of(row: Row) -> list[dict[str, Any]]:
+def _messages_of(row: Row) -> list[Message]:
     """The messages of a row, or those of its prompt and its completion."""
     if "messages" in row:
         return list(row["messages"])
     return list(row["prompt"] + row["completion"])
 
 
-def _other_call(call: dict[str, Any]) -> dict[str, Any]:
+def _other_call(call: Message) -> Message:
     """A tool call with another name and other arguments, in the form of the given one."""
     if "function" in call:
         return {**call, "function": _other_call(call["function"])}
@@ -262,14 +273,16 @@ def contents(row: Row) -> list[tuple[str, str]]:
         return [("user", row["prompt"]), ("assistant", row["completion"])]
     result = []
     for message in _messages_of(row):
-        parts = [message[name] for name in _ANSWER if message.get(name)]
-        result.append((str(message["role"]), str(parts)))
+        role = str(message["role"])
+        parts = []
+        for name in _ANSWER:
+            if message.get(name):
+                parts.append(message[name])
+        result.append((role, str(parts)))
     return result
 
 
-def secret_finder(
-    pattern: str, column: str
-) -> Callable[[Row, str, int], Iterator[tuple[int, int]]]:
+def secret_finder(pattern: str, column: str) -> Finder:
     """A function: the spans of secrets in a text from some character on.
 
     Args:
@@ -286,11 +299,11 @@ def secret_finder(
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
-    def find(row: Row, text: str, start: int) -> Iterator[tuple[int, int]]:
+    def find(row: Row, text: str, start: int) -> Iterator[Span]:
         expressions = [expression]
         if column:
-            values = marked_values(row, column)
-            expressions = [re.compile(re.escape(value)) for value in values]
+            literals = map(re.escape, marked_values(row, column))
+            expressions = [re.compile(literal) for literal in literals]
         for each in expressions:
             for begin, end in spans(each, text):
                 # What is matched before the secret's group may stand before the start.
@@ -304,4 +317,8 @@ def marked_values(row: Row, column: str) -> list[str]:
     """The secrets in a column of a row, which has one, a list of them, or none."""
     cell = row.get(column)
     values = cell if isinstance(cell, list) else [cell]
-    return [str(value) for value in values if value not in (None, "")]
+    secrets = []
+    for value in values:
+        if value not in (None, ""):
+            secrets.append(str(value))
+    return secrets

@@ -8,13 +8,14 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from goldfish.secret_spans import any_of
+from goldfish.secret_spans import Span, any_of
 from goldfish.text.chats import agreement
 from goldfish.text.passages import Flags, Ints, code_points, runs
 
 # Places of a secret at which a model is asked for the bits of its tokens: each is a forward pass.
 BITS_OF_PLACES = 8
 SHOWN_ROWS = 5
+_ALPHANUMERIC = re.compile(r"[^\W_]")
 # Characters by which places of secrets are looked up.
 _PREFIX = 4
 # Characters. Places of shorter secrets must not lie inside a word or number.
@@ -40,7 +41,7 @@ class Secret:
     """
 
     text: str
-    tokens: list[tuple[int, int]]
+    tokens: list[Span]
     dropped: list[int]
     rows: list[int] = field(default_factory=list)
     count: int = 0
@@ -54,11 +55,12 @@ class Secret:
         pairs = zip(self.dropped, dropped, strict=True)
         self.dropped = [before & here for before, here in pairs]
 
-    def protected(self, informative: int, rule: int = 0) -> list[tuple[int, int]]:
+    def protected(self, informative: int, rule: int = 0) -> list[Span]:
         """Its tokens with informative characters that are dropped in every place."""
         tokens = []
+        dropped = self.dropped[rule]
         for begin, end in self.tokens:
-            if _all_dropped(begin, end, informative, self.dropped[rule]):
+            if _all_dropped(begin, end, informative, dropped):
                 tokens.append((begin, end))
         return tokens
 
@@ -103,7 +105,7 @@ def informative_characters(secrets: Iterable[str]) -> dict[str, int]:
     texts = sorted(set(secrets))
     outlines: dict[str, list[str]] = {}
     for text in texts:
-        outline = "".join("x" if char.isalnum() else char for char in text)
+        outline = _ALPHANUMERIC.sub("x", text)
         outlines.setdefault(outline, []).append(text)
     # How all secrets begin and end. A single one informs as a whole. Of sorted texts, the first and
     # the last have in common what all have.
@@ -117,10 +119,12 @@ def informative_characters(secrets: Iterable[str]) -> dict[str, int]:
         informs = 0
         # The i-th characters of all secrets of the outline.
         for i, column in enumerate(zip(*group, strict=True)):
-            differ = len(group) == 1 or len(set(column)) > 1
-            if outline[i] == "x" and differ:
+            if outline[i] != "x":
+                continue
+            if len(group) == 1 or len(set(column)) > 1:
                 informs |= 1 << i
-        inner = as_bits(start, max(start, len(outline) - end))
+        inner_end = max(start, len(outline) - end)
+        inner = as_bits(start, inner_end)
         for text in group:
             result[text] = informs & inner
     return result
@@ -147,10 +151,11 @@ class Finder:
         for prefix in lengths:
             every: set[int] = set()
             for size in range(1, len(prefix) + 1):
-                every |= lengths.get(prefix[:size], set())
+                shorter = prefix[:size]
+                every |= lengths.get(shorter, set())
             self._lengths[prefix] = sorted(every)
 
-    def __call__(self, text: str) -> Iterator[tuple[int, int]]:
+    def __call__(self, text: str) -> Iterator[Span]:
         if not self._secrets:
             return
         match = self._expression.search(text)
@@ -158,7 +163,8 @@ class Finder:
             begin = match.start()
             for length in self._lengths[match.group()]:
                 end = begin + length
-                if text[begin:end] in self._secrets and _is_apart(text, begin, end):
+                is_secret = text[begin:end] in self._secrets
+                if is_secret and _is_apart(text, begin, end):
                     yield begin, end
             # One character on, and not behind the match: places may overlap.
             match = self._expression.search(text, begin + 1)
@@ -174,8 +180,10 @@ def _is_apart(text: str, begin: int, end: int) -> bool:
         return True
     # Two characters across each bound; one only at the start or the end of the text.
     for bound in (begin, end):
-        across = text[max(0, bound - 1) : bound + 1]
-        if len(across) == 2 and (across.isdecimal() or across.isalpha()):
+        first = max(0, bound - 1)
+        across = text[first : bound + 1]
+        goes_on = across.isdecimal() or across.isalpha()
+        if len(across) == 2 and goes_on:
             return False
     return True
 

@@ -1,5 +1,6 @@
 """Text for people: what each token adds, and visible escapes for invisible characters."""
 
+from bisect import bisect_right
 from typing import Any
 
 # These shape emoji, Persian and Indic scripts; alone they do nothing.
@@ -27,9 +28,8 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
     all_ids = context + ids
 
     def text(begin: int, end: int) -> str:
-        return str(
-            tokenizer.decode(all_ids[begin:end], clean_up_tokenization_spaces=False)
-        )
+        part = all_ids[begin:end]
+        return str(tokenizer.decode(part, clean_up_tokenization_spaces=False))
 
     # For the tokens b"caf", b"\xc3", b"\xa9!" the texts are "caf", "caf\ufffd" and "café!". Without
     # the cut character at the end they have 3, 3 and 5 characters: the pieces are "caf", "", "é!".
@@ -47,10 +47,12 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
             now = complete
         pieces.append(now[shown:])
         shown = max(shown, len(now))
-        if boundaries[-1] == end and end - begin > LONGEST:
-            # Begin later from now on, at a place where no character is cut.
+        is_long = end - begin > LONGEST
+        if boundaries[-1] == end and is_long:
+            # Begin later from now on, at the last place at or before `latest` where no character
+            # is cut.
             latest = max(begin, end - LONGEST // 4)
-            begin = next(place for place in reversed(boundaries) if place <= latest)
+            begin = boundaries[bisect_right(boundaries, latest) - 1]
             shown = len(text(begin, end))
     return pieces
 
@@ -61,8 +63,12 @@ def plain(text: str, limit: int = 200) -> str:
     >>> plain("two\\nlines", limit=5)
     'two\\\\nl…'
     """
-    cut = text[:limit] + ("…" if len(text) > limit else "")
-    return cut if cut.isprintable() else "".join(map(visible, cut))
+    cut = text[:limit]
+    if len(text) > limit:
+        cut += "…"
+    if cut.isprintable():
+        return cut
+    return "".join(map(visible, cut))
 
 
 def visible(char: str) -> str:

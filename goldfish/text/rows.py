@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,10 @@ def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int
         return
     choose = random.Random(seed)
     # The index stands before the row, so that equal numbers never compare rows.
-    drawn = ((choose.random(), index, row) for index, row in enumerate(rows))
+    drawn = ((choose.random(), *each) for each in enumerate(rows))
     chosen = heapq.nsmallest(most, drawn)
-    for _, index, row in sorted(chosen, key=lambda each: each[1]):
+    chosen.sort(key=itemgetter(1))
+    for _, index, row in chosen:
         yield index, row
 
 
@@ -280,7 +282,8 @@ def _require(source: str | Path) -> Path:
     if path.is_file() and not has_rows:
         raise ValueError(f"{path}: expected {EXPECTED}")
     # A hub name has a slash before its split, and no ending of a file.
-    may_be_on_hub = "/" in str(source) and not path.is_absolute() and not has_rows
+    is_name = "/" in str(source) and not path.is_absolute()
+    may_be_on_hub = is_name and not has_rows
     if not path.exists() and not may_be_on_hub:
         raise FileNotFoundError(f"no file {path}; expected {EXPECTED}")
     return path
@@ -353,7 +356,7 @@ def _without_nulls(value: Any) -> Any:
 def checked(row: Row, where: str, text_column: str) -> Row:
     """The row without nulls, or ValueError; where: its place, for the message."""
     names = sorted(row)
-    row = {name: value for name, value in row.items() if value is not None}
+    row = {name: row[name] for name in row if row[name] is not None}
     if text_column:
         if text_column not in row:
             raise ValueError(
@@ -367,8 +370,7 @@ def checked(row: Row, where: str, text_column: str) -> Row:
     ids = row.get("input_ids")
     text = row.get("text")
     if ids is not None:
-        are_ids = isinstance(ids, list) and all(_is_whole(i) and i >= 0 for i in ids)
-        if not are_ids:
+        if not _are_ids(ids):
             raise ValueError(f"{where}: input_ids must be a list of token ids")
     elif text is None and ("messages" in row or {"prompt", "completion"} <= row.keys()):
         _require_chat(row, where)
@@ -378,12 +380,15 @@ def checked(row: Row, where: str, text_column: str) -> Row:
         raise ValueError(
             f"{where}: expected text, input_ids, messages, or prompt and completion; {got}"
         )
-    source, count = row.get("source"), row.get("count")
+    source = row.get("source")
+    count = row.get("count")
     if not isinstance(source, str | None):
         raise ValueError(
             f"{where}: source must be a string, or be left out, got {source!r:.80}"
         )
-    if count is not None and not (_is_whole(count) and 1 <= count < 2**63):
+    # It is written into the records as int64.
+    is_count = _is_whole(count) and 1 <= count < 2**63
+    if count is not None and not is_count:
         raise ValueError(
             f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got "
             f"{count!r:.80}"
@@ -406,6 +411,12 @@ def _require_chat(row: Row, where: str) -> None:
             f"{where}: expected messages such as {{'role': 'user', 'content': '...'}}, in a "
             "list; prompt and completion are both strings or both such lists"
         )
+
+
+def _are_ids(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(_is_whole(each) and each >= 0 for each in value)
 
 
 def _are_messages(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Which tokens of a text a rule drops: in colour, or with plain-text marks."""
 
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,17 +23,19 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
         colour: mark dropped tokens by colour instead of brackets.
     """
     ids = tokenizer(text)["input_ids"]
-    dropped = rule.dropped(torch.tensor(ids, dtype=torch.int64)).tolist()
+    tensor = torch.tensor(ids, dtype=torch.int64)
+    dropped = rule.dropped(tensor).tolist()
     pieces = text_pieces(tokenizer, [], ids)
     result = Text()
     # Neighbours that are dropped share one mark. A token without text, such as the first half of a
     # character, must not end it.
     with_text = [pair for pair in zip(dropped, pieces, strict=True) if pair[1]]
-    for drop, run in groupby(with_text, key=lambda pair: pair[0]):
-        raw = "".join(piece for _, piece in run)
-        # The text's own lines stay; every other control character is shown as an escape.
-        visible = [char if char in "\n\t" else plain(char) for char in raw]
-        content = "".join(visible)
+    for drop, run in groupby(with_text, key=itemgetter(0)):
+        content = ""
+        for _, piece in run:
+            for char in piece:
+                # The text's own lines stay; other control characters are shown as escapes.
+                content += char if char in "\n\t" else plain(char)
         if not drop:
             result.append(content)
         elif colour:
