@@ -386,9 +386,10 @@ def checked(row: Row, where: str, text_column: str) -> Row:
         raise ValueError(
             f"{where}: source must be a string, or be left out, got {source!r:.80}"
         )
+    if count is None:
+        count = 1
     # It is written into the records as int64.
-    is_count = _is_whole(count) and 1 <= count < 2**63
-    if count is not None and not is_count:
+    if not _is_whole(count) or not 1 <= count < 2**63:
         raise ValueError(
             f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got "
             f"{count!r:.80}"
