@@ -367,28 +367,14 @@ def checked(row: Row, where: str, text_column: str) -> Row:
         for name in ("input_ids", "text", "messages", "completion"):
             row.pop(name, None)
         row["messages" if isinstance(value, list) else "text"] = value
-    ids = row.get("input_ids")
-    text = row.get("text")
-    if ids is not None:
-        if not _are_ids(ids):
-            raise ValueError(f"{where}: input_ids must be a list of token ids")
-    elif text is None and ("messages" in row or {"prompt", "completion"} <= row.keys()):
-        _require_chat(row, where)
-    elif not isinstance(text, str):
-        other = f"got {', '.join(names)}. Is the text in another column? Name it with --text-column"
-        got = f"text is {text!r:.80}" if "text" in names else other
-        raise ValueError(
-            f"{where}: expected text, input_ids, messages, or prompt and completion; {got}"
-        )
-    source = row.get("source")
-    count = row.get("count")
-    if not isinstance(source, str | None):
+    _require_content(row, names, where)
+    source = row.get("source", "")
+    if not isinstance(source, str):
         raise ValueError(
             f"{where}: source must be a string, or be left out, got {source!r:.80}"
         )
-    if count is None:
-        count = 1
     # It is written into the records as int64.
+    count = row.get("count", 1)
     if not _is_whole(count) or not 1 <= count < 2**63:
         raise ValueError(
             f"{where}: count must be a whole number from 1 to 2**63 - 1 (or no field), got "
@@ -398,6 +384,25 @@ def checked(row: Row, where: str, text_column: str) -> Row:
         if column in row:
             row[column] = _without_nulls(row[column])
     return row
+
+
+def _require_content(row: Row, names: list[str], where: str) -> None:
+    """ValueError unless the row has a text, ids or a chat; names: of all its columns."""
+    ids = row.get("input_ids")
+    text = row.get("text")
+    is_chat = "messages" in row or {"prompt", "completion"} <= row.keys()
+    if ids is not None:
+        if not _are_ids(ids):
+            raise ValueError(f"{where}: input_ids must be a list of token ids")
+    elif text is None and is_chat:
+        _require_chat(row, where)
+    elif not isinstance(text, str):
+        got = f"got {', '.join(names)}. Is the text in another column? Name it with --text-column"
+        if "text" in names:
+            got = f"text is {text!r:.80}"
+        raise ValueError(
+            f"{where}: expected text, input_ids, messages, or prompt and completion; {got}"
+        )
 
 
 def _require_chat(row: Row, where: str) -> None:
