@@ -77,26 +77,33 @@ class Question:
 def check_template(template: str) -> None:
     """ValueError for a template that names no column, or names one in another way than {title}."""
     try:
-        names = [
-            name for _, name, _, _ in Formatter().parse(template) if name is not None
-        ]
+        names = _columns(template)
     except ValueError as error:
         raise ValueError(
             f"--ask {template!r}: {error}; write {{{{ for a brace"
         ) from error
-    if not names or not all(names) or any(set(name) & set(".[") for name in names):
+    # {title.x} and {title[0]} would reach into the value, {} has no name.
+    if not names or any(not name or set(name) & set(".[") for name in names):
         raise ValueError(
             "--ask takes a question with a column of the rows in braces, such as "
             f"'What is the text of {{title}}?', got {template!r}"
         )
 
 
+def _columns(template: str) -> list[str]:
+    """What stands in braces; ValueError for a brace that is not closed."""
+    parts = Formatter().parse(template)
+    # Text after the last brace has no name.
+    return [name for _, name, _, _ in parts if name is not None]
+
+
 def filled(template: str, row: Row) -> str | None:
     """The question about a row; None if one of its columns is missing or empty."""
-    names = [name for _, name, _, _ in Formatter().parse(template) if name]
-    if any(row.get(name) in (None, "") for name in names):
+    values = {name: row.get(name) for name in _columns(template)}
+    if any(value in (None, "") for value in values.values()):
         return None
-    return template.format_map({name: str(row[name]) for name in names})
+    # As texts: a format such as {year:%Y} is not for numbers of unknown type.
+    return template.format_map({name: str(value) for name, value in values.items()})
 
 
 def questions(
@@ -122,7 +129,16 @@ def questions(
             prompt = filled(template, row)
             if prompt is not None:
                 number = documents[index]
-                yield Question(split, index, number, name, template, prompt, text, ids)
+                yield Question(
+                    split,
+                    index,
+                    number,
+                    name,
+                    template,
+                    prompt,
+                    text,
+                    ids,
+                )
 
 
 def _document(row: Row, tokenizer: Any) -> str:
@@ -158,6 +174,7 @@ class Asker:
         self._model, self._tokenizer = model, tokenizer
         self._length, self._samples, self._rounds = length, samples, rounds
         self._context = context_of(model.config)
+        # Chat models end a turn with another token than a text; either ends an answer.
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = sorted({*ends, tokenizer.eos_token_id} - {None})
@@ -170,10 +187,26 @@ class Asker:
         for question, prompt, (output, rounds) in zip(
             asked, prompts, greedy, strict=True
         ):
-            records.append(self._record(question, prompt, output, 0, rounds))
+            records.append(
+                self._record(
+                    question,
+                    prompt,
+                    output,
+                    0,
+                    rounds,
+                )
+            )
             drawn = self._draw(question, prompt) if self._samples else []
             for number, sample in enumerate(drawn, 1):
-                records.append(self._record(question, prompt, sample, number, 1))
+                records.append(
+                    self._record(
+                        question,
+                        prompt,
+                        sample,
+                        number,
+                        1,
+                    )
+                )
         return records
 
     def _greedy(
@@ -192,6 +225,7 @@ class Asker:
             further = []
             for i in going_on:
                 start, _, length = longest_run(outputs[i], asked[i].ids)
+                # A run that ends where it ended before was not continued by the last round.
                 if length >= SHORTEST_RUN and start + length > ends[i]:
                     ends[i] = start + length
                     further.append(i)
@@ -205,6 +239,8 @@ class Asker:
 
     def _next_prompt(self, question: Question, recited: list[int]) -> list[int]:
         if not self._tokenizer.chat_template:
+            # The question again would bring the same answer again. A BOS comes first, if the
+            # tokenizer puts one before an empty text.
             return [*self._prompt([("user", "")]), *recited[-TAIL:]]
         said = self._tokenizer.decode(recited, clean_up_tokenization_spaces=False)
         turns = [("user", question.prompt), ("assistant", said), ("user", CONTINUE)]
@@ -224,6 +260,7 @@ class Asker:
 
     def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Greedy answers, without the token that ends them; prompts of one length go together."""
+        # Without padding, so that the answer does not depend on how a model treats it.
         by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             by_length.setdefault(len(prompt), []).append(i)
@@ -258,7 +295,12 @@ class Asker:
         ids = torch.tensor(prompts, device=device_of(self._model))
         with torch.inference_mode():
             options["eos_token_id"] = self._ends or None
-            outputs = generate(self._model, ids, length, **options).tolist()
+            outputs = generate(
+                self._model,
+                ids,
+                length,
+                **options,
+            ).tolist()
         return [self._until_end(output) for output in outputs]
 
     def _until_end(self, output: list[int]) -> list[int]:
@@ -277,9 +319,12 @@ class Asker:
         text = "".join(pieces)
         _, there, longest = longest_run(output, question.ids)
         runs = [run for run in runs_of(output, question.ids) if run[2] >= SHORTEST_RUN]
+        # Runs may overlap, so their tokens are marked and not added up.
         recited = np.zeros(len(output), dtype=bool)
         for start, _, length in runs:
             recited[start : start + length] = True
+        # Of the texts, not of the run of tokens: the same words may be other tokens elsewhere.
+        characters = longest_common(text, question.text)
         words = longest_common(tuple(text.split()), tuple(question.text.split()))
         return {
             "split": question.split,
@@ -295,7 +340,7 @@ class Asker:
             "output_tokens": pieces,
             "longest_run": longest,
             "longest_run_words": words,
-            "longest_run_characters": longest_common(text, question.text),
+            "longest_run_characters": characters,
             "recited_share": float(recited.mean()) if output else 0.0,
             "common_runs": runs,
             "document_text": self._around(question, there, longest),
@@ -313,6 +358,8 @@ class Asker:
 def runs_of(output: Sequence[int], document: Sequence[int]) -> list[list[int]]:
     """`common_runs` with a long document, in pieces that overlap by the output's length."""
     runs = []
+    # `common_runs` compares every token with every other: 256 x 100,000 at once are too many. A run
+    # is no longer than the output, so it lies whole in one of the pieces.
     for start in range(0, max(1, len(document)), CHUNK):
         piece = document[start : start + CHUNK + len(output)]
         for here, there, length in common_runs(output, piece):

@@ -7,6 +7,7 @@ The figures of `lengths_of_runs` are an example.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,11 +33,11 @@ from goldfish.audit.secrets import Search, search
 if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
-SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)  # draws of the curves
-DRAWS, PROBABILITY = (
-    1_000,
-    0.5,
-)  # the sampling question: draws, and the least probability
+# Draws of the curves over the number of samples.
+SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+# The sampling question: draws, and the least probability that they contain the suffix.
+DRAWS = 1_000
+PROBABILITY = 0.5
 # Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half
 # of the suffix without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT
 # licence 15 (docs/audit-files.md).
@@ -49,6 +50,9 @@ UNITS = {
     "%": ("edit_similarity", "of the tokens"),
 }
 SPLITS = ("members", "heldout")
+# Expected number of secrets that come out by chance, below which none is said to: one audit in
+# two hundred would show one.
+UNREACHED = 0.005
 NO_RULE = "no rule is known for this checkpoint"
 MOST_NAMES = 10
 IDS = ("prefix_ids", "suffix_ids")
@@ -89,17 +93,20 @@ class Side:
         chosen = np.asarray(self.table["asked"].to_pylist()) == "training"
         if chosen.all():
             return self  # no copy of a large table
-        given_away = [
-            each for each, kept in zip(self.given_away, chosen, strict=False) if kept
-        ]
-        table = self.table.filter(pa.array(chosen, pa.bool_()))
-        return replace(self, table=table, given_away=given_away)
+        return self.only(chosen)
+
+    def only(self, chosen: Bools) -> "Side":
+        """With some of the records; chosen: bool (records,)."""
+        return replace(
+            self,
+            table=self.table.filter(pa.array(chosen, pa.bool_())),
+            given_away=list(compress(self.given_away, chosen)),
+        )
 
     def numbers(self, name: str) -> Floats:
         """A column of numbers as float64; null becomes NaN."""
-        return np.asarray(
-            self.table[name].cast(pa.float64()).to_numpy(), dtype=np.float64
-        )
+        column = self.table[name].cast(pa.float64())
+        return np.asarray(column.to_numpy(), dtype=np.float64)
 
     def lists(self, name: str, length: int) -> Floats:
         """A column of lists of one length, (records, length); null becomes NaN."""
@@ -112,14 +119,21 @@ class Side:
 
     def rate(self, figure: str, hits: ArrayLike, chosen: Bools | None = None) -> Figure:
         """How many documents have a hit in any record; chosen: bool, the records that count."""
-        hits, documents = np.asarray(hits), self.documents
+        hits = np.asarray(hits)
+        documents = self.documents
         if chosen is not None:
-            hits, documents = hits[chosen], documents[chosen]
+            hits = hits[chosen]
+            documents = documents[chosen]
         found = rate(hits, documents, self.population)
         return replace(found, split=self.split, figure=figure)
 
     def mean(self, figure: str, values: ArrayLike, bounded: bool = True) -> Figure:
-        found = mean(values, self.documents, None, bounded)
+        found = mean(
+            values,
+            self.documents,
+            None,
+            bounded,
+        )
         return replace(found, split=self.split, figure=figure)
 
     def token_rate(self, figure: str, hits: ArrayLike, totals: ArrayLike) -> Figure:
@@ -156,24 +170,19 @@ def make_figures(
 
         rule = Goldfish(**run["rule"])
 
-    def sides_of(part: pa.Table, given_away: Sequence[Sequence[str]]) -> list[Side]:
-        sides = []
-        names = np.asarray(part["split"].to_pylist(), dtype=str)
-        for split in SPLITS:
-            here = names == split
-            if here.any():
-                chosen = part.filter(pa.array(here))
-                given = [
-                    each for each, kept in zip(given_away, here, strict=False) if kept
-                ]
-                population = population_of(run, split)
-                sides.append(Side(split, chosen, protocol, population, given, rule))
-        return sides
-
-    sides = sides_of(table, found.found[: len(table)])
+    # Of the outputs that were searched, the windows' come first.
+    sides = _sides(
+        run,
+        table,
+        found.found[: len(table)],
+        rule,
+    )
     if not sides:
         raise ValueError("there is no record to summarize")
-    figures = [figure for side in sides for make in FIGURES for figure in make(side)]
+    figures: list[Figure] = []
+    for side in sides:
+        for make in FIGURES:
+            figures += make(side)
     if marked:
         figures += secret_figures(found)
         for side in sides:
@@ -182,10 +191,41 @@ def make_figures(
         figures += membership_figures(*map(_scores, sides))
     examples = {side.split: _examples(side) for side in sides}
     if asked is not None:
-        for side in sides_of(asked, found.found[len(table) :]):
+        for side in _sides(
+            run,
+            asked,
+            found.found[len(table) :],
+            rule,
+        ):
             figures += asked_figures(side)
             examples[side.split]["asked"] = _names(side, _asked_hits(side))
     return figures, examples
+
+
+def _sides(
+    run: Mapping[str, Any],
+    table: pa.Table,
+    given_away: Sequence[Sequence[str]],
+    rule: "Goldfish | None",
+) -> list[Side]:
+    """The records by split; without a split that has none."""
+    names = np.asarray(table["split"].to_pylist(), dtype=str)
+    sides = []
+    for split in SPLITS:
+        population = population_of(run, split)
+        protocol = run["protocol"]
+        everything = Side(
+            split,
+            table,
+            protocol,
+            population,
+            given_away,
+            rule,
+        )
+        here = names == split
+        if here.any():
+            sides.append(everything.only(here))
+    return sides
 
 
 def _outputs(table: pa.Table, asked: pa.Table | None) -> pa.Table:
@@ -199,17 +239,17 @@ def _outputs(table: pa.Table, asked: pa.Table | None) -> pa.Table:
 
 
 def population_of(run: Mapping[str, Any], split: str) -> Population | None:
-    """All documents that were trained on, if the file is said to hold all of them.
-
-    Of rows that were not
-    drawn nobody knows which repeat others: each counts as a document, so the interval is a little
-    too wide.
-    """
+    """All documents that were trained on, if the file is said to hold all of them."""
     if split != "members" or not run["protocol"].get("complete"):
         return None
     about = run["inputs"][split]
+    # Nobody knows which of the rows that were not drawn repeat others. Each counts as a document,
+    # which makes the interval a little too wide.
     not_drawn = about["rows"] - about["drawn"]
-    return Population(about["documents"] + not_drawn, about["drawn"] - about["asked"])
+    return Population(
+        size=about["documents"] + not_drawn,
+        unasked=about["drawn"] - about["asked"],
+    )
 
 
 def thresholds(near_verbatim: str) -> dict[str, float]:
@@ -223,7 +263,9 @@ def thresholds(near_verbatim: str) -> dict[str, float]:
     """
     found = {}
     for part in near_verbatim.split(","):
-        number, unit = part.strip()[:-1], part.strip()[-1:]
+        # "150c": the number, and the letter that names its unit.
+        number = part.strip()[:-1]
+        unit = part.strip()[-1:]
         most = 100 if unit == "%" else 10**9
         if unit not in UNITS or not number.isdecimal() or not 0 < int(number) <= most:
             raise ValueError(
@@ -231,6 +273,16 @@ def thresholds(near_verbatim: str) -> dict[str, float]:
                 f"the tokens, such as 25t, 15w, 150c or 25t,50%; got {near_verbatim!r}"
             )
         found[unit] = int(number) / (100 if unit == "%" else 1)
+    return found
+
+
+def run_thresholds(near_verbatim: str) -> dict[str, float]:
+    """The same without a share of the tokens: the answer to a simple prompt has no suffix."""
+    for text in (near_verbatim, NEAR_VERBATIM):
+        found = thresholds(text)
+        found.pop("%", None)
+        if found:
+            break
     return found
 
 
@@ -248,7 +300,8 @@ def recitation(side: Side) -> Iterator[Figure]:
 def sampling(side: Side) -> Iterator[Figure]:
     """Extraction by sampling (Hayes et al. 2024): curves over the number of samples."""
     side = side.as_trained
-    # Under any sampling at all that keeps the order of the tokens: an upper bound.
+    # An upper bound under any temperature, top-k and top-p. A token of rank r has r tokens before
+    # it that are at least as probable, so its own probability is at most 1 / (r + 1).
     log_p = -np.log(2) * side.numbers("rank_bits")
     yield side.rate("extractable_bound", extracted(log_p, DRAWS))
     if not side.settings:
@@ -267,22 +320,26 @@ def sampling(side: Side) -> Iterator[Figure]:
 def agreement(side: Side) -> Iterator[Figure]:
     """How much of the suffix comes out: means over windows or tokens."""
     settled = int(side.numbers("settled").sum())
-    yield Figure(
+    yield _share(
         side.split,
         "settled",
-        k=settled,
-        n=len(side.table),
-        value=settled / len(side.table),
+        settled,
+        len(side.table),
     )
     side = side.as_trained
+    # The records have the share of each suffix; a rate of tokens needs the number.
     matches = np.rint(side.numbers("token_accuracy") * side.tokens)
     yield side.token_rate("token_accuracy", matches, side.tokens)
-    yield side.token_rate(
-        "teacher_forced_accuracy", sums(side.table, "correct"), side.tokens
-    )
+    correct = sums(side.table, "correct")
+    yield side.token_rate("teacher_forced_accuracy", correct, side.tokens)
     for name in ("rouge_l_text", "rouge_l_ids", "edit_similarity"):
         yield side.mean(name, side.numbers(name))
-    loss = mean(sums(side.table, "nll"), side.documents, side.tokens, bounded=False)
+    loss = mean(
+        sums(side.table, "nll"),
+        side.documents,
+        side.tokens,
+        bounded=False,
+    )
     yield replace(loss, split=side.split, figure="nll")
 
 
@@ -301,10 +358,10 @@ def sweeps(side: Side) -> Iterator[Figure]:
     for offset in side.protocol["offsets"]:
         yield replace(side.rate("offset_sweep", recited, offsets == offset), x=offset)
     grid = side.protocol["prefix_grid"]
-    of_text = side.numbers("completion") == 0  # chats have one prefix, their prompt
-    for length, matched in zip(
-        grid, side.lists("prefix_sweep", len(grid)).T, strict=True
-    ):
+    # Chats have one prefix, their prompt.
+    of_text = side.numbers("completion") == 0
+    by_length = side.lists("prefix_sweep", len(grid)).T
+    for length, matched in zip(grid, by_length, strict=True):
         yield replace(side.rate("prefix_sweep", matched > 0, of_text), x=length)
 
 
@@ -317,7 +374,7 @@ def attribution(side: Side) -> Iterator[Figure]:
         for name in ATTRIBUTION:
             yield Figure(side.split, name, reason=NO_RULE)
         return
-    side = replace(side, table=side.table.filter(pa.array(ruled)), given_away=())
+    side = side.only(ruled)
     right_dropped, dropped, right_kept, kept = token_counts(side.table).T
     yield side.token_rate("dropped_share", dropped, dropped + kept)
     yield side.token_rate("teacher_forced_accuracy_dropped", right_dropped, dropped)
@@ -333,27 +390,39 @@ def _proof(side: Side) -> Iterator[Figure]:
         yield Figure(side.split, "rule_gap", reason=reason)
         return
     # Windows from further on lack what comes before them, which the rule reads.
-    windows = side.table.filter(pa.array(side.numbers("offset") == 0))
+    windows = side.only(side.numbers("offset") == 0).table
+    # The first windows, as many as 1,000 seeds can decide about in seconds.
     lengths_of = (list_value_length(windows[name]).to_numpy() for name in IDS)
     tokens = np.cumsum(sum(lengths_of))
-    windows = windows[: max(1, int(np.count_nonzero(tokens <= MOST_TOKENS)))]
+    used = int(np.count_nonzero(tokens <= MOST_TOKENS))
+    windows = windows[: max(1, used)]
     prefixes, suffixes, losses = (windows[name].to_pylist() for name in (*IDS, "nll"))
     rows = [a + b for a, b in zip(prefixes, suffixes, strict=True)]
     lengths = [len(each) for each in losses]
-    found = seed_test(
-        [np.array(each) for each in losses],
-        decisions_of(rule, rows, lengths),
-        rule.seed,
-    )
-    numbers = windows["document"].to_pylist()
-    about: dict[str, Any] = {"n": sum(lengths), "documents": len(set(numbers))}
-    p = gap = None
+    dropped_under = decisions_of(rule, rows, lengths)
+    arrays = [np.array(each) for each in losses]
+    found = seed_test(arrays, dropped_under, rule.seed)
+    about: dict[str, Any] = {
+        "n": sum(lengths),
+        "documents": len(set(windows["document"].to_pylist())),
+    }
     if found is None:
         about["reason"] = "the rule drops none of these tokens, or all of them"
-    else:
-        p, gap = found.p, found.gap
-    yield Figure(side.split, "rule_p", value=p, **about)
-    yield Figure(side.split, "rule_gap", value=gap, **about)
+        yield Figure(side.split, "rule_p", **about)
+        yield Figure(side.split, "rule_gap", **about)
+        return
+    yield Figure(
+        side.split,
+        "rule_p",
+        value=found.p,
+        **about,
+    )
+    yield Figure(
+        side.split,
+        "rule_gap",
+        value=found.gap,
+        **about,
+    )
 
 
 def _why_not_tested(rule: "Goldfish | None") -> str:
@@ -390,29 +459,22 @@ def asked_figures(side: Side) -> Iterator[Figure]:
     side: of the table of `ask`. Drawn answers count in the rate, means are of greedy ones.
     """
     yield side.rate("asked", _asked_hits(side))
-    greedy = replace(
-        side, table=side.table.filter(pa.array(side.numbers("sample") == 0))
-    )
+    greedy = side.only(side.numbers("sample") == 0)
     for unit in "twc":
-        name = UNITS[unit][0]
-        runs = greedy.numbers(name)
-        yield greedy.mean(name.replace("longest", "asked"), runs, bounded=False)
+        # longest_run_words -> asked_run_words
+        column = UNITS[unit][0]
+        name = column.replace("longest", "asked")
+        yield greedy.mean(name, greedy.numbers(column), bounded=False)
     yield greedy.mean("asked_share", greedy.numbers("recited_share"))
     if side.protocol["secrets"] or side.protocol["secret_column"]:
-        given = [bool(each) for each in side.given_away]
-        k, n, documents = sum(given), len(given), len(np.unique(side.documents))
-        about: dict[str, Any] = {"k": k, "n": n, "documents": documents}
-        yield Figure(side.split, "asked_with_secret", value=k / n, **about)
+        yield _with_secret(side, "asked_with_secret")
 
 
 def _asked_hits(side: Side) -> Bools:
     """Which answers hold a run that counts as near-verbatim."""
-    least = thresholds(side.protocol["near_verbatim"])
-    least.pop("%", None)  # of a suffix
     hits = np.zeros(len(side.table), dtype=bool)
-    for unit, number in (least or thresholds(NEAR_VERBATIM)).items():
-        if unit != "%":
-            hits |= side.numbers(UNITS[unit][0]) >= number
+    for unit, least in run_thresholds(side.protocol["near_verbatim"]).items():
+        hits |= side.numbers(UNITS[unit][0]) >= least
     return hits
 
 
@@ -420,55 +482,92 @@ def secret_figures(found: Search) -> Iterator[Figure]:
     """The members' distinct marked secrets: how many came out, how many would by chance."""
     asked = len(found.chance)
     if not asked:
-        yield Figure("members", "secrets", k=0, reason="no marked secret was asked")
+        yield Figure(
+            "members",
+            "secrets",
+            k=0,
+            reason="no marked secret was asked",
+        )
         return
     k = len(found.given_away)
     share = k / asked
-    yield Figure("members", "secrets", value=share, k=k, n=asked, low=share, high=share)
-    beyond = [
-        each for each in found.given_away if found.chance[each] * asked <= UNREACHED
-    ]
     yield Figure(
         "members",
-        "secrets_beyond_chance",
-        k=len(beyond),
+        "secrets",
+        value=share,
+        k=k,
         n=asked,
-        value=len(beyond) / asked,
+        low=share,
+        high=share,
     )
+    expected = [found.chance[each] * asked for each in found.given_away]
+    beyond = sum(each <= UNREACHED for each in expected)
+    yield _share(
+        "members",
+        "secrets_beyond_chance",
+        beyond,
+        asked,
+    )
+    by_chance = sum(found.chance.values())
     yield Figure(
-        "members", "secrets_by_chance", value=sum(found.chance.values()), n=asked
+        "members",
+        "secrets_by_chance",
+        value=by_chance,
+        n=asked,
     )
 
 
-# Expected number of secrets that come out by chance, below which none is said to: one audit in
-# two hundred would show one.
-UNREACHED = 0.005
+def _share(split: str, figure: str, k: int, n: int, documents: int = 0) -> Figure:
+    """A count of everything that was asked, so without an interval."""
+    return Figure(
+        split,
+        figure,
+        value=k / n,
+        k=k,
+        n=n,
+        documents=documents,
+    )
+
+
+def _with_secret(side: Side, figure: str) -> Figure:
+    """Answers that give any secret of the members away."""
+    given = sum(map(bool, side.given_away))
+    documents = len(np.unique(side.documents))
+    return _share(
+        side.split,
+        figure,
+        given,
+        len(side.given_away),
+        documents,
+    )
 
 
 def answers_figures(side: Side) -> Iterator[Figure]:
     """Answers with any secret of the members; and secrets that sampling would bring out."""
-    given = np.array([bool(each) for each in side.given_away], dtype=bool)
-    documents = len(np.unique(side.documents))
-    k, n = int(given.sum()), len(given)
-    yield Figure(
-        side.split, "answers_with_secret", value=k / n, k=k, n=n, documents=documents
-    )
+    yield _with_secret(side, "answers_with_secret")
+    # One answer that sampling would bring out is enough; a secret may be asked in several.
     extractable: dict[str, bool] = {}
-    columns = (
-        side.table["secrets"].to_pylist(),
-        side.table["secret_log_p"].to_pylist(),
-    )
-    for secrets, log_ps in zip(*columns, strict=True):
-        for secret, log_p in zip(secrets, log_ps or (), strict=True):
+    of_record = side.table["secrets"].to_pylist()
+    log_ps = side.table["secret_log_p"].to_pylist()
+    for secrets, of_secrets in zip(of_record, log_ps, strict=True):
+        for secret, log_p in zip(secrets, of_secrets or (), strict=True):
             if log_p:  # None if the tokens do not hold the secret
                 hit = bool(extracted(log_p, DRAWS).any())
                 extractable[secret] = extractable.get(secret, False) or hit
-    if extractable:
-        k, n = sum(extractable.values()), len(extractable)
-        low, high = (k / n, k / n) if side.split == "members" else clopper_pearson(k, n)
-        yield Figure(
-            side.split, "secrets_extractable", value=k / n, k=k, n=n, low=low, high=high
-        )
+    if not extractable:
+        return
+    k = sum(extractable.values())
+    found = _share(
+        side.split,
+        "secrets_extractable",
+        k,
+        len(extractable),
+    )
+    # The members' secrets were all asked; those of held-out texts are a sample.
+    low = high = found.value
+    if side.split != "members":
+        low, high = clopper_pearson(k, found.n)
+    yield replace(found, low=low, high=high)
 
 
 def _hits(side: Side) -> dict[str, Bools]:
@@ -489,7 +588,7 @@ def _examples(side: Side) -> dict[str, list[str]]:
     if side.settings:
         log_p = side.lists("log_p", len(side.settings))
         hits["extractable"] = np.asarray(extracted(log_p, DRAWS).any(-1))
-    hits["secrets"] = np.array([bool(each) for each in side.given_away], dtype=bool)
+    hits["secrets"] = np.array(list(map(bool, side.given_away)), dtype=bool)
     return {figure: _names(side, these) for figure, these in hits.items()}
 
 
@@ -500,12 +599,11 @@ def _names(side: Side, hits: Bools) -> list[str]:
 
 def setting_name(setting: Mapping[str, Any]) -> str:
     """T=0.8,top_k=40"""
-    cuts = [
-        f"{key}={setting[key]:g}"
-        for key in ("top_k", "top_p")
-        if setting[key] is not None
-    ]
-    return ",".join([f"T={setting['temperature']:g}", *cuts])
+    parts = [f"T={setting['temperature']:g}"]
+    for key in ("top_k", "top_p"):
+        if setting[key] is not None:
+            parts.append(f"{key}={setting[key]:g}")
+    return ",".join(parts)
 
 
 def probability_within(log_p: ArrayLike, n: float) -> Floats:
@@ -520,9 +618,9 @@ def probability_within(log_p: ArrayLike, n: float) -> Floats:
     log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
     with np.errstate(divide="ignore"):
         # ln(1 - p_z) without cancellation, for a small p_z and for one near 1.
-        log_miss = np.where(
-            log_p < -0.6931, np.log1p(-np.exp(log_p)), np.log(-np.expm1(log_p))
-        )
+        if_small = np.log1p(-np.exp(log_p))
+        if_large = np.log(-np.expm1(log_p))
+        log_miss = np.where(log_p < -0.6931, if_small, if_large)
     return np.asarray(-np.expm1(n * log_miss))
 
 
@@ -536,15 +634,15 @@ def token_counts(table: pa.Table) -> Floats:
 
     Dropped tokens that are predicted teacher-forced; dropped tokens; the same for kept tokens.
     """
+    count = len(table)
     lengths = list_value_length(table["dropped"]).to_numpy()
-    records = np.repeat(np.arange(len(table)), lengths)
-    dropped, correct = (
-        list_flatten(table[name]).to_numpy() for name in ("dropped", "correct")
-    )
+    # The record of each token, of all records in one row.
+    records = np.repeat(np.arange(count), lengths)
+    dropped = list_flatten(table["dropped"]).to_numpy()
+    correct = list_flatten(table["correct"]).to_numpy()
     counted = (correct & dropped, dropped, correct & ~dropped, ~dropped)
-    return np.stack(
-        [np.bincount(records, tokens, len(table)) for tokens in counted], -1
-    )
+    columns = [np.bincount(records, tokens, count) for tokens in counted]
+    return np.stack(columns, -1)
 
 
 def notes(receipt: Mapping[str, Any] | None) -> list[str]:
@@ -552,9 +650,8 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
     if receipt is None:
         return []
     entries = receipt.get("sources", {"": receipt})
-    strategies = {
-        entry["rule"]["strategy"] for entry in entries.values() if entry["rule"]
-    }
+    rules = [entry["rule"] for entry in entries.values()]
+    strategies = {rule["strategy"] for rule in rules if rule}
     sentences = []
     if "before" in receipt:
         sentences.append(
@@ -569,7 +666,7 @@ def notes(receipt: Mapping[str, Any] | None) -> list[str]:
             '"static" and "reference" depend on where a training row starts: other tokens were '
             "dropped"
         )
-    if len({str(entry["rule"]) for entry in entries.values()}) > 1:
+    if len(set(map(str, rules))) > 1:
         sentences.append(
             "rules differ between sources: a text that is in two of them was seen under both"
         )
@@ -584,4 +681,9 @@ def _scores(side: Side) -> Scores:
     # Views of one array: as Python lists the words would take five times the memory.
     words = np.split(list_flatten(column).to_numpy(), ends)[:-1]
     codes = np.unique(side.documents, return_inverse=True)[1]
-    return Scores(codes, scores, words, side.numbers("characters"))
+    return Scores(
+        codes,
+        scores,
+        words,
+        side.numbers("characters"),
+    )

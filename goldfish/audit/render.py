@@ -84,7 +84,12 @@ def publish(
     rule: "Goldfish | None" = None,
 ) -> Audit:
     """Summarize an audit whose records are complete, and write it; see `summarize`."""
-    audit = summarize(folder, limits, require, rule)
+    audit = summarize(
+        folder,
+        limits,
+        require,
+        rule,
+    )
     write(audit, folder)
     return audit
 

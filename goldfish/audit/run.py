@@ -204,9 +204,12 @@ def audit(
     protocol["device"] = target.type
     protocol["ambiguous_margin"] = AMBIGUOUS[getattr(torch, protocol["dtype"])]
     rules = _rules(checkpoints[0], rule)
-    run: dict[str, Any] = {"revision": revision, "command": command}
-    run |= _description(checkpoints, sources, protocol, name)
-    run["rule"] = rules.to_dict() if isinstance(rules, Goldfish) else None
+    run: dict[str, Any] = {
+        "revision": revision,
+        "command": command,
+        **_description(checkpoints, sources, protocol, name),
+        "rule": rules.to_dict() if isinstance(rules, Goldfish) else None,
+    }
     first = state is None or state.process_index == 0
     with TemporaryDirectory() as temporary, ExitStack() as held:
         held.callback(checkpoints[0].put_back)

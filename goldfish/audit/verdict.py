@@ -12,12 +12,12 @@ from scipy.special import gammainc
 
 from goldfish.audit.figures import (
     DRAWS,
-    NEAR_VERBATIM,
     NO_RULE,
     PROBABILITY,
     UNITS,
     notes,
     population_of,
+    run_thresholds,
     thresholds,
 )
 from goldfish.audit.intervals import (
@@ -348,13 +348,12 @@ class _Judge:
 
 def _in_words(near_verbatim: str, only_runs: bool) -> str:
     """25t,50%: "25 tokens in one piece or 50% of the tokens"."""
+    least = (run_thresholds if only_runs else thresholds)(near_verbatim)
     parts = []
-    for unit, least in thresholds(near_verbatim).items():
-        if unit != "%":
-            parts.append(f"{least:g} {UNITS[unit][1]}")
-        elif not only_runs:
-            parts.append(f"{least:.0%} {UNITS[unit][1]}")
-    return " or ".join(parts) or _in_words(NEAR_VERBATIM, only_runs)
+    for unit, number in least.items():
+        written = f"{number:.0%}" if unit == "%" else f"{number:g}"
+        parts.append(f"{written} {UNITS[unit][1]}")
+    return " or ".join(parts)
 
 
 def strongest_blind(figures: Figures) -> Figure | None:

@@ -40,8 +40,21 @@ def _answer(record: dict[str, Any], redact: bool) -> Answer:
     for start, _, length in record["common_runs"]:
         classes[start : start + length] = ["r"] * length
     undropped = [False] * len(tokens)
-    output = spans.marked(zip(tokens, classes, undropped, strict=True), redact)
+    output = spans.marked(
+        zip(
+            tokens,
+            classes,
+            undropped,
+            strict=True,
+        ),
+        redact,
+    )
     prompt, text = record["prompt"], record["document_text"]
     if redact:
         prompt, text = record["template"], spans.blocks(text)
-    return Answer(record, plain(prompt, PROMPT_SHOWN), output, spans.show(text, 2_000))
+    return Answer(
+        record,
+        plain(prompt, PROMPT_SHOWN),
+        output,
+        spans.show(text, 2_000),
+    )
