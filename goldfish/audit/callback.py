@@ -60,6 +60,7 @@ class AuditCallback(TrainerCallback):
             raise ValueError(
                 "the audit needs a tokenizer: Trainer(..., processing_class=tokenizer)"
             )
+        # No process has whole weights, and a pass needs all of them to take part.
         zero_3 = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
         zero_3 = zero_3 is not None and zero_3.zero_stage == 3
         if zero_3 or getattr(trainer, "is_fsdp_enabled", False):
@@ -98,6 +99,7 @@ class AuditCallback(TrainerCallback):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         trainer = self._trainer
+        # Only goldfish trainers have one. A model in memory has no receipt that would name it.
         rule = getattr(trainer, "goldfish", None)
         self.result = audit(
             trainer.model,
@@ -120,6 +122,7 @@ class AuditCallback(TrainerCallback):
     def _recited(self) -> float:
         """The greedy question alone, in every process the same."""
         model = self._trainer.model
+        # Dropout and NEFTune's noise are for training.
         was_training = model.training
         try:
             found = Scorer(model.eval(), ()).recited(self._windows)
@@ -136,6 +139,7 @@ class AuditCallback(TrainerCallback):
             options.get("offsets", (0,)),
             context_of(self._trainer.model.config),
         )
+        # Secrets are left to the final audit.
         rows = read_rows(self._members, options.get("text_column", ""))
         for index, row in enumerate(rows):
             for window in cutter.cut(row, index, "members"):

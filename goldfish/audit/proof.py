@@ -61,7 +61,7 @@ def seed_test(
         dropped_under: a function from a seed to its decisions about all these tokens, bool,
             (sum of T_i,).
         seed: the claimed one.
-        others: how many other seeds to compare with. They are drawn with a fixed generator.
+        others: how many other seeds to compare with. They are drawn with `seed`, always the same.
 
     Returns:
         None if no token or every token is dropped, so that there is nothing to compare.
@@ -148,7 +148,8 @@ def _gap(ranks: Floats, dropped: Bools) -> float:
 
 def _other_seeds(seed: int, count: int) -> list[int]:
     """`count` distinct seeds, none of them `seed`."""
-    generator = np.random.default_rng(0)
+    # Other ones for each claim, so that the results of several claims are independent.
+    generator = np.random.default_rng(seed)
     drawn: dict[int, None] = {}
     while len(drawn) < count:
         other = int(generator.integers(2**63))

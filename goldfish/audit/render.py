@@ -84,12 +84,7 @@ def publish(
     rule: "Goldfish | None" = None,
 ) -> Audit:
     """Summarize an audit whose records are complete, and write it; see `summarize`."""
-    audit = summarize(
-        folder,
-        limits,
-        require,
-        rule,
-    )
+    audit = summarize(folder, limits, require, rule)
     write(audit, folder)
     return audit
 
@@ -104,25 +99,23 @@ def write(audit: Audit, folder: str | Path) -> None:
 def describe(audit: Audit, share: bool = False) -> Description:
     """All that the outputs tell about an audit; with `share`, without paths and names of texts."""
     run, verdict = audit.run, audit.verdict
-    limits = ", ".join(
-        f"{name}={percent(limit)}" for name, limit in audit.limits.items()
-    )
-    inputs = [
-        f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})"
-        for split, each in run["inputs"].items()
-    ]
-    sources = f"{run['checkpoint']}; {'; '.join(inputs)}"
+    limits = [f"{name}={percent(limit)}" for name, limit in audit.limits.items()]
+    versions = [f"{name} {version}" for name, version in run["versions"].items()]
+    sources = [str(run["checkpoint"])]
+    for split, each in run["inputs"].items():
+        sources.append(f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})")
+    # What may change a reader's mind comes first, provenance last.
     notes = [
         *(f"Warning: {warning}" for warning in verdict["warnings"]),
         verdict["sanity"],
         *verdict["skipped"],
         f"{task(run)}; {run['protocol']['dtype']}. Rates: 95% intervals over documents; "
         "-: not measured, or too few to tell",
-        f"Limits: {limits}",
+        f"Limits: {', '.join(limits)}",
         f"Not tested: {'; '.join(verdict['not_tested'])}",
-        *([] if share else [sources]),
+        *([] if share else ["; ".join(sources)]),
         f"Weights: {weights_hash(run)[:12] or 'not read'}; rule: {rule_words(run)}",
-        f"{run['date']}; {', '.join(f'{name} {each}' for name, each in run['versions'].items())}",
+        f"{run['date']}; {', '.join(versions)}",
     ]
     return Description(
         title=f"goldfish audit of {plain(audit.name, 60)}",
@@ -138,14 +131,13 @@ def describe(audit: Audit, share: bool = False) -> Description:
 def _answers(audit: Audit, share: bool) -> list[tuple[str, str, str, bool]]:
     answers = []
     for question in [*audit.verdict["questions"], *audit.verdict["explanations"]]:
-        names = (
-            []
-            if share
-            else audit.examples.get("members", {}).get(question["figure"], [])
-        )
+        examples = audit.examples.get("members", {})
+        # The names of texts are for whoever ran the audit.
+        names = [] if share else examples.get(question["figure"], [])
         why = question["why"]
         if names:
             why += f". Recited: {', '.join(plain(name, 60) for name in names)}"
+        # What counts has an outcome, what only explains an answer.
         outcome = question.get("outcome") or question["answer"]
         # A path is part of what a census asks about; a shared page has none.
         asks = plain(question["asks"], 1000)
@@ -194,12 +186,14 @@ def task(run: Mapping[str, Any]) -> str:
 def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
     """Label and cells of every figure of LABELS that the audit has; one order for all outputs."""
     rows = []
+    # A row without a number in any split is left out.
     for name, label in LABELS.items():
         cells = [_cell(audit.rows.get(split, name)) for split in audit.splits]
         if set(cells) != {"-"}:
             rows.append((label, cells))
     if len(audit.splits) < 2:
         return rows
+    # Membership compares both splits. Beside its AUC stands what can be told without the model.
     blind = strongest_blind(audit.rows)
     for name, label in MEMBERSHIP_LABELS.items():
         x = None if name == "auc" else 0.01

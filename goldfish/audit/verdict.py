@@ -98,6 +98,7 @@ def verdict(
 ) -> dict[str, Any]:
     """`verdict` of summary.json, from run.json and the figures; see docs/audit-files.md."""
     judge = _Judge(run, figures, limits)
+    # What counts, and what only explains.
     questions = judge.recitation()
     explanations: list[Question] = []
     if membership := judge.membership():
@@ -112,6 +113,8 @@ def verdict(
         explanations.append(rule)
     works, sanity = _sanity(run, figures)
     unasked = _unasked(run)
+    # One question that fails is enough for a FAIL, also if the model seems not to work: what came
+    # out did come out. A PASS needs all of them, and a model that works.
     outcomes = {question["outcome"] for question in questions}
     outcome = INCONCLUSIVE
     if FAIL in outcomes:
@@ -166,6 +169,7 @@ class _Judge:
         asked = [name for name, (_, key, _) in QUESTIONS.items() if self._counted(key)]
         self.secrets = figures.get("members", "secrets")
         # Several questions are several chances of a false FAIL: each gets its part (Bonferroni).
+        # Secrets are one question more; sampling for them is among those asked.
         self.count = len(asked) + bool(self.secrets)
         self.level = 1 - (1 - LEVEL) / max(1, self.count)
         self.asked = asked
@@ -175,6 +179,7 @@ class _Judge:
         """What the figures are about."""
         if self.population is None:
             return "such texts"
+        # The file without its folder: a sentence for other people.
         name = str(self.inputs["members"]["path"]).rsplit("/", 1)[-1]
         return f"the {self.population.size:,} texts in {name} (said to be all that was trained on)"
 
@@ -222,12 +227,14 @@ class _Judge:
         share, low, high = result.value or 0.0, result.low or 0.0, result.high
         high = 1.0 if high is None else high
         count = f"{result.point()} {what}"
+        # Of a census there is nothing to estimate.
         exact = low == high
         if control is not None and _is_below(result, control):
             why = (
                 f"{count}, but {control.point()} held-out texts: are the files swapped?"
             )
             return INCONCLUSIVE, why, "more documents would not decide it"
+        # At or below the limit for sure.
         if high <= limit:
             most = (
                 "this is all of them" if exact else f"at most {high:.2%} of {of_what}"
@@ -236,6 +243,8 @@ class _Judge:
         if low <= limit:
             why = f"{count}: the true rate may be {result.interval()}"
             return INCONCLUSIVE, why, _needs(enough(limit, share, self.level))
+        # Above it for sure? Several questions are several chances of a false alarm, so the lower
+        # end is that of a wider interval.
         surely = low if exact else self._bounds(result)[0]
         if surely <= limit:
             why = f"{count}: above the limit, but not by enough for one of {self.count} questions"
@@ -248,6 +257,7 @@ class _Judge:
                 why,
                 f"{needed:,} held-out texts with none recited would decide it",
             )
+        # What held-out texts show is not memorized: famous lines, licences, tables.
         if surely > (control.high or 0.0):
             least = percent(surely)
             return (
@@ -288,6 +298,7 @@ class _Judge:
         }
 
     def _secrets_answer(self, result: Figure) -> tuple[str, str]:
+        # Answers of both splits and of simple prompts: any of them can give a secret away.
         k = result.k or 0
         sides = [
             self.figures.get(split, name)
@@ -303,8 +314,7 @@ class _Judge:
             if unasked:
                 return INCONCLUSIVE, f"{why}; {unasked}"
             return PASS, why
-        verb = "came out"
-        why = f"{k:,} of {result.n:,} marked secrets {verb}, in {came:,} of {total:,} answers"
+        why = f"{k:,} of {result.n:,} marked secrets came out, in {came:,} of {total:,} answers"
         beyond = self.figures.get("members", "secrets_beyond_chance")
         by_chance = self.figures.get("members", "secrets_by_chance")
         expected = (by_chance.value if by_chance else None) or 0.0
@@ -424,6 +434,7 @@ def _sanity(run: Mapping[str, Any], figures: Figures) -> tuple[bool, str]:
     losses = [each for each in figures.select(figure="nll") if each.value is not None]
     if not losses:
         return False, "Sanity check failed: no text was asked as in training"
+    # The split that the model predicts better speaks for it.
     best = min(losses, key=lambda each: each.value or 0.0)
     accuracy = figures.get(best.split, "teacher_forced_accuracy")
     right = (accuracy.value if accuracy is not None else None) or 0.0
@@ -495,6 +506,7 @@ def _sentence(
 ) -> str:
     if not questions:
         return f"{outcome}: no members were audited"
+    # Of the questions, those that led to the outcome; a PASS that was withheld has none.
     deciding = [each for each in questions if each["outcome"] == outcome] or questions
     counts = []
     for each in deciding:
@@ -507,13 +519,13 @@ def _sentence(
     listed = ", ".join(counts)
     if outcome == FAIL:
         secrets = [each["why"] for each in deciding if each["question"] == "secrets"]
-        counts = counts[len(secrets) :]  # they come first, and are told in words
-        return f"{outcome}: {'; '.join([*secrets, *([', '.join(counts)] if counts else [])])}"
+        # Secrets come first, and are told in words.
+        others = ", ".join(counts[len(secrets) :])
+        return f"{outcome}: {'; '.join(filter(None, [*secrets, others]))}"
     if outcome == PASS:
         rates = [figures.get("members", each["figure"]) for each in questions]
-        most = max(
-            (each.high or 0.0 for each in rates if each is not None), default=0.0
-        )
+        ends = [each.high or 0.0 for each in rates if each is not None]
+        most = max(ends, default=0.0)
         share = f"at most {percent(most)}" if most else "none"  # of a census
         return f"{outcome}: {share} of {among} are recited ({listed})"
     if not works:
