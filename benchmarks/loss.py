@@ -123,6 +123,15 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
+def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's other loss: plain PyTorch on most devices, a kernel of its own on an H100 or H200."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction as Function,
+    )
+
+    return Function.apply(hidden, weight, labels).sum() / (labels != -100).sum()
+
+
 def three_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The products that every exact method needs for loss and gradients; no softmax, no loss."""
     with torch.no_grad():
@@ -142,6 +151,7 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
         "TRL fused head": trl_head,
         "cut-cross-entropy": cut_cross_entropy,
         "Liger": liger,
+        "Liger, scaled": liger_scaled,
         "goldfish": linear_cross_entropy,
         FLOOR: three_products,
     }
@@ -153,11 +163,13 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
         "TRL fused head": "trl",
         "cut-cross-entropy": "cut_cross_entropy",
         "Liger": "liger_kernel",
+        "Liger, scaled": "liger_kernel",
     }
     for name, package in packages.items():
         if not find_spec(package):
             result[name] = "not installed"
     if not hidden.is_cuda:
+        result["Liger"] = "a Triton kernel"
         # Made for GPUs: on a CPU it holds about nine times the fp32 logits.
         needed = 9 * 4 * len(hidden) * len(weight)
         if needed > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
