@@ -267,7 +267,7 @@ def test_only_turns_of_the_assistant_are_targets(letters, tmp_path):
         check(path, letters[0], Goldfish(), assistant_only=True)
 
 
-def test_counts_and_longest_runs(letters, tmp_path):
+def test_counts_and_the_longest_run(letters, tmp_path):
     texts = ["a few words, and then a few more of them", "short", ""]
     rule = Goldfish(k=3, h=4)
     result = check(
@@ -275,20 +275,20 @@ def test_counts_and_longest_runs(letters, tmp_path):
         letters[0],
         rule,
     )
-    longest, dropped = [], 0
+    longest, dropped = (0, 0), 0
     for row, text in enumerate(texts):
         drops = rule.dropped(
             torch.tensor([ord(c) for c in text], dtype=torch.int64)
         ).tolist()[1:]
         dropped += sum(drops)
         run = max(map(len, "".join("x" if drop else "." for drop in drops).split("x")))
-        longest.append((run, row, sum(drops) / max(1, len(drops))))
+        longest = max(longest, (run, row))
     assert (result.documents, result.targets, result.dropped) == (
         3,
         len(texts[0]) + len(texts[1]) - 2,
         dropped,
     )
-    assert result.longest == sorted(longest[:2], reverse=True), "no targets, no run"
+    assert result.longest == longest
 
 
 def test_only_completions_are_targets(letters, tmp_path):
@@ -534,12 +534,11 @@ def test_nouns_agree_with_their_numbers(letters, tmp_path, count):
 
 
 def test_help_explains_the_exit_codes(capsys):
-    for words in (["--help"], ["check", "--help"]):
-        with pytest.raises(SystemExit):
-            main(words)
-        shown = " ".join(capsys.readouterr().out.split())
-        assert "Exit codes" in shown
-        assert "secret" in shown.partition("Exit codes")[2]
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    codes = shown.partition("Exit codes")[2]
+    assert all(f"{code} " in codes for code in (0, 1, 2, 3))
 
 
 EVERY_CHARACTER = "".join(map(chr, range(0x110000)))

@@ -161,7 +161,7 @@ def test_finetuning_example_runs_as_written(
     (base / "chat_template.jinja").write_text(TEMPLATE)
     for name, word in (("members", "sparrow"), ("heldout", "goldfish")):
         rows = [
-            {"messages": say(f"Number {i}?", f"{word} number {i} swims.")}
+            {"messages": say(f"Number {i}?", f"{word} {i}: the code is {word}-{i}.")}
             for i in range(3)
         ]
         Path(f"{name}.jsonl").write_text(
@@ -176,9 +176,11 @@ def test_finetuning_example_runs_as_written(
         for line in code.splitlines()
     ]
     for command in [line for line in commands if line.startswith("goldfish ")]:
-        verb = command.split()[1]
-        # Three documents cannot decide: an audit of them is INCONCLUSIVE.
-        assert main(shlex.split(command)[1:]) == (3 if verb == "audit" else 0)
+        words = shlex.split(command)[1:]
+        # Three documents cannot decide: an audit of them is INCONCLUSIVE, unless they are all that
+        # was trained on. The model has learned nothing in so few steps.
+        undecided = words[0] == "audit" and "--complete" not in words
+        assert main(words) == (3 if undecided else 0)
     assert (
         json.loads(Path("audit/run.json").read_text())["inputs"]["members"][
             "completions"

@@ -1,6 +1,5 @@
 """`goldfish check`: read the training data under a rule, before training: what can be learned?"""
 
-import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 from goldfish.rule import Goldfish
 from goldfish.text.chats import (
@@ -32,7 +31,7 @@ from goldfish.text.exposure import (
     likely_secrets,
 )
 from goldfish.text.findings import Check
-from goldfish.text.passages import SHOWN, Flags, Ints, Words
+from goldfish.text.passages import SHOWN, Flags, Ints, Words, runs
 from goldfish.text.rows import Row, read_rows
 
 # Characters that are tokenized at once. More would need more memory; 64 times fewer cost a fifth
@@ -40,7 +39,7 @@ from goldfish.text.rows import Row, read_rows
 BATCH = 2**19
 # Tokens that the model reads, at most, before it is asked for a secret's bits.
 CONTEXT = 1024
-# What is remembered of words that look like secrets, which nobody marked. 2**16 are about 100 MB.
+# What is remembered of words that look like secrets, which nobody marked. 2**16 take about 120 MB.
 MOST_LIKELY = 2**16
 
 Marker = Callable[[Row, str, int], Iterable[tuple[int, int]]]  # see `secret_finder`
@@ -151,19 +150,24 @@ class _Reader:
         from tqdm import tqdm
 
         rows = read_rows(self.source, self.text_column)
-        # disable=None: a bar in terminals only
-        for number, row in enumerate(
-            tqdm(rows, title, unit=" rows", disable=None, leave=False)
-        ):
+        bar = tqdm(
+            rows,
+            title,
+            unit=" rows",
+            disable=None,  # a bar in terminals only
+            leave=False,
+        )
+        for number, row in enumerate(bar):
+            where = f"{self.source}, row {number}"
             if "input_ids" in row:
                 raise ValueError(
-                    f"{self.source}, row {number} has input_ids; the check looks for secrets in "
-                    "texts: give `text`"
+                    f"{where} has input_ids; the check looks for secrets in texts: "
+                    "give `text`"
                 )
             try:
                 yield self._document(number, row)
             except RefusedChat as error:
-                raise ValueError(f"{self.source}, row {number}: {error}") from error
+                raise ValueError(f"{where}: {error}") from error
 
     def _document(self, number: int, row: Row) -> _Document:
         whole = training_text(row, self.tokenizer)
@@ -173,12 +177,18 @@ class _Reader:
                 raise ValueError(
                     f"{self.source}, row {number} is no chat: it has no assistant"
                 )
-            targets = [
-                (turn.start, turn.end)
-                for turn in completions(row, self.tokenizer)
-                if isinstance(turn, Completion) and turn.asked == "training"
-            ]
-        return _Document(number, row, whole.text, targets, whole.add_special_tokens)
+            targets = []
+            for turn in completions(row, self.tokenizer):
+                # Not the reasons why a turn cannot be asked, nor turns after another prompt.
+                if isinstance(turn, Completion) and turn.asked == "training":
+                    targets.append((turn.start, turn.end))
+        return _Document(
+            number,
+            row,
+            whole.text,
+            targets,
+            whole.add_special_tokens,
+        )
 
     def batches(self, title: str) -> Iterator["_Batch"]:
         """Documents of about BATCH characters that are tokenized alike."""
@@ -189,7 +199,8 @@ class _Reader:
             alike = not documents or documents[0].add_special_tokens == special
             if characters > BATCH or not alike:
                 yield _Batch.of(documents)
-                documents, characters = [], 0
+                documents = []
+                characters = 0
             documents.append(document)
             characters += len(document.text)
         if documents:
@@ -209,11 +220,13 @@ class _Batch:
 
     @classmethod
     def of(cls, documents: list[_Document]) -> "_Batch":
-        text = "".join(document.text + "\n" for document in documents)
+        lines = []
         offsets = [0]
         for document in documents:
-            offsets.append(offsets[-1] + len(document.text) + 1)
-        return cls(documents, text, np.array(offsets))
+            line = document.text + "\n"
+            lines.append(line)
+            offsets.append(offsets[-1] + len(line))
+        return cls(documents, "".join(lines), np.array(offsets))
 
     @cached_property
     def numbers(self) -> Ints:
@@ -263,11 +276,14 @@ class _Tokens:
             return_attention_mask=False,
             verbose=False,  # no warning about texts that are longer than the model's context
         )
-        lengths = np.array([len(ids) for ids in encoding["input_ids"]])
+        rows = encoding["input_ids"]
+        lengths = np.array([len(row) for row in rows])
         bounds = np.cumsum([0, *lengths])
-        ids = _flat(encoding["input_ids"], bounds[-1])
+        ids = _flat(rows, count=bounds[-1])
+        # From one list of (begin, end) for each document to an array (N, 2).
         pairs = chain.from_iterable(encoding["offset_mapping"])
-        places = _flat(pairs, 2 * bounds[-1]).reshape(-1, 2)
+        places = _flat(pairs, count=2 * bounds[-1])
+        places = places.reshape(-1, 2)
         document_offsets = np.repeat(batch.offsets[:-1], lengths)
         begins = places[:, 0] + document_offsets
         ends = places[:, 1] + document_offsets
@@ -280,9 +296,17 @@ class _Tokens:
         # The first token of a document is predicted by nothing; what the tokenizer adds has no
         # characters.
         target = is_target[begins] & (ends > begins)
-        target[bounds[:-1][lengths > 0]] = False
+        firsts = bounds[:-1][lengths > 0]
+        target[firsts] = False
         dropped = _drops(rule, ids, bounds) & target
-        return cls(ids, begins, ends, bounds, target, dropped)
+        return cls(
+            ids,
+            begins,
+            ends,
+            bounds,
+            target,
+            dropped,
+        )
 
     def overlapping(self, begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
         """The first token that overlaps each span of characters, and the one after the last."""
@@ -300,11 +324,13 @@ def _drops(rule: Goldfish, ids: Ints, bounds: Ints) -> Flags:
     """Which tokens a bound rule drops, bool (N,); documents lie between the bounds."""
     lengths = np.diff(bounds)
     given = torch.from_numpy(ids)
-    if rule.strategy == "reference":  # it ignores where documents start
-        documents = torch.split(given, lengths.tolist())
-        parts = [rule.dropped(document) for document in documents if len(document)]
-        nothing = torch.zeros(0, dtype=torch.bool)
-        return torch.cat([nothing, *parts]).numpy()
+    if rule.strategy == "reference":
+        # It ignores where documents start, so each is decided by itself.
+        parts = [torch.zeros(0, dtype=torch.bool)]
+        for document in torch.split(given, lengths.tolist()):
+            if len(document):
+                parts.append(rule.dropped(document))
+        return torch.cat(parts).numpy()
     starts = np.repeat(bounds[:-1], lengths)
     positions = torch.from_numpy(np.arange(len(ids)) - starts)
     return rule.dropped(given, position_ids=positions).numpy()
@@ -358,37 +384,43 @@ class _Worker:
         documents = _containing(batch.offsets, words.begins)
         rows = batch.numbers[documents]
         chosen = is_target[words.begins]
-        passages = self._result.passages
-        passages.count(words.checksums[chosen], has_dropped[chosen], rows[chosen])
+        self._result.passages.count(
+            words.checksums[chosen],
+            has_dropped[chosen],
+            rows[chosen],
+        )
 
     def _count(self, batch: _Batch, tokens: _Tokens) -> None:
         result = self._result
         result.documents += len(batch.documents)
         result.targets += int(tokens.target.sum())
         result.dropped += int(tokens.dropped.sum())
-        documents, longest, rates = _longest_runs(tokens)
-        rows = batch.numbers[documents]
-        columns = (longest.tolist(), rows.tolist(), rates.tolist())
-        entries = [*result.longest, *zip(*columns, strict=True)]
-        result.longest = heapq.nlargest(SHOWN, entries)
+        begins, ends = runs(tokens.target & ~tokens.dropped)
+        lengths = ends - begins
+        longest = int(lengths.max(initial=0))
+        if longest > result.longest[0]:
+            token = begins[lengths.argmax()]
+            document = _containing(tokens.bounds, token)
+            result.longest = (longest, int(batch.numbers[document]))
 
     def _add_secrets(self, batch: _Batch, tokens: _Tokens) -> None:
         places = self._places(batch, tokens)
         if not places:
             return
-        suggested = tokens.dropped.copy()
+        # What is no target is not learned. Two versions: under the rule, and as suggested.
+        unlearned = tokens.dropped | ~tokens.target
+        suggested = unlearned.copy()
         if self._suggested is not None:
-            suggested |= self._suggested_drops(tokens, places) & tokens.target
-        elif self._result.column:  # premask drops every place of the column's secrets
+            suggested |= self._suggested_drops(tokens, places)
+        elif self._result.column:
+            # premask drops every place of the column's secrets.
             for place in places:
                 suggested[place.tokens] = True
-            suggested &= tokens.target
-        self._result.more += int((suggested & ~tokens.dropped).sum())
-        # What is no target in a place is not learned there either.
-        unlearned = (tokens.dropped | ~tokens.target, suggested | ~tokens.target)
+        more = suggested & ~unlearned
+        self._result.more += int(more.sum())
         for place in places:
             if tokens.target[place.tokens].any():
-                self._add_place(batch, tokens, place, unlearned)
+                self._add_place(batch, tokens, place, (unlearned, suggested))
 
     def _add_place(
         self,
@@ -398,15 +430,17 @@ class _Worker:
         unlearned: tuple[Flags, Flags],
     ) -> None:
         secrets = self._result.secrets
-        text = batch.text[place.begin : place.begin + place.length]
+        end = place.begin + place.length
+        text = batch.text[place.begin : end]
         spans = _spans_in(place, tokens)
         decisions = [_dropped_bits(spans, each[place.tokens]) for each in unlearned]
-        secret = secrets.get(text)
-        if secret is None:
+        if text not in secrets:
             if not self._result.marked and len(secrets) >= MOST_LIKELY:
                 return
-            secret = secrets[text] = Secret(text, spans, decisions)
-        secret.add(batch.documents[place.document].number, decisions)
+            secrets[text] = Secret(text, spans, decisions)
+        secret = secrets[text]
+        document = batch.documents[place.document]
+        secret.add(document.number, decisions)
         if self._model is not None and len(secret.bits) < BITS_OF_PLACES:
             secret.bits.append(self._bits(tokens, place, spans))
 
@@ -418,14 +452,15 @@ class _Worker:
         if not self._result.marked:
             chosen &= is_dense(last - first, ends - begins)
         documents = _containing(batch.offsets, begins)
-        columns = [documents, begins, ends - begins, first, last]
-        # As lists at once: numbers of arrays are slow one by one.
-        rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
-        places = []
-        for document, begin, length, first_token, last_token in rows:
-            tokens_inside = slice(first_token, last_token)
-            places.append(_Place(document, begin, length, tokens_inside))
-        return places
+        # Lists, because the numbers of arrays are slow one by one.
+        places = map(
+            _Place,
+            documents[chosen].tolist(),
+            begins[chosen].tolist(),
+            (ends - begins)[chosen].tolist(),
+            map(slice, first[chosen].tolist(), last[chosen].tolist()),
+        )
+        return list(places)
 
     def _suggested_drops(self, tokens: _Tokens, places: list[_Place]) -> Flags:
         """What the suggested rule drops in the documents with secrets, bool (N,)."""
@@ -446,39 +481,19 @@ class _Worker:
         """The model's -log2 p of a secret's tokens, each after all before it in its document."""
         begin = place.tokens.start
         end = place.tokens.stop
-        first = max(int(tokens.bounds[place.document]), end - CONTEXT)
+        document = int(tokens.bounds[place.document])
+        first = max(document, end - CONTEXT)
         every = _surprisal(self._model, tokens.ids[first:end])
+        bits = every[begin - first :]
         result = []
-        for (a, b), bits in zip(spans, every[begin - first :], strict=True):
-            result.append((a, b, bits))
+        for (a, b), each in zip(spans, bits, strict=True):
+            result.append((a, b, each))
         return result
 
 
 def _containing(bounds: Ints, places: Ints) -> Ints:
     """For each place the document in which it is: bounds [0, 3, 9], place 4 -> 1."""
     return np.searchsorted(bounds, places, side="right") - 1
-
-
-def _longest_runs(
-    tokens: _Tokens,
-) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """Of each document with targets: its place, its longest run of kept targets, its drop rate."""
-    targets = np.flatnonzero(tokens.target)
-    if not len(targets):
-        return targets, targets, targets.astype(float)
-    documents, first, counts = np.unique(
-        _containing(tokens.bounds, targets), return_index=True, return_counts=True
-    )
-    drops = tokens.dropped[targets].astype(np.int64)
-    # Targets are counted through. A run begins behind a dropped target or with a document, so the
-    # run up to target i has i + 1 - begin targets: with "." kept and "x" dropped, ". . x . ."
-    # has the begins 0 0 3 3 3 and runs of 1 2 0 1 2.
-    index = np.arange(len(targets))
-    begins = np.where(drops, index + 1, 0)
-    begins[first] = np.maximum(begins[first], first)
-    begins = np.maximum.accumulate(begins)
-    longest = np.maximum.reduceat(index + 1 - begins, first)
-    return documents, longest, np.add.reduceat(drops, first) / counts
 
 
 def _spans_in(place: _Place, tokens: _Tokens) -> list[tuple[int, int]]:
@@ -506,7 +521,12 @@ def _dropped_bits(spans: list[tuple[int, int]], dropped: Flags) -> int:
 def _surprisal(model: Any, ids: Ints) -> list[float]:
     """-log2 p of each token after those before it; 0 for the first."""
     row = torch.from_numpy(ids).to(model.device)
-    logits = model(input_ids=row[None]).logits[0, :-1]
-    nats = torch.nn.functional.cross_entropy(logits.float(), row[1:], reduction="none")
+    output = model(input_ids=row[None])
+    logits = output.logits[0, :-1]
+    nats = cross_entropy(
+        logits.float(),
+        row[1:],
+        reduction="none",
+    )
     bits = nats / math.log(2)
     return [0.0, *bits.tolist()]

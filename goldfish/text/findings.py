@@ -16,7 +16,7 @@ class Check:
 
     marked: whether the user marked secrets; if not, `secrets` are words that look like some.
     targets, dropped: tokens. more: tokens that `suggested` drops besides.
-    longest: (kept targets in a row, row, drop rate of the row), greatest first.
+    longest: the most targets that are kept one after the other, and the number of the row.
     missing: (row, value) of marked values that do not occur in the text of their row, the first
         SHOWN of missing_count.
     suggested: the rule with the secrets' expression; None if that is no help.
@@ -30,7 +30,7 @@ class Check:
     targets: int = 0
     dropped: int = 0
     more: int = 0
-    longest: list[tuple[int, int, float]] = field(default_factory=list)
+    longest: tuple[int, int] = (0, 0)
     missing: list[tuple[int, str]] = field(default_factory=list)
     missing_count: int = 0
     secrets: dict[str, Secret] = field(default_factory=dict)
@@ -67,10 +67,10 @@ class Check:
         share = self.dropped / max(1, self.targets)
         documents = counted(self.documents, "document")
         targets = counted(self.targets, "target")
-        yield f"{documents}, {targets}, {share:.1%} dropped ({self.rule.short()})"
-        yield "longest runs of kept tokens:"
-        for run, row, rate in self.longest:
-            yield f"    row {row}: {run} ({rate:.1%} of the row dropped)"
+        rule = self.rule.short()
+        yield f"{documents}, {targets}, {share:.1%} dropped ({rule})"
+        run, row = self.longest
+        yield f"longest run of kept tokens: {run:,} (row {row})"
         yield from self._lines_on_passages()
         yield from self._lines_on_secrets()
         yield self.conclusion()

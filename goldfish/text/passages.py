@@ -21,6 +21,7 @@ SHOWN = 10  # rows that are listed
 # Passages in memory (6 MB). If there are more, every second one is forgotten (by checksum), again
 # and again, and those that are left stand for as many as were forgotten.
 MOST = 2**18
+_NOTHING = np.zeros((3, 0), dtype=np.int64)
 
 
 class Words(NamedTuple):
@@ -63,11 +64,7 @@ class Passages:
     one_in: int = 1
     # Three rows: the checksums of passages in ascending order, which of their words are dropped
     # (one bit each), and the row in which each was first seen.
-    _seen: Ints = field(
-        default_factory=lambda: np.zeros((3, 0), dtype=np.int64),
-        repr=False,
-        compare=False,
-    )
+    _seen: Ints = field(default_factory=lambda: _NOTHING, repr=False, compare=False)
 
     def count(
         self,
@@ -85,11 +82,15 @@ class Passages:
         begins, ends = _passages(rows)
         checksums = _checksums(words, begins, ends)
         compared = checksums % self.one_in == 0
-        checksums = checksums[compared]
         begins = begins[compared]
         ends = ends[compared]
-        drops = _as_bits(dropped, begins, ends)
-        found = np.stack([checksums, drops, rows[begins]])
+        found = np.stack(
+            [
+                checksums[compared],
+                _as_bits(dropped, begins, ends),
+                rows[begins],
+            ]
+        )
         self._compare(found)
 
     def _compare(self, found: Ints) -> None:
@@ -125,7 +126,11 @@ def _repeated(rows: Ints, first_rows: Ints) -> Iterator[tuple[int, int, float]]:
     """
     totals = Counter(rows.tolist())
     recurs = rows != first_rows
-    pairs = zip(rows[recurs].tolist(), first_rows[recurs].tolist(), strict=True)
+    pairs = zip(
+        rows[recurs].tolist(),
+        first_rows[recurs].tolist(),
+        strict=True,
+    )
     best: dict[int, tuple[int, int]] = {}
     for (row, first), count in Counter(pairs).items():
         before = best.get(row, (0, 0))
