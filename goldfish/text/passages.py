@@ -99,7 +99,11 @@ class Passages:
         every = np.concatenate([self._seen, found], axis=1)
         # first: where each checksum is for the first time, those seen before ahead of new ones.
         # which: for each passage the place of its checksum in `first`.
-        _, first, which = np.unique(every[0], return_index=True, return_inverse=True)
+        _, first, which = np.unique(
+            every[0],
+            return_index=True,
+            return_inverse=True,
+        )
         self._seen = every[:, first]
         _, first_drops, first_rows = self._seen[:, which[known:]]
         _, drops, rows = found
@@ -141,9 +145,7 @@ def _repeated(rows: Ints, first_rows: Ints) -> Iterator[tuple[int, int, float]]:
             yield row, first, share
 
 
-def _passages(
-    rows: Ints,
-) -> tuple[Ints, Ints]:
+def _passages(rows: Ints) -> tuple[Ints, Ints]:
     """Where passages begin and end, given the row of each word.
 
     With passages of 2 words, the rows [5, 5, 5, 6] have the passages 0-2, 1-3 and 3-4.
@@ -188,7 +190,12 @@ def code_points(text: str) -> NDArray[np.uint32]:
 
 def runs(flags: Flags) -> tuple[Ints, Ints]:
     """Where runs of True begin and end: [0, 1, 1, 0, 1] -> [1, 4], [3, 5]."""
-    steps = np.diff(flags.astype(np.int8), prepend=0, append=0)
+    # +1 where a run begins, -1 behind its end.
+    steps = np.diff(
+        flags.astype(np.int8),
+        prepend=0,
+        append=0,
+    )
     begins = np.flatnonzero(steps == 1)
     ends = np.flatnonzero(steps == -1)
     return begins, ends
