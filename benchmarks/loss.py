@@ -135,6 +135,7 @@ def liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def three_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The products that every exact method needs for loss and gradients; no softmax, no loss."""
     with torch.no_grad():
+        # Logits, the gradient of the weight, and that of the hidden states.
         kept = hidden[labels != -100]
         logits = kept @ weight.T
         weight.grad = logits.T @ kept
@@ -150,6 +151,7 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, Case | str]:
         "torch F.linear_cross_entropy, best chunking": best_torch_chunking,
         "TRL fused head": trl_head,
         "cut-cross-entropy": cut_cross_entropy,
+        # Liger has two: its Triton kernel, and a newer one that other devices run too.
         "Liger": liger,
         "Liger, scaled": liger_scaled,
         "goldfish": linear_cross_entropy,
@@ -271,6 +273,7 @@ def run(
         (torch.randn(vocabulary, width, device=device) * 0.02).to(hidden.dtype)
     )
     labels = torch.randint(vocabulary, (rows,), device=device)
+    # One document of random tokens: the rule drops about one in k.
     if k != ALL:
         labels[Goldfish(k=k).dropped(labels)] = -100
     chosen = cases(hidden, weight)

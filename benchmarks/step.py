@@ -31,6 +31,7 @@ from transformers import (
 from goldfish import Goldfish, attach
 from goldfish.letters import Vocabulary
 
+# fused=False keeps the model's own head and loss: what masking alone costs.
 WAYS = ("standard", "goldfish on logits", "goldfish")
 RULES = {
     "hash": Goldfish(k=4, h=13),
@@ -70,6 +71,7 @@ def train(way: str, args: argparse.Namespace) -> list[float]:
     rows = torch.randint(
         args.vocabulary, (args.batch * (args.steps + 1), args.length)
     ).tolist()
+    # Random tokens: what is measured does not depend on them, except that every k-th is dropped.
     clock = Clock()
     model = LlamaForCausalLM(config).to(torch.bfloat16 if args.bf16 else torch.float32)
     data = [{"input_ids": row, "labels": row} for row in rows]

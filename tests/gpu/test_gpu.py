@@ -45,7 +45,8 @@ RULES = [
     Goldfish(k=4, strategy="static"),
     Goldfish(k=4, strategy="random"),
 ]
-SIZES = {  # rule: rows, length; loss: N, D, V
+# rule: rows, length; loss: N, D, V. The GPU's loss has the size of a Llama head at 16k tokens.
+SIZES = {
     "cpu": {"rule": (3, 100), "loss": (96, 16, 1000)},
     "cuda": {"rule": (64, 4096), "loss": (16384, 2048, 131072)},
 }
@@ -85,6 +86,7 @@ def test_decisions_are_those_of_the_specification(device, rule):
     )
     dropped = rule.dropped(ids.to(device)).cpu()
     assert torch.equal(dropped, rule.dropped(ids))
+    # The specification is plain Python: two rows are enough of it.
     for row in (0, rows - 1):
         assert dropped[row].tolist() == spec.dropped(
             ids[row].tolist(), row=row, **{**rule.to_dict(), "exempt": rule.exempt}
@@ -95,7 +97,8 @@ def test_decisions_are_those_of_the_specification(device, rule):
 def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
     """Against float64, its loss and gradients err little more than those of the eager loss."""
     n, d, v = SIZES[device]["loss"]
-    n = min(n, 2048)  # float64 logits of all rows are many
+    # The float64 logits of 2,048 rows are 2 GB already.
+    n = min(n, 2048)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(n, d, generator=generator),
@@ -119,6 +122,7 @@ def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
             logits if logits.dtype == torch.float64 else logits.float(), labels
         )
 
+    # Both losses start from inputs rounded to `dtype`, so only their arithmetic is compared.
     exact = run(eager, torch.float64)
     names = ("loss", "hidden.grad", "weight.grad")
     errors = {}
@@ -138,7 +142,8 @@ def test_fused_loss_is_as_exact_as_the_eager_one(device, dtype, figures):
 def seconds(device, call, calls=10):
     """The median time of a call, with the device's own work."""
     times = []
-    for turn in range(calls + 3):  # the first make tables and kernels
+    # The first three make tables and kernels.
+    for turn in range(calls + 3):
         synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
         synchronize()
         began = time.perf_counter()
@@ -210,11 +215,10 @@ def test_fused_loss_holds_no_logits(device, figures, monkeypatch):
             linear_cross_entropy(hidden, weight, labels).backward()
         assert made.largest == v * max(d, 16) * 4 < logits
         return
+    # The gradients that stay are there before, and cuBLAS takes its workspace in the first call.
     for tensor in (hidden, weight):
         tensor.grad = torch.zeros_like(tensor)
-    linear_cross_entropy(
-        hidden, weight, labels
-    ).backward()  # cuBLAS takes its workspace
+    linear_cross_entropy(hidden, weight, labels).backward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -226,9 +230,8 @@ def test_fused_loss_holds_no_logits(device, figures, monkeypatch):
         "extra": extra,
         "logits": logits,
     }
-    rows_of_hidden = (
-        4 * 4096 * d * dtype.itemsize
-    )  # of a chunk: copied, and their gradient
+    # Of a chunk: copied, and their gradient. 2**25 bytes are left for another workspace.
+    rows_of_hidden = 4 * 4096 * d * dtype.itemsize
     assert extra < chunk + gradients + rows_of_hidden + 2**25
 
 
@@ -279,9 +282,8 @@ def test_audit_is_what_generate_says(memorized, device, name, figures):
         .to(device)
         .eval()
     )
-    model.generation_config.eos_token_id = (
-        None  # the audit goes on through an end of text
-    )
+    # The audit goes on through an end of text.
+    model.generation_config.eos_token_id = None
     ambiguous = 0
     for record in records:
         prefix = torch.tensor([record["prefix_ids"]], device=device)
