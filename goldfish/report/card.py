@@ -135,7 +135,8 @@ def _data(view: View) -> str:
         kind = "member" if split == "members" else "held-out"
         part = f"{about['documents']:,} {kind} texts of {_file(about)}"
         if split == "members" and run["protocol"]["complete"]:
-            part += ", said to be all that was trained on"
+            # All that was trained on are the rows of the file, asked or not.
+            part += f" ({about['rows']:,} rows, said to be all that was trained on)"
         parts.append(part)
     return "; ".join(parts)
 
@@ -160,7 +161,7 @@ def _unasked(view: View) -> str:
         drawn = about["drawn"]
         unasked = drawn - about["asked"]
         if unasked:
-            parts.append(f"{unasked:,} of {drawn:,} {SPLITS[split]} rows")
+            parts.append(f"{unasked:,} of {drawn:,} rows of {SPLITS[split]}")
         marked = about["secrets"]["marked"]
         unasked = marked - about["secrets"]["asked"]
         # Secrets of held-out texts were never trained on: nothing hangs on them.
