@@ -332,8 +332,12 @@ def _drops(rule: Goldfish, ids: Ints, bounds: Ints) -> Flags:
                 parts.append(rule.dropped(document))
         return torch.cat(parts).numpy()
     starts = np.repeat(bounds[:-1], lengths)
-    positions = torch.from_numpy(np.arange(len(ids)) - starts)
-    return rule.dropped(given, position_ids=positions).numpy()
+    positions = np.arange(len(ids)) - starts
+    dropped = rule.dropped(
+        given,
+        position_ids=torch.from_numpy(positions),
+    )
+    return dropped.numpy()
 
 
 @dataclass(frozen=True)
@@ -379,7 +383,9 @@ class _Worker:
     def _add_passages(self, batch: _Batch, tokens: _Tokens, is_target: Flags) -> None:
         words = Words.of(batch.text)
         first, last = tokens.overlapping(words.begins, words.ends)
-        dropped_before = np.concatenate([[0], np.cumsum(tokens.dropped)])
+        # A word has a dropped token if more are dropped before its end than before its begin.
+        counts = np.cumsum(tokens.dropped)
+        dropped_before = np.concatenate([[0], counts])
         has_dropped = dropped_before[last] > dropped_before[first]
         documents = _containing(batch.offsets, words.begins)
         rows = batch.numbers[documents]
@@ -398,10 +404,12 @@ class _Worker:
         begins, ends = runs(tokens.target & ~tokens.dropped)
         lengths = ends - begins
         longest = int(lengths.max(initial=0))
-        if longest > result.longest[0]:
+        before, _ = result.longest
+        if longest > before:
             token = begins[lengths.argmax()]
             document = _containing(tokens.bounds, token)
-            result.longest = (longest, int(batch.numbers[document]))
+            row = int(batch.numbers[document])
+            result.longest = (longest, row)
 
     def _add_secrets(self, batch: _Batch, tokens: _Tokens) -> None:
         places = self._places(batch, tokens)
@@ -437,7 +445,7 @@ class _Worker:
         if text not in secrets:
             if not self._result.marked and len(secrets) >= MOST_LIKELY:
                 return
-            secrets[text] = Secret(text, spans, decisions)
+            secrets[text] = Secret(text, spans, list(decisions))
         secret = secrets[text]
         document = batch.documents[place.document]
         secret.add(document.number, decisions)

@@ -52,8 +52,8 @@ class Secret:
         if len(self.rows) < SHOWN_ROWS:
             self.rows.append(row)
         # 0b0110 in one place and 0b0011 in another leave 0b0010.
-        pairs = zip(self.dropped, dropped, strict=True)
-        self.dropped = [before & here for before, here in pairs]
+        for rule, here in enumerate(dropped):
+            self.dropped[rule] &= here
 
     def protected(self, informative: int, rule: int = 0) -> list[Span]:
         """Its tokens with informative characters that are dropped in every place."""

@@ -104,7 +104,8 @@ class Check:
                 "  bits of the dropped tokens, by the model before training "
                 "(an estimate, not a lower bound):"
             )
-            for name in sorted(bits, key=bits.__getitem__)[:SHOWN]:
+            weakest_first = sorted(bits, key=bits.__getitem__)
+            for name in weakest_first[:SHOWN]:
                 yield f"    {plain(name)}: {bits[name]:.1f}"
         if self.missing:
             yield f"{self._missing_values()} in the text of their row:"
@@ -116,15 +117,21 @@ class Check:
         yield f"  {what}: {len(names):,}"
         for name in names[:SHOWN]:
             secret = self.secrets[name]
-            rows = ", ".join(map(str, secret.rows))
+            numbers = [str(row) for row in secret.rows]
+            rows = ", ".join(numbers)
             if secret.count > SHOWN_ROWS:
                 rows += ", ..."
-            noun = "row" if len(secret.rows) == 1 else "rows"
+            # Not all rows of a secret are remembered, and it may have several places in one.
+            noun = "rows"
+            if len(secret.rows) == 1:
+                noun = "row"
             yield f"    {plain(name)} ({noun} {rows})"
 
     def _missing_values(self) -> str:
-        verb = "does" if self.missing_count == 1 else "do"
-        return f"{counted(self.missing_count, 'marked value')} {verb} not occur"
+        values = counted(self.missing_count, "marked value")
+        if self.missing_count == 1:
+            return f"{values} does not occur"
+        return f"{values} do not occur"
 
     def bits(self) -> dict[str, float]:
         """-log2 p under the given model of what is dropped of each secret; empty without a model.
@@ -165,8 +172,12 @@ class Check:
     def _advice(self) -> str:
         """What drops the secrets that can be learned, with its cost."""
         left = len(self.exposed(rule=1))
-        remaining = f"{left:,} left" if left else "none left"
-        share = self.more / max(1, self.targets)
+        remaining = "none left"
+        if left:
+            # Such as those of another wording, which the expression does not reach.
+            remaining = f"{left:,} left"
+        targets = max(1, self.targets)
+        share = self.more / targets
         cost = f"{share:.1%} more tokens dropped, {remaining}."
         if self.suggested is not None:
             return f"Train with {as_python(self.suggested)}: {cost}"
@@ -178,8 +189,9 @@ class Check:
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 secret", "2,000 secrets"."""
-    ending = "" if number == 1 else "s"
-    return f"{number:,} {noun}{ending}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"
 
 
 def as_python(rule: Goldfish) -> str:

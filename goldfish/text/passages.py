@@ -37,7 +37,8 @@ class Words(NamedTuple):
     @classmethod
     def of(cls, text: str) -> "Words":
         codes = code_points(text)
-        planes = int(codes.max(initial=0)) // PLANE + 1
+        last = int(codes.max(initial=0))
+        planes = last // PLANE + 1
         letters = _folded(planes)[codes]
         begins, ends = runs(letters > 0)
         checksums = _checksums(letters, begins, ends)
@@ -108,10 +109,11 @@ class Passages:
         _, first_drops, first_rows = self._seen[:, which[known:]]
         _, drops, rows = found
         recurs = first_rows != rows
-        differs = first_drops != drops
-        self.total += self.one_in * len(rows)
-        self.recurring += self.one_in * int(recurs.sum())
-        self.differing += self.one_in * int((recurs & differs).sum())
+        differs = recurs & (first_drops != drops)
+        # Each stands for the passages that are not compared.
+        self.total += len(rows) * self.one_in
+        self.recurring += int(recurs.sum()) * self.one_in
+        self.differing += int(differs.sum()) * self.one_in
         for repeated in _repeated(rows, first_rows):
             self.repeated_count += 1
             if len(self.repeated) < SHOWN:
@@ -137,8 +139,9 @@ def _repeated(rows: Ints, first_rows: Ints) -> Iterator[tuple[int, int, float]]:
     )
     best: dict[int, tuple[int, int]] = {}
     for (row, first), count in Counter(pairs).items():
-        before = best.get(row, (0, 0))
-        best[row] = max(before, (count, first))
+        most, _ = best.get(row, (0, 0))
+        if count > most:
+            best[row] = (count, first)
     for row, (count, first) in best.items():
         share = count / totals[row]
         if share >= 0.5:
@@ -179,7 +182,8 @@ def _checksums(symbols: Ints, begins: Ints, ends: Ints) -> Ints:
     end = torch.from_numpy(ends)
     prefix = prefix_hashes(torch.from_numpy(symbols))
     hashes = window_hashes(prefix, begin, end)
-    mixed = mix(hashes + (end - begin))
+    length = end - begin
+    mixed = mix(hashes + length)
     return shift_right(mixed, 20).numpy()
 
 
