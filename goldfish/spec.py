@@ -139,6 +139,24 @@ def documents(
     return result
 
 
+def most_uncertain(places: list[int], entropies: list[float], window: int) -> set[int]:
+    """The places whose entropy is the largest of some `window` consecutive places.
+
+    Of equal entropies the first is the largest. Fewer places than a window are one window.
+
+    >>> sorted(most_uncertain([1, 2, 3, 5], [0, 3, 1, 2, 9, 5], window=3))
+    [1, 5]
+    """
+    chosen: set[int] = set()
+    if not places:
+        return chosen
+    width = min(window, len(places))
+    for start in range(len(places) - width + 1):
+        candidates = places[start : start + width]
+        chosen.add(max(candidates, key=lambda i: entropies[i]))
+    return chosen
+
+
 def secret_tokens(tokens: list[bytes], secrets: str) -> list[bool]:
     r"""Which tokens of a document overlap a secret.
 
@@ -192,6 +210,8 @@ def dropped(
     table: list[bool] | None = None,
     vocabulary: list[bytes] | None = None,
     fold: list[str] | None = None,
+    entropies: list[float] | None = None,
+    targets: list[bool] | None = None,
 ) -> list[bool]:
     """True where ids[i] is dropped; one row, any length.
 
@@ -211,6 +231,9 @@ def dropped(
             is dropped, whatever the other arguments.
         vocabulary, fold: for "letters" and secrets, the bytes of each id, and the normal form of
             each code point. An id outside the vocabulary is a space.
+        entropies: for "entropy", of each token the entropy of the prediction that the guide makes
+            from the tokens before it in its document. That of a document's first token is not read.
+        targets: for "entropy", whether a token has a label; by default all have.
     """
     if strategy == "reference":
         return _reference(ids, h, table)
@@ -222,12 +245,11 @@ def dropped(
     for places in documents(ids, position_ids, attention_mask, document_end):
         document = [ids[i] for i in places]
         tokens = [bytes_of.get(token, b" ") for token in document]
+        # Never a document's first token.
+        offsets = [o for o in range(1, len(document)) if document[o] not in exempt]
+        uncertain = _uncertain([places[o] for o in offsets], k, entropies, targets)
         since = 0  # targets since the last natural drop, or since the document's start
-        # From 1: a document's first token is never dropped.
-        for offset in range(1, len(document)):
-            if document[offset] in exempt:
-                continue
-
+        for offset in offsets:
             if strategy == "static":
                 # offset * limit / 2**32 passes a whole number.
                 drop = (offset * limit) % 2**32 < limit
@@ -235,11 +257,12 @@ def dropped(
                 drawn = mix((draw + mix(seed)) & WORD)
                 number = row * 2**32 + attended + offset
                 drop = hits(mix((drawn + number) & WORD), limit)
+            elif strategy == "entropy":
+                drop = places[offset] in uncertain
             elif strategy == "letters":
                 assert fold is not None
                 letters = letters_of(tokens[:offset], fold)[-LETTERS * h :]
-                code_points = [ord(letter) for letter in letters]
-                drop = letters != "" and hits(key(code_points, seed), limit)
+                drop = letters != "" and hits(key(list(map(ord, letters)), seed), limit)
                 drop = drop and (len(letters) == LETTERS * h or opening == "short")
             else:
                 n = min(h, offset)
@@ -258,11 +281,25 @@ def dropped(
 
         if secrets is not None:
             # On top of the rule, and of its exceptions: a secret may be a document's first token.
-            overlaps = secret_tokens(tokens, secrets)
-            for place, overlap in zip(places, overlaps, strict=True):
+            for place, overlap in zip(
+                places, secret_tokens(tokens, secrets), strict=True
+            ):
                 result[place] = result[place] or overlap
         attended += len(document)
     return result
+
+
+def _uncertain(
+    places: list[int],
+    k: float,
+    entropies: list[float] | None,
+    targets: list[bool] | None,
+) -> set[int]:
+    """Strategy "entropy": of a document's candidates, those that are dropped."""
+    if entropies is None:
+        return set()
+    labelled = [i for i in places if targets is None or targets[i]]
+    return most_uncertain(labelled, entropies, int(2 * k) - 1)
 
 
 def _reference(ids: list[int], h: int, table: list[bool] | None) -> list[bool]:

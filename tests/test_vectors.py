@@ -29,6 +29,7 @@ VECTORS = json.loads((GOLDEN / "rule_vectors.json").read_text(encoding="ascii"))
 ENTRIES = [bytes.fromhex(entry) for entry in VECTORS["text"]["vocabulary"]]
 CASES = [(group, rule) for group in ("ids", "text") for rule in VECTORS[group]["rules"]]
 SECRETS = [("text", rule) for rule in VECTORS["text"]["secrets"]]
+ENTROPY = [("entropy", rule) for rule in VECTORS["entropy"]["rules"]]
 SPREAD = [
     (group, rule) for group in ("ids", "text") for rule in VECTORS[group]["max_kept"]
 ]
@@ -141,7 +142,37 @@ def has_secret(tokens: list[bytes], secrets: str) -> list[bool]:
     ]
 
 
+def most_uncertain(values: np.ndarray, window: int) -> set[int]:
+    """For every value, whether a window fits between the larger ones on its left and right."""
+    chosen, width = set(), min(window, len(values))
+    for i, value in enumerate(values):
+        # An equal value wins on the left and loses on the right.
+        left = np.flatnonzero(values[:i] >= value)
+        right = np.flatnonzero(values[i + 1 :] > value)
+        begin = left[-1] + 1 if len(left) else 0
+        end = i + 1 + right[0] if len(right) else len(values)
+        if end - begin >= width:
+            chosen.add(i)
+    return chosen
+
+
+def decide_by_entropy(row: dict, rule: dict) -> str:
+    answer = np.zeros(len(row["ids"]), dtype=int)
+    for document in documents(row):
+        places = [
+            place
+            for place in document[1:]
+            if row["targets"][place] and row["ids"][place] not in row.get("exempt", ())
+        ]
+        values = np.array([row["entropies"][place] for place in places])
+        for i in most_uncertain(values, round(2 * rule["k"] - 1)):
+            answer[places[i]] = 1
+    return "".join(map(str, answer))
+
+
 def decide(row: dict, rule: dict) -> str:
+    if rule["strategy"] == "entropy":
+        return decide_by_entropy(row, rule)
     answer = ["0"] * len(row["ids"])
     seed, k, h, max_kept = (
         int(rule["seed"], 16),
@@ -262,7 +293,7 @@ def test_the_vectors_cover_what_they_should():
     }
 
 
-@pytest.mark.parametrize("case", CASES + SPREAD + SECRETS, ids=name)
+@pytest.mark.parametrize("case", CASES + SPREAD + SECRETS + ENTROPY, ids=name)
 def test_an_independent_implementation_agrees(case):
     group, rule = case
     for label, row in VECTORS[group]["rows"].items():

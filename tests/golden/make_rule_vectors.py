@@ -245,6 +245,19 @@ def secret_rules() -> list[dict]:
     ]
 
 
+def entropy_rows() -> dict[str, dict]:
+    """Rows for "entropy": eighths of a nat, so that many are equal; prompts without labels."""
+    pick, rows = random.Random(1), {}
+    for name, row in id_rows().items():
+        length = len(row["ids"])
+        entropies = [pick.randrange(24) / 8 for _ in range(length)]
+        targets = [int(pick.random() < 0.8) for _ in range(length)]
+        rows[name] = {**row, "entropies": entropies, "targets": targets}
+    rows["zeros"]["entropies"] = [0] * len(rows["zeros"]["ids"])
+    rows["plain"]["targets"] = [0] * 25 + [1] * 35
+    return rows
+
+
 def receipt(row: dict, rule: dict) -> dict:
     """The receipt of a row in which every token from the second on is a target."""
     ids, start, targets, decisions = row["ids"], 0, 0, 0
@@ -278,6 +291,7 @@ def decisions(rows: dict[str, dict], rule: dict, **extra) -> dict:
 
 def vectors() -> dict:
     ids, texts, seeds = id_rows(), text_rows(), len(SEEDS)
+    uncertain = entropy_rows()
     rules = [
         {
             "strategy": "hash",
@@ -382,6 +396,13 @@ def vectors() -> dict:
             "secrets": [
                 decisions(texts, rule, vocabulary=VOCABULARY, fold=table)
                 for rule in secret_rules()
+            ],
+        },
+        "entropy": {
+            "rows": uncertain,
+            "rules": [
+                decisions(uncertain, {"strategy": "entropy", "k": k, "seed": 0})
+                for k in (1.5, 2, 2.5, 4, 50)
             ],
         },
         "natural_threshold": [
