@@ -93,7 +93,7 @@ def _add_show(verbs: Any) -> None:
     source = show.add_mutually_exclusive_group(required=True)
     source.add_argument("text", nargs="?", help="a text in quotes")
     source.add_argument("--file", metavar="FILE", help="a UTF-8 file with the text")
-    _add_rule(show, with_secrets=True)
+    _add_rule(show, complete=True)
 
 
 def _add_check(verbs: Any) -> None:
@@ -153,7 +153,7 @@ def _add_premask(verbs: Any) -> None:
         metavar="NAME",
         help="also drop the secrets in this column (strings, or lists of them), in every row",
     )
-    _add_rule(premask, with_secrets=True)
+    _add_rule(premask, complete=True)
 
 
 def _add_audit(verbs: Any) -> None:
@@ -398,7 +398,7 @@ def _add_report(verbs: Any) -> None:
     )
 
 
-def _add_rule(verb: argparse.ArgumentParser, *, with_secrets: bool = False) -> None:
+def _add_rule(verb: argparse.ArgumentParser, *, complete: bool = False) -> None:
     group = verb.add_argument_group(
         "rule",
         "Recommended: -k 4 --h 13 --max-kept 4. Without options, the paper's rule.",
@@ -423,8 +423,8 @@ def _add_rule(verb: argparse.ArgumentParser, *, with_secrets: bool = False) -> N
         "--strategy",
         default="hash",
         help="hash (default): decide from the tokens before; letters: from the letters and digits "
-        "before, so copies with another layout have the same dropped tokens. For comparison only: "
-        "static, random, reference",
+        "before, so copies with another layout have the same dropped tokens; entropy: drop what the "
+        "model is uncertain of before it is trained. For comparison only: static, random, reference",
     )
     add(
         "--max-kept",
@@ -438,7 +438,13 @@ def _add_rule(verb: argparse.ArgumentParser, *, with_secrets: bool = False) -> N
         default=0,
         help="another seed drops other tokens (default 0)",
     )
-    if with_secrets:
+    # `check` has secrets of its own, and reads the data without a model.
+    if complete:
+        add(
+            "--guide",
+            metavar="MODEL",
+            help="with --strategy entropy: the model to be trained, a folder or hub name",
+        )
         add(
             "--secrets",
             metavar="REGEX",
@@ -568,6 +574,18 @@ def _rule(args: argparse.Namespace) -> Any:
     )
 
 
+def _model(name: str | None) -> Any:
+    """The model of a checkpoint, on a GPU if there is one; None without a name."""
+    if name is None:
+        return None
+    import torch
+
+    from goldfish.audit.model import Checkpoint
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Checkpoint(name).model(device)
+
+
 def _premask(args: argparse.Namespace) -> None:
     from goldfish.audit.model import load_tokenizer
     from goldfish.premasking import premask_files
@@ -578,6 +596,7 @@ def _premask(args: argparse.Namespace) -> None:
         args.output_dir,
         _rule(args),
         tokenizer,
+        guide=_model(args.guide),
         format=args.format,
         num_proc=args.num_proc,
         secret_column=args.secret_column,
@@ -597,6 +616,11 @@ def _show(args: argparse.Namespace) -> None:
     unbound = _rule(args)  # a bad rule is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer)
     rule = unbound.bind(tokenizer)
+    if args.guide is not None:
+        from goldfish.guide import Guide
+
+        batch = {"input_ids": [tokenizer(text)["input_ids"]]}
+        rule = Guide(_model(args.guide)).read(rule, batch)
     console = _console()
     colour = console.is_terminal and not console.no_color
     console.print(show(rule, tokenizer, text, colour=colour))
@@ -604,17 +628,11 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from goldfish.audit.model import Checkpoint, load_tokenizer
+    from goldfish.audit.model import load_tokenizer
     from goldfish.text.check import check
 
     rule = _rule(args)  # a bad rule is reported before the tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer)
-    model = None
-    if args.model is not None:
-        import torch
-
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = Checkpoint(args.model).model(device)
     result = check(
         args.source,
         tokenizer,
@@ -623,7 +641,7 @@ def _check(args: argparse.Namespace) -> int:
         args.secret_column,
         args.text_column,
         assistant_only=args.assistant_only,
-        model=model,
+        model=_model(args.model),
     )
     print("\n".join(result.lines()))
     return result.exit_code()

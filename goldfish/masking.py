@@ -119,16 +119,16 @@ def mask_batch(
             f"the rule decides from input_ids, but the batch has only {names or 'nothing'}"
         )
     ids = torch.as_tensor(batch["input_ids"])
-    padding_mask = _padding_mask(batch, ids)
+    padding = padding_mask(batch, ids)
     labels = _labels(batch, ids, ignore_index, shifted)
     targets = labels != ignore_index
     # Labels that were given mark padding themselves; labels made of ids do not.
-    if batch.get("labels") is None and padding_mask is not None:
-        targets = targets & (padding_mask != 0)
+    if batch.get("labels") is None and padding is not None:
+        targets = targets & (padding != 0)
 
     given: dict[str, Any] = {
         "input_ids": ids,
-        "attention_mask": padding_mask,
+        "attention_mask": padding,
         "position_ids": batch.get("position_ids"),
         "draw": _draw(rule, draw),
     }
@@ -178,8 +178,8 @@ def _draw(rule: Goldfish, draw: int | None) -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _padding_mask(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
-    """The attention_mask, if it marks padding.
+def padding_mask(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    """The attention_mask of a batch, if it marks padding.
 
     One of shape (B, 1, T, T) says which tokens see each other; padding is then in the labels only.
     """

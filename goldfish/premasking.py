@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from goldfish.guide import Guide, of_similar_length
 from goldfish.masking import IGNORE_INDEX, PREMASKED, check_rule, mask_batch, premasked
 from goldfish.receipt import DropCounts, bind_rule, count_drops, write_receipt
-from goldfish.rule import Goldfish
+from goldfish.rule import NEEDS_GUIDE, Goldfish
 from goldfish.secret_spans import any_of, text_of
 from goldfish.text.rows import dataset_of
 
@@ -30,6 +31,7 @@ def premask(
     dataset: Any,
     rule: Goldfish,
     *,
+    guide: Any = None,
     num_proc: int | None = None,
     receipt: str | Path | None = None,
     tokenizer: Any = None,
@@ -54,7 +56,9 @@ def premask(
     Args:
         dataset: rows with `input_ids` and optionally `labels`, `position_ids`, `attention_mask`.
         rule: decides which tokens are dropped.
-        num_proc: processes, for map-style datasets.
+        guide: for strategy "entropy", the model that is to be trained, or one with its tokenizer,
+            on its device. It reads every document once, alone; an interrupted run starts again.
+        num_proc: processes, for map-style datasets; not with a guide.
         receipt: a folder in which to write goldfish.json, with the counts of one pass over the
             rows (map-style only). Copy it beside the weights: a trainer without goldfish support
             does not write one.
@@ -67,8 +71,8 @@ def premask(
     Raises:
         TypeError: not a rule.
         ValueError: rows that cannot be masked; a dataset with a transform, which would make the
-            labels anew; strategy "random", which draws anew in every epoch; a receipt of a
-            streaming dataset.
+            labels anew; strategy "random", which draws anew in every epoch; a streaming dataset
+            with a receipt or a guide; strategy "entropy" without a guide, or the reverse.
     """
     check_rule(rule)
     _check_dataset(dataset, receipt is not None)
@@ -78,11 +82,18 @@ def premask(
             "use a collator"
         )
     rule = bind_rule(rule, tokenizer)
+    if guide is not None:
+        _check_guided(dataset, num_proc)
+        guide = Guide(guide)
+        rule = guide.with_decisions(rule, None)
+    elif rule.strategy == "entropy":
+        raise ValueError(NEEDS_GUIDE)
     applied = rule
     if secret_column is not None:
         applied = _with_secrets_of(dataset, rule, tokenizer, secret_column)
     settings = {
         "rule": applied,
+        "guide": guide,
         "count": receipt is not None,
         "one_thread": (num_proc or 1) > 1,
     }
@@ -192,6 +203,17 @@ def _check_dataset(dataset: Any, wants_receipt: bool) -> None:
         )
 
 
+def _check_guided(dataset: Any, num_proc: int | None) -> None:
+    if not hasattr(dataset, "num_rows"):
+        raise ValueError(
+            "the guide would read a streaming dataset again in every epoch: use a map-style dataset"
+        )
+    if (num_proc or 1) > 1:
+        raise ValueError(
+            f"the guide reads in one process, on its device, got num_proc={num_proc}"
+        )
+
+
 def _with_format_of(dataset: Any, masked: Any) -> Any:
     """`masked` in the format of `dataset`; the labels are visible if the ids are."""
     given = dataset.format
@@ -212,6 +234,7 @@ def _mask_rows(
     rows: Mapping[str, Any],
     numbers: list[int],
     rule: Goldfish,
+    guide: Guide | None,
     count: bool,
     one_thread: bool,
 ) -> dict[str, list[Any]]:
@@ -232,11 +255,12 @@ def _mask_rows(
     lengths = [len(row["input_ids"]) for row in given]
     labels: list[Any] = [None] * len(given)
     counts: list[Any] = [None] * len(given)
-    for places in _of_similar_length(lengths):
+    for places in of_similar_length(lengths, BATCH_TOKENS):
         # A batch is padded to the length of its last row, which is the longest.
         width = lengths[places[-1]]
         batch = _padded([given[place] for place in places], width)
-        masked = mask_batch(rule, batch)
+        decided = rule if guide is None else guide.read(rule, batch)
+        masked = mask_batch(decided, batch)
         batch_labels = masked.batch["labels"].numpy()
         batch_counts = count_drops(masked).tolist()
         # Results go back to the places of their rows, without the padding. With lengths of
@@ -277,20 +301,6 @@ def _read_row(
     return row
 
 
-def _of_similar_length(lengths: list[int]) -> Iterator[list[int]]:
-    """The places of all rows, shortest first, in batches of at most BATCH_TOKENS with padding."""
-    batch: list[int] = []
-    for place in np.argsort(lengths, kind="stable").tolist():
-        # With this row, which is longer than all before it, every row has its length.
-        padded_size = (len(batch) + 1) * lengths[place]
-        if batch and padded_size > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
-
-
 def _padded(rows: list[dict[str, np.ndarray]], width: int) -> dict[str, torch.Tensor]:
     """A batch of rows, padded on the right; padding has the attention_mask 0."""
     for row in rows:
@@ -315,6 +325,7 @@ def premask_files(
     rule: Goldfish,
     tokenizer: Any,
     *,
+    guide: Any = None,
     format: str = "labels",
     num_proc: int | None = None,
     secret_column: str | None = None,
@@ -326,7 +337,7 @@ def premask_files(
     Args:
         source: see `rows.dataset_of`; if it has several splits, "train" is read.
         output: the new folder.
-        rule, tokenizer, num_proc, secret_column: as for `premask`.
+        rule, tokenizer, guide, num_proc, secret_column: as for `premask`.
         format: "labels" is a folder for `datasets.load_from_disk`, whose labels hold -100 at
             dropped tokens. "mask" is for OLMo and OLMo-core (data.paths, label_mask_paths):
             token_ids.npy (uint32) and labels_mask.npy (bool, True if the token is a target), all
@@ -349,6 +360,7 @@ def premask_files(
     masked = premask(
         dataset,
         rule,
+        guide=guide,
         num_proc=num_proc,
         receipt=unfinished,
         tokenizer=tokenizer,

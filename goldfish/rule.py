@@ -28,11 +28,15 @@ from goldfish.letters import Vocabulary, contexts
 from goldfish.secret_spans import compiled, secret_tokens
 from goldfish.vocabulary import token_bytes
 
-Strategy = Literal["hash", "letters", "static", "random", "reference"]
+Strategy = Literal["hash", "letters", "entropy", "static", "random", "reference"]
 Window = Literal["preceding", "inclusive"]
 Opening = Literal["short", "keep"]
 MOST_KEPT = 1000
 _NEVER_FIRST = 2**62  # a position that starts no document
+NEEDS_GUIDE = (
+    'strategy="entropy" needs a model that reads the data first: attach(trainer, rule), which '
+    "takes the trainer's own, or premask(dataset, rule, guide=model)"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class Goldfish:
         strategy: "hash" decides from the h tokens before a token, so a passage has the same dropped
             tokens wherever it occurs. "letters" decides from the 5h letters and digits before a
             token, ignoring case, accents, punctuation, spacing and line breaks, so near-duplicates
-            have the same dropped tokens too; it needs `rule.bind(tokenizer)`.
+            have the same dropped tokens too; it needs `rule.bind(tokenizer)`. "entropy" drops, of
+            every 2k - 1 targets in a row, the one of which a model is most uncertain before it is
+            trained; it needs `attach` or `premask(guide=model)`.
             For comparison: "static" drops every k-th position of a document. "random" drops each
             token with probability 1/k, drawn anew every time, so text that is seen often is
             learned completely. "reference" is bit-exact with the authors' code on CPU, defects
@@ -77,7 +83,9 @@ class Goldfish:
             if the expression has groups, the first one that has a part in the match. It needs
             `rule.bind(tokenizer)`, which trainers do. The receipt contains the expression, so it
             must not contain a secret itself. Not for "reference".
-        vocabulary: set by `bind`; not part of the rule's identity.
+        guide: for "entropy", the fingerprint of the model that decides (`Guide`); set by `attach`
+            and `premask`.
+        vocabulary, decisions: set by `bind` and by the guide; not part of the rule's identity.
 
     A document's first token is never dropped. Equal rules compare equal and hash equal.
 
@@ -95,7 +103,10 @@ class Goldfish:
     document_end: int | None = None
     max_kept: int | None = None
     secrets: str | None = None
+    guide: str | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False, compare=False)
+    # Sorted int64: `place_keys` of the documents that a guide read, and of their dropped tokens.
+    decisions: Tensor | None = field(default=None, repr=False, compare=False)
     # A context drops its token if its key is below this; `spec.threshold` or `natural_threshold`.
     _limit: int = field(init=False, repr=False, compare=False)
 
@@ -128,11 +139,24 @@ class Goldfish:
                 raise ValueError(
                     'strategy="reference" is the authors\' code, which has no secrets'
                 )
+        self._check_entropy()
         if self.max_kept is None:
             self._set(_limit=spec.threshold(self.k))
         else:
             self._check_max_kept()
             self._set(_limit=spec.natural_threshold(self.k, self.max_kept))
+
+    def _check_entropy(self) -> None:
+        if self.strategy == "entropy":
+            if 2 * self.k % 1 != 0:
+                raise ValueError(
+                    'strategy="entropy" has windows of 2k - 1 targets, so k must be a multiple of '
+                    f"1/2, got {self.k:g}"
+                )
+        elif self.guide is not None:
+            raise ValueError(
+                f'a guide is for strategy="entropy", got strategy="{self.strategy}"'
+            )
 
     def _check_max_kept(self) -> None:
         most = _integer("max_kept", self.max_kept, 1, "a number of tokens or None")
@@ -257,65 +281,58 @@ class Goldfish:
         where attention_mask is 0.
         """
         input_ids = _checked_ids(input_ids)
+        rows = self.rows(input_ids, position_ids, attention_mask=attention_mask)
+        if input_ids.numel() == 0:
+            nothing = torch.zeros_like(input_ids, dtype=torch.int64)
+            return nothing.bool(), nothing
+
+        tokens = tokens_of(rows.ids, rows.starts, self.h)
+        drop = self._drop(tokens, draw)
+        if self.secrets is not None:
+            drop = drop | self._secret_tokens(rows)
+        drop, keys = rows.back(drop), rows.back(mix(tokens.state + _SEED_0))
+        if self.strategy == "reference":
+            # The authors' code knows neither documents nor padding.
+            drop = _like_reference(self, input_ids.long().view(drop.shape))
+            drop = drop & rows.attended
+        return drop.view(input_ids.shape), keys.view(input_ids.shape)
+
+    def rows(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> "Rows":
+        """The rows of a batch without their padding; arguments and errors as for `dropped`."""
+        input_ids = _checked_ids(input_ids)
         if position_ids is not None and getattr(position_ids, "ndim", 2) == 3:
             position_ids = position_ids[0]
         position_ids = check_beside(
             "position_ids", position_ids, input_ids, one_row=True
         )
         attention_mask = check_beside("attention_mask", attention_mask, input_ids)
-        if input_ids.numel() == 0:
-            nothing = torch.zeros_like(input_ids, dtype=torch.int64)
-            return nothing.bool(), nothing
 
         length = input_ids.shape[-1]
-        rows = input_ids.long().reshape(-1, length)
-        positions = None
+        ids = torch.atleast_2d(input_ids.long())
+        attended = torch.ones_like(ids, dtype=torch.bool)
+        if ids.numel() == 0:
+            return Rows(ids, attended, attended, None)
+        positions = numbers = slot = None
         if position_ids is not None:
-            positions = position_ids.long().reshape(-1, length).expand_as(rows)
-        if attention_mask is None:
-            attended = torch.ones_like(rows, dtype=torch.bool)
-            drop, keys = self._decide(rows, positions, None, None, draw)
-        else:
-            # Padding moves to the end of each row, and the decisions back to where the tokens came
-            # from: `slot` is the place of each token meanwhile.
-            numbers = attention_mask.long().reshape(rows.shape)
+            positions = position_ids.long().reshape(-1, length).expand_as(ids)
+        if attention_mask is not None:
+            # Padding moves to the end of each row; `slot` is the new column of each token.
+            numbers = attention_mask.long().reshape(ids.shape)
             attended = numbers != 0
             slot = torch.where(attended, attended.cumsum(-1) - 1, length)
-            ids = _attended_first(rows, slot, 0)
+            ids = _attended_first(ids, slot, 0)
             numbers = _attended_first(numbers, slot, 0)
             if positions is not None:
                 positions = positions.masked_fill(~attended, _NEVER_FIRST)
                 positions = _attended_first(positions, slot, _NEVER_FIRST)
-            lengths = attended.sum(-1)
-            drop, keys = self._decide(ids, positions, numbers, lengths, draw)
-            drop = drop.gather(-1, slot)
-            keys = keys.gather(-1, slot) * attended
-        if self.strategy == "reference":
-            # The authors' code knows neither documents nor padding.
-            drop = _like_reference(self, rows)
-        drop = drop & attended
-        return drop.view(input_ids.shape), keys.view(input_ids.shape)
-
-    def _decide(
-        self,
-        ids: Tensor,
-        positions: Tensor | None,
-        document_numbers: Tensor | None,
-        lengths: Tensor | None,
-        draw: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Decisions and keys of rows whose padding, if any, is at the end; (B, T) each.
-
-        Args:
-            document_numbers: of each token, from the attention_mask.
-            lengths: int64 (B,), the tokens of each row without padding; None for all T.
-        """
-        starts = self._document_starts(ids, positions, document_numbers)
-        tokens = _tokens(ids, starts, self.h)
-        drop = self._drop(tokens, draw)
-        if self.secrets is not None:
-            drop = drop | self._secret_tokens(ids, starts, lengths)
-        return drop, mix(tokens.state + _SEED_0)
+        starts = self._document_starts(ids, positions, numbers)
+        return Rows(ids, starts, attended, slot)
 
     def _document_starts(
         self, ids: Tensor, positions: Tensor | None, document_numbers: Tensor | None
@@ -328,23 +345,22 @@ class Goldfish:
             falls = positions < previous(positions)
             starts = starts | falls | (positions == least)
         if document_numbers is not None:
-            starts = starts | (document_numbers != previous(document_numbers))
+            changes = document_numbers != previous(document_numbers)
+            # Padding is behind the documents; each of its tokens is one of its own.
+            starts = starts | changes | (document_numbers == 0)
         if self.document_end is not None:
             ends = ids == self.document_end
             starts = starts | previous(ends)
         return starts
 
-    def _drop(self, tokens: "_Tokens", draw: int) -> Tensor:
+    def _drop(self, tokens: "Tokens", draw: int) -> Tensor:
         """The decisions for rows without padding, bool (B, T)."""
         if self.strategy == "reference":
             return torch.zeros_like(tokens.ids, dtype=torch.bool)
         drop, complete = _STRATEGIES[self.strategy](self, tokens, draw)
         if self.opening == "keep":
             drop = drop & complete
-        target = tokens.offset > 0
-        if self.exempt:
-            exempt = _ids_on(tokens.ids.device, self.exempt)
-            target = target & ~torch.isin(tokens.ids, exempt)
+        target = self.candidates(tokens)
         drop = drop & target
         if self.max_kept is None:
             return drop
@@ -361,24 +377,27 @@ class Goldfish:
         due = (number - last) % (self.max_kept + 1) == 0
         return target & due
 
-    def _secret_tokens(
-        self, ids: Tensor, starts: Tensor, lengths: Tensor | None
-    ) -> Tensor:
-        """Which tokens overlap a secret, bool (B, T); rows have `lengths` tokens, or T."""
+    def candidates(self, tokens: "Tokens") -> Tensor:
+        """The tokens that the rule may drop if they are targets, bool (B, T)."""
+        may_drop = tokens.offset > 0
+        if self.exempt:
+            exempt = _ids_on(tokens.ids.device, self.exempt)
+            may_drop = may_drop & ~torch.isin(tokens.ids, exempt)
+        return may_drop
+
+    def _secret_tokens(self, rows: "Rows") -> Tensor:
+        """Which tokens overlap a secret, bool of the shape of rows.ids."""
         assert self.secrets is not None
         vocabulary, expression = self._bound_vocabulary(), compiled(self.secrets)
         # One copy from the device; the text and the expression are read on the CPU.
-        rows = ids.cpu().numpy()
-        row_starts = starts.cpu().numpy()
-        result = np.zeros(rows.shape, dtype=bool)
-        ends = [rows.shape[1]] * len(rows)
-        if lengths is not None:
-            ends = lengths.tolist()
-        for i, end in enumerate(ends):
-            entries = vocabulary.entries_of(rows[i, :end])
-            found = secret_tokens(expression, entries, row_starts[i, :end])
+        ids = rows.ids.cpu().numpy()
+        starts = rows.starts.cpu().numpy()
+        result = np.zeros(ids.shape, dtype=bool)
+        for i, end in enumerate(rows.attended.sum(-1).tolist()):
+            entries = vocabulary.entries_of(ids[i, :end])
+            found = secret_tokens(expression, entries, starts[i, :end])
             result[i, :end] = found
-        return torch.from_numpy(result).to(ids.device)
+        return torch.from_numpy(result).to(rows.ids.device)
 
     def _bound_vocabulary(self) -> Vocabulary:
         if self.vocabulary is None:
@@ -400,7 +419,29 @@ def _attended_first(values: Tensor, slot: Tensor, fill: int) -> Tensor:
     return result.scatter(-1, slot, values)
 
 
-class _Tokens(NamedTuple):
+class Rows(NamedTuple):
+    """Rows whose attended tokens come first, in order: (B, T), or (B, T + 1) with padding."""
+
+    # int64
+    ids: Tensor
+    # bool, the first tokens of documents; every token of padding too.
+    starts: Tensor
+    # bool (B, T), of the rows as they were given, and the columns to which their tokens moved.
+    attended: Tensor
+    slot: Tensor | None
+
+    def move(self, values: Tensor) -> Tensor:
+        """Values (B, T) of the tokens as they were given, at their new columns."""
+        return values if self.slot is None else _attended_first(values, self.slot, 0)
+
+    def back(self, values: Tensor) -> Tensor:
+        """The reverse of `move`; 0 for padding."""
+        if self.slot is None:
+            return values
+        return values.gather(-1, self.slot) * self.attended
+
+
+class Tokens(NamedTuple):
     """Rows without padding, and what strategies decide from; int64 (B, T)."""
 
     ids: Tensor
@@ -415,7 +456,7 @@ class _Tokens(NamedTuple):
     prefix: Tensor
 
 
-def _tokens(ids: Tensor, starts: Tensor, h: int) -> _Tokens:
+def tokens_of(ids: Tensor, starts: Tensor, h: int) -> Tokens:
     column = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     # The last start at or before each column, as starts . . S . . become 0 0 2 2 2.
     last_start = (starts * column).cummax(-1).values
@@ -423,13 +464,26 @@ def _tokens(ids: Tensor, starts: Tensor, h: int) -> _Tokens:
     n = offset.clamp(max=h)
     prefix = prefix_hashes(mix(ids))
     state = window_hashes(prefix, column - n, column) + n
-    return _Tokens(ids, column, offset, n, state, prefix)
+    return Tokens(ids, column, offset, n, state, prefix)
+
+
+def place_keys(tokens: Tokens) -> Tensor:
+    """A key for every token: of all ids of its document, and of its place in it; int64 (B, T)."""
+    length = tokens.ids.shape[-1]
+    # The first start after each column, or the end: starts S . . S . become 3 3 3 5 5.
+    next_start = torch.where(tokens.offset == 0, tokens.column, length)
+    next_start = next_start.roll(-1, -1)
+    next_start[:, -1] = length
+    end = next_start.flip(-1).cummin(-1).values.flip(-1)
+    begin = tokens.column - tokens.offset
+    document = window_hashes(tokens.prefix, begin, end) + (end - begin)
+    return mix(mix(document + _SEED_0) + tokens.offset)
 
 
 # Each strategy returns whether a token is hit, and whether its context has its full length.
 
 
-def _hash(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
+def _hash(rule: Goldfish, tokens: Tokens, draw: int) -> tuple[Tensor, Tensor]:
     state = tokens.state
     if rule.window == "inclusive":
         end = tokens.column + 1
@@ -438,7 +492,7 @@ def _hash(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
     return hits(keys, rule._limit), tokens.n == rule.h
 
 
-def _letters(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
+def _letters(rule: Goldfish, tokens: Tokens, draw: int) -> tuple[Tensor, Tensor]:
     most = spec.LETTERS * rule.h
     codes = rule._bound_vocabulary().on(tokens.ids.device)
     document_start = tokens.column - tokens.offset
@@ -448,14 +502,31 @@ def _letters(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor
     return drop, n == most
 
 
-def _static(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
+def _entropy(rule: Goldfish, tokens: Tokens, draw: int) -> tuple[Tensor, Tensor]:
+    if rule.decisions is None:
+        raise ValueError(NEEDS_GUIDE)
+    decisions, keys = rule.decisions.to(tokens.ids.device), place_keys(tokens)
+    place = torch.searchsorted(decisions, keys).clamp(max=len(decisions) - 1)
+    found = decisions[place] == keys
+    # The key of a document's first token is there if the guide read the document.
+    was_read = found.gather(-1, tokens.column - tokens.offset)
+    if not was_read[tokens.offset > 0].all():
+        raise ValueError(
+            "a row has a document that the guide did not read, so nothing was decided about it. "
+            "Rows must be the same whenever they are drawn (not cut or edited at random); if they "
+            "are not, write the labels with premask(dataset, rule, guide=model)"
+        )
+    return found, torch.ones_like(found)
+
+
+def _static(rule: Goldfish, tokens: Tokens, draw: int) -> tuple[Tensor, Tensor]:
     # offset * limit / 2**32 passes a whole number: for k = 4, at every fourth offset.
     fraction = (tokens.offset * rule._limit) & 0xFFFFFFFF
     drop = fraction < rule._limit
     return drop, torch.ones_like(drop)
 
 
-def _random(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]:
+def _random(rule: Goldfish, tokens: Tokens, draw: int) -> tuple[Tensor, Tensor]:
     row = torch.arange(len(tokens.ids), device=tokens.ids.device)
     # A number for each token of the batch, as long as rows have less than 2**32 tokens.
     number = (row[:, None] << 32) + tokens.column
@@ -464,9 +535,10 @@ def _random(rule: Goldfish, tokens: _Tokens, draw: int) -> tuple[Tensor, Tensor]
     return drop, torch.ones_like(drop)
 
 
-_STRATEGIES: dict[str, Callable[[Goldfish, _Tokens, int], tuple[Tensor, Tensor]]] = {
+_STRATEGIES: dict[str, Callable[[Goldfish, Tokens, int], tuple[Tensor, Tensor]]] = {
     "hash": _hash,
     "letters": _letters,
+    "entropy": _entropy,
     "static": _static,
     "random": _random,
 }

@@ -36,6 +36,7 @@ ORDER = [
     "linear",
     "loss",
     "fused",
+    "guide",
     "gauge",
     "receipt",
     "premasking",

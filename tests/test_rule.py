@@ -23,6 +23,9 @@ def spec_rows(rule: Goldfish, ids, positions=None, attended=None, draw=0):
     def row(tensor, b):
         return None if tensor is None else tensor[b].tolist()
 
+    settings = {**rule.to_dict(), "exempt": rule.exempt}
+    del settings["guide"]  # the specification takes its entropies
+
     return [
         spec.dropped(
             ids[b].tolist(),
@@ -30,7 +33,7 @@ def spec_rows(rule: Goldfish, ids, positions=None, attended=None, draw=0):
             row(attended, b),
             row=b,
             draw=draw,
-            **{**rule.to_dict(), "exempt": rule.exempt},
+            **settings,
         )
         for b in range(len(ids))
     ]
