@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -16,6 +19,7 @@ from transformers.utils import logging
 from goldfish import spec
 from goldfish.fused import FusedHead, fuse_head
 from goldfish.gauge import is_text, measure, readings, rows_to_measure
+from goldfish.guide import Guide, load_decisions, save_decisions
 from goldfish.loss import GoldfishLoss, smoothed_loss
 from goldfish.masking import (
     IGNORE_INDEX,
@@ -39,6 +43,7 @@ from goldfish.unsupported import (
     SHARDED,
     labels_are_targets,
     predicts_the_first_token,
+    why_not_entropy,
     why_not_this_model,
     why_not_this_trainer,
 )
@@ -48,6 +53,8 @@ logger = logging.get_logger(__name__)
 TAG = "goldfish-loss"  # of models on the Hub
 # Ranks that differ only along these dimensions of a device mesh read the same rows.
 SHARED_ROWS = ("tp", "cp", "sp")
+# Rows that the collator makes into one batch for the guide, which forms its own batches of them.
+ROWS_READ = 64
 
 
 class GoldfishMixin(Trainer):
@@ -98,7 +105,7 @@ class GoldfishMixin(Trainer):
 
     def _set_up(self, rule: Goldfish, fused: bool) -> None:
         check_rule(rule)
-        self._refuse_what_is_not_supported()
+        self._refuse_what_is_not_supported(rule)
         self._fused = fused
         self._head: FusedHead | None = None
         # Unsloth sets `train` on the instance, which would hide ours.
@@ -126,8 +133,8 @@ class GoldfishMixin(Trainer):
         self._events = _Events(self)
         self.add_callback(self._events)
 
-    def _refuse_what_is_not_supported(self) -> None:
-        reason = why_not_this_trainer(self)
+    def _refuse_what_is_not_supported(self, rule: Goldfish) -> None:
+        reason = why_not_this_trainer(self) or why_not_entropy(self, rule)
         if not reason and not self.compute_loss_func:
             reason = why_not_this_model(self.model)
         if reason:
@@ -446,6 +453,7 @@ class GoldfishMixin(Trainer):
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._decide_by_entropy(checkpoint or None)
         self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
         # Ours is the last callback: others may ask for a log or a checkpoint.
         self.remove_callback(self._events)
@@ -456,6 +464,62 @@ class GoldfishMixin(Trainer):
         finally:
             if self._head is not None:
                 self._head.remove()
+
+    def _decide_by_entropy(self, checkpoint: Any) -> None:
+        """Strategy "entropy": let the model read the data, or resume with what it decided then."""
+        rule = self.goldfish
+        if rule.strategy != "entropy" or rule.decisions is not None:
+            return
+        if reason := why_not_entropy(self, rule):
+            raise ValueError(reason)
+        receipt = None if checkpoint is None else read_receipt(checkpoint)
+        was = None if receipt is None else rules_of(receipt)
+        if isinstance(was, Goldfish) and rule in (was, replace(was, guide=None)):
+            folder = Path(checkpoint).parent
+            stored = load_decisions(folder)
+            if stored != was:
+                raise ValueError(
+                    f"{folder} has the decisions of {stored}, but {checkpoint} was trained under "
+                    f"{was}: another training wrote into the folder"
+                )
+            rule = replace(rule, guide=stored.guide, decisions=stored.decisions)
+        else:
+            rule = self._read_training_data()
+        if self.args.should_save:
+            save_decisions(self.args.output_dir, rule)
+        assert rule.decisions is not None
+        # Every batch is looked up there.
+        decisions = rule.decisions.to(self.args.device)
+        self.goldfish = self._counts.rule = replace(rule, decisions=decisions)
+
+    def _read_training_data(self) -> Goldfish:
+        """The rule with decisions about all training rows.
+
+        Each process reads its share of the rows, and all get the same decisions.
+        """
+        guide = Guide(self.model)
+        rows = range(
+            self.args.process_index, len(self.train_dataset), self.args.world_size
+        )
+        loader = DataLoader(
+            Subset(self.train_dataset, rows),
+            batch_size=ROWS_READ,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            # Its own, so that training draws the same numbers as without it.
+            generator=torch.Generator(),
+        )
+        found = [torch.zeros(0, dtype=torch.int64)]
+        for batch in logging.tqdm(loader, disable=self.args.disable_tqdm):
+            if not is_text(batch):
+                raise ValueError(
+                    "the guide reads text alone, but the rows hold images or audio too: use "
+                    'strategy="hash"'
+                )
+            with self.compute_loss_context_manager():
+                found.append(guide.decisions(self.goldfish, batch))
+        of_all_processes = gather_object([torch.cat(found)])
+        decisions = torch.cat(of_all_processes).unique()
+        return guide.with_decisions(self.goldfish, decisions)
 
     def _begin(self) -> None:
         """When training begins: the model is prepared, and a checkpoint is loaded."""

@@ -3,11 +3,13 @@
 from functools import partial
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from goldfish.loss import smoothed_loss
 from goldfish.masking import premasked
+from goldfish.rule import Goldfish
 from goldfish.unwrap import bare_model
 
 SHARDED = (
@@ -48,6 +50,26 @@ def why_not_this_trainer(trainer: Trainer) -> str:
     # without the tokens before them.
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     return SHARDED if getattr(parallel, "sp_enabled", False) else ""
+
+
+def why_not_entropy(trainer: Any, rule: Goldfish) -> str:
+    """Empty if the trainer's model can read the data before its first step, as the rule needs."""
+    if rule.strategy != "entropy":
+        return ""
+    dataset = trainer.train_dataset
+    is_stream = isinstance(dataset, IterableDataset)
+    tensor_parallel = getattr(bare_model(trainer.model), "tp_size", None) or 1
+    if dataset is not None and (is_stream or not hasattr(dataset, "__getitem__")):
+        problem = "the train_dataset is streaming"
+    elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or tensor_parallel > 1:
+        problem = "the model is sharded (FSDP, DeepSpeed or tensor parallelism)"
+    else:
+        return ""
+    return (
+        'strategy="entropy" reads all rows with the whole model before the first step, but '
+        f"{problem}. Write the labels first, with premask(dataset, rule, guide=model) or `goldfish "
+        "premask --guide`, and train on them with the plain Trainer"
+    )
 
 
 def why_not_this_model(model: Any) -> str:

@@ -107,6 +107,8 @@ def run(
     fsdp=False,
     tp=False,
     model="LlamaForCausalLM",
+    rule=None,
+    resume=None,
     **options,
 ) -> dict:
     sees = SeesFusing()
@@ -138,11 +140,11 @@ def run(
             data_collator=DataCollatorForSeq2Seq(
                 PreTrainedTokenizerFast.from_pretrained(tokenizer)
             ),
-            goldfish=Goldfish(k=3, h=4),
+            goldfish=Goldfish(**(rule or {"k": 3, "h": 4})),
             fused=fused,
             callbacks=[sees],
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         if arguments.should_save and not (
             shards or (tp and several)
         ):  # one process alone, as push_to_hub does: none answers a reduce

@@ -17,6 +17,7 @@ import torch
 from goldfish import GoldfishMixin
 
 HERE = Path(__file__).parent
+ENTROPY = {"k": 2, "strategy": "entropy"}
 CASES = {
     "fused": {},
     "logits": {"fused": False},
@@ -42,6 +43,12 @@ CASES = {
         "save_strategy": "steps",
         "save_steps": 2,
     },
+    "entropy": {"rule": ENTROPY},
+    "entropy, resumed on two": {
+        "rule": ENTROPY,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    },
     # The last one: nothing takes its device mesh back.
     "tensor parallel": {"tp": True, "fused": False, "per_device_train_batch_size": 8},
 }
@@ -52,9 +59,13 @@ NOT_FUSED = [case for case in CASES if any(name in case for name in NEEDS_LOGITS
 def run(folder, checkpoint, processes):
     """All cases in one launch, or here if one process is enough; eight rows an optimiser step."""
     all_settings = []
-    for settings in CASES.values():
+    for number, (case, settings) in enumerate(CASES.items()):
         batch = 8 // processes // settings.get("gradient_accumulation_steps", 1)
-        all_settings.append({"per_device_train_batch_size": batch, **settings})
+        settings = {"per_device_train_batch_size": batch, **settings}
+        if "resumed" in case and processes == 2:
+            # From the run of one process, which is there; its decisions too.
+            settings["resume"] = str(folder / f"1.json-{number}" / "checkpoint-2")
+        all_settings.append(settings)
     output = folder / f"{processes}.json"
     arguments = [str(output), str(checkpoint), json.dumps(all_settings)]
     if processes == 1:
@@ -95,10 +106,11 @@ def test_two_ranks_are_one(one_and_two, case):
     one, two = (found[case] for found in one_and_two)
     assert two["sharded"] == ("FSDP2" in case or case == "tensor parallel")
     assert one["fused"] == two["fused"] == (case not in NOT_FUSED)
-    assert ("checkpoint-2" in one["receipts"]) == ("saved" in case)
+    assert ("checkpoint-2" in one["receipts"]) == ("save_steps" in CASES[case])
     assert two["counted"] == one["counted"]
     if not two["sharded"]:  # no process saves a sharded model alone
-        assert two["receipts"] == one["receipts"]
+        if "resumed" not in case:
+            assert two["receipts"] == one["receipts"]
         assert one["receipts"]["end"].items() >= one["counted"].items()
     # Asked to average on each rank, Trainer takes the mean of the means: right in scale only, as
     # without us.

@@ -6,6 +6,7 @@ from datasets import Dataset
 from helpers import tiny_llama
 
 from goldfish import Goldfish, attach, mask_labels
+from goldfish.guide import Guide
 from goldfish.receipt import read_receipt
 
 trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
@@ -53,23 +54,26 @@ def by_hand(model, rows, prompts_too, smoothing=0.0):
     return total / kept
 
 
-def first_loss(folder, tokenizer, model, rows, **settings):
+def sft_trainer(folder, tokenizer, model, rows, **settings):
     arguments = trl.SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        max_steps=1,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
         bf16=False,
-        **{"max_length": None, **settings},
+        **{"max_length": None, "max_steps": 1, **settings},
     )
-    trainer = trl.SFTTrainer(
+    return trl.SFTTrainer(
         model, arguments, train_dataset=dataset(rows), processing_class=tokenizer
     )
+
+
+def first_loss(folder, tokenizer, model, rows, **settings):
+    trainer = sft_trainer(folder, tokenizer, model, rows, **settings)
     attach(trainer, RULE).train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert 0.3 < entry["goldfish/drop_rate"] < 0.7
@@ -123,3 +127,39 @@ def test_adapters(tmp_path, tokenizer):
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert read_receipt(tmp_path / "adapter")["dropped"] > 0
+
+
+@pytest.mark.parametrize("layout", ["padded", "padding_free", "packing"])
+def test_the_base_model_of_lora_decides_by_its_entropy(tmp_path, tokenizer, layout):
+    """New adapters change nothing yet. Packed or not, every answer is read as a document."""
+    rule, rows = Goldfish(k=2, strategy="entropy"), conversations()
+    base = tiny_llama(initializer_range=0.5)
+    expected = {"targets": 0, "dropped": 0}
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        labels = ids.clone()
+        labels[:, : len(row["prompt_ids"])] = -100
+        decided = Guide(base).read(rule, {"input_ids": ids, "labels": labels})
+        kept = mask_labels(decided, ids, labels) != -100
+        expected["targets"] += len(row["completion_ids"])
+        expected["dropped"] += len(row["completion_ids"]) - int(kept.sum())
+    model = peft.get_peft_model(
+        tiny_llama(initializer_range=0.5),
+        peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
+    )
+    settings = {"padding_free": layout == "padding_free"}
+    if layout == "packing":
+        settings = {"packing": True, "max_length": 40}
+    trainer = sft_trainer(
+        tmp_path,
+        tokenizer,
+        model,
+        rows,
+        completion_only_loss=True,
+        max_steps=-1,
+        num_train_epochs=1,
+        **settings,
+    )
+    attach(trainer, rule).train()
+    trainer.save_model()
+    assert read_receipt(tmp_path).items() >= expected.items()

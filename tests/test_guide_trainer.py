@@ -1,0 +1,131 @@
+"""Strategy "entropy" in trainers: the model reads the data once, and a resumed run trains on that."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import tiny_llama, trained, unequal_rows
+from transformers import Trainer
+
+from goldfish import Goldfish, GoldfishTrainer, attach, premask
+from goldfish.guide import FILE_NAME, Guide, load_decisions, save_decisions
+from goldfish.receipt import read_receipt
+
+pytestmark = pytest.mark.core
+RULE = Goldfish(k=2, strategy="entropy")
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+
+
+def attached(trainer):
+    return attach(trainer, RULE)
+
+
+def opinionated():
+    """A model with entropies that differ."""
+    return tiny_llama(initializer_range=0.5)
+
+
+def counts(receipt):
+    return {name: receipt[name] for name in ("targets", "dropped", "decisions")}
+
+
+@pytest.mark.parametrize("kind", [Trainer, GoldfishTrainer])
+def test_a_trainer_decides_like_premask(tmp_path, tokenizer, kind):
+    premask(unequal_rows(), RULE, guide=opinionated(), receipt=tmp_path / "premasked")
+    how = {"then": attached} if kind is Trainer else {"goldfish": RULE}
+    trainer, _, _ = trained(
+        tmp_path / "run", tokenizer, trainer_class=kind, model=opinionated(), **how
+    )
+    trainer.save_model()
+    receipt = read_receipt(tmp_path / "run")
+    assert counts(receipt) == counts(read_receipt(tmp_path / "premasked"))
+    assert receipt["rule"]["guide"] == Guide(opinionated()).fingerprint
+    assert load_decisions(tmp_path / "run") == trainer.goldfish
+    # A second training of the same trainer keeps them; the model has learned since.
+    before = trainer.goldfish
+    trainer.train()
+    assert trainer.goldfish is before
+
+
+def test_the_same_batches_are_drawn_as_under_another_rule(tmp_path, tokenizer):
+    def order(rule):
+        seen = []
+        trained(
+            tmp_path / rule.strategy,
+            tokenizer,
+            model=opinionated(),
+            trainer_class=GoldfishTrainer,
+            goldfish=rule,
+            data_collator=lambda rows: seen.extend(rows) or batch_of(rows),
+        )
+        return [row["input_ids"] for row in seen]
+
+    def batch_of(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = [
+            row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows
+        ]
+        ids = torch.tensor(padded)
+        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+    read_first = order(RULE)
+    assert read_first[:16] == unequal_rows()["input_ids"]
+    assert read_first[16:] == order(Goldfish(k=2))
+
+
+def test_a_resumed_run_trains_on_what_was_decided(tmp_path, tokenizer, monkeypatch):
+    """The decisions are read from the folder, even where the model would decide otherwise."""
+    how = {"then": attached, "settings": SAVED}
+    _, losses, _ = trained(tmp_path, tokenizer, model=opinionated(), **how)
+    monkeypatch.setattr(Guide, "decisions", lambda *_: 1 / 0)
+    checkpoint = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    other = tmp_path / "other"
+    _, resumed, _ = trained(
+        other, tokenizer, model=tiny_llama(), train=checkpoint, **how
+    )
+    assert resumed == losses
+    assert (other / FILE_NAME).read_bytes() == (tmp_path / FILE_NAME).read_bytes()
+
+    save_decisions(
+        tmp_path, Guide(tiny_llama()).with_decisions(RULE, torch.ones(1).long())
+    )
+    with pytest.raises(ValueError, match="another training wrote into the folder"):
+        trained(other, tokenizer, train=checkpoint, **how)
+    (tmp_path / FILE_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match="copy it there"):
+        trained(other, tokenizer, train=checkpoint, **how)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"was trained under Goldfish\(k=2, "):
+        trained(
+            other,
+            tokenizer,
+            train=checkpoint,
+            then=lambda trainer: attach(trainer, Goldfish(k=3, strategy="entropy")),
+        )
+
+
+def test_what_the_model_cannot_read_first_is_refused(tmp_path, tokenizer):
+    stream = unequal_rows().to_iterable_dataset()
+    for dataset in (stream, Stream()):
+        with pytest.raises(ValueError, match=r"streaming\. Write the labels first"):
+            trained(tmp_path, tokenizer, then=attached, train_dataset=dataset)
+    cut = itertools.count()
+
+    def cuts_at_random(rows):
+        end = 3 + next(cut) % 2
+        return {"input_ids": torch.tensor([row["input_ids"][:end] for row in rows])}
+
+    rows = unequal_rows().filter(lambda row: len(row["input_ids"]) > 4)
+    with pytest.raises(ValueError, match="a document that the guide did not read"):
+        trained(
+            tmp_path,
+            tokenizer,
+            then=attached,
+            train_dataset=rows,
+            data_collator=cuts_at_random,
+        )
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(unequal_rows())
