@@ -104,12 +104,13 @@ class Guide:
         begins = starts.nonzero().flatten()
         lengths = begins.diff(append=torch.tensor([len(starts)])).tolist()
         dropped = self._dropped(
-            rows.ids.flatten().split(lengths),
-            targets.flatten().split(lengths),
+            torch.split(rows.ids.flatten(), lengths),
+            torch.split(targets.flatten(), lengths),
             window=int(2 * rule.k) - 1,
         )
         keys = place_keys(tokens).flatten()
-        return torch.cat([keys[starts], keys[dropped]]).unique()
+        decisions: Tensor = torch.unique(torch.cat([keys[starts], keys[dropped]]))
+        return decisions
 
     def _dropped(
         self, documents: Sequence[Tensor], targets: Sequence[Tensor], window: int

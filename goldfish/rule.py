@@ -314,7 +314,9 @@ class Goldfish:
         attention_mask = check_beside("attention_mask", attention_mask, input_ids)
 
         length = input_ids.shape[-1]
-        ids = torch.atleast_2d(input_ids.long())
+        ids = input_ids.long()
+        if ids.ndim == 1:
+            ids = ids[None]
         attended = torch.ones_like(ids, dtype=torch.bool)
         if ids.numel() == 0:
             return Rows(ids, attended, attended, None)

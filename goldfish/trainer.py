@@ -518,7 +518,7 @@ class GoldfishMixin(Trainer):
             with self.compute_loss_context_manager():
                 found.append(guide.decisions(self.goldfish, batch))
         of_all_processes = gather_object([torch.cat(found)])
-        decisions = torch.cat(of_all_processes).unique()
+        decisions = torch.unique(torch.cat(of_all_processes))
         return guide.with_decisions(self.goldfish, decisions)
 
     def _begin(self) -> None:

@@ -325,14 +325,14 @@ def test_decisions_are_those_of_the_whole_document(tokenizer):
                     rule,
                     offset,
                 )
-    for rule in (None, Goldfish(strategy="random")):
+    for strategy in ("random", "entropy"):
+        rule = Goldfish(strategy=strategy)
         assert decisions(rule, window) is None
-    assert (
-        made_up_records("members", 1, 0.5, rule=Goldfish(strategy="random"))[0][
-            "dropped"
-        ]
-        is None
-    )
+        rows = made_up_records("members", 1, 0.5, rule=rule)
+        assert rows[0]["dropped"] is None
+        share = made_up_audit(rows, run={"rule": rule.to_dict()})
+        assert strategy in share["members.dropped_share"].reason
+    assert decisions(None, window) is None
 
 
 def test_records_are_read_back(tmp_path):

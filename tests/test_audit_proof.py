@@ -114,7 +114,7 @@ def test_windows_from_further_on_are_left_out():
     assert audit["members.rule_p"].reason
 
 
-@pytest.mark.parametrize("strategy", ["static", "random", "letters"])
+@pytest.mark.parametrize("strategy", ["static", "random", "letters", "entropy"])
 def test_what_cannot_be_tested_is_named(strategy):
     rule = Goldfish(k=3, h=4)
     audit = of_audit(rule, replace(rule, strategy=strategy))

@@ -54,6 +54,11 @@ SPLITS = ("members", "heldout")
 # two hundred would show one.
 UNREACHED = 0.005
 NO_RULE = "no rule is known for this checkpoint"
+# Strategies of which a text alone does not show what they dropped.
+UNKNOWN = {
+    "random": 'strategy "random" drops other tokens in every epoch',
+    "entropy": 'strategy "entropy" drops what its guide is uncertain of, and it is not asked',
+}
 MOST_NAMES = 10
 IDS = ("prefix_ids", "suffix_ids")
 
@@ -371,8 +376,9 @@ def attribution(side: Side) -> Iterator[Figure]:
     yield from _proof(side)
     ruled = is_valid(side.table["dropped"]).to_numpy()
     if not ruled.any():
+        reason = NO_RULE if side.rule is None else UNKNOWN.get(side.rule.strategy)
         for name in ATTRIBUTION:
-            yield Figure(side.split, name, reason=NO_RULE)
+            yield Figure(side.split, name, reason=reason or NO_RULE)
         return
     side = side.only(ruled)
     right_dropped, dropped, right_kept, kept = token_counts(side.table).T
@@ -429,8 +435,8 @@ def _why_not_tested(rule: "Goldfish | None") -> str:
     """Why the rule's seed cannot be tested; "" if it can."""
     if rule is None:
         return NO_RULE
-    if rule.strategy == "random":
-        return 'strategy "random" drops other tokens in every epoch'
+    if rule.strategy in UNKNOWN:
+        return UNKNOWN[rule.strategy]
     if rule.strategy not in SEEDED:
         return f'strategy "{rule.strategy}" has no seed that other seeds could stand beside'
     if rule.strategy == "letters" and rule.vocabulary is None:

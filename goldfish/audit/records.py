@@ -302,12 +302,14 @@ def _secret_log_p(
 def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | None:
     """Which of ids[1:] the training dropped, (T-1,).
 
-    None without a rule, under "random", which drew anew in every epoch, and where the prompt is not
-    that of the training.
+    None without a rule, under "random", which drew anew in every epoch, under "entropy", whose
+    guide is not asked, and where the prompt is not that of the training.
     """
     from torch import tensor
 
-    if rule is None or rule.strategy == "random" or window.asked != "training":
+    if rule is None or window.asked != "training":
+        return None
+    if rule.strategy in ("random", "entropy"):
         return None
     # The rule reads the document from its start, not from the window's.
     ids = tensor(window.document_ids or window.ids)
