@@ -470,6 +470,8 @@ class GoldfishMixin(Trainer):
         rule = self.goldfish
         if rule.strategy != "entropy" or rule.decisions is not None:
             return
+        if self.train_dataset is None:
+            return  # Trainer's own error follows
         if reason := why_not_entropy(self, rule):
             raise ValueError(reason)
         receipt = None if checkpoint is None else read_receipt(checkpoint)
