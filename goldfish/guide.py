@@ -220,7 +220,7 @@ def _fingerprint(model: nn.Module) -> str:
             shape = tuple(tensor.shape)
             digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
             values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy())
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -150,8 +150,9 @@ def test_what_was_not_read_is_refused():
         with pytest.raises(ValueError, match=r"attach\(trainer, rule\).* premask"):
             use()
     rule = Guide(Bigrams()).read(RULE, {"input_ids": ids})
-    with pytest.raises(ValueError, match="a document that the guide did not read"):
-        rule.dropped(ids[:, :3])
+    for other in ([1, 2, 3], [1, 2, 3, 5], [0, 1, 2, 3, 4]):
+        with pytest.raises(ValueError, match="a document that the guide did not read"):
+            rule.dropped(torch.tensor([other]))
     # Padding and single tokens have nothing to decide.
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
     padded = torch.tensor([[1, 2, 3, 4, 9, 9, 9]])
