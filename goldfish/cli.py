@@ -423,8 +423,8 @@ def _add_rule(verb: argparse.ArgumentParser, *, complete: bool = False) -> None:
         "--strategy",
         default="hash",
         help="hash (default): decide from the tokens before; letters: from the letters and digits "
-        "before, so copies with another layout have the same dropped tokens; entropy: drop what the "
-        "model is uncertain of before it is trained. For comparison only: static, random, reference",
+        "before, so copies with another layout have the same dropped tokens; entropy: what the "
+        "model is uncertain of before training. For comparison only: static, random, reference",
     )
     add(
         "--max-kept",
