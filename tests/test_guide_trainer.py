@@ -1,4 +1,4 @@
-"""Strategy "entropy" in trainers: the model reads the data once, and a resumed run trains on that."""
+"""Strategy "entropy" in trainers: the model reads the data once; a resume uses what it decided."""
 
 import itertools
 
