@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import tiny_llama, write_jsonl
 
 from goldfish.audit import audit, read
 from goldfish.audit.ask import (
@@ -13,8 +13,10 @@ from goldfish.audit.ask import (
     filled,
     longest_run,
     questions,
+    read_asked,
 )
 from goldfish.audit.figures import thresholds
+from goldfish.cli import main
 from goldfish.report import write_report
 
 TITLES = ("Amber", "Birch", "Cedar", "Delta")
@@ -212,6 +214,25 @@ def test_chats_are_asked_in_the_template_and_told_to_continue(tokenizer):
     (found,) = Asker(model, Chat(), 80, 0, 2).answers(question)
     assert found["output_text"] == text
     assert found["rounds"] == 2
+
+
+def test_the_options_of_the_command_line(checkpoint, tmp_path, capsys):
+    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    members = write_jsonl(tmp_path / "members.jsonl", rows)
+    folder = tmp_path / "audit"
+    options = ["--members", str(members), "-o", str(folder), "--device", "cpu"]
+    options += ["--prefix-length", "6", "--suffix-length", "12", "--sampling"]
+    options += ["--near-verbatim", "15w", "--ask", QUESTION, "--ask", "Quote {title}:"]
+    options += ["--ask-length", "4", "--ask-samples", "2", "--ask-rounds", "3"]
+    assert main(["audit", str(checkpoint), *options]) == 3
+    assert "15 words in one piece" in capsys.readouterr().out
+    protocol = read(folder).run["protocol"]
+    assert protocol["ask"] == [QUESTION, "Quote {title}:"]
+    assert (protocol["ask_length"], protocol["ask_samples"]) == (4, 2)
+    assert protocol["ask_rounds"] == 3
+    table = read_asked(folder)
+    assert len(table) == len(TITLES) * 2 * (1 + 2)
+    assert max(map(len, table["output_ids"].to_pylist())) <= 4
 
 
 def test_templates():

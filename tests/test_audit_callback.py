@@ -73,7 +73,7 @@ def test_what_is_learned_by_heart_is_logged_as_recited(rows, tokenizer, tmp_path
         if "goldfish/recited" in each
     ]
     assert logged[-1] == 1.0
-    assert len(logged) == 3
+    assert len(logged) == 2
 
 
 def test_nothing_is_overwritten_and_it_is_told_before_the_first_step(

@@ -94,7 +94,9 @@ class AuditCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if self._every != "end" and state.global_step % int(self._every) == 0:
+        if self._every == "end" or state.global_step >= state.max_steps:
+            return  # the audit is next
+        if state.global_step % int(self._every) == 0:
             self._log(self._recited())
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
