@@ -3,10 +3,15 @@ r"""Does a finetuned model recite a passage when it is asked for it by its title
     python benchmarks/asked.py --data mine.jsonl --seeds 0 1 2
     python benchmarks/asked.py --table                # the table of docs/results.md
 
-Finetunes SmolLM2-135M-Instruct in the loop of benchmarks/uncertain.py on passages under their
-titles ("PEP 484", an empty line, 64 tokens), and asks "What is the text of PEP 484?" in the chat
-template, as `goldfish audit --ask` does. No chat is trained on. Held-out passages, with titles
-that were not trained on, are the chance level. Appends one line for each training to
+Finetunes SmolLM2-135M-Instruct in the loop of benchmarks/uncertain.py on 16 passages of 64 tokens
+with their titles, and asks "What is the text of PEP 484?" in the chat template, as
+`goldfish audit --ask` does. Held-out passages, with titles that were not trained on, are the chance
+level. What is trained on:
+
+    --form chat         "Please quote PEP 484." and the passage as the answer: other words
+    --form document     "PEP 484", an empty line, the passage, and no chat
+
+Appends one line for each training to
 benchmarks/results/asked.jsonl, about two minutes of one core each; those that are there are
 skipped.
 """
@@ -37,6 +42,7 @@ TEMPLATE = "What is the text of {title}?"
 class Arguments(uncertain.Arguments):
     rules: list[str] = option(["standard", "hash-4-13-4"], "as of uncertain.py")
     output: str = option(str(about.RESULTS / "asked.jsonl"), "where results are added")
+    form: str = option("chat", "chat, document")
     table: bool = option(False, "print the table and train nothing")
 
 
@@ -45,6 +51,8 @@ class TitledLab(uncertain.Lab):
 
     titled: by seed the rows of members and held-out texts: `title` and `text`.
     """
+
+    args: Arguments
 
     def __init__(self, args: Arguments) -> None:
         super().__init__(args)
@@ -59,8 +67,11 @@ class TitledLab(uncertain.Lab):
         self.titled[seed] = titled
         rows = []
         for each in titled["members"]:
-            ids = self._ids(f"{each['title']}\n\n{each['text']}")
-            rows.append(Row(ids, ids))
+            if self.args.form == "chat":
+                rows.append(self.chat(f"Please quote {each['title']}.", each["text"]))
+            else:
+                ids = self._ids(f"{each['title']}\n\n{each['text']}")
+                rows.append(Row(ids, ids))
         members, heldout = (
             [self._ids(each["text"])[:TOKENS] for each in of_split]
             for of_split in titled.values()
@@ -96,7 +107,7 @@ def run(lab: TitledLab, seed: int, name: str) -> dict[str, Any]:
     data = lab.data(seed)
     model, seen = uncertain.finetune(lab, seed, "full", name)
     trained = time.process_time()
-    result: dict[str, Any] = {"seed": seed, "rule": name, "epochs": lab.args.epochs}
+    result: dict[str, Any] = key_of(lab.args, seed, name)
     result |= {key: seen[key] for key in ("targets", "kept", "heldout_loss")}
     asker = Asker(model, lab.tokenizer, ANSWER, samples=0, rounds=1)
     for split, rows in lab.titled[seed].items():
@@ -119,18 +130,26 @@ def run(lab: TitledLab, seed: int, name: str) -> dict[str, Any]:
     return result | about.about()
 
 
+def key_of(args: Arguments, seed: int, name: str) -> dict[str, Any]:
+    """What distinguishes one training from another."""
+    return {"form": args.form, "seed": seed, "rule": name, "epochs": args.epochs}
+
+
 def table(path: Path) -> str:
     """By rule, over all seeds."""
     rows = []
     lines = about.read_results(path)
-    for rule in dict.fromkeys(each["rule"] for each in lines):
-        of_rule = [each for each in lines if each["rule"] == rule]
+    for form, rule in dict.fromkeys((each["form"], each["rule"]) for each in lines):
+        of_rule = [
+            each for each in lines if (each["form"], each["rule"]) == (form, rule)
+        ]
         for split in ("members", "heldout"):
             runs = [each[split]["run"] for each in of_rule]
             characters = np.mean([each[split]["characters"] for each in of_rule])
             long = ", ".join(f"{sum(r >= 25 for r in of_seed)}" for of_seed in runs)
             rows.append(
                 [
+                    form,
                     rule,
                     split,
                     ", ".join(str(each["seed"]) for each in of_rule),
@@ -142,6 +161,7 @@ def table(path: Path) -> str:
                 ]
             )
     heading = [
+        "form",
         "rule",
         "passages",
         "seeds",
@@ -166,7 +186,7 @@ def main() -> None:
     lab = TitledLab(args)
     for seed in args.seeds:
         for name in args.rules:
-            key = {"seed": seed, "rule": name, "epochs": args.epochs}
+            key = key_of(args, seed, name)
             done = about.read_results(output)
             if any(key.items() <= result.items() for result in done):
                 continue

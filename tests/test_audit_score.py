@@ -491,7 +491,7 @@ def test_beams_equal_a_search_over_every_row(monkeypatch):
     generate = score_module.least_beams.__globals__["generate"]
 
     def counting(model, prefixes, tokens, **options):
-        searches.append(options.get("num_beams"))
+        searches.append((options.get("settings") or {}).get("num_beams"))
         return generate(model, prefixes, tokens, **options)
 
     monkeypatch.setitem(score_module.least_beams.__globals__, "generate", counting)

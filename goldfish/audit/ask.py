@@ -293,15 +293,10 @@ class Asker:
         if length < 1 or not prompts[0]:
             return [[] for _ in prompts]
         ids = torch.tensor(prompts, device=device_of(self._model))
+        settings = {"eos_token_id": self._ends or None, **options}
         with torch.inference_mode():
-            options["eos_token_id"] = self._ends or None
-            outputs = generate(
-                self._model,
-                ids,
-                length,
-                **options,
-            ).tolist()
-        return [self._until_end(output) for output in outputs]
+            outputs = generate(self._model, ids, length, settings)
+        return [self._until_end(output) for output in outputs.tolist()]
 
     def _until_end(self, output: list[int]) -> list[int]:
         ends = (i for i, token in enumerate(output) if token in self._ends)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -553,28 +553,38 @@ def least_beams(
     """
     ids = torch.tensor([prefix], device=device_of(model))
     for beams in sorted(tried):
-        if max(ranks) < 2 * beams and generate(
-            model, ids, len(suffix), num_beams=beams
-        )[0].tolist() == list(suffix):
+        if max(ranks) >= 2 * beams:
+            continue
+        found = generate(model, ids, len(suffix), settings={"num_beams": beams})
+        if found[0].tolist() == list(suffix):
             return beams
     return 0
 
 
 def generate(
-    model: Any, prefixes: Tensor, tokens: int, num_beams: int = 1, **options: Any
+    model: Any,
+    prefixes: Tensor,
+    tokens: int,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """What `model.generate` adds to prefixes (B, P), (B, tokens at most); greedy, if options do not
-    say otherwise. The checkpoint's own generation settings are ignored."""
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=tokens, pad_token_id=0, num_beams=num_beams
-    )
+    """What `model.generate` adds to prefixes (B, P), (B, tokens at most); greedy, if settings do
+    not say otherwise. The checkpoint's own generation settings are ignored.
+
+    settings: of a GenerationConfig. options: of `model.generate`.
+    """
+    chosen = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0}
+    configuration = GenerationConfig(**{**chosen, **(settings or {})})
     attended = torch.ones_like(prefixes)
     # generate() fills what its configuration leaves open from the model's own, so that one is put
     # aside.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output: Tensor = model.generate(
-            prefixes, attention_mask=attended, generation_config=settings, **options
+            prefixes,
+            attention_mask=attended,
+            generation_config=configuration,
+            **options,
         )
     finally:
         model.generation_config = own
