@@ -219,6 +219,7 @@ def rate(
     n, k = len(np.unique(documents)), len(np.unique(documents[hits]))
     if n == 0:
         return Figure(k=0, reason="nothing to count")
+    # Windows of one document are one trial: together they recite it or not.
     low, high = bounds(k, n, population)
     return Figure(value=k / n, k=k, n=n, documents=n, low=low, high=high)
 
@@ -274,7 +275,8 @@ def ratio_interval(columns: Floats) -> tuple[float, float]:
     ratio = total / size
     # What each document adds to the total beyond its share.
     residuals = columns[:, 0] - ratio * columns[:, 1]
-    error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / size
+    variance = count / (count - 1) * float(residuals @ residuals)
+    error = math.sqrt(variance) / size
     margin = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
     return ratio - margin, ratio + margin
 

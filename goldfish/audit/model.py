@@ -23,15 +23,13 @@ from goldfish.text.rows import first_line, sha256
 from goldfish.unwrap import bare_model
 
 _log = logging.getLogger(__name__)
-LOGITS_BUDGET = {
-    "cpu": 2**26,
-    "other": 2**31,
-}  # bytes of float32 logits alive at a time
+# Bytes of float32 logits that are alive at a time.
+LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:(?:_orig_mod|module)\.)+"
-)  # put before names by torch.compile and by DDP
+# Put before the names of weights by torch.compile and by DDP: "module._orig_mod.lm_head".
+_WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")
+# Names that configurations have for the length of the context.
 _CONTEXTS = (
     "max_position_embeddings",
     "max_seq_len",
@@ -40,6 +38,7 @@ _CONTEXTS = (
     "n_positions",
     "n_ctx",
 )
+# A folder with a tokenizer has at least one of these.
 _TOKENIZERS = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -48,6 +47,7 @@ _TOKENIZERS = (
     "vocab.txt",
 )
 _ADAPTER = "adapter_config.json"
+# Kinds of adapters that put tokens before a text instead of changing weights.
 _VIRTUAL = (
     "PROMPT_TUNING",
     "PREFIX_TUNING",
@@ -55,7 +55,8 @@ _VIRTUAL = (
     "MULTITASK_PROMPT_TUNING",
     "CARTRIDGE",
 )
-_REBUILT = ("pissa_niter", "corda", "lora_ga")  # values of LoRA's init_lora_weights
+# Values of LoRA's init_lora_weights with which the base's weights are changed too.
+_REBUILT = ("pissa_niter", "corda", "lora_ga")
 _WEIGHTS = tuple(
     name + index
     for name in ("model.safetensors", "pytorch_model.bin")
@@ -86,11 +87,13 @@ class Checkpoint:
         self.dtype: str | None = None  # it is loaded in any
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if path.suffix == ".gguf":
-            self._options["gguf_file"], path = path.name, path.parent
-        self._place, self._is_folder = str(path), path.is_dir()
-        if not self._is_folder and (
-            path.is_absolute() or path.exists() or len(path.parts) > 2
-        ):
+            self._options["gguf_file"] = path.name
+            path = path.parent
+        self._place = str(path)
+        self._is_folder = path.is_dir()
+        # Names on the hub are NAME or OWNER/NAME.
+        hub_name = not path.is_absolute() and len(path.parts) <= 2
+        if not self._is_folder and (path.exists() or not hub_name):
             raise FileNotFoundError(f"no checkpoint folder {path}")
         self._options["local_files_only"] = self._is_folder  # never asks the network
         if revision is not None:
@@ -115,9 +118,8 @@ class Checkpoint:
     def base(self) -> "Checkpoint | None":
         """The model that an adapter names; None for a whole model."""
         path = self.file(_ADAPTER)
-        if path is None or any(
-            map(self.file, _WEIGHTS)
-        ):  # Axolotl saves the base's config.json beside an adapter
+        # Not by config.json: Axolotl saves that of the base beside an adapter.
+        if path is None or any(map(self.file, _WEIGHTS)):
             return None
         adapter = json.loads(path.read_text(encoding="utf-8"))
         base = adapter.get("base_model_name_or_path")
@@ -140,9 +142,8 @@ class Checkpoint:
             base = self.base
             # In a folder transformers makes an empty tokenizer where there is none, so look before
             # asking.
-            look = "gguf_file" not in self._options and (
-                self._is_folder or base is not None
-            )
+            of_gguf = "gguf_file" in self._options  # it holds a tokenizer of its own
+            look = not of_gguf and (self._is_folder or base is not None)
             if not look or any(map(self.file, _TOKENIZERS)):
                 return AutoTokenizer.from_pretrained(self._place, **self._options)
         except OSError as error:
@@ -153,10 +154,10 @@ class Checkpoint:
                 f"{first_line(error)}"
             ) from error
         except Exception as error:  # the tokenizers package raises plain Exceptions
-            if isinstance(error, ValueError) and not isinstance(
-                error, json.JSONDecodeError
-            ):
-                raise  # already in words
+            # JSONDecodeError is a ValueError too, whose words do not name the file.
+            damaged = isinstance(error, json.JSONDecodeError)
+            if isinstance(error, ValueError) and not damaged:
+                raise
             raise ValueError(
                 f"the tokenizer of {self.name} cannot be loaded ({first_line(error)}); save it "
                 "again"
@@ -183,8 +184,7 @@ class Checkpoint:
         if config.is_encoder_decoder:
             raise ValueError(
                 f"{self.name} is an encoder-decoder model ({config.model_type}); the audit is of "
-                "causal language "
-                "models, which continue a text from its prefix"
+                "causal language models, which continue a text from its prefix"
             )
         return config
 
@@ -203,8 +203,7 @@ class Checkpoint:
 
         Raises:
             ValueError: weights that exist only as pickle, which can run code when they are loaded;
-            weights that do not
-                fit the model; a model that is not causal; a missing package.
+                weights that do not fit the model; a model that is not causal; a missing package.
         """
         # Importing it takes a second, which `goldfish show` and `check` need not wait for.
         from transformers import AutoModelForCausalLM
@@ -235,15 +234,16 @@ class Checkpoint:
 
         try:
             model, info = self._loaded(load)
-            bare = {_WRAPPERS.sub("", key) for key in info["unexpected_keys"]}
-            if bare != set(info["unexpected_keys"]) and bare & set(
-                info["missing_keys"]
-            ):
+            unexpected = set(info["unexpected_keys"])
+            # Saved from within a wrapper: without its name, keys are those that are missing.
+            bare = {_WRAPPERS.sub("", key) for key in unexpected}
+            if bare != unexpected and bare & set(info["missing_keys"]):
                 model, info = load(key_mapping={_WRAPPERS.pattern: ""})
         except OSError as error:
-            no_safetensors = "safetensors" in str(error) and (
-                not self._is_folder or self._pickles()
-            )
+            # transformers' words for it name the file that it wanted.
+            no_safetensors = "safetensors" in str(error)
+            if self._is_folder and not self._pickles():
+                no_safetensors = False  # there are no weights of any kind
             if allow_pickle or not no_safetensors:
                 raise
             raise ValueError(f"{self._only_pickles()} ({first_line(error)})") from error
@@ -252,18 +252,16 @@ class Checkpoint:
         if problems := _misfits(info):
             raise ValueError(
                 f"the weights of {self.name} do not fit its configuration: {problems}. An audit "
-                "of such a model would "
-                "say nothing about the trained one; save it again with model.save_pretrained(...)"
+                "of such a model would say nothing about the trained one; save it again with "
+                "model.save_pretrained(...)"
             )
         require_causal(model, self.name)
         return model.eval()
 
     def _adapted(self, model: Any, allow_pickle: bool) -> Any:
-        if (
-            not allow_pickle
-            and self._is_folder
-            and not any(Path(self._place).glob("*.safetensors"))
-        ):
+        # load_adapter falls back on pickles without asking.
+        safe = not self._is_folder or any(Path(self._place).glob("*.safetensors"))
+        if not allow_pickle and not safe:
             raise ValueError(self._only_pickles())
         self._require_adapter_that_loads()
         revision = {"revision": self._options.get("revision")}
@@ -275,15 +273,12 @@ class Checkpoint:
                 )
             if problems := _misfits(vars(info)):
                 raise ValueError(problems)
-        except (
-            ValueError,
-            RuntimeError,
-            ImportError,
-        ) as error:  # such as DoRA's, and resized embeddings
+        # Such as those of DoRA, and of resized embeddings.
+        except (ValueError, RuntimeError, ImportError) as error:
             raise ValueError(
                 f"{self.name} is an adapter that transformers cannot load over its base "
-                f"({first_line(error)}); save "
-                "the merged model and audit that: model.merge_and_unload().save_pretrained(...)"
+                f"({first_line(error)}); save the merged model and audit that: "
+                "model.merge_and_unload().save_pretrained(...)"
             ) from error
         return model.eval()
 
@@ -328,18 +323,19 @@ class Checkpoint:
         """SHA-256 of every file that an audit may read, by name; an adapter's base included."""
         of_gguf = self._options.get("gguf_file")
         some = self.file(of_gguf or ("config.json" if self.base is None else _ADAPTER))
-        files = (
-            [] if some is None else [some] if of_gguf else sorted(some.parent.iterdir())
-        )
-        hashes = {
-            path.name: sha256(path)
-            for path in files
-            if path.is_file() and path.suffix in _READ
-        }
+        if some is None:
+            files = []
+        elif of_gguf:  # a folder of them has a file for each quantization
+            files = [some]
+        else:  # on the hub, what lies in the snapshot that was downloaded
+            files = sorted(some.parent.iterdir())
+        hashes = {}
+        for path in files:
+            if path.is_file() and path.suffix in _READ:
+                hashes[path.name] = sha256(path)
         if self.base is not None:
-            hashes |= {
-                f"base/{name}": digest for name, digest in self.base.hashes().items()
-            }
+            for name, digest in self.base.hashes().items():
+                hashes[f"base/{name}"] = digest
         return hashes
 
     def put_back(self) -> None:
@@ -350,14 +346,12 @@ class Checkpoint:
         return sorted(path.name for path in files if path.suffix in _PICKLES)
 
     def _only_pickles(self) -> str:
-        names = self._pickles()
-        has = f"{self.name} has no safetensors weights" + (
-            f" but {', '.join(names)}" if names else ""
-        )
+        names = ", ".join(self._pickles())
+        but = f" but {names}" if names else ""
         return (
-            f"{has}: pickles can run code when they are loaded. Save it again with "
-            "model.save_pretrained(...), or, if "
-            "you trust its author, allow them: --allow-pickle"
+            f"{self.name} has no safetensors weights{but}: pickles can run code when they are "
+            "loaded. Save it again with model.save_pretrained(...), or, if you trust its author, "
+            "allow them: --allow-pickle"
         )
 
     def _loaded(self, load: Callable[[], Any]) -> Any:
@@ -371,7 +365,8 @@ class Checkpoint:
             raise ValueError(
                 f"{self.name} does not fit in memory, try --dtype bf16: {first_line(error)}"
             ) from error
-        except RuntimeError as error:  # sizes that differ, in an adapter and in older versions of transformers
+        # Sizes that differ, in an adapter and in older versions of transformers.
+        except RuntimeError as error:
             raise ValueError(
                 f"the weights of {self.name} do not fit its configuration: {error}"
             ) from error
@@ -405,11 +400,9 @@ class InMemory:
             raise ValueError(
                 "a model in memory needs its tokenizer: audit(model, tokenizer=...)"
             )
-        self._model, self._tokenizer, self._was_training = (
-            model,
-            tokenizer,
-            model.training,
-        )
+        self._model = model
+        self._tokenizer = tokenizer
+        self._was_training = model.training
         self.name = str(model.config.name_or_path or type(model).__name__)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -434,10 +427,10 @@ class InMemory:
         """SHA-256 of all parameters and buffers, in the order of their names."""
         result = hashlib.sha256()
         for name, value in sorted(self._model.state_dict().items()):
+            # As bytes: numpy has no bfloat16.
+            data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
             result.update(name.encode())
-            result.update(
-                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            )
+            result.update(data.numpy())
         return {"in memory": result.hexdigest()}
 
 
@@ -451,19 +444,19 @@ def require_causal(model: Any, checkpoint: str) -> None:
     """ValueError where the last token changes the logits before it: such a model sees what it
     should predict.
     """
-    ids = (
-        torch.arange(16, device=device_of(model)).repeat(4, 1)
-        % model.get_input_embeddings().num_embeddings
-    )
+    # Four rows that differ in their last token alone.
+    known = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(16, device=device_of(model)).repeat(4, 1) % known
     ids[:, -1] = torch.arange(4, device=ids.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    moved, scale = (logits - logits[:1]).abs().max().item(), logits.abs().max().item()
+    moved = (logits - logits[:1]).abs().max().item()
+    scale = logits.abs().max().item()
+    # Rows of one batch may differ by rounding.
     if moved > 16 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
         raise ValueError(
             f"{checkpoint} is not a causal language model: changing the last token moves the "
-            "logits before it by "
-            f"{moved:.2g}. It sees the tokens that it should predict, so every text would count "
-            "as recited"
+            f"logits before it by {moved:.2g}. It sees the tokens that it should predict, so every "
+            "text would count as recited"
         )
 
 
@@ -478,28 +471,21 @@ def device_of(model: Any) -> torch.device:
 def context_of(config: Any) -> int | None:
     """How many tokens a model takes at most, where its configuration says so."""
     config = config.get_text_config()
-    return next(
-        (
-            int(getattr(config, name))
-            for name in _CONTEXTS
-            if getattr(config, name, None)
-        ),
-        None,
-    )
+    for name in _CONTEXTS:
+        if length := getattr(config, name, None):
+            return int(length)
+    return None
 
 
 def rotary_switch(config: Any) -> int | None:
     """After how many tokens a model with LongRoPE uses other rotary factors for all positions."""
     config = config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or getattr(
-        config, "rope_scaling", None
-    )
+    # transformers 5 has rope_parameters, earlier versions rope_scaling.
+    parameters = getattr(config, "rope_parameters", None)
+    parameters = parameters or getattr(config, "rope_scaling", None) or {}
     # Models with several kinds of layers have parameters for each.
-    kinds = [
-        parameters or {},
-        *(v for v in (parameters or {}).values() if isinstance(v, dict)),
-    ]
-    for kind in kinds:
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    for kind in (parameters, *nested):
         if kind.get("rope_type", kind.get("type")) == "longrope":
             trained = kind.get("original_max_position_embeddings")
             return int(trained or config.original_max_position_embeddings)
@@ -509,11 +495,9 @@ def rotary_switch(config: Any) -> int | None:
 def vocabulary_of(model: Any) -> int:
     """Entries of the model's output."""
     head = bare_model(model).get_output_embeddings()
-    return int(
-        model.config.get_text_config().vocab_size
-        if head is None
-        else head.weight.shape[0]
-    )
+    if head is None:
+        return int(model.config.get_text_config().vocab_size)
+    return int(head.weight.shape[0])
 
 
 def logits_of(
@@ -528,22 +512,18 @@ def logits_of(
     Yields:
         which of the B * (T - 1) positions come, and their logits, float32 (positions, V).
     """
-    budget = LOGITS_BUDGET["cpu" if ids.device.type == "cpu" else "other"] // (
-        4 * vocabulary_of(model)
-    )
+    kind = "cpu" if ids.device.type == "cpu" else "other"
+    positions = LOGITS_BUDGET[kind] // (4 * vocabulary_of(model))
     length = ids.shape[1] - 1
-    rows = max(1, budget // (length + 1))
+    rows = max(1, positions // (length + 1))
+    # A quarter at a time in float32: what is done with them fits in the caches.
+    step = max(1, positions // 4)
     for first in range(0, len(ids), rows):
-        mask = None if attention_mask is None else attention_mask[first : first + rows]
-        logits = model(
-            input_ids=ids[first : first + rows], attention_mask=mask, use_cache=False
-        ).logits
-        logits = logits[:, :-1].flatten(0, 1)
-        for start in range(
-            0, len(logits), step := max(1, budget // 4)
-        ):  # what is done with them fits in the caches
+        some = slice(first, first + rows)
+        attended = None if attention_mask is None else attention_mask[some]
+        output = model(input_ids=ids[some], attention_mask=attended, use_cache=False)
+        logits = output.logits[:, :-1].flatten(0, 1)
+        for start in range(0, len(logits), step):
             part = logits[start : start + step].float()
-            yield (
-                slice(first * length + start, first * length + start + len(part)),
-                part,
-            )
+            place = first * length + start
+            yield slice(place, place + len(part)), part

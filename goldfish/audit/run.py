@@ -190,6 +190,7 @@ def audit(
         "dtype": SHORT.get(dtype, dtype),
         "prefix_grid": prefix_grid(prefix_length),
     }
+    # What can be refused is refused now: reading inputs and loading models may take minutes.
     sources = _sources(members, heldout)
     _check_protocol(protocol, batch_tokens)
     _check_sources(sources, 1 if state is None else state.num_processes, device_map)
@@ -200,6 +201,7 @@ def audit(
         checkpoint, tokenizer, control, revision, trust_remote_code
     )
     target = _device(device, state)
+    # A model in memory has its own type.
     protocol["dtype"] = checkpoints[0].dtype or protocol["dtype"]
     protocol["device"] = target.type
     protocol["ambiguous_margin"] = AMBIGUOUS[getattr(torch, protocol["dtype"])]
@@ -213,6 +215,7 @@ def audit(
     first = state is None or state.process_index == 0
     with TemporaryDirectory() as temporary, ExitStack() as held:
         held.callback(checkpoints[0].put_back)
+        # Of a finished audit nothing is read again; it is only summarized.
         surveys: dict[str, Survey] = {}
         if not folder.is_finished():
             surveys = survey(sources, checkpoints, run, Path(temporary))
@@ -230,11 +233,11 @@ def audit(
             scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
         if first:
             held.enter_context(folder.held())
-            if surveys:
-                run["sanity"] = {
-                    split: sanity(scorer, each) for split, each in surveys.items()
-                }
+            run["sanity"] = {
+                split: sanity(scorer, each) for split, each in surveys.items()
+            } or None
             folder.open(run)
+        # run.json is there before any process writes a block.
         _wait(state)
         if surveys:
             score(surveys, scorer, checkpoints[0], rules, folder, run["name"], state)
@@ -255,8 +258,11 @@ def audit(
 
 
 def _sources(members: Any, heldout: Any) -> dict[str, Source]:
-    given = {"members": members, "heldout": heldout}
-    return {split: in_memory(each) for split, each in given.items() if each is not None}
+    sources = {}
+    for split, source in (("members", members), ("heldout", heldout)):
+        if source is not None:
+            sources[split] = in_memory(source)
+    return sources
 
 
 def _description(
@@ -296,6 +302,7 @@ def _scorer(
 ) -> Scorer:
     """What runs the models; `protocol` gets what follows from models and inputs."""
     protocol["vocabulary"] = vocabulary_of(models[0])
+    # One length for all outputs: a secret may come out in the answer to any question.
     longest = max(each.longest_marked for each in surveys.values())
     protocol["output_length"] = longest + MARGIN if longest else None
     return Scorer(
@@ -316,7 +323,9 @@ def survey(
 ) -> dict[str, Survey]:
     """Read the inputs; what was found goes into `run`: counts, overlap, notes."""
     protocol = run["protocol"]
-    pattern, column = protocol["secrets"] or "", protocol["secret_column"] or ""
+    pattern = protocol["secrets"] or ""
+    column = protocol["secret_column"] or ""
+    # A window has to fit the reference model too.
     contexts = [context_of(each.config()) for each in checkpoints]
     cutter = Cutter(
         checkpoints[0].tokenizer(),
@@ -332,6 +341,7 @@ def survey(
     unfilled = {split: set(protocol["ask"] or ()) for split in sources}
 
     def counted(rows: Iterable[Row], split: str) -> Iterator[Row]:
+        # Before the draw: how many rows there are matters to `complete`.
         for row in rows:
             totals[split] += 1
             if unfilled[split]:
@@ -353,9 +363,8 @@ def survey(
     for split, each in surveys.items():
         run["inputs"][split] |= {"rows": totals[split], **each.counts()}
     run["overlap"] = overlap_of(surveys)
-    if prints_the_date(cutter.tokenizer) and any(
-        each.completions for each in surveys.values()
-    ):
+    chats = sum(each.completions for each in surveys.values())
+    if chats and prints_the_date(cutter.tokenizer):
         message = (
             "The chat template prints today's date, so chats are asked under another date than "
             "that of their training; give the training's date in `chat_template_kwargs`, or the "
@@ -379,8 +388,9 @@ def sanity(scorer: Scorer, surveyed: Survey) -> dict[str, float]:
     shuffled = []
     for window in windows:
         # The first token stays: it may be a BOS, without which some models fail.
-        prefix = [*window.prefix[:1], *choose.permutation(window.prefix[1:]).tolist()]
-        shuffled.append(replace(window, ids=prefix + window.suffix))
+        first, *others = window.prefix
+        disorder = choose.permutation(others).tolist()
+        shuffled.append(replace(window, ids=[first, *disorder, *window.suffix]))
     return {
         "windows": len(windows),
         "nll": scorer.mean_nll(windows),
@@ -398,25 +408,23 @@ def score(
     state: PartialState | None,
 ) -> None:
     """Score the blocks that are not in the folder yet; of several processes, each every n-th."""
-    rank, processes = (
-        (0, 1) if state is None else (state.process_index, state.num_processes)
-    )
+    rank, processes = _part(state)
     tokenizer = checkpoint.tokenizer()
+    # The blocks are numbered alike in every process, so they need no word from each other.
     blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
     total = sum(len(each.indices) for each in surveys.values())
     columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
     with Progress(*columns, disable=rank > 0) as bar:
         task = bar.add_task(escape(plain(f"audit {name}")), total=total)
         for number, block in enumerate(blocks):
+            # What is there was made by the run that is continued.
             if number % processes == rank and not folder.has(number, len(block)):
                 scores = scorer.score([window for window, _ in block])
                 records = []
                 for (window, document), each in zip(block, scores, strict=True):
-                    rule = (
-                        rules.get(window.source or "")
-                        if isinstance(rules, Mapping)
-                        else rules
-                    )
+                    rule = rules
+                    if isinstance(rules, Mapping):  # by the source of a text
+                        rule = rules.get(window.source or "")
                     records.append(make_record(window, each, rule, tokenizer, document))
                 folder.write(number, records)
             bar.advance(task, len(block))
@@ -452,9 +460,7 @@ def put_questions(
         drawn = draw(rows, protocol["max_rows"], protocol["seed"])
         of_split = questions(drawn, split, documents, protocol["ask"], tokenizer)
         asked = chain(asked, of_split)
-    rank, processes = (
-        (0, 1) if state is None else (state.process_index, state.num_processes)
-    )
+    rank, processes = _part(state)
     with Progress(disable=rank > 0) as bar:
         task = bar.add_task(escape(plain(f"ask {run['name']}")), total=total)
         for number, block in enumerate(blocks(asked, ASKED_BLOCK)):
@@ -463,6 +469,11 @@ def put_questions(
                 answers = asker.answers(block)
                 write_table(file, pa.Table.from_pylist(answers, ASKED_COLUMNS))
             bar.advance(task, len(block))
+
+
+def _part(state: PartialState | None) -> tuple[int, int]:
+    """The number of this process, and of all processes."""
+    return (0, 1) if state is None else (state.process_index, state.num_processes)
 
 
 def _wait(state: PartialState | None) -> None:
@@ -477,6 +488,7 @@ def _device(
         device = state.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # What comes back has a number, "cuda" has none; a device that is not there is noticed.
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -503,6 +515,7 @@ def _checkpoints(
         checkpoints = [Checkpoint(checkpoint, revision, trust_remote_code)]
     vocabulary = checkpoints[0].tokenizer().get_vocab()  # a wrong name is reported here
     if control is not None:
+        # Both models read the same ids.
         reference = Checkpoint(control, None, trust_remote_code)
         if reference.tokenizer().get_vocab() != vocabulary:
             raise ValueError(
@@ -520,11 +533,9 @@ def _check_sources(
         raise ValueError(
             "nothing to audit: give members (texts that were trained on), heldout, or both"
         )
-    standard_input = [
-        source for source in sources.values() if isinstance(source, str | Path)
-    ]
-    standard_input = [source for source in standard_input if str(source) == "-"]
-    if standard_input and (processes > 1 or len(standard_input) > 1):
+    paths = [source for source in sources.values() if isinstance(source, str | Path)]
+    readers = sum(str(path) == "-" for path in paths) * processes
+    if readers > 1:
         raise ValueError("standard input can be read once, by one process: give a file")
     if device_map is not None and processes > 1:
         raise ValueError(
@@ -581,6 +592,7 @@ def _check_surveys(
                 "join short texts"
             )
     first = next(iter(surveys))  # members, if there are some
+    # Held-out texts need not have secrets; a mark that fits no member is a mistake.
     marks = protocol["secrets"] or protocol["secret_column"]
     if marks and not surveys[first].secrets.asked:
         raise ValueError(
@@ -602,6 +614,7 @@ def _check_surveys(
 def _check_ids(
     surveys: Mapping[str, Survey], run: Mapping[str, Any], models: Sequence[Any]
 ) -> None:
+    # An id beyond the embeddings would stop a CUDA kernel without a word about the row.
     known = min(len(model.get_input_embeddings().weight) for model in models)
     for split, each in surveys.items():
         if each.largest_id >= known:
@@ -625,6 +638,7 @@ def _rules(
             "out rule (--rule)"
         )
     tokenizer = checkpoint.tokenizer()
+    # Older receipts have no fingerprint.
     if receipt.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
         _log.warning(
             "The tokenizer of %s is not the one that its goldfish.json names: texts may be cut "
