@@ -41,6 +41,7 @@ from goldfish.audit.verdict import parse_limits
 from goldfish.audit.windows import (
     Cutter,
     Survey,
+    Window,
     number_documents,
     overlap_of,
     prefix_grid,
@@ -422,12 +423,19 @@ def score(
                 scores = scorer.score([window for window, _ in block])
                 records = []
                 for (window, document), each in zip(block, scores, strict=True):
-                    rule = rules
-                    if isinstance(rules, Mapping):  # by the source of a text
-                        rule = rules.get(window.source or "")
+                    rule = _rule_of(window, rules)
                     records.append(make_record(window, each, rule, tokenizer, document))
                 folder.write(number, records)
             bar.advance(task, len(block))
+
+
+def _rule_of(
+    window: Window, rules: Goldfish | Mapping[str, Goldfish] | None
+) -> Goldfish | None:
+    """The rule of a window: of all texts, or of its source."""
+    if isinstance(rules, Mapping):
+        return rules.get(window.source or "")
+    return rules
 
 
 def put_questions(

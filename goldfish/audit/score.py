@@ -125,10 +125,14 @@ class Scorer:
         batch_tokens: int | None = None,
         output_length: int = 0,
     ) -> None:
-        self.model, self.samplings, self.beams = model, samplings, beams
-        self._output_length, self._context = output_length, context_of(model.config)
+        self.model = model
+        self.device = device_of(model)
+        self.samplings = samplings
+        self.beams = beams
+        self._control = control
+        self._output_length = output_length
+        self._context = context_of(model.config)
         self._switch = rotary_switch(model.config)
-        self._control, self.device = control, device_of(model)
         kind = "cpu" if self.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
         self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
@@ -160,20 +164,20 @@ class Scorer:
                     "Out of memory: smaller batches are tried; --batch-tokens sets how many "
                     "tokens one holds."
                 )
-            self._halved, everything = True, sum(len(window.ids) for window in windows)
-            self._pass_tokens = max(longest, min(self._pass_tokens, everything) // 2)
-            self._search_tokens = max(
-                longest, min(self._search_tokens, everything) // 2
-            )
+            self._halved = True
+            # Half of what was tried, which may be less than what was allowed.
+            everything = sum(len(window.ids) for window in windows)
+            of_pass = min(self._pass_tokens, everything)
+            of_search = min(self._search_tokens, everything)
+            self._pass_tokens = max(longest, of_pass // 2)
+            self._search_tokens = max(longest, of_search // 2)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def mean_nll(self, windows: Sequence[Window]) -> float:
         """The mean loss of the suffixes of several windows, in nats per token."""
-        rows = self._teacher_forced(
-            self.model, windows, lambda *each: {"nll": _nll(*each)}
-        )
+        rows = self._teacher_forced(self.model, windows, _loss)
         losses = [
             row["nll"][window.prefix_length - 1 :]
             for window, row in zip(windows, rows, strict=True)
@@ -193,14 +197,15 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
-        rows = self._teacher_forced(
-            self.model, windows, partial(_reduce, samplings=self.samplings)
-        )
+        reduce = partial(_reduce, samplings=self.samplings)
+        rows = self._teacher_forced(self.model, windows, reduce)
+        # First what the pass says; it is the output up to the first divergence.
         for window, row in zip(windows, rows, strict=True):
             start = window.prefix_length - 1
             row["log_q"] = row["log_q"][start:].T
             row["output"] = row["greedy"][start:].tolist()
-            margin, gap = row.pop("relative_margin"), row.pop("relative_gap")
+            margin = row.pop("relative_margin")
+            gap = row.pop("relative_gap")
             exact = self.model.dtype == torch.float32
             distance = (margin if exact else gap)[start:]
             close = distance < AMBIGUOUS[self.model.dtype]
@@ -212,26 +217,28 @@ class Scorer:
                 row["ambiguous"] = True
             elif row["ambiguous"] and not exact:
                 # Behind the last close call the pass is right again.
-                self._settle(window, row, until=int(close.nonzero()[0][-1]) + 1)
+                last = int(close.nonzero()[0][-1])
+                self._settle(window, row, until=last + 1)
                 row["ambiguous"] = False
+        # Then the text behind it, and what remains to be decided by itself.
         self._continue(windows, rows)
         for window, row in zip(windows, rows, strict=True):
             if row.pop("ambiguous"):
                 self._settle(window, row)
             if self.beams:
-                start = window.prefix_length
-                ranks = row["rank"][start - 1 :].tolist()
+                ranks = row["rank"][window.prefix_length - 1 :].tolist()
                 row["beams"] = least_beams(
-                    self.model, window.ids[:start], window.suffix, ranks, self.beams
+                    self.model,
+                    window.prefix,
+                    window.suffix,
+                    ranks,
+                    self.beams,
                 )
         if self._control is not None:
-            controls = self._teacher_forced(
-                self._control, windows, lambda *each: {"nll": _nll(*each)}
-            )
+            controls = self._teacher_forced(self._control, windows, _loss)
             for window, row, of_control in zip(windows, rows, controls, strict=True):
-                row["control_nll"] = of_control["nll"][
-                    window.first_scored - 1 :
-                ].astype(np.float64)
+                nll = of_control["nll"][window.first_scored - 1 :]
+                row["control_nll"] = nll.astype(np.float64)
         return [Score(**row) for row in rows]
 
     def _teacher_forced(
@@ -240,53 +247,55 @@ class Scorer:
         windows: Sequence[Window],
         reduce: Callable[[Tensor, Tensor], dict[str, Tensor]],
     ) -> list[dict[str, Any]]:
-        """For each window the columns that `reduce` makes of logits (rows, V) and the ids that
-        follow: (T-1, ...).
+        """The columns that `reduce` makes of logits (rows, V) and the ids that follow.
+
+        Returns:
+            For each window its columns, (T-1, ...).
         """
         results: list[dict[str, Any]] = [{}] * len(windows)
         for batch in self._batches(windows):
             longest = len(windows[batch[0]].ids)
-            # Padded on the right, which no token before sees; without padding there is no attention
-            # mask.
-            ids, mask = torch.zeros(2, len(batch), longest, dtype=torch.int64)
+            # Padded on the right, which no token before sees.
+            ids, attended = torch.zeros(2, len(batch), longest, dtype=torch.int64)
             for place, i in enumerate(batch):
-                ids[place, : len(windows[i].ids)] = torch.tensor(windows[i].ids)
-                mask[place, : len(windows[i].ids)] = 1
+                length = len(windows[i].ids)
+                ids[place, :length] = torch.tensor(windows[i].ids)
+                attended[place, :length] = 1
             ids = ids.to(self.device)
-            attention_mask = None if mask.all() else mask.to(self.device)
+            # Without padding the model may take its faster path.
+            attention_mask = None if attended.all() else attended.to(self.device)
             targets = ids[:, 1:].flatten()
             parts = [
                 reduce(logits, targets[rows])
                 for rows, logits in logits_of(model, ids, attention_mask)
             ]
-            columns = {
-                name: torch.cat([part[name] for part in parts]).cpu().numpy()
-                for name in parts[0]
-            }
+            columns = {}
+            for name in parts[0]:
+                column = torch.cat([part[name] for part in parts])
+                columns[name] = column.cpu().numpy()
             for place, i in enumerate(batch):
-                first, length = place * (longest - 1), len(windows[i].ids) - 1
-                results[i] = {
-                    name: column[first : first + length]
-                    for name, column in columns.items()
-                }
-                self._require_finite(
-                    windows[i], bool(np.isnan(results[i]["nll"]).any())
-                )
+                # The rows of a window among those of the batch, without its padding.
+                first = place * (longest - 1)
+                own = slice(first, first + len(windows[i].ids) - 1)
+                results[i] = {name: column[own] for name, column in columns.items()}
+                is_nan = bool(np.isnan(results[i]["nll"]).any())
+                self._require_finite(windows[i], is_nan)
         return results
 
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        """Places of windows, those of like length together, longest first: a batch that is too
-        large fails at once.
+        """Places of windows, those of like length together.
+
+        Longest first: a batch that is too large fails at once.
         """
+        lengths = [len(window.ids) for window in windows]
         batch: list[int] = []
-        for place in sorted(range(len(windows)), key=lambda i: -len(windows[i].ids)):
-            longest = len(windows[batch[0]].ids) if batch else 0
+        for place in sorted(range(len(windows)), key=lambda i: -lengths[i]):
+            longest = lengths[batch[0]] if batch else 0
             full = (len(batch) + 1) * longest > self._pass_tokens
             # The longest row of a batch decides about the rotary factors of all.
-            switches = (
-                self._switch is not None
-                and len(windows[place].ids) <= self._switch < longest
-            )
+            switches = False
+            if self._switch is not None:
+                switches = lengths[place] <= self._switch < longest
             if batch and (full or switches):
                 yield batch
                 batch = []
@@ -295,38 +304,31 @@ class Scorer:
             yield batch
 
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
-        """Generate the outputs of rows that diverge, from behind the divergence: up to it, they are
-        known.
+        """Generate the outputs of rows that diverge, from behind the divergence.
 
-        Rows are generated together, without padding, if each can begin at the same number of
+        Up to it, they are known. Rows are generated together, without padding, if each can begin at the same number of
         tokens. What is known of a row beyond that number is forced: in 16 bits the batch could
         decide otherwise than `_settle` did.
         """
-        waiting = []
+        # Where the search of each row may begin, and its place.
+        waiting: list[tuple[int, int]] = []
         for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
-            known = min(
-                first_divergence(row["output"], window.suffix) + 1, len(window.suffix)
-            )
+            known = first_divergence(row["output"], window.suffix) + 1
+            known = min(known, len(window.suffix))
             if known < self._length(window) and not row["ambiguous"]:
                 waiting.append((window.prefix_length + known, i))
         waiting.sort()
         while waiting:
             start = waiting[0][0]
-            longest, group = 0, list[int]()
-            for _, i in waiting:
-                length = max(
-                    longest, windows[i].prefix_length + self._length(windows[i])
-                )
-                if windows[i].prefix_length <= start and (
-                    len(group) + 1
-                ) * length <= max(self._search_tokens, length):
-                    group, longest = [*group, i], length
+            group, longest = self._group(windows, waiting)
             waiting = [each for each in waiting if each[1] not in group]
-            starts, forced = [], []
+            starts = []
+            forced = []
             for i in group:
-                window, output = windows[i], rows[i]["output"]
+                window = windows[i]
+                output = rows[i]["output"]
                 end = first_divergence(output, window.suffix) + 1
-                ids = window.ids[: window.prefix_length] + output[:end]
+                ids = window.prefix + output[:end]
                 starts.append(ids[:start])
                 forced.append(ids[start:])
             outputs, margins = continue_greedily(
@@ -335,17 +337,36 @@ class Scorer:
                 longest - start,
                 forced,
             )
-            for i, output, margin in zip(
-                group, outputs.tolist(), margins.tolist(), strict=True
-            ):
-                self._require_finite(windows[i], math.isnan(margin))
-                known = start - windows[i].prefix_length
+            found = zip(group, outputs.tolist(), margins.tolist(), strict=True)
+            for i, output, margin in found:
+                window = windows[i]
+                self._require_finite(window, math.isnan(margin))
+                known = start - window.prefix_length
                 whole = rows[i]["output"][:known] + output
-                rows[i]["output"] = whole[: self._length(windows[i])]
-                rows[i]["ambiguous"] = (
-                    self.model.dtype == torch.float32
-                    and margin < AMBIGUOUS[torch.float32]
-                )
+                rows[i]["output"] = whole[: self._length(window)]
+                # In 16 bits this text may depend on the batch.
+                exact = self.model.dtype == torch.float32
+                rows[i]["ambiguous"] = exact and margin < AMBIGUOUS[torch.float32]
+
+    def _group(
+        self, windows: Sequence[Window], waiting: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], int]:
+        """The rows to be generated with the first that waits, and the length of the longest.
+
+        A row joins if its prefix ends before the common start, and as long as the keys and values
+        of all of them fit; the first one always does.
+        """
+        start = waiting[0][0]
+        group: list[int] = []
+        longest = 0
+        for _, i in waiting:
+            window = windows[i]
+            length = max(longest, window.prefix_length + self._length(window))
+            fits = (len(group) + 1) * length <= max(self._search_tokens, length)
+            if window.prefix_length <= start and fits:
+                group.append(i)
+                longest = length
+        return group, longest
 
     def _settle(
         self, window: Window, row: dict[str, Any], until: int | None = None
@@ -359,7 +380,7 @@ class Scorer:
             until: how many tokens of the suffix are decided, fewer if an earlier one diverges.
                 Usually it is the first or second. Without it the whole output is generated.
         """
-        prefix = torch.tensor([window.ids[: window.prefix_length]], device=self.device)
+        prefix = torch.tensor([window.prefix], device=self.device)
         if until is None:
             output, _ = continue_greedily(self.model, prefix, self._length(window))
         else:
@@ -391,8 +412,8 @@ class Scorer:
             dtype = str(self.model.dtype).removeprefix("torch.")
             raise ValueError(
                 f"the logits of {window.split} row {window.index} ({window.name!r:.80}) are not "
-                "finite: the "
-                f"weights are damaged, or too large for {dtype}. Try bfloat16 or float32 (--dtype)"
+                f"finite: the weights are damaged, or too large for {dtype}. Try bfloat16 or "
+                "float32 (--dtype)"
             )
 
 
@@ -400,27 +421,30 @@ def cache_tokens(model: Any, most: int) -> int:
     """How many tokens of keys and values fit in half of the free memory, at most `most`."""
     config = model.config.get_text_config()
     try:
-        heads = (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
-        width = (
-            getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads
-        )
-        one = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+        heads = getattr(config, "num_key_value_heads", None)
+        heads = heads or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        # A key and a value of each head in each layer.
+        numbers = 2 * config.num_hidden_layers * heads * width
     except AttributeError:  # no attention, so no cache that grows
         return most
     device = device_of(model)
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    return max(1, min(most, int(free // 2 // one)))
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    fit = int(free // 2 // (numbers * model.dtype.itemsize))
+    return max(1, min(most, fit))
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    of_target = logits.gather(-1, targets[:, None])[:, 0]
+    return logits.logsumexp(-1) - of_target
+
+
+def _loss(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    return {"nll": _nll(logits, targets)}
 
 
 def _predicted(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -433,35 +457,38 @@ def _reduce(
     """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings)."""
     target = logits.gather(-1, targets[:, None])
     top, places = logits.topk(2)
-    greedy, tied = places[:, 0], top[:, 0] == top[:, 1]
+    greedy = places[:, 0]
+    tied = top[:, 0] == top[:, 1]
     if tied.any():
         greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
     rank = (logits > target).sum(-1)
 
     # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
-    s = (logits - top[:, :1]).clamp_(
-        min=-1000
-    )  # far below what exp tells from 0, and 0 * it is 0
+    # -1000 is far below what exp tells from 0, and 0 * -inf would be NaN.
+    s = (logits - top[:, :1]).clamp_(min=-1000)
     weights = s.exp()
     total = weights.sum(-1)
     mean = weights.mul_(s).sum(-1) / total
     square = weights.mul_(s).sum(-1) / total
     nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = [
-        -nll if each == Sampling() else -_nll(each.processors()(None, logits), targets)
-        for each in samplings
-    ]
+    log_q = []
+    for each in samplings:
+        if each == Sampling():
+            log_q.append(-nll)
+        else:
+            log_q.append(-_nll(each.processors()(None, logits), targets))
+    nothing = nll.new_empty(len(nll), 0)
+    # The target's rival: the second, if the target is the most probable.
+    rival = torch.where(rank == 0, top[:, 1], target[:, 0])
     return {
         "greedy": greedy,
         "nll": nll,
         "rank": rank,
         "relative_margin": relative_margin(top[:, 0], top[:, 1]),
-        "relative_gap": relative_margin(
-            top[:, 0], torch.where(rank == 0, top[:, 1], target[:, 0])
-        ),
+        "relative_gap": relative_margin(top[:, 0], rival),
         "entropy_mean": mean - total.log(),
         "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
-        "log_q": torch.stack(log_q, -1) if log_q else nll.new_empty(len(nll), 0),
+        "log_q": torch.stack(log_q, -1) if log_q else nothing,
     }
 
 
@@ -473,7 +500,8 @@ class Margins(LogitsProcessor):
     least: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        now = relative_margin(*scores.topk(2).values.unbind(-1))
+        largest, second = scores.topk(2).values.unbind(-1)
+        now = relative_margin(largest, second)
         self.least = now if self.least is None else torch.minimum(self.least, now)
         return scores
 
@@ -494,8 +522,9 @@ class Forced(LogitsProcessor):
         column = next(self._columns, None)
         if column is None:
             return scores
-        chosen = torch.where(column < 0, scores.argmax(-1), column)[:, None]
-        return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
+        chosen = torch.where(column < 0, scores.argmax(-1), column)
+        nothing = torch.full_like(scores, -math.inf)
+        return nothing.scatter(-1, chosen[:, None], 0.0)
 
 
 class Diverged(StoppingCriteria):
