@@ -72,19 +72,25 @@ def seed_test(
     >>> seed_test(losses, dropped_under, seed=7, others=99).p
     0.01
     """
-    ranks = np.concatenate([centred_ranks(each) for each in losses] or [np.zeros(0)])
+    of_windows = [centred_ranks(each) for each in losses]
+    ranks = np.concatenate([*of_windows, np.zeros(0)])
     claimed = dropped_under(seed)
     if claimed.all() or not claimed.any():
         return None
     gap = _gap(ranks, claimed)
     drawn = _other_seeds(seed, others)
     gaps = np.array([_gap(ranks, dropped_under(other)) for other in drawn])
-    at_least = int(np.count_nonzero(gaps >= gap))
+    # The claimed seed is one of the 1,000, so that p is never 0.
+    at_least = 1 + int(np.count_nonzero(gaps >= gap))
     finite = gaps[np.isfinite(gaps)]
+    usual, deviation = 0.0, 0.0
+    if len(finite):
+        usual = float(finite.mean())
+        deviation = float(finite.std())
     return SeedTest(
-        p=(1 + at_least) / (1 + others),
-        gap=gap - float(finite.mean()) if len(finite) else gap,
-        deviation=float(finite.std()) if len(finite) else 0.0,
+        p=at_least / (1 + others),
+        gap=gap - usual,
+        deviation=deviation,
     )
 
 
@@ -118,19 +124,21 @@ def decisions_of(
     import torch
 
     # All rows are packed into one: no padding, and one call for each seed.
-    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    positions = torch.tensor([place for row in rows for place in range(len(row))])
-    asked = np.concatenate(
-        [
-            np.arange(len(row)) >= len(row) - length
-            for row, length in zip(rows, lengths, strict=True)
-        ]
-        or [np.zeros(0, dtype=bool)]
-    )
+    packed: list[int] = []
+    places: list[int] = []
+    asked: list[bool] = []
+    for row, length in zip(rows, lengths, strict=True):
+        before = len(row) - length
+        packed += row
+        places += range(len(row))
+        asked += [False] * before + [True] * length
+    ids = torch.tensor(packed, dtype=torch.int64)
+    positions = torch.tensor(places, dtype=torch.int64)
+    chosen = np.array(asked, dtype=bool)
 
     def dropped_under(seed: int) -> Bools:
         with_seed = replace(rule, seed=seed, secrets=None)
-        dropped: Bools = with_seed.dropped(ids, positions).numpy()[asked]
+        dropped: Bools = with_seed.dropped(ids, positions).numpy()[chosen]
         return dropped
 
     return dropped_under
