@@ -313,14 +313,16 @@ class Asker:
         pieces = text_pieces(self._tokenizer, prompt, output)
         text = "".join(pieces)
         _, there, longest = longest_run(output, question.ids)
-        runs = [run for run in runs_of(output, question.ids) if run[2] >= SHORTEST_RUN]
+        all_runs = runs_of(output, question.ids)
+        runs = [run for run in all_runs if run[2] >= SHORTEST_RUN]
         # Runs may overlap, so their tokens are marked and not added up.
         recited = np.zeros(len(output), dtype=bool)
         for start, _, length in runs:
             recited[start : start + length] = True
         # Of the texts, not of the run of tokens: the same words may be other tokens elsewhere.
         characters = longest_common(text, question.text)
-        words = longest_common(tuple(text.split()), tuple(question.text.split()))
+        said = tuple(text.split())
+        words = longest_common(said, tuple(question.text.split()))
         return {
             "split": question.split,
             "index": question.index,

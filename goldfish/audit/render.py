@@ -173,9 +173,11 @@ def rule_words(run: Mapping[str, Any]) -> str:
 
 def task(run: Mapping[str, Any]) -> str:
     """What the model was given and had to continue with."""
-    protocol, inputs = run["protocol"], run["inputs"].values()
+    protocol = run["protocol"]
+    inputs = run["inputs"].values()
     chats = sum(each["completions"] for each in inputs)
-    if chats == sum(each["windows"] for each in inputs):
+    windows = sum(each["windows"] for each in inputs)
+    if chats == windows:
         return "Given the prompt of a chat, the model must continue with the answer"
     of_chats = f"; in {chats:,} chats the prompt is given and the model must continue with the answer"
     also = of_chats if chats else ""
@@ -198,16 +200,21 @@ def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
     for name, label in MEMBERSHIP_LABELS.items():
         x = None if name == "auc" else 0.01
         found = audit.rows.select(figure=f"membership_{name}", x=x)
-        if found:
-            beside = f"blind: {blind.point()}" if blind and name == "auc" else ""
-            rows.append((label, [_cell(found[0]), beside]))
+        if not found:
+            continue
+        beside = ""
+        if blind and name == "auc":
+            beside = f"blind: {blind.point()}"
+        rows.append((label, [_cell(found[0]), beside]))
     return rows
 
 
 def _cell(figure: Figure | None) -> str:
     if figure is None or figure.reason == NO_RULE:
         return "-"
-    return "-" if figure.value is None and figure.low is None else str(figure)
+    if figure.value is None:
+        return "-"
+    return str(figure)
 
 
 def terminal(description: Description) -> Group:
@@ -225,13 +232,16 @@ def terminal(description: Description) -> Group:
         table.add_row(label, *cells)
     verdict = Text(description.sentence)
     verdict.stylize(COLOURS[description.outcome], 0, len(description.outcome))
+    notes = [Text(note, style="dim") for note in description.notes]
+    answers = [
+        Text(f"{asks} {outcome}: {why}")
+        for asks, outcome, why, _ in description.answers
+    ]
+    # The verdict is what a reader who scrolls no further sees.
     return Group(
         table,
-        *(Text(note, style="dim") for note in description.notes),
-        *(
-            Text(f"{asks} {outcome}: {why}")
-            for asks, outcome, why, _ in description.answers
-        ),
+        *notes,
+        *answers,
         verdict,
     )
 
@@ -244,6 +254,7 @@ def markdown(description: Description) -> str:
         mark = f"{MARKS.get(outcome, '')} {outcome}".strip()
         answers.append([literal(asks) + aside, mark, literal(why)])
     rows = [[label.strip(), *cells] for label, cells in description.rows]
+    # Labels and cells are ours; what comes from the audit is escaped.
     title = f"{literal(description.title)}: {MARKS[description.outcome]} {description.outcome}"
     lines = [
         f"## {title}\n",
