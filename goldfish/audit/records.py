@@ -138,7 +138,9 @@ def damaged(file: Path, error: Exception) -> ValueError:
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """run.json of an audit's folder: everything that defines the run; errors as of `read_json`."""
-    missing = f"{folder} holds no audit: it has no {RUN}; give the folder that `goldfish audit` wrote"
+    missing = (
+        f"{folder} holds no audit: it has no {RUN}; give the folder that an audit wrote"
+    )
     return read_json(Path(folder) / RUN, missing)
 
 

@@ -179,7 +179,10 @@ def task(run: Mapping[str, Any]) -> str:
     windows = sum(each["windows"] for each in inputs)
     if chats == windows:
         return "Given the prompt of a chat, the model must continue with the answer"
-    of_chats = f"; in {chats:,} chats the prompt is given and the model must continue with the answer"
+    of_chats = (
+        f"; in {chats:,} chats the prompt is given and the model must continue with "
+        "the answer"
+    )
     also = of_chats if chats else ""
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     return f"{lengths[0]} tokens given, {lengths[1]} to continue with{also}"

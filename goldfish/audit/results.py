@@ -125,6 +125,7 @@ class Audit:
     def _singles(self) -> dict[str, Figure]:
         """The figures without x, by name. Those of one setting alone need not name it."""
         singles: dict[str, Figure] = {}
+        # The first setting comes first, so the short name is its.
         for each in self.rows:
             if each.x is None:
                 singles.setdefault(f"{each.split}.{each.figure}", each)
@@ -181,7 +182,10 @@ def read(folder: str | Path) -> Audit:
             readable.
     """
     path = Path(folder) / SUMMARY
-    missing = f"{folder} is not a finished audit: it has no {SUMMARY}; run goldfish audit -o {folder}"
+    missing = (
+        f"{folder} is not a finished audit: it has no {SUMMARY}; "
+        f"run goldfish audit -o {folder}"
+    )
     summary = read_json(path, missing)
     try:
         rows = Figures(Figure(**row) for row in summary["figures"])
@@ -235,6 +239,7 @@ def judge(
     folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
 ) -> Audit:
     """A finished audit under other limits; nothing is computed again, and nothing written."""
+    # The figures are those of the summary: limits change what they are held against.
     audit = read(folder)
     parsed = parse_limits(limits)
     judged = verdict(audit.run, audit.rows, parsed, require)

@@ -123,8 +123,8 @@ def audit(
         output_dir: a new or empty folder, or that of the same audit. It gets run.json, records/
             (parquet, one row a window) and summary.json.
         members, heldout: texts or chats of the training data, and comparable ones the model was not
-            trained on; at least one of them. A path or hub name (see `rows.read_rows`), a data set or data
-            frame, or an iterable of rows.
+            trained on; at least one of them. A path or hub name (see `rows.read_rows`), a data set
+            or data frame, or an iterable of rows.
         tokenizer: of a model in memory; else that of the checkpoint.
         text_column: the column that holds the text.
         max_rows: audit so many rows of each, drawn with `seed`.

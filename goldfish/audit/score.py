@@ -306,9 +306,9 @@ class Scorer:
     def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
         """Generate the outputs of rows that diverge, from behind the divergence.
 
-        Up to it, they are known. Rows are generated together, without padding, if each can begin at the same number of
-        tokens. What is known of a row beyond that number is forced: in 16 bits the batch could
-        decide otherwise than `_settle` did.
+        Up to it, they are known. Rows are generated together, without padding, if each can begin at
+        the same number of tokens. What is known of a row beyond it is forced: in 16 bits the batch
+        could decide otherwise than `_settle` did.
         """
         # Where the search of each row may begin, and its place.
         waiting: list[tuple[int, int]] = []
@@ -509,7 +509,8 @@ class Margins(LogitsProcessor):
 class Forced(LogitsProcessor):
     """Makes the rows of a search begin with tokens that are known.
 
-    For [[7, 8], [5], []] the first step gives 7, 5 and its own choice, the second 8 and two choices.
+    For [[7, 8], [5], []] the first step gives 7, 5 and its own choice, the second 8 and two of
+    its own.
     """
 
     def __init__(self, known: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -528,7 +529,7 @@ class Forced(LogitsProcessor):
 
 
 class Diverged(StoppingCriteria):
-    """Ends the search of one row, whose prefix is a window's, at a token that is not the window's."""
+    """Ends the search of one row, whose prefix is a window's, at a token that is not its next."""
 
     def __init__(self, window: Window) -> None:
         self._ids = window.ids

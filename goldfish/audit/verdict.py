@@ -35,8 +35,8 @@ from goldfish.audit.intervals import (
 LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
 MOST_UNASKED = 0.05  # of the members; if more could not be asked, nothing passes
 # Nats per token that a prefix must be worth, beside its tokens in a shuffled order. Measured on
-# SmolLM2-135M: 0.92 as it is, 0.12 with the wrong layout of rotary factors, -0.04 with its heads in
-# the wrong order.
+# SmolLM2-135M: 0.92 as it is, 0.14 with the wrong layout of rotary factors, -0.04 with its heads in
+# the wrong order (benchmarks/sanity.py).
 GAIN = 0.05
 WORKS = (
     0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
