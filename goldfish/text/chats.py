@@ -18,7 +18,7 @@ _ANSWER = ("reasoning_content", "thinking", "reasoning", "content", "tool_calls"
 
 Message = dict[str, Any]
 # Finds the secrets of a row in a text, from some character on.
-Finder = Callable[[Row, str, int], Iterator[Span]]
+Marks = Callable[[Row, str, int], Iterator[Span]]
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,21 @@ class Completion:
 
         The whole text is encoded, as in training: its last word and what follows may be one token.
         """
-        if not tokenizer.is_fast:
-            raise ValueError(
-                "character offsets are needed: load a fast tokenizer (tokenizer.json)"
-            )
+        require_offsets(tokenizer)
         encoding = tokenizer(
             self.text,
             add_special_tokens=self.add_special_tokens,
             return_offsets_mapping=True,
         )
         return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def require_offsets(tokenizer: Any) -> None:
+    """ValueError unless the tokenizer tells the characters of each token."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "character offsets are needed: load a fast tokenizer (tokenizer.json)"
+        )
 
 
 class RefusedChat(ValueError):
@@ -75,7 +80,8 @@ def training_text(row: Row, tokenizer: Any) -> Completion:
     chat = _Chat.of(row, tokenizer)
     start = 0
     if chat.first:
-        prompt = chat.render(chat.messages[: chat.first], add_generation_prompt=True)
+        before = chat.messages[: chat.first]
+        prompt = chat.render(before, add_generation_prompt=True)
         start = agreement(chat.text, prompt)
     return Completion(chat.text, start, len(chat.text), False)
 
@@ -162,7 +168,8 @@ class _Chat:
     def completions_of(self, turn: int) -> Iterator[Completion | str]:
         """The turn as it was trained on and, if that differs, after the generation prompt."""
         message = self.messages[turn]
-        if not any(message.get(name) for name in _ANSWER):
+        parts = [message.get(name) for name in _ANSWER]
+        if not any(parts):
             yield "an empty completion"
             return
         span = self._span(turn)
@@ -212,7 +219,8 @@ class _Chat:
             # What they have in common at the end, without what is counted at the start already.
             rest = self.text[start:]
             other_rest = other[start:]
-            after = agreement(rest[::-1], other_rest[::-1])
+            backwards = rest[::-1]
+            after = agreement(backwards, other_rest[::-1])
             return start, len(self.text) - after
         return None
 
@@ -282,7 +290,7 @@ def contents(row: Row) -> list[tuple[str, str]]:
     return result
 
 
-def secret_finder(pattern: str, column: str) -> Finder:
+def secret_finder(pattern: str, column: str) -> Marks:
     """A function: the spans of secrets in a text from some character on.
 
     Args:

@@ -13,12 +13,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from goldfish.rule import Goldfish
+from goldfish.secret_spans import Span
 from goldfish.text.chats import (
     Completion,
     RefusedChat,
     completions,
     is_chat,
     marked_values,
+    require_offsets,
     secret_finder,
     training_text,
 )
@@ -135,7 +137,7 @@ class _Document:
     number: int
     row: Row
     text: str
-    targets: list[tuple[int, int]]
+    targets: list[Span]
     add_special_tokens: bool
 
 
@@ -265,10 +267,7 @@ class _Tokens:
         tokenizer: Any,
         rule: Goldfish,
     ) -> "_Tokens":
-        if not tokenizer.is_fast:
-            raise ValueError(
-                "character offsets are needed: load a fast tokenizer (tokenizer.json)"
-            )
+        require_offsets(tokenizer)
         encoding = tokenizer(
             [document.text for document in batch.documents],
             add_special_tokens=batch.documents[0].add_special_tokens,
@@ -484,7 +483,7 @@ class _Worker:
         return result
 
     def _bits(
-        self, tokens: _Tokens, place: _Place, spans: list[tuple[int, int]]
+        self, tokens: _Tokens, place: _Place, spans: list[Span]
     ) -> list[tuple[int, int, float]]:
         """The model's -log2 p of a secret's tokens, each after all before it in its document."""
         begin = place.tokens.start
@@ -504,7 +503,7 @@ def _containing(bounds: Ints, places: Ints) -> Ints:
     return np.searchsorted(bounds, places, side="right") - 1
 
 
-def _spans_in(place: _Place, tokens: _Tokens) -> list[tuple[int, int]]:
+def _spans_in(place: _Place, tokens: _Tokens) -> list[Span]:
     """The characters of a secret that each of its tokens covers."""
     begins = tokens.begins[place.tokens].tolist()
     ends = tokens.ends[place.tokens].tolist()
@@ -516,7 +515,7 @@ def _spans_in(place: _Place, tokens: _Tokens) -> list[tuple[int, int]]:
     return spans
 
 
-def _dropped_bits(spans: list[tuple[int, int]], dropped: Flags) -> int:
+def _dropped_bits(spans: list[Span], dropped: Flags) -> int:
     """The characters whose token is dropped: [(0, 2), (2, 3)], [False, True] -> 0b100."""
     result = 0
     for (begin, end), drop in zip(spans, dropped.tolist(), strict=True):

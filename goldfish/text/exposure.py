@@ -121,7 +121,8 @@ def informative_characters(secrets: Iterable[str]) -> dict[str, int]:
         for i, column in enumerate(zip(*group, strict=True)):
             if outline[i] != "x":
                 continue
-            if len(group) == 1 or len(set(column)) > 1:
+            differ = len(set(column)) > 1
+            if differ or len(group) == 1:
                 informs |= 1 << i
         inner_end = max(start, len(outline) - end)
         inner = as_bits(start, inner_end)

@@ -36,7 +36,8 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
     pieces = []
     begin = 0
     boundaries = [0]  # ends of tokens at which no character is cut
-    shown = len(text(0, len(context)).rstrip("\ufffd"))
+    before = text(0, len(context)).rstrip("\ufffd")
+    shown = len(before)
     for end in range(len(context) + 1, len(all_ids) + 1):
         now = text(begin, end)
         # A cut character is decoded as U+FFFD. At the very end it stays: no more bytes come.

@@ -146,14 +146,18 @@ def in_memory(source: Any) -> Source:
     is_data_frame = hasattr(source, "to_dict") and hasattr(source, "columns")
     if is_data_frame:
         # A cell without a value is NaN, which would be a text or a count of its own.
-        filled = source.astype(object).where(source.notna(), None)
+        is_filled = source.notna()
+        filled = source.astype(object).where(is_filled, None)
         rows: list[Row] = filled.to_dict("records")
         return rows
-    return source if hasattr(source, "__getitem__") else list(source)
+    can_be_read_twice = hasattr(source, "__getitem__")
+    return source if can_be_read_twice else list(source)
 
 
 def name_of(source: Source) -> str:
-    return str(source) if isinstance(source, str | Path) else "in memory"
+    if isinstance(source, str | Path):
+        return str(source)
+    return "in memory"
 
 
 def digest(source: Source) -> str:
@@ -177,8 +181,10 @@ def digest(source: Source) -> str:
     lines = []
     for name in map(str, files):
         file = Path(name)
+        if file.is_file():
+            name = f"{file.name} {sha256(file)}"
         # On the hub, a name is an address with a commit.
-        lines.append(f"{file.name} {sha256(file)}" if file.is_file() else name)
+        lines.append(name)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -258,7 +264,8 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
             f"no file or folder {source} here that can be read, and no dataset of that name on "
             f"the hub: {first_line(error)}; expected {EXPECTED}"
         ) from error
-    splits = [str(each) for each in builder.config.data_files or ()]
+    files = builder.config.data_files or {}
+    splits = [str(each) for each in files]
     return builder, _one_of(splits, split, source)
 
 
