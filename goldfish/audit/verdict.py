@@ -181,7 +181,9 @@ class _Judge:
             return "such texts"
         # The file without its folder: a sentence for other people.
         name = str(self.inputs["members"]["path"]).rsplit("/", 1)[-1]
-        return f"the {self.population.size:,} texts in {name} (said to be all that was trained on)"
+        # Those that could not be asked are among them: the bounds allow for both answers.
+        total = self.population.size + self.population.unasked
+        return f"the {total:,} texts in {name} (said to be all that was trained on)"
 
     def recitation(self) -> list[Question]:
         questions = [self._recited(name) for name in self.asked]

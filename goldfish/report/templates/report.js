@@ -3,7 +3,7 @@
 (() => {
   const hint = () => {
     for (const each of document.querySelectorAll(".scroll"))
-      each.classList.toggle("wide", each.scrollWidth > each.clientWidth + 1);
+      each.classList.toggle("overflows", each.scrollWidth > each.clientWidth + 1);
   };
   addEventListener("resize", hint);
   document.addEventListener("toggle", hint, true); // a table that was folded away has no width
