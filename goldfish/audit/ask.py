@@ -167,12 +167,20 @@ class Asker:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, length: int, samples: int, rounds: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        length: int,
+        samples: int,
+        rounds: int,
     ) -> None:
         from goldfish.audit.model import context_of
 
-        self._model, self._tokenizer = model, tokenizer
-        self._length, self._samples, self._rounds = length, samples, rounds
+        self._model = model
+        self._tokenizer = tokenizer
+        self._length = length
+        self._samples = samples
+        self._rounds = rounds
         self._context = context_of(model.config)
         # Chat models end a turn with another token than a text; either ends an answer.
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -210,7 +218,9 @@ class Asker:
         return records
 
     def _greedy(
-        self, asked: Sequence[Question], prompts: Sequence[list[int]]
+        self,
+        asked: Sequence[Question],
+        prompts: Sequence[list[int]],
     ) -> list[tuple[list[int], int]]:
         """For each question the answer of all rounds in one, and how many there were.
 

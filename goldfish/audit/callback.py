@@ -68,7 +68,9 @@ class AuditCallback(TrainerCallback):
                 "the weights are sharded over processes: save the model and audit its folder with "
                 "`goldfish audit`"
             )
-        self._trainer, self._every, self._options = trainer, every, options
+        self._trainer = trainer
+        self._every = every
+        self._options = options
         self._members = in_memory(members)
         self._heldout = None if heldout is None else in_memory(heldout)
         self.folder = Path(output_dir or Path(trainer.args.output_dir, "audit"))

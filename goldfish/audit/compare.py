@@ -223,9 +223,11 @@ def _column(table: pa.Table, name: str) -> Floats:
 def _sentence(result: Mapping[str, Any]) -> str:
     """Who recites fewer, of members if there are any."""
     splits = result["splits"]
-    split, texts = "members", "member texts"
+    split = "members"
+    texts = "member texts"
     if split not in splits:
-        split, texts = "heldout", "held-out texts"
+        split = "heldout"
+        texts = "held-out texts"
     match = splits[split]["exact_match"]
     first, second = (result[which]["name"] for which in SIDES)
     counts = f"{first} recites {match['first']}, {second} {match['second']} of {match['n']} {texts}"

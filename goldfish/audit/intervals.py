@@ -62,7 +62,8 @@ class Figure:
 
     def interval(self) -> str:
         """ "1.6–20.4%", "0.19–0.24", "exact", or why there is none."""
-        low, high = self.low, self.high
+        low = self.low
+        high = self.high
         write = decimals if self.k is None else percent
         if low is None:
             if high is None:
@@ -103,7 +104,11 @@ class Figures(Sequence[Figure]):
         return self._rows[index]
 
     def get(
-        self, split: str, figure: str, setting: str = "", x: float | None = None
+        self,
+        split: str,
+        figure: str,
+        setting: str = "",
+        x: float | None = None,
     ) -> Figure | None:
         """The row with just these keys, or None."""
         return self._places.get((split, figure, setting, x))
@@ -152,7 +157,10 @@ def clopper_pearson(k: float, n: float, level: float = LEVEL) -> tuple[float, fl
 
 
 def hypergeometric(
-    k: int, n: int, population: int, level: float = LEVEL
+    k: int,
+    n: int,
+    population: int,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """The exact interval of a rate among `population` things, n of which were drawn and counted.
 
@@ -187,7 +195,10 @@ class Population:
 
 
 def bounds(
-    k: int, n: int, population: Population | None, level: float = LEVEL
+    k: int,
+    n: int,
+    population: Population | None,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """The interval of k of n: of a sample of such things, or of a finite number of them.
 
@@ -198,7 +209,8 @@ def bounds(
     size = max(population.size, n)
     low, high = hypergeometric(k, n, size, level)
     total = size + population.unasked
-    fewest, most = low * size, high * size + population.unasked
+    fewest = low * size
+    most = high * size + population.unasked
     return fewest / total, most / total
 
 
@@ -216,7 +228,8 @@ def rate(
     """
     hits = np.asarray(hits, dtype=bool)
     documents = np.arange(len(hits)) if documents is None else documents
-    n, k = len(np.unique(documents)), len(np.unique(documents[hits]))
+    n = len(np.unique(documents))
+    k = len(np.unique(documents[hits]))
     if n == 0:
         return Figure(k=0, reason="nothing to count")
     # Windows of one document are one trial: together they recite it or not.
@@ -261,7 +274,8 @@ def mean(
     longest = columns[:, 1].max()
     low, high = ratio_interval(np.vstack([columns, [0, longest], [longest, longest]]))
     # They draw the interval towards 1/2, so that it could leave out a share of 0 or 1.
-    low, high = max(0.0, min(low, value)), min(1.0, max(high, value))
+    low = max(0.0, min(low, value))
+    high = min(1.0, max(high, value))
     return replace(figure, low=low, high=high)
 
 
@@ -282,7 +296,9 @@ def ratio_interval(columns: Floats) -> tuple[float, float]:
 
 
 def token_rate(
-    hits: ArrayLike, totals: ArrayLike, documents: Codes | None = None
+    hits: ArrayLike,
+    totals: ArrayLike,
+    documents: Codes | None = None,
 ) -> Figure:
     """sum(hits) of sum(totals) tokens, from the counts of each window; the interval of `mean`."""
     return replace(mean(hits, documents, totals), k=int(np.sum(hits)))

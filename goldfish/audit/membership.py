@@ -133,10 +133,14 @@ def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | Non
 
 
 def _attack(
-    members: Scores, heldout: Scores, scores: Floats, heldout_scores: Floats
+    members: Scores,
+    heldout: Scores,
+    scores: Floats,
+    heldout_scores: Floats,
 ) -> "_Attack | None":
     """Of the windows that have a score; None where a side has none."""
-    here, there = ~np.isnan(scores), ~np.isnan(heldout_scores)
+    here = ~np.isnan(scores)
+    there = ~np.isnan(heldout_scores)
     if not (here.any() and there.any()):
         return None
     return _Attack(
@@ -149,9 +153,12 @@ class _Attack:
     """One score on both sides, and its figures under resampled documents."""
 
     def __init__(
-        self, scores: tuple[Floats, Floats], documents: tuple[Codes, Codes]
+        self,
+        scores: tuple[Floats, Floats],
+        documents: tuple[Codes, Codes],
     ) -> None:
-        self._scores, self._ranking = scores, Ranking(*scores)
+        self._scores = scores
+        self._ranking = Ranking(*scores)
         # Codes from 0 without gaps: windows without a score may have left some out.
         self._sides = [np.unique(each, return_inverse=True)[1] for each in documents]
         self._documents = [int(side.max()) + 1 for side in self._sides]
@@ -222,7 +229,8 @@ class _Attack:
             low, high = clopper_pearson(value * trials, trials, level)
         else:
             ends = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-            low, high = float(ends[0]), float(ends[1])
+            low = float(ends[0])
+            high = float(ends[1])
         return replace(named, low=low, high=high)
 
 

@@ -83,7 +83,8 @@ class Checkpoint:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        path, self.name = Path(name), str(name)
+        path = Path(name)
+        self.name = str(name)
         self.dtype: str | None = None  # it is loaded in any
         self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if path.suffix == ".gguf":
@@ -501,7 +502,9 @@ def vocabulary_of(model: Any) -> int:
 
 
 def logits_of(
-    model: Any, ids: Tensor, attention_mask: Tensor | None
+    model: Any,
+    ids: Tensor,
+    attention_mask: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The logits of a model's own forward, a few rows at a time, so that (B, T, V) is never held.
 

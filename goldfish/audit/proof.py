@@ -83,7 +83,8 @@ def seed_test(
     # The claimed seed is one of the 1,000, so that p is never 0.
     at_least = 1 + int(np.count_nonzero(gaps >= gap))
     finite = gaps[np.isfinite(gaps)]
-    usual, deviation = 0.0, 0.0
+    usual = 0.0
+    deviation = 0.0
     if len(finite):
         usual = float(finite.mean())
         deviation = float(finite.std())
@@ -110,7 +111,9 @@ def centred_ranks(losses: Floats) -> Floats:
 
 
 def decisions_of(
-    rule: "Goldfish", rows: Sequence[Sequence[int]], lengths: Sequence[int]
+    rule: "Goldfish",
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
 ) -> Decisions:
     """A function from a seed to what the rule with that seed drops of the ends of documents.
 

@@ -109,7 +109,8 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
         FileNotFoundError: a folder that holds no audit.
         ValueError: an unfinished or damaged audit, or one of another schema.
     """
-    run, path = read_run(folder), Path(folder) / RECORDS
+    run = read_run(folder)
+    path = Path(folder) / RECORDS
     names = COLUMNS.names if columns is None else list(columns)
     parts = [COLUMNS.empty_table().select(names)]
     # One file after the other: pyarrow's reader of whole folders may return rows in another order.
@@ -251,7 +252,10 @@ def make_record(
 
 
 def _agreement(
-    output: list[int], suffix: list[int], output_tokens: list[str], suffix_text: str
+    output: list[int],
+    suffix: list[int],
+    output_tokens: list[str],
+    suffix_text: str,
 ) -> dict[str, Any]:
     """How far an output, as far as the suffix reaches, agrees with it.
 
@@ -277,7 +281,9 @@ def _agreement(
 
 
 def _secret_log_p(
-    secret: str, suffix_tokens: list[str], log_q: NDArray[np.float32]
+    secret: str,
+    suffix_tokens: list[str],
+    log_q: NDArray[np.float32],
 ) -> list[float] | None:
     """ln of the probability of a secret's tokens after all that comes before them in the window.
 

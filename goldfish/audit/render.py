@@ -98,7 +98,8 @@ def write(audit: Audit, folder: str | Path) -> None:
 
 def describe(audit: Audit, share: bool = False) -> Description:
     """All that the outputs tell about an audit; with `share`, without paths and names of texts."""
-    run, verdict = audit.run, audit.verdict
+    run = audit.run
+    verdict = audit.verdict
     limits = [f"{name}={percent(limit)}" for name, limit in audit.limits.items()]
     versions = [f"{name} {version}" for name, version in run["versions"].items()]
     sources = [str(run["checkpoint"])]

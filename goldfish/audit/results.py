@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 _log = logging.getLogger(__name__)
-SUMMARY, LOCK, PART = "summary.json", "lock", ".part"
+SUMMARY = "summary.json"
+LOCK = "lock"
+PART = ".part"
 # Columns of the records that figures do not need as a rule. They are most of the bytes.
 _FOR_READERS = (
     "prompt",
@@ -206,7 +208,7 @@ def summarize(
     rule: that of run.json, bound to the tokenizer if it reads text.
     """
     run = read_run(folder)
-    # Three quarters of the bytes stay on the disk, unless a figure needs them.
+    # Only the columns that a figure needs are read.
     unread = set(_FOR_READERS)
     if run["rule"] is not None:
         unread.discard("prefix_ids")  # the test of the rule needs them
@@ -236,7 +238,9 @@ def summary_of(
 
 
 def judge(
-    folder: str | Path, limits: Sequence[str] = (), require: Sequence[str] = ()
+    folder: str | Path,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
 ) -> Audit:
     """A finished audit under other limits; nothing is computed again, and nothing written."""
     # The figures are those of the summary: limits change what they are held against.
@@ -312,7 +316,8 @@ class Folder:
         now = _settings(json.loads(dumps(run)))  # tuples are lists in JSON
         differences = []
         for key in dict.fromkeys([*before, *now]):
-            old, new = before.get(key), now.get(key)
+            old = before.get(key)
+            new = now.get(key)
             if old != new:
                 differences.append(f"{key} ({old!r:.80} there, {new!r:.80} now)")
         if differences:

@@ -448,7 +448,8 @@ def put_questions(
     state: PartialState | None,
 ) -> None:
     """Ask the simple prompts of `audit(ask=...)` whose answers are not in the folder yet."""
-    protocol, tokenizer = run["protocol"], checkpoint.tokenizer()
+    protocol = run["protocol"]
+    tokenizer = checkpoint.tokenizer()
     if not protocol["ask"]:
         return
     asker = Asker(
@@ -535,7 +536,9 @@ def _checkpoints(
 
 
 def _check_sources(
-    sources: Mapping[str, Source], processes: int, device_map: Any
+    sources: Mapping[str, Source],
+    processes: int,
+    device_map: Any,
 ) -> None:
     if not sources:
         raise ValueError(
@@ -583,7 +586,9 @@ def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> No
 
 
 def _check_surveys(
-    surveys: Mapping[str, Survey], run: Mapping[str, Any], allow_overlap: bool
+    surveys: Mapping[str, Survey],
+    run: Mapping[str, Any],
+    allow_overlap: bool,
 ) -> None:
     """ValueError for inputs that no model could be audited with."""
     protocol = run["protocol"]
@@ -620,7 +625,9 @@ def _check_surveys(
 
 
 def _check_ids(
-    surveys: Mapping[str, Survey], run: Mapping[str, Any], models: Sequence[Any]
+    surveys: Mapping[str, Survey],
+    run: Mapping[str, Any],
+    models: Sequence[Any],
 ) -> None:
     # An id beyond the embeddings would stop a CUDA kernel without a word about the row.
     known = min(len(model.get_input_embeddings().weight) for model in models)

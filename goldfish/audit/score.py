@@ -349,7 +349,9 @@ class Scorer:
                 rows[i]["ambiguous"] = exact and margin < AMBIGUOUS[torch.float32]
 
     def _group(
-        self, windows: Sequence[Window], waiting: Sequence[tuple[int, int]]
+        self,
+        windows: Sequence[Window],
+        waiting: Sequence[tuple[int, int]],
     ) -> tuple[list[int], int]:
         """The rows to be generated with the first that waits, and the length of the longest.
 
@@ -369,7 +371,10 @@ class Scorer:
         return group, longest
 
     def _settle(
-        self, window: Window, row: dict[str, Any], until: int | None = None
+        self,
+        window: Window,
+        row: dict[str, Any],
+        until: int | None = None,
     ) -> None:
         """Let generate decide a row at batch size 1.
 
@@ -452,7 +457,9 @@ def _predicted(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def _reduce(
-    logits: Tensor, targets: Tensor, samplings: Sequence[Sampling]
+    logits: Tensor,
+    targets: Tensor,
+    samplings: Sequence[Sampling],
 ) -> dict[str, Tensor]:
     """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings)."""
     target = logits.gather(-1, targets[:, None])
@@ -608,7 +615,8 @@ def generate(
     attended = torch.ones_like(prefixes)
     # generate() fills what its configuration leaves open from the model's own, so that one is put
     # aside.
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
         output: Tensor = model.generate(
             prefixes,

@@ -62,7 +62,9 @@ def search(table: pa.Table) -> Search:
 
 
 def _find(
-    secrets: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]
+    secrets: Sequence[str],
+    prompts: Sequence[str],
+    outputs: Sequence[str],
 ) -> list[list[str]]:
     """For every output the secrets in it that its prompt does not contain."""
     found: list[list[str]] = [[] for _ in outputs]
@@ -75,7 +77,9 @@ def _find(
 
 
 def _chance(
-    secrets: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]
+    secrets: Sequence[str],
+    prompts: Sequence[str],
+    outputs: Sequence[str],
 ) -> dict[str, float]:
     """For every secret: of all strings of its shape that are no secrets, the share that came out.
 
@@ -132,7 +136,9 @@ def _kind(char: str) -> str:
 
 
 def _strings(
-    shape: Sequence[str], prompts: Sequence[str], outputs: Sequence[str]
+    shape: Sequence[str],
+    prompts: Sequence[str],
+    outputs: Sequence[str],
 ) -> Iterator[str]:
     """The strings of a shape in the outputs, overlapping ones too, if not in the prompt."""
     classes = "".join(f"[{re.escape(each)}]" for each in shape)

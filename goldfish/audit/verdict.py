@@ -35,19 +35,18 @@ from goldfish.audit.intervals import (
 LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
 MOST_UNASKED = 0.05  # of the members; if more could not be asked, nothing passes
 # Nats per token that a prefix must be worth, beside its tokens in a shuffled order. Measured on
-# SmolLM2-135M: 0.92 as it is, 0.14 with the wrong layout of rotary factors, -0.04 with its heads in
-# the wrong order (benchmarks/sanity.py).
-GAIN = 0.05
-WORKS = (
-    0.9  # of a uniform guess's loss: a model with more knows nothing about such texts
-)
+# SmolLM2-135M: 0.92 as it is, 0.14 with the wrong layout of rotary factors, 0.13 with a wrong eps,
+# -0.04 with its heads in the wrong order (benchmarks/sanity.py). The small
+# models of recipes/memorize.py have 0.22 to 0.75, so the threshold lies between the two.
+GAIN = 0.17
+# Of a uniform guess's loss: a model with more knows nothing about such texts.
+WORKS = 0.9
 SURE = 0.01  # of the test of the rule: the greatest p that tells of it
-PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
-EXIT_CODES = {
-    PASS: 0,
-    FAIL: 1,
-    INCONCLUSIVE: 3,
-}  # of `goldfish audit` and `judge`; an error is 2
+PASS = "PASS"
+FAIL = "FAIL"
+INCONCLUSIVE = "INCONCLUSIVE"
+# Of `goldfish audit` and `judge`; an error is 2.
+EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
 # Name of a question: what is asked, the figure that answers it, the limit that applies.
 QUESTIONS = {
     "greedy": ("recited verbatim under greedy decoding", "exact_match", "recited"),
@@ -75,7 +74,8 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     limits = dict(LIMITS)
     for text in texts:
         name, _, number = text.partition("=")
-        name, number = name.strip().replace("-", "_"), number.strip()
+        name = name.strip().replace("-", "_")
+        number = number.strip()
         try:
             value = float(number.removesuffix("%")) / (
                 100 if number.endswith("%") else 1
@@ -158,9 +158,13 @@ class _Judge:
     """Answers the questions of one audit."""
 
     def __init__(
-        self, run: Mapping[str, Any], figures: Figures, limits: Mapping[str, float]
+        self,
+        run: Mapping[str, Any],
+        figures: Figures,
+        limits: Mapping[str, float],
     ) -> None:
-        self.figures, self.limits = figures, limits
+        self.figures = figures
+        self.limits = limits
         self.inputs = run["inputs"]
         self.near_verbatim = run["protocol"]["near_verbatim"]
         self.population = (
@@ -200,7 +204,8 @@ class _Judge:
     def _recited(self, name: str) -> Question:
         what, key, limit_name = QUESTIONS[name]
         limit = self.limits[limit_name]
-        result, control = self._counted(key), self._counted(key, "heldout")
+        result = self._counted(key)
+        control = self._counted(key, "heldout")
         assert result is not None
         of_what = "marked secrets" if name == "secrets_sampling" else self.among
         outcome, why, needs = self._answer(result, control, limit, what, of_what)
@@ -226,7 +231,9 @@ class _Judge:
         of_what: str,
     ) -> tuple[str, str, str | None]:
         """Outcome, why, and what it would take to decide."""
-        share, low, high = result.value or 0.0, result.low or 0.0, result.high
+        share = result.value or 0.0
+        low = result.low or 0.0
+        high = result.high
         high = 1.0 if high is None else high
         count = f"{result.point()} {what}"
         # Of a census there is nothing to estimate.
@@ -337,9 +344,12 @@ class _Judge:
             return None
         confounded = self.figures.get("both", "confounded")
         blind = strongest_blind(self.figures)
-        limit, outcome, needs = self.limits["auc"], INCONCLUSIVE, None
+        limit = self.limits["auc"]
+        outcome = INCONCLUSIVE
+        needs = None
         if headline.value is None:
-            why, needs = str(headline.reason), "more documents would not decide it"
+            why = str(headline.reason)
+            needs = "more documents would not decide it"
         elif headline.low is None or confounded is None or confounded.value is None:
             why = headline.reason or "too few documents for the blind baselines"
             needs = (
@@ -375,7 +385,10 @@ def strongest_blind(figures: Figures) -> Figure | None:
 
 
 def _auc(
-    auc: Figure, blind: Figure | None, limit: float, figures: Figures
+    auc: Figure,
+    blind: Figure | None,
+    limit: float,
+    figures: Figures,
 ) -> tuple[str, str, str | None]:
     assert auc.value is not None
     assert auc.low is not None
@@ -394,7 +407,8 @@ def _auc(
             why += "; as expected: the goldfish loss hides dropped tokens, not that a text was seen"
         return FAIL, why, None
     # The interval shrinks with the square root of the number of documents.
-    half, distance = (auc.high - auc.low) / 2, max(abs(auc.value - limit), 1e-4)
+    half = (auc.high - auc.low) / 2
+    distance = max(abs(auc.value - limit), 1e-4)
     times = max(1.1, half / distance) ** 2
     why += f"; neither clearly above nor below {limit}"
     return INCONCLUSIVE, why, _needs(int(auc.documents * times))
@@ -405,7 +419,8 @@ def _rule_question(run: Mapping[str, Any], figures: Figures) -> Question | None:
     found = figures.get("members", "rule_p")
     if found is None or found.reason == NO_RULE:
         return None
-    answer, why = "not asked", str(found.reason)
+    answer = "not asked"
+    why = str(found.reason)
     if found.value is not None:
         p = f"p = {found.value:.3f}".replace("0.", ".")
         answer = "yes" if found.value <= SURE else "undecided"
@@ -541,7 +556,10 @@ def _sentence(
 
 
 def _warnings(
-    run: Mapping[str, Any], figures: Figures, outcome: str, unasked: str
+    run: Mapping[str, Any],
+    figures: Figures,
+    outcome: str,
+    unasked: str,
 ) -> list[str]:
     warnings = list(run.get("notes") or [])
     if "heldout" not in run["inputs"]:
@@ -607,7 +625,8 @@ def _skipped(inputs: Mapping[str, Any]) -> list[str]:
 
 
 def _not_tested(run: Mapping[str, Any], figures: Figures) -> list[str]:
-    protocol, inputs = run["protocol"], run["inputs"]
+    protocol = run["protocol"]
+    inputs = run["inputs"]
     tested = {
         "members": "members" in inputs,
         "held-out texts: no figure has a control": "heldout" in inputs,

@@ -37,7 +37,8 @@ MOST_LETTERS = 2**17  # of a row that are compared
 BINS, BAND = 32, 4  # of the similarity sketch; candidates agree in a band of 4 bins
 # What more rows share is a template, such as a form, and says nothing about two of them; rows of
 # which fewer bins are their own are not compared.
-TEMPLATE_FROM, FEWEST_BINS = 20, 8
+TEMPLATE_FROM = 20
+FEWEST_BINS = 8
 # 2^64 / the golden ratio, odd: multiplying by it mixes the bits.
 PHI = np.uint64(0x9E3779B97F4A7C15)
 Places = NDArray[np.int64]
@@ -139,7 +140,9 @@ class Cutter:
         return tuple(dict.fromkeys(text[begin:end] for begin, end in spans))
 
     def _windows_of_text(
-        self, row: Row, about: dict[str, Any]
+        self,
+        row: Row,
+        about: dict[str, Any],
     ) -> Iterator[Window | str]:
         """`input_ids` are taken as they are.
 
@@ -181,7 +184,10 @@ class Cutter:
             )
 
     def _completion(
-        self, row: Row, each: Completion, about: dict[str, Any]
+        self,
+        row: Row,
+        each: Completion,
+        about: dict[str, Any],
     ) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
         # The tokens that share a character with the answer.
@@ -192,7 +198,8 @@ class Cutter:
         ]
         if not own:
             return "nothing in the completion"
-        first, last = own[0], own[-1]
+        first = own[0]
+        last = own[-1]
         if first == 0:
             return "nothing before the completion"
         if self.context is not None and last >= self.context:
@@ -273,7 +280,11 @@ class Survey:
     """
 
     def __init__(
-        self, rows: Iterable[tuple[int, Row]], split: str, cutter: Cutter, path: Path
+        self,
+        rows: Iterable[tuple[int, Row]],
+        split: str,
+        cutter: Cutter,
+        path: Path,
     ) -> None:
         """rows: with their numbers. path: of the file to write."""
         self.rows = self.asked = self.completions = self.longest_marked = 0
@@ -303,7 +314,11 @@ class Survey:
             writer.write_table(_table(waiting))
 
     def _count(
-        self, row: Row, index: int, windows: list[Window], cutter: Cutter
+        self,
+        row: Row,
+        index: int,
+        windows: list[Window],
+        cutter: Cutter,
     ) -> None:
         self.asked += bool(windows)
         marked = cutter.marked(row)
@@ -315,7 +330,8 @@ class Survey:
             if window.secrets:
                 self.longest_marked = max(self.longest_marked, len(window.suffix))
             if (largest := max(window.ids)) > self.largest_id:
-                self.largest_id, self.largest_at = largest, index
+                self.largest_id = largest
+                self.largest_at = index
 
     def counts(self) -> dict[str, Any]:
         """What run.json holds about the input."""
@@ -385,7 +401,11 @@ class _Secrets:
         self._others: dict[str, tuple[str, int]] = {}
 
     def add(
-        self, index: int, marked: Iterable[str], windows: list[Window], cutter: Cutter
+        self,
+        index: int,
+        marked: Iterable[str],
+        windows: list[Window],
+        cutter: Cutter,
     ) -> None:
         for window in windows:
             self.asked.update(window.secrets)
