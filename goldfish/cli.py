@@ -30,7 +30,7 @@ examples, in the order of a training:
   goldfish report audit -o report.html
 
 Exit codes: 0 done, 2 error. audit and judge: 0 PASS, 1 FAIL, 3 INCONCLUSIVE. check: 1 a marked
-secret can be learned whole, 3 no marked secret is a target.
+secret can be learned whole, 3 no marked secret is trained on.
 Each command explains its options: goldfish check --help"""
 AUDIT_FOLDER = "a folder written by `goldfish audit`"
 EXIT = "Exit codes: 0 done, 2 error."
@@ -105,20 +105,20 @@ def _add_check(verbs: Any) -> None:
         "The last line is a conclusion, with a rule to copy. Tokenizing uses every core; the "
         "environment variable RAYON_NUM_THREADS limits it.",
         "Exit codes: 0 no marked secret can be learned whole, or none was marked; 1 some can; "
-        "3 secrets were marked but none is a target; 2 error.",
+        "3 secrets were marked but none is trained on; 2 error.",
     )
     add = check.add_argument
     add("source", metavar="DATA", help=EXPECTED)
     add(
         "--assistant-only",
         action="store_true",
-        help="only the assistant's turns are targets, as with TRL's assistant_only_loss",
+        help="only the assistant's turns are trained on, as with TRL's assistant_only_loss",
     )
     add(
         "--model",
         metavar="NAME",
         help="the model to be finetuned, to estimate how many bits of each secret must be guessed "
-        "(no lower bound)",
+        "(an estimate, not a lower bound)",
     )
     _add_marks(check)
     _add_rule(check)
@@ -130,9 +130,9 @@ def _add_premask(verbs: Any) -> None:
         "premask",
         _premask,
         "write masked labels for a tokenized dataset, for trainers without goldfish support",
-        "Reads the split train if there are several. Beside the labels it writes goldfish.json, a "
-        "receipt with the rule and what it dropped in one pass; copy it beside the weights after "
-        "training.",
+        "If the dataset has several splits, train is read. Beside the labels it writes a receipt, "
+        "goldfish.json, with the rule and what it dropped in one pass; copy it beside the weights "
+        "after training.",
     )
     add = premask.add_argument
     add(
@@ -189,7 +189,7 @@ def _add_audit_data(audit: argparse.ArgumentParser) -> None:
         metavar="N",
         help="audit N rows of each, drawn at random (default: all)",
     )
-    add("--seed", type=int, default=0, help="of that draw (default 0)")
+    add("--seed", type=int, default=0, help="random seed of that draw (default 0)")
     add(
         "--complete",
         action="store_true",
@@ -235,7 +235,7 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0],
         metavar="N",
-        help="tokens of each text before a prefix starts; several ask several times (default 0)",
+        help="where in each text the prefix starts, in tokens; may be several (default 0)",
     )
     add(
         "--sampling",
@@ -257,8 +257,8 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         "--near-verbatim",
         default="25t,50%",
         metavar="AT-LEAST",
-        help="tokens, words or characters in one piece, or a share of the tokens: 25t, 15w, 150c, "
-        "90%% (default 25t,50%%)",
+        help="what counts as near-verbatim: a run of tokens (25t), words (15w) or characters "
+        "(150c), or a share of unedited tokens (90%%); default 25t,50%%",
     )
     add(
         "--ask",
@@ -272,21 +272,21 @@ def _add_audit_questions(audit: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="tokens of such an answer at most (default 256)",
+        help="longest answer to such a prompt, in tokens (default 256)",
     )
     add(
         "--ask-samples",
         type=int,
         default=0,
         metavar="N",
-        help="also draw N answers at temperature 1 (default 0)",
+        help="also draw N answers to each such prompt at temperature 1 (default 0)",
     )
     add(
         "--ask-rounds",
         type=int,
         default=1,
         metavar="N",
-        help="ask an answer that recites to go on, N rounds in all (default 1)",
+        help="if an answer recites, ask the model to go on, up to N rounds in all (default 1)",
     )
     add(
         "--control",
@@ -324,7 +324,7 @@ def _add_audit_model(audit: argparse.ArgumentParser) -> None:
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="tokens in a batch (default: what memory allows)",
+        help="tokens per batch (default: what memory allows)",
     )
     add(
         "--allow-pickle",
@@ -344,7 +344,7 @@ def _add_judge(verbs: Any) -> None:
         "judge",
         _judge,
         "judge a finished audit again, perhaps with other limits",
-        "Computes nothing anew, and writes only with -o.",
+        "The model is not run again. Files are written only with -o.",
         EXIT_OF_AUDIT,
     )
     judge.add_argument("folder", metavar="DIR", help=AUDIT_FOLDER)
@@ -423,14 +423,15 @@ def _add_rule(verb: argparse.ArgumentParser, *, complete: bool = False) -> None:
         "--strategy",
         default="hash",
         help="hash (default): decide from the tokens before; letters: from the letters and digits "
-        "before, so copies with another layout have the same dropped tokens; entropy: what the "
-        "model is uncertain of before training. For comparison only: static, random, reference",
+        "before, so copies with another layout have the same dropped tokens; entropy: drop what "
+        "the model is uncertain of before training. For comparison only: static, random, "
+        "reference",
     )
     add(
         "--max-kept",
         type=int,
         metavar="N",
-        help="keep at most N tokens in a row; N is at least K (default: no limit)",
+        help="keep at most N tokens in a row; N must be at least K (default: no limit)",
     )
     add(
         "--seed",
@@ -467,7 +468,7 @@ def _add_marks(verb: argparse.ArgumentParser) -> None:
         "--secrets",
         metavar="REGEX",
         default="",
-        help="what this expression matches is a secret, or its first group, if it has groups",
+        help="secrets are the matches of this expression, or of its first group, if it has groups",
     )
     marks.add_argument(
         "--secret-column",
@@ -485,8 +486,8 @@ def _add_verdict(verb: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=SHARE",
         dest="limits",
-        help="what is still a PASS; may be repeated (defaults: recited=1%%, near_verbatim=1%%, "
-        "auc=55%%)",
+        help="the highest value that is still a PASS; may be repeated (defaults: recited=1%%, "
+        "near_verbatim=1%%, auc=55%%)",
     )
     add(
         "--require",
