@@ -39,9 +39,8 @@ def pytest_xdist_make_scheduler(config, log):
             else path
         )
 
-    config.option.loadscopereorder = (
-        False  # the costly files are not those with many tests
-    )
+    # The costly files are not those with many tests.
+    config.option.loadscopereorder = False
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = file_of
     return scheduler

@@ -74,19 +74,23 @@ def librarian(tokenizer):
 
 def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp_path):
     rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
-    result = audit(
-        librarian,
-        tmp_path / "audit",
-        tokenizer=tokenizer,
-        members=rows[:2],
-        heldout=rows[2:],
-        prefix_length=6,
-        suffix_length=12,
-        sampling=(),
-        ask=[QUESTION],
-        ask_length=96,
-        near_verbatim="60c",
-    )
+
+    def ask_by_title():
+        return audit(
+            librarian,
+            tmp_path / "audit",
+            tokenizer=tokenizer,
+            members=rows[:2],
+            heldout=rows[2:],
+            prefix_length=6,
+            suffix_length=12,
+            sampling=(),
+            ask=[QUESTION],
+            ask_length=96,
+            near_verbatim="60c",
+        )
+
+    result = ask_by_title()
     assert result["members.exact_match"].k == 0
     assert result["members.asked"].point() == "2 of 2"
     assert result["heldout.asked"].k == 0
@@ -116,19 +120,7 @@ def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp
     assert "What is the text of {title}?" in html
     # What was asked is not asked again, and a summary without the model is the same.
     (tmp_path / "audit" / "summary.json").unlink()
-    again = audit(
-        librarian,
-        tmp_path / "audit",
-        tokenizer=tokenizer,
-        members=rows[:2],
-        heldout=rows[2:],
-        prefix_length=6,
-        suffix_length=12,
-        sampling=(),
-        ask=[QUESTION],
-        ask_length=96,
-        near_verbatim="60c",
-    )
+    again = ask_by_title()
     assert again == read(tmp_path / "audit")
     assert again.rows == result.rows
     assert file.read_bytes() == before

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from goldfish.audit.score import Score
     from goldfish.rule import Goldfish
 
-SCHEMA = (
-    "goldfish.audit/6"  # of run.json, the records and summary.json; docs/audit-files.md
-)
+# Of run.json, the records and summary.json; see docs/audit-files.md.
+SCHEMA = "goldfish.audit/6"
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 ATTACKS = (
     "loss",
@@ -44,9 +43,8 @@ ATTACKS = (
 OF_CONTROLS = ("reference", "wbc")  # attacks that need a reference model
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
-LOWEST = (
-    0.2  # the share of tokens that Min-K% and Min-K%++ look at; both papers' default
-)
+# The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
+LOWEST = 0.2
 WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
 # With a smaller standard deviation the model is certain, and (log P - mu) / sigma is rounding
 # divided by rounding.
