@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from goldfish.masking import IGNORE_INDEX
-from goldfish.unwrap import bare_model
+from goldfish.unwrap import bare_model, evaluation_mode
 
 # Logits that exist during a measurement: 256 MB of fp32. Longer rows are cut.
 LOGITS_BUDGET = 2**26
@@ -68,12 +68,8 @@ def measure(
     inputs = _first(batch, rows, length)
     labels = inputs.pop("labels")[:, 1:]
     inputs.pop("shift_labels", None)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         logits = model(**inputs).logits
-    finally:
-        model.train(was_training)
     # Counted from the end: prompt tuning puts virtual tokens in front. The last position predicts
     # a token that no row has.
     logits = logits[:, -labels.shape[1] - 1 : -1]

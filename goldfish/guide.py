@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from goldfish.masking import mask_batch, padding_mask
 from goldfish.rule import Goldfish, place_keys, tokens_of
-from goldfish.unwrap import bare_model
+from goldfish.unwrap import bare_model, evaluation_mode
 
 FILE_NAME = "goldfish_decisions.safetensors"
 # Logits of the documents that are read at a time: 1 GB of float32.
@@ -144,12 +144,8 @@ class Guide:
         ids = pad_sequence(list(documents), batch_first=True).to(device)
         attended = [torch.ones_like(document) for document in documents]
         mask = pad_sequence(attended, batch_first=True).to(device)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             logits = self.model(input_ids=ids, attention_mask=mask).logits
-        finally:
-            self.model.train(was_training)
         # Counted from the end: prompt tuning puts virtual tokens in front.
         logits = logits[:, -ids.shape[1] : -1]
         # Never all logits in float32 at once: a long row has gigabytes of them.
@@ -242,8 +238,9 @@ def load_decisions(folder: str | Path) -> Goldfish:
 
     Raises:
         FileNotFoundError: a folder without the file.
+        ValueError: a damaged file.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -251,6 +248,12 @@ def load_decisions(folder: str | Path) -> Goldfish:
             f"{folder} has no {FILE_NAME}, the decisions of the training that is resumed; copy it "
             "there"
         )
-    with safe_open(path, "pt") as file:
-        rule = json.loads(file.metadata()["rule"])
-        return Goldfish(**rule, decisions=file.get_tensor("decisions"))
+    try:
+        with safe_open(path, "pt") as file:
+            rule = json.loads(file.metadata()["rule"])
+            return Goldfish(**rule, decisions=file.get_tensor("decisions"))
+    # Cut off, or another file of this name.
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not what a guide decided ({error!r}); copy the file of the training there"
+        ) from error

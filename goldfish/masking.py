@@ -33,6 +33,12 @@ class Masked(NamedTuple):
     dropped: Tensor
     keys: Tensor
 
+    def dropping(self, tokens: Tensor) -> "Masked":
+        """The same with these tokens dropped too, bool (B, T); for labels that are not shifted."""
+        labels = self.batch["labels"].masked_fill(tokens, IGNORE_INDEX)
+        dropped = self.dropped | self.targets & tokens
+        return self._replace(batch={**self.batch, "labels": labels}, dropped=dropped)
+
 
 def mask_labels(
     rule: Goldfish,

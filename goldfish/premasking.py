@@ -3,7 +3,6 @@
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import numpy as np
 import torch
 
 from goldfish.guide import Guide, of_similar_length
+from goldfish.letters import Vocabulary
 from goldfish.masking import IGNORE_INDEX, PREMASKED, check_rule, mask_batch, premasked
 from goldfish.receipt import DropCounts, bind_rule, count_drops, write_receipt
 from goldfish.rule import NEEDS_GUIDE, Goldfish
-from goldfish.secret_spans import any_of, text_of
+from goldfish.secret_spans import Literals, text_of
+from goldfish.text.chats import marked_values
 from goldfish.text.rows import dataset_of
 
 _log = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ def premask(
         tokenizer: binds rules that need it; its fingerprint goes into the receipt.
         secret_column: a column with a secret of each row (a string, taken literally), or a list of
             them, or None. Every token that overlaps any of these secrets, in any row, is dropped,
-            as with `Goldfish(secrets=...)`. The receipt has the name of the column only. Needs a
-            tokenizer (or a bound rule) and a map-style dataset.
+            on top of the rule. The receipt has the name of the column only. Needs the tokenizer
+            and a map-style dataset.
 
     Raises:
         TypeError: not a rule.
@@ -88,12 +89,20 @@ def premask(
         rule = guide.with_decisions(rule, None)
     elif rule.strategy == "entropy":
         raise ValueError(NEEDS_GUIDE)
-    applied = rule
+    literals = vocabulary = None
     if secret_column is not None:
-        applied = _with_secrets_of(dataset, rule, tokenizer, secret_column)
+        if tokenizer is None:
+            raise ValueError(
+                "secret_column needs the tokenizer: premask(..., tokenizer=tokenizer)"
+            )
+        vocabulary = Goldfish(secrets="x").bind(tokenizer).vocabulary
+        assert vocabulary is not None
+        literals = _secrets_in(dataset, secret_column, vocabulary)
     settings = {
-        "rule": applied,
+        "rule": rule,
         "guide": guide,
+        "literals": literals,
+        "vocabulary": vocabulary,
         "count": receipt is not None,
         "one_thread": (num_proc or 1) > 1,
     }
@@ -120,25 +129,19 @@ def premask(
     return _with_trace(_with_format_of(dataset, masked), rule)
 
 
-def _with_secrets_of(
-    dataset: Any, rule: Goldfish, tokenizer: Any, column: str
-) -> Goldfish:
-    """The rule with the secrets of a column; a warning counts those that their rows do not have."""
-    if tokenizer is None:
-        raise ValueError(
-            "secret_column needs the tokenizer: premask(..., tokenizer=tokenizer)"
-        )
+def _secrets_in(dataset: Any, column: str, vocabulary: Vocabulary) -> Literals:
+    """The secrets of a column; a warning counts those that their rows do not have."""
     if not hasattr(dataset, "num_rows") or column not in dataset.column_names:
         raise ValueError(
             f"the dataset has no column {column!r} that can be read in advance"
         )
-    vocabulary = Goldfish(secrets="x").bind(tokenizer).vocabulary
-    assert vocabulary is not None
     secrets: set[str] = set()
     missing = []
-    rows = dataset.with_format("numpy").select_columns(["input_ids", column])
+    # Cells as Python's own values, ids as arrays.
+    rows = dataset.select_columns(["input_ids", column])
+    rows = rows.with_format("numpy", ["input_ids"], output_all_columns=True)
     for number, row in enumerate(rows):
-        own = _secrets_of_cell(row[column], number)
+        own = marked_values(row, column)
         secrets.update(own)
         entries = vocabulary.entries_of(np.asarray(row["input_ids"]))
         text = text_of(entries)
@@ -154,25 +157,7 @@ def _with_secrets_of(
         )
     if not secrets:
         raise ValueError(f"the column {column!r} has no secret")
-    # Literals come behind the rule's own expression, whose flags must be at its beginning.
-    literals = any_of(sorted(secrets))
-    expression = literals if rule.secrets is None else f"{rule.secrets}|{literals}"
-    return replace(rule, secrets=expression).bind(tokenizer)
-
-
-def _secrets_of_cell(value: Any, number: int) -> list[str]:
-    """The secrets in a cell: a string, a list of strings, or None."""
-    if value is None:
-        return []
-    secrets = list(value) if isinstance(value, (list, np.ndarray)) else [value]
-    for secret in secrets:
-        if not isinstance(secret, str):
-            # The message names the type, and not the secret: messages end up in logs.
-            kind = type(secret).__name__
-            raise ValueError(
-                f"row {number}: secrets are strings or lists of strings, got {kind}"
-            )
-    return [str(secret) for secret in secrets if secret]
+    return Literals(secrets)
 
 
 def _with_trace(masked: Any, rule: Goldfish) -> Any:
@@ -235,6 +220,8 @@ def _mask_rows(
     numbers: list[int],
     rule: Goldfish,
     guide: Guide | None,
+    literals: Literals | None,
+    vocabulary: Vocabulary | None,
     count: bool,
     one_thread: bool,
 ) -> dict[str, list[Any]]:
@@ -261,6 +248,15 @@ def _mask_rows(
         batch = _padded([given[place] for place in places], width)
         decided = rule if guide is None else guide.read(rule, batch)
         masked = mask_batch(decided, batch)
+        if literals is not None:
+            documents = rule.rows(
+                batch["input_ids"],
+                batch.get("position_ids"),
+                attention_mask=batch["attention_mask"],
+            )
+            assert vocabulary is not None
+            secret = documents.overlapping(literals, vocabulary)
+            masked = masked.dropping(documents.back(secret))
         batch_labels = masked.batch["labels"].numpy()
         batch_counts = count_drops(masked).tolist()
         # Results go back to the places of their rows, without the padding. With lengths of

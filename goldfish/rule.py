@@ -7,7 +7,7 @@ in spec.py and docs/specification.md, add its name to `Strategy` and a function 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,7 +25,7 @@ from goldfish.hashing import (
     window_hashes,
 )
 from goldfish.letters import Vocabulary, contexts
-from goldfish.secret_spans import compiled, secret_tokens
+from goldfish.secret_spans import Find, compiled, secret_tokens, spans
 from goldfish.vocabulary import token_bytes
 
 Strategy = Literal["hash", "letters", "entropy", "static", "random", "reference"]
@@ -289,7 +289,8 @@ class Goldfish:
         tokens = tokens_of(rows.ids, rows.starts, self.h)
         drop = self._drop(tokens, draw)
         if self.secrets is not None:
-            drop = drop | self._secret_tokens(rows)
+            find = partial(spans, compiled(self.secrets))
+            drop = drop | rows.overlapping(find, self._bound_vocabulary())
         drop, keys = rows.back(drop), rows.back(mix(tokens.state + _SEED_0))
         if self.strategy == "reference":
             # The authors' code knows neither documents nor padding.
@@ -387,20 +388,6 @@ class Goldfish:
             may_drop = may_drop & ~torch.isin(tokens.ids, exempt)
         return may_drop
 
-    def _secret_tokens(self, rows: "Rows") -> Tensor:
-        """Which tokens overlap a secret, bool of the shape of rows.ids."""
-        assert self.secrets is not None
-        vocabulary, expression = self._bound_vocabulary(), compiled(self.secrets)
-        # One copy from the device; the text and the expression are read on the CPU.
-        ids = rows.ids.cpu().numpy()
-        starts = rows.starts.cpu().numpy()
-        result = np.zeros(ids.shape, dtype=bool)
-        for i, end in enumerate(rows.attended.sum(-1).tolist()):
-            entries = vocabulary.entries_of(ids[i, :end])
-            found = secret_tokens(expression, entries, starts[i, :end])
-            result[i, :end] = found
-        return torch.from_numpy(result).to(rows.ids.device)
-
     def _bound_vocabulary(self) -> Vocabulary:
         if self.vocabulary is None:
             what = "secrets" if self.secrets is not None else 'strategy="letters"'
@@ -441,6 +428,17 @@ class Rows(NamedTuple):
         if self.slot is None:
             return values
         return values.gather(-1, self.slot) * self.attended
+
+    def overlapping(self, find: Find, vocabulary: Vocabulary) -> Tensor:
+        """Which tokens overlap what is found in the text of their document, bool as ids."""
+        # One copy from the device; the text is read on the CPU.
+        ids = self.ids.cpu().numpy()
+        starts = self.starts.cpu().numpy()
+        result = np.zeros(ids.shape, dtype=bool)
+        for i, end in enumerate(self.attended.sum(-1).tolist()):
+            entries = vocabulary.entries_of(ids[i, :end])
+            result[i, :end] = secret_tokens(find, entries, starts[i, :end])
+        return torch.from_numpy(result).to(self.ids.device)
 
 
 class Tokens(NamedTuple):
@@ -515,8 +513,9 @@ def _entropy(rule: Goldfish, tokens: Tokens, draw: int) -> tuple[Tensor, Tensor]
     if not was_read[tokens.offset > 0].all():
         raise ValueError(
             "a row has a document that the guide did not read, so nothing was decided about it. "
-            "Rows must be the same whenever they are drawn (not cut or edited at random); if they "
-            "are not, write the labels with premask(dataset, rule, guide=model)"
+            "A run that is resumed needs the data with which it began. Rows must be the same "
+            "whenever they are drawn (not cut or edited at random); if they are not, write the "
+            "labels with premask(dataset, rule, guide=model)"
         )
     return found, torch.ones_like(found)
 

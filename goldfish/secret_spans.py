@@ -1,10 +1,10 @@
-"""Tokens of secrets that a regular expression marks in the text of a document.
+"""Tokens of secrets in the text of a document: what an expression matches, or literal strings.
 
 On the CPU: `re` needs the text, which is put together from the ids.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Span = tuple[int, int]  # where something begins and ends in a text, in characters
+Find = Callable[[str], Iterable[Span]]
+# Characters by which places of literals are looked up.
+_PREFIX = 4
 
 
 @cache
@@ -20,7 +23,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """The expression; ValueError if it is none, or if it matches everywhere."""
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    # Flags that exclude each other, a repetition beyond 2**32, a thousand open parentheses.
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"secrets={pattern!r} is not a regular expression: {error}"
         ) from error
@@ -85,12 +89,59 @@ def _expression_of(node: dict[str, Any]) -> str:
     return f"{prefix}(?:{alternatives}){may_end}"
 
 
+class Literals:
+    """Finds every place of many strings in a text, in time that hardly depends on their number.
+
+    An expression finds the first four characters of any of them; what follows is looked up by its
+    length. Places may overlap.
+
+    >>> list(Literals(["ab12", "12cd"])("so ab12cd"))
+    [(3, 7), (5, 9)]
+    """
+
+    def __init__(self, literals: Iterable[str]) -> None:
+        self.literals = set(literals)
+        # For each beginning, the lengths of the literals that have it.
+        lengths: dict[str, set[int]] = {}
+        for literal in self.literals:
+            prefix = literal[:_PREFIX]
+            lengths.setdefault(prefix, set()).add(len(literal))
+        self._expression = re.compile(any_of(sorted(lengths)))
+        # The expression matches the longest prefix there is. With "17" and "170052", a place of
+        # "1700" may also be one of "17".
+        self._lengths: dict[str, list[int]] = {}
+        for prefix in lengths:
+            every: set[int] = set()
+            for size in range(1, len(prefix) + 1):
+                shorter = prefix[:size]
+                every |= lengths.get(shorter, set())
+            self._lengths[prefix] = sorted(every)
+
+    def __reduce__(self) -> Any:
+        # In order: datasets names its cache by what is pickled, and a set has none.
+        return Literals, (sorted(self.literals),)
+
+    def __call__(self, text: str) -> Iterator[Span]:
+        if not self.literals:
+            return
+        match = self._expression.search(text)
+        while match:
+            begin = match.start()
+            for length in self._lengths[match.group()]:
+                end = begin + length
+                if text[begin:end] in self.literals:
+                    yield begin, end
+            # One character on, and not behind the match: places may overlap.
+            match = self._expression.search(text, begin + 1)
+
+
 def secret_tokens(
-    expression: re.Pattern[str], entries: list[bytes], starts: NDArray[np.bool_]
+    find: Find, entries: list[bytes], starts: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """Which tokens of a row overlap a secret of their document.
 
     Args:
+        find: the places of secrets in the text of a document.
         entries: the bytes of each token of the row, without padding.
         starts: (T,), whether a token is the first of a document; the first token always is.
 
@@ -101,7 +152,7 @@ def secret_tokens(
     bounds = [*np.flatnonzero(starts).tolist(), len(entries)]
     for first, end in pairwise(bounds):
         document = entries[first:end]
-        result[first:end] = _of_document(expression, document)
+        result[first:end] = _of_document(find, document)
     return result
 
 
@@ -114,13 +165,11 @@ def text_of(entries: list[bytes]) -> str:
     return b"".join(entries).decode("utf-8", "surrogateescape")
 
 
-def _of_document(
-    expression: re.Pattern[str], entries: list[bytes]
-) -> NDArray[np.bool_]:
+def _of_document(find: Find, entries: list[bytes]) -> NDArray[np.bool_]:
     """Which tokens of a document overlap a secret, given the bytes of each token."""
     result = np.zeros(len(entries), dtype=bool)
     text = text_of(entries)
-    found = list(spans(expression, text))
+    found = list(find(text))
     if not found:
         return result
     # From characters to bytes, and from bytes to tokens. Only for documents with a secret. For the

@@ -51,6 +51,11 @@ from goldfish.unwrap import bare_model
 
 logger = logging.get_logger(__name__)
 TAG = "goldfish-loss"  # of models on the Hub
+RESUME = (
+    ". Each of them teaches tokens that the other drops. Resume with what the checkpoint had, "
+    "start a new run from its weights, or, if this is intended, "
+    "train(resume_from_checkpoint=..., allow_other_rule=True)"
+)
 # Ranks that differ only along these dimensions of a device mesh read the same rows.
 SHARED_ROWS = ("tp", "cp", "sp")
 # Rows that the collator makes into one batch for the guide, which forms its own batches of them.
@@ -453,7 +458,7 @@ class GoldfishMixin(Trainer):
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._decide_by_entropy(checkpoint or None)
+        self._decide_by_entropy(checkpoint or None, allow_other_rule)
         self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
         # Ours is the last callback: others may ask for a log or a checkpoint.
         self.remove_callback(self._events)
@@ -465,34 +470,43 @@ class GoldfishMixin(Trainer):
             if self._head is not None:
                 self._head.remove()
 
-    def _decide_by_entropy(self, checkpoint: Any) -> None:
+    def _decide_by_entropy(self, checkpoint: Any, allow_other_rule: bool) -> None:
         """Strategy "entropy": let the model read the data, or resume with what it decided then."""
-        rule = self.goldfish
-        if rule.strategy != "entropy" or rule.decisions is not None:
+        # Without a train_dataset, Trainer's own error follows.
+        if self.goldfish.strategy != "entropy" or self.train_dataset is None:
             return
-        if self.train_dataset is None:
-            return  # Trainer's own error follows
-        if reason := why_not_entropy(self, rule):
-            raise ValueError(reason)
-        receipt = None if checkpoint is None else read_receipt(checkpoint)
-        was = None if receipt is None else rules_of(receipt)
-        if isinstance(was, Goldfish) and rule in (was, replace(was, guide=None)):
-            folder = Path(checkpoint).parent
-            stored = load_decisions(folder)
-            if stored != was:
-                raise ValueError(
-                    f"{folder} has the decisions of {stored}, but {checkpoint} was trained under "
-                    f"{was}: another training wrote into the folder"
-                )
-            rule = replace(rule, guide=stored.guide, decisions=stored.decisions)
-        else:
-            rule = self._read_training_data()
+        rule = self.goldfish
+        if rule.decisions is None:
+            if reason := why_not_entropy(self, rule):
+                raise ValueError(reason)
+            stored = None if checkpoint is None else self._stored_decisions(checkpoint)
+            may_differ = checkpoint is None or allow_other_rule
+            # Now, and not after an hour of reading.
+            if stored is None and not may_differ:
+                raise ValueError(self._trained_otherwise(checkpoint) + RESUME)
+            rule = stored or self._read_training_data()
+            assert rule.decisions is not None
+            # Every batch is looked up there.
+            decisions = rule.decisions.to(self.args.device)
+            self.goldfish = self._counts.rule = replace(rule, decisions=decisions)
         if self.args.should_save:
             save_decisions(self.args.output_dir, rule)
-        assert rule.decisions is not None
-        # Every batch is looked up there.
-        decisions = rule.decisions.to(self.args.device)
-        self.goldfish = self._counts.rule = replace(rule, decisions=decisions)
+
+    def _stored_decisions(self, checkpoint: Any) -> Goldfish | None:
+        """The rule with the decisions of a checkpoint; None if that has another rule."""
+        rule = self.goldfish
+        receipt = read_receipt(checkpoint)
+        was = None if receipt is None else rules_of(receipt)
+        if not isinstance(was, Goldfish) or rule not in (was, replace(was, guide=None)):
+            return None
+        folder = Path(checkpoint).parent
+        stored = load_decisions(folder)
+        if stored != was:
+            raise ValueError(
+                f"{folder} has the decisions of {stored}, but {checkpoint} was trained under "
+                f"{was}: another training wrote into the folder"
+            )
+        return replace(rule, guide=stored.guide, decisions=stored.decisions)
 
     def _read_training_data(self) -> Goldfish:
         """The rule with decisions about all training rows.
@@ -555,26 +569,27 @@ class GoldfishMixin(Trainer):
 
     def _resume(self, checkpoint: str, allow_other_rule: bool) -> None:
         receipt = read_receipt(checkpoint)
-        tokenizer = tokenizer_fingerprint(self.processing_class)
-        was, here = "without a rule", f"{self.goldfish} and the tokenizer {tokenizer}"
-        if receipt:
-            rules = rules_of(receipt)
-            was = f"under {rules} with the tokenizer {receipt['tokenizer']}"
-            if (rules, receipt["tokenizer"]) == (self.goldfish, tokenizer):
-                self._continue_counts_of(receipt)
-                return
+        here = (self.goldfish, tokenizer_fingerprint(self.processing_class))
+        if receipt and (rules_of(receipt), receipt["tokenizer"]) == here:
+            self._continue_counts_of(receipt)
+            return
+        reason = self._trained_otherwise(checkpoint)
         if not allow_other_rule:
-            raise ValueError(
-                f"{checkpoint} was trained {was}, this trainer has {here}. Each of them teaches "
-                "tokens that the other drops. Resume with what the checkpoint had, start a new run "
-                "from its weights, or, if this is intended, "
-                "train(resume_from_checkpoint=..., allow_other_rule=True)"
-            )
-        logger.warning(
-            "%s was trained %s and is resumed with %s", checkpoint, was, here
-        )
+            raise ValueError(reason + RESUME)
+        logger.warning("%s", reason)
         self._start_counting(self.goldfish)
         self._before = receipt or {"rule": None}
+
+    def _trained_otherwise(self, checkpoint: Any) -> str:
+        receipt = read_receipt(checkpoint)
+        was = "without a rule"
+        if receipt:
+            was = f"under {rules_of(receipt)} with the tokenizer {receipt['tokenizer']}"
+        tokenizer = tokenizer_fingerprint(self.processing_class)
+        return (
+            f"{checkpoint} was trained {was}, this trainer has {self.goldfish} and the tokenizer "
+            f"{tokenizer}"
+        )
 
     def _continue_counts_of(self, receipt: dict[str, Any]) -> None:
         self._before = receipt.get("before")

@@ -1,6 +1,10 @@
 """The transformers model inside the wrappers that training puts around it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 
 def bare_model(model: Any) -> Any:
@@ -24,3 +28,27 @@ def bare_model(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and the like; afterwards every part is in the mode in which it was.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    >>> with evaluation_mode(model):
+    ...     print(model.training)
+    False
+    >>> [part.training for part in model]
+    [True, False]
+    """
+    was_training = model.training
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # A part may do more than set its flag, such as take merged weights apart.
+        model.train(was_training)
+        for part, mode in modes:
+            part.training = mode

@@ -115,6 +115,21 @@ def test_the_entropy_is_that_of_the_next_token():
         torch.testing.assert_close(line[1 : len(ids)].double(), expected)
 
 
+def test_every_part_of_the_model_is_left_as_it_was():
+    """A frozen part in evaluation mode stays there; gradients and random numbers are untouched."""
+    model = tiny_llama(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [part.training for part in model.modules()]
+    state = torch.get_rng_state()
+    first, second = (
+        Guide(model).entropies([torch.arange(5, 25)]).tolist() for _ in range(2)
+    )
+    assert first == second, "without dropout"
+    assert [part.training for part in model.modules()] == modes
+    assert torch.get_rng_state().equal(state)
+    assert all(each.grad is None for each in model.parameters())
+
+
 def test_packed_documents_are_decided_as_if_alone():
     generator = torch.Generator().manual_seed(1)
     first, second = torch.randint(2, 320, (2, 12), generator=generator)

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import tiny_llama, trained, unequal_rows
 from transformers import Trainer
@@ -102,6 +103,48 @@ def test_a_resumed_run_trains_on_what_was_decided(tmp_path, tokenizer, monkeypat
             train=checkpoint,
             then=lambda trainer: attach(trainer, Goldfish(k=3, strategy="entropy")),
         )
+
+
+def test_a_refused_resume_leaves_the_decisions_as_they_are(
+    tmp_path, tokenizer, monkeypatch
+):
+    """Nothing is read or written before it is known that the checkpoint fits the rule."""
+
+    def resume(rule):
+        return trained(
+            tmp_path,
+            tokenizer,
+            model=opinionated(),
+            settings=SAVED,
+            then=lambda trainer: attach(trainer, rule),
+            train={"resume_from_checkpoint": str(tmp_path / "checkpoint-2")},
+        )
+
+    how = {"then": attached, "settings": SAVED}
+    _, losses, _ = trained(tmp_path, tokenizer, model=opinionated(), **how)
+    decided = (tmp_path / FILE_NAME).read_bytes()
+    monkeypatch.setattr(Guide, "decisions", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"was trained under Goldfish\(k=2, "):
+        resume(Goldfish(k=3, strategy="entropy"))
+    assert (tmp_path / FILE_NAME).read_bytes() == decided
+    assert resume(RULE)[1] == losses
+
+    safetensors.torch.save_file({"other": torch.zeros(1)}, tmp_path / FILE_NAME)
+    other = (tmp_path / FILE_NAME).read_bytes()
+    for damaged in (b"", decided[:20], decided[:-8], other):
+        (tmp_path / FILE_NAME).write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=rf"{FILE_NAME} is not what a guide decided"
+        ):
+            resume(RULE)
+        assert (tmp_path / FILE_NAME).read_bytes() == damaged
+
+
+def test_given_decisions_are_stored_too(tmp_path, tokenizer):
+    first, _, _ = trained(tmp_path, tokenizer, model=opinionated(), then=attached)
+    rule = load_decisions(tmp_path)
+    trained(tmp_path / "new", tokenizer, then=lambda trainer: attach(trainer, rule))
+    assert load_decisions(tmp_path / "new") == first.goldfish
 
 
 def test_what_the_model_cannot_read_first_is_refused(tmp_path, tokenizer):

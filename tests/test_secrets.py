@@ -4,6 +4,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from goldfish import (
 from goldfish.cli import main
 from goldfish.letters import Vocabulary
 from goldfish.receipt import bind_rule, read_receipt, rules_of
-from goldfish.secret_spans import any_of, compiled, secret_tokens
+from goldfish.secret_spans import any_of, compiled, secret_tokens, spans
 from goldfish.text.chats import secret_finder
 from goldfish.text.show import show
 
@@ -195,6 +196,9 @@ def test_what_is_refused(tokenizer):
     for pattern, message in (
         ("(", r"secrets='\(' is not a regular expression: missing"),
         (r"\d*", "matches an empty text; give an expression that matches secrets only"),
+        ("x{99999999999}", "is not a regular expression: the repetition number is too"),
+        ("(?a)(?u)x", "is not a regular expression: ASCII and UNICODE flags are"),
+        ("(" * 9999 + ")" * 9999, "is not a regular expression: .*recursion"),
     ):
         with pytest.raises(ValueError, match=message):
             Goldfish(secrets=pattern)
@@ -239,9 +243,8 @@ def test_a_column_of_secrets(tmp_path, tokenizer):
         expected = BARE.dropped(torch.tensor(row["input_ids"])).tolist()
         for secret in [*codes, *re.findall(r"user (\d+)", row["text"])]:
             anchor = "user " if secret.isdigit() and len(secret) < 3 else ""
-            marked = secret_tokens(
-                compiled(anchor + f"({re.escape(secret)})"), entries, STARTS
-            )
+            expression = compiled(anchor + f"({re.escape(secret)})")
+            marked = secret_tokens(partial(spans, expression), entries, STARTS)
             expected = [a or b for a, b in zip(expected, marked.tolist(), strict=True)]
         assert [label == -100 for label in row["labels"]] == expected
         dropped += sum(expected[1:])
@@ -254,9 +257,36 @@ def test_a_column_of_secrets(tmp_path, tokenizer):
     assert not any(code in text for code in codes for text in (written, description))
 
 
+@pytest.mark.parametrize(
+    ("text", "cell", "secrets", "lost"),
+    [
+        ("so x ab12cd y", ["ab12", "12cd"], None, ["ab12cd"]),
+        ("so x ababab y", "abab", None, ["ababab"]),
+        ("my PIN 12 of card 9988", "9988", r"PIN (\d+) of card \d+", ["12", "9988"]),
+        ("a code 12 is 7788", "7788", "(?x) code\\ (\\d+) # a code", ["12", "7788"]),
+        ("the pin ABab abAB", "abAB", "(?i)PIN", ["pin", "abAB"]),
+        ("or 47 11 and 0042", ["47", None, "0042", ""], None, ["47", "0042"]),
+    ],
+)
+def test_secrets_may_overlap_each_other_and_the_expression(
+    tokenizer, text, cell, secrets, lost
+):
+    """Every place counts, also one inside another or inside a match of the rule's expression."""
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    dataset = Dataset.from_dict({"input_ids": [encoding["input_ids"]], "s": [cell]})
+    rule = Goldfish(k=10**9, secrets=secrets)
+    masked = premask(dataset, rule, tokenizer=tokenizer, secret_column="s")
+    spans = [(text.index(each), text.index(each) + len(each)) for each in lost]
+    expected = [
+        any(begin < b and a < end for a, b in spans)
+        for begin, end in encoding["offset_mapping"]
+    ]
+    assert [label == -100 for label in masked["labels"][0]] == expected
+
+
 def test_secrets_that_their_rows_do_not_have_are_counted(tokenizer, caplog):
     dataset, _ = coded_rows(tokenizer, 3)
-    dataset = dataset.add_column("number", [7] * 4)
+    dataset = dataset.add_column("number", [7.5] * 4)
     cut = dataset.map(lambda row: {"input_ids": row["input_ids"][:10]})
     with caplog.at_level("WARNING", logger="goldfish.premasking"):
         premask(cut, BARE, tokenizer=tokenizer, secret_column="code")
@@ -266,11 +296,18 @@ def test_secrets_that_their_rows_do_not_have_are_counted(tokenizer, caplog):
         ({"secret_column": "code"}, "secret_column needs the tokenizer"),
         (
             {"secret_column": "number", "tokenizer": tokenizer},
-            "row 0: secrets are strings or lists of strings",
+            "the column number: secrets are strings, whole numbers or lists of them, got float",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             premask(dataset, BARE, **options)
+    numbers = dataset.remove_columns("number").add_column("number", [1, 2, None, 5])
+    by_number = premask(numbers, BARE, tokenizer=tokenizer, secret_column="number")
+    as_strings = numbers.map(
+        lambda row: {"number": row["number"] and str(row["number"])}
+    )
+    by_string = premask(as_strings, BARE, tokenizer=tokenizer, secret_column="number")
+    assert by_number["labels"][:] == by_string["labels"][:]
     lists = dataset.remove_columns("code").add_column(
         "code", [["x", "the code"], [], ["user"], []]
     )

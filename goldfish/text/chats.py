@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
-from goldfish.secret_spans import Span, spans
+from goldfish.secret_spans import Span, compiled, spans
 from goldfish.text.rows import Row, first_line
 
 # Stands in for an answer, to find the answer's place: a private character, which no text has.
@@ -294,24 +295,21 @@ def secret_finder(pattern: str, column: str) -> Marks:
     """A function: the spans of secrets in a text from some character on.
 
     Args:
-        pattern: regular expression; the first group that has a part in a match, if any, as with
-            `Goldfish(secrets=...)`.
+        pattern: regular expression, as for `Goldfish(secrets=...)`.
         column: that of a row which holds one or several, taken literally; it goes before the
             pattern.
 
     Raises:
-        ValueError: no regular expression.
+        ValueError: no regular expression, or one that matches an empty text.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    expression = None if column else compiled(pattern)
 
     def find(row: Row, text: str, start: int) -> Iterator[Span]:
-        expressions = [expression]
-        if column:
+        if expression is None:
             literals = map(re.escape, marked_values(row, column))
             expressions = [re.compile(literal) for literal in literals]
+        else:
+            expressions = [expression]
         for each in expressions:
             for begin, end in spans(each, text):
                 # What is matched before the secret's group may stand before the start.
@@ -322,11 +320,25 @@ def secret_finder(pattern: str, column: str) -> Marks:
 
 
 def marked_values(row: Row, column: str) -> list[str]:
-    """The secrets in a column of a row, which has one, a list of them, or none."""
+    """The secrets in a column of a row, which has one, a list of them, or none.
+
+    Raises:
+        ValueError: a secret that is neither a string nor a whole number.
+    """
     cell = row.get(column)
     values = cell if isinstance(cell, list) else [cell]
     secrets = []
     for value in values:
-        if value not in (None, ""):
-            secrets.append(str(value))
+        if value is None or value == "":
+            continue
+        # 4711. or 1e6 is not how the text spells it.
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not isinstance(value, str) and not is_whole:
+            # The message names the type, and not the secret: messages end up in logs.
+            kind = type(value).__name__
+            raise ValueError(
+                f"the column {column}: secrets are strings, whole numbers or lists of them, got "
+                f"{kind}"
+            )
+        secrets.append(str(value))
     return secrets

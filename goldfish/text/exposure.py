@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from goldfish.secret_spans import Span, any_of
+from goldfish.secret_spans import Literals, Span
 from goldfish.text.chats import agreement
 from goldfish.text.passages import Flags, Ints, code_points, runs
 
@@ -16,8 +16,6 @@ from goldfish.text.passages import Flags, Ints, code_points, runs
 BITS_OF_PLACES = 8
 SHOWN_ROWS = 5
 _ALPHANUMERIC = re.compile(r"[^\W_]")
-# Characters by which places of secrets are looked up.
-_PREFIX = 4
 # Characters. Places of shorter secrets must not lie inside a word or number.
 SHORT = 6
 
@@ -132,43 +130,18 @@ def informative_characters(secrets: Iterable[str]) -> dict[str, int]:
 
 
 class Finder:
-    """Finds every place of many secrets in a text, in time that hardly depends on their number.
+    """Finds every place of many secrets in a text.
 
-    An expression finds the first four characters of any secret; what follows is looked up by its
-    length. A place inside a longer number or word, such as 17 in 2170, is none.
+    A place of a short one inside a longer number or word, such as 17 in 2170, is none.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        self._secrets = set(secrets)
-        # For each beginning, the lengths of the secrets that have it.
-        lengths: dict[str, set[int]] = {}
-        for secret in self._secrets:
-            prefix = secret[:_PREFIX]
-            lengths.setdefault(prefix, set()).add(len(secret))
-        self._expression = re.compile(any_of(sorted(lengths)))
-        # The expression matches the longest prefix there is. With "17" and "170052" marked, a
-        # place of "1700" may also be one of "17".
-        self._lengths: dict[str, list[int]] = {}
-        for prefix in lengths:
-            every: set[int] = set()
-            for size in range(1, len(prefix) + 1):
-                shorter = prefix[:size]
-                every |= lengths.get(shorter, set())
-            self._lengths[prefix] = sorted(every)
+        self._places = Literals(secrets)
 
     def __call__(self, text: str) -> Iterator[Span]:
-        if not self._secrets:
-            return
-        match = self._expression.search(text)
-        while match:
-            begin = match.start()
-            for length in self._lengths[match.group()]:
-                end = begin + length
-                is_secret = text[begin:end] in self._secrets
-                if is_secret and _is_apart(text, begin, end):
-                    yield begin, end
-            # One character on, and not behind the match: places may overlap.
-            match = self._expression.search(text, begin + 1)
+        for begin, end in self._places(text):
+            if _is_apart(text, begin, end):
+                yield begin, end
 
 
 def _is_apart(text: str, begin: int, end: int) -> bool:
