@@ -4,12 +4,13 @@ r"""Does a finetuned model recite a passage when it is asked for it by its title
     python benchmarks/asked.py --table                # the table of docs/results.md
 
 Finetunes SmolLM2-135M-Instruct in the loop of benchmarks/uncertain.py on 16 passages of 64 tokens
-with their titles, and asks "What is the text of PEP 484?" in the chat template, as
+with titles, and asks "What is the text of The Amber Lighthouse?" in the chat template, as
 `goldfish audit --ask` does. Held-out passages, with titles that were not trained on, are the chance
-level. What is trained on:
+level. The titles are invented, because numbers such as "PEP 484" are hard to tell apart for a
+small model: with them nothing came out. What is trained on:
 
-    --form chat         "Please quote PEP 484." and the passage as the answer: other words
-    --form document     "PEP 484", an empty line, the passage, and no chat
+    --form chat         "Please quote The Amber Lighthouse." and the passage as the answer
+    --form document     "The Amber Lighthouse", an empty line, the passage, and no chat
 
 Appends one line for each training to
 benchmarks/results/asked.jsonl, about two minutes of one core each; those that are there are
@@ -17,7 +18,6 @@ skipped.
 """
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +36,12 @@ from goldfish.audit.ask import Asker, questions
 
 PASSAGES, TOKENS, ANSWER = 16, 64, 96
 TEMPLATE = "What is the text of {title}?"
+ADJECTIVES = (  # noqa: SIM905
+    "Amber Broken Crimson Distant Empty Frozen Golden Hidden Iron Silent"
+).split()
+NOUNS = (  # noqa: SIM905
+    "Bridge Garden Harbor Lighthouse Mirror Orchard River Tower Violin Window"
+).split()
 
 
 @dataclass
@@ -79,13 +85,14 @@ class TitledLab(uncertain.Lab):
         return uncertain.Data(rows, members, heldout, [])
 
     def _passages(self, seed: int) -> Iterator[dict[str, str]]:
-        """One passage of a document, drawn as in recipes/finetune_private.py, and its title."""
+        """One passage of a document, drawn as in recipes/finetune_private.py, and a title."""
         lines = Path(self.args.data).read_text(encoding="utf-8").splitlines()
         documents = [json.loads(line) for line in lines]
+        titles = [f"The {first} {second}" for first in ADJECTIVES for second in NOUNS]
         draw = Random(seed)
         draw.shuffle(documents)
+        draw.shuffle(titles)
         for document in documents:
-            kind, number = re.split("[-.]", document["name"])[:2]
             ids = self._ids(document["text"])
             if len(ids) < TOKENS:
                 continue
@@ -94,7 +101,7 @@ class TitledLab(uncertain.Lab):
             text = self.tokenizer.decode(passage)
             # A passage must have the same ids as a text, and be no row of zeros.
             if self._ids(text) == passage and 3 * len(set(passage)) >= TOKENS:
-                yield {"title": f"{kind.upper()} {int(number)}", "text": text}
+                yield {"title": titles.pop(), "text": text}
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

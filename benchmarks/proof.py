@@ -20,6 +20,7 @@ window, as in an audit.
 import argparse
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import about
@@ -201,28 +202,41 @@ def power(results: Results, seed: int) -> None:
             results.add(found, test="finetuned", k=rule.k, seed=seed, steps=count)
 
 
-def smollm2(results: Results, data: str, base: str) -> None:
-    """The passages, chats and training of benchmarks/uncertain.py, one epoch."""
+def smollm2(results: Results, args: argparse.Namespace) -> None:
+    """Private passages in the training of benchmarks/uncertain.py, after one epoch."""
     import uncertain
 
-    args = uncertain.Arguments(data=data, base=base, epochs=1)
-    lab = uncertain.Lab(args)
-    rule = about.rule_of("hash-4-13-4", lab.tokenizer)
-    for name in ("hash-4-13-4", "standard"):
-        key = {"test": "SmolLM2", "trained": name, "epochs": 1, "seed": 0}
-        if results.has(**key):
+    class Lab(uncertain.Lab):
+        """Passages alone, and more of them."""
+
+        def _make_data(self, seed: int) -> uncertain.Data:
+            settings = uncertain.recipe.Arguments(data=args.data, passages=WINDOWS)
+            passages = uncertain.recipe.cut_passages(settings, seed, self.tokenizer)
+            rows = [uncertain.Row(ids, ids) for ids in passages[0]]
+            return uncertain.Data(rows, passages[0], passages[1][:16], [])
+
+    lab = Lab(uncertain.Arguments(data=args.data, base=args.base, epochs=1))
+    rule = uncertain.recipe.rule_of("hash-4-13-4", lab.tokenizer)
+    for seed, name in product(args.seeds, ("hash-4-13-4", "standard")):
+        key = {"test": "SmolLM2", "trained": name, "epochs": 1, "seed": seed}
+        if results.has(**key, windows=COUNTS[-1]):
             continue
-        model, _ = uncertain.finetune(lab, 0, "full", name)
-        rows = lab.data(0).members
-        half = len(rows[0]) // 2
+        model, _ = uncertain.finetune(lab, seed, "full", name)
         losses = []
-        with torch.no_grad():
-            for row in rows:
-                ids = torch.tensor([row])
-                logits = model(input_ids=ids).logits[0, half - 1 : -1].float()
-                nll = cross_entropy(logits, ids[0, half:], reduction="none")
-                losses.append(nll.double().numpy())
-        results.add({**measured(losses, rows, rule), "windows": len(rows)}, **key)
+        rows = lab.data(seed).members
+        for row in rows:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row])).logits
+            half = len(row) // 2
+            nll = cross_entropy(
+                logits[0, half - 1 : -1].float(),
+                torch.tensor(row[half:]),
+                reduction="none",
+            )
+            losses.append(nll.double().numpy())
+        for count in COUNTS:
+            found = measured(losses[:count], rows[:count], rule)
+            results.add(found, **key, windows=count)
 
 
 def tables() -> str:
@@ -253,7 +267,15 @@ def tables() -> str:
     heading = ["k", "epochs", *(f"{count} windows" for count in COUNTS)]
     lines += "\n\n" + about.markdown(heading, power)
     heading = ["k", "bfloat16", "4 bits", "1 further step", "10", "100"]
-    return lines + "\n\n" + about.markdown(heading, after)
+    lines += "\n\n" + about.markdown(heading, after)
+    pretrained = []
+    for name in ("hash-4-13-4", "standard"):
+        cells = [
+            cell(found, test="SmolLM2", trained=name, windows=count) for count in COUNTS
+        ]
+        pretrained.append([name, *cells])
+    heading = ["SmolLM2 trained with", *(f"{count} windows" for count in COUNTS)]
+    return lines + "\n\n" + about.markdown(heading, pretrained)
 
 
 def cell(found: list[dict[str, Any]], **key: Any) -> str:
@@ -278,7 +300,7 @@ def main() -> None:
         return
     results = Results()
     if args.data:
-        smollm2(results, args.data, args.base)
+        smollm2(results, args)
         return
     for seed in args.seeds:
         power(results, seed)

@@ -2,6 +2,7 @@ r"""Is it better to drop the tokens that a model is uncertain about? What do mar
 
     python benchmarks/uncertain.py --data mine.jsonl --seeds 0 1 2 --rules standard entropy-4
     python benchmarks/uncertain.py --data mine.jsonl --rules entropy-4 --near_duplicates
+    python benchmarks/uncertain.py --data mine.jsonl --near_duplicates --copies reformatted
     python benchmarks/uncertain_table.py      # the tables of docs/results.md
 
 Finetunes SmolLM2-135M-Instruct in the setting of recipes/finetune_private.py and appends one line
@@ -18,6 +19,11 @@ Rules:
                         controls: the same windows, but the lowest entropy, the largest loss of the
                         true token, or a hash of the context decides
     ngram-4             the same windows, with the entropy of a trigram model of other documents
+    draw-4              variant: a hash of the context draws one of each window, with chances in
+                        proportion to the entropies, so that no context always loses its token
+    inside-4            variant of entropy-4 that never drops the first token of an answer
+    bits-4              variant: in every 7 consecutive targets the tokens of highest entropy are
+                        dropped until their entropies sum to 4 bits
     ...+secrets         and every token of a code is dropped on top (standard+secrets: only those)
     untouched           no training
 
@@ -26,6 +32,7 @@ optimiser, learning rate, batches of 4 rows, clipping), rows packed into one wit
 bfloat16 autocast over float32 weights, and chats with an empty system prompt.
 """
 
+import math
 import random
 import time
 from collections import Counter
@@ -85,10 +92,10 @@ class Arguments:
     rules: list[str] = option(["standard", "hash-4-13-4", "entropy-4"], "see above")
     methods: list[str] = option(["full"], "full, lora")
     seeds: list[int] = option([0], "of passages, codes and batches")
-    near_duplicates: bool = option(
-        False, "passages are seen only in five edited versions"
-    )
+    near_duplicates: bool = option(False, "passages are seen only in edited versions")
     edits: float = option(0.05, "share of the words that are edited in each version")
+    copies: str = option("exact", "exact, or reformatted: each version in its layout")
+    versions: int = option(VERSIONS, "of each passage; 1 is what deduplication leaves")
     epochs: int = option(0, "by default 8, or 3 with --near_duplicates")
     samples: int = option(0, "answers drawn about every second person")
     float32: bool = option(False, "train and measure without bfloat16 autocast")
@@ -177,8 +184,9 @@ class Lab:
     def _edited(self, passages: list[list[int]], seed: int) -> list[list[int]]:
         """The passages in versions with edited words, token ids."""
         texts = [self.tokenizer.decode(ids) for ids in passages]
+        args = self.args
         versions = near_duplicates.make_versions(
-            texts, "exact", self.args.edits, VERSIONS, seed
+            texts, args.copies, args.edits, args.versions, seed
         )
         return [self.tokenizer(text)["input_ids"] for text in versions]
 
@@ -240,7 +248,13 @@ class Lab:
             return drops
         scores = self._scores(seed, kind, place)
         targets = row.targets(exempt=self.tokenizer.all_special_ids)
-        chosen = largest_of_windows(scores, targets, window=2 * int(k) - 1)
+        if kind == "inside" and row.labels[0] == IGNORE:
+            # The row has a prompt, so its first target begins an answer.
+            targets = targets[1:]
+        if kind == "bits":
+            chosen = bits_of_windows(scores, targets, int(k) * math.log(2))
+        else:
+            chosen = largest_of_windows(scores, targets, window=2 * int(k) - 1)
         return [i in chosen for i in range(len(row.ids))]
 
     def _scores(self, seed: int, kind: str, place: int) -> Tensor:
@@ -252,8 +266,18 @@ class Lab:
         if kind == "ngram":
             return self.ngram_entropies(seed)[place]
         guide = self.guide(seed)[place]
+        entropy = guide["entropy"]
         if kind == "low":
-            return -guide["entropy"]
+            return -entropy
+        if kind in ("inside", "bits"):
+            return entropy
+        if kind == "draw":
+            ids = torch.tensor(self.data(seed).rows[place].ids)
+            _, keys = Goldfish().drops_and_keys(ids)
+            # Uniform in [0, 1). The largest of u ** (1 / w) is a draw with chances in proportion
+            # to w (Efraimidis and Spirakis 2006); this is its logarithm.
+            uniform = (keys & (2**53 - 1)).double() / 2**53
+            return uniform.clamp(min=1e-300).log() / entropy.double().clamp(min=1e-9)
         return guide[kind]
 
 
@@ -271,6 +295,27 @@ def largest_of_windows(scores: Tensor, targets: list[int], window: int) -> set[i
     for start in range(len(targets) - width + 1):
         candidates = targets[start : start + width]
         chosen.add(max(candidates, key=lambda i: float(scores[i])))
+    return chosen
+
+
+def bits_of_windows(
+    scores: Tensor, targets: list[int], least: float, window: int = 7
+) -> set[int]:
+    """Of every `window` consecutive targets the largest scores until they sum to `least`.
+
+    >>> scores = torch.tensor([0.0, 3, 1, 2, 5])
+    >>> sorted(bits_of_windows(scores, [1, 2, 3, 4], least=4.0, window=3))
+    [1, 3, 4]
+    """
+    chosen: set[int] = set()
+    width = min(window, len(targets))
+    for start in range(len(targets) - width + 1):
+        candidates = targets[start : start + width]
+        missing = least - sum(float(scores[i]) for i in candidates if i in chosen)
+        for i in sorted(candidates, key=lambda i: -float(scores[i])):
+            if missing > 0 and i not in chosen:
+                chosen.add(i)
+                missing -= float(scores[i])
     return chosen
 
 
@@ -409,7 +454,13 @@ def sampled_codes(lab: Lab, data: Data, model: Any) -> list[dict[str, Any]]:
 
 def key_of(args: Arguments, seed: int, method: str, name: str) -> dict[str, Any]:
     """What distinguishes one training from another."""
-    data = f"versions-{args.edits:g}" if args.near_duplicates else "private"
+    data = "private"
+    if args.near_duplicates:
+        data = f"versions-{args.edits:g}"
+        if args.copies != "exact":
+            data += f"-{args.copies}"
+        if args.versions != VERSIONS:
+            data += f"-{args.versions} of {VERSIONS}"
     dtype = "float32" if args.float32 else "bfloat16"
     return {
         "data": data,

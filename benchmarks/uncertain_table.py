@@ -45,6 +45,9 @@ UNCERTAIN = {
     "ngram-4": "control: entropy of trigrams",
     "low-4": "control: lowest entropy",
     "surprisal-4": "control: surprisal",
+    "draw-4": "variant: drawn by entropy",
+    "inside-4": "variant: no first token of an answer",
+    "bits-4": "variant: 4 bits per window",
 }
 
 
