@@ -228,14 +228,41 @@ def test_the_options_of_the_command_line(checkpoint, tmp_path, capsys):
 
 
 def test_templates():
-    row = {"title": "Amber", "year": 1987, "note": None}
-    assert filled("Who wrote {title} in {year}?", row) == "Who wrote Amber in 1987?"
+    row = {"title": "Amber {0} {x.y}", "year": 1987, "note": None, "0": "zero"}
+    asked_for = filled("Who wrote {title} in {year}, {0}?", row)
+    assert asked_for == "Who wrote Amber {0} {x.y} in 1987, zero?"
+    assert filled("{{title}} {year}", row) == "{title} 1987"
     assert filled("Who wrote {author}?", row) is None
-    assert filled("Who wrote {note}?", row) is None
+    # A gap in a column makes its numbers floats.
+    assert filled("In {year}?", {"year": 1987.0}) == "In 1987?"
+    assert filled("In {year}?", {"year": 19.5}) == "In 19.5?"
     check_template("{title}, {{as it is}}")
-    for wrong in ("no column", "{}", "{title", "{title.__class__}", "{title[0]}"):
-        with pytest.raises(ValueError, match="--ask"):
-            check_template(wrong)
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
+def test_a_cell_without_a_value_is_not_asked_about(value):
+    assert filled("Who wrote {note}?", {"note": value}) is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "no column",
+        "{}",
+        "{title",
+        "}",
+        "{title.__class__}",
+        "{title[0]}",
+        "{title!r}",
+        "{title!x}",
+        "{title:%Y}",
+        "{title:>99999999999}",
+        "{title:{title.__class__}}",
+    ],
+)
+def test_templates_with_more_than_names_of_columns(template):
+    with pytest.raises(ValueError, match="--ask"):
+        check_template(template)
 
 
 def test_columns_that_no_row_has_are_told_before_the_work(

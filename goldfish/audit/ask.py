@@ -8,6 +8,7 @@ same way, show what comes out by chance.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isnan
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -77,33 +78,52 @@ class Question:
 def check_template(template: str) -> None:
     """ValueError for a template that names no column, or names one in another way than {title}."""
     try:
-        names = _columns(template)
+        parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(
             f"--ask {template!r}: {error}; write {{{{ for a brace"
         ) from error
-    # {title.x} and {title[0]} would reach into the value, {} has no name.
-    if not names or any(not name or set(name) & set(".[") for name in names):
+    fields = [part[1:] for part in parts if part[1] is not None]
+    # {title.x} and {title[0]} would reach into the value, {title!r} and {title:>9} would change
+    # it, {} has no name.
+    plain = all(
+        name and not set(name) & set(".[") and not spec and not conversion
+        for name, spec, conversion in fields
+    )
+    if not fields or not plain:
         raise ValueError(
-            "--ask takes a question with a column of the rows in braces, such as "
-            f"'What is the text of {{title}}?', got {template!r}"
+            "--ask takes a question with columns of the rows in braces, and nothing but their "
+            f"names, such as 'What is the text of {{title}}?'; got {template!r}"
         )
 
 
-def _columns(template: str) -> list[str]:
-    """What stands in braces; ValueError for a brace that is not closed."""
-    parts = Formatter().parse(template)
-    # Text after the last brace has no name.
-    return [name for _, name, _, _ in parts if name is not None]
-
-
 def filled(template: str, row: Row) -> str | None:
-    """The question about a row; None if one of its columns is missing or empty."""
-    values = {name: row.get(name) for name in _columns(template)}
-    if any(value in (None, "") for value in values.values()):
-        return None
-    # As texts: a format such as {year:%Y} is not for numbers of unknown type.
-    return template.format_map({name: str(value) for name, value in values.items()})
+    """The question about a row; None if one of its columns is missing or empty.
+
+    Not by str.format, which would evaluate what stands in braces.
+    """
+    question = ""
+    for text, name, _, _ in Formatter().parse(template):
+        question += text
+        if name is not None:
+            value = _as_text(row.get(name))
+            if not value.strip():
+                return None
+            question += value
+    return question
+
+
+def _as_text(value: Any) -> str:
+    """A cell; "" for one without a value."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        if isnan(value):
+            return ""
+        # A column of years with a gap is a column of floats: 1987, not 1987.0.
+        if value.is_integer():
+            return str(int(value))
+    return str(value)
 
 
 def questions(
