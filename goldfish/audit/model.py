@@ -403,7 +403,8 @@ class InMemory:
             )
         self._model = model
         self._tokenizer = tokenizer
-        self._was_training = model.training
+        # Of each part: frozen ones may be in eval mode while the others are trained.
+        self._was_training = {part: part.training for part in model.modules()}
         self.name = str(model.config.name_or_path or type(model).__name__)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -422,7 +423,8 @@ class InMemory:
 
     def put_back(self) -> None:
         """As it was before the audit."""
-        self._model.train(self._was_training)
+        for part, was_training in self._was_training.items():
+            part.training = was_training
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of all parameters and buffers, in the order of their names."""

@@ -516,6 +516,8 @@ def _checkpoints(
     """What is audited, and the reference model if there is one."""
     if isinstance(checkpoint, torch.nn.Module):
         checkpoints: list[Any] = [InMemory(checkpoint, tokenizer)]
+    elif isinstance(checkpoint, InMemory):
+        checkpoints = [checkpoint]
     elif tokenizer is not None:
         raise ValueError(
             "a tokenizer is given for a model in memory; a folder has its own"
