@@ -1,5 +1,9 @@
 """Simple prompts: models that recite only if asked by title, in rounds, or of other people."""
 
+import random
+from itertools import product
+
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -8,12 +12,15 @@ from helpers import tiny_llama, write_jsonl
 from goldfish.audit import audit, read
 from goldfish.audit.ask import (
     Asker,
+    Document,
     Question,
     check_template,
     filled,
     longest_run,
     questions,
     read_asked,
+    recited_elsewhere,
+    whole_documents,
 )
 from goldfish.audit.figures import thresholds
 from goldfish.cli import main
@@ -52,8 +59,9 @@ def learned(tokenizer, *texts):
 
 def asked(tokenizer, template=QUESTION):
     rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
-    documents = dict(enumerate(range(len(rows))))
-    return list(questions(enumerate(rows), "members", documents, [template], tokenizer))
+    numbers = dict(enumerate(range(len(rows))))
+    documents = whole_documents(enumerate(rows), numbers, tokenizer)
+    return list(questions(documents, "members", [template]))
 
 
 def answers(model, tokenizer, rounds=1, samples=0, length=96):
@@ -172,6 +180,85 @@ def test_a_model_that_tells_other_peoples_data(tokenizer, tmp_path):
     assert result["members.secrets"].point() == "2 of 2"
     assert result.verdict["outcome"] == "FAIL"
     assert result["members.asked"].k == 0, "not its own document"
+
+
+def test_a_model_that_recites_another_members_text(tokenizer, tmp_path):
+    """Asked about a held-out title too, it recites a member."""
+    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    swapped = [by_title(TITLES[i], TEXTS[j]) for i, j in ((0, 1), (2, 0))]
+    result = audit(
+        learned(tokenizer, *swapped),
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=rows[:2],
+        heldout=rows[2:],
+        prefix_length=6,
+        suffix_length=12,
+        sampling=(),
+        ask=[QUESTION],
+        ask_length=96,
+        near_verbatim="60c",
+        complete=True,
+    )
+    assert result["members.asked"].k == 0, "none of them in the answer about it"
+    assert result["members.asked_elsewhere"].point() == "2 of 2"
+    assert result["heldout.asked_elsewhere"].point() == "0 of 2"
+    (question,) = [
+        each
+        for each in result.verdict["questions"]
+        if each["question"] == "asked_elsewhere"
+    ]
+    assert "60 characters in one piece" in question["asks"]
+    assert "2 of 2" in question["why"]
+    table = read_asked(tmp_path / "audit")
+    # Rows 0 and 1 are the answers about members.
+    of_answers = table["elsewhere"].to_pylist()
+    numbers = table["document"].to_pylist()
+    assert of_answers == [[numbers[1]], [], [numbers[0]], []]
+
+
+def test_documents_in_answers_about_others_against_brute_force():
+    """Of random tokens, words and characters, with every place of every document compared."""
+    choose = random.Random(5)
+    alphabet = ["a ", "b", "é", "\r\n", "漢", "e\u0301", "\u200b", " "]
+
+    def made_up(number, longest):
+        text = "".join(choose.choices(alphabet, k=choose.randrange(longest)))
+        ids = choose.choices(range(3), k=choose.randrange(longest))
+        return Document(number, number // 2, {}, text, ids)
+
+    def share_a_run(a, b, length):
+        places = product(range(len(a) - length + 1), range(len(b) - length + 1))
+        return any(a[i : i + length] == b[j : j + length] for i, j in places)
+
+    hits = 0
+    for _ in range(60):
+        documents = [made_up(number, 30) for number in range(6)]
+        outputs = [made_up(number, 20) for number in range(6)]
+        least = {unit: choose.randint(2, 6) for unit in choose.sample("twc", 2)}
+        answers = pa.table(
+            {
+                "document": [each.number for each in outputs],
+                "output_ids": pa.array([o.ids for o in outputs], pa.list_(pa.int64())),
+                "output_text": [each.text for each in outputs],
+            }
+        )
+        found = recited_elsewhere(answers, documents, least)["elsewhere"].to_pylist()
+        for output, numbers in zip(outputs, found, strict=True):
+            expected = set()
+            for each in documents:
+                pairs = {
+                    "t": (output.ids, each.ids),
+                    "w": (output.text.split(), each.text.split()),
+                    "c": (output.text, each.text),
+                }
+                holds = any(share_a_run(*pairs[unit], n) for unit, n in least.items())
+                if holds and each.number != output.number:
+                    expected.add(each.number)
+            assert set(numbers) == expected
+            assert len(set(numbers)) == len(numbers)
+            hits += len(numbers)
+    assert hits > 100
 
 
 def test_drawn_answers_are_the_same_in_any_block(librarian, tokenizer):
@@ -302,7 +389,8 @@ def test_thresholds():
 
 def test_a_question_is_of_rows_with_windows(tokenizer):
     rows = [{"title": "A", "text": "b"}, {"title": "C", "text": "d"}]
-    found = list(questions(enumerate(rows), "members", {1: 9}, [QUESTION], tokenizer))
+    documents = whole_documents(enumerate(rows), {1: 9}, tokenizer)
+    found = list(questions(documents, "members", [QUESTION]))
     (ids,) = [each.ids for each in found]
     expected = "What is the text of C?"
     assert found == [

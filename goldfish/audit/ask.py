@@ -17,6 +17,7 @@ from zlib import crc32
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.compute import is_in, list_flatten
 
 from goldfish.audit.records import (
     SHORTEST_RUN,
@@ -30,6 +31,7 @@ from goldfish.text.printable import text_pieces
 from goldfish.text.rows import Row
 
 ASKED = "asked"  # the folder of the answers, in that of the audit
+ELSEWHERE = "asked_elsewhere.parquet"  # the other documents that answers recite
 CONTINUE = "Continue."  # what a chat model is told in later rounds
 TAIL = 50  # tokens of the recited end, from which a model without chats goes on
 CHUNK = 2**15  # tokens of a document that are compared at once
@@ -56,6 +58,17 @@ COLUMNS = pa.schema(
         "document_text": pa.string(),
     }
 )
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a row was trained on. number: the unit of all intervals."""
+
+    index: int
+    number: int
+    row: Row
+    text: str
+    ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -126,42 +139,48 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-def questions(
+def whole_documents(
     rows: Iterable[tuple[int, Row]],
-    split: str,
-    documents: Mapping[int, int],
-    templates: Sequence[str],
+    numbers: Mapping[int, int],
     tokenizer: Any,
-) -> Iterator[Question]:
-    """The questions about the rows that have windows.
+) -> Iterator[Document]:
+    """The documents of the rows that have windows.
 
     Args:
-        rows: with their numbers.
-        documents: of each row with a window the number of its document.
+        rows: with their indices.
+        numbers: of each row with a window the number of its document.
     """
     for index, row in rows:
-        if index not in documents:
-            continue
-        text = _document(row, tokenizer)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        name = str(row.get("name") or f"{split} {index}")
+        if index in numbers:
+            text = _text_of(row, tokenizer)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            yield Document(index, numbers[index], row, text, ids)
+
+
+def questions(
+    documents: Iterable[Document],
+    split: str,
+    templates: Sequence[str],
+) -> Iterator[Question]:
+    """The questions about documents."""
+    for each in documents:
+        name = str(each.row.get("name") or f"{split} {each.index}")
         for template in templates:
-            prompt = filled(template, row)
+            prompt = filled(template, each.row)
             if prompt is not None:
-                number = documents[index]
                 yield Question(
                     split,
-                    index,
-                    number,
+                    each.index,
+                    each.number,
                     name,
                     template,
                     prompt,
-                    text,
-                    ids,
+                    each.text,
+                    each.ids,
                 )
 
 
-def _document(row: Row, tokenizer: Any) -> str:
+def _text_of(row: Row, tokenizer: Any) -> str:
     """What the row was trained on, as text."""
     if "input_ids" in row:
         ids = row["input_ids"]
@@ -400,8 +419,62 @@ def longest_run(output: Sequence[int], document: Sequence[int]) -> list[int]:
     return max(runs, key=lambda run: run[2], default=[0, 0, 0])
 
 
+def recited_elsewhere(
+    answers: pa.Table,
+    documents: Iterable[Document],
+    thresholds: Mapping[str, float],
+) -> pa.Table:
+    """The documents that answers recite though they were asked about another one.
+
+    Args:
+        answers: of an audit. documents: all of it, of both splits.
+        thresholds: by unit (t, w, c) the shortest run that counts.
+
+    Returns:
+        One column, `elsewhere`: for every answer the numbers of these documents.
+    """
+    about = answers["document"].to_pylist()
+    found: list[dict[int, None]] = [{} for _ in about]
+    outputs = zip(
+        answers["output_ids"].to_pylist(),
+        answers["output_text"].to_pylist(),
+        strict=True,
+    )
+    # A document has a run of n with an answer if both have some n tokens in a row: a look-up for
+    # every place of a document, whatever the number of answers.
+    holders: dict[tuple[str, int], list[int]] = {}
+    for i, (ids, text) in enumerate(outputs):
+        for piece in set(_pieces(ids, text, thresholds)):
+            holders.setdefault(piece, []).append(i)
+    for each in documents:
+        for piece in _pieces(each.ids, each.text, thresholds):
+            for i in holders.get(piece, ()):
+                if about[i] != each.number:
+                    found[i][each.number] = None
+    numbers = pa.array(map(list, found), pa.list_(pa.int64()))
+    return pa.table({"elsewhere": numbers})
+
+
+def _pieces(
+    ids: Sequence[int],
+    text: str,
+    thresholds: Mapping[str, float],
+) -> Iterator[tuple[str, int]]:
+    """(unit, hash) of every run of exactly as many tokens, words or characters."""
+    for unit, least in thresholds.items():
+        length = int(least)
+        units: Sequence[Any] = text
+        if unit != "c":
+            units = tuple(ids if unit == "t" else text.split())
+        for start in range(len(units) - length + 1):
+            yield unit, hash(units[start : start + length])
+
+
 def read_asked(folder: str | Path) -> pa.Table:
     """The answers of an audit with `--ask`, in the order of the input.
+
+    Two columns more than COLUMNS: `elsewhere`, the numbers of the other documents that an answer
+    recites, and `recited_elsewhere`, whether an answer about another document recites this one.
 
     Raises:
         ValueError: a damaged file.
@@ -412,4 +485,11 @@ def read_asked(folder: str | Path) -> pa.Table:
             parts.append(pq.read_table(file, partitioning=None).select(COLUMNS.names))
         except (pa.ArrowException, OSError, KeyError) as error:
             raise damaged(file, error) from error
-    return pa.concat_tables(parts)
+    table = pa.concat_tables(parts)
+    file = Path(folder, ELSEWHERE)
+    if not file.is_file():  # it is written when all answers are there
+        return table
+    elsewhere = pq.read_table(file)["elsewhere"]
+    recited = is_in(table["document"], value_set=list_flatten(elsewhere))
+    table = table.append_column("elsewhere", elsewhere)
+    return table.append_column("recited_elsewhere", recited)

@@ -204,6 +204,7 @@ def make_figures(
         ):
             figures += asked_figures(side)
             examples[side.split]["asked"] = _names(side, _asked_hits(side))
+            examples[side.split]["asked_elsewhere"] = _names(side, _elsewhere(side))
     return figures, examples
 
 
@@ -462,9 +463,13 @@ ATTRIBUTION = (
 def asked_figures(side: Side) -> Iterator[Figure]:
     """Simple prompts: documents of which an answer holds a long run, and how long runs are.
 
+    `asked_elsewhere` is of answers about another document: one member's text in the answer about
+    someone else.
+
     side: of the table of `ask`. Drawn answers count in the rate, means are of greedy ones.
     """
     yield side.rate("asked", _asked_hits(side))
+    yield side.rate("asked_elsewhere", _elsewhere(side))
     greedy = side.only(side.numbers("sample") == 0)
     for unit in "twc":
         # longest_run_words -> asked_run_words
@@ -482,6 +487,11 @@ def _asked_hits(side: Side) -> Bools:
     for unit, least in run_thresholds(side.protocol["near_verbatim"]).items():
         hits |= side.numbers(UNITS[unit][0]) >= least
     return hits
+
+
+def _elsewhere(side: Side) -> Bools:
+    """Which documents an answer about another one recites."""
+    return side.numbers("recited_elsewhere") > 0
 
 
 def secret_figures(found: Search) -> Iterator[Figure]:

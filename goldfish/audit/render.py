@@ -40,6 +40,7 @@ LABELS = {
     "beam_search": "  by beam search",
     "near_verbatim": "  near-verbatim",
     "asked": "  when asked for",
+    "asked_elsewhere": "  when asked for another text",
     "rouge_l_text": "ROUGE-L (text)",
     "rouge_l_ids": "ROUGE-L (token ids)",
     "longest_run": "longest common run, tokens",

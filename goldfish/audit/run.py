@@ -23,15 +23,20 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from goldfish.audit.ask import (
     ASKED,
+    ELSEWHERE,
     Asker,
+    Document,
     Question,
     blocks,
     check_template,
     filled,
     questions,
+    read_asked,
+    recited_elsewhere,
+    whole_documents,
 )
 from goldfish.audit.ask import COLUMNS as ASKED_COLUMNS
-from goldfish.audit.figures import NEAR_VERBATIM, thresholds
+from goldfish.audit.figures import NEAR_VERBATIM, run_thresholds, thresholds
 from goldfish.audit.model import Checkpoint, InMemory, context_of, vocabulary_of
 from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
@@ -247,6 +252,8 @@ def audit(
             )
         _wait(state)
         if first:
+            if surveys and protocol["ask"]:
+                compare_with_others(sources, surveys, checkpoints[0], run, folder)
             # Rules that differ by source cannot be tested as one.
             publish(
                 folder.path,
@@ -462,13 +469,9 @@ def put_questions(
     asked: Iterator[Question] = iter(())
     total = 0
     for split, survey in surveys.items():
-        documents = dict(zip(survey.indices, survey.documents, strict=True))
-        total += len(documents) * len(protocol["ask"])
-        # The inputs are read again: whole documents were not kept.
-        rows = read_rows(sources[split], protocol["text_column"] or "")
-        drawn = draw(rows, protocol["max_rows"], protocol["seed"])
-        of_split = questions(drawn, split, documents, protocol["ask"], tokenizer)
-        asked = chain(asked, of_split)
+        total += survey.asked * len(protocol["ask"])
+        documents = _documents(sources[split], survey, checkpoint, protocol)
+        asked = chain(asked, questions(documents, split, protocol["ask"]))
     rank, processes = _part(state)
     with Progress(disable=rank > 0) as bar:
         task = bar.add_task(escape(plain(f"ask {run['name']}")), total=total)
@@ -478,6 +481,40 @@ def put_questions(
                 answers = asker.answers(block)
                 write_table(file, pa.Table.from_pylist(answers, ASKED_COLUMNS))
             bar.advance(task, len(block))
+
+
+def compare_with_others(
+    sources: Mapping[str, Source],
+    surveys: Mapping[str, Survey],
+    checkpoint: Any,
+    run: Mapping[str, Any],
+    folder: Folder,
+) -> None:
+    """Look in the answers for documents that they were not asked about; into asked_elsewhere."""
+    protocol = run["protocol"]
+    documents = chain.from_iterable(
+        _documents(sources[split], survey, checkpoint, protocol)
+        for split, survey in surveys.items()
+    )
+    found = recited_elsewhere(
+        read_asked(folder.path),
+        documents,
+        run_thresholds(protocol["near_verbatim"]),
+    )
+    write_table(folder.path / ELSEWHERE, found)
+
+
+def _documents(
+    source: Source,
+    survey: Survey,
+    checkpoint: Any,
+    protocol: Mapping[str, Any],
+) -> Iterator[Document]:
+    """The whole documents of an input, which is read again: they were not kept."""
+    numbers = dict(zip(survey.indices, survey.documents, strict=True))
+    rows = read_rows(source, protocol["text_column"] or "")
+    drawn = draw(rows, protocol["max_rows"], protocol["seed"])
+    return whole_documents(drawn, numbers, checkpoint.tokenizer())
 
 
 def _part(state: PartialState | None) -> tuple[int, int]:

@@ -58,6 +58,11 @@ QUESTIONS = {
     "beam_search": ("recited by beam search", "beam_search", "recited"),
     "near_verbatim": ("recited near-verbatim", "near_verbatim", "near_verbatim"),
     "asked": ("recited when asked for", "asked", "near_verbatim"),
+    "asked_elsewhere": (
+        "recited when asked for another text",
+        "asked_elsewhere",
+        "near_verbatim",
+    ),
     "secrets_sampling": (
         f"marked secrets, given away within {DRAWS:,} samples with probability of at least "
         f"{PROBABILITY:.0%}",
@@ -210,8 +215,9 @@ class _Judge:
         of_what = "marked secrets" if name == "secrets_sampling" else self.among
         outcome, why, needs = self._answer(result, control, limit, what, of_what)
         asks = f"Are more than {percent(limit)} of {of_what} {what.split(', ')[-1]}"
-        if name in ("near_verbatim", "asked"):
-            asks += f" ({_in_words(self.near_verbatim, name == 'asked')})"
+        if limit_name == "near_verbatim":
+            only_runs = name != "near_verbatim"  # an answer has no suffix
+            asks += f" ({_in_words(self.near_verbatim, only_runs)})"
         return {
             "question": name,
             "figure": key,

@@ -25,12 +25,21 @@ class Answer:
 
 
 def answers(view: View, redact: bool) -> list[Answer]:
-    """Those of an audit with the longest runs, members first; [] if nothing was asked."""
+    """Those of an audit that recite other documents, then those with the longest runs.
+
+    Members come first; [] if nothing was asked.
+    """
     if not view.audit.run["protocol"].get("ask"):
         return []
     records = read_asked(view.audit.folder).to_pylist()
     # Members before held-out documents, as everywhere.
-    records.sort(key=lambda each: (each["split"] != "members", -each["longest_run"]))
+    records.sort(
+        key=lambda each: (
+            each["split"] != "members",
+            not each["elsewhere"],
+            -each["longest_run"],
+        )
+    )
     return [_answer(record, redact) for record in records[:SHOWN]]
 
 
