@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from goldfish.masking import mask_batch, padding_mask
 from goldfish.rule import Goldfish, place_keys, tokens_of
-from goldfish.unwrap import bare_model, evaluation_mode
+from goldfish.unwrap import bare_model, evaluation_mode, require_vocabulary
 
 FILE_NAME = "goldfish_decisions.safetensors"
 # Logits of the documents that are read at a time: 1 GB of float32.
@@ -141,11 +141,20 @@ class Guide:
             float32 (len(documents), T of the longest), on the CPU; nats, 0 for first tokens.
         """
         device = next(self.model.parameters()).device
-        ids = pad_sequence(list(documents), batch_first=True).to(device)
+        ids = pad_sequence(list(documents), batch_first=True)
+        require_vocabulary(self.model, ids)
+        ids = ids.to(device)
         attended = [torch.ones_like(document) for document in documents]
         mask = pad_sequence(attended, batch_first=True).to(device)
-        with evaluation_mode(self.model):
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
+        try:
+            with evaluation_mode(self.model):
+                logits = self.model(input_ids=ids, attention_mask=mask).logits
+        except IndexError as error:
+            # A table of positions, as in GPT-2, has an end; rotary positions have none.
+            raise ValueError(
+                f"the guide cannot read a document of {ids.shape[1]} tokens ({error}): cut the "
+                "rows as for training"
+            ) from error
         # Counted from the end: prompt tuning puts virtual tokens in front.
         logits = logits[:, -ids.shape[1] : -1]
         # Never all logits in float32 at once: a long row has gigabytes of them.

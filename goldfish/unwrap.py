@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def bare_model(model: Any) -> Any:
@@ -28,6 +28,17 @@ def bare_model(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def require_vocabulary(model: Any, ids: Tensor) -> None:
+    """ValueError if a model has no entry for an id: its tokenizer is another one."""
+    size = bare_model(model).config.get_text_config().vocab_size
+    highest = int(ids.max())
+    if highest >= size:
+        raise ValueError(
+            f"the data has the id {highest}, but the vocabulary of the model has {size} entries: "
+            "take a model with the tokenizer of the data"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +18,7 @@ from goldfish.text import check as check_module
 from goldfish.text import passages as module
 from goldfish.text.check import check
 from goldfish.text.exposure import Finder, likely_secrets
+from goldfish.text.findings import as_python
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -186,7 +188,13 @@ class TableModel:
 
     device = "cpu"
 
+    def __init__(self, window=None):
+        text = SimpleNamespace(vocab_size=256, max_position_embeddings=window)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.longest = 0
+
     def __call__(self, input_ids):
+        self.longest = max(self.longest, input_ids.shape[1])
         bits = 1 + torch.arange(256) % 3
         logits = -bits * math.log(2)
         rest = 1 - (2.0**-bits)[:255].sum()
@@ -211,6 +219,33 @@ def test_bits_are_those_of_the_dropped_informative_tokens(letters, tmp_path):
     expected = sum(1 + ord(CODE[i]) % 3 + total for i in both)
     assert result.bits()[CODE] == pytest.approx(expected, rel=1e-5)
     assert check(path, letters[0], rule, CODE).bits() == {}
+
+
+@pytest.mark.parametrize(("window", "read"), [(None, 1024), (64, 64)])
+def test_a_secret_longer_than_the_model_can_read(letters, tmp_path, window, read):
+    """Its last tokens are asked; the others are taken to be known. A far one is read in part."""
+    rule = Goldfish(k=10**9, secrets="[xyz]+")
+    long = "xyz" * 700
+    rows = [{"text": f"{long} and"}, {"text": "a " * 900 + "zyx"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    model = TableModel(window)
+    bits = check(path, letters[0], rule, "[xyz]+", model=model).bits()
+    assert model.longest == read
+    total = math.log2(sum(2.0 ** -(1 + i % 3) for i in range(256)))
+    for secret, asked in ((long, read - 1), ("zyx", 3)):
+        expected = sum(1 + ord(c) % 3 + total for c in secret[-asked:])
+        assert bits[secret] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_does_not_fit(letters, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"a {CODE}"}])
+    small = tiny_llama(vocab_size=60)
+    with pytest.raises(ValueError, match="has the id .*, but .* has 60 entries"):
+        check(path, letters[0], Goldfish(), CODE, model=small)
+    nothing = tiny_llama()
+    torch.nn.init.constant_(nothing.lm_head.weight, math.nan)
+    with pytest.raises(ValueError, match="the model's predictions are not numbers"):
+        check(path, letters[0], Goldfish(), CODE, model=nothing)
 
 
 def test_a_tokenizer_that_adds_special_tokens(letters, tmp_path):
@@ -434,7 +469,7 @@ def test_command_line(letters, tmp_path, capsys):
         in shown.out
     )
     assert shown.out.splitlines()[-1] == (
-        "1 of 1 secret can be learned whole. Train with Goldfish(k=1e+06, h=3, "
+        "1 of 1 secret can be learned whole. Train with Goldfish(k=1000000, h=3, "
         f"secrets=r'code ({CODE})'): 46.7% more tokens dropped, none left."
     )
     assert (
@@ -449,7 +484,7 @@ def test_command_line(letters, tmp_path, capsys):
     assert shown.err.startswith(
         "goldfish check: secrets='(' is not a regular expression: missing )"
     )
-    assert run("--secret-column", "none")[0] == 3
+    assert run("--secret-column", "none")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -565,3 +600,29 @@ def test_checksums_of_words_ignore_case_only():
     words = [word.casefold() for word in text.split()]
     for i, word in enumerate(words):
         assert words.index(word) == checksums.index(checksums[i])
+
+
+def test_the_suggested_rule_is_the_rule_that_was_tried():
+    """Copied into a script, it is equal: no number is rounded and no argument is left out."""
+    for rule in (
+        Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)"),
+        Goldfish(k=10 / 3, secrets="it's \\d", seed=2**63),
+        Goldfish(k=1234567.25, h=5, window="inclusive", exempt=(1, 2), document_end=0),
+        Goldfish(k=2, strategy="letters", opening="keep", secrets="\x1b\\d\u202e'"),
+        Goldfish(k=2, strategy="entropy", guide="0" * 16),
+    ):
+        code = as_python(rule)
+        assert code.isprintable()
+        assert eval(code, {"Goldfish": Goldfish}) == rule
+    assert as_python(Goldfish(k=4.0)) == "Goldfish(k=4, h=13)"
+
+
+def test_columns_with_odd_names_and_without_secrets(letters, tmp_path):
+    rows = [{"text": f"the code is {CODE} and more", "my code;ls": CODE}]
+    path = write(tmp_path / "a.jsonl", rows)
+    rule = Goldfish(k=10**6)
+    found = check(path, letters[0], rule, column="my code;ls").conclusion()
+    assert "goldfish premask --secret-column 'my code;ls': " in found
+    for column in ("code", "my code"):
+        with pytest.raises(ValueError, match=f"no row has a secret in a column {column}"):
+            check(path, letters[0], rule, column=column)

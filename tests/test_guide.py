@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from helpers import PROSE, tiny_llama
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import goldfish.guide
 from goldfish import Goldfish, GoldfishCollator, mask_labels, premask, spec
@@ -196,6 +196,16 @@ def test_rules_and_guides_that_do_not_fit():
     assert Guide(guide.model).fingerprint != guide.fingerprint
     with pytest.raises(ValueError, match="predictions are not finite"):
         guide.read(RULE, {"input_ids": ids})
+
+
+def test_documents_that_the_model_cannot_read():
+    ids = torch.tensor([[1, 2, 59, 60]])
+    with pytest.raises(ValueError, match="has the id 60, but .* has 60 entries"):
+        Guide(tiny_llama(vocab_size=60)).read(RULE, {"input_ids": ids})
+    sizes = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    short = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=3))
+    with pytest.raises(ValueError, match=r"a document of 4 tokens .* cut"):
+        Guide(short).read(RULE, {"input_ids": ids})
 
 
 def test_decisions_are_stored(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from goldfish.audit.model import context_of
 from goldfish.rule import Goldfish
 from goldfish.secret_spans import Span
 from goldfish.text.chats import (
@@ -35,6 +36,7 @@ from goldfish.text.exposure import (
 from goldfish.text.findings import Check
 from goldfish.text.passages import SHOWN, Flags, Ints, Words, runs
 from goldfish.text.rows import Row, read_rows
+from goldfish.unwrap import require_vocabulary
 
 # Characters that are tokenized at once. More would need more memory; 64 times fewer cost a fifth
 # of the speed.
@@ -83,7 +85,11 @@ def check(
     find: Callable[[_Batch], Spans] = _likely
     if marked:
         marker = secret_finder(pattern, column)
-        find = _every_place(marker, Finder(_literals(reader, marker, result)))
+        secrets = _literals(reader, marker, result)
+        # Probably a misspelt name.
+        if column and not secrets and not result.missing_count:
+            raise ValueError(f"{source}: no row has a secret in a column {column}")
+        find = _every_place(marker, Finder(secrets))
     worker = _Worker(result, tokenizer, find, model)
     for batch in reader.batches("checking"):
         worker.add(batch)
@@ -363,6 +369,8 @@ class _Worker:
         self._tokenizer = tokenizer
         self._find = find
         self._model = model
+        if model is not None:
+            self._context = min(CONTEXT, context_of(model.config) or CONTEXT)
         self._rule = result.rule.bind(tokenizer)
         self._suggested: Goldfish | None = None
         if result.suggested is not None:
@@ -485,16 +493,18 @@ class _Worker:
     def _bits(
         self, tokens: _Tokens, place: _Place, spans: list[Span]
     ) -> list[tuple[int, int, float]]:
-        """The model's -log2 p of a secret's tokens, each after all before it in its document."""
-        begin = place.tokens.start
+        """The model's -log2 p of a secret's tokens, each after all before it in its document.
+
+        Of a secret longer than the model can read, the first tokens are left out.
+        """
         end = place.tokens.stop
         document = int(tokens.bounds[place.document])
-        first = max(document, end - CONTEXT)
+        first = max(document, end - self._context)
         every = _surprisal(self._model, tokens.ids[first:end])
-        bits = every[begin - first :]
+        asked = min(len(spans), len(every))
         result = []
-        for (a, b), each in zip(spans, bits, strict=True):
-            result.append((a, b, each))
+        for (a, b), bits in zip(spans[-asked:], every[-asked:], strict=True):
+            result.append((a, b, bits))
         return result
 
 
@@ -527,7 +537,9 @@ def _dropped_bits(spans: list[Span], dropped: Flags) -> int:
 @torch.inference_mode()
 def _surprisal(model: Any, ids: Ints) -> list[float]:
     """-log2 p of each token after those before it; 0 for the first."""
-    row = torch.from_numpy(ids).to(model.device)
+    given = torch.from_numpy(ids)
+    require_vocabulary(model, given)
+    row = given.to(model.device)
     output = model(input_ids=row[None])
     logits = output.logits[0, :-1]
     nats = cross_entropy(
@@ -535,5 +547,7 @@ def _surprisal(model: Any, ids: Ints) -> list[float]:
         row[1:],
         reduction="none",
     )
+    if nats.isnan().any():
+        raise ValueError("the model's predictions are not numbers (NaN)")
     bits = nats / math.log(2)
     return [0.0, *bits.tolist()]

@@ -1,8 +1,9 @@
 """What `goldfish check` found, and how it is said in a terminal."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from shlex import quote
 
 from goldfish.rule import Goldfish
 from goldfish.text.exposure import SHOWN_ROWS, Secret, informative_characters
@@ -182,7 +183,7 @@ class Check:
         if self.suggested is not None:
             return f"Train with {as_python(self.suggested)}: {cost}"
         if self.column:
-            command = f"goldfish premask --secret-column {self.column}"
+            command = f"goldfish premask --secret-column {quote(self.column)}"
             return f"Write the labels with: {command}: {cost}"
         return "Replace them in the data, or give them in a --secret-column."
 
@@ -200,18 +201,28 @@ def as_python(rule: Goldfish) -> str:
     >>> print(as_python(Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)")))
     Goldfish(k=4, h=13, max_kept=4, secrets=r'code (\d+)')
     """
-    parts = [f"k={rule.k:g}", f"h={rule.h}"]
-    if rule.strategy != "hash":
-        parts.append(f'strategy="{rule.strategy}"')
-    if rule.max_kept is not None:
-        parts.append(f"max_kept={rule.max_kept}")
-    if rule.seed:
-        parts.append(f"seed={rule.seed}")
-    if rule.secrets is not None:
-        # A raw string has no way to write a quote, nor a backslash at its end.
-        raw = "'" not in rule.secrets and not rule.secrets.endswith("\\")
-        literal = repr(rule.secrets)
-        if raw and rule.secrets.isprintable():
-            literal = f"r'{rule.secrets}'"
-        parts.append(f"secrets={literal}")
+    parts = []
+    for each in fields(rule):
+        value = getattr(rule, each.name)
+        is_usual = value == each.default and each.name not in ("k", "h")
+        # Of vocabularies and decisions a script makes its own.
+        if is_usual or not each.compare:
+            continue
+        if each.name == "secrets":
+            literal = _literal(value)
+        elif isinstance(value, str):
+            literal = f'"{value}"'
+        else:
+            is_whole = isinstance(value, float) and value.is_integer()
+            literal = repr(int(value) if is_whole else value)
+        parts.append(f"{each.name}={literal}")
     return f"Goldfish({', '.join(parts)})"
+
+
+def _literal(expression: str) -> str:
+    """A raw string where it can be one: it has no way to write a quote, nor a backslash at its end,
+    and shows control characters as they are."""
+    raw = "'" not in expression and not expression.endswith("\\")
+    if raw and expression.isprintable():
+        return f"r'{expression}'"
+    return repr(expression)
