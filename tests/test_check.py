@@ -624,5 +624,7 @@ def test_columns_with_odd_names_and_without_secrets(letters, tmp_path):
     found = check(path, letters[0], rule, column="my code;ls").conclusion()
     assert "goldfish premask --secret-column 'my code;ls': " in found
     for column in ("code", "my code"):
-        with pytest.raises(ValueError, match=f"no row has a secret in a column {column}"):
+        with pytest.raises(
+            ValueError, match=f"no row has a secret in a column {column}"
+        ):
             check(path, letters[0], rule, column=column)

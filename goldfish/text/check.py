@@ -372,6 +372,7 @@ class _Worker:
         if model is not None:
             self._context = min(CONTEXT, context_of(model.config) or CONTEXT)
         self._rule = result.rule.bind(tokenizer)
+        self._spans: dict[tuple[Span, ...], tuple[Span, ...]] = {}
         self._suggested: Goldfish | None = None
         if result.suggested is not None:
             try:
@@ -452,6 +453,8 @@ class _Worker:
         if text not in secrets:
             if not self._result.marked and len(secrets) >= MOST_LIKELY:
                 return
+            # Most secrets are cut like another one: spans are half of what there is to remember.
+            spans = self._spans.setdefault(spans, spans)
             secrets[text] = Secret(text, spans, list(decisions))
         secret = secrets[text]
         document = batch.documents[place.document]
@@ -491,7 +494,7 @@ class _Worker:
         return result
 
     def _bits(
-        self, tokens: _Tokens, place: _Place, spans: list[Span]
+        self, tokens: _Tokens, place: _Place, spans: tuple[Span, ...]
     ) -> list[tuple[int, int, float]]:
         """The model's -log2 p of a secret's tokens, each after all before it in its document.
 
@@ -513,7 +516,7 @@ def _containing(bounds: Ints, places: Ints) -> Ints:
     return np.searchsorted(bounds, places, side="right") - 1
 
 
-def _spans_in(place: _Place, tokens: _Tokens) -> list[Span]:
+def _spans_in(place: _Place, tokens: _Tokens) -> tuple[Span, ...]:
     """The characters of a secret that each of its tokens covers."""
     begins = tokens.begins[place.tokens].tolist()
     ends = tokens.ends[place.tokens].tolist()
@@ -522,10 +525,10 @@ def _spans_in(place: _Place, tokens: _Tokens) -> list[Span]:
         first = max(begin - place.begin, 0)
         last = min(end - place.begin, place.length)
         spans.append((first, last))
-    return spans
+    return tuple(spans)
 
 
-def _dropped_bits(spans: list[Span], dropped: Flags) -> int:
+def _dropped_bits(spans: tuple[Span, ...], dropped: Flags) -> int:
     """The characters whose token is dropped: [(0, 2), (2, 3)], [False, True] -> 0b100."""
     result = 0
     for (begin, end), drop in zip(spans, dropped.tolist(), strict=True):

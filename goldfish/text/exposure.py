@@ -27,9 +27,9 @@ DENSE = 2
 SIGNS = "@#%&*+/=.:~-"
 
 
-@dataclass
+@dataclass(slots=True)
 class Secret:
-    """A secret and its places.
+    """A secret and its places. There may be millions, so they are small: 500 bytes each.
 
     rows: the first rows in which it is a target; count: of all its places.
     tokens: the characters of each token at its first place, such as [(0, 2), (2, 7)].
@@ -39,7 +39,7 @@ class Secret:
     """
 
     text: str
-    tokens: list[Span]
+    tokens: tuple[Span, ...]
     dropped: list[int]
     rows: list[int] = field(default_factory=list)
     count: int = 0
