@@ -6,6 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+# Names that configurations have for the length of the context.
+_CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "n_positions",
+    "n_ctx",
+)
+
 
 def bare_model(model: Any) -> Any:
     """The model inside torch.compile, DDP, FSDP, DeepSpeed and PEFT; `model` itself if it is bare.
@@ -28,6 +38,15 @@ def bare_model(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens a model takes at most, where its configuration says so."""
+    config = config.get_text_config()
+    for name in _CONTEXTS:
+        if length := getattr(config, name, None):
+            return int(length)
+    return None
 
 
 def require_vocabulary(model: Any, ids: Tensor) -> None:

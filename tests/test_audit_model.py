@@ -19,7 +19,8 @@ from transformers import (
     MptConfig,
 )
 
-from goldfish.audit.model import Checkpoint, context_of, load_tokenizer, vocabulary_of
+from goldfish.audit.model import Checkpoint, load_tokenizer, vocabulary_of
+from goldfish.unwrap import context_of
 
 pytestmark = pytest.mark.core
 CPU = torch.device("cpu")

@@ -240,7 +240,7 @@ def test_a_secret_longer_than_the_model_can_read(letters, tmp_path, window, read
 def test_a_model_that_does_not_fit(letters, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"a {CODE}"}])
     small = tiny_llama(vocab_size=60)
-    with pytest.raises(ValueError, match="has the id .*, but .* has 60 entries"):
+    with pytest.raises(ValueError, match=r"has the id .*, but .* has 60 entries"):
         check(path, letters[0], Goldfish(), CODE, model=small)
     nothing = tiny_llama()
     torch.nn.init.constant_(nothing.lm_head.weight, math.nan)

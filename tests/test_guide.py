@@ -200,7 +200,7 @@ def test_rules_and_guides_that_do_not_fit():
 
 def test_documents_that_the_model_cannot_read():
     ids = torch.tensor([[1, 2, 59, 60]])
-    with pytest.raises(ValueError, match="has the id 60, but .* has 60 entries"):
+    with pytest.raises(ValueError, match=r"has the id 60, but .* has 60 entries"):
         Guide(tiny_llama(vocab_size=60)).read(RULE, {"input_ids": ids})
     sizes = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
     short = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=3))

@@ -213,7 +213,7 @@ class Asker:
         samples: int,
         rounds: int,
     ) -> None:
-        from goldfish.audit.model import context_of
+        from goldfish.unwrap import context_of
 
         self._model = model
         self._tokenizer = tokenizer

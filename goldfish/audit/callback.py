@@ -11,13 +11,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from goldfish.audit.model import InMemory, context_of
+from goldfish.audit.model import InMemory
 from goldfish.audit.results import Audit
 from goldfish.audit.run import audit
 from goldfish.audit.score import Scorer
 from goldfish.audit.windows import Cutter, Window
 from goldfish.report import write_report
 from goldfish.text.rows import Source, in_memory, read_rows
+from goldfish.unwrap import context_of
 
 MOST_WINDOWS = 256  # of the question that is asked during training
 _log = logging.getLogger(__name__)

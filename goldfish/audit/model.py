@@ -29,15 +29,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
 # Put before the names of weights by torch.compile and by DDP: "module._orig_mod.lm_head".
 _WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")
-# Names that configurations have for the length of the context.
-_CONTEXTS = (
-    "max_position_embeddings",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_seq_length",
-    "n_positions",
-    "n_ctx",
-)
 # A folder with a tokenizer has at least one of these.
 _TOKENIZERS = (
     "tokenizer_config.json",
@@ -469,15 +460,6 @@ def device_of(model: Any) -> torch.device:
     """
     hook = getattr(model, "_hf_hook", None)
     return torch.device(model.device if hook is None else hook.execution_device)
-
-
-def context_of(config: Any) -> int | None:
-    """How many tokens a model takes at most, where its configuration says so."""
-    config = config.get_text_config()
-    for name in _CONTEXTS:
-        if length := getattr(config, name, None):
-            return int(length)
-    return None
 
 
 def rotary_switch(config: Any) -> int | None:

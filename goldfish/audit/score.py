@@ -22,8 +22,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from goldfish.audit.model import context_of, device_of, logits_of, rotary_switch
+from goldfish.audit.model import device_of, logits_of, rotary_switch
 from goldfish.audit.windows import Window, first_divergence
+from goldfish.unwrap import context_of
 
 _log = logging.getLogger(__name__)
 # Tokens that a batch may hold in the pass, and in a greedy search, whose steps have few rows; more

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from goldfish.audit.model import context_of
 from goldfish.rule import Goldfish
 from goldfish.secret_spans import Span
 from goldfish.text.chats import (
@@ -36,7 +35,7 @@ from goldfish.text.exposure import (
 from goldfish.text.findings import Check
 from goldfish.text.passages import SHOWN, Flags, Ints, Words, runs
 from goldfish.text.rows import Row, read_rows
-from goldfish.unwrap import require_vocabulary
+from goldfish.unwrap import context_of, require_vocabulary
 
 # Characters that are tokenized at once. More would need more memory; 64 times fewer cost a fifth
 # of the speed.
