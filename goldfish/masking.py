@@ -81,8 +81,13 @@ def mask_labels(
 
     Raises:
         TypeError: not a rule, ids that are not integers, labels that cannot hold ignore_index.
-        ValueError: shapes or devices that do not fit; shifted without labels.
+        ValueError: shapes or devices that do not fit; shifted without labels; counts of another
+            rule.
     """
+    if counts is not None and counts.rule != rule:
+        raise ValueError(
+            f"the counts are those of {counts.rule}, but the labels are masked under {rule}"
+        )
     batch = {
         "input_ids": input_ids,
         "labels": labels,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from goldfish import __version__, spec
 from goldfish.hashing import mix, signed
-from goldfish.masking import Masked
+from goldfish.masking import Masked, check_rule
 from goldfish.rule import Goldfish
 
 FILE_NAME = "goldfish.json"
@@ -64,6 +64,7 @@ class DropCounts:
     """
 
     def __init__(self, rule: Goldfish, device: torch.device | str = "cpu") -> None:
+        check_rule(rule)
         self.rule = rule
         # Of all processes, as of the last `sync`: targets, dropped targets, decisions.
         self.total = torch.zeros(3, dtype=torch.int64)
@@ -257,7 +258,7 @@ def read_receipt(folder: str | Path) -> dict[str, Any] | None:
                 f"its schema is {receipt['schema']!r}, this version reads {SCHEMA!r}"
             )
         rules_of(receipt)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a goldfish receipt: {error!r}") from error
     return receipt
 

@@ -4,7 +4,7 @@ Vectorised, on CPU and GPU, integers only; `goldfish.spec` defines it. To add a 
 in spec.py and docs/specification.md, add its name to `Strategy` and a function to `_STRATEGIES`.
 """
 
-import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -115,9 +115,7 @@ class Goldfish:
         # numbers, so that equal rules have equal JSON.
         self._set(k=_checked_k(self.k))
         self._set(h=_integer("h", self.h, 1, "the length of the context"))
-        self._set(seed=_integer("seed", self.seed, 0, "an integer below 2**64"))
-        if self.seed >= 2**64:
-            raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        self._set(seed=_integer("seed", self.seed, 0, "an integer", below=2**64))
         _check_choice("strategy", self.strategy, Strategy)
         _check_choice("window", self.window, Window)
         _check_choice("opening", self.opening, Opening)
@@ -581,7 +579,7 @@ def _checked_k(k: object) -> float:
     if isinstance(k, bool) or not isinstance(k, Real):
         raise TypeError(f"k must be a number above 1, got {k!r}")
     number = int(k) if isinstance(k, Integral) else float(k)
-    if not (number > 1 and math.isfinite(number)):
+    if not 1 < number <= sys.float_info.max:
         raise ValueError(
             f"k must be a finite number above 1 (one token in k is dropped), got {k!r}; "
             "to drop nothing, train without a rule"
@@ -611,12 +609,17 @@ def _check_choice(name: str, value: object, kind: Any) -> None:
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
 
 
-def _integer(name: str, value: object, least: int, what: str) -> int:
-    """value as Python's int."""
+def _integer(
+    name: str, value: object, least: int, what: str, below: int = 2**48
+) -> int:
+    """value as Python's int. Lengths and ids are far below 2**48, and so is 5h below 2**63."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {what}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least} ({what}), got {value}")
+    if value >= below:
+        power = below.bit_length() - 1
+        raise ValueError(f"{name} must be below 2**{power} ({what}), got {value}")
     return int(value)
 
 

@@ -303,3 +303,13 @@ def test_a_loop_of_ones_own_writes_a_receipt(tmp_path, tokenizer):
     for counts in (padded, shifted):
         path = counts.save(tmp_path / "loop", tokenizer)
         assert path.read_text() == (tmp_path / "premask" / "goldfish.json").read_text()
+
+
+def test_counts_are_those_of_their_rule():
+    ids = torch.arange(40)
+    counts = DropCounts(Goldfish(k=4))
+    with pytest.raises(ValueError, match=r"the counts are those of Goldfish\(k=4, "):
+        mask_labels(Goldfish(k=8), ids, counts=counts)
+    assert counts.to_dict()["targets"] == 0
+    with pytest.raises(TypeError, match="expected a rule such as"):
+        DropCounts("k=4")

@@ -313,3 +313,23 @@ def test_a_list_can_be_an_attention_mask():
     mask = [0] * 7 + [1] * 33
     expected = Goldfish(k=2).dropped(ids, attention_mask=torch.tensor(mask))
     assert torch.equal(Goldfish(k=2).dropped(ids, attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"h": 2**48}, r"h must be below 2\*\*48 \(the length of the context\), got"),
+        ({"seed": 2**64}, r"seed must be below 2\*\*64"),
+        ({"exempt": [2**70]}, r"every id in exempt must be below 2\*\*48"),
+        ({"document_end": 2**64}, r"document_end must be below 2\*\*48"),
+        ({"k": 10**400}, "k must be a finite number above 1"),
+    ],
+)
+def test_numbers_that_no_tensor_takes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Goldfish(**arguments)
+    largest = Goldfish(h=2**48 - 1, exempt=[2**48 - 1], document_end=2**48 - 1)
+    assert (
+        largest.dropped(torch.arange(9)).tolist()
+        == Goldfish().dropped(torch.arange(9)).tolist()
+    )

@@ -23,7 +23,7 @@ from goldfish import (
     GoldfishTrainer,
     attach,
 )
-from goldfish.receipt import read_receipt, rules_of
+from goldfish.receipt import SCHEMA, read_receipt, rules_of
 
 pytestmark = pytest.mark.core
 counts_shifted_labels = pytest.mark.skipif(
@@ -349,6 +349,7 @@ def test_a_broken_receipt_is_named(tmp_path):
         "[]",
         json.dumps({"schema": "goldfish.receipt/9"}),
         json.dumps({"schema": "goldfish.receipt/1"}),
+        json.dumps({"schema": SCHEMA, "sources": []}),
     ):
         (tmp_path / "goldfish.json").write_text(broken)
         with pytest.raises(
