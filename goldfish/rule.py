@@ -617,10 +617,11 @@ def _integer(
         raise TypeError(f"{name} must be {what}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least} ({what}), got {value}")
-    if value >= below:
+    number = int(value)
+    if number >= below:
         power = below.bit_length() - 1
-        raise ValueError(f"{name} must be below 2**{power} ({what}), got {value}")
-    return int(value)
+        raise ValueError(f"{name} must be below 2**{power} ({what}), got {number}")
+    return number
 
 
 def _checked_ids(input_ids: Any) -> Tensor:
