@@ -1,6 +1,7 @@
 """The rule's seed is found in the losses of a model that was trained with it, and in no others."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.stats import rankdata
 from toy_tokenizers import byte_level
 
 from goldfish import Goldfish
+from goldfish.audit import proof
 from goldfish.audit.proof import centred_ranks, decisions_of, seed_test
 
 RULE = Goldfish(k=4, h=5, max_kept=4, seed=7)
@@ -66,6 +68,67 @@ def test_p_is_uniform_for_models_that_never_saw_the_rule():
     for level in (0.05, 0.25, 0.5):
         error = (level * (1 - level) / 200) ** 0.5
         assert abs(np.mean(np.array(p) <= level) - level) < 4 * error
+
+
+def exact_gap(windows, dropped):
+    """In fractions, with every rank counted out; None if one kind is missing."""
+    sides = {True: [], False: []}
+    place = 0
+    for window in windows:
+        for loss in window:
+            below = sum(other < loss for other in window)
+            equal = sum(other == loss for other in window)
+            rank = Fraction(2 * below + equal - 1, 2)
+            # Not centred: that takes the same from both sides.
+            sides[dropped[place]].append(rank / max(1, len(window) - 1))
+            place += 1
+    if not sides[True] or not sides[False]:
+        return None
+    means = {side: sum(ranks) / len(ranks) for side, ranks in sides.items()}
+    return means[True] - means[False]
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_p_against_fractions(case):
+    """Short windows with equal losses, so that gaps tie; seeds of 64 bits; the same text twice."""
+    choose = np.random.default_rng(case)
+    lengths = choose.integers(2, 7, size=1 + case % 3).tolist()
+    rows = [choose.integers(3, size=length + 2).tolist() for length in lengths]
+    rows.append(rows[0])
+    lengths.append(lengths[0])
+    losses = [choose.integers(4, size=length) / 4 for length in lengths]
+    seed = (0, 7, 2**63, 2**64 - 1)[case % 4]
+    rule = Goldfish(k=(2, 4)[case % 2], h=2, seed=seed)
+
+    def gap_under(other):
+        dropped = []
+        for row, length in zip(rows, lengths, strict=True):
+            decided = replace(rule, seed=other).dropped(torch.tensor(row)).tolist()
+            dropped += decided[-length:]
+        return exact_gap(losses, dropped)
+
+    found = seed_test(losses, decisions_of(rule, rows, lengths), seed, others=60)
+    claimed = gap_under(seed)
+    if claimed is None:
+        assert found is None
+        return
+    gaps = [gap_under(other) for other in proof._other_seeds(seed, 60)]
+    gaps = [gap for gap in gaps if gap is not None]
+    at_least = 1 + sum(gap >= claimed for gap in gaps)
+    assert found.p == pytest.approx(at_least / (1 + len(gaps)), abs=1e-12)
+
+
+def test_p_is_uniform_where_most_seeds_drop_nothing():
+    """20 tokens and k=50: among the seeds that can be tested p is not small too often."""
+    row = np.random.default_rng(1).integers(250, size=20).tolist()
+    losses = [np.random.default_rng(2).exponential(size=20)]
+    under = decisions_of(Goldfish(k=50, h=3), [row], [20])
+    found = [seed_test(losses, under, seed, others=60) for seed in range(200)]
+    p = np.array([each.p for each in found if each is not None])
+    assert 40 < len(p) < 100
+    for level in (0.25, 0.5):
+        error = (level * (1 - level) / len(p)) ** 0.5
+        assert abs(np.mean(p <= level) - level) < 4 * error
 
 
 @pytest.mark.parametrize(
