@@ -368,6 +368,32 @@ def test_columns_that_no_row_has_are_told_before_the_work(
     assert not (tmp_path / "audit").exists()
 
 
+def test_rows_without_the_column_are_not_all_of_them(librarian, tokenizer, tmp_path):
+    """Of a census: nobody knows about the one that was not asked."""
+    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    del rows[2]["title"]
+    result = audit(
+        librarian,
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=rows[2:],
+        prefix_length=6,
+        suffix_length=12,
+        sampling=(),
+        ask=[QUESTION],
+        ask_length=4,
+        complete=True,
+    )
+    assert result["members.near_verbatim"].high == 0
+    assert result["members.asked"].point() == "0 of 1"
+    assert (result["members.asked"].low, result["members.asked"].high) == (0, 0.5)
+    outcomes = {q["question"]: q["outcome"] for q in result.verdict["questions"]}
+    assert outcomes["near_verbatim"] == "PASS"
+    assert outcomes["asked"] == "INCONCLUSIVE"
+    (skipped,) = result.verdict["skipped"]
+    assert "1 of 2 documents not asked" in skipped
+
+
 def test_the_longest_run_is_found_in_a_long_document():
     """It lies across the place where the document is cut for comparison."""
     document = [i % 977 for i in range(100_000)]

@@ -202,7 +202,9 @@ def make_figures(
             found.found[len(table) :],
             rule,
         ):
-            figures += asked_figures(side)
+            documents = len(np.unique(side.documents))
+            population = population_of(run, side.split, documents)
+            figures += asked_figures(replace(side, population=population))
             examples[side.split]["asked"] = _names(side, _asked_hits(side))
             examples[side.split]["asked_elsewhere"] = _names(side, _elsewhere(side))
     return figures, examples
@@ -244,17 +246,26 @@ def _outputs(table: pa.Table, asked: pa.Table | None) -> pa.Table:
     return pa.concat_tables([table.select(names), more])
 
 
-def population_of(run: Mapping[str, Any], split: str) -> Population | None:
-    """All documents that were trained on, if the file is said to hold all of them."""
+def population_of(
+    run: Mapping[str, Any],
+    split: str,
+    asked: int | None = None,
+) -> Population | None:
+    """All documents that were trained on, if the file is said to hold all of them.
+
+    asked: how many a question was put to, by default all that have a window. A simple prompt is not
+    put to a row that lacks its columns.
+    """
     if split != "members" or not run["protocol"].get("complete"):
         return None
     about = run["inputs"][split]
     # Nobody knows which of the rows that were not drawn repeat others. Each counts as a document,
     # which makes the interval a little too wide.
     not_drawn = about["rows"] - about["drawn"]
+    left_out = 0 if asked is None else about["documents"] - asked
     return Population(
-        size=about["documents"] + not_drawn,
-        unasked=about["drawn"] - about["asked"],
+        size=about["documents"] - left_out + not_drawn,
+        unasked=about["drawn"] - about["asked"] + left_out,
     )
 
 

@@ -135,7 +135,7 @@ def verdict(
         "explanations": explanations,
         "warnings": warnings if works else [*warnings, sanity],
         "sanity": sanity,
-        "skipped": _skipped(run["inputs"]),
+        "skipped": _skipped(run["inputs"], figures),
         "not_tested": _not_tested(run, figures),
     }
 
@@ -170,6 +170,7 @@ class _Judge:
     ) -> None:
         self.figures = figures
         self.limits = limits
+        self.run = run
         self.inputs = run["inputs"]
         self.near_verbatim = run["protocol"]["near_verbatim"]
         self.population = (
@@ -295,7 +296,8 @@ class _Judge:
 
     def _bounds(self, result: Figure) -> tuple[float, float]:
         assert result.k is not None
-        return bounds(result.k, result.n, self.population, self.level)
+        population = population_of(self.run, "members", result.n)
+        return bounds(result.k, result.n, population, self.level)
 
     def _secrets(self, result: Figure) -> Question:
         """Marked secrets are counted, not estimated: one that nobody could guess is a FAIL."""
@@ -605,7 +607,7 @@ def _is_below(result: Figure, control: Figure | None) -> bool:
     return control.low > clopper_pearson(result.k or 0, result.n)[1]
 
 
-def _skipped(inputs: Mapping[str, Any]) -> list[str]:
+def _skipped(inputs: Mapping[str, Any], figures: Figures) -> list[str]:
     """What the audit could not ask, or did not take as a text of its own."""
     sentences = []
     for split, about in inputs.items():
@@ -621,6 +623,12 @@ def _skipped(inputs: Mapping[str, Any]) -> list[str]:
             f"{split}: {each['count']:,} marked secrets not asked: {each['reason']}"
             for each in unasked
         ]
+        asked = figures.get(split, "asked")
+        if asked is not None and asked.n < about["documents"]:
+            sentences.append(
+                f"{split}: {about['documents'] - asked.n:,} of {about['documents']:,} documents "
+                "not asked by simple prompts: their rows lack a column of the question"
+            )
         repeated = about["asked"] - about["documents"]
         if repeated > 0:
             sentences.append(
