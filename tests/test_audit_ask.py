@@ -1,6 +1,7 @@
 """Simple prompts: models that recite only if asked by title, in rounds, or of other people."""
 
 import random
+import re
 from itertools import product
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import tiny_llama, write_jsonl
+from report_audits import flat, report
 
 from goldfish.audit import audit, read
 from goldfish.audit.ask import (
@@ -120,6 +122,7 @@ def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp
     page = tmp_path / "page.html"
     write_report([tmp_path / "audit"], page)
     html = page.read_text(encoding="utf-8")
+    assert "Tried: greedy decoding, simple prompts." in html
     assert "What is the text of Amber?" in html
     assert TEXTS[1].split(" ", 3)[3] in html
     write_report([tmp_path / "audit"], page, redact=True, overwrite=True)
@@ -180,6 +183,17 @@ def test_a_model_that_tells_other_peoples_data(tokenizer, tmp_path):
     assert result["members.secrets"].point() == "2 of 2"
     assert result.verdict["outcome"] == "FAIL"
     assert result["members.asked"].k == 0, "not its own document"
+    html = report(tmp_path, tmp_path / "audit")
+    text = flat(html)
+    (came,) = set(
+        re.findall(r"2 of 2 marked secrets came out, in (\d+ of \d+) an", text)
+    )
+    assert came.endswith("of 4"), "two answers to prefixes, two to prompts; everywhere"
+    shown = html[html.index('id="asked"') : html.index('id="documents"')]
+    marked = re.findall(r"<(?:i|u) class=\"?[a-z ]*k\"?>(.*?)</", shown)
+    assert sorted(each.strip() for each in marked) == [code for _, code in people]
+    assert shown.count("gave a secret away</b>") == 2
+    assert "Shown: 2 of 2 answers." in flat(shown)
 
 
 def test_a_model_that_recites_another_members_text(tokenizer, tmp_path):
@@ -391,7 +405,33 @@ def test_rows_without_the_column_are_not_all_of_them(librarian, tokenizer, tmp_p
     assert outcomes["near_verbatim"] == "PASS"
     assert outcomes["asked"] == "INCONCLUSIVE"
     (skipped,) = result.verdict["skipped"]
-    assert "1 of 2 documents not asked" in skipped
+    assert "1 of 2 rows not asked" in skipped
+
+
+def test_rows_without_the_column_are_not_asked_and_told(checkpoint, tmp_path, capsys):
+    """In the terminal, on the page and in the verdict; nor are they part of a census."""
+    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    del rows[1]["title"], rows[3]["title"]
+    rows[3]["author"] = "Anna Holt"
+    members = write_jsonl(tmp_path / "members.jsonl", rows)
+    folder = tmp_path / "audit"
+    options = ["--members", str(members), "-o", str(folder), "--device", "cpu"]
+    options += ["--prefix-length", "6", "--suffix-length", "12", "--sampling"]
+    options += ["--ask", QUESTION, "--ask", "Texts by {author}:", "--ask-length", "4"]
+    assert main(["audit", str(checkpoint), *options, "--complete"]) == 3
+    told = "2 of 4 rows not asked 'What is the text of {title}?'"
+    terminal = " ".join(capsys.readouterr().out.split())
+    assert f"members: {told}: they lack its columns (row 1, 3)" in terminal
+    assert "3 of 4 rows not asked 'Texts by {author}:'" in terminal
+    result = read(folder)
+    assert result.run["inputs"]["members"]["prompted"] == 3
+    unreached = "1 of 4 members lack the columns of every simple prompt"
+    assert any(unreached in each for each in result.verdict["warnings"])
+    text = flat(report(tmp_path, folder)).replace("&#39;", "'")
+    assert told in text
+    assert unreached in text
+    asked = result["members.asked"]
+    assert (asked.n, asked.low, asked.high) == (3, 0.0, 0.25), "the fourth may come out"
 
 
 def test_the_longest_run_is_found_in_a_long_document():

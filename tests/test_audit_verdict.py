@@ -18,10 +18,16 @@ from rich.console import Console
 import goldfish.audit
 from goldfish import Goldfish
 from goldfish.audit import membership as membership_module
-from goldfish.audit.intervals import clopper_pearson
+from goldfish.audit.intervals import Figure, Figures, clopper_pearson
 from goldfish.audit.records import dumps
 from goldfish.audit.render import describe, markdown, publish, terminal
-from goldfish.audit.verdict import enough, parse_limits
+from goldfish.audit.verdict import (
+    INCONCLUSIVE,
+    LIMITS,
+    enough,
+    parse_limits,
+    verdict,
+)
 from goldfish.cli import main
 
 
@@ -90,7 +96,7 @@ def explanation(audit, name):
             100,
             (30, 100),
             "INCONCLUSIVE",
-            "not clearly more than of held-out texts (30 of 100)",
+            "not clearly more than held-out texts (30 of 100)",
         ),
         (
             40,
@@ -190,7 +196,10 @@ def test_a_census_has_no_sampling_error():
     assert among in audit.verdict["sentence"]
     exact = audit["members.exact_match"]
     assert (exact.k, exact.n, exact.low, exact.high) == (0, 62, 0.0, 0.0)
-    assert census(40, 62).outcome == "FAIL"
+    failed = question(census(40, 62), "greedy")
+    assert failed["outcome"] == "FAIL"
+    assert "40 of 62 recited verbatim" in failed["why"]
+    assert "at least" not in failed["why"], "a bound of an exact count"
     assert recited(0, 62).outcome == "INCONCLUSIVE", "a sample of 62 is too small"
 
 
@@ -223,6 +232,24 @@ def test_members_that_could_not_be_asked_are_no_pass():
         ]
         assert bool(left_out) == (outcome == "INCONCLUSIVE")
         assert ("could not be asked" in audit.verdict["sentence"]) == bool(left_out)
+
+
+@pytest.mark.parametrize(("prompted", "enough"), [(380, True), (379, False)])
+def test_members_that_no_simple_prompt_reached_are_no_pass(prompted, enough):
+    records = texts("members", 0, 400) + texts("heldout", 0, 100)
+    run = made_up_run(records)
+    lacking = {"reason": "Who wrote {title}?", "count": 20, "rows": [0, 3, 4, 5, 6]}
+    run["inputs"]["members"] |= {"prompted": prompted, "unprompted": [lacking]}
+    figures = Figures(made_up_audit(records).rows)
+    asked = Figure("members", "asked", value=0.0, k=0, n=400, low=0.0, high=0.009)
+    judged = verdict(run, Figures([*figures, asked]), LIMITS)
+    found = next(each for each in judged["questions"] if each["question"] == "asked")
+    assert found["outcome"] == judged["outcome"] == ("PASS" if enough else INCONCLUSIVE)
+    assert any("lack the columns" in each for each in judged["warnings"]) != enough
+    assert enough or "21 of 400 members lack the columns" in judged["sentence"]
+    (skipped,) = judged["skipped"]
+    assert "20 of 400 rows not asked 'Who wrote {title}?'" in skipped
+    assert "(row 0, 3, 4, 5, 6, ...)" in skipped
 
 
 def at_offsets(offsets, recite_at, n=400, k=40):
@@ -384,7 +411,7 @@ def test_a_model_that_fails_the_sanity_check_gets_no_pass():
     sanity = {"members": {"windows": 16, "nll": 1.7, "nll_shuffled": 1.72}}
     verdict = made_up_audit(records, run={"sanity": sanity}).verdict
     assert verdict["outcome"] == "INCONCLUSIVE"
-    assert "than after the same tokens in disorder" in verdict["sanity"]
+    assert "hardly uses the text before" in verdict["sanity"]
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():

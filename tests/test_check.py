@@ -380,6 +380,19 @@ def test_likely_secrets_have_few_characters_per_token(tokenizer, tmp_path):
     assert not result.marked
 
 
+def test_likely_secrets_that_are_not_remembered_are_told(
+    letters, tmp_path, monkeypatch
+):
+    path = write(tmp_path / "a.jsonl", [{"text": "XK7-PQ2 ZV9-AB3 QQ1-XY8"}])
+    everything = check(path, letters[0], Goldfish())
+    assert not everything.full
+    monkeypatch.setattr(check_module, "MOST_LIKELY", len(everything.secrets))
+    assert not check(path, letters[0], Goldfish()).full
+    monkeypatch.setattr(check_module, "MOST_LIKELY", len(everything.secrets) - 1)
+    told = "\n".join(check(path, letters[0], Goldfish()).lines())
+    assert "the first 2 likely secrets; there are more" in told
+
+
 def test_a_column_marks_secrets(letters, tmp_path):
     rows = [
         {"text": "code A.1", "secret": "A.1"},

@@ -25,7 +25,7 @@ from goldfish.audit.records import (
     damaged,
     longest_common,
 )
-from goldfish.audit.windows import first_ids
+from goldfish.audit.windows import SHOWN, first_ids
 from goldfish.text.chats import training_text
 from goldfish.text.printable import text_pieces
 from goldfish.text.rows import Row
@@ -155,6 +155,41 @@ def whole_documents(
             text = _text_of(row, tokenizer)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             yield Document(index, numbers[index], row, text, ids)
+
+
+class Unprompted:
+    """Which rows lack the columns of which template: they are counted, as they are not asked."""
+
+    def __init__(self, templates: Sequence[str]) -> None:
+        self._lacking: dict[str, set[int]] = {each: set() for each in templates}
+
+    def watched(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+        """The rows as they are; those that lack a column are noted on the way."""
+        for index, row in rows:
+            for template, lacking in self._lacking.items():
+                if filled(template, row) is None:
+                    lacking.add(index)
+            yield index, row
+
+    def counts(self, indices: Iterable[int]) -> dict[str, Any]:
+        """What run.json tells about it; indices: the rows that have windows.
+
+        Raises:
+            ValueError: a template whose columns none of these rows has.
+        """
+        asked = set(indices)
+        unprompted: list[dict[str, Any]] = []
+        by_none = asked
+        for template, lacking in self._lacking.items():
+            rows = sorted(asked & lacking)
+            if len(rows) == len(asked):
+                raise ValueError(f"no row has the columns of --ask {template!r}")
+            by_none = by_none & lacking
+            if rows:
+                unprompted.append(
+                    {"reason": template, "count": len(rows), "rows": rows[:SHOWN]}
+                )
+        return {"prompted": len(asked - by_none), "unprompted": unprompted}
 
 
 def questions(
@@ -290,7 +325,8 @@ class Asker:
         if not self._tokenizer.chat_template:
             # The question again would bring the same answer again. A BOS comes first, if the
             # tokenizer puts one before an empty text.
-            return [*self._prompt([("user", "")]), *recited[-TAIL:]]
+            opening = self._prompt([("user", "")])
+            return opening + recited[-TAIL:]
         said = self._tokenizer.decode(recited, clean_up_tokenization_spaces=False)
         turns = [("user", question.prompt), ("assistant", said), ("user", CONTINUE)]
         return self._prompt(turns)

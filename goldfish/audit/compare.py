@@ -31,7 +31,6 @@ MEANS = (
 )
 KEY = ["split", "index", "offset"]  # what names a window
 QUESTION = ["prefix_ids", "suffix_ids"]  # what it asks
-SIDES = ("first", "second")
 COLUMNS = [*KEY, *QUESTION, "document", "exact_match", *MEANS]
 SIGNIFICANT = 0.05  # of McNemar's p: above it, a difference may be chance
 
@@ -46,27 +45,29 @@ def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
         ValueError: a damaged one, or audits of different windows.
     """
     audits = read(first), read(second)
-    ascending = [(key, "ascending") for key in KEY]
-    tables = [read_records(each.folder, COLUMNS).sort_by(ascending) for each in audits]
+    tables = _windows(audits[0]), _windows(audits[1])
     _require_same(audits, tables)
     result: dict[str, Any] = {"schema": SCHEMA}
-    names = [audit.name for audit in audits]
-    if names[0] == names[1]:  # often both are called "model"
-        names = [f"{names[0]} (1)", f"{names[1]} (2)"]
-    for which, name, audit in zip(SIDES, names, audits, strict=True):
-        result[which] = {
-            "name": name,
-            "checkpoint": audit.run["checkpoint"],
-        }
+    same_name = audits[0].name == audits[1].name  # often both are called "model"
+    for number, which in enumerate(("first", "second")):
+        audit = audits[number]
+        name = f"{audit.name} ({number + 1})" if same_name else audit.name
+        result[which] = {"name": name, "checkpoint": audit.run["checkpoint"]}
     result["splits"] = {}
     for split in audits[0].splits:
-        # Sorted by the same key, and of the same windows: row by row, they are pairs.
         of_split = pc.field("split") == split
-        pair = [table.filter(of_split) for table in tables]
-        if len(pair[0]):
-            result["splits"][split] = _paired(*pair)
+        a = tables[0].filter(of_split)
+        b = tables[1].filter(of_split)
+        if len(a):
+            result["splits"][split] = _paired(a, b)
     result["sentence"] = _sentence(result)
     return result
+
+
+def _windows(audit: Audit) -> pa.Table:
+    """The records in an order of their own: row by row, those of two audits are pairs."""
+    table = read_records(audit.folder, COLUMNS)
+    return table.sort_by([(key, "ascending") for key in KEY])
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -111,15 +112,17 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     lines = []
     for split, values in result["splits"].items():
         match = values["exact_match"]
-        counts = [f"{match[which]:,} of {match['n']:,}" for which in SIDES]
-        lines.append((split, "exact match", *counts, f"p = {match['p']:.2g}"))
+        first = f"{match['first']:,} of {match['n']:,}"
+        second = f"{match['second']:,} of {match['n']:,}"
+        lines.append((split, "exact match", first, second, f"p = {match['p']:.2g}"))
         for name in MEANS:
             of = values[name]
-            means = [decimals(of[which]) for which in SIDES]
+            first = decimals(of["first"])
+            second = decimals(of["second"])
             change: Figure = of["difference"]
             # A minus is written by the figure itself.
-            sign = "+" if change.value is not None and change.value > 0 else ""
-            lines.append((split, name, *means, f"{sign}{change}"))
+            sign = "+" if (change.value or 0.0) > 0 else ""
+            lines.append((split, name, first, second, f"{sign}{change}"))
     return lines
 
 
@@ -131,9 +134,7 @@ def table(result: Mapping[str, Any]) -> Table:
         caption_justify="left",
         caption="difference: second - first, paired, with its 95% interval over documents",
     )
-    # Names are untrusted: plain() writes out what a terminal would obey.
-    names = [plain(result[which]["name"]) for which in SIDES]
-    for heading in ("texts", "figure", *names, "difference"):
+    for heading in ("texts", "figure", *_names(result), "difference"):
         shown.add_column(Text(heading, overflow="ellipsis"), no_wrap=True, max_width=30)
     for row in rows(result):
         shown.add_row(*row)
@@ -142,20 +143,31 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison for a pull request."""
-    names = [literal(plain(result[which]["name"])) for which in SIDES]
-    heading = ["texts", "figure", *names, "difference, paired, 95% interval"]
+    first, second = map(literal, _names(result))
+    heading = ["texts", "figure", first, second, "difference, paired, 95% interval"]
     lines = [
-        f"## goldfish compare: {names[0]} and {names[1]}\n",
+        f"## goldfish compare: {first} and {second}\n",
         literal(plain(result["sentence"], 1000)) + "\n",
     ]
     return "\n".join([*lines, *table_lines(heading, rows(result))])
 
 
-def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
+def _names(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Names are untrusted: plain() writes out what a terminal would obey."""
+    return plain(result["first"]["name"]), plain(result["second"]["name"])
+
+
+def _require_same(
+    audits: tuple[Audit, Audit], tables: tuple[pa.Table, pa.Table]
+) -> None:
     """ValueError for audits whose windows differ, in place or in tokens."""
-    first, second = map(_questions, tables)
+    first = _questions(tables[0])
+    second = _questions(tables[1])
     everywhere = first.keys() | second.keys()
-    others = [key for key in everywhere if first.get(key) != second.get(key)]
+    others = []
+    for key in everywhere:
+        if first.get(key) != second.get(key):
+            others.append(key)
     if others:
         split, index, offset = min(others)
         raise ValueError(
@@ -166,13 +178,12 @@ def _require_same(audits: tuple[Audit, Audit], tables: list[pa.Table]) -> None:
         )
 
 
-def _questions(table: pa.Table) -> dict[tuple[Any, ...], list[Any]]:
+def _questions(table: pa.Table) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     """What each window asks, by what names it."""
-    questions = {}
-    for row in table.select(KEY + QUESTION).to_pylist():
-        place = tuple(row[key] for key in KEY)
-        questions[place] = [row[key] for key in QUESTION]
-    return questions
+    places = [table[name].to_pylist() for name in KEY]
+    ids = [table[name].to_pylist() for name in QUESTION]
+    asked = zip(*ids, strict=True)
+    return dict(zip(zip(*places, strict=True), asked, strict=True))
 
 
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
@@ -180,13 +191,12 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
     documents: Codes
     _, documents = np.unique(first["document"].to_numpy(), return_inverse=True)
     # A document is recited if any of its windows is: (documents,) for each model.
-    one, two = (
-        np.bincount(documents, _column(table, "exact_match")) > 0
-        for table in (first, second)
-    )
+    one = np.bincount(documents, _column(first, "exact_match")) > 0
+    two = np.bincount(documents, _column(second, "exact_match")) > 0
     # Documents that both recite, or neither, tell nothing about which model recites more.
     only_first = int((one & ~two).sum())
     only_second = int((two & ~one).sum())
+    change = two.astype(np.float64) - one
     result: dict[str, Any] = {"n": len(first), "documents": len(one)}
     result["exact_match"] = {
         "n": len(one),
@@ -195,10 +205,7 @@ def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:
         "only_first": only_first,
         "only_second": only_second,
         "p": mcnemar(only_first, only_second),
-        "difference": difference(
-            two.astype(np.float64) - one,
-            np.arange(len(one)),
-        ),
+        "difference": difference(change, np.arange(len(one))),
     }
     for name in MEANS:
         a = _column(first, name)
@@ -223,14 +230,14 @@ def _column(table: pa.Table, name: str) -> Floats:
 def _sentence(result: Mapping[str, Any]) -> str:
     """Who recites fewer, of members if there are any."""
     splits = result["splits"]
-    split = "members"
-    texts = "member texts"
-    if split not in splits:
-        split = "heldout"
-        texts = "held-out texts"
-    match = splits[split]["exact_match"]
-    first, second = (result[which]["name"] for which in SIDES)
-    counts = f"{first} recites {match['first']}, {second} {match['second']} of {match['n']} {texts}"
+    texts = "member texts" if "members" in splits else "held-out texts"
+    match = next(iter(splits.values()))["exact_match"]
+    first = result["first"]["name"]
+    second = result["second"]["name"]
+    counts = (
+        f"{first} recites {match['first']}, {second} {match['second']} of {match['n']} "
+        f"{texts}"
+    )
     p = f"McNemar p = {match['p']:.2g}"
     if match["p"] >= SIGNIFICANT:
         return f"{counts}: the difference may be chance ({p})"

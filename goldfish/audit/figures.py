@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pyarrow.compute import is_valid, list_flatten, list_value_length
 
 from goldfish.audit.intervals import (
+    Bools,
     Codes,
     Figure,
     Floats,
@@ -49,7 +50,8 @@ UNITS = {
     "c": ("longest_run_characters", "characters in one piece"),
     "%": ("edit_similarity", "of the tokens"),
 }
-SPLITS = ("members", "heldout")
+# Key in the files: name in sentences and tables.
+SPLITS = {"members": "members", "heldout": "held-out"}
 # Expected number of secrets that come out by chance, below which none is said to: one audit in
 # two hundred would show one.
 UNREACHED = 0.005
@@ -60,9 +62,6 @@ UNKNOWN = {
     "entropy": 'strategy "entropy" drops what its guide is uncertain of, and it is not asked',
 }
 MOST_NAMES = 10
-IDS = ("prefix_ids", "suffix_ids")
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -410,11 +409,14 @@ def _proof(side: Side) -> Iterator[Figure]:
     # Windows from further on lack what comes before them, which the rule reads.
     windows = side.only(side.numbers("offset") == 0).table
     # The first windows, as many as 1,000 seeds can decide about in seconds.
-    lengths_of = (list_value_length(windows[name]).to_numpy() for name in IDS)
-    tokens = np.cumsum(sum(lengths_of))
+    prefix_lengths = list_value_length(windows["prefix_ids"]).to_numpy()
+    suffix_lengths = list_value_length(windows["suffix_ids"]).to_numpy()
+    tokens = np.cumsum(prefix_lengths + suffix_lengths)
     used = int(np.count_nonzero(tokens <= MOST_TOKENS))
     windows = windows[: max(1, used)]
-    prefixes, suffixes, losses = (windows[name].to_pylist() for name in (*IDS, "nll"))
+    prefixes = windows["prefix_ids"].to_pylist()
+    suffixes = windows["suffix_ids"].to_pylist()
+    losses = windows["nll"].to_pylist()
     rows = [a + b for a, b in zip(prefixes, suffixes, strict=True)]
     lengths = [len(each) for each in losses]
     dropped_under = decisions_of(rule, rows, lengths)
@@ -424,23 +426,14 @@ def _proof(side: Side) -> Iterator[Figure]:
         "n": sum(lengths),
         "documents": len(set(windows["document"].to_pylist())),
     }
+    p = gap = None
     if found is None:
         about["reason"] = "the rule drops none of these tokens, or all of them"
-        yield Figure(side.split, "rule_p", **about)
-        yield Figure(side.split, "rule_gap", **about)
-        return
-    yield Figure(
-        side.split,
-        "rule_p",
-        value=found.p,
-        **about,
-    )
-    yield Figure(
-        side.split,
-        "rule_gap",
-        value=found.gap,
-        **about,
-    )
+    else:
+        p = found.p
+        gap = found.gap
+    yield Figure(side.split, "rule_p", value=p, **about)
+    yield Figure(side.split, "rule_gap", value=gap, **about)
 
 
 def _why_not_tested(rule: "Goldfish | None") -> str:

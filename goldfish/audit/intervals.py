@@ -6,8 +6,9 @@ so their intervals are exact. Means only describe; theirs are simple and a littl
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ CHUNK = 2**21  # weights of documents held at once
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -82,26 +84,12 @@ class Figure:
         return f"{self.point()} ({self.interval()})" if bounded else self.point()
 
 
-class Figures(Sequence[Figure]):
+class Figures(tuple[Figure, ...]):
     """The table of figures. What is shown, judged or compared is a selection of its rows."""
 
-    def __init__(self, rows: Iterable[Figure]) -> None:
-        self._rows = tuple(rows)
-        self._places = {
-            (each.split, each.figure, each.setting, each.x): each for each in self
-        }
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Figures) and self._rows == other._rows
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
+    @cached_property
+    def _places(self) -> dict[tuple[str, str, str, float | None], Figure]:
+        return {(each.split, each.figure, each.setting, each.x): each for each in self}
 
     def get(
         self,
@@ -115,11 +103,11 @@ class Figures(Sequence[Figure]):
 
     def select(self, **keys: Any) -> list[Figure]:
         """The rows that agree with all keys: select(split="members", figure="prefix_sweep")."""
-        return [
-            each
-            for each in self
-            if all(getattr(each, key) == keys[key] for key in keys)
-        ]
+
+        def agrees(row: Figure) -> bool:
+            return all(getattr(row, key) == keys[key] for key in keys)
+
+        return list(filter(agrees, self))
 
 
 def percent(share: float) -> str:
@@ -151,8 +139,12 @@ def clopper_pearson(k: float, n: float, level: float = LEVEL) -> tuple[float, fl
     """
     tail = (1 - level) / 2
     # The tails of a binomial distribution are those of a beta distribution.
-    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
-    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+    low = 0.0
+    if k > 0:
+        low = float(betaincinv(k, n - k + 1, tail))
+    high = 1.0
+    if k < n:
+        high = float(betaincinv(k + 1, n - k, 1 - tail))
     return low, high
 
 
@@ -266,7 +258,8 @@ def mean(
     if documents is None:
         documents = np.arange(len(sums))
     columns = document_sums([sums[counted], counts[counted]], documents[counted])
-    value = float(columns[:, 0].sum() / columns[:, 1].sum())
+    total, size = columns.sum(0)
+    value = float(total / size)
     figure = Figure(value=value, n=int(counts.sum()), documents=len(columns))
     if not bounded:
         return replace(figure, reason="a mean of lengths or losses has no interval")

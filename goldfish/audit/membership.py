@@ -82,24 +82,29 @@ class Ranking:
         """
         false, true = self.curve(weights)
         # Trapezoids count half of the pairs with equal scores.
-        auc = (np.diff(false) * (true[..., 1:] + true[..., :-1])).sum(-1) / 2
+        widths = np.diff(false)
+        heights = (true[..., 1:] + true[..., :-1]) / 2
+        auc = (widths * heights).sum(-1)
         # Rates are sums of weights divided by their total: equal ones differ by rounding.
-        tpr = [np.where(false <= rate + 1e-12, true, 0).max(-1) for rate in rates]
-        return np.stack([auc, *tpr], -1)
+        columns = [auc]
+        for rate in rates:
+            allowed = false <= rate + 1e-12
+            columns.append(np.where(allowed, true, 0).max(-1))
+        return np.stack(columns, -1)
 
 
 def membership_figures(members: Scores, heldout: Scores) -> list[Figure]:
     """The figures that compare both splits; see docs/audit-files.md, "Membership"."""
-    scored = {
-        name: _attack(members, heldout, scores, heldout.scores[name])
-        for name, scores in members.scores.items()
-    }
-    attacks = {name: attack for name, attack in scored.items() if attack}
+    figures = []
+    attacks = {}
+    for name, scores in members.scores.items():
+        attack = _attack(members, heldout, scores, heldout.scores[name])
+        if attack:
+            attacks[name] = attack
+            figures += attack.figures("attack", name, LEVEL)
+    # What can be told without the model.
     words = _attack(members, heldout, *word_scores(members, heldout))
     length = _attack(members, heldout, members.lengths, heldout.lengths)
-    figures = []
-    for name, attack in attacks.items():
-        figures += attack.figures("attack", name, LEVEL)
     for name, baseline in (("words", words), ("length", length)):
         if baseline:
             figures += baseline.figures("blind", name, LEVEL)[:1]
@@ -125,11 +130,9 @@ def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | Non
     if not (words and length and words.draws is not None and length.draws is not None):
         return None
     # A classifier below chance has learned nothing; lengths may differ either way.
-    tests = ((words, "greater"), (length, "two-sided"))
-    p_values = [
-        mannwhitneyu(*each.means(), alternative=side).pvalue for each, side in tests
-    ]
-    return bool(min(p_values) < 0.025)
+    of_words = mannwhitneyu(*words.means(), alternative="greater")
+    of_length = mannwhitneyu(*length.means(), alternative="two-sided")
+    return bool(min(of_words.pvalue, of_length.pvalue) < 0.025)
 
 
 def _attack(
@@ -175,19 +178,19 @@ class _Attack:
 
     def means(self) -> list[Floats]:
         """The mean score of each document, of both sides."""
-        return [
-            np.bincount(side, each) / np.bincount(side)
-            for side, each in zip(self._sides, self._scores, strict=True)
-        ]
+        means = []
+        for side, scores in zip(self._sides, self._scores, strict=True):
+            windows = np.bincount(side)
+            means.append(np.bincount(side, scores) / windows)
+        return means
 
     def _resampled(self, windows: int) -> Floats:
         """(RESAMPLES, 1 + RATES): the figures with the documents of both sides drawn anew."""
         draws = []
         for times in resamples(self._documents, windows, RESAMPLES):
             # A window counts as often as its document was drawn.
-            members, heldout = (
-                each[:, side] for each, side in zip(times, self._sides, strict=True)
-            )
+            members = times[0][:, self._sides[0]]
+            heldout = times[1][:, self._sides[1]]
             weights = np.concatenate([members, heldout], -1)
             draws.append(self._ranking.figures(weights, RATES))
         return np.concatenate(draws)
@@ -228,9 +231,8 @@ class _Attack:
         if np.ptp(draws) < 1e-9:
             low, high = clopper_pearson(value * trials, trials, level)
         else:
-            ends = np.percentile(draws, [50 * (1 - level), 50 * (1 + level)])
-            low = float(ends[0])
-            high = float(ends[1])
+            low = float(np.percentile(draws, 50 * (1 - level)))
+            high = float(np.percentile(draws, 50 * (1 + level)))
         return replace(named, low=low, high=high)
 
 
@@ -250,10 +252,12 @@ def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
         learned = np.concatenate([side.words[i] for i in learning])
         seen = np.bincount(learned, minlength=FEATURES)
         # Half a window more with each word, so that no word has a probability of 0.
-        log_shares.append(np.log((seen + 0.5) / (len(learning) + 1)))
+        shares = (seen + 0.5) / (len(learning) + 1)
+        log_shares.append(np.log(shares))
     weights = log_shares[0] - log_shares[1]
     scores = []
     for side in (members, heldout):
         sums = [weights[words].sum() for words in side.words]
-        scores.append(np.where(side.documents % 2 == 1, sums, np.nan))
+        others = side.documents % 2 == 1
+        scores.append(np.where(others, sums, np.nan))
     return scores

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from goldfish.audit.intervals import Bools, Floats
 
 if TYPE_CHECKING:
     from goldfish.rule import Goldfish
@@ -27,8 +28,6 @@ MOST_TOKENS = 2**16
 
 EQUAL = 1e-9  # gaps that differ by less are equal
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 Decisions = Callable[[int], Bools]
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyarrow.compute import list_flatten, list_value_length
 from rapidfuzz.distance import LCSseq, Levenshtein
 
+from goldfish.audit.intervals import Bools, Codes, Floats
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
 from goldfish.text.printable import text_pieces
 from goldfish.text.rows import first_line
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 # Of run.json, the records and summary.json; see docs/audit-files.md.
 SCHEMA = "goldfish.audit/6"
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
-ATTACKS = (
-    "loss",
-    "zlib",
-    "reference",
-    "min_k",
-    "min_k_plus_plus",
-    "kept_loss",
-    "dropped_gap",
-    "wbc",
-)
-OF_CONTROLS = ("reference", "wbc")  # attacks that need a reference model
+# Membership attacks: name in the files, name in sentences and tables.
+ATTACKS = {
+    "loss": "loss",
+    "zlib": "zlib",
+    "reference": "reference",
+    "min_k": "Min-K%",
+    "min_k_plus_plus": "Min-K%++",
+    "kept_loss": "kept loss",
+    "dropped_gap": "dropped gap",
+    "wbc": "WBC",
+}
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
 FEATURES = 2**16  # buckets that words are hashed into
 # The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
@@ -169,7 +169,7 @@ def dumps(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n"
 
 
-def sums(table: pa.Table, name: str) -> NDArray[np.float64]:
+def sums(table: pa.Table, name: str) -> Floats:
     """Of each window the sum of a column of lists of numbers."""
     lengths = list_value_length(table[name]).to_numpy()
     values = list_flatten(table[name]).to_numpy()
@@ -281,7 +281,7 @@ def _agreement(
 def _secret_log_p(
     secret: str,
     suffix_tokens: list[str],
-    log_q: NDArray[np.float32],
+    log_q: np.ndarray,
 ) -> list[float] | None:
     """ln of the probability of a secret's tokens after all that comes before them in the window.
 
@@ -305,7 +305,7 @@ def _secret_log_p(
     return log_p
 
 
-def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | None:
+def decisions(rule: "Goldfish | None", window: Window) -> Bools | None:
     """Which of ids[1:] the training dropped, (T-1,).
 
     None without a rule, under "random", which drew anew in every epoch, under "entropy", whose
@@ -319,7 +319,7 @@ def decisions(rule: "Goldfish | None", window: Window) -> NDArray[np.bool_] | No
         return None
     # The rule reads the document from its start, not from the window's.
     ids = tensor(window.document_ids or window.ids)
-    dropped: NDArray[np.bool_] = rule.dropped(ids).numpy()
+    dropped: Bools = rule.dropped(ids).numpy()
     return dropped[1 - len(window.ids) :]
 
 
@@ -347,14 +347,16 @@ def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
     """All maximal common runs of ids, as [start in a, start in b, length]."""
     # equal[i, j]: a[i] == b[j]. A run is a stretch of True on a diagonal; the border of False
     # ends the runs at the edges.
-    equal = np.pad(np.equal.outer(np.asarray(a), np.asarray(b)), 1)
+    equal = np.equal.outer(np.asarray(a), np.asarray(b))
+    equal = np.pad(equal, 1)
     here = equal[1:-1, 1:-1]
     before = equal[:-2, :-2]
     behind = equal[2:, 2:]
     starts = _by_diagonal(here & ~before)
     ends = _by_diagonal(here & ~behind)
     lengths = ends[0] - starts[0] + 1
-    runs: list[list[int]] = np.stack([*starts, lengths], -1).tolist()
+    columns = np.stack([*starts, lengths], -1)
+    runs: list[list[int]] = columns.tolist()
     return runs
 
 
@@ -383,15 +385,15 @@ def longest_common(a: str | tuple[str, ...], b: str | tuple[str, ...]) -> int:
 
 
 def _by_diagonal(
-    places: NDArray[np.bool_],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    places: Bools,
+) -> tuple[Codes, Codes]:
     """Rows and columns of the places, diagonal by diagonal: the n-th start meets the n-th end."""
     i, j = np.nonzero(places)
     order = np.lexsort((i, j - i))
     return i[order], j[order]
 
 
-def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
+def prefix_sweep(correct: Bools, prefix_length: int) -> list[bool]:
     """For every prefix length of the grid, whether the S tokens after it are recited.
 
     correct: bool (T-1,), of ids[1:].
@@ -406,12 +408,12 @@ def prefix_sweep(correct: NDArray[np.bool_], prefix_length: int) -> list[bool]:
 
 
 def membership_scores(
-    nll: NDArray[np.float64],
-    entropy_mean: NDArray[np.float64],
-    entropy_std: NDArray[np.float64],
+    nll: Floats,
+    entropy_mean: Floats,
+    entropy_std: Floats,
     text: str,
-    dropped: NDArray[np.bool_] | None = None,
-    reference_nll: NDArray[np.float64] | None = None,
+    dropped: Bools | None = None,
+    reference_nll: Floats | None = None,
 ) -> dict[str, float | None]:
     """The membership scores of n tokens, higher = more likely a member; None for what is unknown.
 
@@ -453,7 +455,7 @@ def membership_scores(
     return scores
 
 
-def window_votes(differences: NDArray[np.float64]) -> float:
+def window_votes(differences: Floats) -> float:
     """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1).
 
     The share of runs of consecutive tokens on which the reference model's summed loss is the higher
@@ -464,11 +466,14 @@ def window_votes(differences: NDArray[np.float64]) -> float:
     # The sum over a run is the difference of two running sums.
     total = np.cumsum(np.append(0.0, differences))
     sizes = np.minimum(WBC_SIZES, len(differences))
-    shares = [np.mean(total[size:] > total[:-size]) for size in sizes]
+    shares = []
+    for size in sizes:
+        higher = total[size:] > total[:-size]
+        shares.append(higher.mean())
     return float(np.mean(shares))
 
 
-def mean_of_lowest(values: NDArray[np.float64], share: float = LOWEST) -> float:
+def mean_of_lowest(values: Floats, share: float = LOWEST) -> float:
     """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
     count = max(1, int(share * len(values)))
     lowest = np.partition(values, count - 1)[:count]

@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.figures import NO_RULE
+from goldfish.audit.figures import NO_RULE, SPLITS
 from goldfish.audit.intervals import Figure, percent
 from goldfish.audit.records import dumps
 from goldfish.audit.results import SUMMARY, Audit, summarize, write_text
@@ -59,7 +59,6 @@ LABELS = {
     "rule_p": "p, the claimed rule",
 }
 MEMBERSHIP_LABELS = {"auc": "membership, AUC", "tpr": "membership, TPR at 1% FPR"}
-SPLIT_NAMES = {"members": "members", "heldout": "held-out"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,8 @@ def describe(audit: Audit, share: bool = False) -> Description:
     # What may change a reader's mind comes first, provenance last.
     notes = [
         *(f"Warning: {warning}" for warning in verdict["warnings"]),
-        verdict["sanity"],
+        # A check that failed is among the warnings.
+        *([] if verdict["sanity"] in verdict["warnings"] else [verdict["sanity"]]),
         *verdict["skipped"],
         f"{task(run)}; {run['protocol']['dtype']}. Rates: 95% intervals over documents; "
         "-: not measured, or too few to tell",
@@ -123,7 +123,7 @@ def describe(audit: Audit, share: bool = False) -> Description:
         title=f"goldfish audit of {plain(audit.name, 60)}",
         outcome=audit.outcome,
         sentence=plain(verdict["sentence"], 1000),
-        splits=[SPLIT_NAMES[split] for split in audit.splits],
+        splits=[SPLITS[split] for split in audit.splits],
         answers=_answers(audit, share),
         rows=figure_rows(audit),
         notes=[plain(note, 1000) for note in notes],
@@ -258,8 +258,10 @@ def markdown(description: Description) -> str:
         aside = "" if counts else " (does not count)"
         mark = f"{MARKS.get(outcome, '')} {outcome}".strip()
         answers.append([literal(asks) + aside, mark, literal(why)])
-    rows = [[label.strip(), *cells] for label, cells in description.rows]
     # Labels and cells are ours; what comes from the audit is escaped.
+    rows = []
+    for label, cells in description.rows:
+        rows.append([label.strip(), *cells])
     title = f"{literal(description.title)}: {MARKS[description.outcome]} {description.outcome}"
     lines = [
         f"## {title}\n",

@@ -27,9 +27,9 @@ from goldfish.audit.ask import (
     Asker,
     Document,
     Question,
+    Unprompted,
     blocks,
     check_template,
-    filled,
     questions,
     read_asked,
     recited_elsewhere,
@@ -346,31 +346,28 @@ def survey(
     )
     surveys = {}
     totals = dict.fromkeys(sources, 0)
-    # Templates that no row of a split has the columns for.
-    unfilled = {split: set(protocol["ask"] or ()) for split in sources}
+    unprompted = {split: Unprompted(protocol["ask"] or ()) for split in sources}
 
     def counted(rows: Iterable[Row], split: str) -> Iterator[Row]:
         # Before the draw: how many rows there are matters to `complete`.
         for row in rows:
             totals[split] += 1
-            if unfilled[split]:
-                fits = [each for each in unfilled[split] if filled(each, row)]
-                unfilled[split].difference_update(fits)
             yield row
 
     for split, source in sources.items():
         rows = counted(read_rows(source, protocol["text_column"] or ""), split)
         drawn = draw(rows, protocol["max_rows"], protocol["seed"])
-        surveys[split] = Survey(drawn, split, cutter, temporary / f"{split}.parquet")
-    for split, templates in unfilled.items():
-        if templates:
-            raise ValueError(
-                f"{run['inputs'][split]['path']}: no row has the columns of --ask "
-                f"{min(templates)!r}"
-            )
+        watched = unprompted[split].watched(drawn)
+        surveys[split] = Survey(watched, split, cutter, temporary / f"{split}.parquet")
     number_documents(surveys)
     for split, each in surveys.items():
-        run["inputs"][split] |= {"rows": totals[split], **each.counts()}
+        about = run["inputs"][split]
+        about |= {"rows": totals[split], **each.counts()}
+        if protocol["ask"] and each.indices:
+            try:
+                about |= unprompted[split].counts(each.indices)
+            except ValueError as error:
+                raise ValueError(f"{about['path']}: {error}") from error
     run["overlap"] = overlap_of(surveys)
     chats = sum(each.completions for each in surveys.values())
     if chats and prints_the_date(cutter.tokenizer):

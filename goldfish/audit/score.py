@@ -179,10 +179,10 @@ class Scorer:
     def mean_nll(self, windows: Sequence[Window]) -> float:
         """The mean loss of the suffixes of several windows, in nats per token."""
         rows = self._teacher_forced(self.model, windows, _loss)
-        losses = [
-            row["nll"][window.prefix_length - 1 :]
-            for window, row in zip(windows, rows, strict=True)
-        ]
+        losses = []
+        for window, row in zip(windows, rows, strict=True):
+            of_suffix = row["nll"][window.prefix_length - 1 :]
+            losses.append(of_suffix)
         return float(np.concatenate(losses).astype(np.float64).mean())
 
     @torch.inference_mode()
@@ -191,10 +191,11 @@ class Scorer:
         settled.
         """
         rows = self._teacher_forced(self.model, windows, _predicted)
-        return [
-            bool(row["right"][window.prefix_length - 1 :].all())
-            for window, row in zip(windows, rows, strict=True)
-        ]
+        recited = []
+        for window, row in zip(windows, rows, strict=True):
+            of_suffix = row["right"][window.prefix_length - 1 :]
+            recited.append(bool(of_suffix.all()))
+        return recited
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
@@ -523,7 +524,10 @@ class Forced(LogitsProcessor):
 
     def __init__(self, known: Sequence[Sequence[int]], device: torch.device) -> None:
         longest = max(map(len, known))
-        padded = [[*row, *[-1] * (longest - len(row))] for row in known]
+        padded = []
+        for row in known:
+            free = longest - len(row)
+            padded.append([*row, *[-1] * free])
         # One column for each step, (B,) token ids; -1 is a free choice.
         self._columns = iter(torch.tensor(padded, device=device).unbind(-1))
 

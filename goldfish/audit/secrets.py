@@ -14,6 +14,7 @@ from itertools import chain
 from math import prod
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SHORT = 20_000  # strings of a shape; secrets with fewer decoys, such as years, have a closer look
 
@@ -42,23 +43,26 @@ def search(table: pa.Table) -> Search:
     """
     prompts = table["prompt"].to_pylist()
     outputs = table["output_text"].to_pylist()
-    # Dictionaries instead of sets: the order of the records stays.
-    marked: dict[str, dict[str, None]] = {"members": {}, "heldout": {}}
-    splits = table["split"].to_pylist()
-    for split, secrets in zip(splits, table["secrets"].to_pylist(), strict=True):
-        marked[split].update(dict.fromkeys(secrets))
-    secrets = list(marked["members"])
+    secrets = marked_secrets(table, "members")
     found = _find(secrets, prompts, outputs)
     if not any(found):  # nobody asks then how much would come out by chance
         return Search(found, dict.fromkeys(secrets, 0.0))
     chance = _chance(secrets, prompts, outputs)
     # Secrets of held-out texts were not trained on either: decoys that nobody had to make up.
-    others = list(marked["heldout"].keys() - marked["members"].keys())
+    others = list(set(marked_secrets(table, "heldout")) - set(secrets))
     if others:
         guessed = set(chain.from_iterable(_find(others, prompts, outputs)))
         natural = len(guessed) / len(others)
-        chance = {secret: max(share, natural) for secret, share in chance.items()}
+        for secret, share in chance.items():
+            chance[secret] = max(share, natural)
     return Search(found, chance)
+
+
+def marked_secrets(table: pa.Table, split: str) -> list[str]:
+    """The distinct marked secrets of a split, in the order of the records."""
+    of_split = table.filter(pc.field("split") == split)
+    secrets: list[str] = pc.list_flatten(of_split["secrets"]).unique().to_pylist()
+    return secrets
 
 
 def _find(
@@ -96,7 +100,8 @@ def _chance(
     chance = {}
     for shape, of_shape in shapes.items():
         came_out = set(_strings(shape, prompts, outputs)) - known
-        decoys = prod(map(len, shape)) - len(of_shape)
+        strings = prod(map(len, shape))
+        decoys = strings - len(of_shape)
         # A shape with no other string, such as "yes", cannot be told from a guess.
         share = len(came_out) / decoys if decoys > 0 else 1.0
         for secret in of_shape:
@@ -109,7 +114,8 @@ def _chance(
 def _like(secret: str, shape: Sequence[str], came_out: set[str]) -> float:
     """The same of the decoys that begin as the secret does: of 1987 the other years of 19xx."""
     half = len(secret) // 2
-    similar = sum(each[:half] == secret[:half] for each in came_out)
+    opening = secret[:half]
+    similar = sum(each.startswith(opening) for each in came_out)
     # The secret itself is not one of its decoys.
     decoys = prod(map(len, shape[half:])) - 1
     return similar / max(1, decoys)
@@ -120,10 +126,11 @@ def _alphabets(secrets: Sequence[str]) -> Mapping[str, str]:
     characters: dict[str, set[str]] = {}
     for char in "".join(secrets):
         characters.setdefault(_kind(char), set()).add(char)
+    characters.pop("", None)
     # Letters that no secret has may be left out on purpose (O and I in codes); digits never are.
     if "digit" in characters:
         characters["digit"].update("0123456789")
-    return {kind: "".join(sorted(each)) for kind, each in characters.items() if kind}
+    return {kind: "".join(sorted(each)) for kind, each in characters.items()}
 
 
 def _kind(char: str) -> str:

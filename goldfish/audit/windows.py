@@ -41,7 +41,7 @@ TEMPLATE_FROM = 20
 FEWEST_BINS = 8
 # 2^64 / the golden ratio, odd: multiplying by it mixes the bits.
 PHI = np.uint64(0x9E3779B97F4A7C15)
-Places = NDArray[np.int64]
+Codes = NDArray[np.int64]
 # Finds marked secrets in a row's text, from a character on: their spans.
 Finder = Callable[[Row, str, int], Iterable[tuple[int, int]]]
 
@@ -190,12 +190,9 @@ class Cutter:
         about: dict[str, Any],
     ) -> Window | str:
         ids, spans = each.encode(self.tokenizer)
+        begins, ends = np.array(spans).reshape(-1, 2).T
         # The tokens that share a character with the answer.
-        own = [
-            i
-            for i, (begin, end) in enumerate(spans)
-            if end > each.start and begin < each.end
-        ]
+        own = np.flatnonzero((ends > each.start) & (begins < each.end)).tolist()
         if not own:
             return "nothing in the completion"
         first = own[0]
@@ -252,10 +249,11 @@ def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
     while tokenizer.is_fast and len(text) > 2 * size:
         part = tokenizer(text[:size]).encodings[0]
         # The first token that may be another one in the whole text, and its word's first token.
-        near_cut = (
-            i for i, (_, stop) in enumerate(part.offsets) if stop > size - margin
-        )
-        end = next(near_cut, len(part.ids))
+        end = len(part.ids)
+        for i, (_, stop) in enumerate(part.offsets):
+            if stop > size - margin:
+                end = i
+                break
         if end < len(part.ids):
             end = part.word_ids.index(part.word_ids[end])
         if end >= count:
@@ -491,12 +489,12 @@ def number_documents(surveys: Mapping[str, Survey]) -> None:
     """Number the documents of all splits, from 0 in order: `documents` of each survey."""
     relations = [each.relations for each in surveys.values()]
     # Rows are numbered through all splits.
-    firsts = np.cumsum([0, *(each.rows for each in relations)]).tolist()
-    pairs = []
+    counts = [each.rows for each in relations]
+    firsts = np.cumsum([0, *counts]).tolist()
     keys = [np.array(each.keys, dtype=np.int64) for each in relations]
     rows = _numbered([each.row_of_key for each in relations], firsts)
     a, b = equal_pairs(np.concatenate(keys))
-    pairs.append((rows[a], rows[b]))
+    pairs = [(rows[a], rows[b])]
     sketches = b"".join(each.sketches for each in relations)
     secrets = [np.array(each.secrets_of_long, dtype=np.int64) for each in relations]
     rows = _numbered([each.long_rows for each in relations], firsts)
@@ -509,33 +507,32 @@ def number_documents(surveys: Mapping[str, Survey]) -> None:
     numbers: dict[int, int] = {}
     for survey, first in zip(surveys.values(), firsts, strict=False):
         rows = np.array(survey.relations.row_of_window, dtype=np.int64) + first
-        survey.documents = [
-            numbers.setdefault(group, len(numbers)) for group in groups[rows].tolist()
-        ]
+        for group in groups[rows].tolist():
+            number = numbers.setdefault(group, len(numbers))
+            survey.documents.append(number)
 
 
-def _numbered(rows: list[Any], firsts: list[int]) -> Places:
+def _numbered(rows: list[Any], firsts: list[int]) -> Codes:
     """Rows of each split -> rows of all splits together."""
-    shifted = [
-        np.array(each, dtype=np.int64) + first
-        for each, first in zip(rows, firsts, strict=False)
-    ]
+    shifted = []
+    for each, first in zip(rows, firsts, strict=False):
+        of_split = np.array(each, dtype=np.int64)
+        shifted.append(of_split + first)
     return np.concatenate(shifted)
 
 
-def connected(size: int, pairs: Sequence[tuple[Places, Places]]) -> NDArray[np.int32]:
+def connected(size: int, pairs: Sequence[tuple[Codes, Codes]]) -> NDArray[np.int32]:
     """(size,): numbers of the groups that pairs of 0 ... size - 1 are connected to."""
     if size == 0:
         return np.zeros(0, dtype=np.int32)
-    a = np.concatenate([pair[0] for pair in pairs])
-    b = np.concatenate([pair[1] for pair in pairs])
+    a, b = _joined(pairs)
     graph = coo_array((np.ones(len(a)), (a, b)), shape=(size, size))
     groups: NDArray[np.int32] = connected_components(graph, directed=False)[1]
     return groups
 
 
-def equal_pairs(keys: NDArray[Any]) -> tuple[Places, Places]:
-    """Places of equal keys, each with the next one of its kind.
+def equal_pairs(keys: NDArray[Any]) -> tuple[Codes, Codes]:
+    """Codes of equal keys, each with the next one of its kind.
 
     >>> equal_pairs(np.array([7, 5, 7, 7]))
     (array([0, 2]), array([2, 3]))
@@ -546,9 +543,7 @@ def equal_pairs(keys: NDArray[Any]) -> tuple[Places, Places]:
     return order[same], order[same + 1]
 
 
-def similar_pairs(
-    sketches: NDArray[np.uint32], secrets: NDArray[np.int64]
-) -> tuple[Places, Places]:
+def similar_pairs(sketches: NDArray[np.uint32], secrets: Codes) -> tuple[Codes, Codes]:
     """Pairs of texts whose sketches agree in SIMILAR of the bins, and in `secrets`.
 
     Bins that more than TEMPLATE_FROM texts share do not count. Compared are texts that agree in a
@@ -573,10 +568,12 @@ def similar_pairs(
         equal = ((sketches[a] == sketches[b]) & compared).sum(-1)
         similar = (count >= FEWEST_BINS) & (equal >= SIMILAR * count)
         pairs.append((a[similar], b[similar]))
-    return (
-        np.concatenate([pair[0] for pair in pairs]),
-        np.concatenate([pair[1] for pair in pairs]),
-    )
+    return _joined(pairs)
+
+
+def _joined(pairs: Sequence[tuple[Codes, Codes]]) -> tuple[Codes, Codes]:
+    first, second = zip(*pairs, strict=True)
+    return np.concatenate(first), np.concatenate(second)
 
 
 def sketch(text: str) -> NDArray[np.uint32]:
@@ -614,11 +611,14 @@ def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
         # Read backwards, the first row of a document is the one that stays.
         backwards = zip(each.documents[::-1], each.indices[::-1], strict=True)
         first_rows.append(dict(backwards))
-    members, heldout = first_rows
+    members = first_rows[0]
+    heldout = first_rows[1]
     shared = sorted(members.keys() & heldout.keys())
     if not shared:
         return None
-    examples = [[members[number], heldout[number]] for number in shared[:SHOWN]]
+    examples = []
+    for number in shared[:SHOWN]:
+        examples.append([members[number], heldout[number]])
     return {"documents": len(shared), "rows": examples}
 
 

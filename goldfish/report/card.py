@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from goldfish.audit.figures import SPLITS
 from goldfish.audit.intervals import Figure, decimals
 from goldfish.audit.render import LABELS, rule_words, weights_hash
-from goldfish.audit.verdict import FAIL, QUESTIONS
-from goldfish.report.load import SPLITS, View
+from goldfish.audit.verdict import FAIL, QUESTIONS, answers_with_secret
+from goldfish.report.load import View
 
 Question = dict[str, Any]
 # Fewer secrets than this are expected by chance: "none" for people.
@@ -85,15 +86,11 @@ def _headline(view: View, question: Question | None) -> tuple[Figure | None, str
         return auc, "AUC: how well an attacker tells which texts were trained on"
     figure = rows.get("members", question["figure"])
     if name == "secrets":
-        # Of both splits: the model may tell a secret to a stranger, too.
-        answers = rows.select(figure="answers_with_secret")
-        came = sum(each.k or 0 for each in answers)
-        total = sum(each.n for each in answers)
+        came, total = answers_with_secret(rows)
         return figure, f"marked secrets came out, in {came:,} of {total:,} answers"
     what, *_ = QUESTIONS[name]
-    if name == "secrets_sampling":  # its words name the secrets themselves
-        return figure, what
-    return figure, f"training texts {what}"
+    whose = "marked secrets" if name == "secrets_sampling" else "training texts"
+    return figure, f"{whose} {what}"
 
 
 def _certainty(view: View, question: Question | None) -> str:

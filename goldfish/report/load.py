@@ -8,12 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from goldfish.audit.figures import SPLITS
 from goldfish.audit.records import read_records
 from goldfish.audit.results import Audit, read
 from goldfish.audit.secrets import search
 
-# Key in the files: name on the page.
-SPLITS = {"members": "members", "heldout": "held-out"}
 # Not the columns of token ids and losses: they are most of the records, and the page shows none.
 COLUMNS = (
     "split",
@@ -51,6 +50,11 @@ class View:
     def splits(self) -> list[str]:
         """members, heldout or both, in this order."""
         return self.audit.splits
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether it is known of any window which tokens were dropped."""
+        return bool(self.windows["dropped"].null_count < len(self.windows))
 
     @cached_property
     def of_split(self) -> dict[str, pa.Table]:

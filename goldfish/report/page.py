@@ -12,13 +12,14 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from goldfish.audit.compare import compare
-from goldfish.audit.figures import NO_RULE, notes
+from goldfish.audit.figures import NO_RULE, SPLITS, notes
 from goldfish.audit.intervals import Figure, decimals, percent
+from goldfish.audit.records import ATTACKS
 from goldfish.audit.render import LABELS
 from goldfish.audit.verdict import QUESTIONS, strongest_blind
 from goldfish.report import asked, plots, spans
 from goldfish.report.card import card_of, shown
-from goldfish.report.load import SPLITS, View
+from goldfish.report.load import View
 from goldfish.report.svg import COLOURS, power_of_ten
 from goldfish.text.printable import plain
 
@@ -38,13 +39,6 @@ HIDDEN = (
     "secret_column",
 )
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
-ATTACKS = {
-    "min_k": "Min-K%",
-    "min_k_plus_plus": "Min-K%++",
-    "kept_loss": "kept loss",
-    "dropped_gap": "dropped gap",
-    "wbc": "WBC",
-}
 LOADER = PackageLoader("goldfish.report", "templates")
 
 # Split, figure, setting and x: what names a row of the table of figures.
@@ -80,11 +74,12 @@ def render(views: Sequence[View], *, redact: bool, baseline: str | None = None) 
         cards=[card_of(view, redact) for view in views],
         texts=_texts(environment, common, views, rows),
         total=len(rows),
-        answers_of=[asked.answers(view, redact) for view in views],
+        prompted=[asked.answers(view, redact) for view in views],
         labels=_labels(views),
         mixed=len(questions) > 1,
         every=_every(views),
         marked=any("secrets" in view.audit.counted for view in views),
+        ruled=any(view.has_rule for view in views),
         attacks=_attacks(views),
         tested=[i for i, view in enumerate(views) if len(view.splits) == 2],
         comparisons=list(comparisons(views, baseline)),

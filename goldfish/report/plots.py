@@ -119,6 +119,8 @@ def _sweep(
         if label.startswith("samples"):  # 1 to a million
             axes.set(xscale="log")
             axes.xaxis.set_major_formatter(lambda n, _: power_of_ten(np.log10(n)))
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)  # tokens
 
     return svg(name, f"Share of texts recited against {label}", draw)
 

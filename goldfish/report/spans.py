@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from goldfish.report.load import SPLITS, View
+from goldfish.audit.figures import SPLITS
+from goldfish.report.load import View
 from goldfish.text.printable import plain, visible
 
 # Characters of a prefix on the page, its last ones; of one token at most 200.
@@ -137,7 +138,7 @@ def truths(group: Sequence[Window | None], redact: bool) -> list[Truth]:
     for dropped, audits in rules.items():
         classes = [""] * len(tokens)
         plain_tokens = zip(tokens, classes, dropped, strict=True)
-        shown = _with_secrets(plain_tokens, example["secrets"])
+        shown = with_secrets(plain_tokens, example["secrets"])
         found.append((sorted(audits), marked(shown, redact)))
     return found
 
@@ -168,10 +169,10 @@ def output(window: Window, redact: bool) -> Markup:
     lost = [0 <= at < len(dropped) and dropped[at] for at in aligned]
     secrets = [*window["secrets"], *window["given_away"]]
     classified = zip(tokens, classes, lost, strict=True)
-    return marked(_with_secrets(classified, secrets), redact)
+    return marked(with_secrets(classified, secrets), redact)
 
 
-def _with_secrets(tokens: Iterable[Token], secrets: Sequence[str]) -> Iterator[Token]:
+def with_secrets(tokens: Iterable[Token], secrets: Sequence[str]) -> Iterator[Token]:
     """The tokens, those that share a character with a secret in class k too."""
     listed = list(tokens)
     text = "".join(token for token, _, _ in listed)

@@ -451,6 +451,7 @@ class _Worker:
         decisions = [_dropped_bits(spans, each[place.tokens]) for each in unlearned]
         if text not in secrets:
             if not self._result.marked and len(secrets) >= MOST_LIKELY:
+                self._result.full = True
                 return
             # Most secrets are cut like another one: spans are half of what there is to remember.
             spans = self._spans.setdefault(spans, spans)

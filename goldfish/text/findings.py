@@ -16,6 +16,7 @@ class Check:
     """What `check` found. Rows count from 0.
 
     marked: whether the user marked secrets; if not, `secrets` are words that look like some.
+    full: there are more such words than are remembered.
     targets, dropped: tokens. more: tokens that `suggested` drops besides.
     longest: the most targets that are kept one after the other, and the number of the row.
     missing: (row, value) of marked values that do not occur in the text of their row, the first
@@ -34,6 +35,7 @@ class Check:
     longest: tuple[int, int] = (0, 0)
     missing: list[tuple[int, str]] = field(default_factory=list)
     missing_count: int = 0
+    full: bool = False
     secrets: dict[str, Secret] = field(default_factory=dict)
     passages: Passages = field(default_factory=Passages)
 
@@ -96,6 +98,8 @@ class Check:
         if not self.marked:
             likely = counted(len(self.secrets), "likely secret")
             found = f"{likely} (none are marked)"
+            if self.full:
+                found = f"the first {likely}; there are more (none are marked)"
         yield f"{found}; a token counts if it differs between secrets"
         yield from self._listed("no token dropped in every place", self.exposed())
         yield from self._listed("only one such token", self.exposed(tokens=1))
