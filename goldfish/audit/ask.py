@@ -177,6 +177,7 @@ class Unprompted:
         Raises:
             ValueError: a template whose columns none of these rows has.
         """
+        # A row without a window is skipped anyway, and told of there.
         asked = set(indices)
         unprompted: list[dict[str, Any]] = []
         by_none = asked
@@ -184,6 +185,7 @@ class Unprompted:
             rows = sorted(asked & lacking)
             if len(rows) == len(asked):
                 raise ValueError(f"no row has the columns of --ask {template!r}")
+            # One template is enough to ask for a document.
             by_none = by_none & lacking
             if rows:
                 unprompted.append(

@@ -182,6 +182,7 @@ def _questions(table: pa.Table) -> dict[tuple[Any, ...], tuple[Any, ...]]:
     """What each window asks, by what names it."""
     places = [table[name].to_pylist() for name in KEY]
     ids = [table[name].to_pylist() for name in QUESTION]
+    # Rows of both columns: ([1, 2], [3]) for the prefix 1 2 and the suffix 3.
     asked = zip(*ids, strict=True)
     return dict(zip(zip(*places, strict=True), asked, strict=True))
 

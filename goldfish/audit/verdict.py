@@ -221,6 +221,7 @@ class _Judge:
             of_what = "marked secrets"
             what = f"{of_what} {words}"
         outcome, why, needs = self._answer(result, control, limit, what, of_what)
+        # As with secrets: those that were not asked might have come out.
         if (
             name in ("asked", "asked_elsewhere")
             and outcome == PASS
@@ -305,6 +306,7 @@ class _Judge:
 
     def _bounds(self, result: Figure) -> tuple[float, float]:
         assert result.k is not None
+        # Of a census those that this question did not reach may all be hits, or none.
         population = population_of(self.run, "members", result.n)
         return bounds(result.k, result.n, population, self.level)
 
