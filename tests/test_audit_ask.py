@@ -434,6 +434,41 @@ def test_rows_without_the_column_are_not_asked_and_told(checkpoint, tmp_path, ca
     assert (asked.n, asked.low, asked.high) == (3, 0.0, 0.25), "the fourth may come out"
 
 
+def test_a_question_that_fills_the_context_was_not_asked(
+    librarian, tokenizer, tmp_path
+):
+    """No answer is no evidence: the document does not count as one that stays in."""
+    rows = [
+        {"title": title, "text": text}
+        for title, text in zip(("Amber " * 300, "Birch"), TEXTS[:2], strict=True)
+    ]
+    result = audit(
+        librarian,
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=rows,
+        prefix_length=6,
+        suffix_length=12,
+        sampling=(),
+        ask=QUESTION,  # one may come without a list
+        ask_length=4,
+    )
+    assert result["members.asked"].n == 1
+    assert read_asked(tmp_path / "audit")["index"].to_pylist() == [1]
+    assert any("1 of 2 documents not asked" in s for s in result.verdict["skipped"])
+
+
+def test_a_negative_number_of_answers(librarian, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="ask_samples"):
+        audit(
+            librarian,
+            tmp_path / "audit",
+            tokenizer=tokenizer,
+            members=[{"text": TEXTS[0]}],
+            ask_samples=-1,
+        )
+
+
 def test_the_longest_run_is_found_in_a_long_document():
     """It lies across the place where the document is cut for comparison."""
     document = [i % 977 for i in range(100_000)]
@@ -448,7 +483,7 @@ def test_the_longest_run_is_found_in_a_long_document():
 def test_thresholds():
     assert thresholds("25t,50%") == {"t": 25, "%": 0.5}
     assert thresholds("15w") == {"w": 15}
-    for wrong in ("", "25", "0t", "x", "-3c", "101%", "5 words"):
+    for wrong in ("", "25", "0t", "x", "-3c", "101%", "5 words", "25t,30t"):
         with pytest.raises(ValueError, match="--near-verbatim"):
             thresholds(wrong)
 

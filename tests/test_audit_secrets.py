@@ -12,6 +12,7 @@ from helpers import TEMPLATE, say, tiny_llama, write_jsonl
 
 from goldfish.audit import audit
 from goldfish.audit.secrets import search
+from goldfish.text.chats import marked_values
 
 CODES = ["QX2-BB7", "QX3-CC7", "ZR4-DD9"]
 
@@ -246,3 +247,7 @@ def test_the_count_in_answers_of_a_finetuned_model(tokenizer, tmp_path):
     assert result["members.secrets"].n == len(codes)
     assert result["members.answers_with_secret"].k == answers["members"]
     assert result["heldout.answers_with_secret"].k == answers["heldout"]
+
+
+def test_a_blank_cell_is_no_secret():
+    assert marked_values({"code": ["", " ", "\n", None, "K 7"]}, "code") == ["K 7"]

@@ -7,7 +7,7 @@ same way, show what comes out by chance.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from math import isnan
 from pathlib import Path
 from string import Formatter
@@ -264,8 +264,14 @@ class Asker:
         self._ends = sorted({*ends, tokenizer.eos_token_id} - {None})
 
     def answers(self, asked: Sequence[Question]) -> list[dict[str, Any]]:
-        """For each question the record of its greedy answer, and those of the drawn ones."""
+        """For each question the record of its greedy answer, and those of the drawn ones.
+
+        Questions that leave no room for an answer in the model's context have none.
+        """
         prompts = [self._prompt([("user", each.prompt)]) for each in asked]
+        fit = [self._room(prompt) > 0 for prompt in prompts]
+        asked = list(compress(asked, fit))
+        prompts = list(compress(prompts, fit))
         records = []
         greedy = self._greedy(asked, prompts)
         for question, prompt, (output, rounds) in zip(
@@ -374,16 +380,22 @@ class Asker:
         from goldfish.audit.model import device_of
         from goldfish.audit.score import generate
 
-        length = self._length
-        if self._context is not None:
-            length = min(length, self._context - len(prompts[0]))
-        if length < 1 or not prompts[0]:
+        length = self._room(prompts[0])
+        if length < 1:
             return [[] for _ in prompts]
         ids = torch.tensor(prompts, device=device_of(self._model))
         settings = {"eos_token_id": self._ends or None, **options}
         with torch.inference_mode():
             outputs = generate(self._model, ids, length, settings)
         return [self._until_end(output) for output in outputs.tolist()]
+
+    def _room(self, prompt: list[int]) -> int:
+        """The most tokens of an answer."""
+        if not prompt:
+            return 0
+        if self._context is None:
+            return self._length
+        return min(self._length, self._context - len(prompt))
 
     def _until_end(self, output: list[int]) -> list[int]:
         ends = (i for i, token in enumerate(output) if token in self._ends)

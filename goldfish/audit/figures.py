@@ -277,13 +277,14 @@ def thresholds(near_verbatim: str) -> dict[str, float]:
     Raises:
         ValueError: not of this form.
     """
-    found = {}
+    found: dict[str, float] = {}
     for part in near_verbatim.split(","):
         # "150c": the number, and the letter that names its unit.
         number = part.strip()[:-1]
         unit = part.strip()[-1:]
         most = 100 if unit == "%" else 10**9
-        if unit not in UNITS or not number.isdecimal() or not 0 < int(number) <= most:
+        is_new = unit in UNITS and unit not in found
+        if not is_new or not number.isdecimal() or not 0 < int(number) <= most:
             raise ValueError(
                 "--near-verbatim takes tokens, words or characters in one piece, or a share of "
                 f"the tokens, such as 25t, 15w, 150c or 25t,50%; got {near_verbatim!r}"

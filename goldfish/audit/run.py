@@ -183,7 +183,7 @@ def audit(
         "sampling": [asdict(each) for each in sampling],
         "beams": sorted(set(beams)) or None,
         "near_verbatim": near_verbatim,
-        "ask": list(dict.fromkeys(ask)) or None,
+        "ask": list(dict.fromkeys([ask] if isinstance(ask, str) else ask)) or None,
         "ask_length": ask_length,
         "ask_samples": ask_samples,
         "ask_rounds": ask_rounds,
@@ -606,6 +606,10 @@ def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> No
     thresholds(protocol["near_verbatim"])
     for template in protocol["ask"] or ():
         check_template(template)
+    if protocol["ask_samples"] < 0:
+        raise ValueError(
+            f"ask_samples must be 0 or more, got {protocol['ask_samples']}"
+        )
     if protocol["beams"] and protocol["beams"][0] < 1:
         raise ValueError(f"a search needs at least one beam, got {protocol['beams']}")
     for what, number in (

@@ -135,7 +135,7 @@ def verdict(
         "explanations": explanations,
         "warnings": warnings if works else [*warnings, sanity],
         "sanity": sanity,
-        "skipped": _skipped(run["inputs"]),
+        "skipped": _skipped(run, figures),
         "not_tested": _not_tested(run, figures),
     }
 
@@ -635,8 +635,10 @@ def _is_below(result: Figure, control: Figure | None) -> bool:
     return control.low > clopper_pearson(result.k or 0, result.n)[1]
 
 
-def _skipped(inputs: Mapping[str, Any]) -> list[str]:
+def _skipped(run: Mapping[str, Any], figures: Figures) -> list[str]:
     """What the audit could not ask, or did not take as a text of its own."""
+    inputs = run["inputs"]
+    with_prompts = bool(run["protocol"].get("ask"))
     sentences = []
     for key, about in inputs.items():
         split = SPLITS[key]
@@ -655,6 +657,14 @@ def _skipped(inputs: Mapping[str, Any]) -> list[str]:
             f"{split}: {each['count']:,} marked secrets not asked: {each['reason']}"
             for each in unasked
         ]
+        asked = figures.get(key, "asked")
+        unprompted = about["asked"] - about.get("prompted", about["asked"])
+        unanswered = about["documents"] - (asked.n if asked else 0) - unprompted
+        if with_prompts and unanswered > 0:
+            sentences.append(
+                f"{split}: {unanswered:,} of {about['documents']:,} documents not asked by simple "
+                "prompts: the question fills the model's context"
+            )
         repeated = about["asked"] - about["documents"]
         if repeated > 0:
             sentences.append(

@@ -329,7 +329,8 @@ def marked_values(row: Row, column: str) -> list[str]:
     values = cell if isinstance(cell, list) else [cell]
     secrets = []
     for value in values:
-        if value is None or value == "":
+        # A blank is in every text, and no secret.
+        if value is None or (isinstance(value, str) and not value.strip()):
             continue
         # 4711. or 1e6 is not how the text spells it.
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
