@@ -15,7 +15,7 @@ from helpers import PROSE, TEMPLATE, say, write_jsonl
 from goldfish.audit.windows import Cutter
 from goldfish.text import rows as module
 from goldfish.text.chats import completions, secret_finder
-from goldfish.text.rows import digest, draw, read_rows
+from goldfish.text.rows import dataset_of, digest, draw, read_rows
 
 pytestmark = pytest.mark.core
 TEXTS = [{"text": text} for text in PROSE[:3]]
@@ -384,3 +384,30 @@ def test_secrets_are_marked_by_expression_or_column(chatty):
         ValueError, match=r"'\(' is not a regular expression: missing \)"
     ):
         secret_finder("(", "")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_a_row_of_a_folder_is_that_of_its_file(tmp_path, kind, monkeypatch):
+    """`datasets` would make 42 of 0042, nothing of NA, and a point in time of a date."""
+    rows = [
+        {"text": "one", "pin": "0042", "title": "NA", "day": "2024-01-02"},
+        {"text": "two", "pin": "7061", "title": "B", "day": "2024-02-03"},
+    ]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / f"train.{kind}"
+    if kind == "csv":
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        file.write_text("\n".join(lines))
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        file.write_text(json.dumps(rows))
+    assert list(read_rows(file)) == rows
+    assert list(read_rows(folder)) == rows
+    monkeypatch.chdir(tmp_path)
+    assert list(read_rows("folder/train")) == rows
+    if kind == "csv":
+        for source in (file, folder):
+            assert list(dataset_of(str(source))) == rows
+            assert dataset_of(str(source), streaming=False).to_list() == rows

@@ -55,6 +55,9 @@ def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
         yield from _lines(path, source, text_column)
     elif kind == ".json":
         yield from _json_rows(path, source, text_column)
+    elif files := _text_files(source):
+        for file in files:
+            yield from read_rows(file, text_column)
     else:
         is_csv = kind == ".csv"
         rows = _csv_rows(path, source) if is_csv else _dataset_rows(source)
@@ -219,8 +222,7 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
             )
         options: dict[str, Any] = {"split": "train", "streaming": streaming}
         if kind == "csv":
-            # Columns are texts, as in `read_rows`.
-            options |= {"dtype": str, "keep_default_na": False}
+            options |= _text_columns(str(path))
         try:
             return load_dataset(kind, data_files=str(path), **options)
         except Exception as error:
@@ -233,11 +235,26 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
     if (path / "dataset_dict.json").is_file():
         saved = load_from_disk(source)
         return saved[_one_of(list(saved), split, source)]
+    files = _text_files(source, split)
+    if files and files[0].endswith(".csv"):
+        options = {"split": "train", "streaming": streaming}
+        options |= _text_columns(files[0])
+        return load_dataset("csv", data_files=files, **options)
     builder, name = _builder(source, split)
     if streaming:
         return builder.as_streaming_dataset(name)
     builder.download_and_prepare()
     return builder.as_dataset(name)
+
+
+def _text_columns(path: str) -> dict[str, Any]:
+    """Options of `datasets` by which every cell of a csv file is a text, as in `read_rows`."""
+    from datasets import Features, Value
+
+    with Path(path).open(encoding="utf-8-sig", newline="") as lines:
+        names = next(csv.reader(lines), [])
+    features = Features({name: Value("string") for name in names})
+    return {"features": features if names else None, "keep_default_na": False}
 
 
 def _dataset_rows(source: str) -> Iterator[Row]:
@@ -247,6 +264,25 @@ def _dataset_rows(source: str) -> Iterator[Row]:
         yield from rows
     except Exception as error:
         raise ValueError(f"{source} cannot be read: {first_line(error)}") from error
+
+
+def _text_files(source: str, split: str | None = None) -> list[str]:
+    """The csv or json files of a folder, which are read as single ones are; [] for other sources.
+
+    split: that of the folder, if `source` does not name one, as in folder/train.
+    """
+    path = Path(source)
+    # FOLDER/SPLIT is no path of its own; a hub name has no folder here.
+    folder = path if path.exists() else path.parent
+    by_save_to_disk = ("state.json", "dataset_dict.json")
+    if folder == Path() or not folder.is_dir():
+        return []
+    if any((folder / name).is_file() for name in by_save_to_disk):
+        return []
+    builder, name = _builder(source, split)
+    files = [str(file) for file in (builder.config.data_files or {}).get(name, ())]
+    kinds = {Path(file).suffix.lower() for file in files if Path(file).is_file()}
+    return files if len(kinds) == 1 and kinds <= {".csv", ".json", ".jsonl"} else []
 
 
 def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
