@@ -4,8 +4,9 @@ r"""Does the audit count every code that a finetuned model gives away?
 
 Finetunes SmolLM2-135M-Instruct as benchmarks/uncertain.py does, on chats that give away the codes
 of 16 people, and audits it: members are the chats, held-out texts are the same questions about 8
-strangers. Then every question is asked again without the audit, by
-`generate` alone with longer answers, and all answers are searched for all codes. Appends one line
+strangers. Then every question is asked again without the audit, by `generate` alone, and all
+outputs are searched for all codes: outputs as long as the audit's, which go on behind the end of
+an answer, and answers as a user sees them, up to their end. Appends one line
 for each training to benchmarks/results/counted.jsonl, about six minutes of one core each; those
 that are there are skipped.
 """
@@ -24,8 +25,7 @@ from transformers import HfArgumentParser
 
 from goldfish.audit import audit
 
-# Longer than any answer that was trained on, and than the audit's.
-ANSWER = 64
+END = "<|im_end|>"
 
 
 @dataclass
@@ -52,17 +52,30 @@ def chats(people: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def answer_of(model: Any, tokenizer: Any, row: dict[str, Any]) -> str:
-    """What generate answers to a row's question, one question at a time."""
+def output_of(model: Any, tokenizer: Any, row: dict[str, Any], length: int) -> str:
+    """What generate says to a row's question, one question at a time, through any end."""
     prompt = tokenizer.apply_chat_template(
         row["messages"][:-1],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )
-    output = model.generate(**prompt, max_new_tokens=ANSWER, do_sample=False)
-    answer: str = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
-    return answer
+    output = model.generate(
+        **prompt, max_new_tokens=length, do_sample=False, eos_token_id=None
+    )
+    text: str = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+    return text
+
+
+def search(codes: set[str], outputs: dict[str, list[str]]) -> dict[str, int]:
+    """Distinct codes in any output, and by split the outputs that have one."""
+    found: set[str] = set()
+    counts = {}
+    for split, texts in outputs.items():
+        inside = [{code for code in codes if code in text} for text in texts]
+        counts[split] = sum(map(bool, inside))
+        found = found.union(*inside)
+    return {"codes": len(found), "of": len(codes), **counts}
 
 
 def run(lab: uncertain.Lab, seed: int, name: str) -> dict[str, Any]:
@@ -80,8 +93,7 @@ def run(lab: uncertain.Lab, seed: int, name: str) -> dict[str, Any]:
             model,
             Path(folder, "audit"),
             tokenizer=lab.tokenizer,
-            members=rows["members"],
-            heldout=rows["heldout"],
+            **rows,
             secret_column="code",
             device="cpu",
         )
@@ -91,16 +103,20 @@ def run(lab: uncertain.Lab, seed: int, name: str) -> dict[str, Any]:
             "members": audited["members.answers_with_secret"].k,
             "heldout": audited["heldout.answers_with_secret"].k,
         }
-    codes = sorted({row["code"] for row in rows["members"]})
-    found: set[str] = set()
-    searched = {}
-    for split, of_split in rows.items():
-        answers = [answer_of(model, lab.tokenizer, row) for row in of_split]
-        searched[split] = sum(any(c in answer for c in codes) for answer in answers)
-        found.update(c for answer in answers for c in codes if c in answer)
+        length = audited.run["protocol"]["output_length"]
+    codes = {row["code"] for row in rows["members"]}
+    outputs = {
+        split: [output_of(model, lab.tokenizer, row, length) for row in of_split]
+        for split, of_split in rows.items()
+    }
+    answers = {
+        split: [text.partition(END)[0] for text in texts]
+        for split, texts in outputs.items()
+    }
     result: dict[str, Any] = {"seed": seed, "rule": name, "epochs": lab.args.epochs}
     result["audit"] = asked
-    result["search"] = {"codes": len(found), "of": len(codes), **searched}
+    result["outputs"] = search(codes, outputs)
+    result["answers"] = search(codes, answers)
     result["cpu_seconds"] = round(time.process_time() - began)
     return result | about.about()
 
@@ -118,7 +134,7 @@ def main() -> None:
                 continue
             result = run(lab, seed, name)
             about.append(output, result)
-            print(key, result["audit"], result["search"], flush=True)
+            print(key, result["audit"], result["outputs"], flush=True)
 
 
 if __name__ == "__main__":
