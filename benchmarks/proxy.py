@@ -111,7 +111,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def table() -> str:
-    results = about.read_results(OUTPUT)
+    results = sorted(about.read_results(OUTPUT), key=lambda each: each["seed"])
     rows = []
     for name in (*RULES, "entropy-4", "control", PROXY):
         group = [each for each in results if each["run"] == name]
