@@ -572,7 +572,7 @@ def test_damaged_audits_are_named(tmp_path, pair):
         '{"schema": ',
         "",
         "[]",
-        summary.replace("goldfish.audit/6", "goldfish.audit/1"),
+        summary.replace("goldfish.audit/7", "goldfish.audit/1"),
     ):
         path.write_text(text)
         refused(ValueError, r"summary\.json.*audit again", audit)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 # Of run.json, the records and summary.json; see docs/audit-files.md.
-SCHEMA = "goldfish.audit/6"
+SCHEMA = "goldfish.audit/7"
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 # Membership attacks: name in the files, name in sentences and tables.
 ATTACKS = {
