@@ -70,3 +70,5 @@ def main(folder: Path, tokenizer: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    # Without it, gloo's threads are still running when Python exits, and can abort the process.
+    torch.distributed.destroy_process_group()

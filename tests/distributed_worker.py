@@ -173,3 +173,5 @@ def run(
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Without it, gloo's threads are still running when Python exits, and can abort the process.
+    torch.distributed.destroy_process_group()
