@@ -10,8 +10,10 @@ from datasets import Dataset
 from helpers import tiny_llama, write_jsonl
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from goldfish.audit import AuditCallback
+from goldfish.audit import AuditCallback, run
 
+# Two blocks of few windows, so that each process scores one.
+run.BLOCK = 4
 LENGTHS = {"prefix_length": 4, "suffix_length": 6, "sampling": ()}
 
 
@@ -43,7 +45,7 @@ def main(folder: Path, tokenizer: str) -> None:
         )
 
     trainer = trainer_in("whole")
-    callback = AuditCallback(trainer, rows(300), every=1, **LENGTHS)
+    callback = AuditCallback(trainer, rows(8), every=1, **LENGTHS)
     trainer.add_callback(callback)
     trainer.train()
     found = {
