@@ -59,8 +59,30 @@ def learned(tokenizer, *texts):
     return model.eval()
 
 
+def titled_rows():
+    return [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+
+
+def audited_by_title(model, tokenizer, folder, rows, **options):
+    """Of rows, the first two as members and the others held out, asked by title."""
+    return audit(
+        model,
+        folder,
+        tokenizer=tokenizer,
+        members=rows[:2],
+        heldout=rows[2:],
+        prefix_length=6,
+        suffix_length=12,
+        sampling=(),
+        ask=[QUESTION],
+        ask_length=96,
+        near_verbatim="60c",
+        **options,
+    )
+
+
 def asked(tokenizer, template=QUESTION):
-    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    rows = titled_rows()
     numbers = dict(enumerate(range(len(rows))))
     documents = whole_documents(enumerate(rows), numbers, tokenizer)
     return list(questions(documents, "members", [template]))
@@ -83,22 +105,10 @@ def librarian(tokenizer):
 
 
 def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp_path):
-    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    rows = titled_rows()
 
     def ask_by_title():
-        return audit(
-            librarian,
-            tmp_path / "audit",
-            tokenizer=tokenizer,
-            members=rows[:2],
-            heldout=rows[2:],
-            prefix_length=6,
-            suffix_length=12,
-            sampling=(),
-            ask=[QUESTION],
-            ask_length=96,
-            near_verbatim="60c",
-        )
+        return audited_by_title(librarian, tokenizer, tmp_path / "audit", rows)
 
     result = ask_by_title()
     assert result["members.exact_match"].k == 0
@@ -198,20 +208,13 @@ def test_a_model_that_tells_other_peoples_data(tokenizer, tmp_path):
 
 def test_a_model_that_recites_another_members_text(tokenizer, tmp_path):
     """Asked about a held-out title too, it recites a member."""
-    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    rows = titled_rows()
     swapped = [by_title(TITLES[i], TEXTS[j]) for i, j in ((0, 1), (2, 0))]
-    result = audit(
+    result = audited_by_title(
         learned(tokenizer, *swapped),
+        tokenizer,
         tmp_path / "audit",
-        tokenizer=tokenizer,
-        members=rows[:2],
-        heldout=rows[2:],
-        prefix_length=6,
-        suffix_length=12,
-        sampling=(),
-        ask=[QUESTION],
-        ask_length=96,
-        near_verbatim="60c",
+        rows,
         complete=True,
     )
     assert result["members.asked"].k == 0, "none of them in the answer about it"
@@ -310,7 +313,7 @@ def test_chats_are_asked_in_the_template_and_told_to_continue(tokenizer):
 
 
 def test_the_options_of_the_command_line(checkpoint, tmp_path, capsys):
-    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    rows = titled_rows()
     members = write_jsonl(tmp_path / "members.jsonl", rows)
     folder = tmp_path / "audit"
     options = ["--members", str(members), "-o", str(folder), "--device", "cpu"]
@@ -384,7 +387,7 @@ def test_columns_that_no_row_has_are_told_before_the_work(
 
 def test_rows_without_the_column_are_not_all_of_them(librarian, tokenizer, tmp_path):
     """Of a census: nobody knows about the one that was not asked."""
-    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    rows = titled_rows()
     del rows[2]["title"]
     result = audit(
         librarian,
@@ -410,7 +413,7 @@ def test_rows_without_the_column_are_not_all_of_them(librarian, tokenizer, tmp_p
 
 def test_rows_without_the_column_are_not_asked_and_told(checkpoint, tmp_path, capsys):
     """In the terminal, on the page and in the verdict; nor are they part of a census."""
-    rows = [{"title": a, "text": b} for a, b in zip(TITLES, TEXTS, strict=True)]
+    rows = titled_rows()
     del rows[1]["title"], rows[3]["title"]
     rows[3]["author"] = "Anna Holt"
     members = write_jsonl(tmp_path / "members.jsonl", rows)
