@@ -19,7 +19,7 @@ from transformers import (
     MptConfig,
 )
 
-from goldfish.audit.model import Checkpoint, load_tokenizer, vocabulary_of
+from goldfish.audit.model import Checkpoint, InMemory, load_tokenizer, vocabulary_of
 from goldfish.unwrap import context_of
 
 pytestmark = pytest.mark.core
@@ -397,3 +397,27 @@ def test_adapters_that_cannot_be_given_back_are_refused(adapter, settings, messa
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(ValueError, match=message):
         Checkpoint(folder).model(CPU)
+
+
+def test_a_model_in_memory_is_put_back_as_each_part_was():
+    """Frozen parts stay in eval mode; one that merges its weights there takes them apart again."""
+
+    class Merging(torch.nn.Module):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+    model = tiny_llama().train()
+    model.merging = Merging()
+    model.lm_head.eval()
+    kept = InMemory(model, "a tokenizer")
+    kept.model(CPU)
+    assert model.merging.merged
+    assert not model.training
+    kept.put_back()
+    assert model.training
+    assert model.model.training
+    assert not model.lm_head.training
+    assert not model.merging.merged

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from transformers.utils import cached_file
 
 from goldfish.receipt import FILE_NAME, read_receipt
 from goldfish.text.rows import first_line, sha256
-from goldfish.unwrap import bare_model
+from goldfish.unwrap import bare_model, evaluation_mode
 
 _log = logging.getLogger(__name__)
 # Bytes of float32 logits that are alive at a time.
@@ -394,8 +395,7 @@ class InMemory:
             )
         self._model = model
         self._tokenizer = tokenizer
-        # Of each part: frozen ones may be in eval mode while the others are trained.
-        self._was_training = {part: part.training for part in model.modules()}
+        self._evaluated = ExitStack()
         self.name = str(model.config.name_or_path or type(model).__name__)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -409,13 +409,13 @@ class InMemory:
         """Its rule is with the trainer until it is saved."""
 
     def model(self, device: torch.device, **options: Any) -> Any:
-        require_causal(self._model.eval(), self.name)
+        self._evaluated.enter_context(evaluation_mode(self._model))
+        require_causal(self._model, self.name)
         return self._model
 
     def put_back(self) -> None:
         """As it was before the audit."""
-        for part, was_training in self._was_training.items():
-            part.training = was_training
+        self._evaluated.close()
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of all parameters and buffers, in the order of their names."""
