@@ -3,9 +3,9 @@
     python benchmarks/sanity.py --model DIR_OR_NAME
 
 The damages are those of conversions that went wrong: nothing fails to load, and the model still
-predicts better than a uniform guess. Texts are topics of the Python reference. `gain` is what the
-prefix is worth beside its tokens in a shuffled order, in nats per token of the suffix; the audit
-asks for at least `verdict.GAIN`.
+predicts better than a uniform guess. Texts are topics of the Python reference. Figures are what the
+prefix is worth beside its tokens in a shuffled order, in nats per token, if so many tokens of the
+suffix are read. The audit reads `run.SANITY_TOKENS` and asks for more than `verdict.GAIN`.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ import torch
 from about import load_texts, markdown, parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldfish.audit.run import sanity
+from goldfish.audit import run
 from goldfish.audit.score import Scorer
 from goldfish.audit.windows import Cutter, Survey, number_documents
 
@@ -54,6 +54,7 @@ def eps(model: Any) -> None:
 
 
 DAMAGES = (nothing, eps, rotary_layout, query_heads)
+LENGTHS = (8, 16, 32, 50)
 
 
 def main() -> None:
@@ -74,13 +75,15 @@ def main() -> None:
             )
             with torch.no_grad():
                 damage(model.eval())
-            found = sanity(Scorer(model), survey)
-            gain = found["nll_shuffled"] - found["nll"]
-            losses = f"{found['nll']:.2f}", f"{found['nll_shuffled']:.2f}"
-            table.append((damage.__name__, found["windows"], *losses, f"{gain:.2f}"))
+            scorer = Scorer(model)
+            gains = []
+            for length in LENGTHS:
+                run.SANITY_TOKENS = length
+                found = run.sanity(scorer, {"heldout": survey})["heldout"]
+                gains.append(f"{found['nll_shuffled'] - found['nll']:.2f}")
+            table.append((damage.__name__, found["windows"], *gains))
             print(table[-1], flush=True)
-    head = ("damage", "windows", "loss", "loss after a shuffled prefix", "gain")
-    print(markdown(head, table))
+    print(markdown(("damage", "windows", *map(str, LENGTHS)), table))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from goldfish.audit.model import Checkpoint
 from goldfish.audit.records import read_records
 from goldfish.audit.results import Folder
 from goldfish.audit.score import Sampling, Scorer
+from goldfish.audit.windows import Cutter, Survey, number_documents
 from goldfish.receipt import DropCounts, write_receipt
 
 pytestmark = pytest.mark.core
@@ -728,3 +729,39 @@ def test_run_json_tells_how_much_was_asked(tmp_path, checkpoint):
     assert (counts["rows"], counts["drawn"], counts["asked"] <= 2) == (4, 2, True)
     assert about["sanity"]["members"]["windows"] == counts["windows"]
     assert about["sanity"]["members"]["nll_shuffled"] > 0
+
+
+def test_the_sanity_check_shuffles_prefixes(tmp_path, tokenizer):
+    """It ends at the first split that shows that the model uses its context."""
+    losses = iter((2.0, 2.1, 3.0, 3.5))
+    read = []
+
+    class Watched:
+        def mean_nll(self, windows):
+            read.append([(window.split, window.ids) for window in windows])
+            return next(losses)
+
+    random = torch.Generator().manual_seed(0)
+    surveys = {}
+    for split, count in (("members", 4), ("heldout", 3)):
+        ids = torch.randint(2, 320, (count, 30), generator=random).tolist()
+        rows = enumerate({"input_ids": row} for row in ids)
+        cutter = Cutter(tokenizer, 10, 20)
+        surveys[split] = Survey(rows, split, cutter, tmp_path / f"{split}.parquet")
+    number_documents(surveys)
+    found = run.sanity(Watched(), surveys)
+    assert found == {
+        "members": {"windows": 4, "nll": 2.0, "nll_shuffled": 2.1},
+        "heldout": {"windows": 3, "nll": 3.0, "nll_shuffled": 3.5},
+    }
+    for ordered, shuffled in (read[:2], read[2:]):
+        for (split, ids), (same_split, others) in zip(ordered, shuffled, strict=True):
+            assert split == same_split
+            # The first token stays, and 16 tokens of the suffix.
+            assert len(ids) == len(others) == 10 + 16
+            assert others[0] == ids[0]
+            assert others[10:] == ids[10:]
+            assert sorted(others[:10]) == sorted(ids[:10])
+            assert others != ids
+    losses = iter((2.0, 2.5))
+    assert list(run.sanity(Watched(), surveys)) == ["members"]

@@ -412,6 +412,11 @@ def test_a_model_that_fails_the_sanity_check_gets_no_pass():
     verdict = made_up_audit(records, run={"sanity": sanity}).verdict
     assert verdict["outcome"] == "INCONCLUSIVE"
     assert "hardly uses the text before" in verdict["sanity"]
+    assert "1.70 nats per token after it, 1.72" in verdict["sanity"]
+    # Members such as random codes follow from nothing. Then the other split speaks for the model.
+    sanity["heldout"] = {"windows": 16, "nll": 2.1, "nll_shuffled": 2.9}
+    verdict = made_up_audit(records, run={"sanity": sanity}).verdict
+    assert verdict["outcome"] == "PASS"
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():

@@ -42,7 +42,7 @@ from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
 from goldfish.audit.results import Audit, Folder, read, write_table
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.verdict import parse_limits
+from goldfish.audit.verdict import GAIN, parse_limits
 from goldfish.audit.windows import (
     Cutter,
     Survey,
@@ -73,7 +73,10 @@ BLOCK = 256  # windows that are scored, and written to disk, together; a killed 
 # Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
 # other words ("Of course, dear user, ...") still comes to the secret.
 MARGIN = 32
+# What the sanity check reads of a split. Behind the first tokens of a suffix the shuffled prefix is
+# far away, and a damaged model is harder to tell from one that works (benchmarks/sanity.py).
 SANITY_WINDOWS = 16
+SANITY_TOKENS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -240,9 +243,7 @@ def audit(
             scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
         if first:
             held.enter_context(folder.held())
-            run["sanity"] = {
-                split: sanity(scorer, each) for split, each in surveys.items()
-            } or None
+            run["sanity"] = sanity(scorer, surveys) or None
             folder.open(run)
         # run.json is there before any process writes a block.
         _wait(state)
@@ -381,27 +382,40 @@ def survey(
     return surveys
 
 
-def sanity(scorer: Scorer, surveyed: Survey) -> dict[str, float]:
-    """The loss on suffixes after their prefixes, and after the same tokens in a shuffled order.
+def sanity(
+    scorer: Scorer, surveys: Mapping[str, Survey]
+) -> dict[str, dict[str, float]]:
+    """What a prefix is worth to the model, by split, up to the first split where it is enough.
 
-    A model that works predicts better after a text than after its tokens in disorder, even for
-    texts that it never saw. Damaged ones (positions, heads, norms) lose most of the difference.
-    Means in nats per token over the first windows.
+    A model that works predicts the first tokens of a suffix better after the prefix than after the
+    same tokens in a shuffled order. Damaged ones (positions, heads, norms) lose most of the
+    difference. Means in nats per token over the first windows.
     """
-    choose = np.random.default_rng(0)
-    block = next(surveyed.blocks(SANITY_WINDOWS))
-    windows = [window for window, _ in block if window.asked == "training"]
-    shuffled = []
-    for window in windows:
-        # The first token stays: it may be a BOS, without which some models fail.
-        first, *others = window.prefix
-        disorder = choose.permutation(others).tolist()
-        shuffled.append(replace(window, ids=[first, *disorder, *window.suffix]))
-    return {
-        "windows": len(windows),
-        "nll": scorer.mean_nll(windows),
-        "nll_shuffled": scorer.mean_nll(shuffled),
-    }
+    found = {}
+    for split, each in surveys.items():
+        choose = np.random.default_rng(0)
+        ordered = []
+        shuffled = []
+        for window, _ in next(each.blocks(SANITY_WINDOWS)):
+            if window.asked != "training":
+                continue
+            # The first token stays: it may be a BOS, without which some models fail.
+            first, *others = window.prefix
+            disorder = choose.permutation(others).tolist()
+            start = window.suffix[:SANITY_TOKENS]
+            ordered.append(replace(window, ids=window.prefix + start))
+            shuffled.append(replace(window, ids=[first, *disorder, *start]))
+        nll = scorer.mean_nll(ordered)
+        nll_shuffled = scorer.mean_nll(shuffled)
+        found[split] = {
+            "windows": len(ordered),
+            "nll": nll,
+            "nll_shuffled": nll_shuffled,
+        }
+        # One split is enough: it costs as much as scoring so many windows.
+        if nll_shuffled - nll > GAIN:
+            break
+    return found
 
 
 def score(

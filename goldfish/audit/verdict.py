@@ -35,11 +35,11 @@ from goldfish.audit.records import ATTACKS
 # member and a held-out text, the member is recognized in at most 55% of cases.
 LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
 MOST_UNASKED = 0.05  # of the members; if more could not be asked, nothing passes
-# Nats per token that a prefix must be worth, beside its tokens in a shuffled order. Measured on
-# SmolLM2-135M: 0.92 as it is, 0.14 with the wrong layout of rotary factors, 0.13 with a wrong eps,
-# -0.04 with its heads in the wrong order (benchmarks/sanity.py). The small
-# models of recipes/memorize.py have 0.22 to 0.75, so the threshold lies between the two.
-GAIN = 0.17
+# Nats per token that a prefix must be worth to the first tokens of its suffix, beside its tokens in
+# a shuffled order. Measured on SmolLM2-135M: 2.00 as it is, 0.22 with the wrong layout of rotary
+# factors, 0.12 with a wrong eps, -0.02 with its heads in the wrong order (benchmarks/sanity.py).
+# The small models of recipes/memorize.py have 0.30 to 1.84: the threshold lies between the two.
+GAIN = 0.26
 # Of a uniform guess's loss: a model with more knows nothing about such texts.
 WORKS = 0.9
 SURE = 0.01  # of the test of the rule: the greatest p that tells of it
@@ -480,21 +480,21 @@ def _sanity(run: Mapping[str, Any], figures: Figures) -> tuple[bool, str]:
     right = (accuracy.value if accuracy is not None else None) or 0.0
     vocabulary = run["protocol"]["vocabulary"]
     loss = best.value or 0.0
-    measured = (run.get("sanity") or {}).get(best.split, {})
-    shuffled = measured.get("nll_shuffled")
-    ordered = measured.get("nll")
     works = loss < WORKS * log(vocabulary) and right > 1 / vocabulary
     numbers = (
         f"{SPLITS[best.split]}: {loss:.2f} nats per token (a uniform guess: "
         f"{log(vocabulary):.2f}), {percent(right)} of tokens predicted (by chance: "
         f"{percent(1 / vocabulary)})"
     )
-    if works and shuffled is not None and shuffled - ordered <= GAIN:
-        return False, (
-            "Sanity check failed: the model hardly uses the text before a token "
-            f"({ordered:.2f} nats per token after it, {shuffled:.2f} after its tokens in random "
-            f"order; the difference should exceed {GAIN})"
-        )
+    measured = list((run.get("sanity") or {}).values())
+    if works and measured:
+        most = max(measured, key=lambda each: each["nll_shuffled"] - each["nll"])
+        if most["nll_shuffled"] - most["nll"] <= GAIN:
+            return False, (
+                "Sanity check failed: the model hardly uses the text before a token "
+                f"({most['nll']:.2f} nats per token after it, {most['nll_shuffled']:.2f} after its "
+                f"tokens in random order; the difference should exceed {GAIN})"
+            )
     if works:
         return (
             True,
