@@ -191,16 +191,12 @@ def main() -> None:
         return
     args.epochs = args.epochs or 8
     lab = TitledLab(args)
-    for seed in args.seeds:
-        for name in args.rules:
-            key = key_of(args, seed, name)
-            done = about.read_results(output)
-            if any(key.items() <= result.items() for result in done):
-                continue
-            result = run(lab, seed, name)
-            about.append(output, result)
-            members, heldout = result["members"]["run"], result["heldout"]["run"]
-            print(key, members, heldout, result["cpu_seconds"], flush=True)
+    wanted = [key_of(args, seed, name) for seed in args.seeds for name in args.rules]
+    for wish in about.missing(output, wanted):
+        result = run(lab, wish["seed"], wish["rule"])
+        about.append(output, result)
+        members, heldout = result["members"]["run"], result["heldout"]["run"]
+        print(wish, members, heldout, result["cpu_seconds"], flush=True)
 
 
 if __name__ == "__main__":

@@ -126,15 +126,15 @@ def main() -> None:
     output = Path(args.output)
     args.epochs = args.epochs or 8
     lab = uncertain.Lab(args)
-    for seed in args.seeds:
-        for name in args.rules:
-            key = {"seed": seed, "rule": name, "epochs": args.epochs}
-            done = about.read_results(output)
-            if any(key.items() <= result.items() for result in done):
-                continue
-            result = run(lab, seed, name)
-            about.append(output, result)
-            print(key, result["audit"], result["outputs"], flush=True)
+    wanted = [
+        {"seed": seed, "rule": name, "epochs": args.epochs}
+        for seed in args.seeds
+        for name in args.rules
+    ]
+    for wish in about.missing(output, wanted):
+        result = run(lab, wish["seed"], wish["rule"])
+        about.append(output, result)
+        print(wish, result["audit"], result["outputs"], flush=True)
 
 
 if __name__ == "__main__":

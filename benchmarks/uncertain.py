@@ -476,16 +476,16 @@ def main(argv: list[str] | None = None) -> None:
     if not args.epochs:
         args.epochs = 3 if args.near_duplicates else 8
     lab, output = Lab(args), Path(args.output)
-    for seed in args.seeds:
-        for method in args.methods:
-            for name in args.rules:
-                key = key_of(args, seed, method, name)
-                done = about.read_results(output)
-                if any(key.items() <= result.items() for result in done):
-                    continue
-                result = run(lab, seed, method, name)
-                about.append(output, result)
-                print(summary(result), flush=True)
+    wanted = [
+        key_of(args, seed, method, name)
+        for seed in args.seeds
+        for method in args.methods
+        for name in args.rules
+    ]
+    for wish in about.missing(output, wanted):
+        result = run(lab, wish["seed"], wish["method"], wish["rule"])
+        about.append(output, result)
+        print(summary(result), flush=True)
 
 
 def summary(result: dict[str, Any]) -> str:

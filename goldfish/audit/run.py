@@ -243,7 +243,8 @@ def audit(
             scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
         if first:
             held.enter_context(folder.held())
-            run["sanity"] = sanity(scorer, surveys) or None
+            if surveys:
+                run["sanity"] = sanity(scorer, surveys)
             folder.open(run)
         # run.json is there before any process writes a block.
         _wait(state)
