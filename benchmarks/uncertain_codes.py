@@ -18,10 +18,9 @@ SAMPLES = 1000
 
 def figures(group: list[Result]) -> dict[str, str]:
     """Rows of a table; the values of the seeds of one rule."""
-    distinct = sum(len(codes_in(result["answers"])) for result in group)
     sums = [expected(result) for result in group]
     return {
-        "**codes in any answer**": f"{distinct} of {MEMBERS * len(group)}",
+        "**codes in any answer**": out_of(group),
         "in one wording (of 8)": counts([in_one_wording(r) for r in group]),
         "in three wordings (of 8)": counts([in_three_wordings(r) for r in group]),
         "asked about members (of 16)": counts([about_members(r) for r in group]),
@@ -30,6 +29,14 @@ def figures(group: list[Result]) -> dict[str, str]:
         "expected in 1,000 samples each (of 16)": ", ".join(f"{x:.1f}" for x in sums),
         "really drawn, distinct codes": ", ".join(map(drawn, group)).strip(", "),
     }
+
+
+def out_of(group: list[Result]) -> str:
+    """How many codes came out, of how many; "" if no chats were trained on."""
+    if "answers" not in group[0]:
+        return ""
+    distinct = sum(len(codes_in(result["answers"])) for result in group)
+    return f"{distinct} of {MEMBERS * len(group)}"
 
 
 def counts(found: list[set[str]]) -> str:

@@ -49,6 +49,15 @@ UNCERTAIN = {
     "inside-4": "variant: no first token of an answer",
     "bits-4": "variant: 4 bits per window",
 }
+# Passages without chats, in this order.
+VERSIONS = {
+    "versions-0": "five exact copies",
+    "versions-0-1 of 5": "one copy",
+    "versions-0.02": "five versions, 2% of the words edited",
+    "versions-0.05": "5%",
+    "versions-0.1": "10%",
+    "versions-0.05-reformatted": "5%, each in a layout of its own",
+}
 
 
 def main() -> None:
@@ -64,9 +73,13 @@ def main() -> None:
         uncertain = groups_of(private, UNCERTAIN)
         shown = table(uncertain, of_passages, of_loss, of_trust)
         print(f"\n## Uncertain tokens, {method}\n\n{shown}")
-    for data in sorted({result["data"] for result in results} - {"private"}):
+        print(f"\n## In short, {method}\n\n{in_short({'': uncertain})}")
+    versions = {}
+    for data, title in VERSIONS.items():
         groups = groups_of(of(results, data, "full"), UNCERTAIN)
-        print(f"\n## {data}\n\n{table(groups, of_passages, of_loss)}")
+        if groups:
+            versions[title] = groups
+    print(f"\n## In short, versions\n\n{in_short(versions)}")
     path = Path(about.RESULTS, "uncertain_check.json")
     found = json.loads(path.read_text(encoding="utf-8"))
     print("\n## What check found before, and which codes came out\n")
@@ -120,6 +133,32 @@ def table(
             rows.append((title, *cells))
     names = SECRETS | UNCERTAIN
     return about.markdown(["", *(names[name] for name in groups)], rows)
+
+
+def in_short(data: dict[str, dict[str, list[Result]]]) -> str:
+    """In Markdown, a row for each rule of each data set; differences as in the long tables."""
+    rows = []
+    for title, groups in data.items():
+        theirs = groups.get(BASELINE, [])
+        for rule, group in groups.items():
+            rouge = statistics.fmean(map(mean_rouge, group))
+            row = {
+                "passages": title,
+                "rule": UNCERTAIN[rule],
+                "seeds": str(len(group)),
+                "drop rate": f"{statistics.fmean(map(drop_rate, group)):.2f}",
+                "ROUGE-L": f"{rouge:.2f}",
+                "against `max_kept=4`": paired(group, theirs, rouge_l, 3),
+                "log p, nats": paired(group, theirs, log_p_of, 1),
+                "codes": uncertain_codes.out_of(group),
+                "best held-out loss": paired(group, theirs, lambda r: [best(r)], 3),
+                "ordinary answers, points": paired(group, theirs, percents, 1),
+            }
+            rows.append(row)
+    # Passages of one kind need no title, and those without chats have no codes.
+    head = [name for name in rows[0] if any(row[name] for row in rows)]
+    cells = [[row[name] for name in head] for row in rows]
+    return about.markdown(head, cells)
 
 
 def of_codes(group: list[Result], theirs: list[Result]) -> dict[str, str]:
