@@ -1,8 +1,7 @@
-"""One rank of tests/test_audit_callback.py: trains twice with an AuditCallback."""
+"""One rank of tests/test_audit_callback.py: trains twice with an AuditCallback (see launch.py)."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +21,10 @@ def rows(count):
     return [{"input_ids": row} for row in ids.tolist()]
 
 
-def main(folder: Path, tokenizer: str) -> None:
+def main(arguments: list[str]) -> None:
+    """arguments: a folder for the output, and the folder of a tokenizer."""
+    folder = Path(arguments[0])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments[1])
     rank = os.environ["RANK"]
 
     def trainer_in(name):
@@ -41,7 +43,7 @@ def main(folder: Path, tokenizer: str) -> None:
             tiny_llama(),
             arguments,
             train_dataset=Dataset.from_list(data),
-            processing_class=PreTrainedTokenizerFast.from_pretrained(tokenizer),
+            processing_class=tokenizer,
         )
 
     trainer = trainer_in("whole")
@@ -68,13 +70,3 @@ def main(folder: Path, tokenizer: str) -> None:
         found["refused"] = str(error)
     found["steps_when_refused"] = trainer.state.global_step
     (folder / f"{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
-    # Every rank must be done before one leaves. os._exit skips Python's finalization, during which
-    # a C++ thread of gloo or autograd that asks for the GIL aborts the process now and then
-    # ("terminate called without an active exception", once in dozens of runs).
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)

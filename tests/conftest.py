@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # the models are so small that a second thread only wa
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For `pytest -n 2`: tests of a file share its fixtures, so they share a process; three files
+    """For `pytest -n 2`: tests of a file share its fixtures, so they share a process; four files
     share `in_two`.
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -34,7 +34,12 @@ def pytest_xdist_make_scheduler(config, log):
         return (
             "in_two"
             if path.endswith(
-                ("test_loops.py", "test_memorize.py", "test_finetune_private.py")
+                (
+                    "test_loops.py",
+                    "test_memorize.py",
+                    "test_finetune_private.py",
+                    "test_audit_callback.py",
+                )
             )
             else path
         )
@@ -84,13 +89,12 @@ def chat_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def in_two(tmp_path_factory, topics, chat_model):
-    """The folder and the standard output of several recipes that ran in two processes: see
-    launch.py.
-    """
+def in_two(tmp_path_factory, topics, chat_model, checkpoint):
+    """The folder and the standard output of several trainings in two processes: see launch.py."""
     from launch import launch_several
 
-    return launch_several(tmp_path_factory.mktemp("two"), topics, chat_model)
+    folder = tmp_path_factory.mktemp("two")
+    return launch_several(folder, topics, chat_model, checkpoint)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from helpers import model_of
+from launch import leave
 from safetensors.torch import save_model
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -173,9 +174,4 @@ def run(
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # Every rank must be done before one leaves. os._exit skips Python's finalization, during which
-    # a C++ thread of gloo or autograd that asks for the GIL aborts the process now and then
-    # ("terminate called without an active exception", once in dozens of runs).
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    leave()

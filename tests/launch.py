@@ -1,8 +1,7 @@
-"""Recipes in two processes, for the tests: `accelerate launch` with the configurations that people
-copy.
+"""Two processes, for the tests: `accelerate launch` with the configurations that people copy.
 
 Starting two processes takes longer than the miniatures that run in them, so `in_two` (conftest.py)
-runs several recipes in one launch.
+runs several recipes, and a training with an AuditCallback, in one launch.
 """
 
 import importlib.util
@@ -35,6 +34,17 @@ FINETUNE = words(
 LOOP = words(steps=3)
 
 
+def leave():
+    """End a process of a distributed test whose results are on disk.
+
+    Without Python's finalization: during that, a C++ thread of gloo or autograd that asks for the
+    GIL aborts the process now and then ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def launch(*commands, config="ddp", dies="none"):
     """Run (recipe, arguments) one after the other in two CPU processes; returns the finished
     process.
@@ -62,9 +72,9 @@ def launch(*commands, config="ddp", dies="none"):
     )
 
 
-def launch_several(folder, topics, chat_model):
-    """memorize, the loop and, with TRL installed, finetune_private in one launch; their output is
-    in folders of these names."""
+def launch_several(folder, topics, chat_model, checkpoint):
+    """memorize, the loop, with TRL installed finetune_private, and callback_worker in one launch;
+    their output is in folders of these names."""
     text = ["--text", str(topics)]
     commands = [
         ("memorize", [*text, *MEMORIZE, "--output_dir", str(folder / "memorize")])
@@ -78,6 +88,9 @@ def launch_several(folder, topics, chat_model):
             output_dir=folder / "finetune_private",
         )
         commands.append(("finetune_private", [*FINETUNE, *one]))
+    callback = folder / "callback_worker"
+    callback.mkdir()
+    commands.append(("callback_worker", [str(callback), str(checkpoint)]))
     done = launch(*commands)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

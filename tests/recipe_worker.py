@@ -1,4 +1,4 @@
-"""One process of some recipes, as `accelerate launch` starts it; for tests of several processes.
+"""One process of some trainings, as `accelerate launch` starts it; for tests of several processes.
 
 recipe_worker.py DIES [[RECIPE, ARGUMENTS], ...]   DIES: none, or FOLDER:RANK:STEP, which kills that
 process (kill -9) when the training in a folder of that name reaches that step. Where accelerate was
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import runs
+from launch import leave
 
 plain_init, plain_train = PartialState.__init__, runs.train_or_resume
 
@@ -52,3 +53,4 @@ if __name__ == "__main__":
         runs.train_or_resume = train_and_die
     for recipe, arguments in json.loads(sys.argv[2]):
         importlib.import_module(recipe).main(arguments)
+    leave()

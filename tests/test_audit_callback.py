@@ -1,9 +1,6 @@
 """The audit where training ends."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -201,38 +198,24 @@ def test_an_audit_that_fails_does_not_take_the_training_with_it(
     assert trainer.model.training
 
 
-def test_two_processes(checkpoint, tmp_path):
+def test_two_processes(in_two):
     """Both train, one writes; a file that one process lacks stops both before the first step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(HERE / "callback_worker.py")]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
-    }
-    done = subprocess.run(
-        [*command, str(tmp_path), str(checkpoint)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("Report: ") == 1
+    folder = in_two[0] / "callback_worker"
+    assert in_two[1].count(f"Report: {folder}") == 1
     first, second = (
-        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+        json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)
     )
     # Every step of the training, and its end.
     steps = [step for step, _ in first["logged"]]
     assert steps == [1, 2, 3]
     assert second["logged"] == first["logged"]
     assert second["outcome"] == first["outcome"]
-    assert "</html>" in (tmp_path / "whole" / "audit.html").read_text(encoding="utf-8")
+    assert "</html>" in (folder / "whole" / "audit.html").read_text(encoding="utf-8")
     # Each process scored a block of four windows.
-    audit = read(tmp_path / "whole" / "audit")
+    audit = read(folder / "whole" / "audit")
     assert audit["members.exact_match"].n == 8
     assert len(audit.records) == 8
-    assert len(list((tmp_path / "whole" / "audit" / "records").iterdir())) == 2
+    assert len(list((folder / "whole" / "audit" / "records").iterdir())) == 2
     assert "in another process: FileNotFoundError" in first["refused"]
     assert "members-1.jsonl" in second["refused"]
     assert first["steps_when_refused"] == second["steps_when_refused"] == 0

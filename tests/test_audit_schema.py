@@ -58,7 +58,7 @@ def test_thresholds_are_documented():
     assert f"a run of at least {run.removesuffix('t')} tokens" in TEXT
     similarity = float(share.removesuffix("%")) / 100
     assert f"edit similarity is at least {similarity:g}" in TEXT
-    assert f"at least {GAIN} nats per token" in TEXT
+    assert f"more than {GAIN} nats per token" in TEXT
     assert f"fewer than {SHORT:,} strings" in TEXT
     assert f"is at most {UNREACHED}" in TEXT
 
