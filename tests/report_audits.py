@@ -5,13 +5,12 @@ import random
 import re
 from html.parser import HTMLParser
 
+import audit_records
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from audit_records import write_run
 
 from goldfish.audit.records import ATTACKS, COLUMNS, word_buckets
-from goldfish.audit.render import publish
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
 
@@ -25,23 +24,10 @@ RULE = {
     "exempt": [],
     "document_end": None,
 }
-PROTOCOL = {
+PROTOCOL = audit_records.PROTOCOL | {
     "prefix_length": 4,
     "suffix_length": 6,
-    "offsets": [0],
-    "beams": None,
-    "near_verbatim": "25t,50%",
-    "ask": None,
-    "sampling": [{"temperature": 1.0, "top_k": None, "top_p": None}],
-    "control": None,
-    "complete": False,
-    "secrets": None,
-    "secret_column": None,
-    "dtype": "float32",
-    "device": "cpu",
-    "ambiguous_margin": 0.0,
     "prefix_grid": prefix_grid(4),
-    "vocabulary": 500,
 }
 UNRULED = ("mia_kept_loss", "mia_dropped_gap")
 NASTY = [
@@ -138,9 +124,9 @@ def write_audit(folder, rows, name="goldfish", protocol=None, **changes):
         "versions": versions,
         "rule": RULE if any(row["dropped"] for row in rows) else None,
     }
-    write_run(folder, rows, PROTOCOL | (protocol or {}), **run | changes)
-    publish(folder)
-    return folder
+    return audit_records.write_audit(
+        folder, rows, protocol=PROTOCOL | (protocol or {}), **run | changes
+    )
 
 
 def realistic(folder, name, n, recites, times=1):

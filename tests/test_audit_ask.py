@@ -424,11 +424,11 @@ def test_rows_without_the_column_are_not_asked_and_told(checkpoint, tmp_path, ca
     assert main(["audit", str(checkpoint), *options, "--complete"]) == 3
     told = "2 of 4 rows not asked 'What is the text of {title}?'"
     terminal = " ".join(capsys.readouterr().out.split())
-    assert f"members: {told}: they lack its columns (row 1, 3)" in terminal
+    assert f"members: {told}: without its columns (rows 1, 3)" in terminal
     assert "3 of 4 rows not asked 'Texts by {author}:'" in terminal
     result = read(folder)
     assert result.run["inputs"]["members"]["prompted"] == 3
-    unreached = "1 of 4 members lack the columns of every simple prompt"
+    unreached = "1 of 4 members not asked for: without the columns of any simple prompt"
     assert any(unreached in each for each in result.verdict["warnings"])
     text = flat(report(tmp_path, folder)).replace("&#39;", "'")
     assert told in text

@@ -344,7 +344,7 @@ def test_records_are_read_back(tmp_path):
         (tmp_path / "records" / "000000.parquet").read_bytes()
     )
     with pytest.raises(
-        ValueError, match=r"holds 10 records, 5 were expected: .*repeat its command"
+        ValueError, match=r"holds 10 records, expected 5: .*repeat its command"
     ):
         read_records(tmp_path)
     (tmp_path / "records" / "000001.parquet").write_bytes(b"")

@@ -130,14 +130,14 @@ def test_other_items_are_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            r"are audits of different windows: 7 are in one of them only or hold other tokens, "
+            r"are audits of different windows: 7 windows in one of them only or with other tokens, "
             r"the first at members row 5, offset 0; only the same windows can be paired: "
             r"audit both checkpoints with the same files"
         ),
     ):
         compare(a, b)
     (b / "records" / "000000.parquet").unlink()
-    with pytest.raises(ValueError, match="holds 0 records, 12 were expected"):
+    with pytest.raises(ValueError, match="holds 0 records, expected 12"):
         compare(a, b)
 
 

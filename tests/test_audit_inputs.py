@@ -202,7 +202,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
     ]
     assert (
         summary.verdict["skipped"][0]
-        == "held-out: 1 windows of 3 rows skipped: an empty completion (row 2)"
+        == "held-out: 1 window of 3 rows skipped: an empty completion (row 2)"
     )
     questions = {each["question"]: each for each in summary.verdict["questions"]}
     assert questions["secrets"]["outcome"] == "FAIL"

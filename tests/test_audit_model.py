@@ -77,19 +77,19 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
     [
         (
             {"rename": lambda name: f"wrap.{name}"},
-            r"21 weights the model has no place for \((model\.)?wrap.lm_head.weight, ",
+            r"21 weights without a place in the model \((model\.)?wrap.lm_head.weight, ",
         ),
         (
             {"num_hidden_layers": 5},
-            r"27 weights are not in the files \(model.layers.2.input_layernorm.weight, ",
+            r"27 weights missing in the files \(model.layers.2.input_layernorm.weight, ",
         ),
         (
             {"num_hidden_layers": 1},
-            r"9 weights the model has no place for \(model.layers.1.input_layernorm.weight, ",
+            r"9 weights without a place in the model \(model.layers.1.input_layernorm.weight, ",
         ),
         (
             {"rename": lambda name: "" if name == "lm_head.weight" else name},
-            r"1 weights are not in the files \(lm_head.weight\). An audit of such a model would "
+            r"1 weight missing in the files \(lm_head.weight\). An audit of such a model would "
             r"say nothing",
         ),
         (
@@ -98,7 +98,7 @@ def test_names_that_a_wrapper_changed_are_read(twin, prefix, tied):
                     value[:-1].contiguous() if name == "model.norm.weight" else value
                 )
             },
-            r"1 weights have another shape \(model.norm.weight\)",
+            r"1 weight of another shape \(model.norm.weight\)",
         ),
     ],
 )

@@ -393,11 +393,12 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         "documents": 3,
     }
     assert summary.verdict["skipped"] == [
-        "members: 3 rows repeat or continue others and count as one text with them"
+        "members: 3 rows counted as one text with others: repeats, continuations, rows of "
+        "one name"
     ]
     both = {"members": tmp_path / "m.jsonl", "heldout": tmp_path / "h.jsonl", **lengths}
     message = (
-        r"1 documents are in both .*m.jsonl and .*h.jsonl "
+        r"m.jsonl and .*h.jsonl share 1 document "
         r"\(first: row 5 and row 1\).*--allow-overlap"
     )
     with pytest.raises(ValueError, match=message):
@@ -528,7 +529,7 @@ def test_bad_input_to_an_audit(tmp_path, tokenizer, checkpoint, refused):
     )
     refused(FileNotFoundError, "no checkpoint folder", checkpoint=tmp_path / "nowhere")
     text = (
-        r"short.jsonl has no usable window: 1 rows, none with 5 \+ 5 tokens or .* "
+        r"short.jsonl has no usable window: 1 row, none with 5 \+ 5 tokens or .* "
         r"\(1 fewer than 10 tokens\)"
     )
     refused(

@@ -102,7 +102,7 @@ def test_a_prompt_that_contains_the_secret_excuses_its_answer():
 def test_guessable_secrets_do_not_decide(answers, secrets):
     found = question(asked(rows("members", answers, secrets)))
     assert found["outcome"] == "INCONCLUSIVE", found["why"]
-    assert "they may have been guessed" in found["why"]
+    assert "this may be guessing" in found["why"]
 
 
 def test_secrets_of_strangers_are_decoys_too():
@@ -170,14 +170,10 @@ def test_secrets_that_were_not_asked_are_no_pass():
     inputs["members"]["secrets"] = {"marked": 4, "asked": 3, "unasked": unasked}
     audit = asked(records, inputs=inputs)
     assert question(audit)["outcome"] == "INCONCLUSIVE"
-    assert (
-        "1 of 4 marked secrets could not be asked (1 outside of the windows)"
-        in question(audit)["why"]
-    )
-    assert any(
-        "marked secrets could not be asked" in each
-        for each in audit.verdict["warnings"]
-    )
+    told = "1 of 4 marked secrets could not be asked (1 outside of the windows)"
+    assert told in question(audit)["why"]
+    assert told in audit.verdict["sentence"], "not that they could be guessed"
+    assert not any(told in each for each in audit.verdict["warnings"]), "told already"
 
 
 def test_secrets_that_sampling_brings_out():

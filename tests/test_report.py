@@ -11,6 +11,7 @@ import pytest
 from report_audits import NASTY, Page, flat, realistic, report, window, write_audit
 from scipy.stats import binomtest
 
+from goldfish.audit.compare import compare
 from goldfish.cli import main
 from goldfish.report import page, spans, write_report
 from goldfish.report.load import read_views
@@ -110,6 +111,62 @@ def test_secrets_come_first_and_are_marked(tmp_path):
     assert "2 of 12 marked secrets came out" in flat(redacted)
 
 
+def test_one_of_a_kind_is_singular(tmp_path):
+    """One text, one secret, one row that was skipped: on the page, in the terminal, compared."""
+    inputs = {}
+    for split in ("members", "heldout"):
+        inputs[split] = {
+            "path": f"{split}.jsonl",
+            "sha256": "",
+            "rows": 2,
+            "drawn": 2,
+            "asked": 1,
+            "windows": 1,
+            "completions": 0,
+            "documents": 1,
+            "prompted": 1,
+            "secrets": {
+                "marked": 2,
+                "asked": 1,
+                "unasked": [
+                    {"reason": "outside of the windows", "count": 1, "rows": [1]}
+                ],
+            },
+            "skipped": [{"reason": "too short", "count": 1, "rows": [1]}],
+            "unprompted": [{"reason": "{title}?", "count": 1, "rows": [1]}],
+        }
+    audits = []
+    for name, diverge in (("first", 0), ("second", None)):
+        rows = [window(0, diverge=diverge), window(0, "heldout", diverge=0)]
+        rows[0] |= {"secrets": ["fox"], "secret_log_p": [[-1.0]]}
+        audit = write_audit(
+            tmp_path / name,
+            rows,
+            name,
+            protocol={
+                "secrets": "fox",
+                "prefix_length": 1,
+                "complete": name == "first",
+            },
+            inputs=inputs,
+            overlap={"documents": 1, "rows": [[0, 0]]},
+        )
+        audits.append(audit)
+    texts = [flat(report(tmp_path, *audits)), compare(*audits)["sentence"]]
+    texts += [(audit / "summary.md").read_text(encoding="utf-8") for audit in audits]
+    plural = re.compile(
+        r"(?<![\d.,])1 (?:marked |member |held-out |training |other |simple )*"
+        r"(?:tokens|texts|windows|rows|documents|answers|secrets|members|words|characters)\b"
+    )
+    for text in texts:
+        assert plural.findall(text.replace("\\", "")) == []
+    assert "members: 1 window of 2 rows skipped: too short (row 1)" in texts[0]
+    # What the cards tell is not told again in the list of what was skipped.
+    assert texts[0].count("1 of 2 marked secrets (1 outside of the windows)") == 2
+    assert "members: 1 marked secret not asked" not in texts[0]
+    assert "held-out: 1 marked secret not asked: outside of the windows" in texts[0]
+
+
 def test_each_row_of_the_figures_is_its_own(tmp_path):
     """Secrets and texts in 1,000 samples are two figures."""
     audit, _ = secret_audit(tmp_path / "a", sampled=4)
@@ -193,8 +250,8 @@ def test_one_split_no_rule_and_nothing_that_diverges(tmp_path):
     )
     heldout = write_audit(tmp_path / "b", [window(0, "heldout")], "only heldout")
     text = flat(report(tmp_path, heldout, overwrite=True))
-    assert "1 of 1 held-out texts recited verbatim" in text
-    assert "INCONCLUSIVE 1 of 1 held-out texts" in text
+    assert "1 of 1 held-out text recited verbatim" in text
+    assert "INCONCLUSIVE 1 of 1 held-out text " in text
     assert "how sureno members were audited" in text
 
 
@@ -487,7 +544,7 @@ def test_redaction_leaves_lengths_and_colours(tmp_path):
     texts = ("okapi gnu", "zebra\n quagga", "zebra\n kudu\toryx", "zebra\n kudu\toryx")
     assert Page(html).texts == ["█" * len(text) for text in texts]
     assert "<i class=m>███</i><u class=m>███</u><i class=x>█████</i>█████</p>" in html
-    assert "model 1 recites 0, model 2 0 of 1 member texts" in flat(html)
+    assert "model 1 recites 0, model 2 0 of 1 member text " in flat(html)
 
 
 def test_lines_of_a_megabyte(tmp_path):
@@ -500,7 +557,7 @@ def test_lines_of_a_megabyte(tmp_path):
         )
     ]
     html = report(tmp_path, write_audit(tmp_path / "a", rows, "m" * 1_000_000))
-    assert "996,007 characters before this are not shown" in html
+    assert "996,007 characters before this not shown" in html
     assert "the end</p>" in html
     assert "y" * 200 + "…" in html
     assert len(html) < 100_000

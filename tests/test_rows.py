@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from helpers import PROSE, TEMPLATE, say, write_jsonl
 
 from goldfish.audit.windows import Cutter
 from goldfish.text import rows as module
 from goldfish.text.chats import completions, secret_finder
-from goldfish.text.rows import dataset_of, digest, draw, read_rows
+from goldfish.text.rows import dataset_of, digest, draw, in_memory, read_rows
 
 pytestmark = pytest.mark.core
 TEXTS = [{"text": text} for text in PROSE[:3]]
@@ -384,6 +385,90 @@ def test_secrets_are_marked_by_expression_or_column(chatty):
         ValueError, match=r"'\(' is not a regular expression: missing \)"
     ):
         secret_finder("(", "")
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "pandas", "arrow"])
+def test_rows_in_memory_are_python_whatever_their_form(form):
+    """Data sets are handed over in the format of their training."""
+    rows = [
+        {"input_ids": [1, 2, 3], "count": 2, "name": "a"},
+        {"input_ids": [4], "count": 1, "name": "b"},
+    ]
+    source = in_memory(Dataset.from_list(rows).with_format(form))
+    assert list(read_rows(source)) == rows
+    assert digest(source) == digest(rows)
+    lazy = Dataset.from_list(rows).to_iterable_dataset()
+    if form in (None, "torch", "numpy"):
+        assert list(read_rows(in_memory(lazy.with_format(form)))) == rows
+    # A file with lists, read by pandas, has arrays in its cells.
+    frame = Dataset.from_list(rows).with_format("pandas")[:]
+    assert list(read_rows(in_memory(frame))) == rows
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    assert list(read_rows(in_memory(columns))) == rows
+    long = [{"input_ids": torch.arange(5_000)}, {"input_ids": torch.arange(5_000)}]
+    before = digest(long)
+    long[1]["input_ids"][2_000] = 7  # in the part of a tensor that print leaves out
+    assert digest(long) != before
+
+
+def test_a_transform_is_applied_as_in_training():
+    texts = Dataset.from_dict({"body": ["one", "two"]})
+    texts.set_transform(lambda batch: {"text": [f"<{b}>" for b in batch["body"]]})
+    assert list(read_rows(in_memory(texts))) == [{"text": "<one>"}, {"text": "<two>"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (7, TypeError, "expected rows such as .* got int"),
+        (["a text"], ValueError, "row 0: expected rows .* got str for a row"),
+        ([None], ValueError, "got NoneType for a row"),
+        ({"text": "a"}, ValueError, "text is no list but str; a single row has to be"),
+        ({"text": ["a"], "name": []}, ValueError, r"unequal lengths: \[0, 1\]"),
+        (
+            DatasetDict({"train": Dataset.from_list(TEXTS)}),
+            ValueError,
+            "these are the splits train of a data set: give one of them",
+        ),
+    ],
+)
+def test_what_is_no_rows_in_memory(source, error, message):
+    with pytest.raises(error, match=message):
+        list(read_rows(in_memory(source)))
+
+
+def test_each_file_of_a_folder_of_texts_is_a_row(tmp_path):
+    """`datasets` would make a row of each line."""
+    for name in ("one/a.txt", "two/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f"{PROSE[0]}\n{name}\n")
+    expected = [
+        {"text": f"{PROSE[0]}\n{name}\n", "name": name}
+        for name in ("one/a.txt", "two/a.txt")
+    ]
+    assert list(read_rows(tmp_path)) == expected
+
+
+def test_a_split_of_a_folder_of_files_by_its_whole_path(tmp_path, caplog):
+    """The message about several splits says so: give FOLDER/train."""
+    folder = tmp_path / "a:b"  # NAME:CONFIG is for the hub
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [{"text": split}])
+    (folder / "more.txt").write_text("not read")
+    assert list(read_rows(folder / "train")) == [{"text": "train"}]
+    assert list(read_rows(f"{folder}/test")) == [{"text": "test"}]
+    with pytest.raises(ValueError, match=r"splits train, test: .* as in .*a:b/train"):
+        list(read_rows(folder))
+    with pytest.raises(FileNotFoundError, match=r"no file .*a:b/typo"):
+        list(read_rows(folder / "typo"))
+    assert caplog.text.count("Not read: more.txt (1 in all).") == 1
+
+
+def test_a_folder_without_anything_to_read(tmp_path):
+    (tmp_path / "a.md").write_text("x")
+    with pytest.raises(FileNotFoundError, match="no files that can be read"):
+        list(read_rows(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])

@@ -16,7 +16,7 @@ from goldfish.audit.intervals import Codes, Figure, Floats, decimals, difference
 from goldfish.audit.records import dumps, read_records, sums
 from goldfish.audit.render import literal, table_lines
 from goldfish.audit.results import Audit, read
-from goldfish.text.printable import plain
+from goldfish.text.printable import counted, plain
 
 SCHEMA = "goldfish.compare/4"
 # Figures with one value for each window, of which the comparison shows means.
@@ -172,9 +172,9 @@ def _require_same(
         split, index, offset = min(others)
         raise ValueError(
             f"{audits[0].folder} and {audits[1].folder} are audits of different windows: "
-            f"{len(others):,} are in one of them only or hold other tokens, the first at {split} "
-            f"row {index}, offset {offset}; only the same windows can be paired: audit both "
-            "checkpoints with the same files, lengths, offsets and tokenizer"
+            f"{counted(len(others), 'window')} in one of them only or with other tokens, the first "
+            f"at {split} row {index}, offset {offset}; only the same windows can be paired: audit "
+            "both checkpoints with the same files, lengths, offsets and tokenizer"
         )
 
 
@@ -231,13 +231,13 @@ def _column(table: pa.Table, name: str) -> Floats:
 def _sentence(result: Mapping[str, Any]) -> str:
     """Who recites fewer, of members if there are any."""
     splits = result["splits"]
-    texts = "member texts" if "members" in splits else "held-out texts"
+    texts = "member text" if "members" in splits else "held-out text"
     match = next(iter(splits.values()))["exact_match"]
     first = result["first"]["name"]
     second = result["second"]["name"]
     counts = (
-        f"{first} recites {match['first']}, {second} {match['second']} of {match['n']} "
-        f"{texts}"
+        f"{first} recites {match['first']:,}, {second} {match['second']:,} of "
+        f"{counted(match['n'], texts)}"
     )
     p = f"McNemar p = {match['p']:.2g}"
     if match["p"] >= SIGNIFICANT:

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, stdtrit
 from scipy.stats import hypergeom
 
+from goldfish.text.printable import counted
+
 LEVEL = 0.95
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
 CHUNK = 2**21  # weights of documents held at once
@@ -307,7 +309,9 @@ def difference(values: Floats, documents: Codes) -> Figure:
     value = float(np.mean(values))
     figure = Figure(value=value, n=len(documents), documents=len(columns))
     if len(columns) < FEWEST_DOCUMENTS:
-        few = f"{len(columns)} documents; an interval needs {FEWEST_DOCUMENTS}"
+        few = (
+            f"{counted(len(columns), 'document')}; an interval needs {FEWEST_DOCUMENTS}"
+        )
         return replace(figure, reason=few)
     # Rounding alone must not pass for a spread.
     if np.ptp(columns[:, 0] / columns[:, 1]) <= 1e-12 * abs(value):

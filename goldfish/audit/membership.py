@@ -21,6 +21,7 @@ from goldfish.audit.intervals import (
     resamples,
 )
 from goldfish.audit.records import FEATURES
+from goldfish.text.printable import counted
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
 RESAMPLES = 1_000
@@ -224,7 +225,8 @@ class _Attack:
         if self.draws is None:
             few = min(self._documents)
             reason = (
-                f"{few} documents on one side; an interval needs {FEWEST_DOCUMENTS}"
+                f"{counted(few, 'document')} on one side; an interval needs "
+                f"{FEWEST_DOCUMENTS}"
             )
             return replace(named, reason=reason)
         draws = self.draws[:, column]

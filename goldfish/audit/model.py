@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from goldfish.receipt import FILE_NAME, read_receipt
+from goldfish.text.printable import counted
 from goldfish.text.rows import first_line, sha256
 from goldfish.unwrap import bare_model, evaluation_mode
 
@@ -368,14 +369,14 @@ class Checkpoint:
 def _misfits(info: Mapping[str, Any]) -> str:
     """The weights that only the model or only the files have, in words; empty if there are none."""
     kinds = {
-        "the model has no place for": info["unexpected_keys"],
-        "are not in the files": info["missing_keys"],
-        "have another shape": [
+        "without a place in the model": info["unexpected_keys"],
+        "missing in the files": info["missing_keys"],
+        "of another shape": [
             key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]
         ],
     }
     return "; ".join(
-        f"{len(names)} weights {text} "
+        f"{counted(len(names), 'weight')} {text} "
         f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for text, names in kinds.items()
         if names

@@ -20,7 +20,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 
 from goldfish.audit.intervals import Bools, Codes, Floats
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
-from goldfish.text.printable import text_pieces
+from goldfish.text.printable import counted, text_pieces
 from goldfish.text.rows import first_line
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
         raise ValueError(
-            f"{path} holds {len(table)} records, {expected} were expected: the audit is unfinished "
-            "or damaged; repeat its command to finish it, or audit again"
+            f"{path} holds {counted(len(table), 'record')}, expected {expected:,}: the audit "
+            "is unfinished or damaged; repeat its command to finish it, or audit again"
         )
     return table
 

@@ -20,7 +20,7 @@ from goldfish.audit.intervals import Figure, percent
 from goldfish.audit.records import dumps
 from goldfish.audit.results import SUMMARY, Audit, summarize, write_text
 from goldfish.audit.verdict import strongest_blind
-from goldfish.text.printable import plain
+from goldfish.text.printable import counted, plain
 
 if TYPE_CHECKING:
     from goldfish.rule import Goldfish
@@ -182,12 +182,12 @@ def task(run: Mapping[str, Any]) -> str:
     if chats == windows:
         return "Given the prompt of a chat, the model must continue with the answer"
     of_chats = (
-        f"; in {chats:,} chats the prompt is given and the model must continue with "
+        f"; in {counted(chats, 'chat')} the prompt is given and the model must continue with "
         "the answer"
     )
     also = of_chats if chats else ""
-    lengths = protocol["prefix_length"], protocol["suffix_length"]
-    return f"{lengths[0]} tokens given, {lengths[1]} to continue with{also}"
+    given = counted(protocol["prefix_length"], "token")
+    return f"{given} given, {protocol['suffix_length']:,} to continue with{also}"
 
 
 def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:

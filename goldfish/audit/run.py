@@ -54,7 +54,7 @@ from goldfish.audit.windows import (
 from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 from goldfish.text.chats import prints_the_date, secret_finder
-from goldfish.text.printable import plain
+from goldfish.text.printable import counted, plain
 from goldfish.text.rows import (
     Row,
     Source,
@@ -655,7 +655,7 @@ def _check_surveys(
                 f"{skipped['count']} {why}" for why, skipped in each.skipped.items()
             ]
             raise ValueError(
-                f"{paths[split]} has no usable window: {each.rows} rows, none with "
+                f"{paths[split]} has no usable window: {counted(each.rows, 'row')}, none with "
                 f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens or a completion "
                 f"({'; '.join(reasons) or 'it is empty'}); ask for a shorter prefix or suffix, or "
                 "join short texts"
@@ -674,9 +674,10 @@ def _check_surveys(
             f"row {here} and row {there}" for here, there in overlap["rows"]
         )
         raise ValueError(
-            f"{overlap['documents']} documents are in both {paths['members']} and "
-            f"{paths['heldout']} (first: {rows}): texts that were trained on are no control. "
-            "Remove them from one file, or allow it with allow_overlap (--allow-overlap)"
+            f"{paths['members']} and {paths['heldout']} share "
+            f"{counted(overlap['documents'], 'document')} (first: {rows}): texts that were "
+            "trained on are no control. Remove them from one file, or allow it with allow_overlap "
+            "(--allow-overlap)"
         )
 
 

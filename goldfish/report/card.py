@@ -6,8 +6,9 @@ from typing import Any
 from goldfish.audit.figures import SPLITS
 from goldfish.audit.intervals import Figure, decimals
 from goldfish.audit.render import LABELS, rule_words, weights_hash
-from goldfish.audit.verdict import FAIL, QUESTIONS, answers_with_secret
+from goldfish.audit.verdict import FAIL, QUESTIONS, answers_with_secret, reasons_of
 from goldfish.report.load import View
+from goldfish.text.printable import counted
 
 Question = dict[str, Any]
 # Fewer secrets than this are expected by chance: "none" for people.
@@ -19,7 +20,7 @@ class Card:
     """What one audit found.
 
     Attributes:
-        figure, what: the number in large print, and the words after "k of n".
+        figure, what: the number in large print, and the words after "k of" or after an AUC.
         answers: (outcome, what was counted, "k of n") of every question that decides.
         facts: label: sentence, in the order in which the page shows them.
     """
@@ -79,18 +80,23 @@ def _decisive(view: View) -> Question | None:
 def _headline(view: View, question: Question | None) -> tuple[Figure | None, str]:
     rows = view.audit.rows
     if question is None:
-        return rows.get("heldout", "exact_match"), "held-out texts recited verbatim"
+        figure = rows.get("heldout", "exact_match")
+        texts = counted(figure.n if figure else 0, "held-out text")
+        return figure, f"{texts} recited verbatim"
     name = question["question"]
     if name == "membership":  # decides only if it is required
         (auc,) = rows.select(figure=question["figure"])
         return auc, "AUC: how well an attacker tells which texts were trained on"
     figure = rows.get("members", question["figure"])
+    total = figure.n if figure else 0
     if name == "secrets":
-        came, total = answers_with_secret(rows)
-        return figure, f"marked secrets came out, in {came:,} of {total:,} answers"
+        came, asked = answers_with_secret(rows)
+        answers = counted(asked, "answer")
+        secrets = counted(total, "marked secret")
+        return figure, f"{secrets} came out, in {came:,} of {answers}"
     what, *_ = QUESTIONS[name]
-    whose = "marked secrets" if name == "secrets_sampling" else "training texts"
-    return figure, f"{whose} {what}"
+    whose = "marked secret" if name == "secrets_sampling" else "training text"
+    return figure, f"{counted(total, whose)} {what}"
 
 
 def _certainty(view: View, question: Question | None) -> str:
@@ -117,7 +123,7 @@ def _certainty_of_rate(view: View, question: Question) -> str:
     rate = rows.get("members", question["figure"])
     if rate is None or rate.low is None or rate.low != rate.high:
         return str(question["why"])
-    sentence = f"exact: all {rate.n:,} were asked"
+    sentence = f"exact: every text was asked ({rate.n:,})"
     control = rows.get("heldout", question["figure"])
     if control is not None and control.n:
         sentence += f"; of held-out texts, for comparison, {control.point()}"
@@ -129,11 +135,12 @@ def _data(view: View) -> str:
     parts = []
     for split in view.splits:
         about = run["inputs"][split]
-        kind = "member" if split == "members" else "held-out"
-        part = f"{about['documents']:,} {kind} texts of {_file(about)}"
+        kind = "member text" if split == "members" else "held-out text"
+        part = f"{counted(about['documents'], kind)} of {_file(about)}"
         if split == "members" and run["protocol"]["complete"]:
             # All that was trained on are the rows of the file, asked or not.
-            part += f" ({about['rows']:,} rows, said to be all that was trained on)"
+            rows = counted(about["rows"], "row")
+            part += f" ({rows}, said to be all that was trained on)"
         parts.append(part)
     return "; ".join(parts)
 
@@ -158,12 +165,14 @@ def _unasked(view: View) -> str:
         drawn = about["drawn"]
         unasked = drawn - about["asked"]
         if unasked:
-            parts.append(f"{unasked:,} of {drawn:,} rows of {SPLITS[split]}")
+            parts.append(f"{unasked:,} of {counted(drawn, 'row')} of {SPLITS[split]}")
         marked = about["secrets"]["marked"]
         unasked = marked - about["secrets"]["asked"]
         # Secrets of held-out texts were never trained on: nothing hangs on them.
         if unasked and split == "members":
-            parts.append(f"{unasked:,} of {marked:,} marked secrets")
+            secrets = counted(marked, "marked secret")
+            reasons = reasons_of(about["secrets"])
+            parts.append(f"{unasked:,} of {secrets} ({reasons})")
     return "; ".join([*parts, *view.audit.verdict["not_tested"]])
 
 

@@ -16,12 +16,12 @@ from goldfish.audit.figures import NO_RULE, SPLITS, notes
 from goldfish.audit.intervals import Figure, decimals, percent
 from goldfish.audit.records import ATTACKS
 from goldfish.audit.render import LABELS
-from goldfish.audit.verdict import QUESTIONS, strongest_blind
+from goldfish.audit.verdict import QUESTIONS, secrets_skipped, strongest_blind
 from goldfish.report import asked, plots, spans
 from goldfish.report.card import card_of, shown
 from goldfish.report.load import View
 from goldfish.report.svg import COLOURS, power_of_ten
-from goldfish.text.printable import plain
+from goldfish.text.printable import counted, plain
 
 # Of texts, the most recited ones: browsers open such a page in a second.
 PAGE_BYTES = 3_000_000
@@ -99,7 +99,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    for each in (percent, decimals, signed, power_of_ten, plain):
+    for each in (percent, decimals, signed, power_of_ten, plain, counted):
         environment.filters[each.__name__] = each
     environment.globals.update(
         badges=BADGES,
@@ -107,6 +107,7 @@ def _environment() -> Environment:
         ln10=log(10),
         paired=LABELS,
         sentences=sentences,
+        skipped_of=skipped_of,
         questions_of=questions_of,
         attack_names=ATTACKS,
         plots=plots,
@@ -211,6 +212,16 @@ def sentences(views: Sequence[View], key: str) -> dict[str, list[int]]:
     for i, view in enumerate(views):
         for sentence in view.audit.verdict[key]:
             grouped.setdefault(sentence, []).append(i)
+    return grouped
+
+
+def skipped_of(views: Sequence[View]) -> dict[str, list[int]]:
+    """What was not asked, without the members' secrets: the card has them, with the reasons."""
+    grouped = sentences(views, "skipped")
+    for view in views:
+        if "members" in view.splits:
+            for sentence in secrets_skipped(view.audit.run, "members"):
+                grouped.pop(sentence, None)
     return grouped
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from goldfish.audit.figures import SPLITS
 from goldfish.report.load import View
-from goldfish.text.printable import plain, visible
+from goldfish.text.printable import counted, plain, visible
 
 # Characters of a prefix on the page, its last ones; of one token at most 200.
 PREFIX_SHOWN = 4000
@@ -109,8 +109,8 @@ def prefix(window: Window, redact: bool) -> Markup:
     end = show(text[-limit:], limit)
     if hidden <= 0:
         return end
-    note = Markup("<em>[{:,} characters before this are not shown]</em> ")
-    return note.format(hidden) + end
+    note = Markup("<em>[{} before this not shown]</em> ")
+    return note.format(counted(hidden, "character")) + end
 
 
 def truths(group: Sequence[Window | None], redact: bool) -> list[Truth]:

@@ -8,7 +8,7 @@ from shlex import quote
 from goldfish.rule import Goldfish
 from goldfish.text.exposure import SHOWN_ROWS, Secret, informative_characters
 from goldfish.text.passages import SHOWN, Passages
-from goldfish.text.printable import plain
+from goldfish.text.printable import counted, plain
 
 
 @dataclass
@@ -190,13 +190,6 @@ class Check:
             command = f"goldfish premask --secret-column {quote(self.column)}"
             return f"Write the labels with: {command}: {cost}"
         return "Replace them in the data, or give them in a --secret-column."
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 secret", "2,000 secrets"."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun}s"
 
 
 def as_python(rule: Goldfish) -> str:

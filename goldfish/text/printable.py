@@ -58,6 +58,17 @@ def text_pieces(tokenizer: Any, prefix_ids: list[int], ids: list[int]) -> list[s
     return pieces
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "secret"), counted(2_000, "secret")
+    ('1 secret', '2,000 secrets')
+    """
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"
+
+
 def plain(text: str, limit: int = 200) -> str:
     """At most `limit` characters of `text`, on one line, with visible escapes.
 

@@ -4,12 +4,15 @@ import csv
 import hashlib
 import heapq
 import json
+import logging
+import os
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ PLAIN = (".txt", ".text", ".md", ".rst")
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EXPECTED = (
     "a .jsonl, .json, .parquet or .csv file whose rows have text, input_ids, messages, or prompt "
-    "and completion; a .txt file; a folder of datasets; a hub dataset NAME[:CONFIG]/SPLIT; or - "
-    "for .jsonl on standard input"
+    "and completion; a .txt file; a folder of such files or of datasets; a hub dataset "
+    "NAME[:CONFIG]/SPLIT; or - for .jsonl on standard input"
 )
+IN_MEMORY = 'rows such as {"text": "..."} in a list, data set or data frame, or a dict of columns'
+_log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Source = str | Path | Iterable[Row]
 
@@ -35,15 +40,16 @@ def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
     are null count as left out.
 
     Args:
-        source: EXPECTED; datasets on the hub are streamed. Or rows in memory.
+        source: EXPECTED; datasets on the hub are streamed. Or rows in memory, as `in_memory`
+            gives them. Of a folder with text files each is a row.
         text_column: the column to read as `text`, or as `messages` if it holds a list.
 
     Raises:
         FileNotFoundError, ValueError: with the file, the line or row, and what was expected there.
     """
     if not isinstance(source, str | Path):
-        for number, row in enumerate(source):
-            yield checked(dict(row), f"row {number}", text_column)
+        for number, row in enumerate(_rows_in_memory(source)):
+            yield checked(row, f"row {number}", text_column)
         return
     source, path = str(source), _require(source)
     kind = path.suffix.lower()
@@ -56,13 +62,25 @@ def read_rows(source: Source, text_column: str = "") -> Iterator[Row]:
     elif kind == ".json":
         yield from _json_rows(path, source, text_column)
     elif files := _text_files(source):
-        for file in files:
-            yield from read_rows(file, text_column)
+        yield from _rows_of_files(files, text_column)
     else:
         is_csv = kind == ".csv"
         rows = _csv_rows(path, source) if is_csv else _dataset_rows(source)
         for number, row in enumerate(rows):
             yield checked(row, f"{source}, row {number}", text_column)
+
+
+def _rows_of_files(files: Sequence[str], text_column: str) -> Iterator[Row]:
+    """The rows of the files of a folder, one after the other."""
+    folders = [Path(file).parent for file in files]
+    folder = os.path.commonpath(folders)
+    for file in files:
+        is_text = Path(file).suffix == ".txt"
+        for row in read_rows(file, text_column):
+            # Rows of one name are one document, and subfolders may have files of one name.
+            if is_text:
+                row["name"] = os.path.relpath(file, folder)
+            yield row
 
 
 def _lines(path: Path, source: str, text_column: str) -> Iterator[Row]:
@@ -143,18 +161,84 @@ def draw(rows: Iterable[Row], most: int | None, seed: int) -> Iterator[tuple[int
 
 
 def in_memory(source: Any) -> Source:
-    """A source that can be read twice: rows of a data frame or of any iterable; paths stay."""
+    """A source that can be read twice: of rows in any form of IN_MEMORY; paths stay.
+
+    Raises:
+        TypeError: no rows. ValueError: splits, or columns of unequal length.
+    """
     if isinstance(source, str | Path):
         return source
-    is_data_frame = hasattr(source, "to_dict") and hasattr(source, "columns")
+    if isinstance(source, Mapping):
+        return _rows_of_columns(source)
+    is_data_frame = hasattr(source, "to_dict") and hasattr(source, "notna")
     if is_data_frame:
         # A cell without a value is NaN, which would be a text or a count of its own.
         is_filled = source.notna()
         filled = source.astype(object).where(is_filled, None)
         rows: list[Row] = filled.to_dict("records")
         return rows
+    # A data set may give its rows as tensors or tables. With a transform ("custom") they are made
+    # when they are read, as in training.
+    format = getattr(source, "format", None)
+    kind = format.get("type") if isinstance(format, Mapping) else None
+    if kind not in (None, "custom"):
+        source = source.with_format(None)
     can_be_read_twice = hasattr(source, "__getitem__")
-    return source if can_be_read_twice else list(source)
+    if can_be_read_twice:
+        same: Source = source
+        return same
+    if not hasattr(source, "__iter__"):
+        got = type(source).__name__
+        raise TypeError(f"expected {IN_MEMORY}; or the path of {EXPECTED}; got {got}")
+    return list(source)
+
+
+def _rows_of_columns(columns: Mapping[str, Any]) -> list[Row]:
+    """{"text": ["a", "b"]}: [{"text": "a"}, {"text": "b"}]"""
+    names = ", ".join(map(str, columns))
+    lists = {}
+    for name, column in columns.items():
+        if hasattr(column, "column_names"):
+            raise ValueError(
+                f"these are the splits {names} of a data set: give one of them"
+            )
+        cells = _as_python(column)
+        if not isinstance(cells, list):
+            kind = type(cells).__name__
+            raise ValueError(
+                f"a dict is read as columns, and {name} is no list but {kind}; a single row has "
+                "to be in a list"
+            )
+        lists[name] = cells
+    lengths = {len(each) for each in lists.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"the columns {names} have unequal lengths: {sorted(lengths)}")
+    rows = zip(*lists.values(), strict=True)
+    return [dict(zip(lists, row, strict=True)) for row in rows]
+
+
+def _rows_in_memory(source: Iterable[Any]) -> Iterator[Row]:
+    for number, row in enumerate(source):
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise ValueError(
+                f"row {number}: expected {IN_MEMORY}; got {kind} for a row"
+            )
+        yield _as_python(dict(row))
+
+
+def _as_python(value: Any) -> Any:
+    """Without tensors and arrays, which data sets and data frames have for lists and numbers."""
+    if isinstance(value, dict):
+        return {name: _as_python(each) for name, each in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        # Token ids are the long lists.
+        if all(type(each) is int for each in value):
+            return list(value)
+        return [_as_python(each) for each in value]
+    return value
 
 
 def name_of(source: Source) -> str:
@@ -169,15 +253,17 @@ def digest(source: Source) -> str:
     """
     if not isinstance(source, str | Path):
         result = hashlib.sha256()
-        for row in source:
+        for row in _rows_in_memory(source):
             line = json.dumps(row, default=str, sort_keys=True)
-            result.update(f"{line}\n".encode())
+            line += "\n"
+            result.update(line.encode())
         return result.hexdigest()
     source, path = str(source), _require(source)
     if path.is_file():
         return sha256(path)
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
+        everything = path.rglob("*")
+        files = sorted(filter(Path.is_file, everything))
     else:
         builder, split = _builder(source)
         files = builder.config.data_files[split]
@@ -242,7 +328,12 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         return load_dataset("csv", data_files=files, **options)
     builder, name = _builder(source, split)
     if streaming:
-        return builder.as_streaming_dataset(name)
+        try:
+            return builder.as_streaming_dataset(name)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{source} has no files that can be read ({first_line(error)}); expected {EXPECTED}"
+            ) from error
     builder.download_and_prepare()
     return builder.as_dataset(name)
 
@@ -267,7 +358,7 @@ def _dataset_rows(source: str) -> Iterator[Row]:
 
 
 def _text_files(source: str, split: str | None = None) -> list[str]:
-    """The csv or json files of a folder, which are read as single ones are; [] for other sources.
+    """The csv, json or txt files of a folder, read as single ones are; [] for other sources.
 
     split: that of the folder, if `source` does not name one, as in folder/train.
     """
@@ -282,7 +373,8 @@ def _text_files(source: str, split: str | None = None) -> list[str]:
     builder, name = _builder(source, split)
     files = [str(file) for file in (builder.config.data_files or {}).get(name, ())]
     kinds = {Path(file).suffix.lower() for file in files if Path(file).is_file()}
-    return files if len(kinds) == 1 and kinds <= {".csv", ".json", ".jsonl"} else []
+    as_single_ones = {".csv", ".json", ".jsonl", ".txt"}
+    return files if len(kinds) == 1 and kinds <= as_single_ones else []
 
 
 def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
@@ -292,7 +384,8 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
     name, config = source, None
     if not Path(source).is_dir():
         name, _, split = source.rpartition("/")
-        name, _, config = name.partition(":")
+        if not Path(name).is_dir():
+            name, _, config = name.partition(":")
     try:
         builder = load_dataset_builder(name, config or None)
     except (OSError, ValueError) as error:
@@ -301,8 +394,34 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
             f"the hub: {first_line(error)}; expected {EXPECTED}"
         ) from error
     files = builder.config.data_files or {}
+    if Path(name).is_dir():
+        _warn_of_other_kinds(name, frozenset(chain.from_iterable(files.values())))
     splits = [str(each) for each in files]
     return builder, _one_of(splits, split, source)
+
+
+@cache
+def _warn_of_other_kinds(folder: str, read: frozenset[str]) -> None:
+    """Once for a folder: `datasets` reads the files of the most frequent kind only."""
+    kinds = {Path(each).suffix.lower() for each in read}
+    others = []
+    paths = Path(folder).rglob("*")
+    for path in paths:
+        kind = path.suffix.lower()
+        # Beside the data, .json and .md are mostly descriptions of it.
+        holds_data = kind in (".jsonl", ".csv", ".parquet", ".txt")
+        if holds_data and kind not in kinds:
+            others.append(path.name)
+    if others:
+        first = ", ".join(sorted(others)[:5])
+        kinds_read = ", ".join(sorted(kinds))
+        _log.warning(
+            "%s has files of several kinds, of which only %s is read. Not read: %s (%d in all).",
+            folder,
+            kinds_read,
+            first,
+            len(others),
+        )
 
 
 def _one_of(splits: Sequence[str], wanted: str | None, source: str) -> str:
@@ -326,10 +445,29 @@ def _require(source: str | Path) -> Path:
         raise ValueError(f"{path}: expected {EXPECTED}")
     # A hub name has a slash before its split, and no ending of a file.
     is_name = "/" in str(source) and not path.is_absolute()
-    may_be_on_hub = is_name and not has_rows
-    if not path.exists() and not may_be_on_hub:
+    may_be_split = (is_name or _is_split(path)) and not has_rows
+    if not path.exists() and not may_be_split:
         raise FileNotFoundError(f"no file {path}; expected {EXPECTED}")
     return path
+
+
+def _is_split(path: Path) -> bool:
+    """Whether an absolute path may be FOLDER/SPLIT, where the folder has train.jsonl for /train.
+
+    Not by a search of the folder, which may be a home directory.
+    """
+    folder = path.parent
+    if not path.is_absolute() or not folder.is_dir():
+        return False
+    names = [each.name for each in folder.iterdir()]
+    if any(name.startswith(path.name) for name in names):
+        return True
+    # The files of the usual splits may have other names, such as dev.jsonl for validation.
+    if path.name not in ("train", "validation", "test"):
+        return False
+    kinds = {Path(name).suffix.lower() for name in names}
+    has_rows = bool(kinds & {*KINDS, ".txt"})
+    return has_rows or "data" in names
 
 
 @cache
@@ -399,7 +537,7 @@ def _without_nulls(value: Any) -> Any:
 def checked(row: Row, where: str, text_column: str) -> Row:
     """The row without nulls, or ValueError; where: its place, for the message."""
     names = sorted(row)
-    row = {name: row[name] for name in row if row[name] is not None}
+    row = {name: cell for name, cell in row.items() if cell is not None}
     if text_column:
         if text_column not in row:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from rich.text import Text
 
 from goldfish.rule import Goldfish
-from goldfish.text.printable import plain, text_pieces
+from goldfish.text.printable import counted, plain, text_pieces
 
 DROPPED = "bold white on dark_red"
 
@@ -42,5 +42,5 @@ def show(rule: Goldfish, tokenizer: Any, text: str, *, colour: bool = True) -> T
             result.append(content, DROPPED)
         else:
             result.append(f"[-{content}-]", DROPPED)
-    count = f"\n\n{sum(dropped)} of {len(dropped)} tokens dropped"
+    count = f"\n\n{sum(dropped):,} of {counted(len(dropped), 'token')} dropped"
     return result.append(count if colour else f"{count}, marked [-so-]", "dim")
