@@ -20,7 +20,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from goldfish.masking import mask_batch, padding_mask
 from goldfish.rule import Goldfish, place_keys, tokens_of
-from goldfish.unwrap import bare_model, evaluation_mode, require_vocabulary
+from goldfish.unwrap import (
+    adapters_of,
+    bare_model,
+    evaluation_mode,
+    require_vocabulary,
+    without_adapters,
+)
 
 FILE_NAME = "goldfish_decisions.safetensors"
 # Logits of the documents that are read at a time: 1 GB of float32.
@@ -45,7 +51,8 @@ class Guide:
             is used in evaluation mode, without gradient.
 
     Attributes:
-        fingerprint: the first 16 hexadecimal digits of the SHA-256 of its weights.
+        fingerprint: the first 16 hexadecimal digits of the SHA-256 of its weights; with those of
+            adapters if they change its predictions.
 
     Raises:
         TypeError: not a model.
@@ -219,14 +226,36 @@ def of_similar_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def _fingerprint(model: nn.Module) -> str:
+    """By the order of tensors and not by their names, which adapters change."""
+    left_out = set() if _adapters_matter(model) else adapters_of(model)
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            shape = tuple(tensor.shape)
-            digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy().data)
+    for name, tensor in model.state_dict().items():
+        is_left_out = left_out & set(name.split("."))
+        if not isinstance(tensor, Tensor) or is_left_out:
+            continue
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _adapters_matter(model: nn.Module) -> bool:
+    """Whether a model predicts anything else without its adapters.
+
+    New ones of LoRA add exact zeros. But half of their weights are random, so with them two guides
+    that decide alike would have two fingerprints.
+    """
+    if not adapters_of(model):
+        return False
+    vocabulary = bare_model(model).config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    probe = torch.arange(min(vocabulary, 16), device=device)[None]
+    with evaluation_mode(model):
+        adapted = model(input_ids=probe).logits
+        with without_adapters(model):
+            plain = model(input_ids=probe).logits
+    return not torch.equal(adapted, plain)
 
 
 def save_decisions(folder: str | Path, rule: Goldfish) -> None:
@@ -254,8 +283,8 @@ def load_decisions(folder: str | Path) -> Goldfish:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {FILE_NAME}, the decisions of the training that is resumed; copy it "
-            "there"
+            f"{folder} has no {FILE_NAME}, the decisions of the training that is resumed. They are "
+            "in every checkpoint of it: copy it there"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -264,5 +293,6 @@ def load_decisions(folder: str | Path) -> Goldfish:
     # Cut off, or another file of this name.
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not what a guide decided ({error!r}); copy the file of the training there"
+            f"{path} is not what a guide decided ({error!r}); copy that of another checkpoint of "
+            "the same training there"
         ) from error

@@ -422,6 +422,12 @@ class GoldfishMixin(Trainer):
     ) -> None:
         super().save_model(output_dir, _internal_call)
         self.save_receipt(output_dir)
+        # Into checkpoints, for a resumed run, and nowhere else: Trainer pushes the output folder to
+        # the Hub, and whoever has the decisions can test whether a text was trained on.
+        is_checkpoint = _internal_call and output_dir is not None
+        decided = self.goldfish.decisions is not None
+        if is_checkpoint and decided and self.args.should_save:
+            save_decisions(output_dir, self.goldfish)
 
     def save_receipt(self, folder: str | None = None) -> None:
         """Write goldfish.json, on the process that saves.
@@ -475,22 +481,20 @@ class GoldfishMixin(Trainer):
         # Without a train_dataset, Trainer's own error follows.
         if self.goldfish.strategy != "entropy" or self.train_dataset is None:
             return
-        rule = self.goldfish
-        if rule.decisions is None:
-            if reason := why_not_entropy(self, rule):
-                raise ValueError(reason)
-            stored = None if checkpoint is None else self._stored_decisions(checkpoint)
-            may_differ = checkpoint is None or allow_other_rule
-            # Now, and not after an hour of reading.
-            if stored is None and not may_differ:
-                raise ValueError(self._trained_otherwise(checkpoint) + RESUME)
-            rule = stored or self._read_training_data()
-            assert rule.decisions is not None
-            # Every batch is looked up there.
-            decisions = rule.decisions.to(self.args.device)
-            self.goldfish = self._counts.rule = replace(rule, decisions=decisions)
-        if self.args.should_save:
-            save_decisions(self.args.output_dir, rule)
+        if self.goldfish.decisions is not None:
+            return
+        if reason := why_not_entropy(self, self.goldfish):
+            raise ValueError(reason)
+        stored = None if checkpoint is None else self._stored_decisions(checkpoint)
+        may_differ = checkpoint is None or allow_other_rule
+        # Now, and not after an hour of reading.
+        if stored is None and not may_differ:
+            raise ValueError(self._trained_otherwise(checkpoint) + RESUME)
+        rule = stored or self._read_training_data()
+        assert rule.decisions is not None
+        # Every batch is looked up there.
+        decisions = rule.decisions.to(self.args.device)
+        self.goldfish = self._counts.rule = replace(rule, decisions=decisions)
 
     def _stored_decisions(self, checkpoint: Any) -> Goldfish | None:
         """The rule with the decisions of a checkpoint; None if that has another rule."""
@@ -499,12 +503,11 @@ class GoldfishMixin(Trainer):
         was = None if receipt is None else rules_of(receipt)
         if not isinstance(was, Goldfish) or rule not in (was, replace(was, guide=None)):
             return None
-        folder = Path(checkpoint).parent
-        stored = load_decisions(folder)
+        stored = load_decisions(checkpoint)
         if stored != was:
             raise ValueError(
-                f"{folder} has the decisions of {stored}, but {checkpoint} was trained under "
-                f"{was}: another training wrote into the folder"
+                f"{checkpoint} was trained under {was}, but its decisions are those of another "
+                f"checkpoint, trained under {stored}"
             )
         return replace(rule, guide=stored.guide, decisions=stored.decisions)
 

@@ -82,3 +82,41 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
         for part, mode in modes:
             part.training = mode
+
+
+def adapters_of(model: nn.Module) -> set[str]:
+    """The names of the adapters of PEFT, such as "default"; parts of the names of their weights."""
+    return set(getattr(_adapted(model), "peft_config", ()))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base model alone; afterwards the adapters are on, as trainable as before."""
+    adapted = _adapted(model)
+    trainable = [(each, each.requires_grad) for each in model.parameters()]
+    try:
+        with _adapters_off(adapted):
+            yield
+    finally:
+        # To switch an adapter on makes it trainable.
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _adapters_off(adapted: Any) -> Iterator[None]:
+    if hasattr(adapted, "disable_adapter"):  # a PeftModel
+        with adapted.disable_adapter():
+            yield
+        return
+    adapted.disable_adapters()
+    try:
+        yield
+    finally:
+        adapted.enable_adapters()
+
+
+def _adapted(model: nn.Module) -> Any:
+    """What has the adapters: a PeftModel, or a model of transformers after add_adapter."""
+    parts = (part for part in model.modules() if getattr(part, "peft_config", None))
+    return next(parts, None)

@@ -198,6 +198,40 @@ def test_rules_and_guides_that_do_not_fit():
         guide.read(RULE, {"input_ids": ids})
 
 
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}])
+def test_new_adapters_are_no_part_of_the_fingerprint(way, more):
+    """They are drawn at random and change nothing, so the base model is what decides."""
+    peft = pytest.importorskip("peft")
+
+    def with_adapter(seed):
+        model = tiny_llama()
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], **more)
+        if way == "add_adapter":
+            model.add_adapter(config)
+            return model
+        return peft.get_peft_model(model, config)
+
+    base = Guide(tiny_llama()).fingerprint
+    model = with_adapter(seed=1)
+    requires_grad = [each.requires_grad for each in model.parameters()]
+    assert Guide(model).fingerprint == Guide(with_adapter(seed=2)).fingerprint == base
+    assert [each.requires_grad for each in model.parameters()] == requires_grad
+    (last,) = [
+        each
+        for name, each in model.named_parameters()
+        if name.endswith("layers.1.self_attn.q_proj.lora_B.default.weight")
+    ]
+    with torch.no_grad():
+        last[0] += 0.01
+    ids = torch.arange(5, 25)[None]
+    before = model(input_ids=ids).logits
+    trained = Guide(model).fingerprint
+    assert len({trained, Guide(with_adapter(seed=1)).fingerprint}) == 2
+    assert torch.equal(model(input_ids=ids).logits, before), "adapters are on again"
+
+
 def test_documents_that_the_model_cannot_read():
     ids = torch.tensor([[1, 2, 59, 60]])
     with pytest.raises(ValueError, match=r"has the id 60, but .* has 60 entries"):

@@ -35,13 +35,20 @@ def test_a_trainer_decides_like_premask(tmp_path, tokenizer, kind):
     premask(unequal_rows(), RULE, guide=opinionated(), receipt=tmp_path / "premasked")
     how = {"then": attached} if kind is Trainer else {"goldfish": RULE}
     trainer, _, _ = trained(
-        tmp_path / "run", tokenizer, trainer_class=kind, model=opinionated(), **how
+        tmp_path / "run",
+        tokenizer,
+        trainer_class=kind,
+        model=opinionated(),
+        settings=SAVED,
+        **how,
     )
     trainer.save_model()
     receipt = read_receipt(tmp_path / "run")
     assert counts(receipt) == counts(read_receipt(tmp_path / "premasked"))
     assert receipt["rule"]["guide"] == Guide(opinionated()).fingerprint
-    assert load_decisions(tmp_path / "run") == trainer.goldfish
+    assert load_decisions(tmp_path / "run/checkpoint-2") == trainer.goldfish
+    # Whoever has them can test what was trained on, and the output folder is what Trainer pushes.
+    assert not (tmp_path / "run" / FILE_NAME).exists()
     # A second training of the same trainer keeps them; the model has learned since.
     before = trainer.goldfish
     trainer.train()
@@ -75,76 +82,71 @@ def test_the_same_batches_are_drawn_as_under_another_rule(tmp_path, tokenizer):
 
 
 def test_a_resumed_run_trains_on_what_was_decided(tmp_path, tokenizer, monkeypatch):
-    """The decisions are read from the folder, even where the model would decide otherwise."""
+    """The decisions are read from the checkpoint, even if the model would decide otherwise."""
     how = {"then": attached, "settings": SAVED}
     _, losses, _ = trained(tmp_path, tokenizer, model=opinionated(), **how)
     monkeypatch.setattr(Guide, "decisions", lambda *_: 1 / 0)
-    checkpoint = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    checkpoint = tmp_path / "checkpoint-2"
+    resume = {"resume_from_checkpoint": str(checkpoint)}
     other = tmp_path / "other"
-    _, resumed, _ = trained(
-        other, tokenizer, model=tiny_llama(), train=checkpoint, **how
-    )
+    _, resumed, _ = trained(other, tokenizer, model=tiny_llama(), train=resume, **how)
     assert resumed == losses
-    assert (other / FILE_NAME).read_bytes() == (tmp_path / FILE_NAME).read_bytes()
+    stored = (checkpoint / FILE_NAME).read_bytes()
+    assert (other / "checkpoint-4" / FILE_NAME).read_bytes() == stored
 
-    save_decisions(
-        tmp_path, Guide(tiny_llama()).with_decisions(RULE, torch.ones(1).long())
-    )
-    with pytest.raises(ValueError, match="another training wrote into the folder"):
-        trained(other, tokenizer, train=checkpoint, **how)
-    (tmp_path / FILE_NAME).unlink()
+    decisions = torch.ones(1).long()
+    save_decisions(checkpoint, Guide(tiny_llama()).with_decisions(RULE, decisions))
+    with pytest.raises(ValueError, match="those of another checkpoint"):
+        trained(other, tokenizer, train=resume, **how)
+    (checkpoint / FILE_NAME).unlink()
     with pytest.raises(FileNotFoundError, match="copy it there"):
-        trained(other, tokenizer, train=checkpoint, **how)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"was trained under Goldfish\(k=2, "):
-        trained(
-            other,
-            tokenizer,
-            train=checkpoint,
-            then=lambda trainer: attach(trainer, Goldfish(k=3, strategy="entropy")),
-        )
+        trained(other, tokenizer, train=resume, **how)
 
 
-def test_a_refused_resume_leaves_the_decisions_as_they_are(
-    tmp_path, tokenizer, monkeypatch
-):
-    """Nothing is read or written before it is known that the checkpoint fits the rule."""
-
-    def resume(rule):
+def test_a_resume_that_does_not_fit_reads_nothing(tmp_path, tokenizer, monkeypatch):
+    def resume(rule, **options):
         return trained(
             tmp_path,
             tokenizer,
             model=opinionated(),
             settings=SAVED,
             then=lambda trainer: attach(trainer, rule),
-            train={"resume_from_checkpoint": str(tmp_path / "checkpoint-2")},
+            train={"resume_from_checkpoint": str(checkpoint), **options},
         )
 
     how = {"then": attached, "settings": SAVED}
     _, losses, _ = trained(tmp_path, tokenizer, model=opinionated(), **how)
-    decided = (tmp_path / FILE_NAME).read_bytes()
+    checkpoint = tmp_path / "checkpoint-2"
+    stored = (checkpoint / FILE_NAME).read_bytes()
     monkeypatch.setattr(Guide, "decisions", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=r"was trained under Goldfish\(k=2, "):
         resume(Goldfish(k=3, strategy="entropy"))
-    assert (tmp_path / FILE_NAME).read_bytes() == decided
     assert resume(RULE)[1] == losses
+    monkeypatch.undo()
+    # Decided anew, the old decisions stay beside the old weights.
+    other, _, _ = resume(Goldfish(k=3, strategy="entropy"), allow_other_rule=True)
+    assert load_decisions(tmp_path / "checkpoint-4") == other.goldfish
+    assert (checkpoint / FILE_NAME).read_bytes() == stored
 
-    safetensors.torch.save_file({"other": torch.zeros(1)}, tmp_path / FILE_NAME)
-    other = (tmp_path / FILE_NAME).read_bytes()
-    for damaged in (b"", decided[:20], decided[:-8], other):
-        (tmp_path / FILE_NAME).write_bytes(damaged)
+    safetensors.torch.save_file({"other": torch.zeros(1)}, checkpoint / FILE_NAME)
+    no_decisions = (checkpoint / FILE_NAME).read_bytes()
+    for damaged in (b"", stored[:20], stored[:-8], no_decisions):
+        (checkpoint / FILE_NAME).write_bytes(damaged)
         with pytest.raises(
             ValueError, match=rf"{FILE_NAME} is not what a guide decided"
         ):
             resume(RULE)
-        assert (tmp_path / FILE_NAME).read_bytes() == damaged
 
 
 def test_given_decisions_are_stored_too(tmp_path, tokenizer):
-    first, _, _ = trained(tmp_path, tokenizer, model=opinionated(), then=attached)
-    rule = load_decisions(tmp_path)
-    trained(tmp_path / "new", tokenizer, then=lambda trainer: attach(trainer, rule))
-    assert load_decisions(tmp_path / "new") == first.goldfish
+    how = {"settings": SAVED}
+    first, _, _ = trained(
+        tmp_path, tokenizer, model=opinionated(), then=attached, **how
+    )
+    rule = load_decisions(tmp_path / "checkpoint-2")
+    new = tmp_path / "new"
+    trained(new, tokenizer, then=lambda trainer: attach(trainer, rule), **how)
+    assert load_decisions(new / "checkpoint-2") == first.goldfish
 
 
 def test_what_the_model_cannot_read_first_is_refused(tmp_path, tokenizer):

@@ -162,4 +162,6 @@ def test_the_base_model_of_lora_decides_by_its_entropy(tmp_path, tokenizer, layo
     )
     attach(trainer, rule).train()
     trainer.save_model()
-    assert read_receipt(tmp_path).items() >= expected.items()
+    receipt = read_receipt(tmp_path)
+    assert receipt.items() >= expected.items()
+    assert receipt["rule"]["guide"] == Guide(base).fingerprint
