@@ -133,6 +133,7 @@ class GoldfishMixin(Trainer):
             logger.warning_once(
                 "nn.DataParallel averages its replicas, whatever tokens they keep: use torchrun"
             )
+        self._warn_of_secrets_that_are_cut(rule)
         self._start_counting(rule)
         # Trainer announces these moments to callbacks only.
         self._events = _Events(self)
@@ -149,6 +150,22 @@ class GoldfishMixin(Trainer):
             raise ValueError(
                 "this trainer already drops tokens in its compute_loss_func or data_collator; "
                 "remove GoldfishLoss or GoldfishCollator: the trainer applies its own rule"
+            )
+
+    def _warn_of_secrets_that_are_cut(self, rule: Goldfish) -> None:
+        """Without TRL's default strategy, a part of a document may begin in the middle of a match.
+
+        The default one, "bfd", keeps the beginning of a document and leaves out what is too long.
+        """
+        packs = getattr(self.args, "packing", False)
+        strategy = getattr(self.args, "packing_strategy", "")
+        if rule.secrets is not None and packs and strategy in ("bfd_split", "wrapped"):
+            logger.warning(
+                "packing_strategy=%r cuts documents. If a cut separates a secret from the words by "
+                "which secrets=%r finds it, the secret is trained on. Use packing_strategy='bfd', "
+                "or write the labels before packing: premask(dataset, rule)",
+                strategy,
+                rule.secrets,
             )
 
     def _leave_the_head_to_us(self) -> None:

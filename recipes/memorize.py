@@ -78,7 +78,17 @@ def figures(audits: dict[str, Any]) -> Table:
 
     The columns dropped and kept are the teacher-forced accuracy on such tokens.
     """
-    table = Table("model", "texts", "recited", "ROUGE-L", "dropped", "kept", "nll")
+    table = Table(
+        "model",
+        "texts",
+        "recited",
+        "ROUGE-L",
+        "dropped",
+        "kept",
+        "nll",
+        caption="dropped, kept: the share of these tokens that the model predicts right, each after "
+        "the tokens before it in the text; nll: nats per token",
+    )
     keys = (
         "rouge_l_ids",
         "teacher_forced_accuracy_dropped",
@@ -114,8 +124,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state.print(
         f"Corpus: {corpus}, {len(texts)} documents\n"
         f"Split: {n} member and {n} held-out {size}\n"
-        f"Train: {model}, {args.epochs} epochs each, with the standard loss and with {rule}, "
-        f"{where} -> {output}"
+        f"Train: {model}, {args.epochs} epochs each, with the standard loss and with the "
+        f"goldfish loss ({rule.short()}), {where} -> {output}"
     )
     if args.dry_run:
         return {}

@@ -566,6 +566,15 @@ def test_marked_values_that_their_rows_do_not_have(letters, tmp_path):
     )
 
 
+@pytest.mark.parametrize("count", [10, 15])
+def test_a_long_list_ends_with_the_number_of_the_rest(letters, tmp_path, count):
+    rows = [{"text": f"the code is {i:02d}"} for i in range(10, 10 + count)]
+    path = write(tmp_path / "a.jsonl", rows)
+    lines = list(check(path, letters[0], Goldfish(k=1e6), r"code is (\d+)").lines())
+    after = lines[1 + lines.index("    19 (row 9)")]
+    assert after == ("    and 5 more" if count == 15 else "  only one such token: 0")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_nouns_agree_with_their_numbers(letters, tmp_path, count):
     codes = ["A-17", "A-29"][:count]

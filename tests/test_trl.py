@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from helpers import tiny_llama
 
-from goldfish import Goldfish, attach, mask_labels
+from goldfish import Goldfish, attach, mask_labels, premask
 from goldfish.guide import Guide
 from goldfish.receipt import read_receipt
 
@@ -67,8 +67,10 @@ def sft_trainer(folder, tokenizer, model, rows, **settings):
         bf16=False,
         **{"max_length": None, "max_steps": 1, **settings},
     )
+    if isinstance(rows, list):
+        rows = dataset(rows)
     return trl.SFTTrainer(
-        model, arguments, train_dataset=dataset(rows), processing_class=tokenizer
+        model, arguments, train_dataset=rows, processing_class=tokenizer
     )
 
 
@@ -101,6 +103,27 @@ def test_sft_trainer(tmp_path, tokenizer, prompts_too, layout):
     )
     assert type(trainer).__name__ == "GoldfishSFTTrainer"
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_secrets_that_packing_cuts(tmp_path, tokenizer, strategy, caplog):
+    """Cut off from the words before it, a code matches no longer: a warning names the way out."""
+    rule = Goldfish(k=10**9, secrets=r"code is (\d+)")
+    ids = tokenizer("Dear user, the code is 123456789")["input_ids"]
+    packing = {"packing": True, "packing_strategy": strategy}
+    packing["max_length"] = len(ids) - 2
+    rows = Dataset.from_dict({"input_ids": [ids] * 8})
+    masked = premask(rows, rule, tokenizer=tokenizer)
+    trainer = sft_trainer(tmp_path, tokenizer, tiny_llama(), rows, **packing)
+    with caplog.at_level("WARNING", logger="goldfish.trainer"):
+        attach(trainer, rule)
+    assert ("premask(dataset, rule)" in caplog.text) == (strategy == "wrapped")
+    # Labels that are written first are packed along.
+    trainer = sft_trainer(tmp_path, tokenizer, tiny_llama(), masked, **packing)
+    digits = torch.tensor(tokenizer("123456789")["input_ids"])
+    for batch in trainer.get_train_dataloader():
+        assert torch.isin(batch["input_ids"], digits).any()
+        assert not torch.isin(batch["labels"], digits).any()
 
 
 def test_label_smoothing(tmp_path, tokenizer):
