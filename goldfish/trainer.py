@@ -441,10 +441,10 @@ class GoldfishMixin(Trainer):
         self.save_receipt(output_dir)
         # Into checkpoints, for a resumed run, and nowhere else: Trainer pushes the output folder to
         # the Hub, and whoever has the decisions can test whether a text was trained on.
-        is_checkpoint = _internal_call and output_dir is not None
+        checkpoint = output_dir if _internal_call else None
         decided = self.goldfish.decisions is not None
-        if is_checkpoint and decided and self.args.should_save:
-            save_decisions(output_dir, self.goldfish)
+        if checkpoint is not None and decided and self.args.should_save:
+            save_decisions(checkpoint, self.goldfish)
 
     def save_receipt(self, folder: str | None = None) -> None:
         """Write goldfish.json, on the process that saves.

@@ -86,8 +86,8 @@ def figures(audits: dict[str, Any]) -> Table:
         "dropped",
         "kept",
         "nll",
-        caption="dropped, kept: the share of these tokens that the model predicts right, each after "
-        "the tokens before it in the text; nll: nats per token",
+        caption="dropped, kept: the share of these tokens that the model predicts right; "
+        "nll: nats per token",
     )
     keys = (
         "rouge_l_ids",
@@ -120,12 +120,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     n, size = args.documents, f"windows of {args.window} tokens"
     corpus = args.text or args.dataset or "the Python language reference"
     model = args.model or f"a small Llama of width {args.hidden_size}"
+    goldfish = rule.short() if rule else args.rule
     where = f"{state.num_processes} process(es) on {state.device}"
     state.print(
         f"Corpus: {corpus}, {len(texts)} documents\n"
         f"Split: {n} member and {n} held-out {size}\n"
         f"Train: {model}, {args.epochs} epochs each, with the standard loss and with the "
-        f"goldfish loss ({rule.short()}), {where} -> {output}"
+        f"goldfish loss ({goldfish}), {where} -> {output}"
     )
     if args.dry_run:
         return {}

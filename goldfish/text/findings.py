@@ -131,8 +131,9 @@ class Check:
             if len(secret.rows) == 1:
                 noun = "row"
             yield f"    {plain(name)} ({noun} {rows})"
-        if len(names) > SHOWN:
-            yield f"    and {len(names) - SHOWN:,} more"
+        rest = len(names) - SHOWN
+        if rest > 0:
+            yield f"    and {rest:,} more"
 
     def _missing_values(self) -> str:
         values = counted(self.missing_count, "marked value")
