@@ -545,7 +545,8 @@ class GoldfishMixin(Trainer):
             generator=torch.Generator(),
         )
         found = [torch.zeros(0, dtype=torch.int64)]
-        for batch in logging.tqdm(loader, disable=self.args.disable_tqdm):
+        bar = {"desc": "Guide reads", "disable": self.args.disable_tqdm}
+        for batch in logging.tqdm(loader, **bar):
             if not is_text(batch):
                 raise ValueError(
                     "the guide reads text alone, but the rows hold images or audio too: use "
