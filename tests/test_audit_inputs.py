@@ -216,7 +216,8 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
 def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
     for mark in ({"secrets": "no such code"}, {"secret_column": "cod"}):
         with pytest.raises(
-            ValueError, match=r"no suffix in .*members.jsonl contains a marked secret"
+            ValueError,
+            match=r"no suffix in .*members.jsonl contains a marked secret: check the column",
         ):
             audit(reciter[0], tmp_path / "out", **chats, **mark)
     with pytest.raises(
@@ -229,6 +230,18 @@ def test_secrets_that_occur_nowhere_are_a_mistake(reciter, chats, tmp_path):
             heldout=chats["members"],
             secrets=CODES[0],
         )
+
+
+def test_why_no_marked_secret_was_asked(reciter, tmp_path):
+    """They were found, so neither the column nor the expression is the mistake."""
+    rows = [{"text": PROSE[0], "secret": PROSE[0].split()[0]}]
+    rows.append({"text": PROSE[1], "secret": PROSE[1].split()[-1]})
+    lengths = {"prefix_length": 3, "suffix_length": 3, "secret_column": "secret"}
+    reasons = "1 given in the prompt, 1 outside of the windows"
+    with pytest.raises(
+        ValueError, match=rf"2 secrets marked, but none asked \({reasons}\)"
+    ):
+        audit(reciter[0], tmp_path / "out", members=rows, **lengths)
 
 
 def test_a_secret_may_be_announced_in_the_prompt(tokenizer):

@@ -13,6 +13,7 @@ from toy_tokenizers import byte_level
 from goldfish import Goldfish
 from goldfish.audit import proof
 from goldfish.audit.proof import centred_ranks, decisions_of, seed_test
+from goldfish.audit.render import rule_words
 
 RULE = Goldfish(k=4, h=5, max_kept=4, seed=7)
 
@@ -184,6 +185,19 @@ def test_what_cannot_be_tested_is_named(strategy):
     assert audit["members.rule_p"].value is None
     assert explanation(audit)["answer"] == "not asked"
     assert strategy in explanation(audit)["why"]
+
+
+def test_rules_that_differ_by_source_are_not_tested_as_one():
+    """A rule is known for every text: "no rule is known" would be wrong."""
+    rules = {"web": Goldfish(k=3, h=4), "books": Goldfish(k=8, h=4)}
+    sources = {name: {"rule": rule.to_dict()} for name, rule in rules.items()}
+    records = made_up_records("members", 20, 0.8, rule=rules["web"])
+    audit = made_up_audit(records, run={"receipt": {"sources": sources}})
+    assert "differ by source" in audit["members.rule_p"].reason
+    assert explanation(audit)["answer"] == "not asked"
+    assert "differ by source" in explanation(audit)["why"]
+    assert rule_words(audit.run) == "differs by source (2 sources)"
+    assert audit["members.dropped_share"].value is not None
 
 
 def test_a_checkpoint_without_a_rule_is_not_asked():

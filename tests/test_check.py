@@ -560,7 +560,8 @@ def test_marked_values_that_their_rows_do_not_have(letters, tmp_path):
     assert result.missing == [(1, "A-18"), (3, "a-17")]
     shown = "\n".join(result.lines())
     assert "A-18 (row 1)" in shown
-    assert "2 marked values do not occur" in shown.splitlines()[-1]
+    missing = "2 marked values do not occur in the text of their rows: look for"
+    assert missing in shown.splitlines()[-1]
     assert "marked value" not in "\n".join(
         check(path, letters[0], Goldfish(k=1e6), "A-17").lines()
     )

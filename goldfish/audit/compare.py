@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
+from goldfish.audit.figures import SPLITS
 from goldfish.audit.intervals import Codes, Figure, Floats, decimals, difference
 from goldfish.audit.records import dumps, read_records, sums
 from goldfish.audit.render import literal, table_lines
@@ -114,7 +115,9 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
         match = values["exact_match"]
         first = f"{match['first']:,} of {match['n']:,}"
         second = f"{match['second']:,} of {match['n']:,}"
-        lines.append((split, "exact match", first, second, f"p = {match['p']:.2g}"))
+        lines.append(
+            (SPLITS[split], "exact match", first, second, f"p = {match['p']:.2g}")
+        )
         for name in MEANS:
             of = values[name]
             first = decimals(of["first"])
@@ -122,7 +125,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             change: Figure = of["difference"]
             # A minus is written by the figure itself.
             sign = "+" if (change.value or 0.0) > 0 else ""
-            lines.append((split, name, first, second, f"{sign}{change}"))
+            lines.append((SPLITS[split], name, first, second, f"{sign}{change}"))
     return lines
 
 

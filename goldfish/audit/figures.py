@@ -56,6 +56,7 @@ SPLITS = {"members": "members", "heldout": "held-out"}
 # two hundred would show one.
 UNREACHED = 0.005
 NO_RULE = "no rule is known for this checkpoint"
+RULES_DIFFER = "rules that differ by source are not tested as one"
 # Strategies of which a text alone does not show what they dropped.
 UNKNOWN = {
     "random": 'strategy "random" drops other tokens in every epoch',
@@ -70,7 +71,8 @@ class Side:
 
     table: its records. protocol: of run.json. population: all documents that there are, if the file
     is said to be complete; None for a sample. given_away: for every record the secrets
-    that its output gives away. rule: that of the training, if there was one for all documents.
+    that its output gives away. rule: that of the training, if there was one for all documents;
+    no_rule: else why there is none.
     """
 
     split: str
@@ -79,6 +81,7 @@ class Side:
     population: Population | None = None
     given_away: Sequence[Sequence[str]] = ()
     rule: "Goldfish | None" = None
+    no_rule: str = NO_RULE
 
     @cached_property
     def documents(self) -> Codes:
@@ -228,6 +231,7 @@ def _sides(
             population,
             given_away,
             rule,
+            no_rule=RULES_DIFFER if "sources" in (run["receipt"] or {}) else NO_RULE,
         )
         here = names == split
         if here.any():
@@ -388,9 +392,11 @@ def attribution(side: Side) -> Iterator[Figure]:
     yield from _proof(side)
     ruled = is_valid(side.table["dropped"]).to_numpy()
     if not ruled.any():
-        reason = NO_RULE if side.rule is None else UNKNOWN.get(side.rule.strategy)
+        reason = side.no_rule
+        if side.rule is not None:
+            reason = UNKNOWN.get(side.rule.strategy, "no text was asked as in training")
         for name in ATTRIBUTION:
-            yield Figure(side.split, name, reason=reason or NO_RULE)
+            yield Figure(side.split, name, reason=reason)
         return
     side = side.only(ruled)
     right_dropped, dropped, right_kept, kept = token_counts(side.table).T
@@ -402,7 +408,7 @@ def attribution(side: Side) -> Iterator[Figure]:
 def _proof(side: Side) -> Iterator[Figure]:
     """The test of the rule's seed, `proof.seed_test`, with the first windows of the split."""
     rule = side.rule
-    reason = _why_not_tested(rule)
+    reason = side.no_rule if rule is None else _why_not_tested(rule)
     if rule is None or reason:
         yield Figure(side.split, "rule_p", reason=reason)
         yield Figure(side.split, "rule_gap", reason=reason)
@@ -437,10 +443,8 @@ def _proof(side: Side) -> Iterator[Figure]:
     yield Figure(side.split, "rule_gap", value=gap, **about)
 
 
-def _why_not_tested(rule: "Goldfish | None") -> str:
+def _why_not_tested(rule: "Goldfish") -> str:
     """Why the rule's seed cannot be tested; "" if it can."""
-    if rule is None:
-        return NO_RULE
     if rule.strategy in UNKNOWN:
         return UNKNOWN[rule.strategy]
     if rule.strategy not in SEEDED:

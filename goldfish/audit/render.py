@@ -164,6 +164,9 @@ def weights_hash(run: Mapping[str, Any]) -> str:
 def rule_words(run: Mapping[str, Any]) -> str:
     """The rule of the training, for people: hash, k = 4, h = 13, max_kept = 4."""
     rule = run["rule"]
+    sources = (run["receipt"] or {}).get("sources")
+    if sources:
+        return f"differs by source ({counted(len(sources), 'source')})"
     if rule is None:
         return "none is known"
     parts = [str(rule["strategy"])]

@@ -42,7 +42,7 @@ from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
 from goldfish.audit.results import Audit, Folder, read, write_table
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.verdict import GAIN, parse_limits
+from goldfish.audit.verdict import GAIN, parse_limits, reasons_of
 from goldfish.audit.windows import (
     Cutter,
     Survey,
@@ -664,9 +664,13 @@ def _check_surveys(
     # Held-out texts need not have secrets; a mark that fits no member is a mistake.
     marks = protocol["secrets"] or protocol["secret_column"]
     if marks and not surveys[first].secrets.asked:
+        counts = surveys[first].secrets.counts()
+        reasons = "check the column's name or the regular expression"
+        if counts["marked"]:
+            marked = counted(counts["marked"], "secret")
+            reasons = f"{marked} marked, but none asked ({reasons_of(counts)})"
         raise ValueError(
-            f"no suffix in {paths[first]} contains a marked secret: check the column's name or the "
-            "regular expression"
+            f"no suffix in {paths[first]} contains a marked secret: {reasons}"
         )
     overlap = run["overlap"]
     if overlap and not allow_overlap:

@@ -113,7 +113,7 @@ class Check:
             for name in weakest_first[:SHOWN]:
                 yield f"    {plain(name)}: {bits[name]:.1f}"
         if self.missing:
-            yield f"{self._missing_values()} in the text of their row:"
+            yield f"{self._missing_values()}:"
             for row, value in self.missing:
                 yield f"    {plain(value)} (row {row})"
 
@@ -138,8 +138,8 @@ class Check:
     def _missing_values(self) -> str:
         values = counted(self.missing_count, "marked value")
         if self.missing_count == 1:
-            return f"{values} does not occur"
-        return f"{values} do not occur"
+            return f"{values} does not occur in the text of its row"
+        return f"{values} do not occur in the text of their rows"
 
     def bits(self) -> dict[str, float]:
         """-log2 p under the given model of what is dropped of each secret; empty without a model.
@@ -160,8 +160,7 @@ class Check:
         """One sentence and one rule to copy; another sentence if marked values were not found."""
         conclusion = self._conclusion_on_secrets()
         if self.missing_count:
-            missing = f"{self._missing_values()} in the text of their row"
-            conclusion += f" {missing}: look for other spellings."
+            conclusion += f" {self._missing_values()}: look for other spellings."
         return conclusion
 
     def _conclusion_on_secrets(self) -> str:

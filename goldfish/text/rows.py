@@ -17,6 +17,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from goldfish.text.printable import plain
+
 # Files that are read as one row.
 PLAIN = (".txt", ".text", ".md", ".rst")
 # Files with rows, and what `datasets.load_dataset` calls them.
@@ -419,7 +421,7 @@ def _warn_of_other_kinds(folder: str, read: frozenset[str]) -> None:
             "%s has files of several kinds, of which only %s is read. Not read: %s (%d in all).",
             folder,
             kinds_read,
-            first,
+            plain(first),
             len(others),
         )
 
