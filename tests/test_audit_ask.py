@@ -204,6 +204,7 @@ def test_a_model_that_tells_other_peoples_data(tokenizer, tmp_path):
     assert sorted(each.strip() for each in marked) == [code for _, code in people]
     assert shown.count("gave a secret away</b>") == 2
     assert "Shown: 2 of 2 answers." in flat(shown)
+    assert 'href="#asked"' in html
 
 
 def test_a_model_that_recites_another_members_text(tokenizer, tmp_path):

@@ -193,7 +193,7 @@ def test_a_census_has_no_sampling_error():
     audit = census(0, 62)
     assert audit.outcome == "PASS"
     among = "of the 62 texts in members.jsonl (said to be all that was trained on)"
-    assert among in audit.verdict["sentence"]
+    assert audit.verdict["sentence"].startswith(f"PASS: exact counts {among}: greedy 0")
     exact = audit["members.exact_match"]
     assert (exact.k, exact.n, exact.low, exact.high) == (0, 62, 0.0, 0.0)
     failed = question(census(40, 62), "greedy")

@@ -665,13 +665,11 @@ def _check_surveys(
     marks = protocol["secrets"] or protocol["secret_column"]
     if marks and not surveys[first].secrets.asked:
         counts = surveys[first].secrets.counts()
-        reasons = "check the column's name or the regular expression"
+        why = "check the column's name or the regular expression"
         if counts["marked"]:
             marked = counted(counts["marked"], "secret")
-            reasons = f"{marked} marked, but none asked ({reasons_of(counts)})"
-        raise ValueError(
-            f"no suffix in {paths[first]} contains a marked secret: {reasons}"
-        )
+            why = f"{marked} marked, but none asked ({reasons_of(counts)})"
+        raise ValueError(f"no suffix in {paths[first]} contains a marked secret: {why}")
     overlap = run["overlap"]
     if overlap and not allow_overlap:
         rows = ", ".join(

@@ -588,11 +588,13 @@ def _sentence(
         others = ", ".join(counts[len(secrets) :])
         return f"{outcome}: {'; '.join(filter(None, [*secrets, others]))}"
     if outcome == PASS:
-        rates = [figures.get("members", each["figure"]) for each in questions]
-        ends = [each.high or 0.0 for each in rates if each is not None]
-        most = max(ends, default=0.0)
-        share = f"at most {percent(most)}" if most else "none"  # of a census
-        return f"{outcome}: {share} of {among} are recited ({listed})"
+        found = [figures.get("members", each["figure"]) for each in questions]
+        rates = [each for each in found if each is not None]
+        most = max(each.high or 0.0 for each in rates)
+        # Of a census: with several limits, the largest share would hide what it is a share of.
+        if all(each.low == each.high for each in rates):
+            return f"{outcome}: exact counts of {among}: {listed}"
+        return f"{outcome}: at most {percent(most)} of {among} are recited ({listed})"
     if not works:
         return (
             f"{outcome}: the sanity check failed, so what the model does not recite means nothing "
