@@ -481,7 +481,10 @@ class GoldfishMixin(Trainer):
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._decide_by_entropy(checkpoint or None, allow_other_rule)
+        # If there is no such folder, Trainer's own error follows.
+        is_there = checkpoint and Path(checkpoint).is_dir()
+        if is_there or not resume_from_checkpoint:
+            self._decide_by_entropy(checkpoint or None, allow_other_rule)
         self._resume_from = (str(checkpoint), allow_other_rule) if checkpoint else None
         # Ours is the last callback: others may ask for a log or a checkpoint.
         self.remove_callback(self._events)

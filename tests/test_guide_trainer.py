@@ -138,6 +138,17 @@ def test_a_resume_that_does_not_fit_reads_nothing(tmp_path, tokenizer, monkeypat
             resume(RULE)
 
 
+@pytest.mark.parametrize("checkpoint", [True, "checkpoint-7"])
+def test_without_a_checkpoint_nothing_is_read(
+    tmp_path, tokenizer, monkeypatch, checkpoint
+):
+    """A mistyped name is Trainer's own error, and not after an hour of reading."""
+    monkeypatch.setattr(Guide, "decisions", lambda *_: 1 / 0)
+    resume = {"resume_from_checkpoint": checkpoint, "allow_other_rule": True}
+    with pytest.raises(ValueError, match="valid checkpoint"):
+        trained(tmp_path, tokenizer, then=attached, train=resume)
+
+
 def test_given_decisions_are_stored_too(tmp_path, tokenizer):
     how = {"settings": SAVED}
     first, _, _ = trained(
