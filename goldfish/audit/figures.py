@@ -1,7 +1,7 @@
 """Records -> the table of figures, one row a figure. Everything that an audit says is made of it.
 
-A new figure is one function here: it takes a `Side`, yields Figures, and is listed in FIGURES.
-The figures of `lengths_of_runs` are an example.
+A new figure of what the records have is one function here: it takes a `Side`, yields Figures, and
+is listed in FIGURES; `lengths_of_runs` is an example. CONTRIBUTING.md has all steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -208,16 +208,19 @@ def summarize(
     rule: that of run.json, bound to the tokenizer if it reads text.
     """
     run = read_run(folder)
-    # Only the columns that a figure needs are read.
+    table = read_records(folder, figure_columns(run))
+    asked = read_asked(folder) if run["protocol"]["ask"] else None
+    return summary_of(run, table, limits, require, Path(folder), rule, asked)
+
+
+def figure_columns(run: Mapping[str, Any]) -> list[str]:
+    """The columns of the records that the figures of this run are made of; no others are read."""
     unread = set(_FOR_READERS)
     if run["rule"] is not None:
         unread.discard("prefix_ids")  # the test of the rule needs them
     if run["protocol"]["secrets"] or run["protocol"]["secret_column"]:
         unread -= {"prompt", "output_text"}  # where secrets are looked for
-    columns = [name for name in COLUMNS.names if name not in unread]
-    table = read_records(folder, columns)
-    asked = read_asked(folder) if run["protocol"]["ask"] else None
-    return summary_of(run, table, limits, require, Path(folder), rule, asked)
+    return [name for name in COLUMNS.names if name not in unread]
 
 
 def summary_of(
