@@ -77,7 +77,7 @@ def window(
         "suffix_tokens": suffix,
         "suffix_text": "".join(suffix),
         "output_text": "".join(suffix[:d] + [" other"] * (n - d)),
-        "asked": "training",
+        "prompt_kind": "training",
         "secrets": [],
         "secret_log_p": [],
         "output_tokens": suffix[:d] + [" other"] * (n - d),

@@ -45,7 +45,7 @@ def thinking(tokenizer, monkeypatch):
 def asked(row, tokenizer):
     """(how it is asked, all that comes before the answer, the answer) of every completion."""
     return [
-        (each.asked, each.text[: each.start], each.text[each.start : each.end])
+        (each.prompt_kind, each.text[: each.start], each.text[each.start : each.end])
         for each in completions(row, tokenizer)
     ]
 
@@ -229,9 +229,9 @@ def test_earlier_answers_of_a_thinking_model_are_recited(recited_in_training, tm
     members = write_jsonl(tmp_path / "m.jsonl", [{"messages": chat} for chat in chats])
     audit(folder, tmp_path / "out", members=members)
     rows = read_records(tmp_path / "out").to_pylist()
-    found = [row["exact_match"] for row in rows if row["asked"] == "training"]
+    found = [row["exact_match"] for row in rows if row["prompt_kind"] == "training"]
     assert found == [True] * 4
-    assert [row["asked"] for row in rows].count("generation") == 2, (
+    assert [row["prompt_kind"] for row in rows].count("generation") == 2, (
         "of the last answers"
     )
 

@@ -155,7 +155,7 @@ def test_a_record_by_hand():
         "split": "members",
         "index": 3,
         "name": "name",
-        "asked": "training",
+        "prompt_kind": "training",
         "count": 4,
         "offset": 2,
         "prefix_ids": [5, 6, 7],

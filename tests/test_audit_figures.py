@@ -104,7 +104,7 @@ def test_means_are_of_questions_as_in_training_and_rates_of_all():
     """A chat that is asked from the generation prompt too is one document, and one in the means."""
     records = made_up_records("members", 4, 0.0)
     again = [
-        {**record, "asked": "generation", "exact_match": True, "nll": [9.0] * 8}
+        {**record, "prompt_kind": "generation", "exact_match": True, "nll": [9.0] * 8}
         for record in records
     ]
     found, alone = made_up_audit(records + again), made_up_audit(records)

@@ -485,7 +485,7 @@ def test_a_folder_that_is_no_finished_audit(tmp_path):
     old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5))
     text = (old / "summary.json").read_text()
     (old / "summary.json").write_text(
-        text.replace("goldfish.audit/7", "goldfish.audit/1")
+        text.replace("goldfish.audit/8", "goldfish.audit/1")
     )
     with pytest.raises(
         ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads"

@@ -347,7 +347,7 @@ def test_templates_that_differ_before_the_answer_or_change_it(chatty, monkeypatc
     trained, generated = completions({"messages": say("a", "b")}, chatty)
     assert trained.text[: trained.start].endswith("<assistant>")
     assert generated.text[: generated.start].endswith("<assistant><think>")
-    assert (trained.asked, generated.asked) == ("training", "generation")
+    assert (trained.prompt_kind, generated.prompt_kind) == ("training", "generation")
     monkeypatch.setattr(
         chatty,
         "chat_template",

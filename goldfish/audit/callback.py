@@ -194,7 +194,7 @@ class AuditCallback(TrainerCallback):
         rows = read_rows(self._members, options.get("text_column", ""))
         for index, row in enumerate(rows):
             for window in cutter.cut(row, index, "members"):
-                if isinstance(window, Window) and window.asked == "training":
+                if isinstance(window, Window) and window.prompt_kind == "training":
                     yield window
 
 

@@ -97,7 +97,7 @@ class Side:
 
         Rates count a document if any of its records does, means and membership are of these.
         """
-        chosen = np.asarray(self.table["asked"].to_pylist()) == "training"
+        chosen = np.asarray(self.table["prompt_kind"].to_pylist()) == "training"
         if chosen.all():
             return self  # no copy of a large table
         return self.only(chosen)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 # Of run.json, the records and summary.json; see docs/audit-files.md.
-SCHEMA = "goldfish.audit/7"
+SCHEMA = "goldfish.audit/8"
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
 # Membership attacks: name in the files, name in sentences and tables.
 ATTACKS = {
@@ -60,7 +60,7 @@ COLUMNS = pa.schema(
         "count": pa.int64(),
         "offset": pa.int64(),
         "completion": pa.bool_(),
-        "asked": pa.string(),
+        "prompt_kind": pa.string(),
         "prompt": pa.string(),
         "suffix_text": pa.string(),
         "output_text": pa.string(),
@@ -212,7 +212,7 @@ def make_record(
         "count": window.count,
         "offset": window.offset,
         "completion": window.completion,
-        "asked": window.asked,
+        "prompt_kind": window.prompt_kind,
         "prompt": prompt,
         "suffix_text": suffix_text,
         "output_text": "".join(output_tokens),
@@ -313,7 +313,7 @@ def decisions(rule: "Goldfish | None", window: Window) -> Bools | None:
     """
     from torch import tensor
 
-    if rule is None or window.asked != "training":
+    if rule is None or window.prompt_kind != "training":
         return None
     if rule.strategy in ("random", "entropy"):
         return None

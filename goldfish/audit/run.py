@@ -398,7 +398,7 @@ def sanity(
         ordered = []
         shuffled = []
         for window, _ in next(each.blocks(SANITY_WINDOWS)):
-            if window.asked != "training":
+            if window.prompt_kind != "training":
                 continue
             # The first token stays: it may be a BOS, without which some models fail.
             first, *others = window.prefix

@@ -61,8 +61,8 @@ class Window:
         them.
     document_ids: of the row, from its start to the window's end, where that is more than `ids`:
         they decide what its training dropped. The last len(ids) - 1 of them are ids[1:].
-    asked: "training" if ids[:prefix_length] is exactly what stood before the suffix in training,
-        "generation" if it is the chat template's generation prompt, where that differs.
+    prompt_kind: "training" if ids[:prefix_length] is exactly what stood before the suffix in
+        training, "generation" if it is the chat template's generation prompt, where that differs.
     """
 
     split: str
@@ -76,7 +76,7 @@ class Window:
     completion: bool = False
     secrets: Sequence[str] = ()
     document_ids: Sequence[int] = ()
-    asked: str = "training"
+    prompt_kind: str = "training"
 
     @property
     def prefix(self) -> list[int]:
@@ -208,7 +208,7 @@ class Cutter:
             prefix_length=first,
             completion=True,
             secrets=self._secrets(row, text, each.start),
-            asked=each.asked,
+            prompt_kind=each.prompt_kind,
         )
 
     def decode(self, ids: list[int]) -> str:
@@ -367,7 +367,7 @@ _WINDOWS = pa.schema(
         "completion": pa.bool_(),
         "secrets": pa.list_(pa.string()),
         "document_ids": pa.list_(pa.int64()),
-        "asked": pa.string(),
+        "prompt_kind": pa.string(),
     }
 )
 

@@ -26,15 +26,15 @@ Marks = Callable[[Row, str, int], Iterator[Span]]
 class Completion:
     """text[start:end] is the assistant's answer; before it is all that the model reads.
 
-    asked: "training" if `text` is the row exactly as it was trained on; "generation" if the answer
-    stands after the prompt that the chat template makes for generation, which differs.
+    prompt_kind: "training" if `text` is the row exactly as it was trained on; "generation" if the
+    answer stands after the prompt that the chat template makes for generation, which differs.
     """
 
     text: str
     start: int
     end: int
     add_special_tokens: bool
-    asked: str = "training"
+    prompt_kind: str = "training"
 
     def encode(self, tokenizer: Any) -> tuple[list[int], list[Span]]:
         """The ids of the whole text, and the characters of each.
@@ -192,7 +192,7 @@ class _Chat:
             return
         if prompt == before:
             return
-        generation = replace(training, start=len(prompt), asked="generation")
+        generation = replace(training, start=len(prompt), prompt_kind="generation")
         if before.startswith(prompt):
             # Training puts something before the answer, such as the empty thought
             # "<think>\n\n</think>": it is a part of what the model should write.

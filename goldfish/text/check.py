@@ -187,7 +187,7 @@ class _Reader:
             targets = []
             for turn in completions(row, self.tokenizer):
                 # Not the reasons why a turn cannot be asked, nor turns after another prompt.
-                if isinstance(turn, Completion) and turn.asked == "training":
+                if isinstance(turn, Completion) and turn.prompt_kind == "training":
                     targets.append((turn.start, turn.end))
         return _Document(
             number,
