@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from audit_records import made_up_audit, made_up_records, made_up_run
-from helpers import TEMPLATE, say, tiny_llama, write_jsonl
+from helpers import PROSE, TEMPLATE, say, tiny_llama, write_jsonl
 
 from goldfish.audit import audit
 from goldfish.audit.secrets import search
@@ -174,6 +174,49 @@ def test_secrets_that_were_not_asked_are_no_pass():
     assert told in question(audit)["why"]
     assert told in audit.verdict["sentence"], "not that they could be guessed"
     assert not any(told in each for each in audit.verdict["warnings"]), "told already"
+
+
+@pytest.mark.parametrize(
+    ("output", "outcome", "count"),
+    [("no", "PASS", "0 of 3"), ("It is LM9.", "FAIL", "1 of 4")],
+)
+def test_a_secret_that_was_not_asked_may_come_out(output, outcome, count):
+    """No question is about it: it lies outside of the windows, or its row was not drawn."""
+    records = rows("members", ["no", output, "no"], CODES)
+    inputs = made_up_run(records)["inputs"]
+    inputs["members"]["secrets"] |= {"marked": 100, "asked": 99}
+    audit = asked(records, inputs=inputs, unasked_secrets=["LM9"])
+    assert question(audit)["outcome"] == outcome
+    assert audit["members.secrets"].point() == count
+
+
+def test_secrets_of_rows_that_are_not_drawn(tokenizer, tmp_path):
+    """They are not asked, so the drawn ones are no census of the marked secrets."""
+    folder = tmp_path / "model"
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    codes = [f"N{i}7" for i in range(6)]
+    members = [
+        {"text": f"Its code is {code}. {text}", "secret": code}
+        for code, text in zip(codes, PROSE, strict=False)
+    ]
+    result = audit(
+        folder,
+        tmp_path / "audit",
+        members=members,
+        secret_column="secret",
+        max_rows=2,
+        prefix_length=2,
+        suffix_length=40,
+        sampling=(),
+    )
+    about = result.run["inputs"]["members"]
+    assert (about["rows"], about["drawn"]) == (6, 2)
+    assert (about["secrets"]["marked"], about["secrets"]["asked"]) == (6, 2)
+    of_records = set().union(*result.records["secrets"])
+    assert {*result.run["unasked_secrets"], *of_records} == {*codes}
+    assert question(result)["outcome"] == "INCONCLUSIVE"
+    assert "in a row that was not drawn" in question(result)["why"]
 
 
 def test_secrets_that_sampling_brings_out():

@@ -171,7 +171,7 @@ def make_figures(
     answers = len(table) + (0 if asked is None else len(asked))
     found = Search([[]] * answers, {})
     if marked:
-        found = search(_outputs(table, asked))
+        found = search(_outputs(table, asked), run.get("unasked_secrets", ()))
     if rule is None and run["rule"] is not None:
         from goldfish.rule import Goldfish  # here, as it needs torch
 
@@ -505,6 +505,7 @@ def _elsewhere(side: Side) -> Bools:
 
 def secret_figures(found: Search) -> Iterator[Figure]:
     """The members' distinct marked secrets: how many came out, how many would by chance."""
+    # Asked, or given away in the answer to another question.
     asked = len(found.chance)
     if not asked:
         yield Figure(

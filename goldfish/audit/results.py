@@ -368,7 +368,7 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     flat = {**run, **run["protocol"]}
     # What follows from the rest is not known yet when a finished audit is asked for again.
     derived = ("vocabulary", "output_length", "overlap", "sanity", "notes")
-    for key in ("date", "command", "protocol", *derived):
+    for key in ("date", "command", "protocol", "unasked_secrets", *derived):
         flat.pop(key, None)
     inputs = {}
     for split, about in run["inputs"].items():

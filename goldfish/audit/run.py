@@ -294,6 +294,7 @@ def _description(
             split: {"path": name_of(source), "sha256": digest(source)}
             for split, source in sources.items()
         },
+        "unasked_secrets": [],
         "overlap": None,
         "sanity": None,
         "notes": [],
@@ -350,17 +351,24 @@ def survey(
     totals = dict.fromkeys(sources, 0)
     unprompted = {split: Unprompted(protocol["ask"] or ()) for split in sources}
 
-    def counted(rows: Iterable[Row], split: str) -> Iterator[Row]:
-        # Before the draw: how many rows there are matters to `complete`.
+    marked: dict[str, dict[str, int]] = {split: {} for split in sources}
+
+    def watched(rows: Iterable[Row], split: str) -> Iterator[Row]:
+        # Before the draw: how many rows there are matters to `complete`, and an answer may have a
+        # secret of a row that is not drawn.
         for row in rows:
+            if protocol["max_rows"] is not None:
+                for secret in cutter.marked(row):
+                    marked[split].setdefault(secret, totals[split])
             totals[split] += 1
             yield row
 
     for split, source in sources.items():
-        rows = counted(read_rows(source, protocol["text_column"] or ""), split)
+        rows = watched(read_rows(source, protocol["text_column"] or ""), split)
         drawn = draw(rows, protocol["max_rows"], protocol["seed"])
-        watched = unprompted[split].watched(drawn)
-        surveys[split] = Survey(watched, split, cutter, temporary / f"{split}.parquet")
+        asked = unprompted[split].watched(drawn)
+        surveys[split] = Survey(asked, split, cutter, temporary / f"{split}.parquet")
+        surveys[split].secrets.add_not_drawn(marked[split])
     number_documents(surveys)
     for split, each in surveys.items():
         about = run["inputs"][split]
@@ -370,6 +378,8 @@ def survey(
                 about |= unprompted[split].counts(each.indices)
             except ValueError as error:
                 raise ValueError(f"{about['path']}: {error}") from error
+    if "members" in surveys:
+        run["unasked_secrets"] = surveys["members"].secrets.unasked
     run["overlap"] = overlap_of(surveys)
     chats = sum(each.completions for each in surveys.values())
     if chats and prints_the_date(cutter.tokenizer):

@@ -23,8 +23,8 @@ SHORT = 20_000  # strings of a shape; secrets with fewer decoys, such as years, 
 class Search:
     """What came out.
 
-    found: for every record the secrets that its output gives away. chance: for every secret the
-    share of its decoys that came out, between 0 and 1.
+    found: for every record the secrets that its output gives away. chance: for every secret that
+    was asked, or came out all the same, the share of its decoys that came out, between 0 and 1.
     """
 
     found: list[list[str]]
@@ -36,18 +36,25 @@ class Search:
         return list(dict.fromkeys(secret for each in self.found for secret in each))
 
 
-def search(table: pa.Table) -> Search:
+def search(table: pa.Table, unasked: Sequence[str] = ()) -> Search:
     """Look for the members' marked secrets, and for decoys, in the outputs of all records.
 
-    table: records with the columns split, secrets, prompt and output_text.
+    Args:
+        table: records with the columns split, secrets, prompt and output_text.
+        unasked: marked secrets of the members that no question is about; an answer to another
+            question may have them all the same.
     """
     prompts = table["prompt"].to_pylist()
     outputs = table["output_text"].to_pylist()
-    secrets = marked_secrets(table, "members")
+    asked = marked_secrets(table, "members")
+    secrets = list(dict.fromkeys([*asked, *unasked]))
     found = _find(secrets, prompts, outputs)
     if not any(found):  # nobody asks then how much would come out by chance
-        return Search(found, dict.fromkeys(secrets, 0.0))
+        return Search(found, dict.fromkeys(asked, 0.0))
     chance = _chance(secrets, prompts, outputs)
+    # A secret that was not asked counts if it came out: it is none of those that stayed in.
+    counted = {*asked, *chain.from_iterable(found)}
+    chance = {secret: chance[secret] for secret in secrets if secret in counted}
     # Secrets of held-out texts were not trained on either: decoys that nobody had to make up.
     others = list(set(marked_secrets(table, "heldout")) - set(secrets))
     if others:

@@ -420,12 +420,20 @@ class _Secrets:
                 reason = "in a row that was skipped"
             self._others.setdefault(secret, (reason, index))
 
+    def add_not_drawn(self, rows: Mapping[str, int]) -> None:
+        """rows: of every marked secret of the whole input the first row."""
+        for secret, index in rows.items():
+            self._others.setdefault(secret, ("in a row that was not drawn", index))
+
+    @property
+    def unasked(self) -> list[str]:
+        return [secret for secret in self._others if secret not in self.asked]
+
     def counts(self) -> dict[str, Any]:
         """Distinct secrets: how many are marked and asked, and why the others are not."""
         unasked: dict[str, dict[str, Any]] = {}
-        for secret, (reason, index) in self._others.items():
-            if secret not in self.asked:
-                note(unasked, reason, index)
+        for secret in self.unasked:
+            note(unasked, *self._others[secret])
         return {
             "marked": len(self.asked | self._others.keys()),
             "asked": len(self.asked),

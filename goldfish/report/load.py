@@ -92,7 +92,7 @@ def _windows(audit: Audit) -> pa.Table:
     given_away: list[list[str]] = [[] for _ in range(len(table))]
     # The records hold the outputs, not what was found in them, so they are searched again.
     if "secrets" in audit.counted:
-        given_away = search(table).found
+        given_away = search(table, audit.run.get("unasked_secrets", ())).found
     return table.append_column(
         "given_away", pa.array(given_away, pa.list_(pa.string()))
     )

@@ -37,6 +37,7 @@ HIDDEN = (
     "receipt",
     "secrets",
     "secret_column",
+    "unasked_secrets",
 )
 BADGES = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 LOADER = PackageLoader("goldfish.report", "templates")
