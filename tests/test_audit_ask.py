@@ -140,6 +140,10 @@ def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp
     assert "Amber" not in html
     assert "What is the text of {title}?" in html
     # What was asked is not asked again, and a summary without the model is the same.
+    # A damaged file is removed, as its error advises, and the audit repeated.
+    file.unlink()
+    assert ask_by_title() == result
+    assert file.read_bytes() == before
     (tmp_path / "audit" / "summary.json").unlink()
     again = ask_by_title()
     assert again == read(tmp_path / "audit")

@@ -141,6 +141,18 @@ def test_other_items_are_refused(tmp_path):
         compare(a, b)
 
 
+def test_each_turn_of_a_chat_is_compared(tmp_path):
+    """Its windows have one place: another first turn is another question."""
+    records = made_up_records("members", 4, 0.9)
+    for record in records[1:]:
+        record |= {"index": 0, "completion": True}
+    changed = [record | {} for record in records]
+    changed[1]["suffix_ids"] = [7, *records[1]["suffix_ids"][1:]]
+    a, b = pair(tmp_path, records, changed)
+    with pytest.raises(ValueError, match="1 window in one of them only or with other"):
+        compare(a, b)
+
+
 def test_the_command_writes_once_and_shows_a_table(tmp_path, capsys):
     first, second = same_windows()
     folders = [str(folder) for folder in pair(tmp_path, first, second)]

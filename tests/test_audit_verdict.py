@@ -557,6 +557,26 @@ def test_judging_prints_and_writes_only_when_asked(tmp_path, capsys):
     assert names == ["records", "run.json", "summary.json", "summary.md"]
 
 
+def test_judging_does_not_overwrite_another_audit(tmp_path, capsys):
+    for name, right in (("a", 1.0), ("b", 0.1)):
+        write_audit(tmp_path / name, made_up_records("members", 30, right))
+    before = (tmp_path / "b" / "summary.json").read_bytes()
+    assert main(["judge", str(tmp_path / "a"), "-o", str(tmp_path / "b")]) == 2
+    assert "has a summary.json already" in capsys.readouterr().err
+    assert (tmp_path / "b" / "summary.json").read_bytes() == before
+    assert main(["judge", str(tmp_path / "a"), "-o", str(tmp_path / "new")]) == 3
+
+
+def test_membership_cannot_be_required_of_one_split():
+    """It was passed over before, and the audit could be a PASS."""
+    records = texts("members", 0, 400)
+    assert made_up_audit(records).outcome == "PASS"
+    with pytest.raises(ValueError, match="members with held-out texts: give both"):
+        made_up_audit(records, require=["membership"])
+    with pytest.raises(ValueError, match="--require takes membership, got 'member'"):
+        made_up_audit(records, require=["member"])
+
+
 def test_nothing_from_strangers_reaches_an_output_raw(tmp_path):
     """ANSI and bidi controls in names, texts' names and paths."""
     evil = "\x1b[31mred\u202e\u2066x\x07"

@@ -423,6 +423,7 @@ def test_a_transform_is_applied_as_in_training():
         (7, TypeError, "expected rows such as .* got int"),
         (["a text"], ValueError, "row 0: expected rows .* got str for a row"),
         ([None], ValueError, "got NoneType for a row"),
+        ([{"text": "\ud83d"}], ValueError, "row 0 has half a character"),
         ({"text": "a"}, ValueError, "text is no list but str; a single row has to be"),
         ({"text": ["a"], "name": []}, ValueError, r"unequal lengths: \[0, 1\]"),
         (

@@ -181,13 +181,18 @@ def _require_same(
         )
 
 
-def _questions(table: pa.Table) -> dict[tuple[Any, ...], tuple[Any, ...]]:
-    """What each window asks, by what names it."""
+def _questions(table: pa.Table) -> dict[tuple[Any, ...], list[Any]]:
+    """What the windows ask, by what names them; a chat has one for each turn at one place."""
     places = [table[name].to_pylist() for name in KEY]
     ids = [table[name].to_pylist() for name in QUESTION]
     # Rows of both columns: ([1, 2], [3]) for the prefix 1 2 and the suffix 3.
     asked = zip(*ids, strict=True)
-    return dict(zip(zip(*places, strict=True), asked, strict=True))
+    keys = zip(*places, strict=True)
+    questions: dict[tuple[Any, ...], list[Any]] = {}
+    for key, ids_of_key in zip(keys, asked, strict=True):
+        of_key = questions.setdefault(key, [])
+        of_key.append(ids_of_key)
+    return questions
 
 
 def _paired(first: pa.Table, second: pa.Table) -> dict[str, Any]:

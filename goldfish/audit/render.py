@@ -90,7 +90,17 @@ def publish(
 
 
 def write(audit: Audit, folder: str | Path) -> None:
-    """Write summary.md and, last, summary.json."""
+    """Write summary.md and, last, summary.json.
+
+    Raises:
+        FileExistsError: a folder that has the summary of another audit, or of this one under other
+            limits.
+    """
+    is_other = Path(folder).resolve() != audit.folder.resolve()
+    if is_other and (Path(folder) / SUMMARY).exists():
+        raise FileExistsError(
+            f"{folder} has a {SUMMARY} already; choose another output folder or remove it"
+        )
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_text(Path(folder) / "summary.md", markdown(describe(audit)))
     write_text(Path(folder) / SUMMARY, dumps(audit.to_json()))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.ask import read_asked
+from goldfish.audit.ask import ASKED, ELSEWHERE, read_asked
 from goldfish.audit.figures import make_figures
 from goldfish.audit.intervals import Figure, Figures
 from goldfish.audit.records import (
@@ -330,17 +330,28 @@ class Folder:
             )
 
     def is_finished(self) -> bool:
-        """Whether there is a summary of records that are all there."""
+        """Whether there is a summary of records and answers that are all there."""
         if not (self.path / SUMMARY).is_file():
             return False
-        inputs = read_run(self.path)["inputs"].values()
-        expected = sum(each["windows"] for each in inputs)
-        files = (self.path / RECORDS).glob("*.parquet")
+        run = read_run(self.path)
+        expected = sum(each["windows"] for each in run["inputs"].values())
         try:
-            found = sum(pq.read_metadata(file).num_rows for file in files)
+            found = self._rows(RECORDS)
+            if run["protocol"]["ask"]:
+                # It was made of all answers, and has a row for each.
+                expected += pq.read_metadata(self.path / ELSEWHERE).num_rows
+                found += self._rows(ASKED)
         except (OSError, pa.ArrowInvalid):  # damaged: the blocks are looked through
             return False
         return bool(found == expected)
+
+    def _rows(self, folder: str) -> int:
+        """Of all blocks in records/ or asked/."""
+        rows = 0
+        for file in (self.path / folder).glob("*.parquet"):
+            metadata = pq.read_metadata(file)
+            rows += int(metadata.num_rows)
+        return rows
 
     def has(self, block: int, windows: int) -> bool:
         """Whether a block is there, whole and readable; a damaged one is to be made again."""

@@ -42,7 +42,7 @@ from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
 from goldfish.audit.results import Audit, Folder, read, write_table
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.verdict import GAIN, parse_limits, reasons_of
+from goldfish.audit.verdict import GAIN, check_require, parse_limits, reasons_of
 from goldfish.audit.windows import (
     Cutter,
     Survey,
@@ -166,7 +166,7 @@ def audit(
         allow_pickle: load weights that are pickles.
         trust_remote_code: run the checkpoint's own code.
         limits: of the verdict, such as "recited=0.1%".
-        require: "membership" makes that question count towards the outcome.
+        require: "membership" makes that question count towards the outcome; it takes both splits.
         command: the command line, for run.json.
         state: of accelerate, if several processes share the work; all of them make this call, and
             see one folder.
@@ -203,7 +203,7 @@ def audit(
     # What can be refused is refused now: reading inputs and loading models may take minutes.
     sources = _sources(members, heldout)
     _check_protocol(protocol, batch_tokens)
-    _check_sources(sources, 1 if state is None else state.num_processes, device_map)
+    _check_sources(sources, require, _part(state)[1], device_map)
     parse_limits(limits)  # a bad limit is reported before the work
     folder = Folder(Path(output_dir))
     folder.require_usable()
@@ -599,6 +599,7 @@ def _checkpoints(
 
 def _check_sources(
     sources: Mapping[str, Source],
+    require: Sequence[str],
     processes: int,
     device_map: Any,
 ) -> None:
@@ -606,6 +607,7 @@ def _check_sources(
         raise ValueError(
             "nothing to audit: give members (texts that were trained on), heldout, or both"
         )
+    check_require(require, sources)
     paths = [source for source in sources.values() if isinstance(source, str | Path)]
     readers = sum(str(path) == "-" for path in paths) * processes
     if readers > 1:

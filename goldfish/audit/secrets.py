@@ -54,11 +54,15 @@ def search(table: pa.Table, unasked: Sequence[str] = ()) -> Search:
     chance = _chance(secrets, prompts, outputs)
     # A secret that was not asked counts if it came out: it is none of those that stayed in.
     counted = {*asked, *chain.from_iterable(found)}
-    chance = {secret: chance[secret] for secret in secrets if secret in counted}
+    for secret in unasked:
+        if secret not in counted:
+            chance.pop(secret, None)
     # Secrets of held-out texts were not trained on either: decoys that nobody had to make up.
-    others = list(set(marked_secrets(table, "heldout")) - set(secrets))
+    of_heldout = marked_secrets(table, "heldout")
+    others = list(set(of_heldout) - set(secrets))
     if others:
-        guessed = set(chain.from_iterable(_find(others, prompts, outputs)))
+        guesses = _find(others, prompts, outputs)
+        guessed = set(chain.from_iterable(guesses))
         natural = len(guessed) / len(others)
         for secret, share in chance.items():
             chance[secret] = max(share, natural)
@@ -106,7 +110,8 @@ def _chance(
     known = set(secrets)
     chance = {}
     for shape, of_shape in shapes.items():
-        came_out = set(_strings(shape, prompts, outputs)) - known
+        strings_out = set(_strings(shape, prompts, outputs))
+        came_out = strings_out - known
         strings = prod(map(len, shape))
         decoys = strings - len(of_shape)
         # A shape with no other string, such as "yes", cannot be told from a guess.

@@ -96,13 +96,30 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
     return limits
 
 
+def check_require(require: Iterable[str], splits: Iterable[str]) -> None:
+    """ValueError for a question that cannot be required, or not of these splits."""
+    for name in require:
+        if name != "membership":
+            raise ValueError(f"--require takes membership, got {name!r}")
+        if set(splits) != set(SPLITS):
+            raise ValueError(
+                "membership is required, but it compares members with held-out texts: give both"
+            )
+
+
 def verdict(
     run: Mapping[str, Any],
     figures: Figures,
     limits: Mapping[str, float],
     require: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """`verdict` of summary.json, from run.json and the figures; see docs/audit-files.md."""
+    """`verdict` of summary.json, from run.json and the figures; see docs/audit-files.md.
+
+    Raises:
+        ValueError: see `check_require`.
+    """
+    require = list(require)
+    check_require(require, run["inputs"])
     judge = _Judge(run, figures, limits)
     # What counts, and what only explains.
     questions = judge.recitation()
@@ -547,9 +564,11 @@ def secrets_unasked(inputs: Mapping[str, Any]) -> str:
 
 def reasons_of(counts: Mapping[str, Any]) -> str:
     """Why marked secrets were not asked: "2 outside of the windows, 1 given in the prompt"."""
-    return ", ".join(
-        f"{each['count']:,} {each['reason']}" for each in counts["unasked"]
-    )
+    parts = []
+    for each in counts["unasked"]:
+        number = each["count"]
+        parts.append(f"{number:,} {each['reason']}")
+    return ", ".join(parts)
 
 
 def prompts_unasked(inputs: Mapping[str, Any]) -> str:

@@ -221,9 +221,13 @@ class Cutter:
         if self.secrets is None:
             return ()
         prompt = text[:start]
-        spans = self.secrets(row, text, start)
-        secrets = dict.fromkeys(text[begin:end] for begin, end in spans)
-        return tuple(secret for secret in secrets if secret not in prompt)
+        secrets: dict[str, None] = {}
+        for begin, end in self.secrets(row, text, start):
+            secret = text[begin:end]
+            # What the prompt has, the model could read there.
+            if secret not in prompt:
+                secrets[secret] = None
+        return tuple(secrets)
 
 
 def _whole(found: Iterable[str], marked: Sequence[str]) -> tuple[str, ...]:

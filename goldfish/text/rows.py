@@ -226,7 +226,9 @@ def _rows_in_memory(source: Iterable[Any]) -> Iterator[Row]:
             raise ValueError(
                 f"row {number}: expected {IN_MEMORY}; got {kind} for a row"
             )
-        yield _as_python(dict(row))
+        found: Row = _as_python(dict(row))
+        _require_whole_characters(found, f"row {number}")
+        yield found
 
 
 def _as_python(value: Any) -> Any:
@@ -513,7 +515,8 @@ def _require_object(row: Any, where: str) -> None:
 
 def _require_whole_characters(row: Row, where: str) -> None:
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        # A row in memory may have dates and other objects.
+        json.dumps(row, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where} has half a character (a lone surrogate; {error})"
