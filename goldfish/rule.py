@@ -173,6 +173,25 @@ class Goldfish:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def __repr__(self) -> str:
+        r"""The rule to copy into a script: k, h, and the arguments that are not the defaults.
+
+        >>> Goldfish(k=4.0, max_kept=4, secrets=r"code (\d+)")
+        Goldfish(k=4, h=13, max_kept=4, secrets=r'code (\d+)')
+        """
+        parts = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            is_usual = value == each.default and each.name not in ("k", "h")
+            # A vocabulary and decisions are found anew where the script runs.
+            if is_usual or not each.compare:
+                continue
+            literal = _literal(value)
+            if each.name == "secrets":
+                literal = _literal_expression(value)
+            parts.append(f"{each.name}={literal}")
+        return f"Goldfish({', '.join(parts)})"
+
     @property
     def reads_text(self) -> bool:
         """Whether the rule decides from the text of the ids, and so needs `bind`."""
@@ -572,6 +591,23 @@ def _reference_table() -> Tensor:
     # The seed in the authors' code, a prime Fibonacci number.
     generator = torch.Generator().manual_seed(2971215073)
     return torch.rand(spec.TABLE_SIZE, generator=generator)
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, float) and value.is_integer():
+        return repr(int(value))
+    return repr(value)
+
+
+def _literal_expression(expression: str) -> str:
+    """A raw string where it can be one: it has no way to write a quote, nor a backslash at its end,
+    and shows control characters as they are."""
+    raw = "'" not in expression and not expression.endswith("\\")
+    if raw and expression.isprintable():
+        return f"r'{expression}'"
+    return repr(expression)
 
 
 def _checked_k(k: object) -> float:

@@ -120,13 +120,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     n, size = args.documents, f"windows of {args.window} tokens"
     corpus = args.text or args.dataset or "the Python language reference"
     model = args.model or f"a small Llama of width {args.hidden_size}"
-    goldfish = rule.short() if rule else args.rule
     where = f"{state.num_processes} process(es) on {state.device}"
     state.print(
         f"Corpus: {corpus}, {len(texts)} documents\n"
         f"Split: {n} member and {n} held-out {size}\n"
-        f"Train: {model}, {args.epochs} epochs each, with the standard loss and with the "
-        f"goldfish loss ({goldfish}), {where} -> {output}"
+        f"Train: {model}, {args.epochs} epochs each, with the standard loss and with {rule}, "
+        f"{where} -> {output}"
     )
     if args.dry_run:
         return {}

@@ -18,7 +18,6 @@ from goldfish.text import check as check_module
 from goldfish.text import passages as module
 from goldfish.text.check import check
 from goldfish.text.exposure import Finder, likely_secrets
-from goldfish.text.findings import as_python
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -623,21 +622,6 @@ def test_checksums_of_words_ignore_case_only():
     words = [word.casefold() for word in text.split()]
     for i, word in enumerate(words):
         assert words.index(word) == checksums.index(checksums[i])
-
-
-def test_the_suggested_rule_is_the_rule_that_was_tried():
-    """Copied into a script, it is equal: no number is rounded and no argument is left out."""
-    for rule in (
-        Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)"),
-        Goldfish(k=10 / 3, secrets="it's \\d", seed=2**63),
-        Goldfish(k=1234567.25, h=5, window="inclusive", exempt=(1, 2), document_end=0),
-        Goldfish(k=2, strategy="letters", opening="keep", secrets="\x1b\\d\u202e'"),
-        Goldfish(k=2, strategy="entropy", guide="0" * 16),
-    ):
-        code = as_python(rule)
-        assert code.isprintable()
-        assert eval(code, {"Goldfish": Goldfish}) == rule
-    assert as_python(Goldfish(k=4.0)) == "Goldfish(k=4, h=13)"
 
 
 def test_columns_with_odd_names_and_without_secrets(letters, tmp_path):

@@ -110,7 +110,7 @@ def test_dry_run_says_what_would_run_and_leaves_nothing(tmp_path, capsys):
     assert memorize.main(["--dry_run", "--output_dir", str(tmp_path / "run")]) == {}
     shown = capsys.readouterr().out
     assert "32 member and 32 held-out windows of 256 tokens" in shown
-    assert "goldfish loss (k=4, " in shown
+    assert "Goldfish(k=4, h=13, max_kept=4), " in shown
     assert "max_kept=4" in shown
     assert not (tmp_path / "run").exists()
 

@@ -262,7 +262,7 @@ def test_no_second_rule_is_attached_to_premasked_rows(tmp_path, tokenizer, strea
             [Dataset.from_dict({"input_ids": ROWS}), masked]
         ).shuffle()
     with pytest.raises(
-        ValueError, match=r"labels masked by .* under Goldfish\(k=2, h=3, .* orig"
+        ValueError, match=r"labels masked by .* under Goldfish\(k=2, h=3\).* orig"
     ):
         premask(masked, RULE)
     arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True)

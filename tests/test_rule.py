@@ -333,3 +333,18 @@ def test_numbers_that_no_tensor_takes(arguments, message):
         largest.dropped(torch.arange(9)).tolist()
         == Goldfish().dropped(torch.arange(9)).tolist()
     )
+
+
+def test_a_rule_is_shown_as_the_code_that_makes_it():
+    """Copied into a script, it is equal: no number is rounded and no argument is left out."""
+    for rule in (
+        Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)"),
+        Goldfish(k=10 / 3, secrets="it's \\d", seed=2**63),
+        Goldfish(k=1234567.25, h=5, window="inclusive", exempt=(1, 2), document_end=0),
+        Goldfish(k=2, strategy="letters", opening="keep", secrets="\x1b\\d\u202e'"),
+        Goldfish(k=2, strategy="entropy", guide="0" * 16),
+    ):
+        code = str(rule)
+        assert code.isprintable()
+        assert eval(code, {"Goldfish": Goldfish}) == rule
+    assert repr(Goldfish(k=4.0)) == "Goldfish(k=4, h=13)"

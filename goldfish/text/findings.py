@@ -1,7 +1,7 @@
 """What `goldfish check` found, and how it is said in a terminal."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from shlex import quote
 
@@ -187,41 +187,8 @@ class Check:
         share = self.more / targets
         cost = f"{share:.1%} more tokens dropped, {remaining}."
         if self.suggested is not None:
-            return f"Train with {as_python(self.suggested)}: {cost}"
+            return f"Train with {self.suggested}: {cost}"
         if self.column:
             command = f"goldfish premask --secret-column {quote(self.column)}"
             return f"Write the labels with: {command}: {cost}"
         return "Replace them in the data, or give them in a --secret-column."
-
-
-def as_python(rule: Goldfish) -> str:
-    r"""The rule to copy into a script.
-
-    >>> print(as_python(Goldfish(k=4, h=13, max_kept=4, secrets=r"code (\d+)")))
-    Goldfish(k=4, h=13, max_kept=4, secrets=r'code (\d+)')
-    """
-    parts = []
-    for each in fields(rule):
-        value = getattr(rule, each.name)
-        is_usual = value == each.default and each.name not in ("k", "h")
-        # Of vocabularies and decisions a script makes its own.
-        if is_usual or not each.compare:
-            continue
-        if each.name == "secrets":
-            literal = _literal(value)
-        elif isinstance(value, str):
-            literal = f'"{value}"'
-        else:
-            is_whole = isinstance(value, float) and value.is_integer()
-            literal = repr(int(value) if is_whole else value)
-        parts.append(f"{each.name}={literal}")
-    return f"Goldfish({', '.join(parts)})"
-
-
-def _literal(expression: str) -> str:
-    """A raw string where it can be one: it has no way to write a quote, nor a backslash at its end,
-    and shows control characters as they are."""
-    raw = "'" not in expression and not expression.endswith("\\")
-    if raw and expression.isprintable():
-        return f"r'{expression}'"
-    return repr(expression)
