@@ -663,9 +663,10 @@ def _check_surveys(
     paths = {split: about["path"] for split, about in run["inputs"].items()}
     for split, each in surveys.items():
         if not each.indices:
-            reasons = [
-                f"{skipped['count']} {why}" for why, skipped in each.skipped.items()
-            ]
+            reasons = []
+            for why, skipped in each.skipped.items():
+                count = skipped["count"]
+                reasons.append(f"{count:,} {why}")
             raise ValueError(
                 f"{paths[split]} has no usable window: {counted(each.rows, 'row')}, none with "
                 f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens or a completion "

@@ -85,8 +85,11 @@ def _find(
     found: list[list[str]] = [[] for _ in outputs]
     for secret in secrets:
         for i, output in enumerate(outputs):
+            if secret not in output:
+                continue
             # A model that repeats what it was just given has not memorized it.
-            if secret in output and secret not in prompts[i]:
+            was_given = secret in prompts[i]
+            if not was_given:
                 found[i].append(secret)
     return found
 
@@ -137,7 +140,9 @@ def _alphabets(secrets: Sequence[str]) -> Mapping[str, str]:
     """The characters of each kind that the secrets have; all ten digits, if they have any."""
     characters: dict[str, set[str]] = {}
     for char in "".join(secrets):
-        characters.setdefault(_kind(char), set()).add(char)
+        kind = _kind(char)
+        of_kind = characters.setdefault(kind, set())
+        of_kind.add(char)
     characters.pop("", None)
     # Letters that no secret has may be left out on purpose (O and I in codes); digits never are.
     if "digit" in characters:

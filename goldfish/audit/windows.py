@@ -136,8 +136,10 @@ class Cutter:
                 text = training_text(row, self.tokenizer).text
         except RefusedChat:  # it has no windows either, and is counted as skipped
             return ()
-        spans = self.secrets(row, text, 0)
-        return tuple(dict.fromkeys(text[begin:end] for begin, end in spans))
+        secrets: dict[str, None] = {}
+        for begin, end in self.secrets(row, text, 0):
+            secrets[text[begin:end]] = None
+        return tuple(secrets)
 
     def _windows_of_text(
         self,
@@ -416,7 +418,8 @@ class _Secrets:
             return
         prompts = [cutter.decode(window.prefix) for window in windows]
         for secret in others:
-            if any(secret in prompt for prompt in prompts):
+            was_given = any(secret in prompt for prompt in prompts)
+            if was_given:
                 reason = "given in the prompt"
             elif windows:
                 reason = "outside of the windows"
@@ -470,7 +473,8 @@ class Relations:
         if not windows:
             return
         text = letters_of(row)
-        keys: set[tuple[Any, ...]] = {("letters", text)}
+        keys: set[tuple[Any, ...]] = set()
+        keys.add(("letters", text))
         keys.add(("name", self._split, windows[0].name))
         for window in windows:
             keys.add(("window", tuple(window.ids)))

@@ -39,6 +39,7 @@ def answers(view: View, redact: bool) -> tuple[list[Answer], int]:
     if not view.audit.run["protocol"].get("ask"):
         return [], 0
     marked = marked_secrets(view.windows, "members")
+    # Any answer may have them, though no question was about them.
     marked += view.audit.run.get("unasked_secrets", ())
     ranked = []
     for record in read_asked(view.audit.folder).to_pylist():

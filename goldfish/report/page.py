@@ -219,6 +219,7 @@ def sentences(views: Sequence[View], key: str) -> dict[str, list[int]]:
 def skipped_of(views: Sequence[View]) -> dict[str, list[int]]:
     """What was not asked, without the members' secrets: the card has them, with the reasons."""
     grouped = sentences(views, "skipped")
+    # The texts that were skipped stay, and the secrets of held-out texts.
     for view in views:
         if "members" in view.splits:
             for sentence in secrets_skipped(view.audit.run, "members"):

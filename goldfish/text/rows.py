@@ -212,7 +212,7 @@ def _rows_of_columns(columns: Mapping[str, Any]) -> list[Row]:
                 "to be in a list"
             )
         lists[name] = cells
-    lengths = {len(each) for each in lists.values()}
+    lengths = set(map(len, lists.values()))
     if len(lengths) > 1:
         raise ValueError(f"the columns {names} have unequal lengths: {sorted(lengths)}")
     rows = zip(*lists.values(), strict=True)
