@@ -111,6 +111,14 @@ def test_means_are_of_questions_as_in_training_and_rates_of_all():
     assert found["members.exact_match"].point() == "4 of 4"
     assert found["members.nll"] == alone["members.nll"]
     assert found["members.extractable"] == alone["members.extractable"]
+    # Drawn with certainty from the prompt that users' questions have.
+    for record in again:
+        record |= {"exact_match": False, "log_p": [0.0], "rank_bits": 0.0}
+    found = made_up_audit(records + again)
+    assert found["members.extractable"].point() == "4 of 4"
+    assert found["members.extractable_bound"].point() == "4 of 4"
+    (expected,) = found.rows.select(figure="expected", x=1000)
+    assert expected == alone.rows.select(figure="expected", x=1000)[0]
 
 
 def counted(*windows):

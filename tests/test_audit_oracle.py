@@ -32,7 +32,7 @@ def audit():
     columns = dict(ORACLE["records"])
     columns["name"], columns["document"] = columns["document"], columns.pop("cluster")
     count = len(columns["index"])
-    columns["asked"], columns["secrets"] = ["training"] * count, [[]] * count
+    columns["prompt_kind"], columns["secrets"] = ["training"] * count, [[]] * count
     rows = [
         dict(zip(columns, values, strict=True))
         for values in zip(*columns.values(), strict=True)

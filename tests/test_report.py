@@ -111,6 +111,23 @@ def test_secrets_come_first_and_are_marked(tmp_path):
     assert "2 of 12 marked secrets came out" in flat(redacted)
 
 
+def test_a_secret_that_was_not_asked_is_marked_where_it_came_out(tmp_path):
+    row = window(0, diverge=0) | {"secrets": ["fox"], "secret_log_p": [[-9.0]]}
+    row |= {"output_tokens": ["It is ", "LM9-77", "."], "output_text": "It is LM9-77."}
+    rows = [row, window(1, "heldout", diverge=0)]
+    audit = write_audit(
+        tmp_path / "a",
+        rows,
+        protocol={"secrets": "x"},
+        unasked_secrets=["LM9-77", "QQ1-2"],
+    )
+    html = report(tmp_path, audit)
+    assert "FAIL 1 of 2 marked secrets came out, in 1 of 2 answers" in flat(html)
+    assert "<i class=k>LM9-77</i>" in html
+    assert "QQ1-2" not in html, "a list of all secrets is no provenance"
+    assert "LM9-77" not in report(tmp_path, audit, redact=True, overwrite=True)
+
+
 def test_one_of_a_kind_is_singular(tmp_path):
     """One text, one secret, one row that was skipped: on the page, in the terminal, compared."""
     inputs = {}

@@ -320,7 +320,6 @@ def recitation(side: Side) -> Iterator[Figure]:
 
 def sampling(side: Side) -> Iterator[Figure]:
     """Extraction by sampling (Hayes et al. 2024): curves over the number of samples."""
-    side = side.as_trained
     # An upper bound under any temperature, top-k and top-p. A token of rank r has r tokens before
     # it that are at least as probable, so its own probability is at most 1 / (r + 1).
     log_p = -np.log(2) * side.numbers("rank_bits")
@@ -333,6 +332,9 @@ def sampling(side: Side) -> Iterator[Figure]:
         for draws in SAMPLES:
             found = side.rate("extractable", extracted(of_setting, draws))
             yield replace(found, setting=setting, x=draws)
+    side = side.as_trained
+    log_p = side.lists("log_p", len(side.settings))
+    for setting, of_setting in zip(side.settings, log_p.T, strict=True):
         for draws in SAMPLES:
             found = side.mean("expected", probability_within(of_setting, draws))
             yield replace(found, setting=setting, x=draws)
