@@ -32,6 +32,18 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<|endoftext|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# As Qwen3's: earlier answers are rendered without their thoughts.
+THINKING = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>{{ m.reasoning_content | default('') }}</think>{% endif %}"
+    "{{ m.content | default('', true) | trim }}"
+    "{% for call in m.tool_calls | default([], true) %}"
+    "<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 RULE = Goldfish(k=3, h=4)
 
 

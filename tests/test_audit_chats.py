@@ -5,8 +5,7 @@ import json
 import pandas
 import pytest
 import torch
-from helpers import tiny_llama
-from test_rows import TEMPLATE, say, write_jsonl
+from helpers import TEMPLATE, THINKING, say, tiny_llama, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldfish.audit import audit
@@ -17,17 +16,6 @@ from goldfish.text.rows import read_rows
 
 pytestmark = pytest.mark.core
 # As Qwen3's: a thought, perhaps an empty one, before the last answer only.
-THINKING = (
-    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
-    "{% for m in messages %}<{{ m.role }}>"
-    "{% if m.role == 'assistant' and loop.last %}"
-    "<think>{{ m.reasoning_content | default('') }}</think>{% endif %}"
-    "{{ m.content | default('', true) | trim }}"
-    "{% for call in m.tool_calls | default([], true) %}"
-    "<call>{{ call.function | tojson }}</call>{% endfor %}"
-    "<|endoftext|>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 TOOLS = [
     {
         "type": "function",

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PROSE
-from test_audit_chats import THINKING
-from test_rows import say
+from helpers import PROSE, THINKING, say
 from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast

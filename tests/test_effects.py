@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from helpers import BEFORE_5
-from test_trainer import RULE, trained, unequal_rows
+from helpers import BEFORE_5, RULE, tiny_llama, trained, unequal_rows
+from toy_tokenizers import byte_level
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaForCausalLM,
@@ -272,9 +271,9 @@ def test_virtual_tokens_predict_the_first_token(tmp_path, tokenizer, kind):
 # Rules that read text
 
 
-def test_a_rule_bound_to_another_tokenizer_is_refused(tmp_path, tokenizer, tokenizers):
+def test_a_rule_bound_to_another_tokenizer_is_refused(tmp_path, tokenizer):
     rule = Goldfish(k=4, h=2, strategy="letters")
-    other = next(iter(tokenizers.values()))
+    other = byte_level()
     with pytest.raises(ValueError, match="bound to another tokenizer"):
         trained(tmp_path, tokenizer, then=attached(rule.bind(other)))
     _, losses, _ = trained(tmp_path, tokenizer, then=attached(rule.bind(tokenizer)))

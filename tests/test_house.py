@@ -240,3 +240,10 @@ def test_wheel_works_outside_the_checkout(tmp_path):
         cwd=tmp_path,
     )
     assert str(wheel) in found.stdout
+
+
+def test_what_tests_share_is_in_no_test():
+    """Otherwise a change of one test breaks another; helpers.py is for both."""
+    tests = Path(__file__).parent
+    imports = re.compile(r"^(from|import) (test_|conftest)", re.MULTILINE)
+    assert not [p.name for p in tests.glob("*.py") if imports.search(p.read_text())]
