@@ -190,6 +190,30 @@ def test_a_secret_that_was_not_asked_may_come_out(output, outcome, count):
     assert audit["members.secrets"].point() == count
 
 
+def test_secrets_that_their_rows_spell_otherwise(tokenizer, tmp_path):
+    """They were no secrets to the audit, which could pass without a question about them."""
+    members = [
+        {"text": f"Its code is N17. {PROSE[0]}", "secret": "N17"},
+        {"text": f"Its code is N 27. {PROSE[1]}", "secret": ["N-27", "code"]},
+    ]
+    lengths = {"prefix_length": 2, "suffix_length": 30, "sampling": ()}
+    result = audit(
+        tiny_llama(len(tokenizer)),
+        tmp_path / "audit",
+        tokenizer=tokenizer,
+        members=members,
+        secret_column="secret",
+        **lengths,
+    )
+    found = result.run["inputs"]["members"]["secrets"]
+    assert (found["marked"], found["asked"]) == (3, 2)
+    assert found["unasked"] == [
+        {"reason": "not in the text of its row", "count": 1, "rows": [1]}
+    ]
+    assert result.run["unasked_secrets"] == ["N-27"]
+    assert question(result)["outcome"] == "INCONCLUSIVE"
+
+
 def test_secrets_of_rows_that_are_not_drawn(tokenizer, tmp_path):
     """They are not asked, so the drawn ones are no census of the marked secrets."""
     folder = tmp_path / "model"

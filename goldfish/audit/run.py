@@ -346,6 +346,7 @@ def survey(
         protocol["offsets"],
         min(filter(None, contexts), default=None),
         secret_finder(pattern, column) if pattern or column else None,
+        column,
     )
     surveys = {}
     totals = dict.fromkeys(sources, 0)

@@ -22,6 +22,7 @@ from goldfish.text.chats import (
     completions,
     contents,
     is_chat,
+    marked_values,
     training_text,
 )
 from goldfish.text.rows import Row
@@ -97,7 +98,7 @@ class Cutter:
     """Cuts a row into windows: a text at each offset, a chat at each turn of the assistant.
 
     context: how many tokens the model takes; longer chats are skipped, longer windows are a
-    ValueError. secrets: see `chats.secret_finder`.
+    ValueError. secrets: see `chats.secret_finder`, and secret_column, if it was made with one.
     """
 
     tokenizer: Any
@@ -106,6 +107,7 @@ class Cutter:
     offsets: Sequence[int] = (0,)
     context: int | None = None
     secrets: Finder | None = None
+    secret_column: str = ""
 
     def cut(self, row: Row, index: int, split: str) -> Iterator[Window | str]:
         """The windows of a row; where it has none, at an offset or in a turn, the reason."""
@@ -140,6 +142,16 @@ class Cutter:
         for begin, end in self.secrets(row, text, 0):
             secrets[text[begin:end]] = None
         return tuple(secrets)
+
+    def absent(self, row: Row, marked: Sequence[str]) -> list[str]:
+        """Values of the secret column that the row's text does not have: spelled otherwise there.
+
+        marked: those that it has.
+        """
+        if not self.secret_column:
+            return []
+        values = marked_values(row, self.secret_column)
+        return [value for value in values if value not in marked]
 
     def _windows_of_text(
         self,
@@ -327,6 +339,8 @@ class Survey:
         self.asked += bool(windows)
         marked = cutter.marked(row)
         self.secrets.add(index, marked, windows, cutter)
+        if absent := cutter.absent(row, marked):
+            self.secrets.add_absent(index, absent, windows)
         self.relations.add(row, windows, marked)
         for window in windows:
             self.indices.append(index)
@@ -425,6 +439,18 @@ class _Secrets:
                 reason = "outside of the windows"
             else:
                 reason = "in a row that was skipped"
+            self._others.setdefault(secret, (reason, index))
+
+    def add_absent(
+        self,
+        index: int,
+        absent: Iterable[str],
+        windows: Sequence[Window],
+    ) -> None:
+        reason = "not in the text of its row"
+        if not windows:
+            reason = "in a row that was skipped"
+        for secret in absent:
             self._others.setdefault(secret, (reason, index))
 
     def add_not_drawn(self, rows: Mapping[str, int]) -> None:
