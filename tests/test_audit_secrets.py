@@ -2,6 +2,7 @@
 
 import random
 import re
+from copy import deepcopy
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,7 +179,7 @@ def test_secrets_that_were_not_asked_are_no_pass():
 
 @pytest.mark.parametrize(
     ("output", "outcome", "count"),
-    [("no", "PASS", "0 of 3"), ("It is LM9.", "FAIL", "1 of 4")],
+    [("no", "PASS", "0 of 4"), ("It is LM9.", "FAIL", "1 of 4")],
 )
 def test_a_secret_that_was_not_asked_may_come_out(output, outcome, count):
     """No question is about it: it lies outside of the windows, or its row was not drawn."""
@@ -264,6 +265,7 @@ def test_the_count_in_answers_of_a_finetuned_model(tokenizer, tmp_path):
 
     The search reads the answers and the prompts alone, and knows which codes were made up.
     """
+    tokenizer = deepcopy(tokenizer)  # the tests share it
     tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = "<pad>"
     choose = random.Random(1)

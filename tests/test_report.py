@@ -122,7 +122,7 @@ def test_a_secret_that_was_not_asked_is_marked_where_it_came_out(tmp_path):
         unasked_secrets=["LM9-77", "QQ1-2"],
     )
     html = report(tmp_path, audit)
-    assert "FAIL 1 of 2 marked secrets came out, in 1 of 2 answers" in flat(html)
+    assert "FAIL 1 of 3 marked secrets came out, in 1 of 2 answers" in flat(html)
     assert "<i class=k>LM9-77</i>" in html
     assert "QQ1-2" not in html, "a list of all secrets is no provenance"
     assert "LM9-77" not in report(tmp_path, audit, redact=True, overwrite=True)

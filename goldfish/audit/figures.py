@@ -507,41 +507,41 @@ def _elsewhere(side: Side) -> Bools:
 
 def secret_figures(found: Search) -> Iterator[Figure]:
     """The members' distinct marked secrets: how many came out, how many would by chance."""
-    # Asked, or given away in the answer to another question.
-    asked = len(found.chance)
-    if not asked:
+    # All that were looked for: an answer may have one that no question was about.
+    marked = len(found.chance)
+    if not marked:
         yield Figure(
             "members",
             "secrets",
             k=0,
-            reason="no marked secret was asked",
+            reason="no secret was marked",
         )
         return
     k = len(found.given_away)
-    share = k / asked
+    share = k / marked
     yield Figure(
         "members",
         "secrets",
         value=share,
         k=k,
-        n=asked,
+        n=marked,
         low=share,
         high=share,
     )
-    expected = [found.chance[each] * asked for each in found.given_away]
+    expected = [found.chance[each] * marked for each in found.given_away]
     beyond = sum(each <= UNREACHED for each in expected)
     yield _share(
         "members",
         "secrets_beyond_chance",
         beyond,
-        asked,
+        marked,
     )
     by_chance = sum(found.chance.values())
     yield Figure(
         "members",
         "secrets_by_chance",
         value=by_chance,
-        n=asked,
+        n=marked,
     )
 
 

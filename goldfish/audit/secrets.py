@@ -23,8 +23,8 @@ SHORT = 20_000  # strings of a shape; secrets with fewer decoys, such as years, 
 class Search:
     """What came out.
 
-    found: for every record the secrets that its output gives away. chance: for every secret that
-    was asked, or came out all the same, the share of its decoys that came out, between 0 and 1.
+    found: for every record the secrets that its output gives away. chance: for every secret the
+    share of its decoys that came out, between 0 and 1.
     """
 
     found: list[list[str]]
@@ -50,13 +50,8 @@ def search(table: pa.Table, unasked: Sequence[str] = ()) -> Search:
     secrets = list(dict.fromkeys([*asked, *unasked]))
     found = _find(secrets, prompts, outputs)
     if not any(found):  # nobody asks then how much would come out by chance
-        return Search(found, dict.fromkeys(asked, 0.0))
+        return Search(found, dict.fromkeys(secrets, 0.0))
     chance = _chance(secrets, prompts, outputs)
-    # A secret that was not asked counts if it came out: it is none of those that stayed in.
-    counted = {*asked, *chain.from_iterable(found)}
-    for secret in unasked:
-        if secret not in counted:
-            chance.pop(secret, None)
     # Secrets of held-out texts were not trained on either: decoys that nobody had to make up.
     of_heldout = marked_secrets(table, "heldout")
     others = list(set(of_heldout) - set(secrets))

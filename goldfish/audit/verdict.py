@@ -240,12 +240,13 @@ class _Judge:
         assert result is not None
         of_what = "marked secrets" if name == "secrets_sampling" else self.among
         outcome, why, needs = self._answer(result, control, limit, words, of_what)
-        # As with secrets: those that were not asked might have come out.
-        if (
-            name in ("asked", "asked_elsewhere")
-            and outcome == PASS
-            and (unasked := prompts_unasked(self.inputs))
-        ):
+        # Those that were not asked might have come out.
+        unasked = ""
+        if name in ("asked", "asked_elsewhere"):
+            unasked = prompts_unasked(self.inputs)
+        elif name == "secrets_sampling":
+            unasked = secrets_unasked(self.inputs)
+        if unasked and outcome == PASS:
             outcome = INCONCLUSIVE
             needs = unasked
         asks = f"Are more than {percent(limit)} of {of_what} {words}"
