@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from about import RESULTS, about, markdown
 
-from goldfish.audit.figures import secret_figures
+from goldfish.audit.figures import NEAR_VERBATIM, secret_figures
 from goldfish.audit.intervals import Figure, Figures, Population, mean, rate
 from goldfish.audit.membership import Scores, membership_figures
 from goldfish.audit.secrets import search
@@ -72,6 +72,8 @@ def run_of(n: int, rows: int, complete: bool) -> dict[str, Any]:
         "beams": [4],
         "offsets": [0],
         "control": None,
+        "ask": None,
+        "near_verbatim": NEAR_VERBATIM,
         "complete": complete,
         "secrets": None,
         "secret_column": None,
