@@ -59,9 +59,7 @@ def test_a_census_is_exact_and_a_large_population_a_sample():
     assert hypergeometric(3, 62, 10**7) == pytest.approx(
         clopper_pearson(3, 62), abs=2e-4
     )
-    assert (
-        str(rate([False] * 62, population=Population(62))) == "0 of 62 (all were asked)"
-    )
+    assert str(rate([False] * 62, population=Population(62))) == "0 of 62 (exact)"
 
 
 def test_windows_of_one_document_count_as_one():

@@ -259,7 +259,7 @@ def test_secrets_that_sampling_brings_out():
         e for e in audit.verdict["questions"] if e["question"] == "secrets_sampling"
     )
     assert sampled["outcome"] == "FAIL"
-    assert sampled["why"].endswith("exact, as all were asked; held-out 0 of 99")
+    assert sampled["why"].endswith("exact for those that were asked; held-out 0 of 99")
 
 
 def test_the_count_in_answers_of_a_finetuned_model(tokenizer, tmp_path):

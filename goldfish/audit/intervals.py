@@ -76,7 +76,7 @@ class Figure:
         if high is None:
             return f"at least {write(low)}"
         if low == high:  # of a census
-            return "all were asked"
+            return "exact"
         dash = " to " if low < 0 else "–"  # no dash before a minus sign
         return f"{write(low).removesuffix('%')}{dash}{write(high)}"
 

@@ -279,7 +279,7 @@ class _Judge:
         count = f"{result.point()} {what}"
         # Of a census there is nothing to estimate.
         exact = low == high
-        all_of_them = "exact, as all were asked"
+        all_of_them = "exact for those that were asked"
         if control is not None and _is_below(result, control):
             why = (
                 f"{count}, but {control.point()} held-out texts: are the files swapped?"
