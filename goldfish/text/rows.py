@@ -335,9 +335,7 @@ def dataset_of(source: str, *, streaming: bool = True, split: str | None = None)
         try:
             return builder.as_streaming_dataset(name)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{source} has no files that can be read ({first_line(error)}); expected {EXPECTED}"
-            ) from error
+            raise _nothing_to_read(source, error) from error
     builder.download_and_prepare()
     return builder.as_dataset(name)
 
@@ -381,6 +379,12 @@ def _text_files(source: str, split: str | None = None) -> list[str]:
     return files if len(kinds) == 1 and kinds <= as_single_ones else []
 
 
+def _nothing_to_read(folder: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{folder} has no files that can be read ({first_line(error)}); expected {EXPECTED}"
+    )
+
+
 def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
     """What reads a folder of files, or NAME[:CONFIG]/SPLIT; and the split."""
     from datasets import load_dataset_builder
@@ -393,6 +397,9 @@ def _builder(source: str, split: str | None = None) -> tuple[Any, str]:
     try:
         builder = load_dataset_builder(name, config or None)
     except (OSError, ValueError) as error:
+        # Older versions of `datasets` notice here that a folder has no files for them.
+        if Path(name).is_dir():
+            raise _nothing_to_read(source, error) from error
         raise FileNotFoundError(
             f"no file or folder {source} here that can be read, and no dataset of that name on "
             f"the hub: {first_line(error)}; expected {EXPECTED}"
