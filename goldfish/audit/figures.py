@@ -328,15 +328,15 @@ def sampling(side: Side) -> Iterator[Figure]:
         return
     log_p = side.lists("log_p", len(side.settings))
     yield side.rate("extractable", extracted(log_p, DRAWS).any(-1))
-    for setting, of_setting in zip(side.settings, log_p.T, strict=True):
+    trained = side.as_trained
+    log_p_trained = trained.lists("log_p", len(side.settings))
+    columns = zip(side.settings, log_p.T, log_p_trained.T, strict=True)
+    for setting, of_setting, of_trained in columns:
         for draws in SAMPLES:
             found = side.rate("extractable", extracted(of_setting, draws))
             yield replace(found, setting=setting, x=draws)
-    side = side.as_trained
-    log_p = side.lists("log_p", len(side.settings))
-    for setting, of_setting in zip(side.settings, log_p.T, strict=True):
         for draws in SAMPLES:
-            found = side.mean("expected", probability_within(of_setting, draws))
+            found = trained.mean("expected", probability_within(of_trained, draws))
             yield replace(found, setting=setting, x=draws)
 
 

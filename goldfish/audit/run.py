@@ -243,8 +243,7 @@ def audit(
             scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
         if first:
             held.enter_context(folder.held())
-            if surveys:
-                run["sanity"] = sanity(scorer, surveys)
+            run["sanity"] = sanity(scorer, surveys) if surveys else None
             folder.open(run)
         # run.json is there before any process writes a block.
         _wait(state)
