@@ -581,14 +581,14 @@ def _model(name: str | None) -> Any:
         return None
     import torch
 
-    from goldfish.audit.model import Checkpoint
+    from goldfish.checkpoint import Checkpoint
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Checkpoint(name).model(device)
 
 
 def _premask(args: argparse.Namespace) -> None:
-    from goldfish.audit.model import load_tokenizer
+    from goldfish.checkpoint import load_tokenizer
     from goldfish.premasking import premask_files
 
     tokenizer = load_tokenizer(args.tokenizer)
@@ -608,7 +608,7 @@ def _premask(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     from rich.text import Text
 
-    from goldfish.audit.model import load_tokenizer
+    from goldfish.checkpoint import load_tokenizer
     from goldfish.text.show import show
 
     text = (
@@ -629,7 +629,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from goldfish.audit.model import load_tokenizer
+    from goldfish.checkpoint import load_tokenizer
     from goldfish.text.check import check
 
     rule = _rule(args)  # a bad rule is reported before the tokenizer is loaded

@@ -1,9 +1,10 @@
-"""The transformers model inside the wrappers that training puts around it."""
+"""What a model is and takes, whatever training has wrapped around it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Names that configurations have for the length of the context.
@@ -120,3 +121,34 @@ def _adapted(model: nn.Module) -> Any:
     """What has the adapters: a PeftModel, or a model of transformers after add_adapter."""
     parts = (part for part in model.modules() if getattr(part, "peft_config", None))
     return next(parts, None)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's inputs go. Of a model that is spread over several places, the first weights
+    may be elsewhere.
+    """
+    hook = getattr(model, "_hf_hook", None)
+    return torch.device(model.device if hook is None else hook.execution_device)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Entries of the model's output."""
+    head = bare_model(model).get_output_embeddings()
+    if head is None:
+        return int(model.config.get_text_config().vocab_size)
+    return int(head.weight.shape[0])
+
+
+def rotary_switch(config: Any) -> int | None:
+    """After how many tokens a model with LongRoPE uses other rotary factors for all positions."""
+    config = config.get_text_config()
+    # transformers 5 has rope_parameters, earlier versions rope_scaling.
+    parameters = getattr(config, "rope_parameters", None)
+    parameters = parameters or getattr(config, "rope_scaling", None) or {}
+    # Models with several kinds of layers have parameters for each.
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    for kind in (parameters, *nested):
+        if kind.get("rope_type", kind.get("type")) == "longrope":
+            trained = kind.get("original_max_position_embeddings")
+            return int(trained or config.original_max_position_embeddings)
+    return None

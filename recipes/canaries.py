@@ -19,8 +19,8 @@ import numpy as np
 import pandas
 import runs
 
-from goldfish.audit.model import load_tokenizer
 from goldfish.audit.records import read_records
+from goldfish.checkpoint import load_tokenizer
 
 # Exposure against the number of repeats: four canaries for each.
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128) * 4

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from goldfish import Goldfish
-from goldfish.audit.model import load_tokenizer
+from goldfish.checkpoint import load_tokenizer
 from goldfish.report import write_report
 
 

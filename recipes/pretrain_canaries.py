@@ -63,8 +63,8 @@ from transformers import (
 )
 
 from goldfish import attach
-from goldfish.audit.model import load_tokenizer
 from goldfish.audit.records import read_records
+from goldfish.checkpoint import load_tokenizer
 from goldfish.receipt import read_receipt
 
 

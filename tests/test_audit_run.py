@@ -20,11 +20,11 @@ from helpers import BEFORE_5, PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, run
-from goldfish.audit.model import Checkpoint
 from goldfish.audit.records import read_records
 from goldfish.audit.results import Folder
 from goldfish.audit.score import Sampling, Scorer
 from goldfish.audit.windows import Cutter, Survey, number_documents
+from goldfish.checkpoint import Checkpoint
 from goldfish.receipt import DropCounts, write_receipt
 
 pytestmark = pytest.mark.core

@@ -325,7 +325,7 @@ def test_the_search_takes_no_more_than_half_of_the_free_memory(model, monkeypatc
     token.
     """
     free = types.SimpleNamespace(available=1000 * 2 * 256)
-    monkeypatch.setattr(score_module.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(model_module.psutil, "virtual_memory", lambda: free)
     assert cache_tokens(model, 10**6) == 1000
     assert cache_tokens(model, 77) == 77
     assert cache_tokens(toy_model("mamba"), 77) == 77

@@ -39,6 +39,7 @@ ORDER = [
     "guide",
     "gauge",
     "receipt",
+    "checkpoint",
     "premasking",
     "unsupported",
     "trainer",

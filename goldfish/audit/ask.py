@@ -377,8 +377,8 @@ class Asker:
     def _run(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
         import torch
 
-        from goldfish.audit.model import device_of
-        from goldfish.audit.score import generate
+        from goldfish.audit.model import generate
+        from goldfish.unwrap import device_of
 
         length = self._room(prompts[0])
         if length < 1:

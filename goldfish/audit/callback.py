@@ -11,11 +11,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from goldfish.audit.model import InMemory
 from goldfish.audit.results import Audit
 from goldfish.audit.run import audit
 from goldfish.audit.score import Scorer
 from goldfish.audit.windows import Cutter, Window
+from goldfish.checkpoint import InMemory
 from goldfish.report import write_report
 from goldfish.text.rows import Source, in_memory, read_rows
 from goldfish.unwrap import context_of

@@ -1,489 +1,23 @@
-"""Checkpoints -> tokenizer, model, receipt; and a model's logits, a few rows at a time.
+"""What an audit runs of a model: its logits, a few rows at a time, and its `generate`."""
 
-Code and pickles of others run only where the caller allows it.
-"""
-
-import hashlib
-import json
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import cached_file
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+)
 
-from goldfish.receipt import FILE_NAME, read_receipt
-from goldfish.text.printable import counted
-from goldfish.text.rows import first_line, sha256
-from goldfish.unwrap import bare_model, evaluation_mode
+from goldfish.unwrap import device_of, vocabulary_of
 
-_log = logging.getLogger(__name__)
 # Bytes of float32 logits that are alive at a time.
 LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py", *_PICKLES)
-# Put before the names of weights by torch.compile and by DDP: "module._orig_mod.lm_head".
-_WRAPPERS = re.compile(r"(?<![^.])(?:(?:_orig_mod|module)\.)+")
-# A folder with a tokenizer has at least one of these.
-_TOKENIZERS = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-)
-_ADAPTER = "adapter_config.json"
-# Kinds of adapters that put tokens before a text instead of changing weights.
-_VIRTUAL = (
-    "PROMPT_TUNING",
-    "PREFIX_TUNING",
-    "P_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "CARTRIDGE",
-)
-# Values of LoRA's init_lora_weights with which the base's weights are changed too.
-_REBUILT = ("pissa_niter", "corda", "lora_ga")
-_WEIGHTS = tuple(
-    name + index
-    for name in ("model.safetensors", "pytorch_model.bin")
-    for index in ("", ".index.json")
-)
-
-
-class Checkpoint:
-    """A folder, hub name or GGUF file with a model; or an adapter, which is loaded over the model
-    that it names.
-
-    Args:
-        name: the folder or hub name, or either with a file such as `model.gguf` behind it.
-        revision: of a hub name: a branch, tag or commit.
-        trust_remote_code: run the checkpoint's own code.
-
-    Raises:
-        FileNotFoundError: no such folder. ValueError: a revision of a folder.
-    """
-
-    def __init__(
-        self,
-        name: str | Path,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        path = Path(name)
-        self.name = str(name)
-        self.dtype: str | None = None  # it is loaded in any
-        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if path.suffix == ".gguf":
-            self._options["gguf_file"] = path.name
-            path = path.parent
-        self._place = str(path)
-        self._is_folder = path.is_dir()
-        # Names on the hub are NAME or OWNER/NAME.
-        hub_name = not path.is_absolute() and len(path.parts) <= 2
-        if not self._is_folder and (path.exists() or not hub_name):
-            raise FileNotFoundError(f"no checkpoint folder {path}")
-        self._options["local_files_only"] = self._is_folder  # never asks the network
-        if revision is not None:
-            if self._is_folder:
-                raise ValueError(
-                    f"{path} is a folder, which has no revisions; a revision is of a hub name"
-                )
-            self._options["revision"] = revision
-
-    def file(self, name: str) -> Path | None:
-        """The path of one of its files; None where there is none."""
-        revision = self._options.get("revision")
-        cached = cached_file(
-            self._place,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return None if cached is None else Path(cached)
-
-    @cached_property
-    def base(self) -> "Checkpoint | None":
-        """The model that an adapter names; None for a whole model."""
-        path = self.file(_ADAPTER)
-        # Not by config.json: Axolotl saves that of the base beside an adapter.
-        if path is None or any(map(self.file, _WEIGHTS)):
-            return None
-        adapter = json.loads(path.read_text(encoding="utf-8"))
-        base = adapter.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(
-                f"{path} does not name its base model; set base_model_name_or_path there"
-            )
-        return Checkpoint(
-            base, adapter.get("revision"), self._options["trust_remote_code"]
-        )
-
-    def tokenizer(self) -> Any:
-        """AutoTokenizer's; an adapter without one has its base's.
-
-        Raises:
-            FileNotFoundError: no such hub name. ValueError: there is no tokenizer, or one that does
-            not load.
-        """
-        try:
-            base = self.base
-            # In a folder transformers makes an empty tokenizer where there is none, so look before
-            # asking.
-            of_gguf = "gguf_file" in self._options  # it holds a tokenizer of its own
-            look = not of_gguf and (self._is_folder or base is not None)
-            if not look or any(map(self.file, _TOKENIZERS)):
-                return AutoTokenizer.from_pretrained(self._place, **self._options)
-        except OSError as error:
-            if self._is_folder:
-                raise
-            raise FileNotFoundError(
-                f"no folder {self.name} here, and no model of that name on the hub: "
-                f"{first_line(error)}"
-            ) from error
-        except Exception as error:  # the tokenizers package raises plain Exceptions
-            # JSONDecodeError is a ValueError too, whose words do not name the file.
-            damaged = isinstance(error, json.JSONDecodeError)
-            if isinstance(error, ValueError) and not damaged:
-                raise
-            raise ValueError(
-                f"the tokenizer of {self.name} cannot be loaded ({first_line(error)}); save it "
-                "again"
-            ) from error
-        if base is not None:
-            return base.tokenizer()
-        raise ValueError(
-            f"{self.name} holds no tokenizer; save it there with "
-            f"tokenizer.save_pretrained({self.name!r}), "
-            "or pass it to Trainer as processing_class so that checkpoints include it"
-        )
-
-    def config(self) -> Any:
-        """The configuration of a causal model; an adapter's is its base's.
-
-        Raises:
-            ValueError: an encoder-decoder model; a missing package.
-        """
-        if self.base is not None:
-            return self.base.config()
-        config = self._loaded(
-            lambda: AutoConfig.from_pretrained(self._place, **self._options)
-        )
-        if config.is_encoder_decoder:
-            raise ValueError(
-                f"{self.name} is an encoder-decoder model ({config.model_type}); the audit is of "
-                "causal language models, which continue a text from its prefix"
-            )
-        return config
-
-    def model(
-        self,
-        device: torch.device,
-        *,
-        dtype: str = "float32",
-        allow_pickle: bool = False,
-        device_map: str | dict[str, Any] | None = None,
-    ) -> Any:
-        """The causal language model, for evaluation; an adapter with its base.
-
-        device_map: of accelerate, such as "auto": spreads the model over the GPUs, the memory and
-        the disk, instead of `device`.
-
-        Raises:
-            ValueError: weights that exist only as pickle, which can run code when they are loaded;
-                weights that do not fit the model; a model that is not causal; a missing package.
-        """
-        # Importing it takes a second, which `goldfish show` and `check` need not wait for.
-        from transformers import AutoModelForCausalLM
-
-        if self.base is not None:
-            model = self.base.model(
-                device, dtype=dtype, allow_pickle=allow_pickle, device_map=device_map
-            )
-            return self._adapted(model, allow_pickle)
-        self.config()
-        self._require_adapter_that_loads()  # transformers loads one that is beside the weights too
-        options = dict(self._options)
-        if device_map is not None:
-            offloaded = TemporaryDirectory()
-            options["offload_folder"] = offloaded.name
-
-        def load(**more: Any) -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                self._place,
-                dtype=getattr(torch, dtype),
-                use_safetensors=None if allow_pickle else True,
-                ignore_mismatched_sizes=True,  # reported with the rest, instead of raised
-                output_loading_info=True,
-                device_map=device_map or device,
-                **options,
-                **more,
-            )
-
-        try:
-            model, info = self._loaded(load)
-            unexpected = set(info["unexpected_keys"])
-            # Saved from within a wrapper: without its name, keys are those that are missing.
-            bare = {_WRAPPERS.sub("", key) for key in unexpected}
-            if bare != unexpected and bare & set(info["missing_keys"]):
-                model, info = load(key_mapping={_WRAPPERS.pattern: ""})
-        except OSError as error:
-            # transformers' words for it name the file that it wanted.
-            no_safetensors = "safetensors" in str(error)
-            if self._is_folder and not self._pickles():
-                no_safetensors = False  # there are no weights of any kind
-            if allow_pickle or not no_safetensors:
-                raise
-            raise ValueError(f"{self._only_pickles()} ({first_line(error)})") from error
-        if device_map is not None:
-            model.offloaded = offloaded  # or it would be deleted now
-        if problems := _misfits(info):
-            raise ValueError(
-                f"the weights of {self.name} do not fit its configuration: {problems}. An audit "
-                "of such a model would say nothing about the trained one; save it again with "
-                "model.save_pretrained(...)"
-            )
-        require_causal(model, self.name)
-        return model.eval()
-
-    def _adapted(self, model: Any, allow_pickle: bool) -> Any:
-        # load_adapter falls back on pickles without asking.
-        safe = not self._is_folder or any(Path(self._place).glob("*.safetensors"))
-        if not allow_pickle and not safe:
-            raise ValueError(self._only_pickles())
-        self._require_adapter_that_loads()
-        revision = {"revision": self._options.get("revision")}
-        try:
-            info = model.load_adapter(self._place, adapter_kwargs=revision)
-            if info is None:
-                raise ValueError(
-                    "this version does not say whether its weights fit: update to transformers 5"
-                )
-            if problems := _misfits(vars(info)):
-                raise ValueError(problems)
-        # Such as those of DoRA, and of resized embeddings.
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(
-                f"{self.name} is an adapter that transformers cannot load over its base "
-                f"({first_line(error)}); save the merged model and audit that: "
-                "model.merge_and_unload().save_pretrained(...)"
-            ) from error
-        return model.eval()
-
-    def _require_adapter_that_loads(self) -> None:
-        """ValueError for adapters that no merge or load gives back as they were trained."""
-        path = self.file(_ADAPTER)
-        if path is None:
-            return
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = str(settings.get("peft_type"))
-        if kind in _VIRTUAL:
-            raise ValueError(
-                f"{self.name} is an adapter of the kind {kind}: virtual tokens before every text, "
-                "which transformers cannot load and no merge can write into weights. The audit "
-                "is of models that read a text alone; train with LoRA to audit what was learned"
-            )
-        start = str(settings.get("init_lora_weights"))
-        if start.startswith(_REBUILT):
-            raise ValueError(
-                f"{self.name} was initialised with {start!r}, which changes the base model's "
-                "weights by chance, and again in another way when it is loaded: this is not the "
-                "model that was trained. Save the merged model in the session that trained it, "
-                "model.merge_and_unload().save_pretrained(...), or convert the adapter with "
-                "save_pretrained(path_initial_model_for_weight_conversion=...), and audit that"
-            )
-
-    def receipt(self) -> dict[str, Any] | None:
-        """goldfish.json; None where there is none. See `goldfish.receipt.read_receipt`."""
-        try:
-            path = self.file(FILE_NAME)
-        except OSError as error:
-            _log.warning(
-                "Could not ask the hub for the %s of %s, so no rule is known: %s",
-                FILE_NAME,
-                self.name,
-                error,
-            )
-            return None
-        return None if path is None else read_receipt(path.parent)
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every file that an audit may read, by name; an adapter's base included."""
-        of_gguf = self._options.get("gguf_file")
-        some = self.file(of_gguf or ("config.json" if self.base is None else _ADAPTER))
-        if some is None:
-            files = []
-        elif of_gguf:  # a folder of them has a file for each quantization
-            files = [some]
-        else:  # on the hub, what lies in the snapshot that was downloaded
-            files = sorted(some.parent.iterdir())
-        hashes = {}
-        for path in files:
-            if path.is_file() and path.suffix in _READ:
-                hashes[path.name] = sha256(path)
-        if self.base is not None:
-            for name, digest in self.base.hashes().items():
-                hashes[f"base/{name}"] = digest
-        return hashes
-
-    def put_back(self) -> None:
-        """Nothing was changed: the audit loaded a model of its own."""
-
-    def _pickles(self) -> list[str]:
-        files = Path(self._place).iterdir() if self._is_folder else ()
-        return sorted(path.name for path in files if path.suffix in _PICKLES)
-
-    def _only_pickles(self) -> str:
-        names = ", ".join(self._pickles())
-        but = f" but {names}" if names else ""
-        return (
-            f"{self.name} has no safetensors weights{but}: pickles can run code when they are "
-            "loaded. Save it again with model.save_pretrained(...), or, if you trust its author, "
-            "allow them: --allow-pickle"
-        )
-
-    def _loaded(self, load: Callable[[], Any]) -> Any:
-        try:
-            return load()
-        except ImportError as error:
-            raise ValueError(
-                f"{self.name} needs a package that is not installed: {first_line(error)}"
-            ) from error
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{self.name} does not fit in memory, try --dtype bf16: {first_line(error)}"
-            ) from error
-        # Sizes that differ, in an adapter and in older versions of transformers.
-        except RuntimeError as error:
-            raise ValueError(
-                f"the weights of {self.name} do not fit its configuration: {error}"
-            ) from error
-
-
-def _misfits(info: Mapping[str, Any]) -> str:
-    """The weights that only the model or only the files have, in words; empty if there are none."""
-    kinds = {
-        "without a place in the model": info["unexpected_keys"],
-        "missing in the files": info["missing_keys"],
-        "of another shape": [
-            key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]
-        ],
-    }
-    return "; ".join(
-        f"{counted(len(names), 'weight')} {text} "
-        f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for text, names in kinds.items()
-        if names
-    )
-
-
-class InMemory:
-    """A model that is loaded already, such as at the end of its training, as a `Checkpoint`.
-
-    Its dtype and device are its own. Raises ValueError without a tokenizer.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        if tokenizer is None:
-            raise ValueError(
-                "a model in memory needs its tokenizer: audit(model, tokenizer=...)"
-            )
-        self._model = model
-        self._tokenizer = tokenizer
-        self._evaluated = ExitStack()
-        self.name = str(model.config.name_or_path or type(model).__name__)
-        self.dtype = str(model.dtype).removeprefix("torch.")
-
-    def tokenizer(self) -> Any:
-        return self._tokenizer
-
-    def config(self) -> Any:
-        return self._model.config
-
-    def receipt(self) -> None:
-        """Its rule is with the trainer until it is saved."""
-
-    def model(self, device: torch.device, **options: Any) -> Any:
-        self._evaluated.enter_context(evaluation_mode(self._model))
-        require_causal(self._model, self.name)
-        return self._model
-
-    def put_back(self) -> None:
-        """As it was before the audit."""
-        self._evaluated.close()
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of all parameters and buffers, in the order of their names."""
-        result = hashlib.sha256()
-        for name, value in sorted(self._model.state_dict().items()):
-            # As bytes: numpy has no bfloat16.
-            data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            result.update(name.encode())
-            result.update(data.numpy())
-        return {"in memory": result.hexdigest()}
-
-
-def load_tokenizer(checkpoint: str | Path) -> Any:
-    """The tokenizer of a folder, hub name or GGUF file; see `Checkpoint.tokenizer`."""
-    return Checkpoint(checkpoint).tokenizer()
-
-
-@torch.inference_mode()
-def require_causal(model: Any, checkpoint: str) -> None:
-    """ValueError where the last token changes the logits before it: such a model sees what it
-    should predict.
-    """
-    # Four rows that differ in their last token alone.
-    known = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(16, device=device_of(model)).repeat(4, 1) % known
-    ids[:, -1] = torch.arange(4, device=ids.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    moved = (logits - logits[:1]).abs().max().item()
-    scale = logits.abs().max().item()
-    # Rows of one batch may differ by rounding.
-    if moved > 16 * torch.finfo(model.dtype).eps * max(scale, 1e-3):
-        raise ValueError(
-            f"{checkpoint} is not a causal language model: changing the last token moves the "
-            f"logits before it by {moved:.2g}. It sees the tokens that it should predict, so every "
-            "text would count as recited"
-        )
-
-
-def device_of(model: Any) -> torch.device:
-    """Where a model's inputs go. Of a model that is spread over several places, the first weights
-    may be elsewhere.
-    """
-    hook = getattr(model, "_hf_hook", None)
-    return torch.device(model.device if hook is None else hook.execution_device)
-
-
-def rotary_switch(config: Any) -> int | None:
-    """After how many tokens a model with LongRoPE uses other rotary factors for all positions."""
-    config = config.get_text_config()
-    # transformers 5 has rope_parameters, earlier versions rope_scaling.
-    parameters = getattr(config, "rope_parameters", None)
-    parameters = parameters or getattr(config, "rope_scaling", None) or {}
-    # Models with several kinds of layers have parameters for each.
-    nested = [each for each in parameters.values() if isinstance(each, dict)]
-    for kind in (parameters, *nested):
-        if kind.get("rope_type", kind.get("type")) == "longrope":
-            trained = kind.get("original_max_position_embeddings")
-            return int(trained or config.original_max_position_embeddings)
-    return None
-
-
-def vocabulary_of(model: Any) -> int:
-    """Entries of the model's output."""
-    head = bare_model(model).get_output_embeddings()
-    if head is None:
-        return int(model.config.get_text_config().vocab_size)
-    return int(head.weight.shape[0])
 
 
 def logits_of(
@@ -515,3 +49,160 @@ def logits_of(
             part = logits[start : start + step].float()
             place = first * length + start
             yield slice(place, place + len(part)), part
+
+
+def cache_tokens(model: Any, most: int) -> int:
+    """How many tokens of keys and values fit in half of the free memory, at most `most`."""
+    config = model.config.get_text_config()
+    try:
+        heads = getattr(config, "num_key_value_heads", None)
+        heads = heads or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        # A key and a value of each head in each layer.
+        numbers = 2 * config.num_hidden_layers * heads * width
+    except AttributeError:  # no attention, so no cache that grows
+        return most
+    device = device_of(model)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    fit = int(free // 2 // (numbers * model.dtype.itemsize))
+    return max(1, min(most, fit))
+
+
+def generate(
+    model: Any,
+    prefixes: Tensor,
+    tokens: int,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """What `model.generate` adds to prefixes (B, P), (B, tokens at most); greedy, if settings do
+    not say otherwise. The checkpoint's own generation settings are ignored.
+
+    settings: of a GenerationConfig. options: of `model.generate`.
+    """
+    chosen = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0}
+    configuration = GenerationConfig(**{**chosen, **(settings or {})})
+    attended = torch.ones_like(prefixes)
+    # generate() fills what its configuration leaves open from the model's own, so that one is put
+    # aside.
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        output: Tensor = model.generate(
+            prefixes,
+            attention_mask=attended,
+            generation_config=configuration,
+            **options,
+        )
+    finally:
+        model.generation_config = own
+    return output[:, prefixes.shape[1] :]
+
+
+def continue_greedily(
+    model: Any,
+    prefixes: Tensor,
+    tokens: int,
+    known: Sequence[Sequence[int]] = (),
+) -> tuple[Tensor, Tensor]:
+    """The greedy continuation (B, tokens) of prefixes (B, P) and each row's least relative margin
+    (B,).
+
+    The checkpoint's generation settings (repetition penalty and the like) are ignored, and an EOS
+    does not stop it.
+
+    Args:
+        known: the first tokens of each continuation, of any number.
+    """
+    margins = Margins()
+    processors = LogitsProcessorList([margins])
+    if any(known):
+        processors.append(Forced(known, prefixes.device))
+    output = generate(model, prefixes, tokens, logits_processor=processors)
+    assert margins.least is not None
+    return output, margins.least
+
+
+class Margins(LogitsProcessor):
+    """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1,
+    |largest|), (B,).
+    """
+
+    least: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        largest, second = scores.topk(2).values.unbind(-1)
+        now = relative_margin(largest, second)
+        self.least = now if self.least is None else torch.minimum(self.least, now)
+        return scores
+
+
+class Forced(LogitsProcessor):
+    """Makes the rows of a search begin with tokens that are known.
+
+    For [[7, 8], [5], []] the first step gives 7, 5 and its own choice, the second 8 and two of
+    its own.
+    """
+
+    def __init__(self, known: Sequence[Sequence[int]], device: torch.device) -> None:
+        longest = max(map(len, known))
+        padded = []
+        for row in known:
+            free = longest - len(row)
+            padded.append([*row, *[-1] * free])
+        # One column for each step, (B,) token ids; -1 is a free choice.
+        self._columns = iter(torch.tensor(padded, device=device).unbind(-1))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        column = next(self._columns, None)
+        if column is None:
+            return scores
+        chosen = torch.where(column < 0, scores.argmax(-1), column)
+        nothing = torch.full_like(scores, -math.inf)
+        return nothing.scatter(-1, chosen[:, None], 0.0)
+
+
+class Diverged(StoppingCriteria):
+    """Ends the search of one row at the first token that is not the next of `ids`.
+
+    ids: the prefix of the row, and the tokens that should follow.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        expected = self._ids[input_ids.shape[1] - 1]
+        return input_ids[:, -1] != expected
+
+
+def relative_margin(largest: Tensor, second: Tensor) -> Tensor:
+    """How far the second largest logit is away, in units of the largest (1 for small ones)."""
+    return (largest - second) / largest.abs().clamp(min=1)
+
+
+def least_beams(
+    model: Any,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    ranks: Sequence[int],
+    tried: Sequence[int],
+) -> int:
+    """The least number of beams among `tried` whose search says `suffix` first; 0 if none does.
+
+    ranks: of the suffix's tokens, teacher-forced. Each beam's B * max(2, 1 + n_eos) likeliest
+    tokens are all that a search with B beams looks at (`generate`; n_eos is 0 here), so a rank
+    beyond them answers without a search.
+    """
+    ids = torch.tensor([prefix], device=device_of(model))
+    for beams in sorted(tried):
+        if max(ranks) >= 2 * beams:
+            continue
+        found = generate(model, ids, len(suffix), settings={"num_beams": beams})
+        if found[0].tolist() == list(suffix):
+            return beams
+    return 0

@@ -37,7 +37,6 @@ from goldfish.audit.ask import (
 )
 from goldfish.audit.ask import COLUMNS as ASKED_COLUMNS
 from goldfish.audit.figures import NEAR_VERBATIM, run_thresholds, thresholds
-from goldfish.audit.model import Checkpoint, InMemory, vocabulary_of
 from goldfish.audit.records import SCHEMA, make_record
 from goldfish.audit.render import publish
 from goldfish.audit.results import Audit, Folder, read, write_table
@@ -51,6 +50,7 @@ from goldfish.audit.windows import (
     overlap_of,
     prefix_grid,
 )
+from goldfish.checkpoint import Checkpoint, InMemory
 from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, versions
 from goldfish.rule import Goldfish
 from goldfish.text.chats import prints_the_date, secret_finder
@@ -65,7 +65,7 @@ from goldfish.text.rows import (
     name_of,
     read_rows,
 )
-from goldfish.unwrap import context_of
+from goldfish.unwrap import context_of, vocabulary_of
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ASKED_BLOCK = 32  # the same for questions, whose answers are longer

@@ -19,8 +19,8 @@ from transformers import (
     MptConfig,
 )
 
-from goldfish.audit.model import Checkpoint, InMemory, load_tokenizer, vocabulary_of
-from goldfish.unwrap import context_of
+from goldfish.checkpoint import Checkpoint, InMemory, load_tokenizer
+from goldfish.unwrap import context_of, vocabulary_of
 
 pytestmark = pytest.mark.core
 CPU = torch.device("cpu")
@@ -348,7 +348,7 @@ def test_a_gguf_file_is_loaded_by_its_name(checkpoint, tmp_path, monkeypatch, pl
     for each in ("AutoModelForCausalLM", "AutoTokenizer"):
         monkeypatch.setattr(f"transformers.{each}.from_pretrained", from_pretrained)
     if place == "hub":
-        monkeypatch.setattr("goldfish.audit.model.cached_file", lambda *_, **__: None)
+        monkeypatch.setattr("goldfish.checkpoint.cached_file", lambda *_, **__: None)
     load_tokenizer(f"{name}/a.gguf")
     monkeypatch.setattr(Checkpoint, "config", lambda _: None)
     assert Checkpoint(f"{name}/a.gguf").model(CPU).config.vocab_size == 320
