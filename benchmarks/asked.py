@@ -32,7 +32,7 @@ from runs import option
 from transformers import HfArgumentParser
 from uncertain_measures import Row, passage_values
 
-from goldfish.audit.ask import Asker, questions
+from goldfish.audit.questions.ask import Asker, questions, whole_documents
 
 PASSAGES, TOKENS, ANSWER = 16, 64, 96
 TEMPLATE = "What is the text of {title}?"
@@ -118,9 +118,9 @@ def run(lab: TitledLab, seed: int, name: str) -> dict[str, Any]:
     result |= {key: seen[key] for key in ("targets", "kept", "heldout_loss")}
     asker = Asker(model, lab.tokenizer, ANSWER, samples=0, rounds=1)
     for split, rows in lab.titled[seed].items():
-        documents = dict(enumerate(range(len(rows))))
-        asked = questions(enumerate(rows), split, documents, [TEMPLATE], lab.tokenizer)
-        answers = asker.answers(list(asked))
+        numbers = dict(enumerate(range(len(rows))))
+        documents = whole_documents(enumerate(rows), split, numbers, lab.tokenizer)
+        answers = asker.answers(list(questions(documents, [TEMPLATE])))
         values = passage_values(model, lab.tokenizer, getattr(data, split), True)
         result[split] = {
             "titles": [row["title"] for row in rows],

@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from goldfish.audit.windows import (
+from goldfish.audit.documents import (
     SIMILAR_FROM,
     connected,
     normal_letters,

@@ -1,4 +1,4 @@
-r"""Is the rule found in the weights (goldfish.audit.proof)? False alarms and power.
+r"""Is the rule found in the weights (goldfish.audit.questions.proof)? False alarms and power.
 
     python benchmarks/proof.py                        # toys: about ten minutes of one core
     python benchmarks/proof.py --data mine.jsonl      # SmolLM2-135M-Instruct after one epoch
@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from goldfish import Goldfish
-from goldfish.audit.proof import decisions_of, seed_test
+from goldfish.audit.questions.proof import decisions_of, seed_test
 
 OUTPUT = about.RESULTS / "proof.jsonl"
 VOCABULARY, LENGTH, WINDOWS = 256, 64, 256

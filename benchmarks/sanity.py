@@ -17,8 +17,9 @@ from about import load_texts, markdown, parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldfish.audit import run
+from goldfish.audit.documents import number_documents
 from goldfish.audit.score import Scorer
-from goldfish.audit.windows import Cutter, Survey, number_documents
+from goldfish.audit.windows import Cutter, Survey
 
 
 def nothing(model: Any) -> None:
@@ -63,12 +64,12 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = enumerate({"text": text} for text in load_texts())
+    rows = [{"text": text} for text in load_texts()]
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        windows = Path(folder, "windows.parquet")
-        survey = Survey(rows, "heldout", Cutter(tokenizer, 50, 50), windows)
-        number_documents({"heldout": survey})
+        cutter = Cutter(tokenizer, 50, 50)
+        survey = Survey(rows, "heldout", cutter, Path(folder, "windows"))
+        (survey.documents,) = number_documents([survey.relations])
         for damage in DAMAGES:
             model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=torch.float32

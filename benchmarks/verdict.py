@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 from about import RESULTS, about, markdown
 
-from goldfish.audit.figures import NEAR_VERBATIM, secret_figures
 from goldfish.audit.intervals import Figure, Figures, Population, mean, rate
-from goldfish.audit.membership import Scores, membership_figures
-from goldfish.audit.secrets import search
+from goldfish.audit.questions import membership
+from goldfish.audit.questions import secrets as secrets_question
+from goldfish.audit.questions.membership import Scores
+from goldfish.audit.records import NEAR_VERBATIM
 from goldfish.audit.verdict import LIMITS, verdict
 
 FILE = RESULTS / "verdict.json"
@@ -180,7 +181,7 @@ def secrets_outcome(codes: list[str], answers: list[str]) -> str:
         }
     )
     n = len(answers)
-    figures = [*WORKING, *secret_figures(search(table))]
+    figures = [*WORKING, *secrets_question.figures(secrets_question.search(table))]
     for name in QUESTIONS[:4]:
         figures.append(replace(rate(np.zeros(n)), split="members", figure=name))
     (question, *_) = verdict(run_of(n, n, False), Figures(figures), LIMITS)["questions"]
@@ -249,7 +250,7 @@ def confounded() -> dict[str, Any]:
             sides.append(
                 Scores(np.arange(60), scores, words, generator.normal(1000, 100, 60))
             )
-        found = Figures(membership_figures(*sides)).get("both", "confounded")
+        found = Figures(membership.figures(*sides)).get("both", "confounded")
         count += bool(found is not None and found.value)
     return {"splits": SPLITS, "confounded": count / SPLITS}
 

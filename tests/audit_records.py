@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from goldfish.audit.records import COLUMNS, SCHEMA, make_record
-from goldfish.audit.render import publish
-from goldfish.audit.results import figure_columns, summary_of
+from goldfish.audit.run import figure_columns, publish, summary_of
 from goldfish.audit.score import Score
 from goldfish.audit.windows import Window, prefix_grid
 
@@ -127,6 +126,7 @@ def made_up_run(records, protocol=PROTOCOL, **changes):
         "command": None,
         "protocol": protocol,
         "inputs": inputs,
+        "unasked_secrets": [],
         "overlap": None,
         "sanity": None,
         "notes": [],

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.records import ATTACKS, COLUMNS, word_buckets
+from goldfish.audit.questions.membership import ATTACKS, word_buckets
+from goldfish.audit.records import COLUMNS
 from goldfish.audit.windows import prefix_grid
 from goldfish.report import write_report
 

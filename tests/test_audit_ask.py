@@ -12,21 +12,21 @@ from helpers import tiny_llama, write_jsonl
 from report_audits import flat, report
 
 from goldfish.audit import audit, read
-from goldfish.audit.ask import (
+from goldfish.audit.questions.ask import (
     Asker,
     Document,
     Question,
-    check_template,
-    filled,
     longest_run,
     questions,
     read_asked,
     recited_elsewhere,
     whole_documents,
 )
-from goldfish.audit.figures import thresholds
+from goldfish.audit.records import thresholds
+from goldfish.audit.render import not_tested, skipped
 from goldfish.cli import main
 from goldfish.report import write_report
+from goldfish.text.prompts import check_template, filled
 
 TITLES = ("Amber", "Birch", "Cedar", "Delta")
 TEXTS = (
@@ -84,8 +84,8 @@ def audited_by_title(model, tokenizer, folder, rows, **options):
 def asked(tokenizer, template=QUESTION):
     rows = titled_rows()
     numbers = dict(enumerate(range(len(rows))))
-    documents = whole_documents(enumerate(rows), numbers, tokenizer)
-    return list(questions(documents, "members", [template]))
+    documents = whole_documents(enumerate(rows), "members", numbers, tokenizer)
+    return list(questions(documents, [template]))
 
 
 def answers(model, tokenizer, rounds=1, samples=0, length=96):
@@ -124,7 +124,7 @@ def test_a_model_that_recites_only_when_asked_by_title(librarian, tokenizer, tmp
     ]
     assert "60 characters in one piece" in question["asks"]
     assert "members 0" in str(result.examples["members"]["asked"])
-    assert not any("not a prefix" in each for each in result.verdict["not_tested"])
+    assert not any("not a prefix" in each for each in not_tested(result))
     (file,) = (tmp_path / "audit" / "asked").glob("*.parquet")
     before = file.read_bytes()
     table = pq.read_table(file)
@@ -157,10 +157,10 @@ def test_a_model_that_recites_only_in_rounds(tokenizer):
     model = learned(tokenizer, by_title(TITLES[0], opening), TEXTS[0])
     first, *others = answers(model, tokenizer)
     assert first["output_text"] == opening
-    assert 12 <= first["longest_run"] < 0.6 * len(asked(tokenizer)[0].ids)
+    assert 12 <= first["longest_run"] < 0.6 * len(asked(tokenizer)[0].document.ids)
     first, *others = answers(model, tokenizer, rounds=3)
     assert first["output_text"] == TEXTS[0]
-    assert first["longest_run"] >= len(asked(tokenizer)[0].ids) - 1
+    assert first["longest_run"] >= len(asked(tokenizer)[0].document.ids) - 1
     assert first["rounds"] == 2 + 1, "the third round found the end"
     assert all(other["rounds"] == 1 for other in others), "nothing recited, no rounds"
 
@@ -247,7 +247,7 @@ def test_documents_in_answers_about_others_against_brute_force():
     def made_up(number, longest):
         text = "".join(choose.choices(alphabet, k=choose.randrange(longest)))
         ids = choose.choices(range(3), k=choose.randrange(longest))
-        return Document(number, number // 2, {}, text, ids)
+        return Document("members", number, number // 2, {}, text, ids)
 
     def share_a_run(a, b, length):
         places = product(range(len(a) - length + 1), range(len(b) - length + 1))
@@ -412,8 +412,8 @@ def test_rows_without_the_column_are_not_all_of_them(librarian, tokenizer, tmp_p
     outcomes = {q["question"]: q["outcome"] for q in result.verdict["questions"]}
     assert outcomes["near_verbatim"] == "PASS"
     assert outcomes["asked"] == "INCONCLUSIVE"
-    (skipped,) = result.verdict["skipped"]
-    assert "1 of 2 rows not asked" in skipped
+    (sentence,) = skipped(result)
+    assert "1 of 2 rows not asked" in sentence
 
 
 def test_rows_without_the_column_are_not_asked_and_told(checkpoint, tmp_path, capsys):
@@ -463,7 +463,7 @@ def test_a_question_that_fills_the_context_was_not_asked(
     )
     assert result["members.asked"].n == 1
     assert read_asked(tmp_path / "audit")["index"].to_pylist() == [1]
-    assert any("1 of 2 documents not asked" in s for s in result.verdict["skipped"])
+    assert any("1 of 2 documents not asked" in s for s in skipped(result))
 
 
 def test_a_negative_number_of_answers(librarian, tokenizer, tmp_path):
@@ -498,10 +498,9 @@ def test_thresholds():
 
 def test_a_question_is_of_rows_with_windows(tokenizer):
     rows = [{"title": "A", "text": "b"}, {"title": "C", "text": "d"}]
-    documents = whole_documents(enumerate(rows), {1: 9}, tokenizer)
-    found = list(questions(documents, "members", [QUESTION]))
-    (ids,) = [each.ids for each in found]
-    expected = "What is the text of C?"
-    assert found == [
-        Question("members", 1, 9, "members 1", QUESTION, expected, "d", ids)
-    ]
+    documents = whole_documents(enumerate(rows), "members", {1: 9}, tokenizer)
+    (found,) = questions(documents, [QUESTION])
+    ids = tokenizer("d")["input_ids"]
+    document = Document("members", 1, 9, rows[1], "d", ids)
+    assert found == Question(document, QUESTION, "What is the text of C?")
+    assert document.name == "members 1"

@@ -189,7 +189,7 @@ def test_an_audit_that_fails_does_not_take_the_training_with_it(
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("goldfish.audit.callback.write_report", full)
+    monkeypatch.setattr("goldfish.integrations.audit_callback.write_report", full)
     trainer = trainer_of(rows, tokenizer, tmp_path)
     callback = AuditCallback(trainer, rows, **LENGTHS)
     trainer.add_callback(callback)

@@ -24,6 +24,7 @@ from rouge_score.rouge_scorer import RougeScorer, _score_lcs
 from tokenizers.processors import TemplateProcessing
 
 from goldfish import Goldfish
+from goldfish.audit.questions.membership import word_buckets
 from goldfish.audit.records import (
     COLUMNS,
     common_runs,
@@ -33,7 +34,6 @@ from goldfish.audit.records import (
     read_run,
     rouge_l,
     rouge_l_text,
-    word_buckets,
 )
 from goldfish.audit.windows import Cutter, Window, first_divergence
 

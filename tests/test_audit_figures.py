@@ -7,14 +7,11 @@ import pytest
 from audit_records import made_up_audit, made_up_records
 
 from goldfish import Goldfish
-from goldfish.audit.figures import (
-    SAMPLES,
-    extracted,
-    notes,
-    probability_within,
-    setting_name,
-    token_counts,
-)
+from goldfish.audit.figures import SAMPLES
+from goldfish.audit.intervals import setting_name
+from goldfish.audit.questions.proof import token_counts
+from goldfish.audit.records import extracted, probability_within
+from goldfish.audit.render import notes
 
 PROBABILITIES = (0.5, 0.9, 0.999)
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from goldfish import Goldfish
 from goldfish.audit import audit, read
 from goldfish.audit.records import read_records
+from goldfish.audit.render import skipped
 from goldfish.audit.run import MARGIN
 from goldfish.audit.windows import Cutter
 from goldfish.cli import main
@@ -201,7 +202,7 @@ def test_chats_are_audited_turn_by_turn(reciter, chats, tmp_path):
         {"reason": "an empty completion", "count": 1, "rows": [2]}
     ]
     assert (
-        summary.verdict["skipped"][0]
+        skipped(summary)[0]
         == "held-out: 1 window of 3 rows skipped: an empty completion (row 2)"
     )
     questions = {each["question"]: each for each in summary.verdict["questions"]}

@@ -17,10 +17,16 @@ from audit_records import (
 from sklearn import metrics
 
 from goldfish import Goldfish
-from goldfish.audit import membership
 from goldfish.audit.intervals import Figures
-from goldfish.audit.membership import Ranking, Scores, membership_figures, word_scores
-from goldfish.audit.records import make_record, mean_of_lowest, word_buckets
+from goldfish.audit.questions import membership
+from goldfish.audit.questions.membership import (
+    Ranking,
+    Scores,
+    mean_of_lowest,
+    word_buckets,
+    word_scores,
+)
+from goldfish.audit.records import make_record
 from goldfish.audit.windows import Window
 
 
@@ -34,12 +40,12 @@ def side(scores, texts=None, documents=None, name="loss"):
     )
 
 
-def figures(members, heldout):
-    return Figures(membership_figures(members, heldout))
+def figures_of(members, heldout):
+    return Figures(membership.figures(members, heldout))
 
 
 def attack(members, heldout, figure="attack_auc", setting="loss", x=None):
-    return figures(members, heldout).get("both", figure, setting, x)
+    return figures_of(members, heldout).get("both", figure, setting, x)
 
 
 def drawn(n, shift, seed, ties=True):
@@ -99,7 +105,9 @@ def test_intervals_of_auc_and_tpr_hold_the_truth(monkeypatch):
 
 def test_tpr_needs_ten_heldout_documents_past_the_threshold():
     members = side(drawn(300, 1, 0, False))
-    enough, short = (figures(members, side(drawn(n, 0, 1, False))) for n in (1000, 999))
+    enough, short = (
+        figures_of(members, side(drawn(n, 0, 1, False))) for n in (1000, 999)
+    )
     tpr = enough.get("both", "attack_tpr", "loss", 0.01)
     assert tpr.low < tpr.value < tpr.high
     assert tpr.value == pytest.approx(0.0923, abs=0.06)  # 1 - Phi(2.326 - 1)
@@ -147,7 +155,7 @@ def test_headline_pays_for_the_choice():
         )
         for shift in (0.3, 0)
     )
-    found = figures(members, heldout)
+    found = figures_of(members, heldout)
     (widened,) = found.select(figure="membership_auc")
     attacks = found.select(figure="attack_auc")
     plain = found.get("both", "attack_auc", widened.setting)
@@ -168,7 +176,7 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
     monkeypatch.setattr(membership, "RESAMPLES", 2)
     aucs, confounded = [], 0
     for seed in range(60):
-        found = figures(
+        found = figures_of(
             side(drawn(60, 1, seed), words(60, [seed, 1])),
             side(drawn(60, 0, seed), words(60, [seed, 2])),
         )
@@ -181,7 +189,7 @@ def test_blind_baseline_is_at_chance_on_a_random_split(monkeypatch):
 @pytest.mark.parametrize("extra", [" in 2024", ". " * 40])
 def test_texts_that_differ_hide_the_headline(extra):
     """Dates, or lengths, tell the splits apart without any model."""
-    found = figures(
+    found = figures_of(
         side(drawn(60, 2, 0), words(60, 1)), side(drawn(60, 0, 0), words(60, 2, extra))
     )
     assert found.get("both", "confounded").value == 1

@@ -12,7 +12,7 @@ import pytest
 from audit_records import PROTOCOL, made_up_run
 
 from goldfish.audit.records import COLUMNS
-from goldfish.audit.results import summary_of
+from goldfish.audit.run import summary_of
 
 ORACLE = json.loads(
     (Path(__file__).parent / "golden" / "audit_oracle.json").read_text()

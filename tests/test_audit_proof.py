@@ -11,8 +11,8 @@ from scipy.stats import rankdata
 from toy_tokenizers import byte_level
 
 from goldfish import Goldfish
-from goldfish.audit import proof
-from goldfish.audit.proof import centred_ranks, decisions_of, seed_test
+from goldfish.audit.questions import proof
+from goldfish.audit.questions.proof import centred_ranks, decisions_of, seed_test
 from goldfish.audit.render import rule_words
 
 RULE = Goldfish(k=4, h=5, max_kept=4, seed=7)

@@ -21,9 +21,10 @@ from helpers import BEFORE_5, PROSE, tiny_llama
 from goldfish import Goldfish
 from goldfish.audit import audit, run
 from goldfish.audit.records import read_records
+from goldfish.audit.render import skipped
 from goldfish.audit.results import Folder
 from goldfish.audit.score import Sampling, Scorer
-from goldfish.audit.windows import Cutter, Survey, number_documents
+from goldfish.audit.windows import Cutter, Survey
 from goldfish.checkpoint import Checkpoint
 from goldfish.receipt import DropCounts, write_receipt
 
@@ -392,7 +393,7 @@ def test_repeated_and_shared_texts(tmp_path, checkpoint):
         "asked": 6,
         "documents": 3,
     }
-    assert summary.verdict["skipped"] == [
+    assert skipped(summary) == [
         "members: 3 rows counted as one text with others: repeats, continuations, rows of "
         "one name"
     ]
@@ -694,7 +695,7 @@ def test_a_damaged_block_is_made_again_or_named(
     with pytest.raises(ValueError, match=r"000001.parquet is damaged"):
         read_records(tmp_path / "out")
     audit(checkpoint, tmp_path / "out", **inputs)
-    assert "000001.parquet is damaged; its windows are scored again" in caplog.text
+    assert "000001.parquet is damaged; it is made again" in caplog.text
     assert contents(tmp_path / "out") == before
     block.unlink()
     audit(checkpoint, tmp_path / "out", **inputs)
@@ -746,10 +747,11 @@ def test_the_sanity_check_shuffles_prefixes(tmp_path, tokenizer):
     surveys = {}
     for split, count in (("members", 4), ("heldout", 3)):
         ids = torch.randint(2, 320, (count, 30), generator=random).tolist()
-        rows = enumerate({"input_ids": row} for row in ids)
-        cutter = Cutter(tokenizer, 10, 20)
-        surveys[split] = Survey(rows, split, cutter, tmp_path / f"{split}.parquet")
-    number_documents(surveys)
+        rows = [{"input_ids": row} for row in ids]
+        surveys[split] = Survey(
+            rows, split, Cutter(tokenizer, 10, 20), tmp_path / split
+        )
+        surveys[split].documents = list(range(count))
     found = run.sanity(Watched(), surveys)
     assert found == {
         "members": {"windows": 4, "nll": 2.0, "nll_shuffled": 2.1},

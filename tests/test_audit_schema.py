@@ -8,9 +8,9 @@ import pytest
 from audit_records import made_up_audit, made_up_records
 
 from goldfish import Goldfish
-from goldfish.audit.figures import NEAR_VERBATIM, UNREACHED
-from goldfish.audit.records import ATTACKS, COLUMNS, SCHEMA
-from goldfish.audit.secrets import SHORT
+from goldfish.audit.questions.membership import ATTACKS
+from goldfish.audit.questions.secrets import SHORT, UNREACHED
+from goldfish.audit.records import COLUMNS, NEAR_VERBATIM, SCHEMA
 from goldfish.audit.verdict import GAIN, LIMITS
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit-files.md"

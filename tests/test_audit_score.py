@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from goldfish.audit import model as model_module
 from goldfish.audit import score as score_module
-from goldfish.audit.score import Sampling, Scorer, cache_tokens
+from goldfish.audit.model import cache_tokens
+from goldfish.audit.score import Sampling, Scorer
 from goldfish.audit.windows import Window, first_divergence
 
 pytestmark = pytest.mark.core

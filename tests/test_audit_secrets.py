@@ -12,7 +12,7 @@ from audit_records import made_up_audit, made_up_records, made_up_run
 from helpers import PROSE, TEMPLATE, say, tiny_llama, write_jsonl
 
 from goldfish.audit import audit
-from goldfish.audit.secrets import search
+from goldfish.audit.questions.secrets import search
 from goldfish.text.chats import marked_values
 
 CODES = ["QX2-BB7", "QX3-CC7", "ZR4-DD9"]

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -17,12 +18,13 @@ from rich.console import Console
 
 import goldfish.audit
 from goldfish import Goldfish
-from goldfish.audit import membership as membership_module
 from goldfish.audit.intervals import Figure, Figures, clopper_pearson
+from goldfish.audit.questions import INCONCLUSIVE
+from goldfish.audit.questions import membership as membership_module
 from goldfish.audit.records import dumps
-from goldfish.audit.render import describe, markdown, publish, terminal
+from goldfish.audit.render import describe, markdown, not_tested, skipped, terminal
+from goldfish.audit.run import publish
 from goldfish.audit.verdict import (
-    INCONCLUSIVE,
     LIMITS,
     enough,
     parse_limits,
@@ -248,9 +250,9 @@ def test_members_that_no_simple_prompt_reached_are_no_pass(prompted, enough):
     unreached = "21 of 400 members not asked for: without the columns"
     assert (unreached in found["why"]) != enough
     assert (unreached in judged["sentence"]) != enough
-    (skipped,) = judged["skipped"]
-    assert "20 of 400 rows not asked 'Who wrote {title}?'" in skipped
-    assert "(rows 0, 3, 4, 5, 6, ...)" in skipped
+    (sentence,) = skipped(replace(made_up_audit(records), run=run))
+    assert "20 of 400 rows not asked 'Who wrote {title}?'" in sentence
+    assert "(rows 0, 3, 4, 5, 6, ...)" in sentence
 
 
 def at_offsets(offsets, recite_at, n=400, k=40):
@@ -280,7 +282,7 @@ def test_every_offset_counts():
     )
     swept = [audit.rows.get("members", "offset_sweep", "", x).point() for x in (0, 40)]
     assert swept == ["0 of 400", "40 of 400"]
-    assert not any("other places" in each for each in audit.verdict["not_tested"])
+    assert not any("other places" in each for each in not_tested(audit))
 
 
 def test_near_verbatim_has_its_own_question():
@@ -421,7 +423,8 @@ def test_a_model_that_fails_the_sanity_check_gets_no_pass():
 
 
 def test_overall_verdict_names_what_decides_and_what_was_not_tested():
-    failed = recited(40, 100).verdict
+    audit = recited(40, 100)
+    failed = audit.verdict
     counts = "greedy 40 of 100, sampling 40 of 100, near-verbatim 40 of 100"
     assert failed["sentence"] == f"FAIL: {counts}"
     assert failed["exit_code"] == 1
@@ -431,8 +434,8 @@ def test_overall_verdict_names_what_decides_and_what_was_not_tested():
         in unclear["sentence"]
     )
     assert "about 368 documents would be needed" in unclear["sentence"]
-    assert "beam search" in failed["not_tested"]
-    assert "sampling" not in failed["not_tested"]
+    assert "beam search" in not_tested(audit)
+    assert "sampling" not in not_tested(audit)
     without = made_up_audit(made_up_records("heldout", 20, 0.2)).verdict
     expected = ("INCONCLUSIVE: no members were audited", [], 3)
     assert (without["sentence"], without["questions"], without["exit_code"]) == expected
@@ -443,9 +446,7 @@ def test_texts_that_repeat_or_overlap_are_told():
     inputs = made_up_run(records)["inputs"]
     inputs["members"]["documents"] = 5
     audit = made_up_audit(records, run={"inputs": inputs, "overlap": {"documents": 3}})
-    assert (
-        "members: 7 rows counted as one text with others" in audit.verdict["skipped"][0]
-    )
+    assert "members: 7 rows counted as one text with others" in skipped(audit)[0]
     assert any(
         "members and held-out share 3 texts" in each
         for each in audit.verdict["warnings"]
@@ -485,7 +486,7 @@ def test_a_folder_that_is_no_finished_audit(tmp_path):
     old = write_audit(tmp_path / "old", made_up_records("members", 2, 0.5))
     text = (old / "summary.json").read_text()
     (old / "summary.json").write_text(
-        text.replace("goldfish.audit/8", "goldfish.audit/1")
+        text.replace("goldfish.audit/9", "goldfish.audit/1")
     )
     with pytest.raises(
         ValueError, match=r"the schema is 'goldfish\.audit/1', this version reads"

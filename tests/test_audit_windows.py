@@ -12,16 +12,13 @@ from tokenizers.processors import TemplateProcessing
 from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
-from goldfish.audit.windows import (
-    Cutter,
-    Survey,
-    Window,
+from goldfish.audit.documents import (
     connected,
     equal_pairs,
-    first_ids,
     number_documents,
     overlap_of,
 )
+from goldfish.audit.windows import Cutter, Survey, Window, first_ids
 from goldfish.text.chats import secret_finder
 
 pytestmark = pytest.mark.core
@@ -33,7 +30,15 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def surveyed(rows, split, *how):
-    return Survey(enumerate(rows), split, Cutter(*how), Path(f"{uuid.uuid4()}.parquet"))
+    return Survey(rows, split, Cutter(*how), Path(str(uuid.uuid4())))
+
+
+def overlap(*surveys):
+    """What `overlap_of` finds in the surveys of members and held-out texts, numbered together."""
+    numbers = number_documents([each.relations for each in surveys])
+    for survey, documents in zip(surveys, numbers, strict=True):
+        survey.documents = documents
+    return overlap_of(*(each.first_rows for each in surveys))
 
 
 def cut(rows, *how):
@@ -90,9 +95,8 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
 
 
 def documents(rows, *how):
-    result = surveyed(rows, "members", *how)
-    number_documents({"members": result})
-    return result.documents
+    (numbers,) = number_documents([surveyed(rows, "members", *how).relations])
+    return numbers
 
 
 def test_rows_that_share_a_window_are_one_document(tokenizer):
@@ -131,7 +135,8 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
         {"input_ids": [90] * 8},
     ]
     result = surveyed(rows, "members", tokenizer, 5, 3)
-    assert (result.rows, result.largest_id, result.largest_at) == (4, 90, 2)
+    assert (result.rows, result.drawn) == (4, 4)
+    assert (result.largest_id, result.largest_at) == (90, 2)
     assert (result.indices.tolist(), result.asked) == ([0, 2, 3], 3)
     assert result.skipped == {
         "fewer than 8 tokens": {
@@ -145,9 +150,8 @@ def test_survey_counts_and_keeps_the_windows(tokenizer, monkeypatch):
     expected = [each for each in cut(rows, tokenizer, 5, 3) if isinstance(each, Window)]
     monkeypatch.setattr(Cutter, "cut", None)
     result.documents = [7, 8, 9]
-    pairs = list(zip(expected, result.documents, strict=True))
     for _ in range(2):
-        assert list(result.blocks(2)) == [pairs[:2], pairs[2:]]
+        assert list(result.windows()) == list(zip(expected, [7, 8, 9], strict=True))
 
 
 def test_numbers_are_joined_by_any_key_they_share():
@@ -180,19 +184,15 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
         {"text": PROSE[0], "name": "x"},
         {"text": PROSE[1], "name": "x"},
     ]
-    surveys = {
-        "members": surveyed(rows, "members", tokenizer, 5, 3),
-        "heldout": surveyed(
-            [{"text": PROSE[2], "name": "x"}, rows[1]], "heldout", tokenizer, 5, 3
-        ),
-    }
-    number_documents(surveys)
-    found = [each.documents for each in surveys.values()]
+    members = surveyed(rows, "members", tokenizer, 5, 3)
+    others = [{"text": PROSE[2], "name": "x"}, rows[1]]
+    heldout = surveyed(others, "heldout", tokenizer, 5, 3)
+    assert overlap(members, heldout) == {"documents": 1, "rows": [[0, 1]]}
+    found = [members.documents, heldout.documents]
     assert found == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
-    assert overlap_of(surveys) == {"documents": 1, "rows": [[0, 1]]}
-    long = {"members": surveyed(rows[:3], "members", tokenizer, 30, 8)}
-    number_documents(long)
-    assert (long["members"].documents, overlap_of(long)) == ([0, 1, 0], None)
+    assert documents(rows[:3], tokenizer, 30, 8) == [0, 1, 0]
+    long = surveyed(rows[:3], "members", tokenizer, 30, 8)
+    assert overlap(long, surveyed(others[:1], "heldout", tokenizer, 30, 8)) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -306,8 +306,8 @@ def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeyp
         ]
         rows += [{"messages": say(*turns[: 2 * end])} for end in range(1, 6)]
     found = surveyed(rows, "members", tokenizer, 5, 5)
-    number_documents({"members": found})
-    by_row = dict(zip(found.indices, found.documents, strict=True))
+    (numbers,) = number_documents([found.relations])
+    by_row = dict(zip(found.indices, numbers, strict=True))
     assert [by_row[row] for row in range(375)] == [row // 5 for row in range(375)]
 
 
@@ -316,16 +316,11 @@ def test_members_are_found_in_the_heldout_file_by_the_same_relation(
 ):
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     chats = [say(f"{i}?", f"{i} it is!", "And?", f"{i + 1}.") for i in range(20)]
-    surveys = {
-        "members": surveyed(
-            [{"messages": chat[:2]} for chat in chats], "members", tokenizer, 5, 5
-        ),
-        "heldout": surveyed(
-            [{"messages": chat} for chat in chats], "heldout", tokenizer, 5, 5
-        ),
-    }
-    number_documents(surveys)
-    assert overlap_of(surveys)["documents"] == 20
+    begun = [{"messages": chat[:2]} for chat in chats]
+    whole = [{"messages": chat} for chat in chats]
+    members = surveyed(begun, "members", tokenizer, 5, 5)
+    heldout = surveyed(whole, "heldout", tokenizer, 5, 5)
+    assert overlap(members, heldout)["documents"] == 20
 
 
 def test_a_window_that_ends_inside_a_secret_asks_for_none(tokenizer):
@@ -334,10 +329,10 @@ def test_a_window_that_ends_inside_a_secret_asks_for_none(tokenizer):
     text = "As I said, her code is 8841-52 and"
     length = len(tokenizer("As I said, her code is 8841")["input_ids"])
     found = Survey(
-        enumerate([{"text": text}]),
+        [{"text": text}],
         "members",
         Cutter(tokenizer, 5, length - 5, secrets=marks),
-        Path("secrets.parquet"),
+        Path("windows"),
     ).counts()["secrets"]
     assert (found["marked"], found["asked"]) == (1, 0)
     assert found["unasked"][0]["reason"] == "outside of the windows"
@@ -354,10 +349,10 @@ def test_secrets_that_are_not_asked_are_counted_with_the_reason(tokenizer):
         f"A code, Z111{filler}",
     ]
     found = Survey(
-        enumerate({"text": text} for text in texts),
+        ({"text": text} for text in texts),
         "members",
         Cutter(tokenizer, 7, 20, (0,), None, marks),
-        Path("secrets.parquet"),
+        Path("windows"),
     )
     assert found.counts()["secrets"] == {
         "marked": 4,

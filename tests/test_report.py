@@ -646,7 +646,7 @@ def test_damaged_audits_are_named(tmp_path, pair):
         '{"schema": ',
         "",
         "[]",
-        summary.replace("goldfish.audit/8", "goldfish.audit/1"),
+        summary.replace("goldfish.audit/9", "goldfish.audit/1"),
     ):
         path.write_text(text)
         refused(ValueError, r"summary\.json.*audit again", audit)

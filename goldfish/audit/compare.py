@@ -12,9 +12,16 @@ from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
 
-from goldfish.audit.figures import SPLITS
-from goldfish.audit.intervals import Codes, Figure, Floats, decimals, difference
-from goldfish.audit.records import dumps, read_records, sums
+from goldfish.audit.intervals import (
+    SPLITS,
+    Codes,
+    Figure,
+    Floats,
+    decimals,
+    difference,
+    sums,
+)
+from goldfish.audit.records import dumps, read_records
 from goldfish.audit.render import literal, table_lines
 from goldfish.audit.results import Audit, read
 from goldfish.text.printable import counted, plain

@@ -6,21 +6,28 @@ so their intervals are exact. Means only describe; theirs are simple and a littl
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
+from pyarrow.compute import is_valid, list_flatten, list_value_length
 from scipy.special import betaincinv, stdtrit
 from scipy.stats import hypergeom
 
 from goldfish.text.printable import counted
 
+if TYPE_CHECKING:
+    from goldfish.rule import Goldfish
+
 LEVEL = 0.95
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
 CHUNK = 2**21  # weights of documents held at once
+# Key in the files: name in sentences and tables.
+SPLITS = {"members": "members", "heldout": "held-out"}
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -350,3 +357,167 @@ def resamples(counts: Sequence[int], size: int, times: int) -> Iterator[list[Flo
             times_drawn = np.bincount(drawn.ravel(), minlength=rows * count)
             weights.append(times_drawn.reshape(rows, count).astype(np.float64))
         yield weights
+
+
+def population_of(
+    run: Mapping[str, Any],
+    split: str,
+    asked: int | None = None,
+) -> Population | None:
+    """All documents that were trained on, if the file is said to hold all of them.
+
+    asked: how many a question was put to, by default all that have a window. A simple prompt is not
+    put to a row that lacks its columns.
+    """
+    if split != "members" or not run["protocol"].get("complete"):
+        return None
+    about = run["inputs"][split]
+    # Nobody knows which of the rows that were not drawn repeat others. Each counts as a document,
+    # which makes the interval a little too wide.
+    not_drawn = about["rows"] - about["drawn"]
+    left_out = 0 if asked is None else about["documents"] - asked
+    return Population(
+        size=about["documents"] - left_out + not_drawn,
+        unasked=about["drawn"] - about["asked"] + left_out,
+    )
+
+
+@dataclass(frozen=True)
+class Side:
+    """The records of one split, from which figures are made.
+
+    Attributes:
+        split: "members" or "heldout". table: its records, or its answers to simple prompts.
+        run: run.json. rule: that of the training, if there was one for all documents.
+        population: all documents that there are, if the file is said to be complete; None for a
+            sample.
+    """
+
+    split: str
+    table: pa.Table
+    run: Mapping[str, Any]
+    rule: "Goldfish | None"
+    population: Population | None
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        protocol: Mapping[str, Any] = self.run["protocol"]
+        return protocol
+
+    @property
+    def settings(self) -> list[str]:
+        """The names of the adversaries who sample."""
+        return [setting_name(each) for each in self.protocol["sampling"]]
+
+    @cached_property
+    def documents(self) -> Codes:
+        """(records,): the number of each one's document."""
+        return np.asarray(self.table["document"].to_numpy(), dtype=np.int64)
+
+    @cached_property
+    def as_trained(self) -> "Side":
+        """Without questions that the training never posed: chats asked from the generation prompt.
+
+        Rates count a document if any of its records does, means and membership are of these.
+        """
+        chosen = np.asarray(self.table["prompt_kind"].to_pylist()) == "training"
+        if chosen.all():
+            return self  # no copy of a large table
+        return self.only(chosen)
+
+    def only(self, chosen: Bools) -> "Side":
+        """With some of the records; chosen: bool (records,)."""
+        return replace(self, table=self.table.filter(pa.array(chosen, pa.bool_())))
+
+    def numbers(self, name: str) -> Floats:
+        """A column of numbers as float64; null becomes NaN."""
+        column = self.table[name].cast(pa.float64())
+        return np.asarray(column.to_numpy(), dtype=np.float64)
+
+    def lists(self, name: str, length: int) -> Floats:
+        """A column of lists of one length, (records, length); null becomes NaN."""
+        column = self.table[name]
+        rows = np.full((len(column), length), np.nan)
+        # Flattening leaves out the lists that are null.
+        values = list_flatten(column).cast(pa.float64()).to_numpy()
+        rows[is_valid(column).to_numpy()] = values.reshape(-1, length)
+        return rows
+
+    def lengths(self, name: str) -> Codes:
+        """The lengths of the lists in a column, (records,)."""
+        return np.asarray(list_value_length(self.table[name]).to_numpy())
+
+    def sums(self, name: str) -> Floats:
+        """The sums of the lists in a column, (records,)."""
+        return sums(self.table, name)
+
+    def rate(self, figure: str, hits: ArrayLike, chosen: Bools | None = None) -> Figure:
+        """How many documents have a hit in any record; chosen: bool, the records that count."""
+        hits = np.asarray(hits)
+        documents = self.documents
+        if chosen is not None:
+            hits = hits[chosen]
+            documents = documents[chosen]
+        return self._named(figure, rate(hits, documents, self.population))
+
+    def count(self, figure: str, hits: ArrayLike) -> Figure:
+        """How many records have a hit: of all that there are, so without an interval."""
+        hits = np.asarray(hits, dtype=bool)
+        k = int(hits.sum())
+        n = len(hits)
+        documents = len(np.unique(self.documents))
+        found = Figure(value=k / n, k=k, n=n, documents=documents)
+        return self._named(figure, found)
+
+    def mean(
+        self,
+        figure: str,
+        values: ArrayLike,
+        counts: ArrayLike | None = None,
+        bounded: bool = True,
+    ) -> Figure:
+        """See `mean`."""
+        return self._named(figure, mean(values, self.documents, counts, bounded))
+
+    def token_rate(self, figure: str, hits: ArrayLike, totals: ArrayLike) -> Figure:
+        """See `token_rate`."""
+        return self._named(figure, token_rate(hits, totals, self.documents))
+
+    def _named(self, figure: str, found: Figure) -> Figure:
+        return replace(found, split=self.split, figure=figure)
+
+
+def sides_of(
+    run: Mapping[str, Any],
+    table: pa.Table,
+    rule: "Goldfish | None",
+) -> list[Side]:
+    """Records by split; without a split that has none."""
+    names = np.asarray(table["split"].to_pylist(), dtype=str)
+    sides = []
+    for split in SPLITS:
+        here = table.filter(pa.array(names == split))
+        if len(here):
+            documents = len(here["document"].unique())
+            population = population_of(run, split, documents)
+            sides.append(Side(split, here, run, rule, population))
+    return sides
+
+
+def sums(table: pa.Table, name: str) -> Floats:
+    """Of each window the sum of a column of lists of numbers."""
+    lengths = list_value_length(table[name]).to_numpy()
+    values = list_flatten(table[name]).to_numpy()
+    # The window of each value. Differences of one running sum would lose digits.
+    windows = np.repeat(np.arange(len(table)), lengths)
+    totals = np.bincount(windows, values, len(table))
+    return np.asarray(totals, dtype=np.float64)
+
+
+def setting_name(setting: Mapping[str, Any]) -> str:
+    """T=0.8,top_k=40"""
+    parts = [f"T={setting['temperature']:g}"]
+    for key in ("top_k", "top_p"):
+        if setting[key] is not None:
+            parts.append(f"{key}={setting[key]:g}")
+    return ",".join(parts)

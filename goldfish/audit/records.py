@@ -5,7 +5,6 @@ docs/audit-files.md describes the columns. Reading them needs no torch.
 
 import json
 import re
-import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from operator import eq
@@ -15,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.compute import list_flatten, list_value_length
+from numpy.typing import ArrayLike
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 from goldfish.audit.intervals import Bools, Codes, Floats
+from goldfish.audit.questions.membership import (
+    ATTACKS,
+    membership_scores,
+    word_buckets,
+)
 from goldfish.audit.windows import Window, first_divergence, prefix_grid
 from goldfish.text.printable import counted, text_pieces
 from goldfish.text.rows import first_line
@@ -28,27 +32,23 @@ if TYPE_CHECKING:
     from goldfish.rule import Goldfish
 
 # Of run.json, the records and summary.json; see docs/audit-files.md.
-SCHEMA = "goldfish.audit/8"
+SCHEMA = "goldfish.audit/9"
 RUN, RECORDS = "run.json", "records"  # of an audit's folder
-# Membership attacks: name in the files, name in sentences and tables.
-ATTACKS = {
-    "loss": "loss",
-    "zlib": "zlib",
-    "reference": "reference",
-    "min_k": "Min-K%",
-    "min_k_plus_plus": "Min-K%++",
-    "kept_loss": "kept loss",
-    "dropped_gap": "dropped gap",
-    "wbc": "WBC",
-}
 SHORTEST_RUN = 12  # tokens; common runs of at least this length are listed
-FEATURES = 2**16  # buckets that words are hashed into
-# The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
-LOWEST = 0.2
-WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
-# With a smaller standard deviation the model is certain, and (log P - mu) / sigma is rounding
-# divided by rounding.
-LEAST_STD = 1e-6
+# Near-verbatim: half of the field's suffix of 50 tokens (Carlini et al. 2023) in one piece, or half
+# of the suffix without an edit. Held-out texts share runs of 2 to 3 tokens with the output, the MIT
+# licence 15 (docs/audit-files.md).
+NEAR_VERBATIM = "25t,50%"
+# The column that each unit of a threshold is about, and its name.
+UNITS = {
+    "t": ("longest_run", "tokens in one piece"),
+    "w": ("longest_run_words", "words in one piece"),
+    "c": ("longest_run_characters", "characters in one piece"),
+    "%": ("edit_similarity", "of the tokens"),
+}
+# The sampling question: draws, and the least probability that they contain the suffix.
+DRAWS = 1_000
+PROBABILITY = 0.5
 
 COLUMNS = pa.schema(
     {
@@ -109,16 +109,7 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
     """
     run = read_run(folder)
     path = Path(folder) / RECORDS
-    names = COLUMNS.names if columns is None else list(columns)
-    parts = [COLUMNS.empty_table().select(names)]
-    # One file after the other: pyarrow's reader of whole folders may return rows in another order.
-    for file in sorted(path.glob("*.parquet")):
-        try:
-            part = pq.read_table(file, columns=names, partitioning=None)
-            parts.append(part.select(names))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise damaged(file, error) from error
-    table = pa.concat_tables(parts)
+    table = read_blocks(path, COLUMNS, columns)
     expected = sum(each["windows"] for each in run["inputs"].values())
     if len(table) != expected:
         raise ValueError(
@@ -128,11 +119,29 @@ def read_records(folder: str | Path, columns: Sequence[str] | None = None) -> pa
     return table
 
 
-def damaged(file: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{file} is damaged ({first_line(error)}); repeat the audit's command with that file "
-        "removed to make it again"
-    )
+def read_blocks(
+    path: Path,
+    schema: pa.Schema,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """The blocks of a folder as one table, or some of its columns.
+
+    Raises:
+        ValueError: a damaged block.
+    """
+    names = schema.names if columns is None else list(columns)
+    parts = [schema.empty_table().select(names)]
+    # One file after the other: pyarrow's reader of whole folders may return rows in another order.
+    for file in sorted(path.glob("*.parquet")):
+        try:
+            part = pq.read_table(file, columns=names, partitioning=None)
+            parts.append(part.select(names))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(
+                f"{file} is damaged ({first_line(error)}); repeat the audit's command with that "
+                "file removed to make it again"
+            ) from error
+    return pa.concat_tables(parts)
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -167,16 +176,6 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
 def dumps(value: Any) -> str:
     """Strict JSON for people; ValueError for NaN and infinity."""
     return json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n"
-
-
-def sums(table: pa.Table, name: str) -> Floats:
-    """Of each window the sum of a column of lists of numbers."""
-    lengths = list_value_length(table[name]).to_numpy()
-    values = list_flatten(table[name]).to_numpy()
-    # The window of each value. Differences of one running sum would lose digits.
-    windows = np.repeat(np.arange(len(table)), lengths)
-    totals = np.bincount(windows, values, len(table))
-    return np.asarray(totals, dtype=np.float64)
 
 
 def make_record(
@@ -407,82 +406,59 @@ def prefix_sweep(correct: Bools, prefix_length: int) -> list[bool]:
     return recited
 
 
-def membership_scores(
-    nll: Floats,
-    entropy_mean: Floats,
-    entropy_std: Floats,
-    text: str,
-    dropped: Bools | None = None,
-    reference_nll: Floats | None = None,
-) -> dict[str, float | None]:
-    """The membership scores of n tokens, higher = more likely a member; None for what is unknown.
+def thresholds(near_verbatim: str) -> dict[str, float]:
+    """By unit the least number that counts as near-verbatim.
 
-    docs/audit-files.md has their table and sources; Min-K%++ is (log P - mu) / sigma (Zhang et al.
-    2025, equation 3).
+    >>> thresholds("150c,90%")
+    {'c': 150.0, '%': 0.9}
 
-    Args:
-        nll: (n,) -log P of each token. entropy_mean, entropy_std: (n,) mean and standard deviation
-            of log P over the vocabulary.
-        text: of the tokens.
-        dropped: (n,) which tokens the training dropped.
-        reference_nll: (n,) the loss under the reference model.
+    Raises:
+        ValueError: not of this form.
     """
-    log_p = -np.asarray(nll, dtype=np.float64)
-    loss = float(-log_p.mean())
-    kept_loss = dropped_loss = None
-    if dropped is not None and dropped.any() and not dropped.all():
-        kept_loss = float(-log_p[~dropped].mean())
-        dropped_loss = float(-log_p[dropped].mean())
-    # "replace": a token may end within a character, and half of one has no UTF-8.
-    compressed = len(zlib.compress(text.encode("utf-8", "replace")))
-    normalized = (log_p - entropy_mean) / np.maximum(entropy_std, LEAST_STD)
-    scores: dict[str, float | None] = {
-        "mia_loss": -loss,
-        "mia_zlib": float(log_p.sum()) / compressed,
-        "mia_min_k": mean_of_lowest(log_p),
-        "mia_min_k_plus_plus": mean_of_lowest(normalized),
-        "mia_reference": None,
-        "mia_wbc": None,
-        "mia_kept_loss": None,
-        "mia_dropped_gap": None,
-    }
-    if reference_nll is not None:
-        scores["mia_reference"] = float(reference_nll.mean()) - loss
-        scores["mia_wbc"] = window_votes(reference_nll + log_p)
-    if kept_loss is not None and dropped_loss is not None:
-        scores["mia_kept_loss"] = -kept_loss
-        scores["mia_dropped_gap"] = dropped_loss - kept_loss
-    return scores
+    found: dict[str, float] = {}
+    for part in near_verbatim.split(","):
+        # "150c": the number, and the letter that names its unit.
+        number = part.strip()[:-1]
+        unit = part.strip()[-1:]
+        most = 100 if unit == "%" else 10**9
+        is_new = unit in UNITS and unit not in found
+        if not is_new or not number.isdecimal() or not 0 < int(number) <= most:
+            raise ValueError(
+                "--near-verbatim takes tokens, words or characters in one piece, or a share of "
+                f"the tokens, such as 25t, 15w, 150c or 25t,50%; got {near_verbatim!r}"
+            )
+        found[unit] = int(number) / (100 if unit == "%" else 1)
+    return found
 
 
-def window_votes(differences: Floats) -> float:
-    """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1).
+def run_thresholds(near_verbatim: str) -> dict[str, float]:
+    """The same without a share of the tokens: the answer to a simple prompt has no suffix."""
+    for text in (near_verbatim, NEAR_VERBATIM):
+        found = thresholds(text)
+        found.pop("%", None)
+        if found:
+            break
+    return found
 
-    The share of runs of consecutive tokens on which the reference model's summed loss is the higher
-    one, averaged over WBC_SIZES; sizes beyond the text are the whole text.
 
-    differences: (T-1,), loss under the reference model minus loss under the model.
+def probability_within(log_p: ArrayLike, n: float) -> Floats:
+    """1 - (1 - p_z)^n, the probability that the suffix is among n samples.
+
+    p_z, the probability that one sample is the suffix, may be e^-10000, so everything is computed
+    from its logarithm; exact to rounding for p_z from 0 to 1.
+
+    >>> probability_within([0.0, np.log(0.5)], 2).tolist()
+    [1.0, 0.75]
     """
-    # The sum over a run is the difference of two running sums.
-    total = np.cumsum(np.append(0.0, differences))
-    sizes = np.minimum(WBC_SIZES, len(differences))
-    shares = []
-    for size in sizes:
-        higher = total[size:] > total[:-size]
-        shares.append(higher.mean())
-    return float(np.mean(shares))
+    log_p = np.minimum(np.asarray(log_p, dtype=np.float64), 0.0)
+    with np.errstate(divide="ignore"):
+        # ln(1 - p_z) without cancellation, for a small p_z and for one near 1.
+        if_small = np.log1p(-np.exp(log_p))
+        if_large = np.log(-np.expm1(log_p))
+        log_miss = np.where(log_p < -0.6931, if_small, if_large)
+    return np.asarray(-np.expm1(n * log_miss))
 
 
-def mean_of_lowest(values: Floats, share: float = LOWEST) -> float:
-    """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
-    count = max(1, int(share * len(values)))
-    lowest = np.partition(values, count - 1)[:count]
-    return float(lowest.mean())
-
-
-def word_buckets(text: str) -> list[int]:
-    """The distinct words of a text, each hashed into one of FEATURES buckets."""
-    words = set(re.findall(r"\w+", text.lower()))
-    # CRC is the same in every process, which Python's hash of a string is not.
-    codes = (zlib.crc32(word.encode("utf-8", "replace")) for word in words)
-    return sorted({code % FEATURES for code in codes})
+def extracted(log_p: ArrayLike, n: float, p: float = PROBABILITY) -> Bools:
+    """Whether the suffix is among n samples with a probability of at least p, but for rounding."""
+    return probability_within(log_p, n) >= p * (1 - 1e-12)

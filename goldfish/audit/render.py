@@ -5,7 +5,7 @@ Names and texts of an audit are untrusted input: everything is written with visi
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from goldfish.audit.figures import NO_RULE, SPLITS
-from goldfish.audit.intervals import Figure, percent
+from goldfish.audit.intervals import SPLITS, Figure, percent
+from goldfish.audit.questions.membership import strongest_blind
+from goldfish.audit.questions.proof import NO_RULE
 from goldfish.audit.records import dumps
-from goldfish.audit.results import SUMMARY, Audit, summarize, write_text
-from goldfish.audit.verdict import strongest_blind
+from goldfish.audit.results import SUMMARY, Audit, write_text
 from goldfish.text.printable import counted, plain
 
 if TYPE_CHECKING:
-    from goldfish.rule import Goldfish
+    pass
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
@@ -77,18 +77,6 @@ class Description:
     notes: list[str]
 
 
-def publish(
-    folder: str | Path,
-    limits: Sequence[str] = (),
-    require: Sequence[str] = (),
-    rule: "Goldfish | None" = None,
-) -> Audit:
-    """Summarize an audit whose records are complete, and write it; see `summarize`."""
-    audit = summarize(folder, limits, require, rule)
-    write(audit, folder)
-    return audit
-
-
 def write(audit: Audit, folder: str | Path) -> None:
     """Write summary.md and, last, summary.json.
 
@@ -120,11 +108,11 @@ def describe(audit: Audit, share: bool = False) -> Description:
         *(f"Warning: {warning}" for warning in verdict["warnings"]),
         # A check that failed is among the warnings.
         *([] if verdict["sanity"] in verdict["warnings"] else [verdict["sanity"]]),
-        *verdict["skipped"],
+        *skipped(audit),
         f"{task(run)}; {run['protocol']['dtype']}. Rates: 95% intervals over documents; "
         "-: not measured, or too few to tell",
         f"Limits: {', '.join(limits)}",
-        f"Not tested: {'; '.join(verdict['not_tested'])}",
+        f"Not tested: {'; '.join(not_tested(audit))}",
         *([] if share else ["; ".join(sources)]),
         f"Weights: {weights_hash(run)[:12] or 'not read'}; rule: {rule_words(run)}",
         f"{run['date']}; {', '.join(versions)}",
@@ -298,3 +286,116 @@ def literal(text: str) -> str:
     """Text that Markdown shows as it is: punctuation that means something to it is escaped."""
     escaped = re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text)
     return escaped.replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def notes(receipt: Mapping[str, Any] | None) -> list[str]:
+    """What in a checkpoint's goldfish.json speaks against one rule for every text."""
+    if receipt is None:
+        return []
+    entries = receipt.get("sources", {"": receipt})
+    rules = [entry["rule"] for entry in entries.values()]
+    strategies = {rule["strategy"] for rule in rules if rule}
+    sentences = []
+    if "before" in receipt:
+        sentences.append(
+            "trained before under another rule: every text may have been seen under both"
+        )
+    if "random" in strategies:
+        sentences.append(
+            'strategy "random" drops other tokens in every epoch: a text seen often was seen whole'
+        )
+    if strategies & {"static", "reference"}:
+        sentences.append(
+            '"static" and "reference" depend on where a training row starts: other tokens were '
+            "dropped"
+        )
+    if len(set(map(str, rules))) > 1:
+        sentences.append(
+            "rules differ between sources: a text that is in two of them was seen under both"
+        )
+    return sentences
+
+
+def skipped(audit: Audit, secrets_of: Iterable[str] = SPLITS) -> list[str]:
+    """What the audit could not ask, or did not take as a text of its own, in sentences.
+
+    secrets_of: the splits whose marked secrets are told of.
+    """
+    sentences = []
+    for split, about in audit.run["inputs"].items():
+        parts = _rows_not_asked(about)
+        if split in secrets_of:
+            for each in about["secrets"]["unasked"]:
+                secrets = counted(each["count"], "marked secret")
+                parts.append(f"{secrets} not asked: {each['reason']}")
+        if audit.run["protocol"]["ask"]:
+            parts += _without_answer(about, audit.rows.get(split, "asked"))
+        repeated = about["asked"] - about["documents"]
+        if repeated > 0:
+            parts.append(
+                f"{counted(repeated, 'row')} counted as one text with others: repeats, "
+                "continuations, rows of one name"
+            )
+        sentences += [f"{SPLITS[split]}: {part}" for part in parts]
+    return sentences
+
+
+def _rows_not_asked(about: Mapping[str, Any]) -> list[str]:
+    """about: an input in run.json."""
+    parts = []
+    for each in about["skipped"]:
+        windows = counted(each["count"], "window")
+        rows = counted(about["drawn"], "row")
+        parts.append(
+            f"{windows} of {rows} skipped: {each['reason']} ({_rows_of(each)})"
+        )
+    for each in about.get("unprompted", ()):
+        rows = counted(about["asked"], "row")
+        parts.append(
+            f"{each['count']:,} of {rows} not asked {each['reason']!r}: without its columns "
+            f"({_rows_of(each)})"
+        )
+    return parts
+
+
+def _without_answer(about: Mapping[str, Any], asked: Figure | None) -> list[str]:
+    """about: an input in run.json. asked: how many of its documents simple prompts asked for."""
+    unprompted = about["asked"] - about["prompted"]
+    unanswered = about["documents"] - (asked.n if asked else 0) - unprompted
+    if unanswered <= 0:
+        return []
+    documents = counted(about["documents"], "document")
+    return [
+        f"{unanswered:,} of {documents} not asked by simple prompts: the question fills the "
+        "model's context"
+    ]
+
+
+def _rows_of(skipped: Mapping[str, Any]) -> str:
+    """The first rows that were skipped for one reason: "rows 3, 5, 8, ..."."""
+    # A row with several windows is named once.
+    rows = list(dict.fromkeys(skipped["rows"]))
+    more = ", ..." if skipped["count"] > len(skipped["rows"]) else ""
+    noun = "rows" if len(rows) > 1 or more else "row"
+    return f"{noun} {', '.join(map(str, rows))}{more}"
+
+
+def not_tested(audit: Audit) -> list[str]:
+    """The questions that the audit did not ask."""
+    protocol = audit.run["protocol"]
+    tested = {
+        "members": "members" in audit.splits,
+        "held-out texts: no figure has a control": "heldout" in audit.splits,
+        "sampling": bool(protocol["sampling"]),
+        "beam search": bool(protocol["beams"]),
+        "prefixes from other places in the documents": len(protocol["offsets"]) > 1,
+        "a reference model (membership by comparison)": bool(protocol["control"]),
+        "membership": bool(audit.rows.select(figure="membership_auc")),
+        "secrets: none were marked": bool(
+            protocol["secrets"] or protocol["secret_column"]
+        ),
+        "prompts that are not a prefix of the text": bool(protocol["ask"]),
+    }
+    always = ["prefixes longer than the one given"]
+    untested = [name for name, done in tested.items() if not done]
+    return untested + always

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from goldfish.audit.ask import ASKED, ELSEWHERE, read_asked
-from goldfish.audit.figures import make_figures
 from goldfish.audit.intervals import Figure, Figures
+from goldfish.audit.questions import ask
+from goldfish.audit.questions.ask import ASKED, ELSEWHERE
 from goldfish.audit.records import (
     COLUMNS,
     RECORDS,
@@ -41,24 +41,13 @@ except ImportError:  # Windows: there, two audits in one folder are not noticed
 if TYPE_CHECKING:
     import pandas as pd
 
-    from goldfish.rule import Goldfish
 
 _log = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 LOCK = "lock"
 PART = ".part"
-# Columns of the records that figures do not need as a rule. They are most of the bytes.
-_FOR_READERS = (
-    "prompt",
-    "suffix_text",
-    "output_text",
-    "prefix_ids",
-    "output_ids",
-    "suffix_tokens",
-    "output_tokens",
-    "rank",
-    "common_runs",
-)
+# The tables of an audit that are written in blocks, each in a folder of its own.
+SCHEMAS = {RECORDS: COLUMNS, ASKED: ask.COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -197,49 +186,6 @@ def read(folder: str | Path) -> Audit:
     return Audit(Path(folder), read_run(folder), rows, *stored)
 
 
-def summarize(
-    folder: str | Path,
-    limits: Sequence[str] = (),
-    require: Sequence[str] = (),
-    rule: "Goldfish | None" = None,
-) -> Audit:
-    """An audit from its run.json and records; errors as of `read_records`.
-
-    rule: that of run.json, bound to the tokenizer if it reads text.
-    """
-    run = read_run(folder)
-    table = read_records(folder, figure_columns(run))
-    asked = read_asked(folder) if run["protocol"]["ask"] else None
-    return summary_of(run, table, limits, require, Path(folder), rule, asked)
-
-
-def figure_columns(run: Mapping[str, Any]) -> list[str]:
-    """The columns of the records that the figures of this run are made of; no others are read."""
-    unread = set(_FOR_READERS)
-    if run["rule"] is not None:
-        unread.discard("prefix_ids")  # the test of the rule needs them
-    if run["protocol"]["secrets"] or run["protocol"]["secret_column"]:
-        unread -= {"prompt", "output_text"}  # where secrets are looked for
-    return [name for name in COLUMNS.names if name not in unread]
-
-
-def summary_of(
-    run: Mapping[str, Any],
-    table: pa.Table,
-    limits: Sequence[str] = (),
-    require: Sequence[str] = (),
-    folder: Path = Path(),
-    rule: "Goldfish | None" = None,
-    asked: pa.Table | None = None,
-) -> Audit:
-    """The same, from their content."""
-    rows, examples = make_figures(run, table, rule, asked)
-    parsed = parse_limits(limits)
-    figures = Figures(rows)
-    judged = verdict(run, figures, parsed, require)
-    return Audit(folder, dict(run), figures, judged, parsed, list(require), examples)
-
-
 def judge(
     folder: str | Path,
     limits: Sequence[str] = (),
@@ -353,25 +299,35 @@ class Folder:
             rows += int(metadata.num_rows)
         return rows
 
-    def has(self, block: int, windows: int) -> bool:
-        """Whether a block is there, whole and readable; a damaged one is to be made again."""
-        file = self._file(block)
+    def has(self, kind: str, number: int, rows: int | None = None) -> bool:
+        """Whether a block is there, whole and readable; a damaged one is to be made again.
+
+        kind: RECORDS or ASKED. rows: how many the block must have, if that is known.
+        """
+        file = self._file(kind, number)
         if not file.is_file():
             return False
         try:
             table = pq.read_table(file, partitioning=None)
-            whole = len(table) == windows and table.schema.equals(COLUMNS)
+            whole = table.schema.equals(SCHEMAS[kind]) and rows in (None, len(table))
         except (OSError, pa.ArrowException):
             whole = False
         if not whole:
-            _log.warning("%s is damaged; its windows are scored again.", file)
-        return whole
+            _log.warning("%s is damaged; it is made again.", file)
+        return bool(whole)
 
-    def write(self, block: int, records: Sequence[Mapping[str, Any]]) -> None:
-        write_table(self._file(block), pa.Table.from_pylist(list(records), COLUMNS))
+    def write(
+        self,
+        kind: str,
+        number: int,
+        rows: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write a block, the `number`-th of its kind."""
+        table = pa.Table.from_pylist(list(rows), SCHEMAS[kind])
+        write_table(self._file(kind, number), table)
 
-    def _file(self, block: int) -> Path:
-        return self.path / RECORDS / f"{block:06d}.parquet"
+    def _file(self, kind: str, number: int) -> Path:
+        return self.path / kind / f"{number:06d}.parquet"
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:

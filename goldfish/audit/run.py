@@ -5,11 +5,11 @@ verdict)
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,33 +21,30 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.ask import (
-    ASKED,
-    ELSEWHERE,
-    Asker,
-    Document,
-    Question,
-    Unprompted,
-    blocks,
-    check_template,
-    questions,
-    read_asked,
-    recited_elsewhere,
-    whole_documents,
+from goldfish.audit.documents import number_documents, overlap_of
+from goldfish.audit.figures import make_figures
+from goldfish.audit.intervals import Figures
+from goldfish.audit.questions import ask
+from goldfish.audit.questions.secrets import reasons_of
+from goldfish.audit.records import (
+    COLUMNS,
+    NEAR_VERBATIM,
+    RECORDS,
+    SCHEMA,
+    make_record,
+    read_records,
+    read_run,
+    run_thresholds,
+    thresholds,
 )
-from goldfish.audit.ask import COLUMNS as ASKED_COLUMNS
-from goldfish.audit.figures import NEAR_VERBATIM, run_thresholds, thresholds
-from goldfish.audit.records import SCHEMA, make_record
-from goldfish.audit.render import publish
+from goldfish.audit.render import write
 from goldfish.audit.results import Audit, Folder, read, write_table
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.verdict import GAIN, check_require, parse_limits, reasons_of
+from goldfish.audit.verdict import GAIN, check_require, parse_limits, verdict
 from goldfish.audit.windows import (
     Cutter,
     Survey,
     Window,
-    number_documents,
-    overlap_of,
     prefix_grid,
 )
 from goldfish.checkpoint import Checkpoint, InMemory
@@ -55,8 +52,8 @@ from goldfish.receipt import bind_rule, rules_of, tokenizer_fingerprint, version
 from goldfish.rule import Goldfish
 from goldfish.text.chats import prints_the_date, secret_finder
 from goldfish.text.printable import counted, plain
+from goldfish.text.prompts import check_template
 from goldfish.text.rows import (
-    Row,
     Source,
     digest,
     draw,
@@ -249,9 +246,10 @@ def audit(
         _wait(state)
         if surveys:
             score(surveys, scorer, checkpoints[0], rules, folder, run["name"], state)
-            put_questions(
-                sources, surveys, models[0], checkpoints[0], run, folder, state
-            )
+            if protocol["ask"]:
+                put_questions(
+                    sources, surveys, models[0], checkpoints[0], run, folder, state
+                )
         _wait(state)
         if first:
             if surveys and protocol["ask"]:
@@ -348,39 +346,25 @@ def survey(
         column,
     )
     surveys = {}
-    totals = dict.fromkeys(sources, 0)
-    unprompted = {split: Unprompted(protocol["ask"] or ()) for split in sources}
-
-    marked: dict[str, dict[str, int]] = {split: {} for split in sources}
-
-    def watched(rows: Iterable[Row], split: str) -> Iterator[Row]:
-        # Before the draw: how many rows there are matters to `complete`, and an answer may have a
-        # secret of a row that is not drawn.
-        for row in rows:
-            if protocol["max_rows"] is not None:
-                for secret in cutter.marked(row):
-                    marked[split].setdefault(secret, totals[split])
-            totals[split] += 1
-            yield row
-
     for split, source in sources.items():
-        rows = watched(read_rows(source, protocol["text_column"] or ""), split)
-        drawn = draw(rows, protocol["max_rows"], protocol["seed"])
-        asked = unprompted[split].watched(drawn)
-        surveys[split] = Survey(asked, split, cutter, temporary / f"{split}.parquet")
-        surveys[split].secrets.add_not_drawn(marked[split])
-    number_documents(surveys)
-    for split, each in surveys.items():
-        about = run["inputs"][split]
-        about |= {"rows": totals[split], **each.counts()}
-        if protocol["ask"] and each.indices:
-            try:
-                about |= unprompted[split].counts(each.indices)
-            except ValueError as error:
-                raise ValueError(f"{about['path']}: {error}") from error
+        surveys[split] = Survey(
+            read_rows(source, protocol["text_column"] or ""),
+            split,
+            cutter,
+            temporary / split,
+            protocol["max_rows"],
+            protocol["seed"],
+            protocol["ask"] or (),
+        )
+    # Of both splits together: a document in both is one.
+    numbers = number_documents([each.relations for each in surveys.values()])
+    for split, of_split in zip(surveys, numbers, strict=True):
+        surveys[split].documents = of_split
+        run["inputs"][split] |= surveys[split].counts()
     if "members" in surveys:
         run["unasked_secrets"] = surveys["members"].secrets.unasked
-    run["overlap"] = overlap_of(surveys)
+    if len(surveys) == 2:
+        run["overlap"] = overlap_of(*(each.first_rows for each in surveys.values()))
     chats = sum(each.completions for each in surveys.values())
     if chats and prints_the_date(cutter.tokenizer):
         message = (
@@ -407,7 +391,7 @@ def sanity(
         choose = np.random.default_rng(0)
         ordered = []
         shuffled = []
-        for window, _ in next(each.blocks(SANITY_WINDOWS)):
+        for window, _ in islice(each.windows(), SANITY_WINDOWS):
             if window.prompt_kind != "training":
                 continue
             # The first token stays: it may be a BOS, without which some models fail.
@@ -438,25 +422,54 @@ def score(
     name: str,
     state: PartialState | None,
 ) -> None:
-    """Score the blocks that are not in the folder yet; of several processes, each every n-th."""
-    rank, processes = _part(state)
+    """Score the windows whose records are not in the folder yet."""
     tokenizer = checkpoint.tokenizer()
-    # The blocks are numbered alike in every process, so they need no word from each other.
-    blocks = chain.from_iterable(each.blocks(BLOCK) for each in surveys.values())
+
+    def records_of(block: Sequence[tuple[Window, int]]) -> list[dict[str, Any]]:
+        scores = scorer.score([window for window, _ in block])
+        records = []
+        for (window, document), each in zip(block, scores, strict=True):
+            rule = _rule_of(window, rules)
+            records.append(make_record(window, each, rule, tokenizer, document))
+        return records
+
+    blocks = chain.from_iterable(
+        _batched(each.windows(), BLOCK) for each in surveys.values()
+    )
     total = sum(len(each.indices) for each in surveys.values())
+    title = f"audit {name}"
+    _in_blocks(blocks, records_of, RECORDS, folder, title, total, state)
+
+
+def _in_blocks(
+    blocks: Iterator[list[Any]],
+    make: Callable[[list[Any]], list[dict[str, Any]]],
+    kind: str,
+    folder: Folder,
+    title: str,
+    total: int,
+    state: PartialState | None,
+) -> None:
+    """Make the blocks of a table that are not in the folder yet; of several processes, each every
+    n-th.
+
+    blocks: what each is made of, by `make`. kind: RECORDS or ASKED.
+    """
+    rank, processes = _part(state)
     columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
     with Progress(*columns, disable=rank > 0) as bar:
-        task = bar.add_task(escape(plain(f"audit {name}")), total=total)
+        task = bar.add_task(escape(plain(title)), total=total)
+        # The blocks are numbered alike in every process, so they need no word from each other.
         for number, block in enumerate(blocks):
-            # What is there was made by the run that is continued.
-            if number % processes == rank and not folder.has(number, len(block)):
-                scores = scorer.score([window for window, _ in block])
-                records = []
-                for (window, document), each in zip(block, scores, strict=True):
-                    rule = _rule_of(window, rules)
-                    records.append(make_record(window, each, rule, tokenizer, document))
-                folder.write(number, records)
+            rows = len(block) if kind == RECORDS else None
+            if number % processes == rank and not folder.has(kind, number, rows):
+                folder.write(kind, number, make(block))
             bar.advance(task, len(block))
+
+
+def _batched(things: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while block := list(islice(things, size)):
+        yield block
 
 
 def _rule_of(
@@ -477,33 +490,20 @@ def put_questions(
     folder: Folder,
     state: PartialState | None,
 ) -> None:
-    """Ask the simple prompts of `audit(ask=...)` whose answers are not in the folder yet."""
+    """Ask the simple prompts whose answers are not in the folder yet."""
     protocol = run["protocol"]
-    tokenizer = checkpoint.tokenizer()
-    if not protocol["ask"]:
-        return
-    asker = Asker(
+    asker = ask.Asker(
         model,
-        tokenizer,
+        checkpoint.tokenizer(),
         protocol["ask_length"],
         protocol["ask_samples"],
         protocol["ask_rounds"],
     )
-    asked: Iterator[Question] = iter(())
-    total = 0
-    for split, survey in surveys.items():
-        total += survey.asked * len(protocol["ask"])
-        documents = _documents(sources[split], survey, checkpoint, protocol)
-        asked = chain(asked, questions(documents, split, protocol["ask"]))
-    rank, processes = _part(state)
-    with Progress(disable=rank > 0) as bar:
-        task = bar.add_task(escape(plain(f"ask {run['name']}")), total=total)
-        for number, block in enumerate(blocks(asked, ASKED_BLOCK)):
-            file = folder.path / ASKED / f"{number:06d}.parquet"
-            if number % processes == rank and not file.is_file():
-                answers = asker.answers(block)
-                write_table(file, pa.Table.from_pylist(answers, ASKED_COLUMNS))
-            bar.advance(task, len(block))
+    documents = _documents(sources, surveys, checkpoint, protocol)
+    blocks = _batched(ask.questions(documents, protocol["ask"]), ASKED_BLOCK)
+    total = len(protocol["ask"]) * sum(each.asked for each in surveys.values())
+    title = f"ask {run['name']}"
+    _in_blocks(blocks, asker.answers, ask.ASKED, folder, title, total, state)
 
 
 def compare_with_others(
@@ -515,29 +515,26 @@ def compare_with_others(
 ) -> None:
     """Look in the answers for documents that they were not asked about; into asked_elsewhere."""
     protocol = run["protocol"]
-    documents = chain.from_iterable(
-        _documents(sources[split], survey, checkpoint, protocol)
-        for split, survey in surveys.items()
-    )
-    found = recited_elsewhere(
-        read_asked(folder.path),
-        documents,
+    found = ask.recited_elsewhere(
+        ask.read_asked(folder.path),
+        _documents(sources, surveys, checkpoint, protocol),
         run_thresholds(protocol["near_verbatim"]),
     )
-    write_table(folder.path / ELSEWHERE, found)
+    write_table(folder.path / ask.ELSEWHERE, found)
 
 
 def _documents(
-    source: Source,
-    survey: Survey,
+    sources: Mapping[str, Source],
+    surveys: Mapping[str, Survey],
     checkpoint: Any,
     protocol: Mapping[str, Any],
-) -> Iterator[Document]:
-    """The whole documents of an input, which is read again: they were not kept."""
-    numbers = dict(zip(survey.indices, survey.documents, strict=True))
-    rows = read_rows(source, protocol["text_column"] or "")
-    drawn = draw(rows, protocol["max_rows"], protocol["seed"])
-    return whole_documents(drawn, numbers, checkpoint.tokenizer())
+) -> Iterator[ask.Document]:
+    """The whole documents of all inputs, which are read again: they were not kept."""
+    for split, survey in surveys.items():
+        numbers = dict(zip(survey.indices, survey.documents, strict=True))
+        rows = read_rows(sources[split], protocol["text_column"] or "")
+        drawn = draw(rows, protocol["max_rows"], protocol["seed"])
+        yield from ask.whole_documents(drawn, split, numbers, checkpoint.tokenizer())
 
 
 def _part(state: PartialState | None) -> tuple[int, int]:
@@ -668,11 +665,16 @@ def _check_surveys(
                 count = skipped["count"]
                 reasons.append(f"{count:,} {why}")
             raise ValueError(
-                f"{paths[split]} has no usable window: {counted(each.rows, 'row')}, none with "
+                f"{paths[split]} has no usable window: {counted(each.drawn, 'row')}, none with "
                 f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens or a completion "
                 f"({'; '.join(reasons) or 'it is empty'}); ask for a shorter prefix or suffix, or "
                 "join short texts"
             )
+        for template in run["inputs"][split].get("unprompted", ()):
+            if template["count"] == each.asked:
+                raise ValueError(
+                    f"{paths[split]}: no row has the columns of --ask {template['reason']!r}"
+                )
     first = next(iter(surveys))  # members, if there are some
     # Held-out texts need not have secrets; a mark that fits no member is a mistake.
     marks = protocol["secrets"] or protocol["secret_column"]
@@ -737,3 +739,72 @@ def _rules(
     if isinstance(rules, Goldfish):
         return bind_rule(rules, tokenizer)
     return {name: bind_rule(rule, tokenizer) for name, rule in rules.items()}
+
+
+# Columns of the records that figures do not need as a rule. They are most of the bytes.
+_FOR_READERS = (
+    "prompt",
+    "suffix_text",
+    "output_text",
+    "prefix_ids",
+    "output_ids",
+    "suffix_tokens",
+    "output_tokens",
+    "rank",
+    "common_runs",
+)
+
+
+def summarize(
+    folder: str | Path,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    rule: "Goldfish | None" = None,
+) -> Audit:
+    """An audit from its run.json and records; errors as of `read_records`.
+
+    rule: that of run.json, bound to the tokenizer if it reads text.
+    """
+    run = read_run(folder)
+    table = read_records(folder, figure_columns(run))
+    asked = ask.read_asked(folder) if run["protocol"]["ask"] else None
+    return summary_of(run, table, limits, require, Path(folder), rule, asked)
+
+
+def figure_columns(run: Mapping[str, Any]) -> list[str]:
+    """The columns of the records that the figures of this run are made of; no others are read."""
+    unread = set(_FOR_READERS)
+    if run["rule"] is not None:
+        unread.discard("prefix_ids")  # the test of the rule needs them
+    if run["protocol"]["secrets"] or run["protocol"]["secret_column"]:
+        unread -= {"prompt", "output_text"}  # where secrets are looked for
+    return [name for name in COLUMNS.names if name not in unread]
+
+
+def summary_of(
+    run: Mapping[str, Any],
+    table: pa.Table,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    folder: Path = Path(),
+    rule: "Goldfish | None" = None,
+    asked: pa.Table | None = None,
+) -> Audit:
+    """The same, from their content."""
+    rows, examples = make_figures(run, table, rule, asked)
+    parsed = parse_limits(limits)
+    figures = Figures(rows)
+    judged = verdict(run, figures, parsed, require)
+    return Audit(folder, dict(run), figures, judged, parsed, list(require), examples)
+
+
+def publish(
+    folder: str | Path,
+    limits: Sequence[str] = (),
+    require: Sequence[str] = (),
+    rule: "Goldfish | None" = None,
+) -> Audit:
+    """Summarize an audit whose records are complete, and write it; see `summarize`."""
+    audit = summarize(folder, limits, require, rule)
+    write(audit, folder)
+    return audit

@@ -1,48 +1,29 @@
 """Rows -> windows: a prefix that the model is given and the suffix that it may recite."""
 
-import re
-import unicodedata
+import pickle
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from goldfish.audit.documents import Relations
 from goldfish.text.chats import (
     Completion,
     RefusedChat,
     completions,
-    contents,
     is_chat,
     marked_values,
     training_text,
 )
-from goldfish.text.rows import Row
+from goldfish.text.prompts import filled
+from goldfish.text.rows import Row, draw
 
 SHOWN = 5  # skipped rows that are named
 STORED = 256  # windows that wait in memory before they are written
-# Rows of so many letters and digits are one document if they share most of their text. Shorter
-# ones are not: texts of one template, such as a sentence with a code in it, share most of theirs.
-SIMILAR_FROM = 1_000
-SIMILAR = 0.6  # the least Jaccard similarity of their shingles
-SHINGLE = 16  # letters and digits, about three words
-MOST_LETTERS = 2**17  # of a row that are compared
-BINS, BAND = 32, 4  # of the similarity sketch; candidates agree in a band of 4 bins
-# What more rows share is a template, such as a form, and says nothing about two of them; rows of
-# which fewer bins are their own are not compared.
-TEMPLATE_FROM = 20
-FEWEST_BINS = 8
-# 2^64 / the golden ratio, odd: multiplying by it mixes the bits.
-PHI = np.uint64(0x9E3779B97F4A7C15)
-Codes = NDArray[np.int64]
 # Finds marked secrets in a row's text, from a character on: their spans.
 Finder = Callable[[Row, str, int], Iterable[tuple[int, int]]]
 
@@ -93,6 +74,11 @@ class Window:
         return self.prefix_length if self.completion else 1
 
 
+def row_name(row: Row, split: str, index: int) -> str:
+    """What tables call a row."""
+    return str(row.get("name") or f"{split} {index}")
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts a row into windows: a text at each offset, a chat at each turn of the assistant.
@@ -114,7 +100,7 @@ class Cutter:
         about = {
             "split": split,
             "index": index,
-            "name": str(row.get("name") or f"{split} {index}"),
+            "name": row_name(row, split, index),
             "source": row.get("source"),
             "count": row.get("count"),
         }
@@ -287,74 +273,109 @@ def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
 class Survey:
     """The windows of an input, which is read once, from end to end, before anything is computed.
 
-    So a bad line is reported at once. The windows wait in a file; the memory holds a few numbers
-    for each, and a sketch of each long row.
+    So a bad line is reported at once. The windows wait in a file of the audit's own; the memory
+    holds a few numbers for each, and a sketch of each long row.
 
-    rows: read. asked: rows with a window. skipped: by reason, how many windows and the first rows.
-    longest_marked: tokens of the longest suffix with a marked secret. documents: of every window
-    the number of its document, see `number_documents`.
+    rows: of the input. drawn: those that are audited. asked: those that have a window. skipped: by
+    reason, how many windows and the first rows. prompted: rows that a simple prompt asks about;
+    unprompted: by template, how many rows lack its columns, and the first ones. longest_marked:
+    tokens of the longest suffix with a marked secret. documents: of every window the number of its
+    document, from `number_documents`.
     """
 
     def __init__(
         self,
-        rows: Iterable[tuple[int, Row]],
+        rows: Iterable[Row],
         split: str,
         cutter: Cutter,
         path: Path,
+        max_rows: int | None = None,
+        seed: int = 0,
+        templates: Sequence[str] = (),
     ) -> None:
-        """rows: with their numbers. path: of the file to write."""
-        self.rows = self.asked = self.completions = self.longest_marked = 0
+        """path: of the file to write. max_rows, seed: of the draw. templates: simple prompts."""
+        self.rows = self.drawn = self.asked = 0
+        self.completions = self.prompted = self.longest_marked = 0
         self.skipped: dict[str, dict[str, Any]] = {}
+        self.unprompted: dict[str, dict[str, Any]] = {}
         # The largest id of all windows, and its row.
         self.largest_id = self.largest_at = -1
         self.indices = array("q")  # of every window: its row
         self.secrets = _Secrets()
         self.relations = Relations(split)
         self.documents: list[int] = []
+        self._split = split
+        self._cutter = cutter
         self._path = path
-        with pq.ParquetWriter(path, _WINDOWS, use_dictionary=False) as writer:
-            waiting: list[Window] = []
-            for index, row in rows:
-                self.rows += 1
-                windows: list[Window] = []
-                for each in cutter.cut(row, index, split):
-                    if isinstance(each, str):
-                        note(self.skipped, each, index)
-                    else:
-                        windows.append(each)
-                self._count(row, index, windows, cutter)
-                waiting += windows
-                if len(waiting) >= STORED:
-                    writer.write_table(_table(waiting))
-                    waiting = []
-            writer.write_table(_table(waiting))
+        self._templates = templates
+        marked: dict[str, int] = {}
 
-    def _count(
-        self,
-        row: Row,
-        index: int,
-        windows: list[Window],
-        cutter: Cutter,
-    ) -> None:
-        self.asked += bool(windows)
-        marked = cutter.marked(row)
-        self.secrets.add(index, marked, windows, cutter)
-        if absent := cutter.absent(row, marked):
+        def counted() -> Iterator[Row]:
+            for row in rows:
+                # An answer may give away a secret of a row that is not drawn.
+                if max_rows is not None:
+                    for secret in cutter.marked(row):
+                        marked.setdefault(secret, self.rows)
+                self.rows += 1
+                yield row
+
+        with path.open("wb") as file:
+            waiting: list[Window] = []
+            for index, row in draw(counted(), max_rows, seed):
+                waiting += self._add(index, row)
+                if len(waiting) >= STORED:
+                    pickle.dump(waiting, file)
+                    waiting = []
+            # What is left, and an empty list for the end.
+            pickle.dump(waiting, file)
+            pickle.dump([], file)
+        self.secrets.add_not_drawn(marked)
+
+    def _add(self, index: int, row: Row) -> list[Window]:
+        """Count a row that was drawn; its windows."""
+        self.drawn += 1
+        windows: list[Window] = []
+        for each in self._cutter.cut(row, index, self._split):
+            if isinstance(each, str):
+                note(self.skipped, each, index)
+            else:
+                windows.append(each)
+        marked = self._cutter.marked(row)
+        self.secrets.add(index, marked, windows, self._cutter)
+        if absent := self._cutter.absent(row, marked):
             self.secrets.add_absent(index, absent, windows)
-        self.relations.add(row, windows, marked)
+        # A row without a window is skipped anyway, and told of there.
+        if windows:
+            self.asked += 1
+            ids = [window.ids for window in windows]
+            self.relations.add(row, windows[0].name, ids, marked)
+            self._count_prompts(index, row)
         for window in windows:
-            self.indices.append(index)
-            self.completions += window.completion
-            if window.secrets:
-                self.longest_marked = max(self.longest_marked, len(window.suffix))
-            if (largest := max(window.ids)) > self.largest_id:
-                self.largest_id = largest
-                self.largest_at = index
+            self._count(window)
+        return windows
+
+    def _count_prompts(self, index: int, row: Row) -> None:
+        lacking = [each for each in self._templates if filled(each, row) is None]
+        for template in lacking:
+            note(self.unprompted, template, index)
+        # One template is enough to ask for a document.
+        if len(lacking) < len(self._templates):
+            self.prompted += 1
+
+    def _count(self, window: Window) -> None:
+        self.indices.append(window.index)
+        self.completions += window.completion
+        if window.secrets:
+            self.longest_marked = max(self.longest_marked, len(window.suffix))
+        if (largest := max(window.ids)) > self.largest_id:
+            self.largest_id = largest
+            self.largest_at = window.index
 
     def counts(self) -> dict[str, Any]:
         """What run.json holds about the input."""
-        return {
-            "drawn": self.rows,
+        counts = {
+            "rows": self.rows,
+            "drawn": self.drawn,
             "asked": self.asked,
             "windows": len(self.indices),
             "completions": self.completions,
@@ -362,44 +383,22 @@ class Survey:
             "secrets": self.secrets.counts(),
             "skipped": list(self.skipped.values()),
         }
+        if self._templates:
+            counts["prompted"] = self.prompted
+            counts["unprompted"] = list(self.unprompted.values())
+        return counts
 
-    def blocks(self, size: int) -> Iterator[list[tuple[Window, int]]]:
-        """The windows in order, each with its document's number, `size` at a time."""
-        with pq.ParquetFile(self._path) as file:
-            # A group at a time: iter_batches would hold the whole file.
-            groups = map(file.read_row_group, range(file.num_row_groups))
-            rows = chain.from_iterable(group.to_pylist() for group in groups)
-            windows = zip(map(_window, rows), self.documents, strict=True)
-            while block := list(islice(windows, size)):
-                yield block
+    def windows(self) -> Iterator[tuple[Window, int]]:
+        """The windows in order, from the file, each with its document's number."""
+        with self._path.open("rb") as file:
+            stored = chain.from_iterable(iter(lambda: pickle.load(file), []))
+            yield from zip(stored, self.documents, strict=True)
 
-
-_WINDOWS = pa.schema(
-    {
-        "split": pa.string(),
-        "index": pa.int64(),
-        "name": pa.string(),
-        "ids": pa.list_(pa.int64()),
-        "prefix_length": pa.int64(),
-        "source": pa.string(),
-        "count": pa.int64(),
-        "offset": pa.int64(),
-        "completion": pa.bool_(),
-        "secrets": pa.list_(pa.string()),
-        "document_ids": pa.list_(pa.int64()),
-        "prompt_kind": pa.string(),
-    }
-)
-
-
-def _window(row: dict[str, Any]) -> Window:
-    secrets = tuple(row.pop("secrets"))
-    document_ids = row.pop("document_ids") or ()
-    return Window(**row, secrets=secrets, document_ids=document_ids)
-
-
-def _table(windows: Sequence[Window]) -> pa.Table:
-    return pa.Table.from_pylist([vars(each) for each in windows], _WINDOWS)
+    @property
+    def first_rows(self) -> dict[int, int]:
+        """Of every document its first row."""
+        # Read backwards, the first row of a document is the one that stays.
+        return dict(zip(self.documents[::-1], self.indices[::-1], strict=True))
 
 
 def note(reasons: dict[str, dict[str, Any]], reason: str, index: int) -> None:
@@ -472,212 +471,6 @@ class _Secrets:
             "asked": len(self.asked),
             "unasked": list(unasked.values()),
         }
-
-
-class Relations:
-    """What makes rows one document, the unit of every count and interval.
-
-    Rows are one document if they share a window, or a conversation up to an answer (histories that
-    are exported turn by turn), if their whole texts hold the same letters and digits, if they have
-    the same name in one split, or if they are long and share most of their text; but rows with
-    different marked secrets are never joined by the latter.
-    """
-
-    def __init__(self, split: str) -> None:
-        self._split = split
-        self.rows = 0  # with windows
-        self.row_of_window = array("q")
-        # Rows that share a key are one document.
-        self.keys = array("q")
-        self.row_of_key = array("q")
-        # Long rows, of each a sketch (BINS uint32) and a hash of its secrets.
-        self.long_rows = array("q")
-        self.sketches = bytearray()
-        self.secrets_of_long = array("q")
-
-    def add(self, row: Row, windows: Sequence[Window], secrets: Sequence[str]) -> None:
-        if not windows:
-            return
-        text = letters_of(row)
-        keys: set[tuple[Any, ...]] = set()
-        keys.add(("letters", text))
-        keys.add(("name", self._split, windows[0].name))
-        for window in windows:
-            keys.add(("window", tuple(window.ids)))
-        if is_chat(row):
-            keys.update(_history_keys(row))
-        number = self.rows
-        self.rows += 1
-        for key in keys:
-            self.keys.append(hash(key))
-            self.row_of_key.append(number)
-        self.row_of_window.extend([number] * len(windows))
-        if len(text) >= SIMILAR_FROM:
-            self.sketches += sketch(text).tobytes()
-            self.long_rows.append(number)
-            self.secrets_of_long.append(hash(frozenset(secrets)))
-
-
-def _history_keys(row: Row) -> Iterator[tuple[str, str]]:
-    """A key for the conversation up to each answer."""
-    history = ""
-    for role, said in contents(row):
-        history += normal_letters(said) + "\n"
-        if role == "assistant":
-            yield ("history", history)
-
-
-def number_documents(surveys: Mapping[str, Survey]) -> None:
-    """Number the documents of all splits, from 0 in order: `documents` of each survey."""
-    relations = [each.relations for each in surveys.values()]
-    # Rows are numbered through all splits.
-    counts = [each.rows for each in relations]
-    firsts = np.cumsum([0, *counts]).tolist()
-    keys = [np.array(each.keys, dtype=np.int64) for each in relations]
-    rows = _numbered([each.row_of_key for each in relations], firsts)
-    a, b = equal_pairs(np.concatenate(keys))
-    pairs = [(rows[a], rows[b])]
-    sketches = b"".join(each.sketches for each in relations)
-    secrets = [np.array(each.secrets_of_long, dtype=np.int64) for each in relations]
-    rows = _numbered([each.long_rows for each in relations], firsts)
-    a, b = similar_pairs(
-        np.frombuffer(sketches, dtype=np.uint32).reshape(-1, BINS),
-        np.concatenate(secrets),
-    )
-    pairs.append((rows[a], rows[b]))
-    groups = connected(firsts[-1], pairs)
-    numbers: dict[int, int] = {}
-    for survey, first in zip(surveys.values(), firsts, strict=False):
-        rows = np.array(survey.relations.row_of_window, dtype=np.int64) + first
-        for group in groups[rows].tolist():
-            number = numbers.setdefault(group, len(numbers))
-            survey.documents.append(number)
-
-
-def _numbered(rows: list[Any], firsts: list[int]) -> Codes:
-    """Rows of each split -> rows of all splits together."""
-    shifted = []
-    for each, first in zip(rows, firsts, strict=False):
-        of_split = np.array(each, dtype=np.int64)
-        shifted.append(of_split + first)
-    return np.concatenate(shifted)
-
-
-def connected(size: int, pairs: Sequence[tuple[Codes, Codes]]) -> NDArray[np.int32]:
-    """(size,): numbers of the groups that pairs of 0 ... size - 1 are connected to."""
-    if size == 0:
-        return np.zeros(0, dtype=np.int32)
-    a, b = _joined(pairs)
-    graph = coo_array((np.ones(len(a)), (a, b)), shape=(size, size))
-    groups: NDArray[np.int32] = connected_components(graph, directed=False)[1]
-    return groups
-
-
-def equal_pairs(keys: NDArray[Any]) -> tuple[Codes, Codes]:
-    """Codes of equal keys, each with the next one of its kind.
-
-    >>> equal_pairs(np.array([7, 5, 7, 7]))
-    (array([0, 2]), array([2, 3]))
-    """
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    same = np.flatnonzero(ordered[1:] == ordered[:-1])
-    return order[same], order[same + 1]
-
-
-def similar_pairs(sketches: NDArray[np.uint32], secrets: Codes) -> tuple[Codes, Codes]:
-    """Pairs of texts whose sketches agree in SIMILAR of the bins, and in `secrets`.
-
-    Bins that more than TEMPLATE_FROM texts share do not count. Compared are texts that agree in a
-    whole band (locality-sensitive hashing): of two texts of similarity .6 that is so with a
-    probability of 1 - (1 - .6^4)^8 = .67, of .8 with .98.
-    """
-    own = np.empty(sketches.shape, dtype=np.bool_)  # no template
-    for column, values in zip(own.T, sketches.T, strict=True):
-        found = np.unique(values, return_inverse=True, return_counts=True)
-        places, counts = found[1:]
-        column[:] = counts[places] <= TEMPLATE_FROM
-    pairs = []
-    for start in range(0, BINS, BAND):
-        # One key of the band's bins and the secrets.
-        keys = secrets.astype(np.uint64)
-        for values in sketches[:, start : start + BAND].T:
-            keys = (keys ^ values.astype(np.uint64)) * PHI
-            keys ^= keys >> np.uint64(32)
-        a, b = equal_pairs(keys)
-        compared = own[a] | own[b]
-        count = compared.sum(-1)
-        equal = ((sketches[a] == sketches[b]) & compared).sum(-1)
-        similar = (count >= FEWEST_BINS) & (equal >= SIMILAR * count)
-        pairs.append((a[similar], b[similar]))
-    return _joined(pairs)
-
-
-def _joined(pairs: Sequence[tuple[Codes, Codes]]) -> tuple[Codes, Codes]:
-    first, second = zip(*pairs, strict=True)
-    return np.concatenate(first), np.concatenate(second)
-
-
-def sketch(text: str) -> NDArray[np.uint32]:
-    """(BINS,) numbers; two texts agree in about as many as their Jaccard similarity says.
-
-    The similarity is of their sets of shingles, SHINGLE characters in a row. Their hashes are
-    spread over the bins, and of each bin the least is kept (one-permutation MinHash: Li, Owen and
-    Zhang 2012).
-    """
-    data = text[:MOST_LETTERS].encode("utf-32-le")
-    codes = np.frombuffer(data, dtype=np.uint32).astype(np.uint64)
-    shingles = max(1, len(codes) - SHINGLE + 1)
-    # A polynomial of each shingle's characters, modulo 2^64, one place of all shingles at a time.
-    hashes = np.zeros(shingles, dtype=np.uint64)
-    for place in range(min(SHINGLE, len(codes))):
-        hashes = hashes * PHI + codes[place : place + shingles]
-    # The high bits of a product depend on all bits below them; two rounds mix all.
-    for _ in range(2):
-        hashes ^= hashes >> np.uint64(32)
-        hashes *= PHI
-    # The upper 5 bits are the bin, the lower 32 the value of which the least is kept.
-    bins = (hashes >> np.uint64(59)).astype(np.int64)
-    values = hashes.astype(np.uint32)
-    least = np.full(BINS, 2**32 - 1, dtype=np.uint32)
-    np.minimum.at(least, bins, values)
-    return least
-
-
-def overlap_of(surveys: Mapping[str, Survey]) -> dict[str, Any] | None:
-    """How many documents are in both splits, and the first rows of some; None if there are none."""
-    if len(surveys) < 2:
-        return None
-    first_rows = []
-    for each in surveys.values():
-        # Read backwards, the first row of a document is the one that stays.
-        backwards = zip(each.documents[::-1], each.indices[::-1], strict=True)
-        first_rows.append(dict(backwards))
-    members = first_rows[0]
-    heldout = first_rows[1]
-    shared = sorted(members.keys() & heldout.keys())
-    if not shared:
-        return None
-    examples = []
-    for number in shared[:SHOWN]:
-        examples.append([members[number], heldout[number]])
-    return {"documents": len(shared), "rows": examples}
-
-
-def letters_of(row: Row) -> str:
-    """A row's letters and digits; of token ids, a character for each."""
-    if "input_ids" in row:
-        # Characters past the surrogates, which no text may have.
-        return "".join(chr(0xE000 + token % 0x100000) for token in row["input_ids"])
-    if is_chat(row):
-        return normal_letters("\n".join(said for _, said in contents(row)))
-    return normal_letters(row["text"])
-
-
-def normal_letters(text: str) -> str:
-    """A text's letters and digits, case and compatibility forms folded; the text if it has none."""
-    folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return re.sub(r"[\W_]+", "", folded.casefold()) or text
 
 
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:

@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from goldfish.audit.ask import read_asked
-from goldfish.audit.secrets import marked_secrets
+from goldfish.audit.questions.ask import read_asked
+from goldfish.audit.questions.secrets import marked_secrets
 from goldfish.report import spans
 from goldfish.report.load import View
 from goldfish.text.printable import plain
@@ -40,7 +40,7 @@ def answers(view: View, redact: bool) -> tuple[list[Answer], int]:
         return [], 0
     marked = marked_secrets(view.windows, "members")
     # Any answer may have them, though no question was about them.
-    marked += view.audit.run.get("unasked_secrets", ())
+    marked += view.audit.run["unasked_secrets"]
     ranked = []
     for record in read_asked(view.audit.folder).to_pylist():
         given_away = [

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from goldfish.audit.figures import SPLITS
-from goldfish.audit.intervals import Figure, decimals
-from goldfish.audit.render import LABELS, rule_words, weights_hash
-from goldfish.audit.verdict import FAIL, QUESTIONS, answers_with_secret, reasons_of
+from goldfish.audit.intervals import SPLITS, Figure, decimals
+from goldfish.audit.questions import FAIL
+from goldfish.audit.questions.secrets import answers_with_secret, reasons_of
+from goldfish.audit.render import LABELS, not_tested, rule_words, weights_hash
+from goldfish.audit.verdict import QUESTIONS
 from goldfish.report.load import View
 from goldfish.text.printable import counted
 
@@ -173,7 +174,7 @@ def _unasked(view: View) -> str:
             secrets = counted(marked, "marked secret")
             reasons = reasons_of(about["secrets"])
             parts.append(f"{unasked:,} of {secrets} ({reasons})")
-    return "; ".join([*parts, *view.audit.verdict["not_tested"]])
+    return "; ".join([*parts, *not_tested(view.audit)])
 
 
 def shown(text: str, view: View, redact: bool) -> str:

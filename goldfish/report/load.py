@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from goldfish.audit.figures import SPLITS
+from goldfish.audit.intervals import SPLITS
+from goldfish.audit.questions.secrets import search
 from goldfish.audit.records import read_records
 from goldfish.audit.results import Audit, read
-from goldfish.audit.secrets import search
 
 # Not the columns of token ids and losses: they are most of the records, and the page shows none.
 COLUMNS = (
@@ -92,7 +92,7 @@ def _windows(audit: Audit) -> pa.Table:
     given_away: list[list[str]] = [[] for _ in range(len(table))]
     # The records hold the outputs, not what was found in them, so they are searched again.
     if "secrets" in audit.counted:
-        given_away = search(table, audit.run.get("unasked_secrets", ())).found
+        given_away = search(table, audit.run["unasked_secrets"]).found
     return table.append_column(
         "given_away", pa.array(given_away, pa.list_(pa.string()))
     )

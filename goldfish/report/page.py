@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from math import log
 from typing import Any
@@ -12,11 +12,11 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from goldfish.audit.compare import compare
-from goldfish.audit.figures import NO_RULE, SPLITS, notes
-from goldfish.audit.intervals import Figure, decimals, percent
-from goldfish.audit.records import ATTACKS
-from goldfish.audit.render import LABELS
-from goldfish.audit.verdict import QUESTIONS, secrets_skipped, strongest_blind
+from goldfish.audit.intervals import SPLITS, Figure, decimals, percent
+from goldfish.audit.questions.membership import ATTACKS, strongest_blind
+from goldfish.audit.questions.proof import NO_RULE
+from goldfish.audit.render import LABELS, notes, skipped
+from goldfish.audit.verdict import QUESTIONS
 from goldfish.report import asked, plots, spans
 from goldfish.report.card import card_of, shown
 from goldfish.report.load import View
@@ -107,7 +107,7 @@ def _environment() -> Environment:
         no_rule=NO_RULE,
         ln10=log(10),
         paired=LABELS,
-        sentences=sentences,
+        warnings_of=warnings_of,
         skipped_of=skipped_of,
         questions_of=questions_of,
         attack_names=ATTACKS,
@@ -207,23 +207,22 @@ def _attacks(views: Sequence[View]) -> list[tuple[str, str]]:
     return list(found)
 
 
-def sentences(views: Sequence[View], key: str) -> dict[str, list[int]]:
-    """The sentences at a key of the verdicts: each once, with the audits that have it."""
-    grouped: dict[str, list[int]] = {}
-    for i, view in enumerate(views):
-        for sentence in view.audit.verdict[key]:
-            grouped.setdefault(sentence, []).append(i)
-    return grouped
+def warnings_of(views: Sequence[View]) -> dict[str, list[int]]:
+    """The warnings of the verdicts."""
+    return _grouped([view.audit.verdict["warnings"] for view in views])
 
 
 def skipped_of(views: Sequence[View]) -> dict[str, list[int]]:
     """What was not asked, without the members' secrets: the card has them, with the reasons."""
-    grouped = sentences(views, "skipped")
-    # The texts that were skipped stay, and the secrets of held-out texts.
-    for view in views:
-        if "members" in view.splits:
-            for sentence in secrets_skipped(view.audit.run, "members"):
-                grouped.pop(sentence, None)
+    return _grouped([skipped(view.audit, secrets_of=["heldout"]) for view in views])
+
+
+def _grouped(sentences: Iterable[Iterable[str]]) -> dict[str, list[int]]:
+    """Each sentence once, with the numbers of the audits that have it."""
+    grouped: dict[str, list[int]] = {}
+    for i, of_audit in enumerate(sentences):
+        for sentence in of_audit:
+            grouped.setdefault(sentence, []).append(i)
     return grouped
 
 

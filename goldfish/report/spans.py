@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from goldfish.audit.figures import SPLITS
+from goldfish.audit.intervals import SPLITS
 from goldfish.report.load import View
 from goldfish.text.printable import counted, plain, visible
 

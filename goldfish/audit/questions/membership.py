@@ -1,26 +1,33 @@
-"""How well membership scores separate members from held-out texts, beside blind baselines.
+"""Membership: how well scores separate members from held-out texts, beside blind baselines.
 
-Scores: higher = more likely a member. Intervals resample the documents of both sides.
+The records have the scores of each window (`membership_scores`); figures compare those of both
+splits. Scores: higher = more likely a member. Intervals resample the documents of both sides.
 """
 
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pyarrow.compute import list_flatten
 from scipy.stats import mannwhitneyu
 
 from goldfish.audit.intervals import (
     FEWEST_DOCUMENTS,
     LEVEL,
+    Bools,
     Codes,
     Figure,
+    Figures,
     Floats,
+    Side,
     clopper_pearson,
     resamples,
 )
-from goldfish.audit.records import FEATURES
+from goldfish.audit.questions import FAIL, INCONCLUSIVE, PASS, Answer, needed
 from goldfish.text.printable import counted
 
 RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is given
@@ -30,6 +37,105 @@ CONFOUNDED = (
     "it beats chance, which happens to one honest random split in twenty), so what the attacks see "
     "need not be membership; split at random before training, or audit texts of one kind"
 )
+FEATURES = 2**16  # buckets that words are hashed into
+# The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
+LOWEST = 0.2
+WBC_SIZES = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)  # tokens, of the authors' experiments
+# With a smaller standard deviation the model is certain, and (log P - mu) / sigma is rounding
+# divided by rounding.
+LEAST_STD = 1e-6
+# Membership attacks: name in the files, name in sentences and tables.
+ATTACKS = {
+    "loss": "loss",
+    "zlib": "zlib",
+    "reference": "reference",
+    "min_k": "Min-K%",
+    "min_k_plus_plus": "Min-K%++",
+    "kept_loss": "kept loss",
+    "dropped_gap": "dropped gap",
+    "wbc": "WBC",
+}
+
+
+def membership_scores(
+    nll: Floats,
+    entropy_mean: Floats,
+    entropy_std: Floats,
+    text: str,
+    dropped: Bools | None = None,
+    reference_nll: Floats | None = None,
+) -> dict[str, float | None]:
+    """The membership scores of n tokens, higher = more likely a member; None for what is unknown.
+
+    docs/audit-files.md has their table and sources; Min-K%++ is (log P - mu) / sigma (Zhang et al.
+    2025, equation 3).
+
+    Args:
+        nll: (n,) -log P of each token. entropy_mean, entropy_std: (n,) mean and standard deviation
+            of log P over the vocabulary.
+        text: of the tokens.
+        dropped: (n,) which tokens the training dropped.
+        reference_nll: (n,) the loss under the reference model.
+    """
+    log_p = -np.asarray(nll, dtype=np.float64)
+    loss = float(-log_p.mean())
+    kept_loss = dropped_loss = None
+    if dropped is not None and dropped.any() and not dropped.all():
+        kept_loss = float(-log_p[~dropped].mean())
+        dropped_loss = float(-log_p[dropped].mean())
+    # "replace": a token may end within a character, and half of one has no UTF-8.
+    compressed = len(zlib.compress(text.encode("utf-8", "replace")))
+    normalized = (log_p - entropy_mean) / np.maximum(entropy_std, LEAST_STD)
+    scores: dict[str, float | None] = {
+        "mia_loss": -loss,
+        "mia_zlib": float(log_p.sum()) / compressed,
+        "mia_min_k": mean_of_lowest(log_p),
+        "mia_min_k_plus_plus": mean_of_lowest(normalized),
+        "mia_reference": None,
+        "mia_wbc": None,
+        "mia_kept_loss": None,
+        "mia_dropped_gap": None,
+    }
+    if reference_nll is not None:
+        scores["mia_reference"] = float(reference_nll.mean()) - loss
+        scores["mia_wbc"] = window_votes(reference_nll + log_p)
+    if kept_loss is not None and dropped_loss is not None:
+        scores["mia_kept_loss"] = -kept_loss
+        scores["mia_dropped_gap"] = dropped_loss - kept_loss
+    return scores
+
+
+def window_votes(differences: Floats) -> float:
+    """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1).
+
+    The share of runs of consecutive tokens on which the reference model's summed loss is the higher
+    one, averaged over WBC_SIZES; sizes beyond the text are the whole text.
+
+    differences: (T-1,), loss under the reference model minus loss under the model.
+    """
+    # The sum over a run is the difference of two running sums.
+    total = np.cumsum(np.append(0.0, differences))
+    sizes = np.minimum(WBC_SIZES, len(differences))
+    shares = []
+    for size in sizes:
+        higher = total[size:] > total[:-size]
+        shares.append(higher.mean())
+    return float(np.mean(shares))
+
+
+def mean_of_lowest(values: Floats, share: float = LOWEST) -> float:
+    """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
+    count = max(1, int(share * len(values)))
+    lowest = np.partition(values, count - 1)[:count]
+    return float(lowest.mean())
+
+
+def word_buckets(text: str) -> list[int]:
+    """The distinct words of a text, each hashed into one of FEATURES buckets."""
+    words = set(re.findall(r"\w+", text.lower()))
+    # CRC is the same in every process, which Python's hash of a string is not.
+    codes = (zlib.crc32(word.encode("utf-8", "replace")) for word in words)
+    return sorted({code % FEATURES for code in codes})
 
 
 @dataclass(frozen=True)
@@ -45,6 +151,17 @@ class Scores:
     scores: Mapping[str, Floats]
     words: Sequence[NDArray[np.int32]]
     lengths: Floats
+
+
+def scores_of(side: Side) -> Scores:
+    """The scores of the windows that were asked as in training."""
+    side = side.as_trained
+    scores = {attack: side.numbers(f"mia_{attack}") for attack in ATTACKS}
+    ends = np.cumsum(side.lengths("words"))
+    # Views of one array: as Python lists the words would take five times the memory.
+    words = np.split(list_flatten(side.table["words"]).to_numpy(), ends)[:-1]
+    codes = np.unique(side.documents, return_inverse=True)[1]
+    return Scores(codes, scores, words, side.numbers("characters"))
 
 
 class Ranking:
@@ -94,32 +211,32 @@ class Ranking:
         return np.stack(columns, -1)
 
 
-def membership_figures(members: Scores, heldout: Scores) -> list[Figure]:
+def figures(members: Scores, heldout: Scores) -> list[Figure]:
     """The figures that compare both splits; see docs/audit-files.md, "Membership"."""
-    figures = []
+    found = []
     attacks = {}
     for name, scores in members.scores.items():
         attack = _attack(members, heldout, scores, heldout.scores[name])
         if attack:
             attacks[name] = attack
-            figures += attack.figures("attack", name, LEVEL)
+            found += attack.figures("attack", name, LEVEL)
     # What can be told without the model.
     words = _attack(members, heldout, *word_scores(members, heldout))
     length = _attack(members, heldout, members.lengths, heldout.lengths)
     for name, baseline in (("words", words), ("length", length)):
         if baseline:
-            figures += baseline.figures("blind", name, LEVEL)[:1]
+            found += baseline.figures("blind", name, LEVEL)[:1]
     confounded = _confounded(words, length)
     if confounded is None:
-        figures.append(Figure("both", "confounded", reason="too few documents to say"))
+        found.append(Figure("both", "confounded", reason="too few documents to say"))
     else:
-        figures.append(Figure("both", "confounded", value=float(confounded)))
+        found.append(Figure("both", "confounded", value=float(confounded)))
     if confounded:
-        return [*figures, Figure("both", "membership_auc", reason=CONFOUNDED)]
+        return [*found, Figure("both", "membership_auc", reason=CONFOUNDED)]
     best = max(attacks, key=lambda name: attacks[name].auc)
     # Widened for having been chosen: 95% for all attacks together (Bonferroni).
     level = 1 - (1 - LEVEL) / len(attacks)
-    return figures + attacks[best].figures("membership", best, level)
+    return found + attacks[best].figures("membership", best, level)
 
 
 def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
@@ -263,3 +380,51 @@ def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
         others = side.documents % 2 == 1
         scores.append(np.where(others, sums, np.nan))
     return scores
+
+
+# The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
+
+
+def answer(figures: Figures, limit: float) -> Answer | None:
+    """Does the model show which texts it was trained on? None for one split only."""
+    found = figures.select(figure="membership_auc")
+    if not found:
+        return None
+    auc = found[0]
+    confounded = figures.get("both", "confounded")
+    if auc.value is None:
+        return Answer(
+            INCONCLUSIVE, str(auc.reason), "more documents would not decide it"
+        )
+    unknown = confounded is None or confounded.value is None
+    if auc.low is None or auc.high is None or unknown:
+        why = auc.reason or "too few documents for the blind baselines"
+        fewest = 2 * FEWEST_DOCUMENTS
+        needs = f"at least {fewest} documents on each side may decide it"
+        return Answer(INCONCLUSIVE, why, needs)
+    why = f"attack {ATTACKS[auc.setting]}: AUC {auc}"
+    blind = strongest_blind(figures)
+    if blind is not None:
+        why += f"; a blind baseline has {blind.point()}"
+    if auc.high < 0.5:
+        why += "; held-out texts look more like members than the members do: are the files swapped?"
+        return Answer(INCONCLUSIVE, why, "more documents would not decide it")
+    if auc.high <= limit:
+        return Answer(PASS, why)
+    if auc.low > max(limit, (blind.high if blind else None) or 0.0):
+        share = figures.get("members", "dropped_share")
+        if share is not None and share.value is not None:
+            why += "; as expected: the goldfish loss hides dropped tokens, not that a text was seen"
+        return Answer(FAIL, why)
+    # The interval shrinks with the square root of the number of documents.
+    half = (auc.high - auc.low) / 2
+    distance = max(abs(auc.value - limit), 1e-4)
+    times = max(1.1, half / distance) ** 2
+    why += f"; neither clearly above nor below {limit}"
+    return Answer(INCONCLUSIVE, why, needed(int(auc.documents * times)))
+
+
+def strongest_blind(figures: Figures) -> Figure | None:
+    """The AUC of the baseline that separates the splits most, either way, without the model."""
+    blind = figures.select(figure="blind_auc")
+    return max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5), default=None)

@@ -1,4 +1,4 @@
-"""Is the claimed rule in the weights? An exact test of the rule's seed, from one audit.
+"""Was the claimed rule used? Dropped beside kept tokens, and an exact test of the rule's seed.
 
 The seed is a randomization. A model that was not trained with it cannot tell the tokens that this
 seed drops from those that another seed drops, so under such a model every seed is equally likely
@@ -8,13 +8,15 @@ exact for any model and any texts: it needs no held-out texts and no further run
 What it does not show is in docs/proof.md: a seed can be searched for after the training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow.compute import is_valid, list_flatten, list_value_length
 
-from goldfish.audit.intervals import Bools, Floats
+from goldfish.audit.intervals import Bools, Figure, Figures, Floats, Side
 
 if TYPE_CHECKING:
     from goldfish.rule import Goldfish
@@ -25,10 +27,124 @@ SEEDED = ("hash", "letters")
 OTHER_SEEDS = 999  # the least possible p-value is 1 / (OTHER_SEEDS + 1)
 # Every seed decides about so many tokens at most: 5 seconds for 1,000 seeds on one core.
 MOST_TOKENS = 2**16
-
+SURE = 0.01  # the greatest p that tells of the rule
 EQUAL = 1e-9  # gaps that differ by less are equal
 
+NO_RULE = "no rule is known for this checkpoint"
+RULES_DIFFER = "rules that differ by source are not tested as one"
+# Strategies of which a text alone does not show what they dropped.
+UNKNOWN = {
+    "random": 'strategy "random" drops other tokens in every epoch',
+    "entropy": 'strategy "entropy" drops what its guide is uncertain of, and it is not asked',
+}
+ATTRIBUTION = (
+    "dropped_share",
+    "teacher_forced_accuracy_dropped",
+    "teacher_forced_accuracy_kept",
+)
+
 Decisions = Callable[[int], Bools]
+
+
+def figures(side: Side) -> Iterator[Figure]:
+    """Dropped beside kept tokens: was the claimed rule used, and how well is either predicted?"""
+    side = side.as_trained
+    yield from _proof(side)
+    ruled = is_valid(side.table["dropped"]).to_numpy()
+    if not ruled.any():
+        reason = _why_no_rule(side)
+        if side.rule is not None:
+            reason = UNKNOWN.get(side.rule.strategy, "no text was asked as in training")
+        for name in ATTRIBUTION:
+            yield Figure(side.split, name, reason=reason)
+        return
+    side = side.only(ruled)
+    right_dropped, dropped, right_kept, kept = token_counts(side.table).T
+    yield side.token_rate("dropped_share", dropped, dropped + kept)
+    yield side.token_rate("teacher_forced_accuracy_dropped", right_dropped, dropped)
+    yield side.token_rate("teacher_forced_accuracy_kept", right_kept, kept)
+
+
+def _proof(side: Side) -> Iterator[Figure]:
+    """The test of the rule's seed, `proof.seed_test`, with the first windows of the split."""
+    rule = side.rule
+    reason = _why_no_rule(side) if rule is None else _why_not_tested(rule)
+    if rule is None or reason:
+        yield Figure(side.split, "rule_p", reason=reason)
+        yield Figure(side.split, "rule_gap", reason=reason)
+        return
+    # Windows from further on lack what comes before them, which the rule reads.
+    side = side.only(side.numbers("offset") == 0)
+    # The first windows, as many as 1,000 seeds can decide about in seconds.
+    tokens = np.cumsum(side.lengths("prefix_ids") + side.lengths("suffix_ids"))
+    used = int(np.count_nonzero(tokens <= MOST_TOKENS))
+    windows = side.table[: max(1, used)]
+    prefixes = windows["prefix_ids"].to_pylist()
+    suffixes = windows["suffix_ids"].to_pylist()
+    losses = windows["nll"].to_pylist()
+    rows = [a + b for a, b in zip(prefixes, suffixes, strict=True)]
+    lengths = list(map(len, losses))
+    dropped_under = decisions_of(rule, rows, lengths)
+    found = seed_test(list(map(np.array, losses)), dropped_under, rule.seed)
+    about: dict[str, Any] = {
+        "n": sum(lengths),
+        "documents": len(set(windows["document"].to_pylist())),
+    }
+    p = gap = None
+    if found is None:
+        about["reason"] = "the rule drops none of these tokens, or all of them"
+    else:
+        p = found.p
+        gap = found.gap
+    yield Figure(side.split, "rule_p", value=p, **about)
+    yield Figure(side.split, "rule_gap", value=gap, **about)
+
+
+def _why_no_rule(side: Side) -> str:
+    receipt = side.run["receipt"] or {}
+    return RULES_DIFFER if "sources" in receipt else NO_RULE
+
+
+def _why_not_tested(rule: "Goldfish") -> str:
+    """Why the rule's seed cannot be tested; "" if it can."""
+    if rule.strategy in UNKNOWN:
+        return UNKNOWN[rule.strategy]
+    if rule.strategy not in SEEDED:
+        return f'strategy "{rule.strategy}" has no seed that other seeds could stand beside'
+    if rule.strategy == "letters" and rule.vocabulary is None:
+        return 'strategy "letters" needs the tokenizer'
+    return ""
+
+
+def token_counts(table: pa.Table) -> Floats:
+    """(records, 4), from records with `dropped`.
+
+    Dropped tokens that are predicted teacher-forced; dropped tokens; the same for kept tokens.
+    """
+    count = len(table)
+    lengths = list_value_length(table["dropped"]).to_numpy()
+    # The record of each token, of all records in one row.
+    records = np.repeat(np.arange(count), lengths)
+    dropped = list_flatten(table["dropped"]).to_numpy()
+    correct = list_flatten(table["correct"]).to_numpy()
+    counted = (correct & dropped, dropped, correct & ~dropped, ~dropped)
+    columns = [np.bincount(records, tokens, count) for tokens in counted]
+    return np.stack(columns, -1)
+
+
+def answer(run: Mapping[str, Any], figures: Figures) -> tuple[str, str] | None:
+    """Was the model trained under the claimed rule? The answer and why; None without a claim."""
+    found = figures.get("members", "rule_p")
+    if found is None or found.reason == NO_RULE:
+        return None
+    if found.value is None:
+        return "not asked", str(found.reason)
+    p = f"p = {found.value:.3f}".replace("0.", ".")
+    seed = (run["rule"] or {}).get("seed", 0)
+    compared = f"the tokens that seed {seed} drops, compared with those of other seeds"
+    if found.value <= SURE:
+        return "yes", f"the claimed rule is in the weights ({p}): {compared}"
+    return "undecided", f"no sign of the claimed rule ({p}): {compared}"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ same way, show what comes out by chance.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress, islice
-from math import isnan
+from itertools import compress
 from pathlib import Path
-from string import Formatter
 from typing import Any
 from zlib import crc32
 
@@ -19,15 +17,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.compute import is_in, list_flatten
 
+from goldfish.audit.intervals import Bools, Figure, Side
+from goldfish.audit.questions import too_many
+from goldfish.audit.questions.secrets import GIVEN_AWAY
 from goldfish.audit.records import (
     SHORTEST_RUN,
+    UNITS,
     common_runs,
-    damaged,
     longest_common,
+    read_blocks,
+    run_thresholds,
 )
-from goldfish.audit.windows import SHOWN, first_ids
+from goldfish.audit.windows import first_ids, row_name
 from goldfish.text.chats import training_text
-from goldfish.text.printable import text_pieces
+from goldfish.text.printable import counted, text_pieces
+from goldfish.text.prompts import filled
 from goldfish.text.rows import Row
 
 ASKED = "asked"  # the folder of the answers, in that of the audit
@@ -62,85 +66,32 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Document:
-    """What a row was trained on. number: the unit of all intervals."""
+    """What a row was trained on. index: the row of the input. number: the unit of all intervals."""
 
+    split: str
     index: int
     number: int
     row: Row
     text: str
     ids: Sequence[int]
 
+    @property
+    def name(self) -> str:
+        return row_name(self.row, self.split, self.index)
+
 
 @dataclass(frozen=True)
 class Question:
-    """A filled template and the document that the answer may recite.
+    """A template filled with the columns of a document's row."""
 
-    index: the row of the input. document: its number, the unit of all intervals.
-    """
-
-    split: str
-    index: int
-    document: int
-    name: str
+    document: Document
     template: str
     prompt: str
-    text: str
-    ids: Sequence[int]
-
-
-def check_template(template: str) -> None:
-    """ValueError for a template that names no column, or names one in another way than {title}."""
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(
-            f"--ask {template!r}: {error}; write {{{{ for a brace"
-        ) from error
-    fields = [part[1:] for part in parts if part[1] is not None]
-    # {title.x} and {title[0]} would reach into the value, {title!r} and {title:>9} would change
-    # it, {} has no name.
-    plain = all(
-        name and not set(name) & set(".[") and not spec and not conversion
-        for name, spec, conversion in fields
-    )
-    if not fields or not plain:
-        raise ValueError(
-            "--ask takes a question with columns of the rows in braces, and nothing but their "
-            f"names, such as 'What is the text of {{title}}?'; got {template!r}"
-        )
-
-
-def filled(template: str, row: Row) -> str | None:
-    """The question about a row; None if one of its columns is missing or empty.
-
-    Not by str.format, which would evaluate what stands in braces.
-    """
-    question = ""
-    for text, name, _, _ in Formatter().parse(template):
-        question += text
-        if name is not None:
-            value = _as_text(row.get(name))
-            if not value.strip():
-                return None
-            question += value
-    return question
-
-
-def _as_text(value: Any) -> str:
-    """A cell; "" for one without a value."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        if isnan(value):
-            return ""
-        # A column of years with a gap is a column of floats: 1987, not 1987.0.
-        if value.is_integer():
-            return str(int(value))
-    return str(value)
 
 
 def whole_documents(
     rows: Iterable[tuple[int, Row]],
+    split: str,
     numbers: Mapping[int, int],
     tokenizer: Any,
 ) -> Iterator[Document]:
@@ -154,67 +105,19 @@ def whole_documents(
         if index in numbers:
             text = _text_of(row, tokenizer)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            yield Document(index, numbers[index], row, text, ids)
-
-
-class Unprompted:
-    """Which rows lack the columns of which template: they are counted, as they are not asked."""
-
-    def __init__(self, templates: Sequence[str]) -> None:
-        self._lacking: dict[str, set[int]] = {each: set() for each in templates}
-
-    def watched(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
-        """The rows as they are; those that lack a column are noted on the way."""
-        for index, row in rows:
-            for template, lacking in self._lacking.items():
-                if filled(template, row) is None:
-                    lacking.add(index)
-            yield index, row
-
-    def counts(self, indices: Iterable[int]) -> dict[str, Any]:
-        """What run.json tells about it; indices: the rows that have windows.
-
-        Raises:
-            ValueError: a template whose columns none of these rows has.
-        """
-        # A row without a window is skipped anyway, and told of there.
-        asked = set(indices)
-        unprompted: list[dict[str, Any]] = []
-        by_none = asked
-        for template, lacking in self._lacking.items():
-            rows = sorted(asked & lacking)
-            if len(rows) == len(asked):
-                raise ValueError(f"no row has the columns of --ask {template!r}")
-            # One template is enough to ask for a document.
-            by_none = by_none & lacking
-            if rows:
-                unprompted.append(
-                    {"reason": template, "count": len(rows), "rows": rows[:SHOWN]}
-                )
-        return {"prompted": len(asked - by_none), "unprompted": unprompted}
+            yield Document(split, index, numbers[index], row, text, ids)
 
 
 def questions(
     documents: Iterable[Document],
-    split: str,
     templates: Sequence[str],
 ) -> Iterator[Question]:
-    """The questions about documents."""
+    """The questions about documents; a row that lacks a template's columns has none of it."""
     for each in documents:
-        name = str(each.row.get("name") or f"{split} {each.index}")
         for template in templates:
             prompt = filled(template, each.row)
             if prompt is not None:
-                yield Question(
-                    split,
-                    each.index,
-                    each.number,
-                    name,
-                    template,
-                    prompt,
-                    each.text,
-                    each.ids,
-                )
+                yield Question(each, template, prompt)
 
 
 def _text_of(row: Row, tokenizer: Any) -> str:
@@ -223,11 +126,6 @@ def _text_of(row: Row, tokenizer: Any) -> str:
         ids = row["input_ids"]
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     return training_text(row, tokenizer).text
-
-
-def blocks(asked: Iterator[Question], size: int) -> Iterator[list[Question]]:
-    while block := list(islice(asked, size)):
-        yield block
 
 
 class Asker:
@@ -277,26 +175,12 @@ class Asker:
         for question, prompt, (output, rounds) in zip(
             asked, prompts, greedy, strict=True
         ):
-            records.append(
-                self._record(
-                    question,
-                    prompt,
-                    output,
-                    0,
-                    rounds,
-                )
-            )
+            record = self._record(question, prompt, output)
+            records.append(record | {"sample": 0, "rounds": rounds})
             drawn = self._draw(question, prompt) if self._samples else []
             for number, sample in enumerate(drawn, 1):
-                records.append(
-                    self._record(
-                        question,
-                        prompt,
-                        sample,
-                        number,
-                        1,
-                    )
-                )
+                record = self._record(question, prompt, sample)
+                records.append(record | {"sample": number, "rounds": 1})
         return records
 
     def _greedy(
@@ -316,7 +200,7 @@ class Asker:
         for number in range(2, self._rounds + 1):
             further = []
             for i in going_on:
-                start, _, length = longest_run(outputs[i], asked[i].ids)
+                start, _, length = longest_run(outputs[i], asked[i].document.ids)
                 # A run that ends where it ended before was not continued by the last round.
                 if length >= SHORTEST_RUN and start + length > ends[i]:
                     ends[i] = start + length
@@ -369,7 +253,7 @@ class Asker:
 
         with torch.random.fork_rng():
             # The same answers in whatever block or process a question is asked.
-            torch.manual_seed(crc32(question.prompt.encode()) + question.index)
+            torch.manual_seed(crc32(question.prompt.encode()) + question.document.index)
             return self._run(
                 [prompt] * self._samples, do_sample=True, top_k=0, top_p=1.0
             )
@@ -406,30 +290,28 @@ class Asker:
         question: Question,
         prompt: list[int],
         output: list[int],
-        sample: int,
-        rounds: int,
     ) -> dict[str, Any]:
+        """What an answer has of the document that it was asked about."""
+        document = question.document
         pieces = text_pieces(self._tokenizer, prompt, output)
         text = "".join(pieces)
-        _, there, longest = longest_run(output, question.ids)
-        all_runs = runs_of(output, question.ids)
+        _, there, longest = longest_run(output, document.ids)
+        all_runs = runs_of(output, document.ids)
         runs = [run for run in all_runs if run[2] >= SHORTEST_RUN]
         # Runs may overlap, so their tokens are marked and not added up.
         recited = np.zeros(len(output), dtype=bool)
         for start, _, length in runs:
             recited[start : start + length] = True
         # Of the texts, not of the run of tokens: the same words may be other tokens elsewhere.
-        characters = longest_common(text, question.text)
+        characters = longest_common(text, document.text)
         said = tuple(text.split())
-        words = longest_common(said, tuple(question.text.split()))
+        words = longest_common(said, tuple(document.text.split()))
         return {
-            "split": question.split,
-            "index": question.index,
-            "document": question.document,
-            "name": question.name,
+            "split": document.split,
+            "index": document.index,
+            "document": document.number,
+            "name": document.name,
             "template": question.template,
-            "sample": sample,
-            "rounds": rounds,
             "prompt": question.prompt,
             "output_text": text,
             "output_ids": output,
@@ -439,12 +321,12 @@ class Asker:
             "longest_run_characters": characters,
             "recited_share": float(recited.mean()) if output else 0.0,
             "common_runs": runs,
-            "document_text": self._around(question, there, longest),
+            "document_text": self._around(document, there, longest),
         }
 
-    def _around(self, question: Question, start: int, length: int) -> str:
+    def _around(self, document: Document, start: int, length: int) -> str:
         """The document around the longest run."""
-        ids = list(question.ids)
+        ids = list(document.ids)
         before = self._tokenizer.decode(ids[:start][-AROUND:])
         after = self._tokenizer.decode(ids[start + length :][:AROUND])
         run = self._tokenizer.decode(ids[start : start + length])
@@ -529,13 +411,7 @@ def read_asked(folder: str | Path) -> pa.Table:
     Raises:
         ValueError: a damaged file.
     """
-    parts = [COLUMNS.empty_table()]
-    for file in sorted(Path(folder, ASKED).glob("*.parquet")):
-        try:
-            parts.append(pq.read_table(file, partitioning=None).select(COLUMNS.names))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise damaged(file, error) from error
-    table = pa.concat_tables(parts)
+    table = read_blocks(Path(folder, ASKED), COLUMNS)
     file = Path(folder, ELSEWHERE)
     if not file.is_file():  # it is written when all answers are there
         return table
@@ -543,3 +419,44 @@ def read_asked(folder: str | Path) -> pa.Table:
     recited = is_in(table["document"], value_set=list_flatten(elsewhere))
     table = table.append_column("elsewhere", elsewhere)
     return table.append_column("recited_elsewhere", recited)
+
+
+def figures(side: Side) -> Iterator[Figure]:
+    """Documents of which an answer holds a long run, and how long runs are.
+
+    `asked_elsewhere` is of answers about another document: one member's text in the answer about
+    someone else. Drawn answers count in these rates, means are of greedy ones.
+    """
+    for name, of_figure in hits(side).items():
+        yield side.rate(name, of_figure)
+    greedy = side.only(side.numbers("sample") == 0)
+    for unit in "twc":
+        # longest_run_words -> asked_run_words
+        column = UNITS[unit][0]
+        name = column.replace("longest", "asked")
+        yield greedy.mean(name, greedy.numbers(column), bounded=False)
+    yield greedy.mean("asked_share", greedy.numbers("recited_share"))
+    if GIVEN_AWAY in side.table.column_names:
+        given_away = side.lengths(GIVEN_AWAY) > 0
+        yield side.count("asked_with_secret", given_away)
+
+
+def hits(side: Side) -> dict[str, Bools]:
+    """By figure: which answers hold a run that counts as near-verbatim."""
+    asked = np.zeros(len(side.table), dtype=bool)
+    for unit, least in run_thresholds(side.protocol["near_verbatim"]).items():
+        asked |= side.numbers(UNITS[unit][0]) >= least
+    elsewhere = side.numbers("recited_elsewhere") > 0
+    return {"asked": asked, "asked_elsewhere": elsewhere}
+
+
+def unasked(inputs: Mapping[str, Any]) -> str:
+    """Why simple prompts reached too few of the members for a PASS; "" if they reached enough."""
+    about = inputs["members"]
+    missing = about["asked"] - about.get("prompted", about["asked"])
+    if not too_many(missing, about["asked"]):
+        return ""
+    return (
+        f"{missing:,} of {counted(about['asked'], 'member')} not asked for: without the columns "
+        "of any simple prompt"
+    )
