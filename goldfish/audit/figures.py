@@ -14,6 +14,7 @@ import pyarrow as pa
 from goldfish.audit.intervals import (
     Bools,
     Figure,
+    Floats,
     Side,
     sides_of,
 )
@@ -83,54 +84,67 @@ def recitation(side: Side) -> Iterator[Figure]:
     """Documents that come out, by any question that was put."""
     for name, hits in _hits(side).items():
         yield side.rate(name, hits)
-    if side.protocol["beams"]:
-        beams = side.numbers("beams")
-        for width in side.protocol["beams"]:
-            found = side.rate("beam_search", (beams > 0) & (beams <= width))
-            yield replace(found, x=width)
+    if not side.protocol["beams"]:
+        return
+    # The least number of beams that recites a window; 0 if none does.
+    beams = side.numbers("beams")
+    for width in side.protocol["beams"]:
+        is_recited = (beams > 0) & (beams <= width)
+        found = side.rate("beam_search", is_recited)
+        yield replace(found, x=width)
 
 
 def sampling(side: Side) -> Iterator[Figure]:
     """Extraction by sampling (Hayes et al. 2024): curves over the number of samples."""
     # An upper bound under any temperature, top-k and top-p. A token of rank r has r tokens before
     # it that are at least as probable, so its own probability is at most 1 / (r + 1).
-    log_p = -np.log(2) * side.numbers("rank_bits")
-    yield side.rate("extractable_bound", extracted(log_p, DRAWS))
-    if not side.settings:
-        return
-    log_p = side.lists("log_p", len(side.settings))
+    most = -np.log(2) * side.numbers("rank_bits")
+    yield side.rate("extractable_bound", extracted(most, DRAWS))
     trained = side.as_trained
-    log_p_trained = trained.lists("log_p", len(side.settings))
-    columns = zip(side.settings, log_p.T, log_p_trained.T, strict=True)
-    for setting, of_setting, of_trained in columns:
+    log_p = _log_p(side)
+    log_p_trained = _log_p(trained)
+    for place, setting in enumerate(side.settings):
         for draws in SAMPLES:
-            found = side.rate("extractable", extracted(of_setting, draws))
+            hits = extracted(log_p[:, place], draws)
+            found = side.rate("extractable", hits)
             yield replace(found, setting=setting, x=draws)
         for draws in SAMPLES:
-            found = trained.mean("expected", probability_within(of_trained, draws))
+            chances = probability_within(log_p_trained[:, place], draws)
+            found = trained.mean("expected", chances)
             yield replace(found, setting=setting, x=draws)
+
+
+def _log_p(side: Side) -> Floats:
+    """(records, settings): ln of the probability of drawing each suffix."""
+    return side.lists("log_p", len(side.settings))
 
 
 def agreement(side: Side) -> Iterator[Figure]:
     """How much of the suffix comes out: means over windows or tokens."""
-    yield side.count("settled", side.numbers("settled") > 0)
+    settled = side.numbers("settled") > 0
+    yield side.count("settled", settled)
     side = side.as_trained
     tokens = side.lengths("suffix_ids")
     # The records have the share of each suffix; a rate of tokens needs the number.
     matches = np.rint(side.numbers("token_accuracy") * tokens)
     yield side.token_rate("token_accuracy", matches, tokens)
-    yield side.token_rate("teacher_forced_accuracy", side.sums("correct"), tokens)
+    correct = side.sums("correct")
+    yield side.token_rate("teacher_forced_accuracy", correct, tokens)
     for name in ("rouge_l_text", "rouge_l_ids", "edit_similarity"):
-        yield side.mean(name, side.numbers(name))
-    yield side.mean("nll", side.sums("nll"), tokens, bounded=False)
+        values = side.numbers(name)
+        yield side.mean(name, values)
+    losses = side.sums("nll")
+    yield side.mean("nll", losses, tokens, bounded=False)
 
 
 def lengths_of_runs(side: Side) -> Iterator[Figure]:
     """How much comes out in one piece, and how many tokens from the start."""
     side = side.as_trained
-    runs = (column for column, _ in UNITS.values() if column != "edit_similarity")
-    for name in (*runs, "first_divergence"):
-        yield side.mean(name, side.numbers(name), bounded=False)
+    # A run has a length in each unit but a share of tokens.
+    runs = [UNITS[unit][0] for unit in "twc"]
+    for name in [*runs, "first_divergence"]:
+        lengths = side.numbers(name)
+        yield side.mean(name, lengths, bounded=False)
 
 
 def sweeps(side: Side) -> Iterator[Figure]:
@@ -138,13 +152,15 @@ def sweeps(side: Side) -> Iterator[Figure]:
     recited = side.numbers("exact_match") > 0
     offsets = side.numbers("offset")
     for offset in side.protocol["offsets"]:
-        yield replace(side.rate("offset_sweep", recited, offsets == offset), x=offset)
+        found = side.rate("offset_sweep", recited, offsets == offset)
+        yield replace(found, x=offset)
     grid = side.protocol["prefix_grid"]
     # Chats have one prefix, their prompt.
     of_text = side.numbers("completion") == 0
-    by_length = side.lists("prefix_sweep", len(grid)).T
-    for length, matched in zip(grid, by_length, strict=True):
-        yield replace(side.rate("prefix_sweep", matched > 0, of_text), x=length)
+    matched = side.lists("prefix_sweep", len(grid)) > 0
+    for place, length in enumerate(grid):
+        found = side.rate("prefix_sweep", matched[:, place], of_text)
+        yield replace(found, x=length)
 
 
 FIGURES: tuple[Callable[[Side], Iterable[Figure]], ...] = (
@@ -161,14 +177,21 @@ def _hits(side: Side) -> dict[str, Bools]:
     """By figure: which records count as recited."""
     recited = side.numbers("exact_match") > 0
     near_verbatim = recited
+    # One threshold that is met is enough.
     for unit, least in thresholds(side.protocol["near_verbatim"]).items():
-        near_verbatim = near_verbatim | (side.numbers(UNITS[unit][0]) >= least)
-    hits = {"exact_match": recited, "near_verbatim": near_verbatim}
+        column, _ = UNITS[unit]
+        is_near = side.numbers(column) >= least
+        near_verbatim = near_verbatim | is_near
+    hits = {
+        "exact_match": recited,
+        "near_verbatim": near_verbatim,
+    }
     if side.protocol["beams"]:
         hits["beam_search"] = side.numbers("beams") > 0
     if side.settings:
-        log_p = side.lists("log_p", len(side.settings))
-        hits["extractable"] = np.asarray(extracted(log_p, DRAWS).any(-1))
+        # By any of the adversaries who sample.
+        by_setting = extracted(_log_p(side), DRAWS)
+        hits["extractable"] = np.asarray(by_setting.any(-1))
     return hits
 
 
@@ -176,6 +199,8 @@ def _names(side: Side, hits: Mapping[str, Bools]) -> dict[str, list[str]]:
     """By figure: the names of the documents that count, the first ten."""
     names = {}
     for figure, these in hits.items():
-        chosen = side.table.filter(pa.array(these))["name"].to_pylist()
-        names[figure] = list(dict.fromkeys(chosen))[:MOST_NAMES]
+        recited = side.table.filter(pa.array(these))
+        chosen = recited["name"].to_pylist()
+        distinct = list(dict.fromkeys(chosen))
+        names[figure] = distinct[:MOST_NAMES]
     return names

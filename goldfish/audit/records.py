@@ -189,12 +189,15 @@ def make_record(
 
     document: the number of the window's document, the unit of all intervals.
     """
-    start = window.prefix_length
-    # Scores are about ids[1:]: those of the suffix begin at start - 1.
-    of_suffix = slice(start - 1, None)
+    # Scores are about ids[1:]: those of the suffix begin at prefix_length - 1.
+    of_suffix = slice(window.prefix_length - 1, None)
     of_membership = slice(window.first_scored - 1, None)
     correct = score.greedy == np.array(window.ids[1:])
     dropped = decisions(rule, window)
+    dropped_of_suffix = dropped_of_membership = None
+    if dropped is not None:
+        dropped_of_suffix = dropped[of_suffix].tolist()
+        dropped_of_membership = dropped[of_membership]
     suffix_tokens = text_pieces(tokenizer, window.prefix, window.suffix)
     output_tokens = text_pieces(tokenizer, window.prefix, score.output)
     prompt = tokenizer.decode(window.prefix, clean_up_tokenization_spaces=False)
@@ -203,6 +206,11 @@ def make_record(
     # Never more probable than one in rank + 1, under any sampling that keeps the order of the
     # tokens. A token that generate settled as predicted counts as the most probable one.
     rank = np.where(correct, 0, score.rank)[of_suffix]
+    rank_bits = np.log2(1 + rank).sum()
+    sweep = None
+    if not window.completion:
+        sweep = prefix_sweep(correct, window.prefix_length)
+    log_q = np.asarray(score.log_q, dtype=np.float64)
     return {
         "split": window.split,
         "index": window.index,
@@ -223,26 +231,26 @@ def make_record(
         "secrets": list(window.secrets),
         "characters": len(text),
         "words": word_buckets(text),
-        "dropped": None if dropped is None else dropped[of_suffix].tolist(),
+        "dropped": dropped_of_suffix,
         "correct": correct[of_suffix].tolist(),
         "nll": score.nll[of_suffix].tolist(),
         "rank": score.rank[of_suffix].tolist(),
         "settled": score.settled,
         **_agreement(score.output, window.suffix, output_tokens, suffix_text),
-        "prefix_sweep": None if window.completion else prefix_sweep(correct, start),
-        "log_p": np.asarray(score.log_q, dtype=np.float64).sum(-1).tolist(),
+        "prefix_sweep": sweep,
+        "log_p": log_q.sum(-1).tolist(),
         "secret_log_p": [
             _secret_log_p(secret, suffix_tokens, score.log_q)
             for secret in window.secrets
         ],
-        "rank_bits": float(np.log2(1 + rank).sum()),
+        "rank_bits": float(rank_bits),
         "beams": score.beams,
         **membership_scores(
             score.nll[of_membership],
             score.entropy_mean[of_membership],
             score.entropy_std[of_membership],
             suffix_text if window.completion else text,
-            None if dropped is None else dropped[of_membership],
+            dropped_of_membership,
             score.control_nll,
         ),
     }
@@ -261,12 +269,14 @@ def _agreement(
     compared = output[: len(suffix)]
     compared_text = "".join(output_tokens[: len(suffix)])
     runs = common_runs(compared, suffix)
+    lengths = [length for _, _, length in runs]
     equal = sum(map(eq, compared, suffix))
-    words = longest_common(tuple(compared_text.split()), tuple(suffix_text.split()))
+    said = tuple(compared_text.split())
+    words = longest_common(said, tuple(suffix_text.split()))
     return {
         "exact_match": compared == suffix,
         "first_divergence": first_divergence(compared, suffix),
-        "longest_run": max((length for _, _, length in runs), default=0),
+        "longest_run": max(lengths, default=0),
         "longest_run_words": words,
         "longest_run_characters": longest_common(compared_text, suffix_text),
         "common_runs": [run for run in runs if run[2] >= SHORTEST_RUN],
@@ -339,7 +349,9 @@ def rouge_l_text(candidate: str, reference: str) -> float:
     It is of lower-case words of a-z and 0-9, so it is 0 on other scripts.
     """
     words = re.compile("[a-z0-9]+")
-    return rouge_l(words.findall(candidate.lower()), words.findall(reference.lower()))
+    said = words.findall(candidate.lower())
+    expected = words.findall(reference.lower())
+    return rouge_l(said, expected)
 
 
 def common_runs(a: Sequence[int], b: Sequence[int]) -> list[list[int]]:
@@ -402,7 +414,8 @@ def prefix_sweep(correct: Bools, prefix_length: int) -> list[bool]:
     # ids[n], whose place in `correct` is n - 1.
     misses = np.cumsum([0, *~correct])
     firsts = np.array(prefix_grid(prefix_length)) - 1
-    recited: list[bool] = (misses[firsts + suffix_length] == misses[firsts]).tolist()
+    ends = firsts + suffix_length
+    recited: list[bool] = (misses[ends] == misses[firsts]).tolist()
     return recited
 
 
