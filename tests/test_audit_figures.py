@@ -11,7 +11,7 @@ from goldfish.audit.figures import SAMPLES
 from goldfish.audit.intervals import setting_name
 from goldfish.audit.questions.proof import token_counts
 from goldfish.audit.records import extracted, probability_within
-from goldfish.audit.render import notes
+from goldfish.report.page import doubts
 
 PROBABILITIES = (0.5, 0.9, 0.999)
 
@@ -133,16 +133,18 @@ def test_dropped_and_kept_tokens_by_hand():
 
 def test_what_the_receipt_tells():
     rule = Goldfish().to_dict()
-    assert notes(None) == []
-    assert notes({"rule": rule}) == []
-    assert "trained before under another rule" in notes({"rule": rule, "before": {}})[0]
+    assert doubts(None) == []
+    assert doubts({"rule": rule}) == []
+    assert (
+        "trained before under another rule" in doubts({"rule": rule, "before": {}})[0]
+    )
     assert (
         "drops other tokens in every epoch"
-        in notes({"rule": {**rule, "strategy": "random"}})[0]
+        in doubts({"rule": {**rule, "strategy": "random"}})[0]
     )
     assert (
         "other tokens were dropped"
-        in notes({"rule": {**rule, "strategy": "static"}})[0]
+        in doubts({"rule": {**rule, "strategy": "static"}})[0]
     )
     sources = {"a": {"rule": rule}, "b": {"rule": None}}
-    assert "rules differ between sources" in notes({"sources": sources})[0]
+    assert "rules differ between sources" in doubts({"sources": sources})[0]

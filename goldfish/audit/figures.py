@@ -100,6 +100,8 @@ def sampling(side: Side) -> Iterator[Figure]:
     # it that are at least as probable, so its own probability is at most 1 / (r + 1).
     most = -np.log(2) * side.numbers("rank_bits")
     yield side.rate("extractable_bound", extracted(most, DRAWS))
+    if not side.settings:
+        return
     trained = side.as_trained
     log_p = _log_p(side)
     log_p_trained = _log_p(trained)

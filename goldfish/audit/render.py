@@ -96,45 +96,53 @@ def write(audit: Audit, folder: str | Path) -> None:
 
 def describe(audit: Audit, share: bool = False) -> Description:
     """All that the outputs tell about an audit; with `share`, without paths and names of texts."""
-    run = audit.run
-    verdict = audit.verdict
-    limits = [f"{name}={percent(limit)}" for name, limit in audit.limits.items()]
-    versions = [f"{name} {version}" for name, version in run["versions"].items()]
-    sources = [str(run["checkpoint"])]
-    for split, each in run["inputs"].items():
-        sources.append(f"{split} {each['path']} (SHA-256 {each['sha256'][:12]})")
-    # What may change a reader's mind comes first, provenance last.
-    notes = [
-        *(f"Warning: {warning}" for warning in verdict["warnings"]),
-        # A check that failed is among the warnings.
-        *([] if verdict["sanity"] in verdict["warnings"] else [verdict["sanity"]]),
-        *skipped(audit),
-        f"{task(run)}; {run['protocol']['dtype']}. Rates: 95% intervals over documents; "
-        "-: not measured, or too few to tell",
-        f"Limits: {', '.join(limits)}",
-        f"Not tested: {'; '.join(not_tested(audit))}",
-        *([] if share else ["; ".join(sources)]),
-        f"Weights: {weights_hash(run)[:12] or 'not read'}; rule: {rule_words(run)}",
-        f"{run['date']}; {', '.join(versions)}",
-    ]
     return Description(
         title=f"goldfish audit of {plain(audit.name, 60)}",
         outcome=audit.outcome,
-        sentence=plain(verdict["sentence"], 1000),
+        sentence=plain(audit.verdict["sentence"], 1000),
         splits=[SPLITS[split] for split in audit.splits],
         answers=_answers(audit, share),
         rows=figure_rows(audit),
-        notes=[plain(note, 1000) for note in notes],
+        notes=[plain(note, 1000) for note in _notes(audit, share)],
     )
+
+
+def _notes(audit: Audit, share: bool) -> list[str]:
+    """What may change a reader's mind comes first, provenance last."""
+    run = audit.run
+    verdict = audit.verdict
+    notes = [f"Warning: {warning}" for warning in verdict["warnings"]]
+    # A check that failed is among the warnings.
+    if verdict["sanity"] not in verdict["warnings"]:
+        notes.append(verdict["sanity"])
+    notes += skipped(audit)
+    notes.append(
+        f"{task(run)}; {run['protocol']['dtype']}. Rates: 95% intervals over documents; "
+        "-: not measured, or too few to tell"
+    )
+    limits = [f"{name}={percent(limit)}" for name, limit in audit.limits.items()]
+    notes.append(f"Limits: {', '.join(limits)}")
+    notes.append(f"Not tested: {'; '.join(not_tested(audit))}")
+    if not share:
+        sources = [str(run["checkpoint"])]
+        for split, each in run["inputs"].items():
+            sha256 = each["sha256"][:12]
+            sources.append(f"{split} {each['path']} (SHA-256 {sha256})")
+        notes.append("; ".join(sources))
+    weights = weights_hash(run)[:12] or "not read"
+    notes.append(f"Weights: {weights}; rule: {rule_words(run)}")
+    versions = [f"{name} {version}" for name, version in run["versions"].items()]
+    notes.append(f"{run['date']}; {', '.join(versions)}")
+    return notes
 
 
 def _answers(audit: Audit, share: bool) -> list[tuple[str, str, str, bool]]:
     answers = []
+    examples = audit.examples.get("members", {})
     for question in [*audit.verdict["questions"], *audit.verdict["explanations"]]:
-        examples = audit.examples.get("members", {})
+        why = question["why"]
         # The names of texts are for whoever ran the audit.
         names = [] if share else examples.get(question["figure"], [])
-        why = question["why"]
         if names:
             why += f". Recited: {', '.join(plain(name, 60) for name in names)}"
         # What counts has an outcome, what only explains an answer.
@@ -151,12 +159,14 @@ def weights_hash(run: Mapping[str, Any]) -> str:
     hashes: list[str] = []
     # Pickles last: beside safetensors, a .bin is the settings of the training or its optimiser.
     for kinds in ((".safetensors", ".gguf", "in memory"), (".bin", ".pt", ".pth")):
-        hashes = hashes or [
-            files[name] for name in sorted(files) if name.endswith(kinds)
-        ]
+        names = [name for name in sorted(files) if name.endswith(kinds)]
+        hashes = [files[name] for name in names]
+        if hashes:
+            break
+    joined = "".join(hashes)
     if len(hashes) < 2:
-        return "".join(hashes)
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return joined
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def rule_words(run: Mapping[str, Any]) -> str:
@@ -182,13 +192,14 @@ def task(run: Mapping[str, Any]) -> str:
     windows = sum(each["windows"] for each in inputs)
     if chats == windows:
         return "Given the prompt of a chat, the model must continue with the answer"
-    of_chats = (
-        f"; in {counted(chats, 'chat')} the prompt is given and the model must continue with "
-        "the answer"
-    )
-    also = of_chats if chats else ""
     given = counted(protocol["prefix_length"], "token")
-    return f"{given} given, {protocol['suffix_length']:,} to continue with{also}"
+    words = f"{given} given, {protocol['suffix_length']:,} to continue with"
+    if chats:
+        words += (
+            f"; in {counted(chats, 'chat')} the prompt is given and the model must continue with "
+            "the answer"
+        )
+    return words
 
 
 def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
@@ -204,6 +215,7 @@ def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
     # Membership compares both splits. Beside its AUC stands what can be told without the model.
     blind = strongest_blind(audit.rows)
     for name, label in MEMBERSHIP_LABELS.items():
+        # The AUC is a single number, the true positive rates are a curve.
         x = None if name == "auc" else 0.01
         found = audit.rows.select(figure=f"membership_{name}", x=x)
         if not found:
@@ -286,34 +298,6 @@ def literal(text: str) -> str:
     """Text that Markdown shows as it is: punctuation that means something to it is escaped."""
     escaped = re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text)
     return escaped.replace("\\<", "&lt;").replace("\\>", "&gt;")
-
-
-def notes(receipt: Mapping[str, Any] | None) -> list[str]:
-    """What in a checkpoint's goldfish.json speaks against one rule for every text."""
-    if receipt is None:
-        return []
-    entries = receipt.get("sources", {"": receipt})
-    rules = [entry["rule"] for entry in entries.values()]
-    strategies = {rule["strategy"] for rule in rules if rule}
-    sentences = []
-    if "before" in receipt:
-        sentences.append(
-            "trained before under another rule: every text may have been seen under both"
-        )
-    if "random" in strategies:
-        sentences.append(
-            'strategy "random" drops other tokens in every epoch: a text seen often was seen whole'
-        )
-    if strategies & {"static", "reference"}:
-        sentences.append(
-            '"static" and "reference" depend on where a training row starts: other tokens were '
-            "dropped"
-        )
-    if len(set(map(str, rules))) > 1:
-        sentences.append(
-            "rules differ between sources: a text that is in two of them was seen under both"
-        )
-    return sentences
 
 
 def skipped(audit: Audit, secrets_of: Iterable[str] = SPLITS) -> list[str]:

@@ -1,7 +1,7 @@
 """The audit as one call: a checkpoint and texts in, a folder of records and their summary out.
 
-survey (inputs -> windows) -> load (model) -> score (windows -> records) -> publish (figures,
-verdict)
+survey (inputs -> windows) -> load (models) -> score (windows -> records) -> summarize (records ->
+figures -> verdict) -> write
 """
 
 import logging
@@ -267,8 +267,10 @@ def audit(
 
 def _sources(members: Any, heldout: Any) -> dict[str, Source]:
     sources = {}
+    # Members come first everywhere.
     for split, source in (("members", members), ("heldout", heldout)):
         if source is not None:
+            # An iterator can be read once, but --ask reads its documents again.
             sources[split] = in_memory(source)
     return sources
 
@@ -295,6 +297,7 @@ def _description(
         "overlap": None,
         "sanity": None,
         "notes": [],
+        # The audited model first, then the reference model.
         "weights": [each.hashes() for each in checkpoints],
         "receipt": audited.receipt(),
         "versions": versions(),
@@ -392,6 +395,7 @@ def sanity(
         ordered = []
         shuffled = []
         for window, _ in islice(each.windows(), SANITY_WINDOWS):
+            # After the generation prompt of a chat template the answer may be an unlikely one.
             if window.prompt_kind != "training":
                 continue
             # The first token stays: it may be a BOS, without which some models fail.
@@ -461,6 +465,7 @@ def _in_blocks(
         task = bar.add_task(escape(plain(title)), total=total)
         # The blocks are numbered alike in every process, so they need no word from each other.
         for number, block in enumerate(blocks):
+            # Each window has one record; a question may have several answers, or none.
             rows = len(block) if kind == RECORDS else None
             if number % processes == rank and not folder.has(kind, number, rows):
                 folder.write(kind, number, make(block))
@@ -543,6 +548,7 @@ def _part(state: PartialState | None) -> tuple[int, int]:
 
 
 def _wait(state: PartialState | None) -> None:
+    """Until all processes are here."""
     if state is not None:
         state.wait_for_everyone()
 
@@ -627,6 +633,7 @@ def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> No
             "offsets count tokens from a text's start and must be 0 or more, got "
             f"{protocol['offsets']}"
         )
+    # Both raise ValueError for what they cannot read.
     thresholds(protocol["near_verbatim"])
     for template in protocol["ask"] or ():
         check_template(template)
@@ -670,6 +677,7 @@ def _check_surveys(
                 f"({'; '.join(reasons) or 'it is empty'}); ask for a shorter prefix or suffix, or "
                 "join short texts"
             )
+        # One row that lacks a template's columns is counted, none that has them is a mistake.
         for template in run["inputs"][split].get("unprompted", ()):
             if template["count"] == each.asked:
                 raise ValueError(
@@ -761,9 +769,9 @@ def summarize(
     require: Sequence[str] = (),
     rule: "Goldfish | None" = None,
 ) -> Audit:
-    """An audit from its run.json and records; errors as of `read_records`.
+    """Records -> figures -> verdict: the audit in a folder whose records are complete.
 
-    rule: that of run.json, bound to the tokenizer if it reads text.
+    rule: that of run.json, bound to the tokenizer if it reads text. Errors as of `read_records`.
     """
     run = read_run(folder)
     table = read_records(folder, figure_columns(run))
@@ -792,8 +800,8 @@ def summary_of(
 ) -> Audit:
     """The same, from their content."""
     rows, examples = make_figures(run, table, rule, asked)
-    parsed = parse_limits(limits)
     figures = Figures(rows)
+    parsed = parse_limits(limits)
     judged = verdict(run, figures, parsed, require)
     return Audit(folder, dict(run), figures, judged, parsed, list(require), examples)
 

@@ -96,7 +96,8 @@ class Cutter:
     secret_column: str = ""
 
     def cut(self, row: Row, index: int, split: str) -> Iterator[Window | str]:
-        """The windows of a row; where it has none, at an offset or in a turn, the reason."""
+        """The windows of a row; for an offset or a turn without one, the reason."""
+        # What all windows of the row have in common.
         about = {
             "split": split,
             "index": index,
@@ -108,7 +109,8 @@ class Cutter:
             yield from self._windows_of_text(row, about)
             return
         for each in completions(row, self.tokenizer):
-            if isinstance(each, str):  # why the turn cannot be asked
+            # A turn that cannot be asked comes as the reason.
+            if isinstance(each, str):
                 yield each
             else:
                 yield self._completion(row, each, about)
@@ -122,8 +124,10 @@ class Cutter:
                 text = self.decode(row["input_ids"])
             else:
                 text = training_text(row, self.tokenizer).text
-        except RefusedChat:  # it has no windows either, and is counted as skipped
+        except RefusedChat:
+            # It has no windows either, and is counted as skipped.
             return ()
+        # A dictionary is a set that keeps the order.
         secrets: dict[str, None] = {}
         for begin, end in self.secrets(row, text, 0):
             secrets[text[begin:end]] = None
@@ -163,6 +167,7 @@ class Cutter:
             all_ids = first_ids(self.tokenizer, row["text"], most)
             if all_ids[:1] == [self.tokenizer.bos_token_id]:
                 bos = all_ids[:1]
+        # A window that ends inside a secret has a piece of it: the whole ones are needed too.
         marked = self.marked(row)
         for offset in self.offsets:
             # With a BOS b and offset 2: b t1 t2 t3 t4 ... -> b t3 t4 ...
@@ -199,6 +204,7 @@ class Cutter:
         last = own[-1]
         if first == 0:
             return "nothing before the completion"
+        # Never cut short: the whole answer is the question.
         if self.context is not None and last >= self.context:
             return f"longer than the model's context of {self.context} tokens"
         text = each.text[: each.end]
@@ -308,6 +314,7 @@ class Survey:
         self._cutter = cutter
         self._path = path
         self._templates = templates
+        # By secret of any row, drawn or not, its first row.
         marked: dict[str, int] = {}
 
         def counted() -> Iterator[Row]:
@@ -414,7 +421,7 @@ class _Secrets:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        # Secret: why it is not asked, and its first row.
+        # By secret: why it is not asked, and its first row. It may be asked by a later row.
         self._others: dict[str, tuple[str, int]] = {}
 
     def add(
@@ -430,6 +437,7 @@ class _Secrets:
         if not others:
             return
         prompts = [cutter.decode(window.prefix) for window in windows]
+        # The first reason stays.
         for secret in others:
             was_given = any(secret in prompt for prompt in prompts)
             if was_given:

@@ -15,7 +15,7 @@ from goldfish.audit.compare import compare
 from goldfish.audit.intervals import SPLITS, Figure, decimals, percent
 from goldfish.audit.questions.membership import ATTACKS, strongest_blind
 from goldfish.audit.questions.proof import NO_RULE
-from goldfish.audit.render import LABELS, notes, skipped
+from goldfish.audit.render import LABELS, skipped
 from goldfish.audit.verdict import QUESTIONS
 from goldfish.report import asked, plots, spans
 from goldfish.report.card import card_of, shown
@@ -113,7 +113,7 @@ def _environment() -> Environment:
         attack_names=ATTACKS,
         plots=plots,
         hidden=HIDDEN,
-        notes=notes,
+        doubts=doubts,
         shown=shown,
         strongest_blind=strongest_blind,
     )
@@ -274,3 +274,31 @@ def signed(value: float) -> str:
     if not value:
         return "0"
     return f"{'−' if value < 0 else '+'}{decimals(abs(value))}"
+
+
+def doubts(receipt: Mapping[str, Any] | None) -> list[str]:
+    """What in a checkpoint's goldfish.json speaks against one rule for every text."""
+    if receipt is None:
+        return []
+    entries = receipt.get("sources", {"": receipt})
+    rules = [entry["rule"] for entry in entries.values()]
+    strategies = {rule["strategy"] for rule in rules if rule}
+    sentences = []
+    if "before" in receipt:
+        sentences.append(
+            "trained before under another rule: every text may have been seen under both"
+        )
+    if "random" in strategies:
+        sentences.append(
+            'strategy "random" drops other tokens in every epoch: a text seen often was seen whole'
+        )
+    if strategies & {"static", "reference"}:
+        sentences.append(
+            '"static" and "reference" depend on where a training row starts: other tokens were '
+            "dropped"
+        )
+    if len(set(map(str, rules))) > 1:
+        sentences.append(
+            "rules differ between sources: a text that is in two of them was seen under both"
+        )
+    return sentences
