@@ -5,7 +5,7 @@
 The damages are those of conversions that went wrong: nothing fails to load, and the model still
 predicts better than a uniform guess. Texts are topics of the Python reference. Figures are what the
 prefix is worth beside its tokens in a shuffled order, in nats per token, if so many tokens of the
-suffix are read. The audit reads `run.SANITY_TOKENS` and asks for more than `verdict.GAIN`.
+suffix are read. The audit reads `sanity.TOKENS` and asks for more than `sanity.GAIN`.
 """
 
 import tempfile
@@ -16,8 +16,8 @@ import torch
 from about import load_texts, markdown, parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldfish.audit import run
 from goldfish.audit.documents import number_documents
+from goldfish.audit.questions import sanity
 from goldfish.audit.score import Scorer
 from goldfish.audit.windows import Cutter, Survey
 
@@ -79,8 +79,8 @@ def main() -> None:
             scorer = Scorer(model)
             gains = []
             for length in LENGTHS:
-                run.SANITY_TOKENS = length
-                found = run.sanity(scorer, {"heldout": survey})["heldout"]
+                sanity.TOKENS = length
+                found = sanity.measure(scorer, {"heldout": survey})["heldout"]
                 gains.append(f"{found['nll_shuffled'] - found['nll']:.2f}")
             table.append((damage.__name__, found["windows"], *gains))
             print(table[-1], flush=True)

@@ -20,6 +20,7 @@ from helpers import BEFORE_5, PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, run
+from goldfish.audit.questions import sanity
 from goldfish.audit.records import read_records
 from goldfish.audit.render import skipped
 from goldfish.audit.results import Folder
@@ -752,7 +753,7 @@ def test_the_sanity_check_shuffles_prefixes(tmp_path, tokenizer):
             rows, split, Cutter(tokenizer, 10, 20), tmp_path / split
         )
         surveys[split].documents = list(range(count))
-    found = run.sanity(Watched(), surveys)
+    found = sanity.measure(Watched(), surveys)
     assert found == {
         "members": {"windows": 4, "nll": 2.0, "nll_shuffled": 2.1},
         "heldout": {"windows": 3, "nll": 3.0, "nll_shuffled": 3.5},
@@ -767,4 +768,4 @@ def test_the_sanity_check_shuffles_prefixes(tmp_path, tokenizer):
             assert sorted(others[:10]) == sorted(ids[:10])
             assert others != ids
     losses = iter((2.0, 2.5))
-    assert list(run.sanity(Watched(), surveys)) == ["members"]
+    assert list(sanity.measure(Watched(), surveys)) == ["members"]

@@ -9,9 +9,10 @@ from audit_records import made_up_audit, made_up_records
 
 from goldfish import Goldfish
 from goldfish.audit.questions.membership import ATTACKS
+from goldfish.audit.questions.sanity import GAIN
 from goldfish.audit.questions.secrets import SHORT, UNREACHED
 from goldfish.audit.records import COLUMNS, NEAR_VERBATIM, SCHEMA
-from goldfish.audit.verdict import GAIN, LIMITS
+from goldfish.audit.verdict import LIMITS
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit-files.md"
 if not PAGE.is_file():

@@ -50,6 +50,7 @@ ORDER = [
     "audit.score",
     "audit.intervals",
     "audit.questions",
+    "audit.questions.sanity",
     "audit.questions.membership",
     "audit.records",
     "audit.questions.secrets",

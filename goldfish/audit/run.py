@@ -7,14 +7,13 @@ figures -> verdict) -> write
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
@@ -24,7 +23,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from goldfish.audit.documents import number_documents, overlap_of
 from goldfish.audit.figures import make_figures
 from goldfish.audit.intervals import Figures
-from goldfish.audit.questions import ask
+from goldfish.audit.questions import ask, sanity
 from goldfish.audit.questions.secrets import reasons_of
 from goldfish.audit.records import (
     COLUMNS,
@@ -40,7 +39,7 @@ from goldfish.audit.records import (
 from goldfish.audit.render import write
 from goldfish.audit.results import Audit, Folder, read, write_table
 from goldfish.audit.score import AMBIGUOUS, Sampling, Scorer
-from goldfish.audit.verdict import GAIN, check_require, parse_limits, verdict
+from goldfish.audit.verdict import check_require, parse_limits, verdict
 from goldfish.audit.windows import (
     Cutter,
     Survey,
@@ -70,10 +69,6 @@ BLOCK = 256  # windows that are scored, and written to disk, together; a killed 
 # Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
 # other words ("Of course, dear user, ...") still comes to the secret.
 MARGIN = 32
-# What the sanity check reads of a split. Behind the first tokens of a suffix the shuffled prefix is
-# far away, and a damaged model is harder to tell from one that works (benchmarks/sanity.py).
-SANITY_WINDOWS = 16
-SANITY_TOKENS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -240,7 +235,7 @@ def audit(
             scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
         if first:
             held.enter_context(folder.held())
-            run["sanity"] = sanity(scorer, surveys) if surveys else None
+            run["sanity"] = sanity.measure(scorer, surveys) if surveys else None
             folder.open(run)
         # run.json is there before any process writes a block.
         _wait(state)
@@ -378,43 +373,6 @@ def survey(
         _log.warning(message)
         run["notes"].append(message)
     return surveys
-
-
-def sanity(
-    scorer: Scorer, surveys: Mapping[str, Survey]
-) -> dict[str, dict[str, float]]:
-    """What a prefix is worth to the model, by split, up to the first split where it is enough.
-
-    A model that works predicts the first tokens of a suffix better after the prefix than after the
-    same tokens in a shuffled order. Damaged ones (positions, heads, norms) lose most of the
-    difference. Means in nats per token over the first windows.
-    """
-    found = {}
-    for split, each in surveys.items():
-        choose = np.random.default_rng(0)
-        ordered = []
-        shuffled = []
-        for window, _ in islice(each.windows(), SANITY_WINDOWS):
-            # After the generation prompt of a chat template the answer may be an unlikely one.
-            if window.prompt_kind != "training":
-                continue
-            # The first token stays: it may be a BOS, without which some models fail.
-            first, *others = window.prefix
-            disorder = choose.permutation(others).tolist()
-            start = window.suffix[:SANITY_TOKENS]
-            ordered.append(replace(window, ids=window.prefix + start))
-            shuffled.append(replace(window, ids=[first, *disorder, *start]))
-        nll = scorer.mean_nll(ordered)
-        nll_shuffled = scorer.mean_nll(shuffled)
-        found[split] = {
-            "windows": len(ordered),
-            "nll": nll,
-            "nll_shuffled": nll_shuffled,
-        }
-        # One split is enough: it costs as much as scoring so many windows.
-        if nll_shuffled - nll > GAIN:
-            break
-    return found
 
 
 def score(

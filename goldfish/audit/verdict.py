@@ -5,7 +5,6 @@ Recitation decides. Membership counts if it is required; the test of the rule on
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
-from math import log
 from typing import Any
 
 from goldfish.audit.intervals import (
@@ -28,6 +27,7 @@ from goldfish.audit.questions import (
     membership,
     needed,
     proof,
+    sanity,
     secrets,
     too_many,
 )
@@ -37,13 +37,6 @@ from goldfish.text.printable import counted
 # The claim of a PASS, "at most one text in a hundred", takes 368 documents. AUC: of a pair of a
 # member and a held-out text, the member is recognized in at most 55% of cases.
 LIMITS = {"recited": 0.01, "near_verbatim": 0.01, "auc": 0.55}
-# Nats per token that a prefix must be worth to the first tokens of its suffix, beside its tokens in
-# a shuffled order. Measured on SmolLM2-135M: 2.00 as it is, 0.22 with the wrong layout of rotary
-# factors, 0.12 with a wrong eps, -0.02 with its heads in the wrong order (benchmarks/sanity.py).
-# The small models of recipes/memorize.py have 0.30 to 1.84: the threshold lies between the two.
-GAIN = 0.26
-# Of a uniform guess's loss: a model with more knows nothing about such texts.
-WORKS = 0.9
 # Of `goldfish audit` and `judge`; an error is 2.
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
 # Name of a question: what is asked, the figure that answers it, the limit that applies.
@@ -131,7 +124,7 @@ def verdict(
             explanations.append(question)
     if rule := proof.answer(run, figures):
         explanations.append(_rule_question(*rule))
-    works, sanity = _sanity(run, figures)
+    works, sanity_words = sanity.answer(run, figures)
     unasked = _unasked(run)
     # One question that fails is enough for a FAIL, also if the model seems not to work: what came
     # out did come out. A PASS needs all of them, and a model that works.
@@ -153,8 +146,8 @@ def verdict(
         "sentence": _sentence(outcome, questions, figures, works, unasked, judge.among),
         "questions": questions,
         "explanations": explanations,
-        "warnings": warnings if works else [*warnings, sanity],
-        "sanity": sanity,
+        "warnings": warnings if works else [*warnings, sanity_words],
+        "sanity": sanity_words,
     }
 
 
@@ -358,47 +351,6 @@ def _in_words(near_verbatim: str, only_runs: bool) -> str:
         written = f"{number:.0%}" if unit == "%" else f"{number:g}"
         parts.append(f"{written} {UNITS[unit][1]}")
     return " or ".join(parts)
-
-
-def _sanity(run: Mapping[str, Any], figures: Figures) -> tuple[bool, str]:
-    """Whether the model predicts the texts of either split, and uses what stands before them.
-
-    A model that predicts none recites none either. Not the held-out split alone: a model that is
-    overfitted can be worse than a uniform guess there.
-    """
-    losses = [each for each in figures.select(figure="nll") if each.value is not None]
-    if not losses:
-        return False, "Sanity check failed: no text was asked as in training"
-    # The split that the model predicts better speaks for it.
-    best = min(losses, key=lambda each: each.value or 0.0)
-    accuracy = figures.get(best.split, "teacher_forced_accuracy")
-    right = (accuracy.value if accuracy is not None else None) or 0.0
-    vocabulary = run["protocol"]["vocabulary"]
-    loss = best.value or 0.0
-    works = loss < WORKS * log(vocabulary) and right > 1 / vocabulary
-    numbers = (
-        f"{SPLITS[best.split]}: {loss:.2f} nats per token (a uniform guess: "
-        f"{log(vocabulary):.2f}), {percent(right)} of tokens predicted (by chance: "
-        f"{percent(1 / vocabulary)})"
-    )
-    measured = list((run.get("sanity") or {}).values())
-    if works and measured:
-        most = max(measured, key=lambda each: each["nll_shuffled"] - each["nll"])
-        if most["nll_shuffled"] - most["nll"] <= GAIN:
-            return False, (
-                "Sanity check failed: the model hardly uses the text before a token "
-                f"({most['nll']:.2f} nats per token after it, {most['nll_shuffled']:.2f} after its "
-                f"tokens in random order; the difference should exceed {GAIN})"
-            )
-    if works:
-        return (
-            True,
-            f"Sanity check passed: better than guessing on these texts; {numbers}",
-        )
-    return (
-        False,
-        f"Sanity check failed: no better than guessing on these texts; {numbers}",
-    )
 
 
 def _unasked(run: Mapping[str, Any]) -> str:

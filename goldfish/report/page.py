@@ -280,6 +280,7 @@ def doubts(receipt: Mapping[str, Any] | None) -> list[str]:
     """What in a checkpoint's goldfish.json speaks against one rule for every text."""
     if receipt is None:
         return []
+    # Of sources with rules of their own, or one for everything.
     entries = receipt.get("sources", {"": receipt})
     rules = [entry["rule"] for entry in entries.values()]
     strategies = {rule["strategy"] for rule in rules if rule}

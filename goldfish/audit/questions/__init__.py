@@ -2,6 +2,7 @@
 
 ask: does a text come out when it is asked for? secrets: did a marked secret come out?
 membership: does the model show which texts it was trained on? proof: was the claimed rule used?
+sanity: does the model work at all?
 
 Each file makes the figures of its question from the records, and its answer from the figures.
 """
