@@ -621,47 +621,56 @@ def _check_surveys(
     allow_overlap: bool,
 ) -> None:
     """ValueError for inputs that no model could be audited with."""
-    protocol = run["protocol"]
-    paths = {split: about["path"] for split, about in run["inputs"].items()}
     for split, each in surveys.items():
+        about = run["inputs"][split]
         if not each.indices:
-            reasons = []
-            for why, skipped in each.skipped.items():
-                count = skipped["count"]
-                reasons.append(f"{count:,} {why}")
-            raise ValueError(
-                f"{paths[split]} has no usable window: {counted(each.drawn, 'row')}, none with "
-                f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens or a completion "
-                f"({'; '.join(reasons) or 'it is empty'}); ask for a shorter prefix or suffix, or "
-                "join short texts"
-            )
-        # One row that lacks a template's columns is counted, none that has them is a mistake.
-        for template in run["inputs"][split].get("unprompted", ()):
+            raise ValueError(_no_window(about, run["protocol"]))
+        # Rows that lack a template's columns are counted; if all do, its columns are misspelled.
+        for template in about.get("unprompted", ()):
             if template["count"] == each.asked:
                 raise ValueError(
-                    f"{paths[split]}: no row has the columns of --ask {template['reason']!r}"
+                    f"{about['path']}: no row has the columns of --ask {template['reason']!r}"
                 )
-    first = next(iter(surveys))  # members, if there are some
     # Held-out texts need not have secrets; a mark that fits no member is a mistake.
-    marks = protocol["secrets"] or protocol["secret_column"]
+    first = next(iter(surveys))  # members, if there are some
+    marks = run["protocol"]["secrets"] or run["protocol"]["secret_column"]
     if marks and not surveys[first].secrets.asked:
-        counts = surveys[first].secrets.counts()
-        why = "check the column's name or the regular expression"
-        if counts["marked"]:
-            marked = counted(counts["marked"], "secret")
-            why = f"{marked} marked, but none asked ({reasons_of(counts)})"
-        raise ValueError(f"no suffix in {paths[first]} contains a marked secret: {why}")
+        raise ValueError(_no_secret(run["inputs"][first]))
+    if run["overlap"] and not allow_overlap:
+        raise ValueError(_shared(run))
+
+
+def _no_window(about: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """about: an input in run.json."""
+    reasons = [f"{each['count']:,} {each['reason']}" for each in about["skipped"]]
+    why = "; ".join(reasons) or "it is empty"
+    rows = counted(about["drawn"], "row")
+    tokens = f"{protocol['prefix_length']} + {protocol['suffix_length']} tokens"
+    return (
+        f"{about['path']} has no usable window: {rows}, none with {tokens} or a completion "
+        f"({why}); ask for a shorter prefix or suffix, or join short texts"
+    )
+
+
+def _no_secret(about: Mapping[str, Any]) -> str:
+    counts = about["secrets"]
+    why = "check the column's name or the regular expression"
+    if counts["marked"]:
+        marked = counted(counts["marked"], "secret")
+        why = f"{marked} marked, but none asked ({reasons_of(counts)})"
+    return f"no suffix in {about['path']} contains a marked secret: {why}"
+
+
+def _shared(run: Mapping[str, Any]) -> str:
     overlap = run["overlap"]
-    if overlap and not allow_overlap:
-        rows = ", ".join(
-            f"row {here} and row {there}" for here, there in overlap["rows"]
-        )
-        raise ValueError(
-            f"{paths['members']} and {paths['heldout']} share "
-            f"{counted(overlap['documents'], 'document')} (first: {rows}): texts that were "
-            "trained on are no control. Remove them from one file, or allow it with allow_overlap "
-            "(--allow-overlap)"
-        )
+    inputs = run["inputs"]
+    rows = ", ".join(f"row {here} and row {there}" for here, there in overlap["rows"])
+    documents = counted(overlap["documents"], "document")
+    return (
+        f"{inputs['members']['path']} and {inputs['heldout']['path']} share {documents} (first: "
+        f"{rows}): texts that were trained on are no control. Remove them from one file, or allow "
+        "it with allow_overlap (--allow-overlap)"
+    )
 
 
 def _check_ids(
