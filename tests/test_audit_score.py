@@ -392,7 +392,7 @@ def test_log_q_of_ties_at_the_cut():
     targets = torch.arange(6)
 
     def log_q(sampling):
-        return score_module._reduce(logits, targets, [sampling])["log_q"][:, 0]
+        return score_module._reduce(logits, targets, [sampling], True)["log_q"][:, 0]
 
     for sampling in (
         Sampling(top_k=2),
@@ -441,7 +441,7 @@ def test_logits_that_a_model_forbids():
         [[2.0, -torch.inf, 1.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]]
     )
     settings = [Sampling(), Sampling(top_k=2), Sampling(top_p=0.8)]
-    found = score_module._reduce(logits, torch.tensor([2, 1]), settings)
+    found = score_module._reduce(logits, torch.tensor([2, 1]), settings, True)
     log_p = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).log_softmax(-1)
     mean = (log_p.exp() * log_p).sum().item()
     assert found["entropy_mean"].tolist() == pytest.approx([mean, 0.0], abs=1e-6)

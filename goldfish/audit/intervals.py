@@ -1,4 +1,4 @@
-"""One row of the table of figures, and its interval: what was counted, and how sure that is.
+"""The rows of the table of figures: how records are counted, and how certain the counts are.
 
 Intervals are over documents, since the windows of one document are not independent. Rates decide,
 so their intervals are exact. Means only describe; theirs are simple and a little too wide.
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 FEWEST_DOCUMENTS = 10  # with fewer, the intervals of a bootstrap are far too narrow
-CHUNK = 2**21  # weights of documents held at once
-# Key in the files: name in sentences and tables.
+CHUNK = 2**21  # numbers that resampling holds in memory at once
+# By key in the files: the name in sentences and tables.
 SPLITS = {"members": "members", "heldout": "held-out"}
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Interval = tuple[float, float]
+Run = Mapping[str, Any]  # run.json
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ class Figure:
     Attributes:
         split: "members", "heldout", or "both" for figures that compare them.
         figure: its name, such as "exact_match".
-        setting: of the adversary, such as "T=1,top_k=40"; "" if there is one only.
+        setting: of the adversary, such as "T=1,top_k=40"; "" if there is only one.
         x: what a curve runs over (tokens of prefix, samples, beams); None for a single number.
         value: the point estimate; None if it cannot be estimated.
         k: the count of a rate, k of n; None for other figures.
-        n: what was counted: documents, windows, tokens or secrets (docs/audit-files.md).
-        documents: how many documents they are from.
+        n: how many documents, windows, tokens or secrets were counted (see docs/audit-files.md).
+        documents: how many documents they come from.
         low, high: the 95% interval, 2.5% on each side; None if there is none.
         reason: why something is None.
     """
@@ -69,7 +71,9 @@ class Figure:
             return f"{self.k:,} of {self.n:,}"
         if self.value is not None:
             return decimals(self.value)
-        return "not estimable" if self.low is None else f"above {decimals(self.low)}"
+        if self.low is not None:
+            return f"above {decimals(self.low)}"
+        return "not estimable"
 
     def interval(self) -> str:
         """ "1.6–20.4%", "0.19–0.24", "exact", or why there is none."""
@@ -84,21 +88,20 @@ class Figure:
             return f"at least {write(low)}"
         if low == high:  # of a census
             return "exact"
+        # One percent sign is enough: 1.6–20.4%.
+        start = write(low).removesuffix("%")
         dash = " to " if low < 0 else "–"  # no dash before a minus sign
-        return f"{write(low).removesuffix('%')}{dash}{write(high)}"
+        return f"{start}{dash}{write(high)}"
 
     def __str__(self) -> str:
         """ "3 of 40 (1.6–20.4%)", or the point alone if there is no interval."""
-        bounded = self.low is not None or self.high is not None
-        return f"{self.point()} ({self.interval()})" if bounded else self.point()
+        if self.low is None and self.high is None:
+            return self.point()
+        return f"{self.point()} ({self.interval()})"
 
 
 class Figures(tuple[Figure, ...]):
     """The table of figures. What is shown, judged or compared is a selection of its rows."""
-
-    @cached_property
-    def _places(self) -> dict[tuple[str, str, str, float | None], Figure]:
-        return {(each.split, each.figure, each.setting, each.x): each for each in self}
 
     def get(
         self,
@@ -107,54 +110,234 @@ class Figures(tuple[Figure, ...]):
         setting: str = "",
         x: float | None = None,
     ) -> Figure | None:
-        """The row with just these keys, or None."""
-        return self._places.get((split, figure, setting, x))
+        """The row with exactly these keys, or None."""
+        keys = split, figure, setting, x
+        for row in self:
+            keys_of_row = row.split, row.figure, row.setting, row.x
+            if keys_of_row == keys:
+                return row
+        return None
 
     def select(self, **keys: Any) -> list[Figure]:
-        """The rows that agree with all keys: select(split="members", figure="prefix_sweep")."""
-
-        def agrees(row: Figure) -> bool:
-            return all(getattr(row, key) == keys[key] for key in keys)
-
-        return list(filter(agrees, self))
-
-
-def percent(share: float) -> str:
-    """A share; 0% and 100% only if exact, "<0.1%" and ">99.9%" beside them."""
-    if share in (0, 1):
-        return f"{share:.0%}"
-    if share < 0.0005:
-        return "<0.1%"
-    if share > 0.9995:
-        return ">99.9%"
-    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+        """The rows with all of some keys: select(split="members", figure="prefix_sweep")."""
+        wanted = list(keys.values())
+        rows = []
+        for row in self:
+            found = [getattr(row, key) for key in keys]
+            if found == wanted:
+                rows.append(row)
+        return rows
 
 
-def decimals(value: float) -> str:
-    """About three digits, without an exponent where people would not write one."""
-    size = abs(value)
-    if 0 < size < 0.1:
-        return f"{value:.3g}"
-    if size < 10:
-        return f"{value:.2f}"
-    return f"{value:,.{int(size < 100)}f}"
+@dataclass(frozen=True)
+class Population:
+    """All documents that exist: `size` that could be asked about, `unasked` that could not."""
+
+    size: int
+    unasked: int = 0
 
 
-def clopper_pearson(k: float, n: float, level: float = LEVEL) -> tuple[float, float]:
-    """The exact interval of a binomial rate (Clopper & Pearson 1934); k, n may be fractional.
+def population_of(
+    run: Run,
+    split: str,
+    asked: int | None = None,
+) -> Population | None:
+    """All documents that were trained on, if the audit was told that the file is complete.
+
+    asked: how many of them a question was about, by default all that have a window. A simple prompt
+    is not made for a row that lacks its columns.
+    """
+    is_complete = run["protocol"].get("complete")
+    if split != "members" or not is_complete:
+        return None
+    about = run["inputs"][split]
+    documents = about["documents"]
+    if asked is None:
+        asked = documents
+    # Which of the rows that were not drawn repeat others is unknown. Each counts as a document,
+    # which makes the interval a little too wide.
+    not_drawn = about["rows"] - about["drawn"]
+    without_window = about["drawn"] - about["asked"]
+    left_out = documents - asked
+    size = asked + not_drawn
+    unasked = without_window + left_out
+    return Population(size, unasked)
+
+
+@dataclass(frozen=True)
+class Side:
+    """The records of one split, from which figures are made.
+
+    Attributes:
+        split: "members" or "heldout".
+        table: its records, or its answers to simple prompts.
+        run: run.json.
+        rule: that of the training, if there was one for all documents.
+        population: all documents that exist, if the file is complete; None for a sample.
+    """
+
+    split: str
+    table: pa.Table
+    run: Run
+    rule: "Goldfish | None"
+    population: Population | None
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        protocol: Mapping[str, Any] = self.run["protocol"]
+        return protocol
+
+    @property
+    def settings(self) -> list[str]:
+        """The names of the settings of sampling."""
+        return [setting_name(each) for each in self.protocol["sampling"]]
+
+    @cached_property
+    def documents(self) -> Codes:
+        """int64 (records,): the number of each record's document."""
+        numbers = self.table["document"].to_numpy()
+        return np.asarray(numbers, dtype=np.int64)
+
+    @cached_property
+    def as_trained(self) -> "Side":
+        """Only the records whose prompt is as in training, not a chat's generation prompt.
+
+        Means and membership are of these. Rates are of all: a document counts if any of its
+        records does.
+        """
+        kinds = self.table["prompt_kind"].to_pylist()
+        chosen = np.asarray(kinds) == "training"
+        if chosen.all():
+            return self  # no copy of a large table
+        return self.only(chosen)
+
+    def only(self, chosen: Bools) -> "Side":
+        """The same side with some of its records; chosen: bool (records,)."""
+        mask = pa.array(chosen, pa.bool_())
+        table = self.table.filter(mask)
+        return replace(self, table=table)
+
+    def numbers(self, name: str) -> Floats:
+        """A column of numbers, float64 (records,); null becomes NaN."""
+        column = self.table[name].cast(pa.float64())
+        numbers = column.to_numpy()
+        return np.asarray(numbers, dtype=np.float64)
+
+    def lists(self, name: str, length: int) -> Floats:
+        """A column of lists of one length, float64 (records, length); null becomes NaN."""
+        column = self.table[name]
+        shape = (len(column), length)
+        rows = np.full(shape, np.nan)
+        # Flattening leaves out the lists that are null.
+        flat = list_flatten(column).cast(pa.float64())
+        values = flat.to_numpy()
+        present = is_valid(column)
+        rows[present.to_numpy()] = values.reshape(-1, length)
+        return rows
+
+    def lengths(self, name: str) -> Codes:
+        """The lengths of the lists in a column, (records,)."""
+        lengths = list_value_length(self.table[name])
+        return np.asarray(lengths.to_numpy())
+
+    def sums(self, name: str) -> Floats:
+        """The sums of the lists in a column, float64 (records,)."""
+        return sums(self.table, name)
+
+    def rate(self, figure: str, hits: ArrayLike, chosen: Bools | None = None) -> Figure:
+        """How many documents have a hit in any record.
+
+        hits: bool (records,). chosen: bool (records,), the records that count; by default all.
+        """
+        hits = np.asarray(hits)
+        documents = self.documents
+        if chosen is not None:
+            hits = hits[chosen]
+            documents = documents[chosen]
+        found = rate(hits, documents, self.population)
+        return self._named(figure, found)
+
+    def count(self, figure: str, hits: ArrayLike) -> Figure:
+        """How many records have a hit. These are all records, so there is no interval."""
+        hits = np.asarray(hits, dtype=bool)
+        k = int(hits.sum())
+        n = len(hits)
+        value = k / n
+        documents = np.unique(self.documents)
+        found = Figure(value=value, k=k, n=n, documents=len(documents))
+        return self._named(figure, found)
+
+    def mean(
+        self,
+        figure: str,
+        values: ArrayLike,
+        counts: ArrayLike | None = None,
+        bounded: bool = True,
+    ) -> Figure:
+        """See `mean`."""
+        found = mean(values, self.documents, counts, bounded)
+        return self._named(figure, found)
+
+    def token_rate(self, figure: str, hits: ArrayLike, totals: ArrayLike) -> Figure:
+        """See `token_rate`."""
+        found = token_rate(hits, totals, self.documents)
+        return self._named(figure, found)
+
+    def _named(self, figure: str, found: Figure) -> Figure:
+        return replace(found, split=self.split, figure=figure)
+
+
+def sides_of(
+    run: Run,
+    table: pa.Table,
+    rule: "Goldfish | None",
+) -> list[Side]:
+    """A side for each split that has records."""
+    names = np.asarray(table["split"].to_pylist(), dtype=str)
+    sides = []
+    for split in SPLITS:
+        in_split = pa.array(names == split)
+        here = table.filter(in_split)
+        if len(here):
+            documents = here["document"].unique()
+            population = population_of(run, split, asked=len(documents))
+            side = Side(split, here, run, rule, population)
+            sides.append(side)
+    return sides
+
+
+def sums(table: pa.Table, name: str) -> Floats:
+    """The sums of the lists in a column, float64 (windows,): [[1, 2], [], [4]] -> 3, 0, 4."""
+    column = table[name]
+    lengths = list_value_length(column)
+    flat = list_flatten(column)
+    # Sums by the window of each value. Differences of one running sum would lose digits.
+    count = len(table)
+    windows = np.arange(count)
+    window_of_value = np.repeat(windows, lengths.to_numpy())
+    values = flat.to_numpy()
+    totals = np.bincount(window_of_value, values, count)
+    return np.asarray(totals, dtype=np.float64)
+
+
+def clopper_pearson(k: float, n: float, level: float = LEVEL) -> Interval:
+    """The exact interval of a binomial rate (Clopper & Pearson 1934).
+
+    k and n need not be whole numbers.
 
     >>> [round(end, 4) for end in clopper_pearson(0, 368)]
     [0.0, 0.01]
     """
     tail = (1 - level) / 2
+    misses = n - k
     # The tails of a binomial distribution are those of a beta distribution.
     low = 0.0
     if k > 0:
-        low = float(betaincinv(k, n - k + 1, tail))
+        low = betaincinv(k, misses + 1, tail)
     high = 1.0
-    if k < n:
-        high = float(betaincinv(k + 1, n - k, 1 - tail))
-    return low, high
+    if misses > 0:
+        high = betaincinv(k + 1, misses, 1 - tail)
+    return float(low), float(high)
 
 
 def hypergeometric(
@@ -162,37 +345,34 @@ def hypergeometric(
     n: int,
     population: int,
     level: float = LEVEL,
-) -> tuple[float, float]:
-    """The exact interval of a rate among `population` things, n of which were drawn and counted.
+) -> Interval:
+    """The exact interval of a rate among `population` things, n of which were drawn, with k hits.
 
-    It holds every number of hits among all things under which neither k or more, nor k or fewer,
-    of n is rarer than (1 - level) / 2. With all of them drawn it is k / n, exactly.
+    It holds each number of hits among all things under which neither k hits or more, nor k or
+    fewer, are rarer than (1 - level) / 2. If all things were drawn, both ends are k / n.
 
     >>> hypergeometric(0, 62, 62)
     (0.0, 0.0)
     """
     tail = (1 - level) / 2
-    # Between the hits that were seen and those that leave room for the misses that were seen.
-    totals = range(k, population - (n - k) + 1)
+    misses = n - k
+    # From the hits that were seen to all but the misses that were seen.
+    totals = range(k, population - misses + 1)
 
     def many_enough(total: int) -> bool:
-        return bool(hypergeom.sf(k - 1, population, total, n) > tail)
+        k_or_more = hypergeom.sf(k - 1, population, total, n)
+        return bool(k_or_more > tail)
 
     def too_many(total: int) -> bool:
-        return bool(hypergeom.cdf(k, population, total, n) <= tail)
+        k_or_fewer = hypergeom.cdf(k, population, total, n)
+        return bool(k_or_fewer <= tail)
 
     # Both are false up to some total and true from there on.
     first = bisect_left(totals, True, key=many_enough)
-    behind = bisect_left(totals, True, key=too_many)
-    return totals[first] / population, totals[behind - 1] / population
-
-
-@dataclass(frozen=True)
-class Population:
-    """Everything that there is: `size` documents that could be asked, `unasked` that could not."""
-
-    size: int
-    unasked: int = 0
+    behind_last = bisect_left(totals, True, key=too_many)
+    fewest = totals[first]
+    most = totals[behind_last - 1]
+    return fewest / population, most / population
 
 
 def bounds(
@@ -200,10 +380,10 @@ def bounds(
     n: int,
     population: Population | None,
     level: float = LEVEL,
-) -> tuple[float, float]:
-    """The interval of k of n: of a sample of such things, or of a finite number of them.
+) -> Interval:
+    """The exact interval of k of n documents, drawn from a finite population if there is one.
 
-    Those that could not be asked may all be hits, or none.
+    The documents that could not be asked about may all be hits, or none of them.
     """
     if population is None:
         return clopper_pearson(k, n, level)
@@ -223,78 +403,76 @@ def rate(
     """How many documents have a hit in at least one of their windows, with its exact interval.
 
     Args:
-        hits: bool (windows,). documents: int64 (windows,), the number of each one's document; by
-            default each its own.
-        population: all documents that there are, if they are known.
+        hits: bool (windows,).
+        documents: int64 (windows,), the number of each window's document. By default each window is
+            a document.
+        population: all documents that exist; None for a sample.
     """
     hits = np.asarray(hits, dtype=bool)
-    documents = np.arange(len(hits)) if documents is None else documents
-    n = len(np.unique(documents))
-    k = len(np.unique(documents[hits]))
+    if documents is None:
+        documents = np.arange(len(hits))
+    # Windows of one document are one trial: together they recite it or not.
+    all_documents = np.unique(documents)
+    with_hit = np.unique(documents[hits])
+    n = len(all_documents)
+    k = len(with_hit)
     if n == 0:
         return Figure(k=0, reason="nothing to count")
-    # Windows of one document are one trial: together they recite it or not.
+    value = k / n
     low, high = bounds(k, n, population)
-    return Figure(value=k / n, k=k, n=n, documents=n, low=low, high=high)
+    return Figure(value=value, k=k, n=n, documents=n, low=low, high=high)
 
 
 def mean(
-    sums: ArrayLike,
+    values: ArrayLike,
     documents: Codes | None = None,
     counts: ArrayLike | None = None,
     bounded: bool = True,
 ) -> Figure:
-    """sum(sums) / sum(counts): a mean over windows or tokens.
+    """sum(values) / sum(counts): a mean over windows or tokens.
 
-    The interval of a share, a value from 0 to 1, is that of the mean of the documents and of two
-    more, one with 0 and one with 1, by Student's t; for zeros and ones that is nearly the interval
-    of Agresti and Coull (1998). So ten documents with 0 do not bound it by 0. docs/audit-files.md
-    has its coverage. Lengths and losses have no greatest value, and one recited text in a hundred
-    moves their means: they get no interval.
+    Shares, which lie between 0 and 1, get Student's t interval over the documents and two extra
+    ones, one with 0 and one with 1. For zeros and ones that is nearly the interval of Agresti and
+    Coull (1998). So ten documents with 0 are no proof of 0. docs/audit-files.md has its coverage.
+    Lengths and losses have no upper limit, and one recited text in a hundred moves their means, so
+    they get no interval.
 
     Args:
-        sums: (windows,), the sum of each one's values. counts: (windows,), how many there are; by
-            default 1. documents: int64 (windows,), the number of each one's document.
+        values: (windows,), for each window a value, or the sum of several.
+        documents: int64 (windows,), the number of each window's document. By default each window is
+            a document.
+        counts: (windows,), how many values were summed; by default 1.
         bounded: whether the values lie between 0 and 1.
     """
-    sums = np.asarray(sums, dtype=np.float64)
-    if counts is None:
-        counts = np.ones(len(sums))
-    counts = np.asarray(counts, dtype=np.float64)
-    counted = counts > 0
-    if not counted.any():
-        return Figure(reason="nothing to count")
+    values = np.asarray(values, dtype=np.float64)
     if documents is None:
-        documents = np.arange(len(sums))
-    columns = document_sums([sums[counted], counts[counted]], documents[counted])
+        documents = np.arange(len(values))
+    if counts is None:
+        counts = np.ones(len(values))
+    counts = np.asarray(counts, dtype=np.float64)
+    # A window may have nothing to count, such as no dropped token.
+    present = counts > 0
+    if not present.any():
+        return Figure(reason="nothing to count")
+    values = values[present]
+    counts = counts[present]
+    columns = document_sums(values, counts, documents[present])
     total, size = columns.sum(0)
     value = float(total / size)
-    figure = Figure(value=value, n=int(counts.sum()), documents=len(columns))
+    n = int(counts.sum())
+    figure = Figure(value=value, n=n, documents=len(columns))
     if not bounded:
         return replace(figure, reason="a mean of lengths or losses has no interval")
-    # The two documents more have as many tokens as the longest one.
-    longest = columns[:, 1].max()
-    low, high = ratio_interval(np.vstack([columns, [0, longest], [longest, longest]]))
-    # They draw the interval towards 1/2, so that it could leave out a share of 0 or 1.
+    # The two extra documents are as long as the longest one.
+    _, sizes = columns.T
+    longest = sizes.max()
+    extra = [[0, longest], [longest, longest]]
+    with_extra = np.vstack([columns, extra])
+    low, high = ratio_interval(with_extra)
+    # They pull the interval towards 1/2, so it could leave out a share of 0 or 1.
     low = max(0.0, min(low, value))
     high = min(1.0, max(high, value))
     return replace(figure, low=low, high=high)
-
-
-def ratio_interval(columns: Floats) -> tuple[float, float]:
-    """Student's t interval of sum(columns[:, 0]) / sum(columns[:, 1]) over documents.
-
-    By the linearization that is usual for ratios (Cochran 1977, section 6.4).
-    """
-    count = len(columns)
-    total, size = columns.sum(0)
-    ratio = total / size
-    # What each document adds to the total beyond its share.
-    residuals = columns[:, 0] - ratio * columns[:, 1]
-    variance = count / (count - 1) * float(residuals @ residuals)
-    error = math.sqrt(variance) / size
-    margin = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
-    return ratio - margin, ratio + margin
 
 
 def token_rate(
@@ -302,222 +480,136 @@ def token_rate(
     totals: ArrayLike,
     documents: Codes | None = None,
 ) -> Figure:
-    """sum(hits) of sum(totals) tokens, from the counts of each window; the interval of `mean`."""
-    return replace(mean(hits, documents, totals), k=int(np.sum(hits)))
+    """sum(hits) of sum(totals) tokens, from the counts of each window, with the interval of `mean`.
+
+    hits, totals: (windows,), numbers of tokens. documents: as in `mean`.
+    """
+    figure = mean(hits, documents, totals)
+    return replace(figure, k=int(np.sum(hits)))
 
 
 def difference(values: Floats, documents: Codes) -> Figure:
     """The mean of paired differences, with Student's t interval over documents.
 
-    Args:
-        values: (windows,). documents: int64 (windows,), the number of each one's document.
+    values: (windows,). documents: int64 (windows,), the number of each window's document.
     """
-    columns = document_sums([values, np.ones(len(documents))], documents)
+    windows = np.ones(len(documents))
+    columns = document_sums(values, windows, documents)
     value = float(np.mean(values))
-    figure = Figure(value=value, n=len(documents), documents=len(columns))
-    if len(columns) < FEWEST_DOCUMENTS:
-        few = (
-            f"{counted(len(columns), 'document')}; an interval needs {FEWEST_DOCUMENTS}"
-        )
-        return replace(figure, reason=few)
+    count = len(columns)
+    figure = Figure(value=value, n=len(values), documents=count)
+    if count < FEWEST_DOCUMENTS:
+        few = counted(count, "document")
+        reason = f"{few}; an interval needs {FEWEST_DOCUMENTS}"
+        return replace(figure, reason=reason)
+    totals, sizes = columns.T
+    means = totals / sizes
+    spread = np.ptp(means)
     # Rounding alone must not pass for a spread.
-    if np.ptp(columns[:, 0] / columns[:, 1]) <= 1e-12 * abs(value):
-        return replace(
-            figure, reason="all documents differ by the same, so there is no interval"
-        )
+    if spread <= 1e-12 * abs(value):
+        reason = "all documents differ by the same, so there is no interval"
+        return replace(figure, reason=reason)
     low, high = ratio_interval(columns)
     return replace(figure, low=low, high=high)
 
 
-def document_sums(sums: Sequence[ArrayLike], documents: Codes) -> Floats:
-    """(windows,) columns -> (documents, M), documents without a window left out."""
+def document_sums(values: Floats, counts: Floats, documents: Codes) -> Floats:
+    """The sums of values and of counts, (windows,), over each document: float64 (documents, 2).
+
+    Numbers of documents without a window are left out.
+    """
+    # Documents 7, 7 and 3 take the places 1, 1 and 0.
     here, place = np.unique(documents, return_inverse=True)
-    columns = []
-    for each in sums:
-        values = np.asarray(each, dtype=np.float64)
-        columns.append(np.bincount(place, values, len(here)))
-    return np.stack(columns, -1)
+    number = len(here)
+    totals = np.bincount(place, values, number)
+    sizes = np.bincount(place, counts, number)
+    return np.stack([totals, sizes], -1)
+
+
+def ratio_interval(columns: Floats) -> Interval:
+    """Student's t interval of the ratio of two sums over documents, from `document_sums`.
+
+    By the usual linearization of a ratio (Cochran 1977, section 6.4).
+    """
+    documents = len(columns)
+    freedom = documents - 1
+    total, size = columns.sum(0)
+    ratio = total / size
+    totals, sizes = columns.T
+    # What each document adds to the total beyond its share.
+    residuals = totals - ratio * sizes
+    squares = float(residuals @ residuals)
+    variance = documents / freedom * squares
+    error = math.sqrt(variance) / size
+    # 2.5% of the distribution lie above.
+    upper_end = (1 + LEVEL) / 2
+    quantile = stdtrit(freedom, upper_end)
+    margin = float(quantile) * error
+    return ratio - margin, ratio + margin
 
 
 def resamples(counts: Sequence[int], size: int, times: int) -> Iterator[list[Floats]]:
-    """How often each document is drawn, with replacement, from each of several groups.
+    """How often each document is drawn, with replacement, in `times` resamples of several groups.
 
-    counts: documents of each group. size: numbers that a resample takes in memory. The seed is
-    fixed. Yields some resamples at a time: for each group (resamples, documents).
+    The seed is fixed.
+
+    Args:
+        counts: how many documents each group has.
+        size: how many numbers the caller makes of one resample. It bounds how many come at once.
+
+    Yields:
+        for each group, float64 (resamples, documents).
     """
     generator = np.random.default_rng(0)
     at_once = max(1, CHUNK // size)
     for first in range(0, times, at_once):
         rows = min(at_once, times - first)
-        weights = []
+        groups = []
         for count in counts:
-            drawn = generator.integers(count, size=(rows, count))
-            # One bincount for all rows: row i has the numbers from i * count on for itself.
-            drawn += np.arange(rows)[:, None] * count
-            times_drawn = np.bincount(drawn.ravel(), minlength=rows * count)
-            weights.append(times_drawn.reshape(rows, count).astype(np.float64))
-        yield weights
+            shape = (rows, count)
+            drawn = generator.integers(count, size=shape)
+            # One bincount counts all rows: row i has the numbers from i * count on for itself.
+            # Of 3 documents, the rows 0 2 2 and 1 1 0 become 0 2 2 4 4 3 and are counted as
+            # 1 0 2 and 1 2 0.
+            starts = np.arange(rows) * count
+            drawn += starts[:, None]
+            flat = drawn.ravel()
+            often = np.bincount(flat, minlength=len(flat))
+            weights = often.reshape(shape)
+            groups.append(weights.astype(np.float64))
+        yield groups
 
 
-def population_of(
-    run: Mapping[str, Any],
-    split: str,
-    asked: int | None = None,
-) -> Population | None:
-    """All documents that were trained on, if the file is said to hold all of them.
-
-    asked: how many a question was put to, by default all that have a window. A simple prompt is not
-    put to a row that lacks its columns.
-    """
-    if split != "members" or not run["protocol"].get("complete"):
-        return None
-    about = run["inputs"][split]
-    # Nobody knows which of the rows that were not drawn repeat others. Each counts as a document,
-    # which makes the interval a little too wide.
-    not_drawn = about["rows"] - about["drawn"]
-    left_out = 0 if asked is None else about["documents"] - asked
-    return Population(
-        size=about["documents"] - left_out + not_drawn,
-        unasked=about["drawn"] - about["asked"] + left_out,
-    )
+def percent(share: float) -> str:
+    """A share such as 1.2%. 0% and 100% are exact; next to them are <0.1% and >99.9%."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    if share < 0.0005:
+        return "<0.1%"
+    if share > 0.9995:
+        return ">99.9%"
+    number = f"{100 * share:.1f}".removesuffix(".0")
+    return f"{number}%"
 
 
-@dataclass(frozen=True)
-class Side:
-    """The records of one split, from which figures are made.
-
-    Attributes:
-        split: "members" or "heldout". table: its records, or its answers to simple prompts.
-        run: run.json. rule: that of the training, if there was one for all documents.
-        population: all documents that there are, if the file is said to be complete; None for a
-            sample.
-    """
-
-    split: str
-    table: pa.Table
-    run: Mapping[str, Any]
-    rule: "Goldfish | None"
-    population: Population | None
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        protocol: Mapping[str, Any] = self.run["protocol"]
-        return protocol
-
-    @property
-    def settings(self) -> list[str]:
-        """The names of the adversaries who sample."""
-        return [setting_name(each) for each in self.protocol["sampling"]]
-
-    @cached_property
-    def documents(self) -> Codes:
-        """(records,): the number of each one's document."""
-        return np.asarray(self.table["document"].to_numpy(), dtype=np.int64)
-
-    @cached_property
-    def as_trained(self) -> "Side":
-        """Without questions that the training never posed: chats asked from the generation prompt.
-
-        Rates count a document if any of its records does, means and membership are of these.
-        """
-        chosen = np.asarray(self.table["prompt_kind"].to_pylist()) == "training"
-        if chosen.all():
-            return self  # no copy of a large table
-        return self.only(chosen)
-
-    def only(self, chosen: Bools) -> "Side":
-        """With some of the records; chosen: bool (records,)."""
-        return replace(self, table=self.table.filter(pa.array(chosen, pa.bool_())))
-
-    def numbers(self, name: str) -> Floats:
-        """A column of numbers as float64; null becomes NaN."""
-        column = self.table[name].cast(pa.float64())
-        return np.asarray(column.to_numpy(), dtype=np.float64)
-
-    def lists(self, name: str, length: int) -> Floats:
-        """A column of lists of one length, (records, length); null becomes NaN."""
-        column = self.table[name]
-        rows = np.full((len(column), length), np.nan)
-        # Flattening leaves out the lists that are null.
-        values = list_flatten(column).cast(pa.float64()).to_numpy()
-        rows[is_valid(column).to_numpy()] = values.reshape(-1, length)
-        return rows
-
-    def lengths(self, name: str) -> Codes:
-        """The lengths of the lists in a column, (records,)."""
-        return np.asarray(list_value_length(self.table[name]).to_numpy())
-
-    def sums(self, name: str) -> Floats:
-        """The sums of the lists in a column, (records,)."""
-        return sums(self.table, name)
-
-    def rate(self, figure: str, hits: ArrayLike, chosen: Bools | None = None) -> Figure:
-        """How many documents have a hit in any record; chosen: bool, the records that count."""
-        hits = np.asarray(hits)
-        documents = self.documents
-        if chosen is not None:
-            hits = hits[chosen]
-            documents = documents[chosen]
-        return self._named(figure, rate(hits, documents, self.population))
-
-    def count(self, figure: str, hits: ArrayLike) -> Figure:
-        """How many records have a hit: of all that there are, so without an interval."""
-        hits = np.asarray(hits, dtype=bool)
-        k = int(hits.sum())
-        n = len(hits)
-        documents = len(np.unique(self.documents))
-        found = Figure(value=k / n, k=k, n=n, documents=documents)
-        return self._named(figure, found)
-
-    def mean(
-        self,
-        figure: str,
-        values: ArrayLike,
-        counts: ArrayLike | None = None,
-        bounded: bool = True,
-    ) -> Figure:
-        """See `mean`."""
-        return self._named(figure, mean(values, self.documents, counts, bounded))
-
-    def token_rate(self, figure: str, hits: ArrayLike, totals: ArrayLike) -> Figure:
-        """See `token_rate`."""
-        return self._named(figure, token_rate(hits, totals, self.documents))
-
-    def _named(self, figure: str, found: Figure) -> Figure:
-        return replace(found, split=self.split, figure=figure)
-
-
-def sides_of(
-    run: Mapping[str, Any],
-    table: pa.Table,
-    rule: "Goldfish | None",
-) -> list[Side]:
-    """Records by split; without a split that has none."""
-    names = np.asarray(table["split"].to_pylist(), dtype=str)
-    sides = []
-    for split in SPLITS:
-        here = table.filter(pa.array(names == split))
-        if len(here):
-            documents = len(here["document"].unique())
-            population = population_of(run, split, documents)
-            sides.append(Side(split, here, run, rule, population))
-    return sides
-
-
-def sums(table: pa.Table, name: str) -> Floats:
-    """Of each window the sum of a column of lists of numbers."""
-    lengths = list_value_length(table[name]).to_numpy()
-    values = list_flatten(table[name]).to_numpy()
-    # The window of each value. Differences of one running sum would lose digits.
-    windows = np.repeat(np.arange(len(table)), lengths)
-    totals = np.bincount(windows, values, len(table))
-    return np.asarray(totals, dtype=np.float64)
+def decimals(value: float) -> str:
+    """About three digits: 0.00123, 1.23, 12.3, 1,235."""
+    size = abs(value)
+    if 0 < size < 0.1:
+        return f"{value:.3g}"
+    if size < 10:
+        return f"{value:.2f}"
+    if size < 100:
+        return f"{value:,.1f}"
+    return f"{value:,.0f}"
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
-    """T=0.8,top_k=40"""
-    parts = [f"T={setting['temperature']:g}"]
+    """The name of a setting of sampling: T=0.8,top_k=40."""
+    temperature = setting["temperature"]
+    name = f"T={temperature:g}"
     for key in ("top_k", "top_p"):
-        if setting[key] is not None:
-            parts.append(f"{key}={setting[key]:g}")
-    return ",".join(parts)
+        value = setting[key]
+        if value is not None:
+            name += f",{key}={value:g}"
+    return name

@@ -1,4 +1,4 @@
-"""What an audit runs of a model: its logits, a few rows at a time, and its `generate`."""
+"""What an audit runs on a model: its forward pass, a few rows at a time, and its `generate`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from transformers import (
 
 from goldfish.unwrap import device_of, vocabulary_of
 
-# Bytes of float32 logits that are alive at a time.
+# Bytes of float32 logits in memory at a time.
 LOGITS_BUDGET = {"cpu": 2**26, "other": 2**31}
 
 
@@ -29,20 +29,24 @@ def logits_of(
 
     Args:
         ids: int64 (B, T); the logits are of positions 0 ... T - 2, which predict ids[:, 1:].
-        attention_mask: int64 (B, T), 0 for padding on the right; None where there is none.
+        attention_mask: int64 (B, T), 0 for padding on the right; None if there is no padding.
 
     Yields:
-        which of the B * (T - 1) positions come, and their logits, float32 (positions, V).
+        a slice of the B * (T - 1) positions, and their logits, float32 (positions, V).
     """
     kind = "cpu" if ids.device.type == "cpu" else "other"
-    positions = LOGITS_BUDGET[kind] // (4 * vocabulary_of(model))
+    bytes_per_position = 4 * vocabulary_of(model)
+    positions = LOGITS_BUDGET[kind] // bytes_per_position
     length = ids.shape[1] - 1
+    # The forward pass computes the logits of the last position too.
     rows = max(1, positions // (length + 1))
-    # A quarter at a time in float32: what is done with them fits in the caches.
+    # Only a quarter is converted to float32 at once, so that what follows stays in the caches.
     step = max(1, positions // 4)
     for first in range(0, len(ids), rows):
         some = slice(first, first + rows)
-        attended = None if attention_mask is None else attention_mask[some]
+        attended = None
+        if attention_mask is not None:
+            attended = attention_mask[some]
         output = model(input_ids=ids[some], attention_mask=attended, use_cache=False)
         logits = output.logits[:, :-1].flatten(0, 1)
         for start in range(0, len(logits), step):
@@ -52,23 +56,24 @@ def logits_of(
 
 
 def cache_tokens(model: Any, most: int) -> int:
-    """How many tokens of keys and values fit in half of the free memory, at most `most`."""
+    """How many tokens' keys and values fit in half of the free memory, at most `most`."""
     config = model.config.get_text_config()
     try:
         heads = getattr(config, "num_key_value_heads", None)
         heads = heads or config.num_attention_heads
         width = getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
-        # A key and a value of each head in each layer.
+        # Each layer stores a key and a value for each head.
         numbers = 2 * config.num_hidden_layers * heads * width
-    except AttributeError:  # no attention, so no cache that grows
+    except AttributeError:  # no attention, so the cache does not grow
         return most
     device = device_of(model)
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available
-    fit = int(free // 2 // (numbers * model.dtype.itemsize))
+    bytes_per_token = numbers * model.dtype.itemsize
+    fit = int(free // 2 // bytes_per_token)
     return max(1, min(most, fit))
 
 
@@ -79,44 +84,52 @@ def generate(
     settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """What `model.generate` adds to prefixes (B, P), (B, tokens at most); greedy, if settings do
-    not say otherwise. The checkpoint's own generation settings are ignored.
+    """What `model.generate` adds to prefixes (B, P): int64 (B, at most `tokens`).
 
-    settings: of a GenerationConfig. options: of `model.generate`.
+    The search is greedy by default. The checkpoint's own generation settings are ignored.
+
+    Args:
+        settings: of a GenerationConfig, such as num_beams.
+        options: of `model.generate`.
     """
-    chosen = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0}
-    configuration = GenerationConfig(**{**chosen, **(settings or {})})
-    attended = torch.ones_like(prefixes)
-    # generate() fills what its configuration leaves open from the model's own, so that one is put
-    # aside.
+    chosen: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": tokens,
+        "pad_token_id": 0,
+    }
+    chosen |= settings or {}
+    # generate() takes what its configuration leaves open from the model's own configuration. That
+    # one is put aside meanwhile.
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         output: Tensor = model.generate(
             prefixes,
-            attention_mask=attended,
-            generation_config=configuration,
+            attention_mask=torch.ones_like(prefixes),
+            generation_config=GenerationConfig(**chosen),
             **options,
         )
     finally:
         model.generation_config = own
-    return output[:, prefixes.shape[1] :]
+    length = prefixes.shape[1]
+    return output[:, length:]
 
 
 def continue_greedily(
     model: Any,
     prefixes: Tensor,
     tokens: int,
-    known: Sequence[Sequence[int]] = (),
+    known: Sequence[Sequence[int]],
 ) -> tuple[Tensor, Tensor]:
-    """The greedy continuation (B, tokens) of prefixes (B, P) and each row's least relative margin
-    (B,).
-
-    The checkpoint's generation settings (repetition penalty and the like) are ignored, and an EOS
-    does not stop it.
+    """Continue prefixes greedily. The search goes on after an EOS.
 
     Args:
-        known: the first tokens of each continuation, of any number.
+        prefixes: int64 (B, P).
+        tokens: how many each row gets.
+        known: the tokens with which each continuation must begin, any number of them.
+
+    Returns:
+        The continuations, int64 (B, tokens), and the smallest relative margin of each row, (B,).
     """
     margins = Margins()
     processors = LogitsProcessorList([margins])
@@ -128,61 +141,63 @@ def continue_greedily(
 
 
 class Margins(LogitsProcessor):
-    """Watches a greedy search: `least` is each row's least (largest logit - second) / max(1,
-    |largest|), (B,).
-    """
+    """Watches a greedy search. `least` is the smallest relative margin of each row so far, (B,)."""
 
     least: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         largest, second = scores.topk(2).values.unbind(-1)
-        now = relative_margin(largest, second)
-        self.least = now if self.least is None else torch.minimum(self.least, now)
+        least = relative_margin(largest, second)
+        if self.least is not None:
+            least = torch.minimum(self.least, least)
+        self.least = least
         return scores
 
 
 class Forced(LogitsProcessor):
-    """Makes the rows of a search begin with tokens that are known.
+    """Makes each row of a search begin with its known tokens.
 
-    For [[7, 8], [5], []] the first step gives 7, 5 and its own choice, the second 8 and two of
-    its own.
+    With [[7, 8], [5], []], the first step yields 7, 5 and a free choice, the second 8 and two free
+    choices.
     """
 
     def __init__(self, known: Sequence[Sequence[int]], device: torch.device) -> None:
         longest = max(map(len, known))
         padded = []
         for row in known:
-            free = longest - len(row)
-            padded.append([*row, *[-1] * free])
-        # One column for each step, (B,) token ids; -1 is a free choice.
-        self._columns = iter(torch.tensor(padded, device=device).unbind(-1))
+            free = [-1] * (longest - len(row))
+            padded.append([*row, *free])
+        # One column for each step: int64 (B,) token ids, with -1 for a free choice.
+        columns = torch.tensor(padded, device=device).unbind(-1)
+        self._columns = iter(columns)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         column = next(self._columns, None)
         if column is None:
             return scores
         chosen = torch.where(column < 0, scores.argmax(-1), column)
-        nothing = torch.full_like(scores, -math.inf)
-        return nothing.scatter(-1, chosen[:, None], 0.0)
+        forbidden = torch.full_like(scores, -math.inf)
+        return forbidden.scatter(-1, chosen[:, None], 0.0)
 
 
 class Diverged(StoppingCriteria):
-    """Ends the search of one row at the first token that is not the next of `ids`.
-
-    ids: the prefix of the row, and the tokens that should follow.
-    """
+    """Ends the search of a single row as soon as it leaves `ids`, a prefix and its suffix."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self._ids = ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        expected = self._ids[input_ids.shape[1] - 1]
-        return input_ids[:, -1] != expected
+        last = input_ids.shape[1] - 1
+        return input_ids[:, last] != self._ids[last]
 
 
 def relative_margin(largest: Tensor, second: Tensor) -> Tensor:
-    """How far the second largest logit is away, in units of the largest (1 for small ones)."""
-    return (largest - second) / largest.abs().clamp(min=1)
+    """The gap between two logits, relative to the size of the larger one, or to 1 if that is small.
+
+    Largest 20 and second 19.5 give 0.025; 0.5 and 0.4 give 0.1.
+    """
+    unit = largest.abs().clamp(min=1)
+    return (largest - second) / unit
 
 
 def least_beams(
@@ -192,15 +207,18 @@ def least_beams(
     ranks: Sequence[int],
     tried: Sequence[int],
 ) -> int:
-    """The least number of beams among `tried` whose search says `suffix` first; 0 if none does.
+    """The smallest number of beams among `tried` that finds `suffix`; 0 if none does.
 
-    ranks: of the suffix's tokens, teacher-forced. Each beam's B * max(2, 1 + n_eos) likeliest
-    tokens are all that a search with B beams looks at (`generate`; n_eos is 0 here), so a rank
-    beyond them answers without a search.
+    It is found if it is the best result of the search.
+
+    ranks: of the suffix's tokens, teacher-forced; 0 is the most probable.
     """
     ids = torch.tensor([prefix], device=device_of(model))
+    worst = max(ranks)
     for beams in sorted(tried):
-        if max(ranks) >= 2 * beams:
+        # generate() keeps the B * max(2, 1 + n_eos) best candidates of a step with B beams; n_eos
+        # is 0 here. A token of a higher rank is never among them, so no search is needed.
+        if worst >= 2 * beams:
             continue
         found = generate(model, ids, len(suffix), settings={"num_beams": beams})
         if found[0].tolist() == list(suffix):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -32,21 +33,27 @@ from goldfish.audit.windows import Window, first_divergence
 from goldfish.unwrap import context_of, device_of, rotary_switch
 
 _log = logging.getLogger(__name__)
-# Tokens that a batch may hold in the pass, and in a greedy search, whose steps have few rows; more
-# was no faster.
+# How many tokens a batch may hold in the pass, and in a greedy search. Larger batches were no
+# faster.
 PASS_TOKENS = {"cpu": 2**12, "other": 2**16}
 SEARCH_TOKENS = {"cpu": 2**14, "other": 2**16}
-# A token is ambiguous if two logits are this close, relative to the largest: the order of the sums
-# (batch size, cache) can then decide. Small models differed by 1.3e-6 (float32), .0023 (float16)
-# and .020 (bfloat16), margins by twice that. In float32 the two are the largest; in 16 bits, in
-# which only the first divergence is settled, the target's and the largest other one.
-AMBIGUOUS = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
+# A token is ambiguous if two logits are this close, relative to the largest: rounding can then
+# decide between them, as batch size and cache change the order of the sums. Margins differ by up to
+# twice what logits do.
+AMBIGUOUS = {
+    torch.float32: 2.0**-14,  # logits of small models differed by 1.3e-6
+    torch.float16: 2.0**-7,  # by .0023
+    torch.bfloat16: 2.0**-4,  # by .020
+}
+# Columns by name, each (positions, ...): of a window, and on the device of a part of a batch.
+Columns = dict[str, np.ndarray]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an adversary draws tokens: temperature, then top-k, then top-p, as transformers'
-    `generate` applies them.
+    """How an adversary draws tokens: temperature, then top-k, then top-p, in the order of
+    transformers' `generate`.
     """
 
     temperature: float = 1.0
@@ -54,18 +61,18 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        """ValueError for a setting that means nothing."""
+        """ValueError for a setting that makes no sense."""
         if not 0 < self.temperature < float("inf"):
             raise ValueError(
                 f"temperature must be above 0 and finite, got {self.temperature!r}; greedy needs "
                 "none"
             )
-        self.processors()
+        self.processors()  # these check the other two
 
     def processors(self) -> LogitsProcessorList:
-        processors: list[LogitsProcessor] = [
-            TemperatureLogitsWarper(float(self.temperature))
-        ]
+        """What transformers applies to logits before it draws."""
+        temperature = TemperatureLogitsWarper(float(self.temperature))
+        processors: list[LogitsProcessor] = [temperature]
         if self.top_k is not None:
             processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None:
@@ -75,7 +82,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model does with a window of T ids.
+    """What a model does with a window of T ids, the last S of which are its suffix.
 
     Arrays of length T - 1 are about ids[1:], each given all ids before it.
 
@@ -86,13 +93,13 @@ class Score:
         vocabulary under P (mu and sigma of Min-K%++, Zhang et al. 2404.02936, section 4).
     log_q: float32 (settings, S) log-probability of each suffix token under each Sampling; -inf if
         it is cut off.
-    output: the free-running greedy continuation of the prefix, of S tokens or more; it goes on
-        through an EOS.
-    settled: an ambiguous row decided by generate at batch size 1; `greedy` agrees with it up to the
-        first divergence.
-    control_nll: float64, nll of ids[first_scored:] under another model; None if not asked for.
-    beams: the least number of beams among those tried that recites the suffix; 0: none; None if not
-        asked for.
+    output: the free-running greedy continuation of the prefix, S tokens or more. It goes on after
+        an EOS.
+    settled: whether rounding could decide, so that generate decided at batch size 1. `greedy`
+        agrees with it up to the first divergence.
+    control_nll: float64, nll of ids[first_scored:] under another model; None if there is none.
+    beams: the smallest number of beams among those tried that recites the suffix, 0 if none does;
+        None if none was tried.
     """
 
     greedy: np.ndarray
@@ -107,19 +114,51 @@ class Score:
     beams: int | None = None
 
 
+@dataclass(eq=False)
+class _Row:
+    """A window while it is scored.
+
+    columns: the arrays of Score that come from the pass.
+    output: that of Score. At first it is what the pass predicts for the suffix, which is right up
+        to the first divergence.
+    end: how many tokens the prefix and the finished output have together.
+    undecided: whether rounding may decide the output.
+    settled: see Score.
+    """
+
+    window: Window
+    columns: Columns
+    output: list[int]
+    end: int
+    undecided: bool = False
+    settled: bool = False
+
+    @property
+    def known(self) -> list[int]:
+        """The prefix, and the output up to the token that first differs from the suffix.
+
+        The prefix 1 2, the suffix 3 4 5 and the output 3 9 7 give 1 2 3 9.
+        """
+        window = self.window
+        agreed = first_divergence(self.output, window.suffix)
+        begin = self.output[: agreed + 1]
+        ids = window.prefix + begin
+        return ids[: len(window.ids)]
+
+
 class Scorer:
     """Scores windows under one model.
 
     Args:
         model: a causal language model of transformers, on its device.
-        samplings: the settings whose log_q is wanted.
-        beams: numbers of beams to try, or none. A beam search is run, at batch size 1, only if the
-            ranks allow it.
+        samplings: the settings for log_q.
+        beams: numbers of beams to try. A beam search is run, at batch size 1, only if it can find
+            the suffix by the ranks of its tokens.
         control: another model, for control_nll.
-        batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and for a search
-            what the memory allows.
-        output_length: the least number of tokens of an output, as far as the context goes; longer
-            suffixes have outputs of their own length.
+        batch_tokens: how many tokens a batch may hold; by default PASS_TOKENS, and SEARCH_TOKENS or
+            what memory allows for a search.
+        output_length: the least number of tokens of an output, as far as the context goes. The
+            output for a longer suffix is as long as the suffix.
     """
 
     def __init__(
@@ -139,6 +178,8 @@ class Scorer:
         self._output_length = output_length
         self._context = context_of(model.config)
         self._switch = rotary_switch(model.config)
+        # In 16 bits only exact match and the first divergence are settled, not the text behind it.
+        self._exact = model.dtype == torch.float32
         kind = "cpu" if self.device.type == "cpu" else "other"
         self._pass_tokens = batch_tokens or PASS_TOKENS[kind]
         self._search_tokens = batch_tokens or cache_tokens(model, SEARCH_TOKENS[kind])
@@ -147,18 +188,19 @@ class Scorer:
     def score(self, windows: Sequence[Window]) -> list[Score]:
         """One Score for each window, in their order.
 
-        Exact match, first divergence, likelihoods and ranks come from one forward pass. A greedy
-        continuation is generated for the rows that diverge, all other rows are their own; rows
-        whose answer depends on rounding are settled by generate at batch size 1. In float32 every
-        output equals that of generate at batch size 1; in 16 bits exact match and the first
-        divergence do, the text from there on may depend on the batch.
+        Exact match, first divergence, likelihoods and ranks come from one forward pass. Rows that
+        diverge get a greedy continuation; the output of all others is their suffix. Rows whose
+        answer depends on rounding are settled by generate at batch size 1. In float32 every output
+        equals that of generate at batch size 1. In 16 bits exact match and the first divergence do;
+        the text behind it may depend on the batch.
 
-        Where memory runs out, batches are halved.
+        If memory runs out, batches are halved.
 
         Raises:
             ValueError: logits that are not finite; names the window.
         """
-        longest = max((len(window.ids) for window in windows), default=0)
+        lengths = [len(window.ids) for window in windows]
+        longest = max(lengths, default=0)
         while True:
             try:
                 return self._score(windows)
@@ -172,7 +214,7 @@ class Scorer:
                 )
             self._halved = True
             # Half of what was tried, which may be less than what was allowed.
-            everything = sum(len(window.ids) for window in windows)
+            everything = sum(lengths)
             of_pass = min(self._pass_tokens, everything)
             of_search = min(self._search_tokens, everything)
             self._pass_tokens = max(longest, of_pass // 2)
@@ -183,123 +225,168 @@ class Scorer:
     @torch.inference_mode()
     def mean_nll(self, windows: Sequence[Window]) -> float:
         """The mean loss of the suffixes of several windows, in nats per token."""
-        rows = self._teacher_forced(self.model, windows, _loss)
         losses = []
-        for window, row in zip(windows, rows, strict=True):
-            of_suffix = row["nll"][window.prefix_length - 1 :]
+        rows = self._teacher_forced(self.model, windows, _loss)
+        for window, columns in zip(windows, rows, strict=True):
+            of_suffix = _of_suffix(window, columns["nll"])
             losses.append(of_suffix)
-        return float(np.concatenate(losses).astype(np.float64).mean())
+        nll = np.concatenate(losses, dtype=np.float64)
+        return float(nll.mean())
 
     @torch.inference_mode()
     def recited(self, windows: Sequence[Window]) -> list[bool]:
-        """Whether each suffix is predicted token for token, teacher-forced; close calls are not
-        settled.
+        """Whether each suffix is predicted token for token, teacher-forced.
+
+        Ambiguous tokens are not settled.
         """
-        rows = self._teacher_forced(self.model, windows, _predicted)
         recited = []
-        for window, row in zip(windows, rows, strict=True):
-            of_suffix = row["right"][window.prefix_length - 1 :]
-            recited.append(bool(of_suffix.all()))
+        rows = self._teacher_forced(self.model, windows, _predicted)
+        for window, columns in zip(windows, rows, strict=True):
+            right = _of_suffix(window, columns["right"])
+            recited.append(bool(right.all()))
         return recited
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[Score]:
-        reduce = partial(_reduce, samplings=self.samplings)
-        rows = self._teacher_forced(self.model, windows, reduce)
-        # First what the pass says; it is the output up to the first divergence.
-        for window, row in zip(windows, rows, strict=True):
-            start = window.prefix_length - 1
-            row["log_q"] = row["log_q"][start:].T
-            row["output"] = row["greedy"][start:].tolist()
-            margin = row.pop("relative_margin")
-            gap = row.pop("relative_gap")
-            exact = self.model.dtype == torch.float32
-            distance = (margin if exact else gap)[start:]
-            close = distance < AMBIGUOUS[self.model.dtype]
-            end = first_divergence(row["output"], window.suffix) + 1
-            row["ambiguous"] = bool(close[:end].any())
-            # The pass used the rotary factors of its own length, which those of a prefix may not
-            # be.
-            if self._crosses(window):
-                row["ambiguous"] = True
-            elif row["ambiguous"] and not exact:
-                # Behind the last close call the pass is right again.
-                last = int(close.nonzero()[0][-1])
-                self._settle(window, row, until=last + 1)
-                row["ambiguous"] = False
-        # Then the text behind it, and what remains to be decided by itself.
-        self._continue(windows, rows)
-        for window, row in zip(windows, rows, strict=True):
-            if row.pop("ambiguous"):
-                self._settle(window, row)
-            if self.beams:
-                ranks = row["rank"][window.prefix_length - 1 :].tolist()
-                row["beams"] = least_beams(
-                    self.model,
-                    window.prefix,
-                    window.suffix,
-                    ranks,
-                    self.beams,
-                )
-        if self._control is not None:
-            controls = self._teacher_forced(self._control, windows, _loss)
-            for window, row, of_control in zip(windows, rows, controls, strict=True):
-                nll = of_control["nll"][window.first_scored - 1 :]
-                row["control_nll"] = nll.astype(np.float64)
-        return [Score(**row) for row in rows]
+        reduce = partial(_reduce, samplings=self.samplings, exact=self._exact)
+        passed = self._teacher_forced(self.model, windows, reduce)
+        # Up to the first divergence the output is what the pass predicts.
+        rows = list(map(self._row, windows, passed))
+        # Then the text behind it, and what remains to be decided row by row.
+        self._continue(rows)
+        controls = self._control_nll(windows)
+        scores = []
+        for row, control_nll in zip(rows, controls, strict=True):
+            if row.undecided:
+                self._settle(row)
+            score = Score(
+                **row.columns,
+                output=row.output,
+                settled=row.settled,
+                control_nll=control_nll,
+                beams=self._least_beams(row),
+            )
+            scores.append(score)
+        return scores
+
+    def _row(self, window: Window, columns: Columns) -> _Row:
+        """A row that begins with the output that the pass predicts.
+
+        columns: of `_reduce`. In 16 bits an ambiguous first divergence is settled at once.
+        """
+        greedy = _of_suffix(window, columns["greedy"])
+        margins = _of_suffix(window, columns.pop("margin"))
+        log_q = _of_suffix(window, columns["log_q"])
+        columns["log_q"] = log_q.T
+        output = greedy.tolist()
+        row = _Row(window, columns, output, self._end(window))
+        threshold = AMBIGUOUS[self.model.dtype]
+        close = margins < threshold
+        decisive = len(row.known) - window.prefix_length
+        ambiguous = bool(close[:decisive].any())
+        crosses = False
+        if self._switch is not None:
+            # The pass used the rotary factors of its own length. Those of the prefix differ.
+            crosses = window.prefix_length <= self._switch < row.end
+        if ambiguous and not crosses and not self._exact:
+            # Behind the last ambiguous token the pass is right again.
+            (places,) = close.nonzero()
+            last = int(places[-1])
+            self._settle(row, until=last + 1)
+            ambiguous = False
+        row.undecided = ambiguous or crosses
+        return row
+
+    def _end(self, window: Window) -> int:
+        """How many tokens a window's prefix and its output have together."""
+        end = window.prefix_length + self._output_length
+        if self._context is not None:
+            end = min(end, self._context)
+        return max(end, len(window.ids))
+
+    def _control_nll(self, windows: Sequence[Window]) -> list[np.ndarray | None]:
+        if self._control is None:
+            return [None] * len(windows)
+        losses: list[np.ndarray | None] = []
+        rows = self._teacher_forced(self._control, windows, _loss)
+        for window, columns in zip(windows, rows, strict=True):
+            nll = columns["nll"]
+            scored = nll[window.first_scored - 1 :]
+            losses.append(scored.astype(np.float64))
+        return losses
+
+    def _least_beams(self, row: _Row) -> int | None:
+        if not self.beams:
+            return None
+        window = row.window
+        ranks = _of_suffix(window, row.columns["rank"])
+        return least_beams(
+            self.model,
+            window.prefix,
+            window.suffix,
+            ranks.tolist(),
+            self.beams,
+        )
 
     def _teacher_forced(
         self,
         model: Any,
         windows: Sequence[Window],
-        reduce: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    ) -> list[dict[str, Any]]:
-        """The columns that `reduce` makes of logits (rows, V) and the ids that follow.
+        reduce: Callable[[Tensor, Tensor], Tensors],
+    ) -> list[Columns]:
+        """One forward pass over windows.
+
+        Args:
+            reduce: logits (rows, V) and the ids that follow, (rows,) -> columns (rows, ...). One of
+                them is "nll".
 
         Returns:
-            For each window its columns, (T-1, ...).
+            The columns of each window, (T-1, ...).
+
+        Raises:
+            ValueError: logits that are not finite.
         """
-        results: list[dict[str, Any]] = [{}] * len(windows)
+        results: list[Columns] = [{}] * len(windows)
         for batch in self._batches(windows):
-            longest = len(windows[batch[0]].ids)
-            # Padded on the right, which no token before sees.
-            ids, attended = torch.zeros(2, len(batch), longest, dtype=torch.int64)
-            for place, i in enumerate(batch):
-                length = len(windows[i].ids)
-                ids[place, :length] = torch.tensor(windows[i].ids)
-                attended[place, :length] = 1
-            ids = ids.to(self.device)
-            # Without padding the model may take its faster path.
-            attention_mask = None if attended.all() else attended.to(self.device)
-            targets = ids[:, 1:].flatten()
-            parts = [
-                reduce(logits, targets[rows])
-                for rows, logits in logits_of(model, ids, attention_mask)
-            ]
+            rows = [windows[i].ids for i in batch]
+            ids, attention_mask = _padded(rows, self.device)
+            following = ids[:, 1:]
+            targets = following.flatten()
+            parts = []
+            for positions, logits in logits_of(model, ids, attention_mask):
+                part = reduce(logits, targets[positions])
+                parts.append(part)
             columns = {}
             for name in parts[0]:
-                column = torch.cat([part[name] for part in parts])
-                columns[name] = column.cpu().numpy()
+                flat = torch.cat([part[name] for part in parts])
+                shape = following.shape + flat.shape[1:]
+                padded = flat.view(shape)
+                columns[name] = padded.cpu().numpy()
             for place, i in enumerate(batch):
-                # The rows of a window among those of the batch, without its padding.
-                first = place * (longest - 1)
-                own = slice(first, first + len(windows[i].ids) - 1)
-                results[i] = {name: column[own] for name, column in columns.items()}
-                is_nan = bool(np.isnan(results[i]["nll"]).any())
-                self._require_finite(windows[i], is_nan)
+                window = windows[i]
+                length = len(window.ids) - 1
+                own = {}
+                for name, column in columns.items():
+                    own[name] = column[place, :length]
+                is_nan = np.isnan(own["nll"])
+                if is_nan.any():
+                    raise self._not_finite(window)
+                results[i] = own
         return results
 
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        """Places of windows, those of like length together.
+        """Places of windows, those of similar length together.
 
-        Longest first: a batch that is too large fails at once.
+        The longest come first, so that a batch that is too large fails at once.
         """
         lengths = [len(window.ids) for window in windows]
+        places = range(len(windows))
         batch: list[int] = []
-        for place in sorted(range(len(windows)), key=lambda i: -lengths[i]):
+        for place in sorted(places, key=lambda i: -lengths[i]):
             longest = lengths[batch[0]] if batch else 0
-            full = (len(batch) + 1) * longest > self._pass_tokens
-            # The longest row of a batch decides about the rotary factors of all.
+            needed = (len(batch) + 1) * longest
+            full = needed > self._pass_tokens
+            # The longest row of a batch decides which rotary factors all of its rows get.
             switches = False
             if self._switch is not None:
                 switches = lengths[place] <= self._switch < longest
@@ -310,176 +397,200 @@ class Scorer:
         if batch:
             yield batch
 
-    def _continue(self, windows: Sequence[Window], rows: list[dict[str, Any]]) -> None:
-        """Generate the outputs of rows that diverge, from behind the divergence.
+    def _continue(self, rows: Sequence[_Row]) -> None:
+        """Generate the rest of each output from where the pass leaves off.
 
-        Up to it, they are known. Rows are generated together, without padding, if each can begin at
-        the same number of tokens. What is known of a row beyond it is forced: in 16 bits the batch
-        could decide otherwise than `_settle` did.
+        Rows are generated in groups, without padding, so all of a group start at one length: that
+        of what is known of its first row. What is known of the others beyond that is forced,
+        because in 16 bits a batch could decide it differently from `_settle`.
         """
-        # Where the search of each row may begin, and its place.
-        waiting: list[tuple[int, int]] = []
-        for i, (window, row) in enumerate(zip(windows, rows, strict=True)):
-            known = first_divergence(row["output"], window.suffix) + 1
-            known = min(known, len(window.suffix))
-            if known < self._length(window) and not row["ambiguous"]:
-                waiting.append((window.prefix_length + known, i))
-        waiting.sort()
+        waiting = []
+        for row in rows:
+            complete = len(row.known) >= row.end
+            if not complete and not row.undecided:
+                waiting.append(row)
+        waiting.sort(key=lambda row: len(row.known))
         while waiting:
-            start = waiting[0][0]
-            group, longest = self._group(windows, waiting)
-            waiting = [each for each in waiting if each[1] not in group]
-            starts = []
+            group = self._group(waiting)
+            waiting = [row for row in waiting if row not in group]
+            start = len(group[0].known)
+            end = max(row.end for row in group)
+            begins = []
             forced = []
-            for i in group:
-                window = windows[i]
-                output = rows[i]["output"]
-                end = first_divergence(output, window.suffix) + 1
-                ids = window.prefix + output[:end]
-                starts.append(ids[:start])
-                forced.append(ids[start:])
+            for row in group:
+                known = row.known
+                begins.append(known[:start])
+                forced.append(known[start:])
             outputs, margins = continue_greedily(
                 self.model,
-                torch.tensor(starts, device=self.device),
-                longest - start,
+                torch.tensor(begins, device=self.device),
+                end - start,
                 forced,
             )
             found = zip(group, outputs.tolist(), margins.tolist(), strict=True)
-            for i, output, margin in found:
-                window = windows[i]
-                self._require_finite(window, math.isnan(margin))
-                known = start - window.prefix_length
-                whole = rows[i]["output"][:known] + output
-                rows[i]["output"] = whole[: self._length(window)]
+            for row, output, margin in found:
+                window = row.window
+                if math.isnan(margin):
+                    raise self._not_finite(window)
+                ids = row.known[:start] + output
+                # The search went on to the end of the longest row.
+                row.output = ids[window.prefix_length : row.end]
                 # In 16 bits this text may depend on the batch.
-                exact = self.model.dtype == torch.float32
-                rows[i]["ambiguous"] = exact and margin < AMBIGUOUS[torch.float32]
+                if self._exact:
+                    row.undecided = margin < AMBIGUOUS[torch.float32]
 
-    def _group(
-        self,
-        windows: Sequence[Window],
-        waiting: Sequence[tuple[int, int]],
-    ) -> tuple[list[int], int]:
-        """The rows to be generated with the first that waits, and the length of the longest.
+    def _group(self, waiting: Sequence[_Row]) -> list[_Row]:
+        """The rows that are generated together, the first of `waiting` among them.
 
-        A row joins if its prefix ends before the common start, and as long as the keys and values
-        of all of them fit; the first one always does.
+        Others join if their prefix is no longer than what is known of the first one, as long as the
+        keys and values of all rows fit.
         """
-        start = waiting[0][0]
-        group: list[int] = []
+        start = len(waiting[0].known)
+        group: list[_Row] = []
         longest = 0
-        for _, i in waiting:
-            window = windows[i]
-            length = max(longest, window.prefix_length + self._length(window))
-            fits = (len(group) + 1) * length <= max(self._search_tokens, length)
-            if window.prefix_length <= start and fits:
-                group.append(i)
-                longest = length
-        return group, longest
+        for row in waiting:
+            end = max(longest, row.end)
+            needed = (len(group) + 1) * end
+            fits = not group or needed <= self._search_tokens
+            can_start = row.window.prefix_length <= start
+            if can_start and fits:
+                group.append(row)
+                longest = end
+        return group
 
-    def _settle(
-        self,
-        window: Window,
-        row: dict[str, Any],
-        until: int | None = None,
-    ) -> None:
+    def _settle(self, row: _Row, until: int | None = None) -> None:
         """Let generate decide a row at batch size 1.
 
         Not in batches: those of 2 and of 8 prefixes of one length differed from batch size 1 by up
         to .028 of the largest logit, and in 1 of 96 tokens (SmolLM2-135M, bfloat16, on a CPU).
 
-        Args:
-            until: how many tokens of the suffix are decided, fewer if an earlier one diverges.
-                Usually it is the first or second. Without it the whole output is generated.
+        until: decide at most so many tokens of the suffix, up to the first divergence, which is
+        usually among the first two. By default the whole output is generated.
         """
+        window = row.window
         prefix = torch.tensor([window.prefix], device=self.device)
         if until is None:
-            output, _ = continue_greedily(self.model, prefix, self._length(window))
+            tokens = row.end - window.prefix_length
+            output = generate(self.model, prefix, tokens)
         else:
             stop = StoppingCriteriaList([Diverged(window.ids)])
             output = generate(self.model, prefix, until, stopping_criteria=stop)
         decided = output[0].tolist()
-        row["output"] = decided + row["output"][len(decided) :]
-        known = first_divergence(decided, window.suffix) + 1
-        known = min(known, len(decided), len(window.suffix))
-        start = window.prefix_length - 1
-        row["greedy"] = row["greedy"].copy()
-        row["greedy"][start : start + known] = decided[:known]
-        row["settled"] = True
+        rest = row.output[len(decided) :]
+        row.output = decided + rest
+        row.settled = True
+        # Behind the divergence `greedy` stays as the pass predicts it.
+        known = row.known[window.prefix_length :]
+        greedy = _of_suffix(window, row.columns["greedy"])
+        greedy[: len(known)] = known
 
-    def _length(self, window: Window) -> int:
-        """How many tokens the output of a window has."""
-        room = self._output_length
-        if self._context is not None:
-            room = min(room, self._context - window.prefix_length)
-        return max(len(window.suffix), room)
+    def _not_finite(self, window: Window) -> ValueError:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return ValueError(
+            f"the logits of {window.split} row {window.index} ({window.name!r:.80}) are not "
+            f"finite: the weights are damaged, or too large for {dtype}. Try bfloat16 or float32 "
+            "(--dtype)"
+        )
 
-    def _crosses(self, window: Window) -> bool:
-        """Whether the model changes its rotary factors between a window's prefix and its end."""
-        end = window.prefix_length + self._length(window)
-        return self._switch is not None and window.prefix_length <= self._switch < end
 
-    def _require_finite(self, window: Window, is_nan: bool) -> None:
-        if is_nan:
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"the logits of {window.split} row {window.index} ({window.name!r:.80}) are not "
-                f"finite: the weights are damaged, or too large for {dtype}. Try bfloat16 or "
-                "float32 (--dtype)"
-            )
+def _of_suffix(window: Window, column: np.ndarray) -> np.ndarray:
+    """(T-1, ...), about ids[1:] -> (S, ...), about the suffix."""
+    return column[window.prefix_length - 1 :]
+
+
+def _padded(
+    rows: Sequence[list[int]],
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids -> int64 (B, T), and an attention mask of that kind if there is padding.
+
+    Padding is on the right, so no token sees it.
+    """
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True)
+    ones = [torch.ones_like(row) for row in tensors]
+    attention_mask = pad_sequence(ones, batch_first=True)
+    # Without a mask the model may take a faster path.
+    if attention_mask.all():
+        return ids.to(device), None
+    return ids.to(device), attention_mask.to(device)
+
+
+def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits (rows, V) -> those of one target in each row, (rows,)."""
+    gathered = logits.gather(-1, targets[:, None])
+    return gathered[:, 0]
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    of_target = logits.gather(-1, targets[:, None])[:, 0]
-    return logits.logsumexp(-1) - of_target
+    return logits.logsumexp(-1) - _of_targets(logits, targets)
 
 
-def _loss(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _loss(logits: Tensor, targets: Tensor) -> Tensors:
     return {"nll": _nll(logits, targets)}
 
 
-def _predicted(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    return {"right": logits.argmax(-1) == targets, "nll": _nll(logits, targets)}
+def _predicted(logits: Tensor, targets: Tensor) -> Tensors:
+    right = logits.argmax(-1) == targets
+    return {"right": right, "nll": _nll(logits, targets)}
 
 
 def _reduce(
     logits: Tensor,
     targets: Tensor,
     samplings: Sequence[Sampling],
-) -> dict[str, Tensor]:
-    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings)."""
-    target = logits.gather(-1, targets[:, None])
+    exact: bool,
+) -> Tensors:
+    """Float32 logits (rows, V) -> the columns of Score, (rows,); log_q is (rows, settings).
+
+    One more column is "margin", how clear each decision is. exact: every token of the output
+    matters, so it compares the two largest logits. Otherwise only agreement with the target
+    matters, so it compares the largest logit with the target's, or with the second largest if the
+    target is predicted.
+    """
+    target = _of_targets(logits, targets)
+    rank = (logits > target[:, None]).sum(-1)
     top, places = logits.topk(2)
+    largest, second = top.unbind(-1)
     greedy = places[:, 0]
-    tied = top[:, 0] == top[:, 1]
+    tied = largest == second
     if tied.any():
         greedy[tied] = logits[tied].argmax(-1)  # the first of equals, as in generate
-    rank = (logits > target).sum(-1)
+    rival = second
+    if not exact:
+        rival = torch.where(rank == 0, second, target)
 
-    # Moments of s = logit - largest logit under P; log P is s shifted by -log(sum of exp(s)).
-    # -1000 is far below what exp tells from 0, and 0 * -inf would be NaN.
-    s = (logits - top[:, :1]).clamp_(min=-1000)
+    # Moments of s = logit - largest logit under P. log P is s - log(sum of exp(s)). exp(-1000) is 0
+    # in float32, while s = -inf would make exp(s) * s NaN.
+    s = logits - largest[:, None]
+    s.clamp_(min=-1000)
     weights = s.exp()
     total = weights.sum(-1)
-    mean = weights.mul_(s).sum(-1) / total
-    square = weights.mul_(s).sum(-1) / total
-    nll = total.log() + (top[:, 0] - target[:, 0])
-    log_q = []
-    for each in samplings:
-        if each == Sampling():
-            log_q.append(-nll)
+    log_total = total.log()
+    # One tensor of this size is enough: it becomes exp(s) * s, then exp(s) * s * s.
+    weights *= s
+    mean = weights.sum(-1) / total
+    weights *= s
+    mean_square = weights.sum(-1) / total
+    # Rounding may make the variance negative if one token has nearly all of P.
+    variance = mean_square - mean.square()
+    entropy_mean = mean - log_total
+    entropy_std = variance.clamp_(min=0).sqrt()
+    nll = log_total + (largest - target)
+
+    log_q = nll.new_empty(len(nll), len(samplings))
+    for column, sampling in enumerate(samplings):
+        if sampling == Sampling():
+            log_q[:, column] = -nll
         else:
-            log_q.append(-_nll(each.processors()(None, logits), targets))
-    nothing = nll.new_empty(len(nll), 0)
-    # The target's rival: the second, if the target is the most probable.
-    rival = torch.where(rank == 0, top[:, 1], target[:, 0])
+            processors = sampling.processors()
+            log_q[:, column] = -_nll(processors(None, logits), targets)
     return {
         "greedy": greedy,
         "nll": nll,
         "rank": rank,
-        "relative_margin": relative_margin(top[:, 0], top[:, 1]),
-        "relative_gap": relative_margin(top[:, 0], rival),
-        "entropy_mean": mean - total.log(),
-        "entropy_std": (square - mean.square()).clamp_(min=0).sqrt(),
-        "log_q": torch.stack(log_q, -1) if log_q else nothing,
+        "margin": relative_margin(largest, rival),
+        "entropy_mean": entropy_mean,
+        "entropy_std": entropy_std,
+        "log_q": log_q,
     }
