@@ -138,18 +138,21 @@ def _notes(audit: Audit, share: bool) -> list[str]:
 
 def _answers(audit: Audit, share: bool) -> list[tuple[str, str, str, bool]]:
     answers = []
+    verdict = audit.verdict
     examples = audit.examples.get("members", {})
-    for question in [*audit.verdict["questions"], *audit.verdict["explanations"]]:
-        why = question["why"]
-        # The names of texts are for whoever ran the audit.
-        names = [] if share else examples.get(question["figure"], [])
-        if names:
-            why += f". Recited: {', '.join(plain(name, 60) for name in names)}"
-        # What counts has an outcome, what only explains an answer.
-        outcome = question.get("outcome") or question["answer"]
-        # A path is part of what a census asks about; a shared page has none.
+    for question in [*verdict["questions"], *verdict["explanations"]]:
         asks = plain(question["asks"], 1000)
-        answers.append((asks, outcome, plain(why, 1000), "outcome" in question))
+        why = question["why"]
+        names = examples.get(question["figure"], [])
+        # The names of texts are for whoever ran the audit.
+        if names and not share:
+            shown = [plain(name, 60) for name in names]
+            why += f". Recited: {', '.join(shown)}"
+        why = plain(why, 1000)
+        # What counts has an outcome, what only explains an answer.
+        counts = "outcome" in question
+        outcome = question["outcome"] if counts else question["answer"]
+        answers.append((asks, outcome, why, counts))
     return answers
 
 
@@ -207,7 +210,8 @@ def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
     rows = []
     # A row without a number in any split is left out.
     for name, label in LABELS.items():
-        cells = [_cell(audit.rows.get(split, name)) for split in audit.splits]
+        found = [audit.rows.get(split, name) for split in audit.splits]
+        cells = list(map(_cell, found))
         if set(cells) != {"-"}:
             rows.append((label, cells))
     if len(audit.splits) < 2:
@@ -217,19 +221,22 @@ def figure_rows(audit: Audit) -> list[tuple[str, list[str]]]:
     for name, label in MEMBERSHIP_LABELS.items():
         # The AUC is a single number, the true positive rates are a curve.
         x = None if name == "auc" else 0.01
-        found = audit.rows.select(figure=f"membership_{name}", x=x)
-        if not found:
+        of_both = audit.rows.select(figure=f"membership_{name}", x=x)
+        if not of_both:
             continue
         beside = ""
         if blind and name == "auc":
             beside = f"blind: {blind.point()}"
-        rows.append((label, [_cell(found[0]), beside]))
+        cell = _cell(of_both[0])
+        rows.append((label, [cell, beside]))
     return rows
 
 
 def _cell(figure: Figure | None) -> str:
+    # Nobody expects figures about a rule if there is none.
     if figure is None or figure.reason == NO_RULE:
         return "-"
+    # Not measured, or too few to tell.
     if figure.value is None:
         return "-"
     return str(figure)
@@ -251,10 +258,10 @@ def terminal(description: Description) -> Group:
     verdict = Text(description.sentence)
     verdict.stylize(COLOURS[description.outcome], 0, len(description.outcome))
     notes = [Text(note, style="dim") for note in description.notes]
-    answers = [
-        Text(f"{asks} {outcome}: {why}")
-        for asks, outcome, why, _ in description.answers
-    ]
+    answers = []
+    for asks, outcome, why, _ in description.answers:
+        answer = f"{asks} {outcome}: {why}"
+        answers.append(Text(answer))
     # The verdict is what a reader who scrolls no further sees.
     return Group(
         table,
@@ -268,20 +275,26 @@ def markdown(description: Description) -> str:
     """The description for a pull request or a model card; text from the audit is escaped."""
     answers = []
     for asks, outcome, why, counts in description.answers:
-        aside = "" if counts else " (does not count)"
+        question = literal(asks)
+        if not counts:
+            question += " (does not count)"
+        # Only what counts has a mark.
         mark = f"{MARKS.get(outcome, '')} {outcome}".strip()
-        answers.append([literal(asks) + aside, mark, literal(why)])
+        answers.append([question, mark, literal(why)])
     # Labels and cells are ours; what comes from the audit is escaped.
     rows = []
     for label, cells in description.rows:
         rows.append([label.strip(), *cells])
-    title = f"{literal(description.title)}: {MARKS[description.outcome]} {description.outcome}"
+    outcome = f"{MARKS[description.outcome]} {description.outcome}"
+    title = literal(description.title)
+    sentence = literal(description.sentence)
+    notes = [f"{literal(note)}.\n" for note in description.notes]
     lines = [
-        f"## {title}\n",
-        f"{literal(description.sentence)}\n",
+        f"## {title}: {outcome}\n",
+        f"{sentence}\n",
         *table_lines(["question", "answer", "why"], answers),
         *table_lines(["", *description.splits], rows),
-        *(f"{literal(note)}.\n" for note in description.notes),
+        *notes,
     ]
     return "\n".join(lines)
 
@@ -290,12 +303,14 @@ def table_lines(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     """A table in Markdown, whose cells are escaped already, and an empty line; [] without rows."""
     if not rows:
         return []
-    lines = (heading, ["---"] * len(heading), *rows)
-    return [*(f"| {' | '.join(row)} |" for row in lines), ""]
+    rule = ["---"] * len(heading)
+    lines = [f"| {' | '.join(row)} |" for row in (heading, rule, *rows)]
+    return [*lines, ""]
 
 
 def literal(text: str) -> str:
     """Text that Markdown shows as it is: punctuation that means something to it is escaped."""
+    # A backslash before each of these.
     escaped = re.sub(r"([!#$&()*+\-.:<=>@\[\\\]^_`{|}~])", r"\\\1", text)
     return escaped.replace("\\<", "&lt;").replace("\\>", "&gt;")
 
