@@ -40,7 +40,7 @@ def documents(texts: list[str]) -> int:
         return len(texts)
     sketches = np.stack([sketch(letters[i]) for i in long])
     pairs = similar_pairs(sketches, np.zeros(len(long), dtype=np.int64))
-    groups = connected(len(long), [pairs])
+    groups = connected(len(long), pairs)
     return len(texts) - len(long) + len(set(groups.tolist()))
 
 

@@ -16,10 +16,11 @@ from goldfish.audit.questions.ask import (
     Asker,
     Document,
     Question,
-    longest_run,
+    longest_of,
     questions,
     read_asked,
     recited_elsewhere,
+    runs_of,
     whole_documents,
 )
 from goldfish.audit.records import thresholds
@@ -484,8 +485,8 @@ def test_the_longest_run_is_found_in_a_long_document():
     place = 2**15 - 20
     document[place : place + 40] = range(2000, 2040)
     output[2:2] = range(2000, 2040)
-    assert longest_run(output, document) == [2, place, 40]
-    assert longest_run([], document) == [0, 0, 0]
+    assert longest_of(runs_of(output, document)) == [2, place, 40]
+    assert longest_of(runs_of([], document)) == [0, 0, 0]
 
 
 def test_thresholds():

@@ -164,8 +164,8 @@ def test_numbers_are_joined_by_any_key_they_share():
             for i, j in itertools.product(range(12), repeat=2):
                 if set(keys[i]) & set(keys[j]):
                     expected[i] = expected[j] = min(expected[i], expected[j])
-        a, b = equal_pairs(np.array(keys).ravel())
-        groups = connected(12, [(a // 3, b // 3)]).tolist()
+        pairs = equal_pairs(np.array(keys).ravel()) // 3
+        groups = connected(12, pairs).tolist()
         assert [groups.index(group) for group in groups] == expected
 
 

@@ -1,14 +1,13 @@
 """Which rows are one document, the unit of every count and interval.
 
-Rows that repeat or continue each other are no independent evidence: were each counted for itself,
-intervals would be too narrow. So dependence is found here, before anything is counted.
+Rows that repeat or continue each other are not independent evidence. If each of them counted as a
+document, intervals would be too narrow. So they are joined here, before anything is counted.
 """
 
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,31 +19,37 @@ from goldfish.text.chats import contents, is_chat
 from goldfish.text.rows import Row
 
 SHOWN = 5  # rows in both splits that are named
-# Rows of so many letters and digits are one document if they share most of their text. Shorter
+# Rows with so many letters and digits are one document if they share most of their text. Shorter
 # ones are not: texts of one template, such as a sentence with a code in it, share most of theirs.
 SIMILAR_FROM = 1_000
 SIMILAR = 0.6  # the least Jaccard similarity of their shingles
 SHINGLE = 16  # letters and digits, about three words
 MOST_LETTERS = 2**17  # of a row that are compared
-BINS, BAND = 32, 4  # of the similarity sketch; candidates agree in a band of 4 bins
-# What more rows share is a template, such as a form, and says nothing about two of them; rows of
-# which fewer bins are their own are not compared.
+BINS = 32  # of the similarity sketch
+EMPTY = 2**32 - 1  # the value of a bin without shingles
+BAND = 4  # bins in a row; only texts that agree in a whole band are compared
+# What more rows share is a template, such as a form, and is no evidence that two of them are one
+# document. Rows with fewer bins of their own are not compared.
 TEMPLATE_FROM = 20
 FEWEST_BINS = 8
 # 2^64 / the golden ratio, odd: multiplying by it mixes the bits.
 PHI = np.uint64(0x9E3779B97F4A7C15)
+HALF = np.uint64(32)  # half of the bits of a hash
 Codes = NDArray[np.int64]
+Sketches = NDArray[np.uint32]
 
 
 class Relations:
-    """What makes rows one document, the unit of every count and interval.
+    """What makes rows of one split the same document.
 
-    Rows are one document if they share a window, or a conversation up to an answer (histories that
-    are exported turn by turn), if their whole texts hold the same letters and digits, if they have
-    the same name in one split, or if they are long and share most of their text; but rows with
-    different marked secrets are never joined by the latter.
+    Rows are one document if they
+    - share a window,
+    - share a conversation up to an answer (histories that are exported turn by turn),
+    - hold the same letters and digits,
+    - have the same name in one split,
+    - or are long and share most of their text, unless their marked secrets differ.
 
-    One object for each split; `number_documents` puts them together.
+    `number_documents` puts the relations of all splits together.
     """
 
     def __init__(self, split: str) -> None:
@@ -54,7 +59,7 @@ class Relations:
         # Rows that share a key are one document.
         self.keys = array("q")
         self.row_of_key = array("q")
-        # Long rows, of each a sketch (BINS uint32) and a hash of its secrets.
+        # Long rows, each with its sketch (BINS uint32) and a hash of its secrets.
         self.long_rows = array("q")
         self.sketches = bytearray()
         self.secrets_of_long = array("q")
@@ -70,150 +75,102 @@ class Relations:
 
         windows: the token ids of each. secrets: all marked ones of the row.
         """
-        text = letters_of(row)
-        keys: set[tuple[Any, ...]] = set()
-        keys.add(("letters", text))
-        keys.add(("name", self._split, name))
+        letters = letters_of(row)
+        self._add_key("letters", letters)
+        self._add_key("name", self._split, name)
         for ids in windows:
-            keys.add(("window", tuple(ids)))
+            self.row_of_window.append(self.rows)
+            self._add_key("window", tuple(ids))
         if is_chat(row):
-            keys.update(_history_keys(row))
-        number = self.rows
+            history = ""
+            for role, said in contents(row):
+                history += normal_letters(said) + "\n"
+                if role == "assistant":
+                    self._add_key("history", history)
+        if len(letters) >= SIMILAR_FROM:
+            self.long_rows.append(self.rows)
+            bins = sketch(letters)
+            self.sketches += bins.tobytes()
+            in_any_order = frozenset(secrets)
+            self.secrets_of_long.append(hash(in_any_order))
         self.rows += 1
-        for key in keys:
-            self.keys.append(hash(key))
-            self.row_of_key.append(number)
-        self.row_of_window.extend([number] * len(windows))
-        if len(text) >= SIMILAR_FROM:
-            self.sketches += sketch(text).tobytes()
-            self.long_rows.append(number)
-            self.secrets_of_long.append(hash(frozenset(secrets)))
+
+    def _add_key(self, *key: Any) -> None:
+        # Texts would fill the memory, so only their hashes are kept.
+        self.keys.append(hash(key))
+        self.row_of_key.append(self.rows)
 
 
-def _history_keys(row: Row) -> Iterator[tuple[str, str]]:
-    """A key for the conversation up to each answer."""
-    history = ""
-    for role, said in contents(row):
-        history += normal_letters(said) + "\n"
-        if role == "assistant":
-            yield ("history", history)
+def letters_of(row: Row) -> str:
+    """A row's letters and digits; of token ids, a character for each."""
+    if "input_ids" in row:
+        # Characters past the surrogates, which no text may have.
+        ids = row["input_ids"]
+        codes = [0xE000 + token % 0x100000 for token in ids]
+        return "".join(map(chr, codes))
+    if is_chat(row):
+        turns = [said for _, said in contents(row)]
+        return normal_letters("\n".join(turns))
+    return normal_letters(row["text"])
+
+
+def normal_letters(text: str) -> str:
+    """A text's letters and digits, case and compatibility forms folded; the text if it has none."""
+    folded = text
+    if not text.isascii():  # ASCII has no other forms
+        folded = unicodedata.normalize("NFKC", text)
+    folded = folded.casefold()
+    letters = re.sub(r"[\W_]+", "", folded)
+    return letters or text
 
 
 def number_documents(relations: Sequence[Relations]) -> list[list[int]]:
-    """For each split the number of every window's document, from 0 through all splits."""
-    # Rows are numbered through all splits.
-    counts = [each.rows for each in relations]
-    firsts = np.cumsum([0, *counts]).tolist()
-    keys = [np.array(each.keys, dtype=np.int64) for each in relations]
-    rows = _numbered([each.row_of_key for each in relations], firsts)
-    a, b = equal_pairs(np.concatenate(keys))
-    pairs = [(rows[a], rows[b])]
-    sketches = b"".join(each.sketches for each in relations)
-    secrets = [np.array(each.secrets_of_long, dtype=np.int64) for each in relations]
-    rows = _numbered([each.long_rows for each in relations], firsts)
-    a, b = similar_pairs(
-        np.frombuffer(sketches, dtype=np.uint32).reshape(-1, BINS),
-        np.concatenate(secrets),
-    )
-    pairs.append((rows[a], rows[b]))
-    groups = connected(firsts[-1], pairs)
-    documents = groups[_numbered([each.row_of_window for each in relations], firsts)]
-    # In the order of their first windows.
-    numbers: dict[int, int] = {}
-    for group in documents.tolist():
-        numbers.setdefault(group, len(numbers))
-    numbered = (numbers[group] for group in documents.tolist())
-    return [list(islice(numbered, len(each.row_of_window))) for each in relations]
+    """The number of every window's document, a list for each split.
 
-
-def _numbered(rows: list[Any], firsts: list[int]) -> Codes:
-    """Rows of each split -> rows of all splits together."""
-    shifted = []
-    for each, first in zip(rows, firsts, strict=False):
-        of_split = np.array(each, dtype=np.int64)
-        shifted.append(of_split + first)
-    return np.concatenate(shifted)
-
-
-def similar_pairs(sketches: NDArray[np.uint32], secrets: Codes) -> tuple[Codes, Codes]:
-    """Pairs of texts whose sketches agree in SIMILAR of the bins, and in `secrets`.
-
-    Bins that more than TEMPLATE_FROM texts share do not count. Compared are texts that agree in a
-    whole band (locality-sensitive hashing): of two texts of similarity .6 that is so with a
-    probability of 1 - (1 - .6^4)^8 = .67, of .8 with .98.
+    Documents are numbered from 0 through all splits, in the order of their first windows.
     """
-    own = np.empty(sketches.shape, dtype=np.bool_)  # no template
-    for column, values in zip(own.T, sketches.T, strict=True):
-        found = np.unique(values, return_inverse=True, return_counts=True)
-        places, counts = found[1:]
-        column[:] = counts[places] <= TEMPLATE_FROM
-    pairs = []
-    for start in range(0, BINS, BAND):
-        # One key of the band's bins and the secrets.
-        keys = secrets.astype(np.uint64)
-        for values in sketches[:, start : start + BAND].T:
-            keys = (keys ^ values.astype(np.uint64)) * PHI
-            keys ^= keys >> np.uint64(32)
-        a, b = equal_pairs(keys)
-        compared = own[a] | own[b]
-        count = compared.sum(-1)
-        equal = ((sketches[a] == sketches[b]) & compared).sum(-1)
-        similar = (count >= FEWEST_BINS) & (equal >= SIMILAR * count)
-        pairs.append((a[similar], b[similar]))
-    return _joined(pairs)
+    keys = array("q")
+    sketches = bytearray()
+    secrets = array("q")
+    rows_of_keys = []
+    long_rows = []
+    rows_of_windows = []
+    rows = 0  # numbered through all splits
+    for each in relations:
+        keys += each.keys
+        sketches += each.sketches
+        secrets += each.secrets_of_long
+        of_keys = rows + np.array(each.row_of_key)
+        of_long = rows + np.array(each.long_rows)
+        of_windows = rows + np.array(each.row_of_window)
+        rows_of_keys.append(of_keys)
+        long_rows.append(of_long)
+        rows_of_windows.append(of_windows)
+        rows += each.rows
 
+    row_of_key = np.concatenate(rows_of_keys)
+    all_keys = np.array(keys)
+    places = equal_pairs(all_keys)
+    share_a_key = row_of_key[places]
+    bins = np.frombuffer(sketches, dtype=np.uint32)
+    by_row = bins.reshape(-1, BINS)
+    long_row = np.concatenate(long_rows)
+    places = similar_pairs(by_row, np.array(secrets))
+    are_similar = long_row[places]
+    pairs = np.concatenate([share_a_key, are_similar], axis=1)
+    groups = connected(rows, pairs)
 
-def sketch(text: str) -> NDArray[np.uint32]:
-    """(BINS,) numbers; two texts agree in about as many as their Jaccard similarity says.
-
-    The similarity is of their sets of shingles, SHINGLE characters in a row. Their hashes are
-    spread over the bins, and of each bin the least is kept (one-permutation MinHash: Li, Owen and
-    Zhang 2012).
-    """
-    data = text[:MOST_LETTERS].encode("utf-32-le")
-    codes = np.frombuffer(data, dtype=np.uint32).astype(np.uint64)
-    shingles = max(1, len(codes) - SHINGLE + 1)
-    # A polynomial of each shingle's characters, modulo 2^64, one place of all shingles at a time.
-    hashes = np.zeros(shingles, dtype=np.uint64)
-    for place in range(min(SHINGLE, len(codes))):
-        hashes = hashes * PHI + codes[place : place + shingles]
-    # The high bits of a product depend on all bits below them; two rounds mix all.
-    for _ in range(2):
-        hashes ^= hashes >> np.uint64(32)
-        hashes *= PHI
-    # The upper 5 bits are the bin, the lower 32 the value of which the least is kept.
-    bins = (hashes >> np.uint64(59)).astype(np.int64)
-    values = hashes.astype(np.uint32)
-    least = np.full(BINS, 2**32 - 1, dtype=np.uint32)
-    np.minimum.at(least, bins, values)
-    return least
-
-
-def equal_pairs(keys: NDArray[Any]) -> tuple[Codes, Codes]:
-    """Codes of equal keys, each with the next one of its kind.
-
-    >>> equal_pairs(np.array([7, 5, 7, 7]))
-    (array([0, 2]), array([2, 3]))
-    """
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    same = np.flatnonzero(ordered[1:] == ordered[:-1])
-    return order[same], order[same + 1]
-
-
-def connected(size: int, pairs: Sequence[tuple[Codes, Codes]]) -> NDArray[np.int32]:
-    """(size,): numbers of the groups that pairs of 0 ... size - 1 are connected to."""
-    if size == 0:
-        return np.zeros(0, dtype=np.int32)
-    a, b = _joined(pairs)
-    graph = coo_array((np.ones(len(a)), (a, b)), shape=(size, size))
-    groups: NDArray[np.int32] = connected_components(graph, directed=False)[1]
-    return groups
-
-
-def _joined(pairs: Sequence[tuple[Codes, Codes]]) -> tuple[Codes, Codes]:
-    first, second = zip(*pairs, strict=True)
-    return np.concatenate(first), np.concatenate(second)
+    number_of: dict[int, int] = {}
+    numbers = []
+    for row_of_window in rows_of_windows:
+        of_split = []
+        group_of_window = groups[row_of_window]
+        for group in group_of_window.tolist():
+            unused = len(number_of)
+            number = number_of.setdefault(group, unused)
+            of_split.append(number)
+        numbers.append(of_split)
+    return numbers
 
 
 def overlap_of(
@@ -222,28 +179,117 @@ def overlap_of(
 ) -> dict[str, Any] | None:
     """How many documents are in both splits, and the first rows of some; None if there are none.
 
-    members, heldout: of every document the first row.
+    members, heldout: the first row of every document, by its number.
     """
-    shared = sorted(members.keys() & heldout.keys())
+    shared = members.keys() & heldout.keys()
     if not shared:
         return None
     examples = []
-    for number in shared[:SHOWN]:
-        examples.append([members[number], heldout[number]])
+    for number in sorted(shared)[:SHOWN]:
+        pair = [members[number], heldout[number]]
+        examples.append(pair)
     return {"documents": len(shared), "rows": examples}
 
 
-def letters_of(row: Row) -> str:
-    """A row's letters and digits; of token ids, a character for each."""
-    if "input_ids" in row:
-        # Characters past the surrogates, which no text may have.
-        return "".join(chr(0xE000 + token % 0x100000) for token in row["input_ids"])
-    if is_chat(row):
-        return normal_letters("\n".join(said for _, said in contents(row)))
-    return normal_letters(row["text"])
+def sketch(text: str) -> Sketches:
+    """(BINS,) numbers; the share in which two texts agree estimates their Jaccard similarity.
+
+    The similarity is that of their sets of shingles, SHINGLE characters in a row. The hashes of the
+    shingles are spread over the bins, and each bin keeps the least (one-permutation MinHash: Li,
+    Owen and Zhang 2012).
+    """
+    compared = text[:MOST_LETTERS]
+    data = compared.encode("utf-32-le")
+    codes = np.frombuffer(data, dtype=np.uint32)
+    length = min(SHINGLE, len(codes))
+    shingles = len(codes) - length + 1
+    # A polynomial of each shingle's characters, modulo 2^64, for all shingles at once: the two of
+    # "abcd" with 3 characters take in a and b first, then b and c, then c and d.
+    hashes = np.zeros(shingles, dtype=np.uint64)
+    for start in range(length):
+        end = start + shingles
+        hashes *= PHI
+        hashes += codes[start:end]
+    # The high bits of a product depend on all bits below them; two rounds mix all.
+    for _ in range(2):
+        high = hashes >> HALF
+        hashes ^= high
+        hashes *= PHI
+    # The upper 5 bits are the bin. The lower 32 are the value, of which the least is kept.
+    upper = hashes >> np.uint64(59)
+    bins = upper.astype(np.int64)
+    values = hashes.astype(np.uint32)
+    least = np.full(BINS, EMPTY, dtype=np.uint32)
+    np.minimum.at(least, bins, values)
+    return least
 
 
-def normal_letters(text: str) -> str:
-    """A text's letters and digits, case and compatibility forms folded; the text if it has none."""
-    folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return re.sub(r"[\W_]+", "", folded.casefold()) or text
+def similar_pairs(sketches: Sketches, secrets: Codes) -> Codes:
+    """int64 (2, pairs): texts whose sketches agree in SIMILAR of the bins, and in `secrets`.
+
+    Bins that more than TEMPLATE_FROM texts share do not count. Only texts that agree in a whole
+    band are compared (locality-sensitive hashing): two texts of similarity .6 do with a probability
+    of 1 - (1 - .6^4)^8 = .67, two of similarity .8 with .98.
+
+    Args:
+        sketches: uint32 (texts, BINS). secrets: int64 (texts,), a hash of each text's secrets.
+    """
+    is_own = np.empty_like(sketches, dtype=bool)
+    for column, values in enumerate(sketches.T):
+        found = np.unique(values, return_inverse=True, return_counts=True)
+        _, place, counts = found
+        texts = counts[place]  # that share this bin
+        is_own[:, column] = texts <= TEMPLATE_FROM
+    all_pairs = []
+    bands = np.split(sketches, BINS // BAND, axis=1)
+    for band in bands:
+        # One key for the secrets and the bins of the band.
+        keys = secrets.astype(np.uint64)
+        for values in band.T:
+            keys ^= values
+            keys *= PHI
+            high = keys >> HALF
+            keys ^= high
+        pairs = equal_pairs(keys)
+        a, b = sketches[pairs]
+        own_in_a, own_in_b = is_own[pairs]
+        compared = own_in_a | own_in_b
+        agree = compared & (a == b)
+        bins = compared.sum(axis=1)
+        equal = agree.sum(axis=1)
+        chosen = equal >= SIMILAR * bins
+        chosen &= bins >= FEWEST_BINS
+        similar = pairs[:, chosen]
+        all_pairs.append(similar)
+    return np.concatenate(all_pairs, axis=1)
+
+
+def equal_pairs(keys: NDArray[Any]) -> Codes:
+    """int64 (2, pairs): places of equal keys, each with the next one of its kind.
+
+    >>> equal_pairs(np.array([7, 5, 7, 7]))
+    array([[0, 2],
+           [2, 3]])
+    """
+    order = np.argsort(keys, kind="stable")
+    first = order[:-1]
+    second = order[1:]
+    neighbours = np.stack([first, second])
+    a, b = keys[neighbours]
+    return neighbours[:, a == b]
+
+
+def connected(size: int, pairs: Codes) -> NDArray[np.int32]:
+    """int32 (size,): the group of each of the numbers 0 ... size - 1.
+
+    pairs: int64 (2, pairs), numbers of one group.
+    """
+    if size == 0:
+        return np.zeros(0, dtype=np.int32)
+    a, b = pairs
+    weights = np.ones(len(a))
+    shape = (size, size)
+    graph = coo_array((weights, (a, b)), shape)
+    groups: NDArray[np.int32]
+    _, groups = connected_components(graph, directed=False)
+    return groups

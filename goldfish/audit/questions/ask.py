@@ -6,8 +6,8 @@ same way, show what comes out by chance.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import compress
+from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -40,6 +40,9 @@ CONTINUE = "Continue."  # what a chat model is told in later rounds
 TAIL = 50  # tokens of the recited end, from which a model without chats goes on
 CHUNK = 2**15  # tokens of a document that are compared at once
 AROUND = 500  # characters of a document that are stored on each side of the longest run
+
+Ids = list[int]  # of tokens
+Run = list[int]  # start in the output, start in the document, length
 
 COLUMNS = pa.schema(
     {
@@ -99,33 +102,41 @@ def whole_documents(
 
     Args:
         rows: with their indices.
-        numbers: of each row with a window the number of its document.
+        numbers: the number of each row's document; rows without windows have none.
     """
     for index, row in rows:
-        if index in numbers:
-            text = _text_of(row, tokenizer)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            yield Document(split, index, numbers[index], row, text, ids)
+        if index not in numbers:
+            continue
+        if "input_ids" in row:
+            ids = row["input_ids"]
+            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        else:
+            text = training_text(row, tokenizer).text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        yield Document(split, index, numbers[index], row, text, ids)
 
 
 def questions(
     documents: Iterable[Document],
     templates: Sequence[str],
 ) -> Iterator[Question]:
-    """The questions about documents; a row that lacks a template's columns has none of it."""
-    for each in documents:
+    """The questions about documents, except for templates whose columns the row lacks."""
+    for document in documents:
         for template in templates:
-            prompt = filled(template, each.row)
+            prompt = filled(template, document.row)
             if prompt is not None:
-                yield Question(each, template, prompt)
+                yield Question(document, template, prompt)
 
 
-def _text_of(row: Row, tokenizer: Any) -> str:
-    """What the row was trained on, as text."""
-    if "input_ids" in row:
-        ids = row["input_ids"]
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return training_text(row, tokenizer).text
+@dataclass
+class _Greedy:
+    """The greedy answer to a question. recited: the tokens kept for a further round."""
+
+    question: Question
+    prompt: Ids
+    output: Ids = field(default_factory=list)
+    rounds: int = 1
+    recited: int = 0
 
 
 class Asker:
@@ -158,107 +169,119 @@ class Asker:
         self._context = context_of(model.config)
         # Chat models end a turn with another token than a text; either ends an answer.
         ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        self._ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+        if not isinstance(ends, list):
+            ends = [ends]
+        ends = {*ends, tokenizer.eos_token_id}
+        self._ends = sorted(ends - {None})
 
     def answers(self, asked: Sequence[Question]) -> list[dict[str, Any]]:
         """For each question the record of its greedy answer, and those of the drawn ones.
 
         Questions that leave no room for an answer in the model's context have none.
         """
-        prompts = [self._prompt([("user", each.prompt)]) for each in asked]
-        fit = [self._room(prompt) > 0 for prompt in prompts]
-        asked = list(compress(asked, fit))
-        prompts = list(compress(prompts, fit))
+        greedy = []
+        for question in asked:
+            prompt = self._prompt(question.prompt)
+            if self._room(prompt) > 0:
+                greedy.append(_Greedy(question, prompt))
+        self._answer_in_rounds(greedy)
         records = []
-        greedy = self._greedy(asked, prompts)
-        for question, prompt, (output, rounds) in zip(
-            asked, prompts, greedy, strict=True
-        ):
-            record = self._record(question, prompt, output)
-            records.append(record | {"sample": 0, "rounds": rounds})
-            drawn = self._draw(question, prompt) if self._samples else []
-            for number, sample in enumerate(drawn, 1):
-                record = self._record(question, prompt, sample)
+        for each in greedy:
+            record = self._record(each.question, each.prompt, each.output)
+            records.append(record | {"sample": 0, "rounds": each.rounds})
+            drawn = self._draw(each) if self._samples else []
+            for number, output in enumerate(drawn, 1):
+                record = self._record(each.question, each.prompt, output)
                 records.append(record | {"sample": number, "rounds": 1})
         return records
 
-    def _greedy(
-        self,
-        asked: Sequence[Question],
-        prompts: Sequence[list[int]],
-    ) -> list[tuple[list[int], int]]:
-        """For each question the answer of all rounds in one, and how many there were.
+    def _answer_in_rounds(self, answers: Sequence[_Greedy]) -> None:
+        """Fill in the outputs, and how many rounds each took.
 
         A further round keeps the answer up to the end of its longest run with the document, and
-        asks what comes next. It ends when a round adds nothing to the run.
+        asks what comes next. The rounds end when one adds nothing to the run.
         """
-        outputs = self._generate(prompts)
-        rounds = [1] * len(asked)
-        ends = [0] * len(asked)
-        going_on = list(range(len(asked)))
+        prompts = [each.prompt for each in answers]
+        for each, output in zip(answers, self._generate(prompts), strict=True):
+            each.output = output
+        going_on = answers
         for number in range(2, self._rounds + 1):
             further = []
-            for i in going_on:
-                start, _, length = longest_run(outputs[i], asked[i].document.ids)
+            for each in going_on:
+                document = each.question.document
+                runs = runs_of(each.output, document.ids)
+                start, _, length = longest_of(runs)
+                end = start + length
                 # A run that ends where it ended before was not continued by the last round.
-                if length >= SHORTEST_RUN and start + length > ends[i]:
-                    ends[i] = start + length
-                    further.append(i)
+                if length >= SHORTEST_RUN and end > each.recited:
+                    each.recited = end
+                    each.output = each.output[:end]
+                    further.append(each)
             going_on = further
-            recited = {i: outputs[i][: ends[i]] for i in going_on}
-            nexts = [self._next_prompt(asked[i], recited[i]) for i in going_on]
-            for i, more in zip(going_on, self._generate(nexts), strict=True):
-                outputs[i] = recited[i] + more
-                rounds[i] = number
-        return list(zip(outputs, rounds, strict=True))
+            prompts = [self._next_prompt(each) for each in going_on]
+            for each, more in zip(going_on, self._generate(prompts), strict=True):
+                each.output += more
+                each.rounds = number
 
-    def _next_prompt(self, question: Question, recited: list[int]) -> list[int]:
+    def _next_prompt(self, answer: _Greedy) -> Ids:
+        """What makes the model go on after its output so far."""
+        recited = answer.output
         if not self._tokenizer.chat_template:
             # The question again would bring the same answer again. A BOS comes first, if the
             # tokenizer puts one before an empty text.
-            opening = self._prompt([("user", "")])
+            opening = self._prompt("")
             return opening + recited[-TAIL:]
         said = self._tokenizer.decode(recited, clean_up_tokenization_spaces=False)
-        turns = [("user", question.prompt), ("assistant", said), ("user", CONTINUE)]
-        return self._prompt(turns)
+        return self._prompt(answer.question.prompt, said, CONTINUE)
 
-    def _prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of a conversation up to the answer; without a chat template, of its text."""
+    def _prompt(self, *turns: str) -> Ids:
+        """Token ids of a conversation up to the answer; without a chat template, of its text.
+
+        turns: of the user, the assistant, the user, and so on.
+        """
         if not self._tokenizer.chat_template:
-            text = turns[0][1]
+            (text,) = turns
             # All of its ids: no token is shorter than a byte.
-            return first_ids(self._tokenizer, text, 4 * len(text) + 8)
-        messages = [{"role": role, "content": said} for role, said in turns]
-        ids: list[int] = self._tokenizer.apply_chat_template(
+            most = 4 * len(text) + 8
+            return first_ids(self._tokenizer, text, most)
+        roles = cycle(("user", "assistant"))
+        messages = []
+        for role, said in zip(roles, turns, strict=False):
+            messages.append({"role": role, "content": said})
+        ids: Ids = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
         return ids
 
-    def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Greedy answers, without the token that ends them; prompts of one length go together."""
-        # Without padding, so that the answer does not depend on how a model treats it.
+    def _generate(self, prompts: Sequence[Ids]) -> list[Ids]:
+        """Greedy answers, without the token that ends them."""
+        # Prompts of one length go together. Without padding the answer does not depend on how a
+        # model treats it.
         by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            by_length.setdefault(len(prompt), []).append(i)
-        outputs: list[list[int]] = [[]] * len(prompts)
+            of_length = by_length.setdefault(len(prompt), [])
+            of_length.append(i)
+        outputs: list[Ids] = [[]] * len(prompts)
         for places in by_length.values():
-            found = self._run([prompts[i] for i in places])
-            for i, output in zip(places, found, strict=True):
+            together = [prompts[i] for i in places]
+            for i, output in zip(places, self._run(together), strict=True):
                 outputs[i] = output
         return outputs
 
-    def _draw(self, question: Question, prompt: list[int]) -> list[list[int]]:
+    def _draw(self, answer: _Greedy) -> list[Ids]:
+        """Answers to the same prompt at temperature 1."""
         import torch
 
+        prompts = [answer.prompt] * self._samples
+        # The same answers in whatever block or process a question is asked.
+        question = answer.question
+        of_prompt = crc32(question.prompt.encode())
         with torch.random.fork_rng():
-            # The same answers in whatever block or process a question is asked.
-            torch.manual_seed(crc32(question.prompt.encode()) + question.document.index)
-            return self._run(
-                [prompt] * self._samples, do_sample=True, top_k=0, top_p=1.0
-            )
+            torch.manual_seed(of_prompt + question.document.index)
+            return self._run(prompts, do_sample=True, top_k=0, top_p=1.0)
 
-    def _run(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    def _run(self, prompts: list[Ids], **options: Any) -> list[Ids]:
+        """Answers to prompts of one length, each up to the token that ends it."""
         import torch
 
         from goldfish.audit.model import generate
@@ -267,45 +290,48 @@ class Asker:
         length = self._room(prompts[0])
         if length < 1:
             return [[] for _ in prompts]
-        ids = torch.tensor(prompts, device=device_of(self._model))
+        device = device_of(self._model)
+        ids = torch.tensor(prompts, device=device)
         settings = {"eos_token_id": self._ends or None, **options}
         with torch.inference_mode():
             outputs = generate(self._model, ids, length, settings)
         return [self._until_end(output) for output in outputs.tolist()]
 
-    def _room(self, prompt: list[int]) -> int:
+    def _until_end(self, output: Ids) -> Ids:
+        for place, token in enumerate(output):
+            if token in self._ends:
+                return output[:place]
+        return output
+
+    def _room(self, prompt: Ids) -> int:
         """The most tokens of an answer."""
         if not prompt:
             return 0
         if self._context is None:
             return self._length
-        return min(self._length, self._context - len(prompt))
-
-    def _until_end(self, output: list[int]) -> list[int]:
-        ends = (i for i, token in enumerate(output) if token in self._ends)
-        return output[: next(ends, len(output))]
+        left = self._context - len(prompt)
+        return min(self._length, left)
 
     def _record(
         self,
         question: Question,
-        prompt: list[int],
-        output: list[int],
+        prompt: Ids,
+        output: Ids,
     ) -> dict[str, Any]:
         """What an answer has of the document that it was asked about."""
         document = question.document
         pieces = text_pieces(self._tokenizer, prompt, output)
         text = "".join(pieces)
-        _, there, longest = longest_run(output, document.ids)
-        all_runs = runs_of(output, document.ids)
-        runs = [run for run in all_runs if run[2] >= SHORTEST_RUN]
+        runs = runs_of(output, document.ids)
+        _, start, length = longest_of(runs)
+        long_runs = [run for run in runs if run[2] >= SHORTEST_RUN]
         # Runs may overlap, so their tokens are marked and not added up.
         recited = np.zeros(len(output), dtype=bool)
-        for start, _, length in runs:
-            recited[start : start + length] = True
-        # Of the texts, not of the run of tokens: the same words may be other tokens elsewhere.
-        characters = longest_common(text, document.text)
-        said = tuple(text.split())
-        words = longest_common(said, tuple(document.text.split()))
+        for here, _, tokens in long_runs:
+            recited[here : here + tokens] = True
+        # Texts are compared once more: the same words may be other tokens elsewhere.
+        words = tuple(text.split())
+        document_words = tuple(document.text.split())
         return {
             "split": document.split,
             "index": document.index,
@@ -316,39 +342,24 @@ class Asker:
             "output_text": text,
             "output_ids": output,
             "output_tokens": pieces,
-            "longest_run": longest,
-            "longest_run_words": words,
-            "longest_run_characters": characters,
+            "longest_run": length,
+            "longest_run_words": longest_common(words, document_words),
+            "longest_run_characters": longest_common(text, document.text),
             "recited_share": float(recited.mean()) if output else 0.0,
-            "common_runs": runs,
-            "document_text": self._around(document, there, longest),
+            "common_runs": long_runs,
+            "document_text": self._around(document, start, length),
         }
 
     def _around(self, document: Document, start: int, length: int) -> str:
         """The document around the longest run."""
-        ids = list(document.ids)
-        before = self._tokenizer.decode(ids[:start][-AROUND:])
-        after = self._tokenizer.decode(ids[start + length :][:AROUND])
-        run = self._tokenizer.decode(ids[start : start + length])
+        end = start + length
+        # As a rule so many tokens have at least as many characters.
+        decode = self._tokenizer.decode
+        ids = document.ids
+        before = decode(ids[:start][-AROUND:])
+        run = decode(ids[start:end])
+        after = decode(ids[end:][:AROUND])
         return f"{before[-AROUND:]}{run}{after[:AROUND]}"
-
-
-def runs_of(output: Sequence[int], document: Sequence[int]) -> list[list[int]]:
-    """`common_runs` with a long document, in pieces that overlap by the output's length."""
-    runs = []
-    # `common_runs` compares every token with every other: 256 x 100,000 at once are too many. A run
-    # is no longer than the output, so it lies whole in one of the pieces.
-    for start in range(0, max(1, len(document)), CHUNK):
-        piece = document[start : start + CHUNK + len(output)]
-        for here, there, length in common_runs(output, piece):
-            runs.append([here, start + there, length])
-    return runs
-
-
-def longest_run(output: Sequence[int], document: Sequence[int]) -> list[int]:
-    """[start in the output, start in the document, length] of the first of the longest runs."""
-    runs = runs_of(output, document)
-    return max(runs, key=lambda run: run[2], default=[0, 0, 0])
 
 
 def recited_elsewhere(
@@ -365,77 +376,68 @@ def recited_elsewhere(
     Returns:
         One column, `elsewhere`: for every answer the numbers of these documents.
     """
+    # A document has a run of n with an answer if both have some n tokens in a row. So there is one
+    # look-up for every place of a document, whatever the number of answers.
+    holders: dict[tuple[str, int], set[int]] = {}
+    outputs = answers["output_ids"].to_pylist()
+    texts = answers["output_text"].to_pylist()
+    for i, (output, text) in enumerate(zip(outputs, texts, strict=True)):
+        for piece in pieces_of(output, text, thresholds):
+            of_piece = holders.setdefault(piece, set())
+            of_piece.add(i)
     about = answers["document"].to_pylist()
+    # As keys, the numbers of an answer's documents are distinct and in order.
     found: list[dict[int, None]] = [{} for _ in about]
-    outputs = zip(
-        answers["output_ids"].to_pylist(),
-        answers["output_text"].to_pylist(),
-        strict=True,
-    )
-    # A document has a run of n with an answer if both have some n tokens in a row: a look-up for
-    # every place of a document, whatever the number of answers.
-    holders: dict[tuple[str, int], list[int]] = {}
-    for i, (ids, text) in enumerate(outputs):
-        for piece in set(_pieces(ids, text, thresholds)):
-            holders.setdefault(piece, []).append(i)
-    for each in documents:
-        for piece in _pieces(each.ids, each.text, thresholds):
+    for document in documents:
+        number = document.number
+        for piece in pieces_of(document.ids, document.text, thresholds):
             for i in holders.get(piece, ()):
-                if about[i] != each.number:
-                    found[i][each.number] = None
-    numbers = pa.array(map(list, found), pa.list_(pa.int64()))
+                if about[i] != number:
+                    found[i][number] = None
+    lists = list(map(list, found))
+    numbers = pa.array(lists, pa.list_(pa.int64()))
     return pa.table({"elsewhere": numbers})
-
-
-def _pieces(
-    ids: Sequence[int],
-    text: str,
-    thresholds: Mapping[str, float],
-) -> Iterator[tuple[str, int]]:
-    """(unit, hash) of every run of exactly as many tokens, words or characters."""
-    for unit, least in thresholds.items():
-        length = int(least)
-        units: Sequence[Any] = text
-        if unit != "c":
-            units = tuple(ids if unit == "t" else text.split())
-        for start in range(len(units) - length + 1):
-            yield unit, hash(units[start : start + length])
 
 
 def read_asked(folder: str | Path) -> pa.Table:
     """The answers of an audit with `--ask`, in the order of the input.
 
-    Two columns more than COLUMNS: `elsewhere`, the numbers of the other documents that an answer
-    recites, and `recited_elsewhere`, whether an answer about another document recites this one.
+    It has two columns besides COLUMNS: `elsewhere`, the numbers of the other documents that an
+    answer recites, and `recited_elsewhere`, whether an answer about another document recites this
+    one. Both are missing until all answers are there.
 
     Raises:
         ValueError: a damaged file.
     """
     table = read_blocks(Path(folder, ASKED), COLUMNS)
     file = Path(folder, ELSEWHERE)
-    if not file.is_file():  # it is written when all answers are there
+    if not file.is_file():
         return table
     elsewhere = pq.read_table(file)["elsewhere"]
-    recited = is_in(table["document"], value_set=list_flatten(elsewhere))
+    numbers = list_flatten(elsewhere)
+    recited = is_in(table["document"], value_set=numbers)
     table = table.append_column("elsewhere", elsewhere)
     return table.append_column("recited_elsewhere", recited)
 
 
 def figures(side: Side) -> Iterator[Figure]:
-    """Documents of which an answer holds a long run, and how long runs are.
+    """Documents that an answer recites in a long run, and how long the runs are.
 
-    `asked_elsewhere` is of answers about another document: one member's text in the answer about
-    someone else. Drawn answers count in these rates, means are of greedy ones.
+    `asked_elsewhere` counts answers about another document: one member's text in the answer about
+    someone else. Drawn answers count in these rates; means are of greedy ones.
     """
     for name, of_figure in hits(side).items():
         yield side.rate(name, of_figure)
-    greedy = side.only(side.numbers("sample") == 0)
+    is_greedy = side.numbers("sample") == 0
+    greedy = side.only(is_greedy)
     for unit in "twc":
+        column, _ = UNITS[unit]
         # longest_run_words -> asked_run_words
-        column = UNITS[unit][0]
         name = column.replace("longest", "asked")
-        yield greedy.mean(name, greedy.numbers(column), bounded=False)
-    yield greedy.mean("asked_share", greedy.numbers("recited_share"))
+        lengths = greedy.numbers(column)
+        yield greedy.mean(name, lengths, bounded=False)
+    shares = greedy.numbers("recited_share")
+    yield greedy.mean("asked_share", shares)
     if GIVEN_AWAY in side.table.column_names:
         given_away = side.lengths(GIVEN_AWAY) > 0
         yield side.count("asked_with_secret", given_away)
@@ -444,19 +446,62 @@ def figures(side: Side) -> Iterator[Figure]:
 def hits(side: Side) -> dict[str, Bools]:
     """By figure: which answers hold a run that counts as near-verbatim."""
     asked = np.zeros(len(side.table), dtype=bool)
-    for unit, least in run_thresholds(side.protocol["near_verbatim"]).items():
-        asked |= side.numbers(UNITS[unit][0]) >= least
+    least_runs = run_thresholds(side.protocol["near_verbatim"])
+    for unit, least in least_runs.items():
+        column, _ = UNITS[unit]
+        asked |= side.numbers(column) >= least
     elsewhere = side.numbers("recited_elsewhere") > 0
     return {"asked": asked, "asked_elsewhere": elsewhere}
 
 
 def unasked(inputs: Mapping[str, Any]) -> str:
-    """Why simple prompts reached too few of the members for a PASS; "" if they reached enough."""
-    about = inputs["members"]
-    missing = about["asked"] - about.get("prompted", about["asked"])
-    if not too_many(missing, about["asked"]):
+    """Why simple prompts reached too few of the members for a PASS; "" if they reached enough.
+
+    inputs: of run.json.
+    """
+    members = inputs["members"]
+    with_window = members["asked"]
+    # Without simple prompts nobody counted whom they reach, and nobody is missing.
+    missing = with_window - members.get("prompted", with_window)
+    if not too_many(missing, with_window):
         return ""
-    return (
-        f"{missing:,} of {counted(about['asked'], 'member')} not asked for: without the columns "
-        "of any simple prompt"
-    )
+    total = counted(with_window, "member")
+    return f"{missing:,} of {total} not asked for: without the columns of any simple prompt"
+
+
+def runs_of(output: Sequence[int], document: Sequence[int]) -> list[Run]:
+    """The common runs of an answer and its document, with every one of the longest."""
+    runs = []
+    # `common_runs` compares every token with every other: 256 x 100,000 at once are too many. A run
+    # is no longer than the output, so it lies whole in one of the pieces, which overlap by that.
+    for begin in range(0, max(1, len(document)), CHUNK):
+        end = begin + CHUNK + len(output)
+        piece = document[begin:end]
+        for here, there, length in common_runs(output, piece):
+            runs.append([here, begin + there, length])
+    return runs
+
+
+def longest_of(runs: Sequence[Run]) -> Run:
+    """The first of the longest runs; [0, 0, 0] if there is none."""
+    return max(runs, key=lambda run: run[2], default=[0, 0, 0])
+
+
+def pieces_of(
+    ids: Sequence[int],
+    text: str,
+    thresholds: Mapping[str, float],
+) -> Iterator[tuple[str, int]]:
+    """(unit, hash) of every run of exactly as many tokens, words or characters."""
+    by_unit: dict[str, Sequence[Any]] = {
+        "t": tuple(ids),
+        "w": tuple(text.split()),
+        "c": text,
+    }
+    for unit, least in thresholds.items():
+        length = int(least)
+        # Two words of "to be or": ("to", "be") and ("be", "or")
+        sequence = by_unit[unit]
+        for start in range(len(sequence) - length + 1):
+            piece = sequence[start : start + length]
+            yield unit, hash(piece)

@@ -8,7 +8,6 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,7 @@ CONFOUNDED = (
     "it beats chance, which happens to one honest random split in twenty), so what the attacks see "
     "need not be membership; split at random before training, or audit texts of one kind"
 )
+NOT_BY_MORE = "more documents would not decide it"
 FEATURES = 2**16  # buckets that words are hashed into
 # The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
 LOWEST = 0.2
@@ -77,18 +77,18 @@ def membership_scores(
         dropped: (n,) which tokens the training dropped.
         reference_nll: (n,) the loss under the reference model.
     """
-    log_p = -np.asarray(nll, dtype=np.float64)
-    loss = float(-log_p.mean())
-    kept_loss = dropped_loss = None
-    if dropped is not None and dropped.any() and not dropped.all():
-        kept_loss = float(-log_p[~dropped].mean())
-        dropped_loss = float(-log_p[dropped].mean())
+    nll = np.asarray(nll, dtype=np.float64)
+    log_p = -nll
+    mean = float(log_p.mean())
     # "replace": a token may end within a character, and half of one has no UTF-8.
-    compressed = len(zlib.compress(text.encode("utf-8", "replace")))
-    normalized = (log_p - entropy_mean) / np.maximum(entropy_std, LEAST_STD)
+    encoded = text.encode("utf-8", "replace")
+    compressed = zlib.compress(encoded)
+    deviations = log_p - entropy_mean
+    spread = np.maximum(entropy_std, LEAST_STD)
+    normalized = deviations / spread
     scores: dict[str, float | None] = {
-        "mia_loss": -loss,
-        "mia_zlib": float(log_p.sum()) / compressed,
+        "mia_loss": mean,
+        "mia_zlib": float(log_p.sum()) / len(compressed),
         "mia_min_k": mean_of_lowest(log_p),
         "mia_min_k_plus_plus": mean_of_lowest(normalized),
         "mia_reference": None,
@@ -97,45 +97,17 @@ def membership_scores(
         "mia_dropped_gap": None,
     }
     if reference_nll is not None:
-        scores["mia_reference"] = float(reference_nll.mean()) - loss
-        scores["mia_wbc"] = window_votes(reference_nll + log_p)
-    if kept_loss is not None and dropped_loss is not None:
-        scores["mia_kept_loss"] = -kept_loss
-        scores["mia_dropped_gap"] = dropped_loss - kept_loss
+        differences = reference_nll + log_p
+        of_reference = float(reference_nll.mean())
+        scores["mia_reference"] = of_reference + mean
+        scores["mia_wbc"] = window_votes(differences)
+    if dropped is not None and dropped.any() and not dropped.all():
+        kept = log_p[~dropped]
+        gone = log_p[dropped]
+        mean_of_kept = float(kept.mean())
+        scores["mia_kept_loss"] = mean_of_kept
+        scores["mia_dropped_gap"] = mean_of_kept - float(gone.mean())
     return scores
-
-
-def window_votes(differences: Floats) -> float:
-    """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1).
-
-    The share of runs of consecutive tokens on which the reference model's summed loss is the higher
-    one, averaged over WBC_SIZES; sizes beyond the text are the whole text.
-
-    differences: (T-1,), loss under the reference model minus loss under the model.
-    """
-    # The sum over a run is the difference of two running sums.
-    total = np.cumsum(np.append(0.0, differences))
-    sizes = np.minimum(WBC_SIZES, len(differences))
-    shares = []
-    for size in sizes:
-        higher = total[size:] > total[:-size]
-        shares.append(higher.mean())
-    return float(np.mean(shares))
-
-
-def mean_of_lowest(values: Floats, share: float = LOWEST) -> float:
-    """Mean of the lowest floor(share * n) values, at least one (Shi et al. 2024, equation 1)."""
-    count = max(1, int(share * len(values)))
-    lowest = np.partition(values, count - 1)[:count]
-    return float(lowest.mean())
-
-
-def word_buckets(text: str) -> list[int]:
-    """The distinct words of a text, each hashed into one of FEATURES buckets."""
-    words = set(re.findall(r"\w+", text.lower()))
-    # CRC is the same in every process, which Python's hash of a string is not.
-    codes = (zlib.crc32(word.encode("utf-8", "replace")) for word in words)
-    return sorted({code % FEATURES for code in codes})
 
 
 @dataclass(frozen=True)
@@ -156,12 +128,233 @@ class Scores:
 def scores_of(side: Side) -> Scores:
     """The scores of the windows that were asked as in training."""
     side = side.as_trained
-    scores = {attack: side.numbers(f"mia_{attack}") for attack in ATTACKS}
-    ends = np.cumsum(side.lengths("words"))
+    scores = {}
+    for attack in ATTACKS:
+        column = f"mia_{attack}"
+        scores[attack] = side.numbers(column)
     # Views of one array: as Python lists the words would take five times the memory.
-    words = np.split(list_flatten(side.table["words"]).to_numpy(), ends)[:-1]
-    codes = np.unique(side.documents, return_inverse=True)[1]
-    return Scores(codes, scores, words, side.numbers("characters"))
+    flat = list_flatten(side.table["words"])
+    words = flat.to_numpy()
+    ends = np.cumsum(side.lengths("words"))
+    *of_windows, _ = np.split(words, ends)
+    _, codes = np.unique(side.documents, return_inverse=True)
+    lengths = side.numbers("characters")
+    return Scores(codes, scores, of_windows, lengths)
+
+
+def figures(members: Scores, heldout: Scores) -> list[Figure]:
+    """The figures that compare both splits; see docs/audit-files.md, "Membership"."""
+    found = []
+    attacks = {}
+    for name, scores in members.scores.items():
+        of_heldout = heldout.scores[name]
+        attack = _attack(members, heldout, scores, of_heldout)
+        if attack is not None:
+            attacks[name] = attack
+            found += attack.figures("attack", name, LEVEL)
+    # What can be told without the model.
+    of_words = word_scores(members, heldout)
+    words = _attack(members, heldout, *of_words)
+    length = _attack(members, heldout, members.lengths, heldout.lengths)
+    baselines = {"words": words, "length": length}
+    for name, baseline in baselines.items():
+        if baseline is not None:
+            auc, *_ = baseline.figures("blind", name, LEVEL)
+            found.append(auc)
+    confounded = _confounded(words, length)
+    found.append(confounded)
+    if confounded.value:
+        hidden = Figure("both", "membership_auc", reason=CONFOUNDED)
+        found.append(hidden)
+        return found
+    best = max(attacks, key=lambda name: attacks[name].auc)
+    # Widened for having been chosen: 95% for all attacks together (Bonferroni).
+    outside = (1 - LEVEL) / len(attacks)
+    level = 1 - outside
+    chosen = attacks[best]
+    found += chosen.figures("membership", best, level)
+    return found
+
+
+def answer(figures: Figures, limit: float) -> Answer | None:
+    """Does the model show which texts it was trained on? None for one split only."""
+    found = figures.select(figure="membership_auc")
+    if not found:
+        return None
+    auc = found[0]
+    if auc.value is None:
+        return Answer(INCONCLUSIVE, str(auc.reason), NOT_BY_MORE)
+    confounded = figures.get("both", "confounded")
+    unknown = confounded is None or confounded.value is None
+    if auc.low is None or auc.high is None or unknown:
+        why = auc.reason or "too few documents for the blind baselines"
+        fewest = 2 * FEWEST_DOCUMENTS
+        needs = f"at least {fewest} documents on each side may decide it"
+        return Answer(INCONCLUSIVE, why, needs)
+    attack = ATTACKS[auc.setting]
+    why = f"attack {attack}: AUC {auc}"
+    blind = strongest_blind(figures)
+    seen_blindly = 0.0
+    if blind is not None:
+        why += f"; a blind baseline has {blind.point()}"
+        seen_blindly = blind.high or 0.0
+    if auc.high < 0.5:
+        why += "; held-out texts look more like members than the members do: are the files swapped?"
+        return Answer(INCONCLUSIVE, why, NOT_BY_MORE)
+    if auc.high <= limit:
+        return Answer(PASS, why)
+    explained = max(limit, seen_blindly)
+    if auc.low > explained:
+        share = figures.get("members", "dropped_share")
+        if share is not None and share.value is not None:
+            why += "; as expected: the goldfish loss hides dropped tokens, not that a text was seen"
+        return Answer(FAIL, why)
+    # The interval shrinks with the square root of the number of documents.
+    half = (auc.high - auc.low) / 2
+    distance = abs(auc.value - limit)
+    times_narrower = half / max(distance, 1e-4)
+    times = max(1.1, times_narrower) ** 2
+    documents = int(auc.documents * times)
+    why += f"; neither clearly above nor below {limit}"
+    return Answer(INCONCLUSIVE, why, needed(documents))
+
+
+def strongest_blind(figures: Figures) -> Figure | None:
+    """The AUC of the baseline that separates the splits most, either way, without the model."""
+
+    def distance(auc: Figure) -> float:
+        value = auc.value or 0.5
+        return abs(value - 0.5)
+
+    blind = figures.select(figure="blind_auc")
+    return max(blind, key=distance, default=None)
+
+
+class _Scored:
+    """The windows of one side that have a score."""
+
+    def __init__(self, scores: Floats, documents: Codes) -> None:
+        has_score = ~np.isnan(scores)
+        self.scores = scores[has_score]
+        # Codes from 0 without gaps: windows without a score may have left some out.
+        documents = documents[has_score]
+        distinct, self.codes = np.unique(documents, return_inverse=True)
+        self.documents = len(distinct)
+
+    def means(self) -> Floats:
+        """The mean score of each document."""
+        sums = np.bincount(self.codes, self.scores)
+        windows = np.bincount(self.codes)
+        means: Floats = sums / windows
+        return means
+
+
+def _attack(
+    members: Scores,
+    heldout: Scores,
+    scores: Floats,
+    heldout_scores: Floats,
+) -> "_Attack | None":
+    """An attack by these scores; None if no window of a side has one."""
+    here = _Scored(scores, members.documents)
+    there = _Scored(heldout_scores, heldout.documents)
+    if here.documents and there.documents:
+        return _Attack(here, there)
+    return None
+
+
+class _Attack:
+    """One score on both sides, and its figures under resampled documents."""
+
+    def __init__(self, members: _Scored, heldout: _Scored) -> None:
+        self._members = members
+        self._heldout = heldout
+        self.fewest = min(members.documents, heldout.documents)
+        windows = len(members.scores) + len(heldout.scores)
+        documents = members.documents + heldout.documents
+        # Every figure is about these.
+        self._about = Figure("both", n=windows, documents=documents)
+        self._ranking = Ranking(members.scores, heldout.scores)
+        once = np.ones(windows)
+        self._values = self._ranking.figures(once, RATES)
+        self.auc = float(self._values[0])
+        self._draws: Floats | None = None
+        if self.fewest >= FEWEST_DOCUMENTS:
+            self._draws = self._resampled()
+
+    def _resampled(self) -> Floats:
+        """(RESAMPLES, 1 + RATES): the figures with the documents of both sides drawn anew."""
+        draws = []
+        documents = (self._members.documents, self._heldout.documents)
+        drawn = resamples(documents, self._about.n, RESAMPLES)
+        for of_members, of_heldout in drawn:
+            # A window counts as often as its document was drawn.
+            members = of_members[:, self._members.codes]
+            heldout = of_heldout[:, self._heldout.codes]
+            weights = np.concatenate([members, heldout], axis=1)
+            figures = self._ranking.figures(weights, RATES)
+            draws.append(figures)
+        return np.concatenate(draws)
+
+    def rank_test(self, alternative: str) -> float:
+        """The p-value of Mann and Whitney's test of the documents' mean scores."""
+        members = self._members.means()
+        heldout = self._heldout.means()
+        found = mannwhitneyu(members, heldout, alternative=alternative)
+        return float(found.pvalue)
+
+    def figures(self, name: str, setting: str, level: float) -> list[Figure]:
+        """{name}_auc, and {name}_tpr for each of RATES, with intervals of that level."""
+        # An AUC compares pairs of a member and a held-out document, each used once.
+        auc = replace(self._about, figure=f"{name}_auc", setting=setting)
+        trials = self.fewest
+        figures = [self._with_numbers(auc, 0, trials, level)]
+        for column, fpr in enumerate(RATES, 1):
+            tpr = replace(auc, figure=f"{name}_tpr", x=fpr)
+            # With fewer the rate would be that of a threshold set by less than ten documents.
+            least = round(10 / fpr)
+            documents = self._heldout.documents
+            if documents >= least:
+                trials = self._members.documents
+                tpr = self._with_numbers(tpr, column, trials, level)
+            else:
+                reason = (
+                    f"a false positive rate of {fpr:.1%} needs {least:,} held-out documents, "
+                    f"got {documents:,}"
+                )
+                tpr = replace(tpr, reason=reason)
+            figures.append(tpr)
+        return figures
+
+    def _with_numbers(
+        self,
+        figure: Figure,
+        column: int,
+        trials: int,
+        level: float,
+    ) -> Figure:
+        """A figure with its value and interval.
+
+        trials: if every resample agrees (an AUC of 1), the interval is that of so many independent
+        trials.
+        """
+        value = float(self._values[column])
+        figure = replace(figure, value=value)
+        if self._draws is None:
+            few = counted(self.fewest, "document")
+            reason = f"{few} on one side; an interval needs {FEWEST_DOCUMENTS}"
+            return replace(figure, reason=reason)
+        draws = self._draws[:, column]
+        spread = np.ptp(draws)
+        if spread < 1e-9:
+            wins = value * trials
+            low, high = clopper_pearson(wins, trials, level)
+        else:
+            lower = 50 * (1 - level)
+            upper = 50 * (1 + level)
+            low = float(np.percentile(draws, lower))
+            high = float(np.percentile(draws, upper))
+        return replace(figure, low=low, high=high)
 
 
 class Ranking:
@@ -176,7 +369,9 @@ class Ranking:
         self._is_member = self._order < len(members)
         # The last of equal scores: a threshold cannot part them. NaN differs from everything, so
         # the last window is an end too.
-        self._ends = np.flatnonzero(np.diff(scores[self._order], append=np.nan))
+        falling = scores[self._order]
+        steps = np.diff(falling, append=np.nan)
+        self._ends = np.flatnonzero(steps)
 
     def curve(self, weights: Floats) -> tuple[Floats, Floats]:
         """False and true positive rates of "score >= threshold", the strictest threshold first.
@@ -184,13 +379,21 @@ class Ranking:
         weights: (..., members + held-out windows). Returns (..., thresholds + 1), both from 0 to 1.
         """
         ordered = weights[..., self._order]
-        rates = []
-        for side in (~self._is_member, self._is_member):
-            passed = np.cumsum(ordered * side, -1)[..., self._ends]
-            share = passed / passed[..., -1:]
-            nothing = np.zeros_like(share[..., :1])  # a threshold that none passes
-            rates.append(np.concatenate([nothing, share], -1))
-        return rates[0], rates[1]
+        of_members = ordered * self._is_member
+        is_heldout = ~self._is_member
+        of_heldout = ordered * is_heldout
+        false = self._shares(of_heldout)
+        true = self._shares(of_members)
+        return false, true
+
+    def _shares(self, weights: Floats) -> Floats:
+        """The share of a side that passes each threshold; weights: 0 for the other side."""
+        sums = np.cumsum(weights, axis=-1)
+        passed = sums[..., self._ends]
+        total = passed[..., -1:]
+        share = passed / total
+        nothing = np.zeros_like(total)  # a threshold that none passes
+        return np.concatenate([nothing, share], axis=-1)
 
     def figures(self, weights: Floats, rates: Sequence[float]) -> Floats:
         """The AUC, and for each false positive rate the true one; (..., 1 + rates).
@@ -201,161 +404,41 @@ class Ranking:
         false, true = self.curve(weights)
         # Trapezoids count half of the pairs with equal scores.
         widths = np.diff(false)
-        heights = (true[..., 1:] + true[..., :-1]) / 2
-        auc = (widths * heights).sum(-1)
-        # Rates are sums of weights divided by their total: equal ones differ by rounding.
+        left = true[..., :-1]
+        right = true[..., 1:]
+        heights = (left + right) / 2
+        areas = widths * heights
+        auc = areas.sum(axis=-1)
         columns = [auc]
         for rate in rates:
-            allowed = false <= rate + 1e-12
-            columns.append(np.where(allowed, true, 0).max(-1))
-        return np.stack(columns, -1)
+            # Rates are sums of weights divided by their total: equal ones differ by rounding.
+            at_most = rate + 1e-12
+            allowed = np.where(false <= at_most, true, 0)
+            most = allowed.max(axis=-1)
+            columns.append(most)
+        return np.stack(columns, axis=-1)
 
 
-def figures(members: Scores, heldout: Scores) -> list[Figure]:
-    """The figures that compare both splits; see docs/audit-files.md, "Membership"."""
-    found = []
-    attacks = {}
-    for name, scores in members.scores.items():
-        attack = _attack(members, heldout, scores, heldout.scores[name])
-        if attack:
-            attacks[name] = attack
-            found += attack.figures("attack", name, LEVEL)
-    # What can be told without the model.
-    words = _attack(members, heldout, *word_scores(members, heldout))
-    length = _attack(members, heldout, members.lengths, heldout.lengths)
-    for name, baseline in (("words", words), ("length", length)):
-        if baseline:
-            found += baseline.figures("blind", name, LEVEL)[:1]
-    confounded = _confounded(words, length)
-    if confounded is None:
-        found.append(Figure("both", "confounded", reason="too few documents to say"))
-    else:
-        found.append(Figure("both", "confounded", value=float(confounded)))
-    if confounded:
-        return [*found, Figure("both", "membership_auc", reason=CONFOUNDED)]
-    best = max(attacks, key=lambda name: attacks[name].auc)
-    # Widened for having been chosen: 95% for all attacks together (Bonferroni).
-    level = 1 - (1 - LEVEL) / len(attacks)
-    return found + attacks[best].figures("membership", best, level)
-
-
-def _confounded(words: "_Attack | None", length: "_Attack | None") -> bool | None:
-    """Whether a baseline that never saw the model separates the sides; None with too few documents.
+def _confounded(words: _Attack | None, length: _Attack | None) -> Figure:
+    """Whether a baseline that never saw the model separates the sides: 1 or 0.
 
     Both baselines together are to accuse one honest random split in twenty: 2.5% each, by rank
     tests of documents, whose level holds for few of them.
     """
-    if not (words and length and words.draws is not None and length.draws is not None):
-        return None
+    figure = Figure("both", "confounded")
+    few = replace(figure, reason="too few documents to say")
+    if words is None or length is None:
+        return few
+    if min(words.fewest, length.fewest) < FEWEST_DOCUMENTS:
+        return few
     # A classifier below chance has learned nothing; lengths may differ either way.
-    of_words = mannwhitneyu(*words.means(), alternative="greater")
-    of_length = mannwhitneyu(*length.means(), alternative="two-sided")
-    return bool(min(of_words.pvalue, of_length.pvalue) < 0.025)
+    of_words = words.rank_test("greater")
+    of_length = length.rank_test("two-sided")
+    separated = min(of_words, of_length) < 0.025
+    return replace(figure, value=float(separated))
 
 
-def _attack(
-    members: Scores,
-    heldout: Scores,
-    scores: Floats,
-    heldout_scores: Floats,
-) -> "_Attack | None":
-    """Of the windows that have a score; None where a side has none."""
-    here = ~np.isnan(scores)
-    there = ~np.isnan(heldout_scores)
-    if not (here.any() and there.any()):
-        return None
-    return _Attack(
-        (scores[here], heldout_scores[there]),
-        (members.documents[here], heldout.documents[there]),
-    )
-
-
-class _Attack:
-    """One score on both sides, and its figures under resampled documents."""
-
-    def __init__(
-        self,
-        scores: tuple[Floats, Floats],
-        documents: tuple[Codes, Codes],
-    ) -> None:
-        self._scores = scores
-        self._ranking = Ranking(*scores)
-        # Codes from 0 without gaps: windows without a score may have left some out.
-        self._sides = [np.unique(each, return_inverse=True)[1] for each in documents]
-        self._documents = [int(side.max()) + 1 for side in self._sides]
-        windows = sum(map(len, scores))
-        self._sizes: dict[str, Any] = {
-            "n": windows,
-            "documents": sum(self._documents),
-        }
-        self._values = self._ranking.figures(np.ones(windows), RATES)
-        self.auc = float(self._values[0])
-        self.draws: Floats | None = None
-        if min(self._documents) >= FEWEST_DOCUMENTS:
-            self.draws = self._resampled(windows)
-
-    def means(self) -> list[Floats]:
-        """The mean score of each document, of both sides."""
-        means = []
-        for side, scores in zip(self._sides, self._scores, strict=True):
-            windows = np.bincount(side)
-            means.append(np.bincount(side, scores) / windows)
-        return means
-
-    def _resampled(self, windows: int) -> Floats:
-        """(RESAMPLES, 1 + RATES): the figures with the documents of both sides drawn anew."""
-        draws = []
-        for times in resamples(self._documents, windows, RESAMPLES):
-            # A window counts as often as its document was drawn.
-            members = times[0][:, self._sides[0]]
-            heldout = times[1][:, self._sides[1]]
-            weights = np.concatenate([members, heldout], -1)
-            draws.append(self._ranking.figures(weights, RATES))
-        return np.concatenate(draws)
-
-    def figures(self, name: str, setting: str, level: float) -> list[Figure]:
-        """{name}_auc, and {name}_tpr for each of RATES, with intervals of that level."""
-        auc = Figure("both", f"{name}_auc", setting)
-        figures = [self._figure(auc, 0, min(self._documents), level)]
-        for column, fpr in enumerate(RATES, 1):
-            tpr = Figure("both", f"{name}_tpr", setting, fpr, **self._sizes)
-            # With fewer the rate would be that of a threshold set by less than ten documents.
-            needed = round(10 / fpr)
-            if self._documents[1] >= needed:
-                figures.append(self._figure(tpr, column, self._documents[0], level))
-            else:
-                reason = (
-                    f"a false positive rate of {fpr:.1%} needs {needed:,} held-out documents, "
-                    f"got {self._documents[1]:,}"
-                )
-                figures.append(replace(tpr, reason=reason))
-        return figures
-
-    def _figure(self, named: Figure, column: int, trials: int, level: float) -> Figure:
-        """`named` with its numbers.
-
-        trials: if every resample agrees (an AUC of 1), the interval is that of as many independent
-        trials: for an AUC, pairs of a member and a held-out document, each used once.
-        """
-        value = float(self._values[column])
-        named = replace(named, value=value, **self._sizes)
-        if self.draws is None:
-            few = min(self._documents)
-            reason = (
-                f"{counted(few, 'document')} on one side; an interval needs "
-                f"{FEWEST_DOCUMENTS}"
-            )
-            return replace(named, reason=reason)
-        draws = self.draws[:, column]
-        if np.ptp(draws) < 1e-9:
-            low, high = clopper_pearson(value * trials, trials, level)
-        else:
-            low = float(np.percentile(draws, 50 * (1 - level)))
-            high = float(np.percentile(draws, 50 * (1 + level)))
-        return replace(named, low=low, high=high)
-
-
-def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
+def word_scores(members: Scores, heldout: Scores) -> tuple[Floats, Floats]:
     """Naive Bayes on which words occur, learned from every second document, for the others.
 
     Not cross-validated: scores of several folds depend on each other, and accused one random split
@@ -365,66 +448,80 @@ def word_scores(members: Scores, heldout: Scores) -> list[Floats]:
         For the windows of each side log P(words | member) - log P(words | held-out); NaN for those
         that it learned from.
     """
-    log_shares = []
-    for side in (members, heldout):
-        learning = np.flatnonzero(side.documents % 2 == 0).tolist()
-        learned = np.concatenate([side.words[i] for i in learning])
-        seen = np.bincount(learned, minlength=FEATURES)
-        # Half a window more with each word, so that no word has a probability of 0.
-        shares = (seen + 0.5) / (len(learning) + 1)
-        log_shares.append(np.log(shares))
-    weights = log_shares[0] - log_shares[1]
-    scores = []
-    for side in (members, heldout):
-        sums = [weights[words].sum() for words in side.words]
-        others = side.documents % 2 == 1
-        scores.append(np.where(others, sums, np.nan))
-    return scores
+    in_members = log_word_shares(members)
+    in_heldout = log_word_shares(heldout)
+    weights = in_members - in_heldout
+    of_members = sums_of_words(members, weights)
+    of_heldout = sums_of_words(heldout, weights)
+    return of_members, of_heldout
 
 
-# The share of tokens that Min-K% and Min-K%++ look at; both papers' default.
+def log_word_shares(side: Scores) -> Floats:
+    """(FEATURES,): for each word the log of the share of windows that have it.
+
+    Of documents with even codes.
+    """
+    even = side.documents % 2 == 0
+    learning = np.flatnonzero(even).tolist()
+    of_windows = [side.words[i] for i in learning]
+    words = np.concatenate(of_windows)
+    seen = np.bincount(words, minlength=FEATURES)
+    # Half a window more with each word, so that no word has a probability of 0.
+    windows = len(learning) + 1
+    shares = (seen + 0.5) / windows
+    return np.log(shares)
 
 
-def answer(figures: Figures, limit: float) -> Answer | None:
-    """Does the model show which texts it was trained on? None for one split only."""
-    found = figures.select(figure="membership_auc")
-    if not found:
-        return None
-    auc = found[0]
-    confounded = figures.get("both", "confounded")
-    if auc.value is None:
-        return Answer(
-            INCONCLUSIVE, str(auc.reason), "more documents would not decide it"
-        )
-    unknown = confounded is None or confounded.value is None
-    if auc.low is None or auc.high is None or unknown:
-        why = auc.reason or "too few documents for the blind baselines"
-        fewest = 2 * FEWEST_DOCUMENTS
-        needs = f"at least {fewest} documents on each side may decide it"
-        return Answer(INCONCLUSIVE, why, needs)
-    why = f"attack {ATTACKS[auc.setting]}: AUC {auc}"
-    blind = strongest_blind(figures)
-    if blind is not None:
-        why += f"; a blind baseline has {blind.point()}"
-    if auc.high < 0.5:
-        why += "; held-out texts look more like members than the members do: are the files swapped?"
-        return Answer(INCONCLUSIVE, why, "more documents would not decide it")
-    if auc.high <= limit:
-        return Answer(PASS, why)
-    if auc.low > max(limit, (blind.high if blind else None) or 0.0):
-        share = figures.get("members", "dropped_share")
-        if share is not None and share.value is not None:
-            why += "; as expected: the goldfish loss hides dropped tokens, not that a text was seen"
-        return Answer(FAIL, why)
-    # The interval shrinks with the square root of the number of documents.
-    half = (auc.high - auc.low) / 2
-    distance = max(abs(auc.value - limit), 1e-4)
-    times = max(1.1, half / distance) ** 2
-    why += f"; neither clearly above nor below {limit}"
-    return Answer(INCONCLUSIVE, why, needed(int(auc.documents * times)))
+def sums_of_words(side: Scores, weights: Floats) -> Floats:
+    """(windows,): the sum of the weights of each window's words, NaN in documents of even codes."""
+    windows = len(side.words)
+    sums = np.full(windows, np.nan)
+    odd = side.documents % 2 == 1
+    for i, words in enumerate(side.words):
+        if odd[i]:
+            of_words = weights[words]
+            sums[i] = of_words.sum()
+    return sums
 
 
-def strongest_blind(figures: Figures) -> Figure | None:
-    """The AUC of the baseline that separates the splits most, either way, without the model."""
-    blind = figures.select(figure="blind_auc")
-    return max(blind, key=lambda auc: abs((auc.value or 0.5) - 0.5), default=None)
+def window_votes(differences: Floats) -> float:
+    """WBC (Chen et al. 2026, arXiv 2601.02751, section 4.1).
+
+    The share of runs of consecutive tokens on which the reference model's summed loss is the higher
+    one, averaged over WBC_SIZES; sizes beyond the text are the whole text.
+
+    differences: (T-1,), loss under the reference model minus loss under the model.
+    """
+    # The sum over a run is the difference of two running sums.
+    from_zero = np.append(0.0, differences)
+    total = np.cumsum(from_zero)
+    longest = len(differences)
+    sizes = np.minimum(WBC_SIZES, longest)
+    shares = []
+    for size in sizes:
+        before = total[:-size]
+        behind = total[size:]
+        higher = behind > before
+        shares.append(higher.mean())
+    return float(np.mean(shares))
+
+
+def mean_of_lowest(values: Floats) -> float:
+    """Mean of the lowest floor(LOWEST * n) values, at least one (Shi et al. 2024, equation 1)."""
+    share = int(LOWEST * len(values))
+    count = max(1, share)
+    parted = np.partition(values, count - 1)
+    lowest = parted[:count]
+    return float(lowest.mean())
+
+
+def word_buckets(text: str) -> list[int]:
+    """The distinct words of a text, each hashed into one of FEATURES buckets."""
+    words = re.findall(r"\w+", text.lower())
+    buckets = set()
+    for word in set(words):
+        # CRC is the same in every process, which Python's hash of a string is not.
+        encoded = word.encode("utf-8", "replace")
+        code = zlib.crc32(encoded)
+        buckets.add(code % FEATURES)
+    return sorted(buckets)

@@ -37,6 +37,7 @@ UNKNOWN = {
     "random": 'strategy "random" drops other tokens in every epoch',
     "entropy": 'strategy "entropy" drops what its guide is uncertain of, and it is not asked',
 }
+PROOF = ("rule_p", "rule_gap")
 ATTRIBUTION = (
     "dropped_share",
     "teacher_forced_accuracy_dropped",
@@ -52,61 +53,74 @@ def figures(side: Side) -> Iterator[Figure]:
     yield from _proof(side)
     ruled = is_valid(side.table["dropped"]).to_numpy()
     if not ruled.any():
-        reason = _why_no_rule(side)
-        if side.rule is not None:
-            reason = UNKNOWN.get(side.rule.strategy, "no text was asked as in training")
+        if side.rule is None:
+            reason = _why_no_rule(side)
+        else:
+            strategy = side.rule.strategy
+            reason = UNKNOWN.get(strategy, "no text was asked as in training")
         for name in ATTRIBUTION:
             yield Figure(side.split, name, reason=reason)
         return
     side = side.only(ruled)
-    right_dropped, dropped, right_kept, kept = token_counts(side.table).T
-    yield side.token_rate("dropped_share", dropped, dropped + kept)
+    columns = token_counts(side.table).T
+    right_dropped, dropped, right_kept, kept = columns
+    tokens = dropped + kept
+    yield side.token_rate("dropped_share", dropped, tokens)
     yield side.token_rate("teacher_forced_accuracy_dropped", right_dropped, dropped)
     yield side.token_rate("teacher_forced_accuracy_kept", right_kept, kept)
 
 
 def _proof(side: Side) -> Iterator[Figure]:
-    """The test of the rule's seed, `proof.seed_test`, with the first windows of the split."""
+    """The test of the rule's seed with the first windows of the split."""
     rule = side.rule
-    reason = _why_no_rule(side) if rule is None else _why_not_tested(rule)
+    reason = _why_not_tested(side)
     if rule is None or reason:
-        yield Figure(side.split, "rule_p", reason=reason)
-        yield Figure(side.split, "rule_gap", reason=reason)
+        for name in PROOF:
+            yield Figure(side.split, name, reason=reason)
         return
     # Windows from further on lack what comes before them, which the rule reads.
-    side = side.only(side.numbers("offset") == 0)
+    is_first = side.numbers("offset") == 0
+    side = side.only(is_first)
     # The first windows, as many as 1,000 seeds can decide about in seconds.
-    tokens = np.cumsum(side.lengths("prefix_ids") + side.lengths("suffix_ids"))
-    used = int(np.count_nonzero(tokens <= MOST_TOKENS))
-    windows = side.table[: max(1, used)]
+    of_prefix = side.lengths("prefix_ids")
+    lengths = of_prefix + side.lengths("suffix_ids")
+    few_enough = np.cumsum(lengths) <= MOST_TOKENS
+    used = max(1, int(np.count_nonzero(few_enough)))
+    windows = side.table.slice(0, used)
     prefixes = windows["prefix_ids"].to_pylist()
     suffixes = windows["suffix_ids"].to_pylist()
-    losses = windows["nll"].to_pylist()
-    rows = [a + b for a, b in zip(prefixes, suffixes, strict=True)]
-    lengths = list(map(len, losses))
-    dropped_under = decisions_of(rule, rows, lengths)
-    found = seed_test(list(map(np.array, losses)), dropped_under, rule.seed)
-    about: dict[str, Any] = {
-        "n": sum(lengths),
-        "documents": len(set(windows["document"].to_pylist())),
-    }
-    p = gap = None
+    rows = []
+    for prefix, suffix in zip(prefixes, suffixes, strict=True):
+        rows.append(prefix + suffix)
+    nll = windows["nll"].to_pylist()
+    losses = list(map(np.array, nll))
+    tested = list(map(len, losses))
+    dropped_under = decisions_of(rule, rows, tested)
+    found = seed_test(losses, dropped_under, rule.seed)
+    tokens = sum(tested)
+    documents = len(windows["document"].unique())
+    about = Figure(side.split, n=tokens, documents=documents)
     if found is None:
-        about["reason"] = "the rule drops none of these tokens, or all of them"
-    else:
-        p = found.p
-        gap = found.gap
-    yield Figure(side.split, "rule_p", value=p, **about)
-    yield Figure(side.split, "rule_gap", value=gap, **about)
+        reason = "the rule drops none of these tokens, or all of them"
+        for name in PROOF:
+            yield replace(about, figure=name, reason=reason)
+        return
+    yield replace(about, figure="rule_p", value=found.p)
+    yield replace(about, figure="rule_gap", value=found.gap)
 
 
 def _why_no_rule(side: Side) -> str:
     receipt = side.run["receipt"] or {}
-    return RULES_DIFFER if "sources" in receipt else NO_RULE
+    if "sources" in receipt:
+        return RULES_DIFFER
+    return NO_RULE
 
 
-def _why_not_tested(rule: "Goldfish") -> str:
+def _why_not_tested(side: Side) -> str:
     """Why the rule's seed cannot be tested; "" if it can."""
+    rule = side.rule
+    if rule is None:
+        return _why_no_rule(side)
     if rule.strategy in UNKNOWN:
         return UNKNOWN[rule.strategy]
     if rule.strategy not in SEEDED:
@@ -124,12 +138,17 @@ def token_counts(table: pa.Table) -> Floats:
     count = len(table)
     lengths = list_value_length(table["dropped"]).to_numpy()
     # The record of each token, of all records in one row.
-    records = np.repeat(np.arange(count), lengths)
+    numbers = np.arange(count)
+    records = np.repeat(numbers, lengths)
     dropped = list_flatten(table["dropped"]).to_numpy()
     correct = list_flatten(table["correct"]).to_numpy()
-    counted = (correct & dropped, dropped, correct & ~dropped, ~dropped)
-    columns = [np.bincount(records, tokens, count) for tokens in counted]
-    return np.stack(columns, -1)
+    columns = []
+    for chosen in (dropped, ~dropped):
+        right = correct & chosen
+        for tokens in (right, chosen):
+            in_records = np.bincount(records, tokens, count)
+            columns.append(in_records)
+    return np.stack(columns, axis=1)
 
 
 def answer(run: Mapping[str, Any], figures: Figures) -> tuple[str, str] | None:
@@ -140,7 +159,8 @@ def answer(run: Mapping[str, Any], figures: Figures) -> tuple[str, str] | None:
     if found.value is None:
         return "not asked", str(found.reason)
     p = f"p = {found.value:.3f}".replace("0.", ".")
-    seed = (run["rule"] or {}).get("seed", 0)
+    rule = run["rule"] or {}
+    seed = rule.get("seed", 0)
     compared = f"the tokens that seed {seed} drops, compared with those of other seeds"
     if found.value <= SURE:
         return "yes", f"the claimed rule is in the weights ({p}): {compared}"
@@ -154,8 +174,8 @@ class SeedTest:
     p: the share of seeds, the claimed one included, whose gap is at least as large. Seeds that
         drop none or all of these tokens do not count.
     gap: the mean rank of dropped tokens minus that of kept ones, with the ranks of each window
-    scaled to -0.5..0.5, beyond the mean of the same under the other seeds: with max_kept they
-    share the drops that come when no hash has hit for long, so that their gap is not 0.
+        scaled to -0.5..0.5, beyond the mean of the same under the other seeds. Theirs is not 0 with
+        max_kept: all seeds share the drops that come when no hash has hit for long.
     deviation: the standard deviation over the other seeds.
     """
 
@@ -190,29 +210,33 @@ def seed_test(
     >>> seed_test(losses, dropped_under, seed=7, others=99).p
     0.01
     """
-    of_windows = [centred_ranks(each) for each in losses]
-    ranks = np.concatenate([*of_windows, np.zeros(0)])
     claimed = dropped_under(seed)
     if claimed.all() or not claimed.any():
         return None
+    of_windows = list(map(centred_ranks, losses))
+    ranks = np.concatenate(of_windows)
     gap = _gap(ranks, claimed)
-    drawn = _other_seeds(seed, others)
-    gaps = np.array([_gap(ranks, dropped_under(other)) for other in drawn])
+    gaps = np.empty(others)
+    seeds = _other_seeds(seed, others)
+    for i, other in enumerate(seeds):
+        dropped = dropped_under(other)
+        gaps[i] = _gap(ranks, dropped)
     # Seeds without a gap are left out, as the claimed one would have been: with 20 tokens and k=50
     # two of three have none, and a p among all of them was below .05 in 10% of null tests.
-    finite = gaps[np.isfinite(gaps)]
-    # The claimed seed is one of the 1,000, so that p is never 0. Equal gaps differ by rounding.
-    at_least = 1 + int(np.count_nonzero(finite >= gap - EQUAL))
-    usual = 0.0
-    deviation = 0.0
-    if len(finite):
-        usual = float(finite.mean())
-        deviation = float(finite.std())
-    return SeedTest(
-        p=at_least / (1 + len(finite)),
-        gap=gap - usual,
-        deviation=deviation,
-    )
+    has_gap = np.isfinite(gaps)
+    finite = gaps[has_gap]
+    # Equal gaps differ by rounding.
+    at_least = finite >= gap - EQUAL
+    # The claimed seed is one of the 1,000, so that p is never 0.
+    hits = 1 + int(np.count_nonzero(at_least))
+    tried = 1 + len(finite)
+    p = hits / tried
+    if len(finite) == 0:
+        return SeedTest(p, gap, deviation=0.0)
+    usual = float(finite.mean())
+    deviation = float(finite.std())
+    beyond = gap - usual
+    return SeedTest(p, beyond, deviation)
 
 
 def centred_ranks(losses: Floats) -> Floats:
@@ -223,10 +247,14 @@ def centred_ranks(losses: Floats) -> Floats:
     """
     if len(losses) < 2:
         return np.zeros(len(losses))
-    _, place, counts = np.unique(losses, return_inverse=True, return_counts=True)
+    found = np.unique(losses, return_inverse=True, return_counts=True)
+    _, place, counts = found
     # A loss that occurs c times takes the ranks e - c .. e - 1, whose mean is e - (c + 1) / 2.
-    ranks = np.cumsum(counts) - (counts + 1) / 2
-    scaled: Floats = ranks[place] / (len(losses) - 1) - 0.5
+    ends = np.cumsum(counts)
+    half = (counts + 1) / 2
+    ranks = ends - half
+    last = len(losses) - 1
+    scaled: Floats = ranks[place] / last - 0.5
     return scaled
 
 
@@ -246,23 +274,26 @@ def decisions_of(
     """
     import torch
 
-    # All rows are packed into one: no padding, and one call for each seed.
+    # All rows are packed into one: no padding, and one call for each seed. Rows a b c and d e, the
+    # last 2 and the last 1 asked: ids a b c d e, positions 0 1 2 0 1, chosen 0 1 1 0 1.
     packed: list[int] = []
     places: list[int] = []
     asked: list[bool] = []
     for row, length in zip(rows, lengths, strict=True):
-        before = len(row) - length
         packed += row
         places += range(len(row))
-        asked += [False] * before + [True] * length
+        before = len(row) - length
+        asked += [False] * before
+        asked += [True] * length
     ids = torch.tensor(packed, dtype=torch.int64)
     positions = torch.tensor(places, dtype=torch.int64)
     chosen = np.array(asked, dtype=bool)
 
     def dropped_under(seed: int) -> Bools:
         with_seed = replace(rule, seed=seed, secrets=None)
-        dropped: Bools = with_seed.dropped(ids, positions).numpy()[chosen]
-        return dropped
+        dropped = with_seed.dropped(ids, positions)
+        of_asked: Bools = dropped.numpy()[chosen]
+        return of_asked
 
     return dropped_under
 
@@ -271,11 +302,13 @@ def _gap(ranks: Floats, dropped: Bools) -> float:
     """The mean rank of dropped tokens minus that of kept ones; -inf if one kind is missing."""
     if dropped.all() or not dropped.any():
         return float("-inf")
-    return float(ranks[dropped].mean() - ranks[~dropped].mean())
+    of_dropped = ranks[dropped].mean()
+    of_kept = ranks[~dropped].mean()
+    return float(of_dropped - of_kept)
 
 
 def _other_seeds(seed: int, count: int) -> list[int]:
-    """`count` distinct seeds, none of them `seed`."""
+    """`count` distinct seeds, none of them `seed`; the same ones in every call."""
     # Other ones for each claim, so that the results of several claims are independent.
     generator = np.random.default_rng(seed)
     drawn: dict[int, None] = {}
