@@ -45,6 +45,7 @@ ORDER = [
     "unsupported",
     "trainer",
     "audit.documents",
+    "audit.marks",
     "audit.windows",
     "audit.model",
     "audit.score",

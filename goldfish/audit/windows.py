@@ -2,8 +2,9 @@
 
 import pickle
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,16 @@ from typing import Any
 import numpy as np
 
 from goldfish.audit.documents import Relations
+from goldfish.audit.marks import Finder, Marks, SecretCounts, note
 from goldfish.text.chats import (
     Completion,
-    RefusedChat,
     completions,
     is_chat,
-    marked_values,
-    training_text,
 )
 from goldfish.text.prompts import filled
 from goldfish.text.rows import Row, draw
 
-SHOWN = 5  # skipped rows that are named
 STORED = 256  # windows that wait in memory before they are written
-# Finds marked secrets in a row's text, from a character on: their spans.
-Finder = Callable[[Row, str, int], Iterable[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Cutter:
     """Cuts a row into windows: a text at each offset, a chat at each turn of the assistant.
 
     context: how many tokens the model takes; longer chats are skipped, longer windows are a
-    ValueError. secrets: see `chats.secret_finder`, and secret_column, if it was made with one.
+    ValueError. secrets, secret_column: of `Marks`.
     """
 
     tokenizer: Any
@@ -94,6 +90,10 @@ class Cutter:
     context: int | None = None
     secrets: Finder | None = None
     secret_column: str = ""
+
+    @cached_property
+    def marks(self) -> Marks:
+        return Marks(self.secrets, self.secret_column, self.tokenizer)
 
     def cut(self, row: Row, index: int, split: str) -> Iterator[Window | str]:
         """The windows of a row; for an offset or a turn without one, the reason."""
@@ -114,34 +114,6 @@ class Cutter:
                 yield each
             else:
                 yield self._completion(row, each, about)
-
-    def marked(self, row: Row) -> tuple[str, ...]:
-        """Every marked secret of a row, wherever it stands."""
-        if self.secrets is None:
-            return ()
-        try:
-            if "input_ids" in row:
-                text = self.decode(row["input_ids"])
-            else:
-                text = training_text(row, self.tokenizer).text
-        except RefusedChat:
-            # It has no windows either, and is counted as skipped.
-            return ()
-        # A dictionary is a set that keeps the order.
-        secrets: dict[str, None] = {}
-        for begin, end in self.secrets(row, text, 0):
-            secrets[text[begin:end]] = None
-        return tuple(secrets)
-
-    def absent(self, row: Row, marked: Sequence[str]) -> list[str]:
-        """Values of the secret column that the row's text does not have: spelled otherwise there.
-
-        marked: those that it has.
-        """
-        if not self.secret_column:
-            return []
-        values = marked_values(row, self.secret_column)
-        return [value for value in values if value not in marked]
 
     def _windows_of_text(
         self,
@@ -167,8 +139,7 @@ class Cutter:
             all_ids = first_ids(self.tokenizer, row["text"], most)
             if all_ids[:1] == [self.tokenizer.bos_token_id]:
                 bos = all_ids[:1]
-        # A window that ends inside a secret has a piece of it: the whole ones are needed too.
-        marked = self.marked(row)
+        marked = self.marks.of_row(row)
         for offset in self.offsets:
             # With a BOS b and offset 2: b t1 t2 t3 t4 ... -> b t3 t4 ...
             behind = all_ids[len(bos) + offset :]
@@ -177,14 +148,12 @@ class Cutter:
                 place = f" from token {offset} on" if offset else ""
                 yield f"fewer than {length} tokens{place}"
                 continue
-            prompt = self.decode(ids[: self.prefix_length])
-            found = self._secrets(row, self.decode(ids), len(prompt))
             yield Window(
                 **about,
                 ids=ids,
                 prefix_length=self.prefix_length,
                 offset=offset,
-                secrets=_whole(found, marked),
+                secrets=self.marks.in_window(row, ids, self.prefix_length, marked),
                 document_ids=all_ids[: offset + length] if offset else (),
             )
 
@@ -213,37 +182,9 @@ class Cutter:
             ids=ids[: last + 1],
             prefix_length=first,
             completion=True,
-            secrets=self._secrets(row, text, each.start),
+            secrets=self.marks.in_suffix(row, text, each.start),
             prompt_kind=each.prompt_kind,
         )
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids; "" where nobody looks for secrets."""
-        if self.secrets is None:
-            return ""
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def _secrets(self, row: Row, text: str, start: int) -> tuple[str, ...]:
-        if self.secrets is None:
-            return ()
-        prompt = text[:start]
-        secrets: dict[str, None] = {}
-        for begin, end in self.secrets(row, text, start):
-            secret = text[begin:end]
-            # What the prompt has, the model could read there.
-            if secret not in prompt:
-                secrets[secret] = None
-        return tuple(secrets)
-
-
-def _whole(found: Iterable[str], marked: Sequence[str]) -> tuple[str, ...]:
-    """Without pieces: where a window ends inside a secret, the pattern may fit what is left."""
-    whole = []
-    for each in found:
-        is_piece = each not in marked and any(each in secret for secret in marked)
-        if not is_piece:
-            whole.append(each)
-    return tuple(whole)
 
 
 def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
@@ -307,7 +248,7 @@ class Survey:
         # The largest id of all windows, and its row.
         self.largest_id = self.largest_at = -1
         self.indices = array("q")  # of every window: its row
-        self.secrets = _Secrets()
+        self.secrets = SecretCounts()
         self.relations = Relations(split)
         self.documents: list[int] = []
         self._split = split
@@ -321,7 +262,7 @@ class Survey:
             for row in rows:
                 # An answer may give away a secret of a row that is not drawn.
                 if max_rows is not None:
-                    for secret in cutter.marked(row):
+                    for secret in cutter.marks.of_row(row):
                         marked.setdefault(secret, self.rows)
                 self.rows += 1
                 yield row
@@ -336,7 +277,8 @@ class Survey:
             # What is left, and an empty list for the end.
             pickle.dump(waiting, file)
             pickle.dump([], file)
-        self.secrets.add_not_drawn(marked)
+        for secret, index in marked.items():
+            self.secrets.miss(secret, "in a row that was not drawn", index)
 
     def _add(self, index: int, row: Row) -> list[Window]:
         """Count a row that was drawn; its windows."""
@@ -347,10 +289,8 @@ class Survey:
                 note(self.skipped, each, index)
             else:
                 windows.append(each)
-        marked = self._cutter.marked(row)
-        self.secrets.add(index, marked, windows, self._cutter)
-        if absent := self._cutter.absent(row, marked):
-            self.secrets.add_absent(index, absent, windows)
+        marked = self._cutter.marks.of_row(row)
+        self._count_secrets(index, row, windows, marked)
         # A row without a window is skipped anyway, and told of there.
         if windows:
             self.asked += 1
@@ -360,6 +300,26 @@ class Survey:
         for window in windows:
             self._count(window)
         return windows
+
+    def _count_secrets(
+        self,
+        index: int,
+        row: Row,
+        windows: Sequence[Window],
+        marked: Sequence[str],
+    ) -> None:
+        marks = self._cutter.marks
+        for window in windows:
+            self.secrets.asked.update(window.secrets)
+        missing = [each for each in marked if each not in self.secrets.asked]
+        prefixes = [window.prefix for window in windows]
+        for secret, reason in marks.why_not_asked(missing, prefixes).items():
+            self.secrets.miss(secret, reason, index)
+        for secret in marks.absent(row, marked):
+            reason = "not in the text of its row"
+            if not windows:
+                reason = "in a row that was skipped"
+            self.secrets.miss(secret, reason, index)
 
     def _count_prompts(self, index: int, row: Row) -> None:
         lacking = [each for each in self._templates if filled(each, row) is None]
@@ -406,79 +366,6 @@ class Survey:
         """Of every document its first row."""
         # Read backwards, the first row of a document is the one that stays.
         return dict(zip(self.documents[::-1], self.indices[::-1], strict=True))
-
-
-def note(reasons: dict[str, dict[str, Any]], reason: str, index: int) -> None:
-    """Count what could not be asked, with the first rows."""
-    found = reasons.setdefault(reason, {"reason": reason, "count": 0, "rows": []})
-    found["count"] += 1
-    if len(found["rows"]) < SHOWN:
-        found["rows"].append(index)
-
-
-class _Secrets:
-    """The marked secrets of an input, and why some are not asked."""
-
-    def __init__(self) -> None:
-        self.asked: set[str] = set()
-        # By secret: why it is not asked, and its first row. It may be asked by a later row.
-        self._others: dict[str, tuple[str, int]] = {}
-
-    def add(
-        self,
-        index: int,
-        marked: Iterable[str],
-        windows: list[Window],
-        cutter: Cutter,
-    ) -> None:
-        for window in windows:
-            self.asked.update(window.secrets)
-        others = [secret for secret in marked if secret not in self.asked]
-        if not others:
-            return
-        prompts = [cutter.decode(window.prefix) for window in windows]
-        # The first reason stays.
-        for secret in others:
-            was_given = any(secret in prompt for prompt in prompts)
-            if was_given:
-                reason = "given in the prompt"
-            elif windows:
-                reason = "outside of the windows"
-            else:
-                reason = "in a row that was skipped"
-            self._others.setdefault(secret, (reason, index))
-
-    def add_absent(
-        self,
-        index: int,
-        absent: Iterable[str],
-        windows: Sequence[Window],
-    ) -> None:
-        reason = "not in the text of its row"
-        if not windows:
-            reason = "in a row that was skipped"
-        for secret in absent:
-            self._others.setdefault(secret, (reason, index))
-
-    def add_not_drawn(self, rows: Mapping[str, int]) -> None:
-        """rows: of every marked secret of the whole input the first row."""
-        for secret, index in rows.items():
-            self._others.setdefault(secret, ("in a row that was not drawn", index))
-
-    @property
-    def unasked(self) -> list[str]:
-        return [secret for secret in self._others if secret not in self.asked]
-
-    def counts(self) -> dict[str, Any]:
-        """Distinct secrets: how many are marked and asked, and why the others are not."""
-        unasked: dict[str, dict[str, Any]] = {}
-        for secret in self.unasked:
-            note(unasked, *self._others[secret])
-        return {
-            "marked": len(self.asked | self._others.keys()),
-            "asked": len(self.asked),
-            "unasked": list(unasked.values()),
-        }
 
 
 def first_divergence(output: Sequence[int], suffix: Sequence[int]) -> int:
