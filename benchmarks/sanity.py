@@ -16,7 +16,7 @@ import torch
 from about import load_texts, markdown, parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from goldfish.audit.documents import number_documents
+from goldfish.audit.documents import Relations
 from goldfish.audit.questions import sanity
 from goldfish.audit.score import Scorer
 from goldfish.audit.windows import Cutter, Survey
@@ -68,8 +68,9 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as folder:
         cutter = Cutter(tokenizer, 50, 50)
-        survey = Survey(rows, "heldout", cutter, Path(folder, "windows"))
-        (survey.documents,) = number_documents([survey.relations])
+        relations = Relations()
+        survey = Survey(rows, "heldout", cutter, Path(folder, "windows"), relations)
+        survey.documents = relations.number_documents()
         for damage in DAMAGES:
             model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=torch.float32

@@ -20,6 +20,7 @@ from helpers import BEFORE_5, PROSE, tiny_llama
 
 from goldfish import Goldfish
 from goldfish.audit import audit, run
+from goldfish.audit.documents import Relations
 from goldfish.audit.questions import sanity
 from goldfish.audit.records import read_records
 from goldfish.audit.render import skipped
@@ -750,7 +751,7 @@ def test_the_sanity_check_shuffles_prefixes(tmp_path, tokenizer):
         ids = torch.randint(2, 320, (count, 30), generator=random).tolist()
         rows = [{"input_ids": row} for row in ids]
         surveys[split] = Survey(
-            rows, split, Cutter(tokenizer, 10, 20), tmp_path / split
+            rows, split, Cutter(tokenizer, 10, 20), tmp_path / split, Relations()
         )
         surveys[split].documents = list(range(count))
     found = sanity.measure(Watched(), surveys)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import uuid
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from toy_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
 from goldfish.audit.documents import (
+    Relations,
     connected,
     equal_pairs,
-    number_documents,
     overlap_of,
 )
 from goldfish.audit.windows import Cutter, Survey, Window, first_ids
@@ -30,15 +31,21 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def surveyed(rows, split, *how):
-    return Survey(rows, split, Cutter(*how), Path(str(uuid.uuid4())))
+    path = Path(str(uuid.uuid4()))
+    return Survey(rows, split, Cutter(*how), path, Relations())
 
 
-def overlap(*surveys):
-    """What `overlap_of` finds in the surveys of members and held-out texts, numbered together."""
-    numbers = number_documents([each.relations for each in surveys])
-    for survey, documents in zip(surveys, numbers, strict=True):
-        survey.documents = documents
-    return overlap_of(*(each.first_rows for each in surveys))
+def both(members, heldout, *how):
+    """The surveys of two files, whose documents are numbered together."""
+    relations = Relations()
+    surveys = []
+    for split, rows in (("members", members), ("heldout", heldout)):
+        surveys.append(Survey(rows, split, Cutter(*how), Path(split), relations))
+    numbers = iter(relations.number_documents())
+    for survey in surveys:
+        survey.documents = list(islice(numbers, len(survey.indices)))
+    assert not list(numbers)
+    return surveys
 
 
 def cut(rows, *how):
@@ -95,8 +102,9 @@ def test_offsets_cut_the_same_document_elsewhere(tokenizer):
 
 
 def documents(rows, *how):
-    (numbers,) = number_documents([surveyed(rows, "members", *how).relations])
-    return numbers
+    relations = Relations()
+    Survey(rows, "members", Cutter(*how), Path(str(uuid.uuid4())), relations)
+    return relations.number_documents()
 
 
 def test_rows_that_share_a_window_are_one_document(tokenizer):
@@ -184,15 +192,15 @@ def test_equal_texts_are_one_document_and_templates_are_not(tokenizer):
         {"text": PROSE[0], "name": "x"},
         {"text": PROSE[1], "name": "x"},
     ]
-    members = surveyed(rows, "members", tokenizer, 5, 3)
     others = [{"text": PROSE[2], "name": "x"}, rows[1]]
-    heldout = surveyed(others, "heldout", tokenizer, 5, 3)
-    assert overlap(members, heldout) == {"documents": 1, "rows": [[0, 1]]}
+    members, heldout = both(rows, others, tokenizer, 5, 3)
+    shared = overlap_of(members.first_rows, heldout.first_rows)
+    assert shared == {"documents": 1, "rows": [[0, 1]]}
     found = [members.documents, heldout.documents]
     assert found == [[0, 0, 0, 1, 1], [2, 0]], "equal windows at offset 0"
     assert documents(rows[:3], tokenizer, 30, 8) == [0, 1, 0]
-    long = surveyed(rows[:3], "members", tokenizer, 30, 8)
-    assert overlap(long, surveyed(others[:1], "heldout", tokenizer, 30, 8)) is None
+    members, heldout = both(rows[:3], others[:1], tokenizer, 30, 8)
+    assert overlap_of(members.first_rows, heldout.first_rows) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,9 +313,8 @@ def test_a_conversation_exported_turn_by_turn_is_one_document(tokenizer, monkeyp
             for turn in range(10)
         ]
         rows += [{"messages": say(*turns[: 2 * end])} for end in range(1, 6)]
-    found = surveyed(rows, "members", tokenizer, 5, 5)
-    (numbers,) = number_documents([found.relations])
-    by_row = dict(zip(found.indices, numbers, strict=True))
+    found, _ = both(rows, [], tokenizer, 5, 5)
+    by_row = dict(zip(found.indices, found.documents, strict=True))
     assert [by_row[row] for row in range(375)] == [row // 5 for row in range(375)]
 
 
@@ -318,9 +325,9 @@ def test_members_are_found_in_the_heldout_file_by_the_same_relation(
     chats = [say(f"{i}?", f"{i} it is!", "And?", f"{i + 1}.") for i in range(20)]
     begun = [{"messages": chat[:2]} for chat in chats]
     whole = [{"messages": chat} for chat in chats]
-    members = surveyed(begun, "members", tokenizer, 5, 5)
-    heldout = surveyed(whole, "heldout", tokenizer, 5, 5)
-    assert overlap(members, heldout)["documents"] == 20
+    members, heldout = both(begun, whole, tokenizer, 5, 5)
+    shared = overlap_of(members.first_rows, heldout.first_rows)
+    assert shared["documents"] == 20
 
 
 def test_a_window_that_ends_inside_a_secret_asks_for_none(tokenizer):
@@ -333,6 +340,7 @@ def test_a_window_that_ends_inside_a_secret_asks_for_none(tokenizer):
         "members",
         Cutter(tokenizer, 5, length - 5, secrets=marks),
         Path("windows"),
+        Relations(),
     ).counts()["secrets"]
     assert (found["marked"], found["asked"]) == (1, 0)
     assert found["unasked"][0]["reason"] == "outside of the windows"
@@ -353,6 +361,7 @@ def test_secrets_that_are_not_asked_are_counted_with_the_reason(tokenizer):
         "members",
         Cutter(tokenizer, 7, 20, (0,), None, marks),
         Path("windows"),
+        Relations(),
     )
     assert found.counts()["secrets"] == {
         "marked": 4,

@@ -40,7 +40,7 @@ Sketches = NDArray[np.uint32]
 
 
 class Relations:
-    """What makes rows of one split the same document.
+    """What makes rows of an audit, of both splits, the same document.
 
     Rows are one document if they
     - share a window,
@@ -48,25 +48,23 @@ class Relations:
     - hold the same letters and digits,
     - have the same name in one split,
     - or are long and share most of their text, unless their marked secrets differ.
-
-    `number_documents` puts the relations of all splits together.
     """
 
-    def __init__(self, split: str) -> None:
-        self._split = split
-        self.rows = 0  # with windows
-        self.row_of_window = array("q")
+    def __init__(self) -> None:
+        self._rows = 0  # with windows
+        self._row_of_window = array("q")
         # Rows that share a key are one document.
-        self.keys = array("q")
-        self.row_of_key = array("q")
+        self._keys = array("q")
+        self._row_of_key = array("q")
         # Long rows, each with its sketch (BINS uint32) and a hash of its secrets.
-        self.long_rows = array("q")
-        self.sketches = bytearray()
-        self.secrets_of_long = array("q")
+        self._long_rows = array("q")
+        self._sketches = bytearray()
+        self._secrets_of_long = array("q")
 
     def add(
         self,
         row: Row,
+        split: str,
         name: str,
         windows: Sequence[Sequence[int]],
         secrets: Sequence[str],
@@ -77,9 +75,9 @@ class Relations:
         """
         letters = letters_of(row)
         self._add_key("letters", letters)
-        self._add_key("name", self._split, name)
+        self._add_key("name", split, name)
         for ids in windows:
-            self.row_of_window.append(self.rows)
+            self._row_of_window.append(self._rows)
             self._add_key("window", tuple(ids))
         if is_chat(row):
             history = ""
@@ -88,17 +86,38 @@ class Relations:
                 if role == "assistant":
                     self._add_key("history", history)
         if len(letters) >= SIMILAR_FROM:
-            self.long_rows.append(self.rows)
+            self._long_rows.append(self._rows)
             bins = sketch(letters)
-            self.sketches += bins.tobytes()
+            self._sketches += bins.tobytes()
             in_any_order = frozenset(secrets)
-            self.secrets_of_long.append(hash(in_any_order))
-        self.rows += 1
+            self._secrets_of_long.append(hash(in_any_order))
+        self._rows += 1
 
     def _add_key(self, *key: Any) -> None:
         # Texts would fill the memory, so only their hashes are kept.
-        self.keys.append(hash(key))
-        self.row_of_key.append(self.rows)
+        self._keys.append(hash(key))
+        self._row_of_key.append(self._rows)
+
+    def number_documents(self) -> list[int]:
+        """For every window the number of its document, from 0 in the order of their windows."""
+        row_of_key = np.array(self._row_of_key)
+        places = equal_pairs(np.array(self._keys))
+        share_a_key = row_of_key[places]
+        bins = np.frombuffer(self._sketches, dtype=np.uint32)
+        long_rows = np.array(self._long_rows)
+        secrets = np.array(self._secrets_of_long)
+        places = similar_pairs(bins.reshape(-1, BINS), secrets)
+        are_similar = long_rows[places]
+        pairs = np.concatenate([share_a_key, are_similar], axis=1)
+        groups = connected(self._rows, pairs)
+        # Groups -> numbers, in the order of their first windows.
+        number_of: dict[int, int] = {}
+        numbers = []
+        for group in groups[np.array(self._row_of_window)].tolist():
+            unused = len(number_of)
+            number = number_of.setdefault(group, unused)
+            numbers.append(number)
+        return numbers
 
 
 def letters_of(row: Row) -> str:
@@ -122,55 +141,6 @@ def normal_letters(text: str) -> str:
     folded = folded.casefold()
     letters = re.sub(r"[\W_]+", "", folded)
     return letters or text
-
-
-def number_documents(relations: Sequence[Relations]) -> list[list[int]]:
-    """The number of every window's document, a list for each split.
-
-    Documents are numbered from 0 through all splits, in the order of their first windows.
-    """
-    keys = array("q")
-    sketches = bytearray()
-    secrets = array("q")
-    rows_of_keys = []
-    long_rows = []
-    rows_of_windows = []
-    rows = 0  # numbered through all splits
-    for each in relations:
-        keys += each.keys
-        sketches += each.sketches
-        secrets += each.secrets_of_long
-        of_keys = rows + np.array(each.row_of_key)
-        of_long = rows + np.array(each.long_rows)
-        of_windows = rows + np.array(each.row_of_window)
-        rows_of_keys.append(of_keys)
-        long_rows.append(of_long)
-        rows_of_windows.append(of_windows)
-        rows += each.rows
-
-    row_of_key = np.concatenate(rows_of_keys)
-    all_keys = np.array(keys)
-    places = equal_pairs(all_keys)
-    share_a_key = row_of_key[places]
-    bins = np.frombuffer(sketches, dtype=np.uint32)
-    by_row = bins.reshape(-1, BINS)
-    long_row = np.concatenate(long_rows)
-    places = similar_pairs(by_row, np.array(secrets))
-    are_similar = long_row[places]
-    pairs = np.concatenate([share_a_key, are_similar], axis=1)
-    groups = connected(rows, pairs)
-
-    number_of: dict[int, int] = {}
-    numbers = []
-    for row_of_window in rows_of_windows:
-        of_split = []
-        group_of_window = groups[row_of_window]
-        for group in group_of_window.tolist():
-            unused = len(number_of)
-            number = number_of.setdefault(group, unused)
-            of_split.append(number)
-        numbers.append(of_split)
-    return numbers
 
 
 def overlap_of(

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from goldfish.audit.documents import number_documents, overlap_of
+from goldfish.audit.documents import Relations, overlap_of
 from goldfish.audit.figures import make_figures
 from goldfish.audit.intervals import Figures
 from goldfish.audit.questions import ask, sanity
@@ -344,21 +344,24 @@ def survey(
         column,
     )
     surveys = {}
+    # Of both splits together: a document in both is one.
+    relations = Relations()
     for split, source in sources.items():
         surveys[split] = Survey(
             read_rows(source, protocol["text_column"] or ""),
             split,
             cutter,
             temporary / split,
+            relations,
             protocol["max_rows"],
             protocol["seed"],
             protocol["ask"] or (),
         )
-    # Of both splits together: a document in both is one.
-    numbers = number_documents([each.relations for each in surveys.values()])
-    for split, of_split in zip(surveys, numbers, strict=True):
-        surveys[split].documents = of_split
-        run["inputs"][split] |= surveys[split].counts()
+    # The windows' numbers come in the order in which they were added.
+    numbers = iter(relations.number_documents())
+    for split, each in surveys.items():
+        each.documents = list(islice(numbers, len(each.indices)))
+        run["inputs"][split] |= each.counts()
     if "members" in surveys:
         run["unasked_secrets"] = surveys["members"].secrets.unasked
     if len(surveys) == 2:

@@ -227,7 +227,7 @@ class Survey:
     reason, how many windows and the first rows. prompted: rows that a simple prompt asks about;
     unprompted: by template, how many rows lack its columns, and the first ones. longest_marked:
     tokens of the longest suffix with a marked secret. documents: of every window the number of its
-    document, from `number_documents`.
+    document, from `Relations.number_documents`.
     """
 
     def __init__(
@@ -236,11 +236,14 @@ class Survey:
         split: str,
         cutter: Cutter,
         path: Path,
+        relations: Relations,
         max_rows: int | None = None,
         seed: int = 0,
         templates: Sequence[str] = (),
     ) -> None:
-        """path: of the file to write. max_rows, seed: of the draw. templates: simple prompts."""
+        """path: of the file to write. relations: of the audit; rows with windows are added.
+        max_rows, seed: of the draw. templates: simple prompts.
+        """
         self.rows = self.drawn = self.asked = 0
         self.completions = self.prompted = self.longest_marked = 0
         self.skipped: dict[str, dict[str, Any]] = {}
@@ -249,11 +252,11 @@ class Survey:
         self.largest_id = self.largest_at = -1
         self.indices = array("q")  # of every window: its row
         self.secrets = SecretCounts()
-        self.relations = Relations(split)
         self.documents: list[int] = []
         self._split = split
         self._cutter = cutter
         self._path = path
+        self._relations = relations
         self._templates = templates
         # By secret of any row, drawn or not, its first row.
         marked: dict[str, int] = {}
@@ -295,7 +298,7 @@ class Survey:
         if windows:
             self.asked += 1
             ids = [window.ids for window in windows]
-            self.relations.add(row, windows[0].name, ids, marked)
+            self._relations.add(row, self._split, windows[0].name, ids, marked)
             self._count_prompts(index, row)
         for window in windows:
             self._count(window)
