@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from goldfish.audit.records import COLUMNS, SCHEMA, make_record
-from goldfish.audit.run import figure_columns, publish, summary_of
+from goldfish.audit.run import figure_columns, publish, summarize
 from goldfish.audit.score import Score
 from goldfish.audit.windows import Window, prefix_grid
 
@@ -156,7 +156,7 @@ def made_up_audit(records, limits=(), require=(), run=None, **protocol):
     table = pa.Table.from_pylist(records, COLUMNS)
     # No more than a real audit reads, so that a figure of other columns fails here too.
     table = table.select(figure_columns(found))
-    return summary_of(found, table, limits, require)
+    return summarize(found, table, limits, require)
 
 
 def write_audit(folder, records, **changes):

@@ -12,7 +12,7 @@ import pytest
 from audit_records import PROTOCOL, made_up_run
 
 from goldfish.audit.records import COLUMNS
-from goldfish.audit.run import summary_of
+from goldfish.audit.run import summarize
 
 ORACLE = json.loads(
     (Path(__file__).parent / "golden" / "audit_oracle.json").read_text()
@@ -38,7 +38,7 @@ def audit():
         for values in zip(*columns.values(), strict=True)
     ]
     full = [{**dict.fromkeys(COLUMNS.names), **row} for row in rows]
-    return summary_of(
+    return summarize(
         made_up_run(full, PROTOCOL | ORACLE["protocol"]),
         pa.Table.from_pylist(full, COLUMNS),
     )

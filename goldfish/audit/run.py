@@ -23,7 +23,8 @@ from rich.progress import MofNCompleteColumn, Progress
 from goldfish.audit.documents import Relations, overlap_of
 from goldfish.audit.figures import make_figures
 from goldfish.audit.intervals import Figures
-from goldfish.audit.questions import ask, sanity
+from goldfish.audit.questions import ask as simple_prompts
+from goldfish.audit.questions import sanity
 from goldfish.audit.questions.secrets import reasons_of
 from goldfish.audit.records import (
     COLUMNS,
@@ -458,7 +459,7 @@ def put_questions(
 ) -> None:
     """Ask the simple prompts whose answers are not in the folder yet."""
     protocol = run["protocol"]
-    asker = ask.Asker(
+    asker = simple_prompts.Asker(
         model,
         checkpoint.tokenizer(),
         protocol["ask_length"],
@@ -466,10 +467,10 @@ def put_questions(
         protocol["ask_rounds"],
     )
     documents = _documents(sources, surveys, checkpoint, protocol)
-    blocks = _batched(ask.questions(documents, protocol["ask"]), ASKED_BLOCK)
+    blocks = _batched(simple_prompts.questions(documents, protocol["ask"]), ASKED_BLOCK)
     total = len(protocol["ask"]) * sum(each.asked for each in surveys.values())
     title = f"ask {run['name']}"
-    _in_blocks(blocks, asker.answers, ask.ASKED, folder, title, total, state)
+    _in_blocks(blocks, asker.answers, simple_prompts.ASKED, folder, title, total, state)
 
 
 def compare_with_others(
@@ -481,12 +482,12 @@ def compare_with_others(
 ) -> None:
     """Look in the answers for documents that they were not asked about; into asked_elsewhere."""
     protocol = run["protocol"]
-    found = ask.recited_elsewhere(
-        ask.read_asked(folder.path),
+    found = simple_prompts.recited_elsewhere(
+        simple_prompts.read_asked(folder.path),
         _documents(sources, surveys, checkpoint, protocol),
         run_thresholds(protocol["near_verbatim"]),
     )
-    write_table(folder.path / ask.ELSEWHERE, found)
+    write_table(folder.path / simple_prompts.ELSEWHERE, found)
 
 
 def _documents(
@@ -494,13 +495,15 @@ def _documents(
     surveys: Mapping[str, Survey],
     checkpoint: Any,
     protocol: Mapping[str, Any],
-) -> Iterator[ask.Document]:
+) -> Iterator[simple_prompts.Document]:
     """The whole documents of all inputs, which are read again: they were not kept."""
     for split, survey in surveys.items():
         numbers = dict(zip(survey.indices, survey.documents, strict=True))
         rows = read_rows(sources[split], protocol["text_column"] or "")
         drawn = draw(rows, protocol["max_rows"], protocol["seed"])
-        yield from ask.whole_documents(drawn, split, numbers, checkpoint.tokenizer())
+        yield from simple_prompts.whole_documents(
+            drawn, split, numbers, checkpoint.tokenizer()
+        )
 
 
 def _part(state: PartialState | None) -> tuple[int, int]:
@@ -733,20 +736,24 @@ _FOR_READERS = (
 )
 
 
-def summarize(
+def publish(
     folder: str | Path,
     limits: Sequence[str] = (),
     require: Sequence[str] = (),
-    rule: "Goldfish | None" = None,
+    rule: Goldfish | None = None,
 ) -> Audit:
-    """Records -> figures -> verdict: the audit in a folder whose records are complete.
+    """Summarize an audit whose records are complete, and write it; errors as of `read_records`.
 
-    rule: that of run.json, bound to the tokenizer if it reads text. Errors as of `read_records`.
+    rule: that of run.json, bound to the tokenizer if it reads text.
     """
     run = read_run(folder)
     table = read_records(folder, figure_columns(run))
-    asked = ask.read_asked(folder) if run["protocol"]["ask"] else None
-    return summary_of(run, table, limits, require, Path(folder), rule, asked)
+    asked = None
+    if run["protocol"]["ask"]:
+        asked = simple_prompts.read_asked(folder)
+    audit = summarize(run, table, limits, require, Path(folder), rule, asked)
+    write(audit, folder)
+    return audit
 
 
 def figure_columns(run: Mapping[str, Any]) -> list[str]:
@@ -759,30 +766,18 @@ def figure_columns(run: Mapping[str, Any]) -> list[str]:
     return [name for name in COLUMNS.names if name not in unread]
 
 
-def summary_of(
+def summarize(
     run: Mapping[str, Any],
     table: pa.Table,
     limits: Sequence[str] = (),
     require: Sequence[str] = (),
     folder: Path = Path(),
-    rule: "Goldfish | None" = None,
+    rule: Goldfish | None = None,
     asked: pa.Table | None = None,
 ) -> Audit:
-    """The same, from their content."""
+    """Records -> figures -> verdict. asked: the answers to simple prompts."""
     rows, examples = make_figures(run, table, rule, asked)
     figures = Figures(rows)
     parsed = parse_limits(limits)
     judged = verdict(run, figures, parsed, require)
     return Audit(folder, dict(run), figures, judged, parsed, list(require), examples)
-
-
-def publish(
-    folder: str | Path,
-    limits: Sequence[str] = (),
-    require: Sequence[str] = (),
-    rule: "Goldfish | None" = None,
-) -> Audit:
-    """Summarize an audit whose records are complete, and write it; see `summarize`."""
-    audit = summarize(folder, limits, require, rule)
-    write(audit, folder)
-    return audit

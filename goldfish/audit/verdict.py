@@ -29,7 +29,7 @@ from goldfish.audit.questions import (
     proof,
     sanity,
     secrets,
-    too_many,
+    withholds_pass,
 )
 from goldfish.audit.records import DRAWS, PROBABILITY, UNITS, run_thresholds, thresholds
 from goldfish.text.printable import counted
@@ -125,7 +125,7 @@ def verdict(
     if rule := proof.answer(run, figures):
         explanations.append(_rule_question(*rule))
     works, sanity_words = sanity.answer(run, figures)
-    unasked = _unasked(run)
+    unasked = _too_few_asked(run)
     # One question that fails is enough for a FAIL, also if the model seems not to work: what came
     # out did come out. A PASS needs all of them, and a model that works.
     outcomes = {question["outcome"] for question in questions}
@@ -136,7 +136,7 @@ def verdict(
         outcome = PASS
     warnings = _warnings(run, figures, outcome, unasked)
     if "members" in run["inputs"]:
-        reasons = secrets.unasked(run["inputs"]), ask.unasked(run["inputs"])
+        reasons = secrets.too_few_asked(run["inputs"]), ask.too_few_asked(run["inputs"])
         # What withheld a PASS is in that question's answer already.
         told = "\n".join(question["why"] for question in questions)
         warnings += [each for each in reasons if each and each not in told]
@@ -233,9 +233,9 @@ class _Judge:
         # Those that were not asked might have come out.
         unasked = ""
         if name in ("asked", "asked_elsewhere"):
-            unasked = ask.unasked(self.inputs)
+            unasked = ask.too_few_asked(self.inputs)
         elif name == "secrets_sampling":
-            unasked = secrets.unasked(self.inputs)
+            unasked = secrets.too_few_asked(self.inputs)
         if unasked and found.outcome == PASS:
             found = Answer(INCONCLUSIVE, found.why, unasked)
         asks = f"Are more than {percent(limit)} of {of_what} {words}"
@@ -353,14 +353,14 @@ def _in_words(near_verbatim: str, only_runs: bool) -> str:
     return " or ".join(parts)
 
 
-def _unasked(run: Mapping[str, Any]) -> str:
+def _too_few_asked(run: Mapping[str, Any]) -> str:
     """Why too few of the members were asked for a PASS; "" if enough were."""
     about = run["inputs"].get("members")
     if about is None:
         return ""
     drawn = about["drawn"]
     unasked = drawn - about["asked"]
-    if not too_many(unasked, drawn):
+    if not withholds_pass(unasked, drawn):
         return ""
     return (
         f"{unasked:,} of {counted(drawn, 'member')} could not be asked, more than "
@@ -376,37 +376,60 @@ def _sentence(
     unasked: str,
     among: str,
 ) -> str:
+    """The outcome and what decides it, in one line.
+
+    works: of the sanity check. unasked: why too few were asked, "" if enough were. among: what the
+    figures are about.
+    """
     if not questions:
         return f"{outcome}: no members were audited"
-    # Of the questions, those that led to the outcome; a PASS that was withheld has none.
-    deciding = [each for each in questions if each["outcome"] == outcome] or questions
-    counts = []
-    for each in deciding:
-        # The members' row comes first; membership has one of both splits.
-        result = figures.select(figure=each["figure"])[0]
-        counts.append(f"{each['question'].replace('_', '-')} {result.point()}")
-    listed = ", ".join(counts)
+    # If every question passes, but the model does not work or too few were asked, none decides.
+    deciding = [each for each in questions if each["outcome"] == outcome]
+    listed = ", ".join(_count(each, figures) for each in deciding or questions)
     if outcome == FAIL:
-        told = [each["why"] for each in deciding if each["question"] == "secrets"]
-        # Secrets come first, and are told in words.
-        others = ", ".join(counts[len(told) :])
-        return f"{outcome}: {'; '.join(filter(None, [*told, others]))}"
+        return f"{outcome}: {_failures(deciding, figures)}"
     if outcome == PASS:
-        found = [figures.get("members", each["figure"]) for each in questions]
-        rates = [each for each in found if each is not None]
-        most = max(each.high or 0.0 for each in rates)
-        # Of a census: with several limits, the largest share would hide what it is a share of.
-        if all(each.low == each.high for each in rates):
-            return f"{outcome}: exact counts of {among}: {listed}"
-        return f"{outcome}: at most {percent(most)} of {among} are recited ({listed})"
+        return f"{outcome}: {_bound(questions, figures, among)}"
     if not works:
-        return (
-            f"{outcome}: the sanity check failed, so what the model does not recite means nothing "
-            f"({listed})"
-        )
-    if unasked and deciding == questions:
+        why = "the sanity check failed, so what the model does not recite means nothing"
+        return f"{outcome}: {why} ({listed})"
+    if not deciding:
         return f"{outcome}: {unasked} ({listed})"
-    return f"{outcome}: {listed}; {deciding[0]['needs'] or unasked}"
+    return f"{outcome}: {listed}; {deciding[0]['needs']}"
+
+
+def _count(question: Question, figures: Figures) -> str:
+    """ "near-verbatim 40 of 100" """
+    # The members' row comes first; membership has one of both splits.
+    result = figures.select(figure=question["figure"])[0]
+    name = question["question"].replace("_", "-")
+    return f"{name} {result.point()}"
+
+
+def _failures(questions: list[Question], figures: Figures) -> str:
+    parts = []
+    counts = []
+    for each in questions:
+        # Secrets come first, and are told in words.
+        if each["question"] == "secrets":
+            parts.append(each["why"])
+        else:
+            counts.append(_count(each, figures))
+    if counts:
+        parts.append(", ".join(counts))
+    return "; ".join(parts)
+
+
+def _bound(questions: list[Question], figures: Figures, among: str) -> str:
+    """What a PASS claims."""
+    listed = ", ".join(_count(each, figures) for each in questions)
+    found = [figures.get("members", each["figure"]) for each in questions]
+    rates = [each for each in found if each is not None]
+    # Of a census: with several limits, the largest share would hide what it is a share of.
+    if all(each.low == each.high for each in rates):
+        return f"exact counts of {among}: {listed}"
+    most = max(each.high or 0.0 for each in rates)
+    return f"at most {percent(most)} of {among} are recited ({listed})"
 
 
 def _warnings(

@@ -35,6 +35,6 @@ def needed(documents: int | None) -> str:
     return f"at this rate about {count} would be needed to decide"
 
 
-def too_many(unasked: int, total: int) -> bool:
-    """Whether more were not asked than a PASS allows."""
+def withholds_pass(unasked: int, total: int) -> bool:
+    """Whether so many were not asked, of the members or of their secrets, that nothing passes."""
     return unasked > MOST_UNASKED * total

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow.compute import is_in, list_flatten
 
 from goldfish.audit.intervals import Bools, Figure, Side
-from goldfish.audit.questions import too_many
+from goldfish.audit.questions import withholds_pass
 from goldfish.audit.questions.secrets import GIVEN_AWAY
 from goldfish.audit.records import (
     SHORTEST_RUN,
@@ -454,7 +454,7 @@ def hits(side: Side) -> dict[str, Bools]:
     return {"asked": asked, "asked_elsewhere": elsewhere}
 
 
-def unasked(inputs: Mapping[str, Any]) -> str:
+def too_few_asked(inputs: Mapping[str, Any]) -> str:
     """Why simple prompts reached too few of the members for a PASS; "" if they reached enough.
 
     inputs: of run.json.
@@ -463,7 +463,7 @@ def unasked(inputs: Mapping[str, Any]) -> str:
     with_window = members["asked"]
     # Without simple prompts nobody counted whom they reach, and nobody is missing.
     missing = with_window - members.get("prompted", with_window)
-    if not too_many(missing, with_window):
+    if not withholds_pass(missing, with_window):
         return ""
     total = counted(with_window, "member")
     return f"{missing:,} of {total} not asked for: without the columns of any simple prompt"

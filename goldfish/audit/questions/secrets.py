@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from scipy.special import gammainc
 
 from goldfish.audit.intervals import Bools, Figure, Figures, Side, clopper_pearson
-from goldfish.audit.questions import FAIL, INCONCLUSIVE, PASS, Answer, too_many
+from goldfish.audit.questions import FAIL, INCONCLUSIVE, PASS, Answer, withholds_pass
 from goldfish.audit.records import DRAWS, extracted
 from goldfish.text.printable import counted
 
@@ -204,7 +204,7 @@ def answer(figures: Figures, inputs: Mapping[str, Any], level: float) -> Answer:
     all_answers = counted(total, "answer")
     if k == 0:
         why = f"{out}, in none of {all_answers}"
-        missing = unasked(inputs)
+        missing = too_few_asked(inputs)
         if missing:
             return Answer(INCONCLUSIVE, why, missing)
         return Answer(PASS, why)
@@ -239,13 +239,13 @@ def answers_with_secret(figures: Figures) -> tuple[int, int]:
     return came, total
 
 
-def unasked(inputs: Mapping[str, Any]) -> str:
+def too_few_asked(inputs: Mapping[str, Any]) -> str:
     """Why too few of the members' secrets were asked for a PASS; "" if enough were."""
     members = inputs["members"]
     counts = members["secrets"]
     marked = counts["marked"]
     missing = marked - counts["asked"]
-    if not too_many(missing, marked):
+    if not withholds_pass(missing, marked):
         return ""
     total = counted(marked, "marked secret")
     reasons = reasons_of(counts)
