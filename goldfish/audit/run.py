@@ -195,9 +195,8 @@ def audit(
     }
     # What can be refused is refused now: reading inputs and loading models may take minutes.
     sources = _sources(members, heldout)
-    _check_protocol(protocol, batch_tokens)
+    _check_protocol(protocol, batch_tokens, limits)
     _check_sources(sources, require, _part(state)[1], device_map)
-    parse_limits(limits)  # a bad limit is reported before the work
     folder = Folder(Path(output_dir))
     folder.require_usable()
     checkpoints = _checkpoints(
@@ -205,9 +204,12 @@ def audit(
     )
     target = _device(device, state)
     # A model in memory has its own type.
-    protocol["dtype"] = checkpoints[0].dtype or protocol["dtype"]
-    protocol["device"] = target.type
-    protocol["ambiguous_margin"] = AMBIGUOUS[getattr(torch, protocol["dtype"])]
+    dtype = checkpoints[0].dtype or protocol["dtype"]
+    protocol |= {
+        "dtype": dtype,
+        "device": target.type,
+        "ambiguous_margin": AMBIGUOUS[getattr(torch, dtype)],
+    }
     rules = _rules(checkpoints[0], rule)
     run: dict[str, Any] = {
         "revision": revision,
@@ -226,14 +228,18 @@ def audit(
             models = [
                 each.model(
                     target,
-                    dtype=protocol["dtype"],
+                    dtype=dtype,
                     allow_pickle=allow_pickle,
                     device_map=device_map,
                 )
                 for each in checkpoints
             ]
             _check_ids(surveys, run, models)
-            scorer = _scorer(models, surveys, protocol, sampling, batch_tokens)
+            protocol |= {
+                "vocabulary": vocabulary_of(models[0]),
+                "output_length": _output_length(surveys),
+            }
+            scorer = _scorer(models, protocol, sampling, batch_tokens)
         if first:
             held.enter_context(folder.held())
             run["sanity"] = sanity.measure(scorer, surveys) if surveys else None
@@ -301,18 +307,20 @@ def _description(
     }
 
 
+def _output_length(surveys: Mapping[str, Survey]) -> int | None:
+    """The least length of all outputs, in tokens; None if it is that of the suffix."""
+    # One length for all: a secret may come out in the answer to any question.
+    longest = max(each.longest_marked for each in surveys.values())
+    return longest + MARGIN if longest else None
+
+
 def _scorer(
     models: Sequence[Any],
-    surveys: Mapping[str, Survey],
-    protocol: dict[str, Any],
+    protocol: Mapping[str, Any],
     sampling: Sequence[Sampling],
     batch_tokens: int | None,
 ) -> Scorer:
-    """What runs the models; `protocol` gets what follows from models and inputs."""
-    protocol["vocabulary"] = vocabulary_of(models[0])
-    # One length for all outputs: a secret may come out in the answer to any question.
-    longest = max(each.longest_marked for each in surveys.values())
-    protocol["output_length"] = longest + MARGIN if longest else None
+    """models: the audited one, and the reference model if there is one."""
     return Scorer(
         models[0],
         sampling,
@@ -586,7 +594,11 @@ def _check_sources(
         )
 
 
-def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> None:
+def _check_protocol(
+    protocol: Mapping[str, Any],
+    batch_tokens: int | None,
+    limits: Sequence[str],
+) -> None:
     lengths = protocol["prefix_length"], protocol["suffix_length"]
     if min(lengths) < 1:
         raise ValueError(
@@ -597,7 +609,8 @@ def _check_protocol(protocol: Mapping[str, Any], batch_tokens: int | None) -> No
             "offsets count tokens from a text's start and must be 0 or more, got "
             f"{protocol['offsets']}"
         )
-    # Both raise ValueError for what they cannot read.
+    # These raise ValueError for what they cannot read.
+    parse_limits(limits)
     thresholds(protocol["near_verbatim"])
     for template in protocol["ask"] or ():
         check_template(template)
