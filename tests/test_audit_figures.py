@@ -4,16 +4,34 @@ import mpmath
 import numpy as np
 import pyarrow as pa
 import pytest
-from audit_records import made_up_audit, made_up_records
+from audit_records import made_up_audit, made_up_records, made_up_run
 
 from goldfish import Goldfish
 from goldfish.audit.figures import SAMPLES
-from goldfish.audit.intervals import setting_name
+from goldfish.audit.intervals import Side, setting_name
 from goldfish.audit.questions.proof import token_counts
 from goldfish.audit.records import extracted, probability_within
 from goldfish.report.page import doubts
 
 PROBABILITIES = (0.5, 0.9, 0.999)
+
+
+def test_a_side_without_records_has_nothing_to_count():
+    """All chats of a split may be asked from the generation prompt alone."""
+    run = made_up_run(made_up_records("members", 3, 1.0))
+    table = pa.table({"document": pa.array([], pa.int64())})
+    side = Side("members", table, run, None, None)
+    for found in (
+        side.count("a", []),
+        side.rate("b", []),
+        side.mean("c", []),
+        side.token_rate("d", [], []),
+    ):
+        assert (found.value, found.low, found.reason) == (
+            None,
+            None,
+            "nothing to count",
+        )
 
 
 def exactly(logarithm, n):

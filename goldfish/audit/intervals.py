@@ -262,6 +262,8 @@ class Side:
         hits = np.asarray(hits, dtype=bool)
         k = int(hits.sum())
         n = len(hits)
+        if n == 0:
+            return self._named(figure, Figure(k=0, reason="nothing to count"))
         value = k / n
         documents = np.unique(self.documents)
         found = Figure(value=value, k=k, n=n, documents=len(documents))
