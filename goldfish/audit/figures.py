@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Draws of the curves over the number of samples.
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 MOST_NAMES = 10
+Examples = dict[str, dict[str, list[str]]]  # by split and figure: names of documents
 
 
 def make_figures(
@@ -40,7 +41,7 @@ def make_figures(
     table: pa.Table,
     rule: "Goldfish | None" = None,
     asked: pa.Table | None = None,
-) -> tuple[list[Figure], dict[str, Any]]:
+) -> tuple[list[Figure], Examples]:
     """The table of figures, from run.json and the records; and examples, the names behind rates.
 
     rule: that of run.json, bound to the tokenizer if it reads text. asked: the answers to simple
@@ -58,7 +59,7 @@ def make_figures(
     if protocol["secrets"] or protocol["secret_column"]:
         found, table, asked = secrets.searched(run, table, asked)
     figures: list[Figure] = []
-    examples: dict[str, dict[str, list[str]]] = {}
+    examples: Examples = {}
     sides = sides_of(run, table, rule)
     if not sides:
         raise ValueError("there is no record to summarize")
@@ -66,18 +67,32 @@ def make_figures(
         for make in FIGURES:
             figures += make(side)
         examples[side.split] = _names(side, _hits(side))
+    answers = [] if asked is None else sides_of(run, asked, rule)
+    figures += _of_other_questions(sides, answers, found, examples)
+    return figures, examples
+
+
+def _of_other_questions(
+    sides: list[Side],
+    answers: list[Side],
+    found: secrets.Search | None,
+    examples: Examples,
+) -> Iterator[Figure]:
+    """What an audit may ask besides recitation; `examples` get names.
+
+    answers: to simple prompts, by split. found: None if no secrets are marked.
+    """
     if found is not None:
-        figures += secrets.figures(found)
+        yield from secrets.figures(found)
         for side in sides:
-            figures += secrets.answers(side)
+            yield from secrets.answers(side)
             examples[side.split] |= _names(side, secrets.hits(side))
     if len(sides) == 2:
-        figures += membership.figures(*map(membership.scores_of, sides))
-    if asked is not None:
-        for side in sides_of(run, asked, rule):
-            figures += ask.figures(side)
-            examples[side.split] |= _names(side, ask.hits(side))
-    return figures, examples
+        scores = map(membership.scores_of, sides)
+        yield from membership.figures(*scores)
+    for side in answers:
+        yield from ask.figures(side)
+        examples[side.split] |= _names(side, ask.hits(side))
 
 
 def recitation(side: Side) -> Iterator[Figure]:

@@ -70,6 +70,11 @@ BLOCK = 256  # windows that are scored, and written to disk, together; a killed 
 # Tokens that outputs have beyond the longest marked answer: a model that opens its answer with
 # other words ("Of course, dear user, ...") still comes to the secret.
 MARGIN = 32
+DATED = (
+    "The chat template prints today's date, so chats are asked under another date than that of "
+    "their training; give the training's date in `chat_template_kwargs`, or the rows as "
+    "`input_ids`."
+)
 _log = logging.getLogger(__name__)
 
 
@@ -375,15 +380,10 @@ def survey(
         run["unasked_secrets"] = surveys["members"].secrets.unasked
     if len(surveys) == 2:
         run["overlap"] = overlap_of(*(each.first_rows for each in surveys.values()))
-    chats = sum(each.completions for each in surveys.values())
-    if chats and prints_the_date(cutter.tokenizer):
-        message = (
-            "The chat template prints today's date, so chats are asked under another date than "
-            "that of their training; give the training's date in `chat_template_kwargs`, or the "
-            "rows as `input_ids`."
-        )
-        _log.warning(message)
-        run["notes"].append(message)
+    has_chats = any(each.completions for each in surveys.values())
+    if has_chats and prints_the_date(cutter.tokenizer):
+        _log.warning(DATED)
+        run["notes"].append(DATED)
     return surveys
 
 

@@ -258,21 +258,13 @@ class Survey:
         self._path = path
         self._relations = relations
         self._templates = templates
-        # By secret of any row, drawn or not, its first row.
-        marked: dict[str, int] = {}
-
-        def counted() -> Iterator[Row]:
-            for row in rows:
-                # An answer may give away a secret of a row that is not drawn.
-                if max_rows is not None:
-                    for secret in cutter.marks.of_row(row):
-                        marked.setdefault(secret, self.rows)
-                self.rows += 1
-                yield row
-
+        # A sample: an answer may give away a secret of a row that is not drawn.
+        not_drawn: dict[str, int] = {}
+        if max_rows is not None:
+            rows = self._watched(rows, not_drawn)
         with path.open("wb") as file:
             waiting: list[Window] = []
-            for index, row in draw(counted(), max_rows, seed):
+            for index, row in draw(self._counted(rows), max_rows, seed):
                 waiting += self._add(index, row)
                 if len(waiting) >= STORED:
                     pickle.dump(waiting, file)
@@ -280,8 +272,20 @@ class Survey:
             # What is left, and an empty list for the end.
             pickle.dump(waiting, file)
             pickle.dump([], file)
-        for secret, index in marked.items():
+        for secret, index in not_drawn.items():
             self.secrets.miss(secret, "in a row that was not drawn", index)
+
+    def _counted(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.rows += 1
+            yield row
+
+    def _watched(self, rows: Iterable[Row], secrets: dict[str, int]) -> Iterator[Row]:
+        """The rows; `secrets` gets the first row of every marked secret, drawn or not."""
+        for index, row in enumerate(rows):
+            for secret in self._cutter.marks.of_row(row):
+                secrets.setdefault(secret, index)
+            yield row
 
     def _add(self, index: int, row: Row) -> list[Window]:
         """Count a row that was drawn; its windows."""
