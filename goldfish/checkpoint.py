@@ -384,9 +384,11 @@ class InMemory:
     """A model that is loaded already, such as at the end of its training, as a `Checkpoint`.
 
     Its dtype and device are its own. Raises ValueError without a tokenizer.
+
+    name: by default that of the model which its training began with.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
         if tokenizer is None:
             raise ValueError(
                 "a model in memory needs its tokenizer: audit(model, tokenizer=...)"
@@ -394,7 +396,7 @@ class InMemory:
         self._model = model
         self._tokenizer = tokenizer
         self._evaluated = ExitStack()
-        self.name = str(model.config.name_or_path or type(model).__name__)
+        self.name = str(name or model.config.name_or_path or type(model).__name__)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     def tokenizer(self) -> Any:

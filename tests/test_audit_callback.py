@@ -65,6 +65,9 @@ def test_training_ends_with_an_audit_and_its_page(rows, tokenizer, tmp_path):
     trainer.train()
     assert trainer.model.training
     assert callback.result == read(tmp_path / "audit")
+    # The model is the one in this folder, not the one that its training began with.
+    assert callback.result.name == tmp_path.name
+    assert callback.result.run["checkpoint"] == str(tmp_path)
     assert callback.result.run["rule"] == rule.to_dict()
     assert callback.result["members.rule_p"].value is not None
     assert "</html>" in (tmp_path / "audit.html").read_text(encoding="utf-8")

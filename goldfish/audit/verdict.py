@@ -297,7 +297,8 @@ class _Judge:
             return Answer(INCONCLUSIVE, why, needed(enough(limit, share, self.level)))
         if control is None:
             why = f"{count}, but no held-out texts show that training is the cause"
-            texts = counted(enough(surely) or 0, "held-out text")
+            # Beside a census that was recited whole, any text that is not decides.
+            texts = counted(enough(surely) or 1, "held-out text")
             needs = f"{texts} with none recited would decide it"
             return Answer(INCONCLUSIVE, why, needs)
         # What held-out texts show is not memorized: famous lines, licences, tables.

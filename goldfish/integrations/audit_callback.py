@@ -130,11 +130,13 @@ class AuditCallback(TrainerCallback):
         trainer = self._trainer
         state = PartialState()
         try:
-            self.result = self._audit(
+            # The page names the folder of the training, not the model that it began with.
+            model = InMemory(
                 trainer.model,
-                tokenizer=trainer.processing_class,
-                state=state,
+                trainer.processing_class,
+                trainer.args.output_dir,
             )
+            self.result = self._audit(model, state=state)
             if trainer.is_world_process_zero():
                 write_report([self.folder], self.page)
         except Exception:

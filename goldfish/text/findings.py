@@ -166,7 +166,10 @@ class Check:
     def _conclusion_on_secrets(self) -> str:
         if not self.secrets:
             if self.marked:
-                return "None of the marked secrets occurs among the targets."
+                return (
+                    "No secret was found in the targets: check the regular expression, or the "
+                    "column's name."
+                )
             return "Nothing looks like a secret. Mark secrets with --secrets or --secret-column."
         total = counted(len(self.secrets), "secret" if self.marked else "likely secret")
         exposed = f"{len(self.exposed()):,} of {total} can be learned whole."
