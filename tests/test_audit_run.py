@@ -283,7 +283,7 @@ def test_an_unfinished_audit_with_other_settings_is_refused(
     for changes, text in (
         ({"prefix_length": 11}, r"prefix_length \(10 there, 11 now\)"),
         ({"sampling": ()}, "sampling"),
-        ({"heldout": None}, "inputs"),
+        ({"heldout": None}, "heldout"),
         ({"max_rows": 3}, r"max_rows \(None there, 3 now\)"),
     ):
         with pytest.raises(
@@ -296,7 +296,7 @@ def test_an_unfinished_audit_with_other_settings_is_refused(
     with pytest.raises(FileExistsError, match=r"checkpoint \(.*weights"):
         audit(other, output, **inputs)
     inputs["members"].write_text(inputs["members"].read_text() + "\n")
-    with pytest.raises(FileExistsError, match="inputs"):
+    with pytest.raises(FileExistsError, match="SHA-256 of members"):
         audit(checkpoint, output, **inputs)
     assert contents(output) == before
 

@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 LOCK = "lock"
 PART = ".part"
+SHOWN = 5  # differences to another audit that are named
 # The tables of an audit that are written in blocks, each in a folder of its own.
 SCHEMAS = {RECORDS: COLUMNS, ASKED: ask.COLUMNS}
 
@@ -270,9 +271,11 @@ class Folder:
             if old != new:
                 differences.append(f"{key} ({old!r:.80} there, {new!r:.80} now)")
         if differences:
+            more = "; ..." if len(differences) > SHOWN else ""
+            shown = "; ".join(differences[:SHOWN]) + more
             raise FileExistsError(
-                f"{self.path} holds an audit with other settings: {'; '.join(differences)}. "
-                "Repeat that audit to finish it, choose another output folder, or remove this one"
+                f"{self.path} holds an audit with other settings: {shown}. Repeat that audit to "
+                "finish it, choose another output folder, or remove this one"
             )
 
     def is_finished(self) -> bool:
@@ -335,12 +338,17 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     flat = {**run, **run["protocol"]}
     # What follows from the rest is not known yet when a finished audit is asked for again.
     derived = ("vocabulary", "output_length", "overlap", "sanity", "notes")
-    for key in ("date", "command", "protocol", "unasked_secrets", *derived):
+    nested = ("protocol", "inputs", "weights")
+    for key in ("date", "command", "unasked_secrets", *derived, *nested):
         flat.pop(key, None)
-    inputs = {}
+    # Each input and each file of the weights by itself, so that the message can name it.
     for split, about in run["inputs"].items():
-        inputs[split] = [about["path"], about["sha256"]]
-    return {**flat, "inputs": inputs}
+        flat[split] = about["path"]
+        flat[f"SHA-256 of {split}"] = about["sha256"]
+    for which, files in zip(("weights", "control"), run["weights"], strict=False):
+        for name, sha256 in files.items():
+            flat[f"{which} {name}"] = sha256
+    return flat
 
 
 def write_text(path: Path, text: str) -> None:

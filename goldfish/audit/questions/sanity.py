@@ -88,7 +88,10 @@ def answer(run: Mapping[str, Any], figures: Figures) -> tuple[bool, str]:
         f"{percent(right)} of tokens predicted (by chance: {percent(by_chance)})"
     )
     if loss >= WORKS * guess or right <= by_chance:
-        why = f"no better than guessing on these texts; {numbers}"
+        why = (
+            f"no better than guessing on these texts; {numbers}; a model that works has less than "
+            f"{WORKS * guess:.2f} nats per token and predicts more tokens than chance does"
+        )
         return False, f"Sanity check failed: {why}"
     if why := _context_unused(run["sanity"]):
         return False, f"Sanity check failed: {why}"
