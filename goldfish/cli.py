@@ -693,8 +693,8 @@ def _audit(args: argparse.Namespace) -> int:
     )
     if not state.is_main_process:
         return 0
-    print(f"Next: goldfish report {args.output_dir} -o report.html")
-    return _print_audit(result, args.verb)
+    next_step = f"Next: goldfish report {args.output_dir} -o report.html"
+    return _print_audit(result, args.verb, next_step)
 
 
 def _judge(args: argparse.Namespace) -> int:
@@ -708,12 +708,14 @@ def _judge(args: argparse.Namespace) -> int:
     return _print_audit(result, args.verb)
 
 
-def _print_audit(result: Any, verb: str) -> int:
+def _print_audit(result: Any, verb: str, next_step: str = "") -> int:
     """Print an audit, and in the last line the outcome for scripts; return the exit code."""
     from goldfish.audit.render import describe, terminal
 
     _console().print(terminal(describe(result)))
     code = int(result.verdict["exit_code"])
+    if next_step:
+        print(next_step)
     print(f"goldfish {verb}: {result.outcome}, exit code {code}")
     return code
 

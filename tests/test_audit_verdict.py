@@ -129,7 +129,10 @@ def test_greedy_question(k, n, heldout, outcome, why):
 
 def test_one_held_out_text_decides_about_a_census_that_was_recited_whole():
     alone = recited(40, 40, None, complete=True)
-    assert "; 1 held-out text with none recited would decide it" in alone.verdict["sentence"]
+    assert (
+        "; 1 held-out text with none recited would decide it"
+        in alone.verdict["sentence"]
+    )
     assert recited(40, 40, (0, 1), complete=True).outcome == "FAIL"
 
 
