@@ -67,7 +67,9 @@ def make_figures(
             figures += make(side)
         examples[side.split] = _names(side, _hits(side))
     if found is not None:
-        figures += secrets.figures(found)
+        # Secrets of held-out texts are decoys: without members there is none to come out.
+        if "members" in examples:
+            figures += secrets.figures(found)
         for side in sides:
             figures += secrets.answers(side)
             examples[side.split] |= _names(side, secrets.hits(side))

@@ -393,7 +393,8 @@ def _sentence(
     if not works:
         why = "the sanity check failed, so what the model does not recite means nothing"
         return f"{outcome}: {why} ({listed})"
-    if not deciding:
+    # That too few were asked is told first, unless some questions pass and others are undecided.
+    if unasked and len(deciding) in (0, len(questions)):
         return f"{outcome}: {unasked} ({listed})"
     return f"{outcome}: {listed}; {deciding[0]['needs']}"
 

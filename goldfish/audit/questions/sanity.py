@@ -53,6 +53,8 @@ def measure(
             start = window.suffix[:TOKENS]
             ordered.append(replace(window, ids=window.prefix + start))
             shuffled.append(replace(window, ids=[first, *disorder, *start]))
+        if not ordered:
+            continue
         nll = scorer.mean_nll(ordered)
         nll_shuffled = scorer.mean_nll(shuffled)
         found[split] = {
