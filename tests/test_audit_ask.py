@@ -13,6 +13,8 @@ from report_audits import flat, report
 
 from goldfish.audit import audit, read
 from goldfish.audit.questions.ask import (
+    ASKED,
+    ELSEWHERE,
     Asker,
     Document,
     Question,
@@ -335,6 +337,20 @@ def test_the_options_of_the_command_line(checkpoint, tmp_path, capsys):
     table = read_asked(folder)
     assert len(table) == len(TITLES) * 2 * (1 + 2)
     assert max(map(len, table["output_ids"].to_pylist())) <= 4
+
+
+def test_damaged_answers_are_named_and_made_again(checkpoint, tmp_path):
+    folder = tmp_path / "audit"
+    options = {"members": titled_rows(), "prefix_length": 6, "suffix_length": 12}
+    options |= {"ask": [QUESTION], "ask_length": 4}
+    audit(checkpoint, folder, **options)
+    for file in (folder / ELSEWHERE, folder / ASKED / "000000.parquet"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:100])
+        with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+            read_asked(folder)
+        audit(checkpoint, folder, **options)
+        assert file.read_bytes() == whole
 
 
 def test_templates():
