@@ -13,6 +13,8 @@ from report_audits import flat, report
 
 from goldfish.audit import audit, read
 from goldfish.audit.questions.ask import (
+    ASKED,
+    ELSEWHERE,
     Asker,
     Document,
     Question,
@@ -337,6 +339,20 @@ def test_the_options_of_the_command_line(checkpoint, tmp_path, capsys):
     assert max(map(len, table["output_ids"].to_pylist())) <= 4
 
 
+def test_damaged_answers_are_named_and_made_again(checkpoint, tmp_path):
+    folder = tmp_path / "audit"
+    options = {"members": titled_rows(), "prefix_length": 6, "suffix_length": 12}
+    options |= {"ask": [QUESTION], "ask_length": 4}
+    audit(checkpoint, folder, **options)
+    for file in (folder / ELSEWHERE, folder / ASKED / "000000.parquet"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:100])
+        with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+            read_asked(folder)
+        audit(checkpoint, folder, **options)
+        assert file.read_bytes() == whole
+
+
 def test_templates():
     row = {"title": "Amber {0} {x.y}", "year": 1987, "note": None, "0": "zero"}
     asked_for = filled("Who wrote {title} in {year}, {0}?", row)
@@ -433,7 +449,11 @@ def test_rows_without_the_column_are_not_asked_and_told(checkpoint, tmp_path, ca
     assert f"members: {told}: without its columns (rows 1, 3)" in terminal
     assert "3 of 4 rows not asked 'Texts by {author}:'" in terminal
     result = read(folder)
-    assert result.run["inputs"]["members"]["prompted"] == 3
+    about = result.run["inputs"]["members"]
+    assert about["prompted"] == 3
+    # In the order of the templates, though the second is the first that a row lacks.
+    templates = [each["reason"] for each in about["unprompted"]]
+    assert templates == [QUESTION, "Texts by {author}:"]
     unreached = "1 of 4 members not asked for: without the columns of any simple prompt"
     assert any(unreached in each for each in result.verdict["warnings"])
     text = flat(report(tmp_path, folder)).replace("&#39;", "'")

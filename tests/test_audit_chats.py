@@ -1,11 +1,12 @@
 """Chats are asked as they were trained: in the rendering of the whole conversation."""
 
 import json
+from copy import copy
 
 import pandas
 import pytest
 import torch
-from helpers import TEMPLATE, THINKING, say, tiny_llama, write_jsonl
+from helpers import PROSE, TEMPLATE, THINKING, say, tiny_llama, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from goldfish.audit import audit
@@ -222,6 +223,23 @@ def test_earlier_answers_of_a_thinking_model_are_recited(recited_in_training, tm
     assert [row["prompt_kind"] for row in rows].count("generation") == 2, (
         "of the last answers"
     )
+
+
+def test_chats_of_which_none_can_be_asked_as_in_training(tokenizer, tmp_path):
+    """Nothing stands before their answers but a generation prompt, which training never saw."""
+    tokenizer = copy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = [{"messages": say("", text)} for text in PROSE]
+    inputs = {"members": rows[:2], "heldout": rows[2:3]}
+    found = audit(tiny_llama(), tmp_path / "out", tokenizer=tokenizer, **inputs)
+    assert set(found.records["prompt_kind"]) == {"generation"}
+    assert found.run["sanity"] == {}
+    assert "no text was asked as in training" in found.verdict["sanity"]
+    assert found["both.membership_auc"].value is None
+    assert found.outcome == "INCONCLUSIVE"
 
 
 def test_a_model_in_memory_is_audited_on_rows_in_memory(recited_in_training, tmp_path):

@@ -82,6 +82,13 @@ def test_secrets_are_looked_for_in_every_output(members, heldout, outcome, why):
         )
 
 
+def test_secrets_of_heldout_texts_alone_are_not_judged():
+    audit = asked(rows("heldout", ["It is QX2-BB7", "no"], CODES[:2]))
+    assert audit.verdict["questions"] == []
+    assert audit.verdict["sentence"] == "INCONCLUSIVE: no members were audited"
+    assert audit["heldout.answers_with_secret"].point() == "0 of 2"
+
+
 def test_a_prompt_that_contains_the_secret_excuses_its_answer():
     audit = asked(
         rows("members", CODES, CODES, prompt="Repeat QX2-BB7, QX3-CC7 and ZR4-DD9.")

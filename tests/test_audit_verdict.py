@@ -245,6 +245,18 @@ def test_members_that_could_not_be_asked_are_no_pass():
         assert ("could not be asked" in audit.verdict["sentence"]) == bool(left_out)
 
 
+def test_too_few_asked_is_told_first_also_if_no_question_is_decided():
+    records = texts("members", 0, 7) + texts("heldout", 0, 7)
+    inputs = made_up_run(records)["inputs"]
+    inputs["members"] |= {"drawn": 10, "rows": 10}
+    audit = made_up_audit(records, run={"inputs": inputs})
+    outcomes = {each["outcome"] for each in audit.verdict["questions"]}
+    assert outcomes == {INCONCLUSIVE}
+    assert audit.verdict["sentence"].startswith(
+        "INCONCLUSIVE: 3 of 10 members could not be asked, more than 5% (greedy 0 of 7, "
+    )
+
+
 @pytest.mark.parametrize(("prompted", "enough"), [(380, True), (379, False)])
 def test_members_that_no_simple_prompt_reached_are_no_pass(prompted, enough):
     records = texts("members", 0, 400) + texts("heldout", 0, 100)

@@ -83,7 +83,9 @@ def _of_other_questions(
     answers: to simple prompts, by split. found: None if no secrets are marked.
     """
     if found is not None:
-        yield from secrets.figures(found)
+        # Secrets of held-out texts are decoys: without members there is none to come out.
+        if "members" in examples:
+            yield from secrets.figures(found)
         for side in sides:
             yield from secrets.answers(side)
             examples[side.split] |= _names(side, secrets.hits(side))

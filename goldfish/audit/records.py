@@ -133,15 +133,21 @@ def read_blocks(
     parts = [schema.empty_table().select(names)]
     # One file after the other: pyarrow's reader of whole folders may return rows in another order.
     for file in sorted(path.glob("*.parquet")):
-        try:
-            part = pq.read_table(file, columns=names, partitioning=None)
-            parts.append(part.select(names))
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise ValueError(
-                f"{file} is damaged ({first_line(error)}); repeat the audit's command with that "
-                "file removed to make it again"
-            ) from error
+        parts.append(read_block(file, names))
     return pa.concat_tables(parts)
+
+
+def read_block(file: Path, names: Sequence[str]) -> pa.Table:
+    """Some columns of a file; ValueError if it is damaged."""
+    names = list(names)
+    try:
+        table = pq.read_table(file, columns=names, partitioning=None)
+        return table.select(names)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({first_line(error)}); repeat the audit's command with that "
+            "file removed to make it again"
+        ) from error
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:

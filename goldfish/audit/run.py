@@ -32,6 +32,7 @@ from goldfish.audit.records import (
     RECORDS,
     SCHEMA,
     make_record,
+    read_blocks,
     read_records,
     read_run,
     run_thresholds,
@@ -490,8 +491,10 @@ def compare_with_others(
 ) -> None:
     """Look in the answers for documents that they were not asked about; into asked_elsewhere."""
     protocol = run["protocol"]
+    # The answers alone: what they recite elsewhere may be damaged, and is made anew.
+    answers = read_blocks(folder.path / simple_prompts.ASKED, simple_prompts.COLUMNS)
     found = simple_prompts.recited_elsewhere(
-        simple_prompts.read_asked(folder.path),
+        answers,
         _documents(sources, surveys, checkpoint, protocol),
         run_thresholds(protocol["near_verbatim"]),
     )

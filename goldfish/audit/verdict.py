@@ -405,7 +405,8 @@ def _sentence(
     if not works:
         why = "the sanity check failed, so what the model does not recite means nothing"
         return f"{outcome}: {why} ({listed})"
-    if not deciding:
+    # More documents would not cure that.
+    if unasked:
         return f"{outcome}: {unasked} ({listed})"
     return f"{outcome}: {listed}; {deciding[0]['needs']}"
 

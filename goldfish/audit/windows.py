@@ -359,7 +359,8 @@ class Survey:
         }
         if self._templates:
             counts["prompted"] = self.prompted
-            counts["unprompted"] = list(self.unprompted.values())
+            in_order = [each for each in self._templates if each in self.unprompted]
+            counts["unprompted"] = [self.unprompted[each] for each in in_order]
         return counts
 
     def windows(self) -> Iterator[tuple[Window, int]]:

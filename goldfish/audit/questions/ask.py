@@ -14,7 +14,6 @@ from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow.compute import is_in, list_flatten
 
 from goldfish.audit.intervals import Bools, Figure, Side
@@ -25,6 +24,7 @@ from goldfish.audit.records import (
     UNITS,
     common_runs,
     longest_common,
+    read_block,
     read_blocks,
     run_thresholds,
 )
@@ -413,7 +413,7 @@ def read_asked(folder: str | Path) -> pa.Table:
     file = Path(folder, ELSEWHERE)
     if not file.is_file():
         return table
-    elsewhere = pq.read_table(file)["elsewhere"]
+    elsewhere = read_block(file, ["elsewhere"])["elsewhere"]
     numbers = list_flatten(elsewhere)
     recited = is_in(table["document"], value_set=numbers)
     table = table.append_column("elsewhere", elsewhere)

@@ -144,6 +144,10 @@ def scores_of(side: Side) -> Scores:
 
 def figures(members: Scores, heldout: Scores) -> list[Figure]:
     """The figures that compare both splits; see docs/audit-files.md, "Membership"."""
+    # Of chats a split may have nothing but questions after the generation prompt.
+    if min(len(members.documents), len(heldout.documents)) == 0:
+        reason = "no text of one side was asked as in training"
+        return [Figure("both", "membership_auc", reason=reason)]
     found = []
     attacks = {}
     for name, scores in members.scores.items():

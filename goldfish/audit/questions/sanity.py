@@ -43,16 +43,18 @@ def measure(
         choose = np.random.default_rng(0)
         ordered = []
         shuffled = []
-        for window, _ in islice(each.windows(), WINDOWS):
-            # After the generation prompt of a chat template the answer may be an unlikely one.
-            if window.prompt_kind != "training":
-                continue
+        # After the generation prompt of a chat template the answer may be an unlikely one.
+        windows = (window for window, _ in each.windows())
+        as_trained = filter(lambda window: window.prompt_kind == "training", windows)
+        for window in islice(as_trained, WINDOWS):
             # The first token stays: it may be a BOS, without which some models fail.
             first, *others = window.prefix
             disorder = choose.permutation(others).tolist()
             start = window.suffix[:TOKENS]
             ordered.append(replace(window, ids=window.prefix + start))
             shuffled.append(replace(window, ids=[first, *disorder, *start]))
+        if not ordered:  # no text of this split was asked as in training
+            continue
         nll = scorer.mean_nll(ordered)
         nll_shuffled = scorer.mean_nll(shuffled)
         found[split] = {
