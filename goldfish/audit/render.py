@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -21,9 +21,6 @@ from goldfish.audit.questions.proof import NO_RULE
 from goldfish.audit.records import dumps
 from goldfish.audit.results import SUMMARY, Audit, write_text
 from goldfish.text.printable import counted, plain
-
-if TYPE_CHECKING:
-    pass
 
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "INCONCLUSIVE": "bold yellow"}
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "⚠️"}
