@@ -124,7 +124,7 @@ def verdict(
         outcome = FAIL
     elif outcomes == {PASS} and works and not unasked:
         outcome = PASS
-    warnings = _warnings(run, figures, outcome, [unasked, *judge.unasked(questions)])
+    warnings = _warnings(run, figures, outcome, [unasked, *judge.gaps(questions)])
     if not works:
         warnings.append(sanity_words)
     return {
@@ -174,14 +174,15 @@ class _Judge:
         self.population = (
             population_of(run, "members") if "members" in self.inputs else None
         )
-        self.asked = []
+        # Which of QUESTIONS were asked.
+        self.names = []
         for name, (_, figure, _) in QUESTIONS.items():
             if self._counted(figure):
-                self.asked.append(name)
+                self.names.append(name)
         self.secrets = figures.get("members", "secrets")
         # Several questions are several chances of a false FAIL: each gets its part (Bonferroni).
         # Secrets are one question more; sampling for them is among those asked.
-        self.count = len(self.asked) + bool(self.secrets)
+        self.count = len(self.names) + bool(self.secrets)
         self.level = 1 - (1 - LEVEL) / max(1, self.count)
 
     @property
@@ -196,7 +197,7 @@ class _Judge:
         return f"the {counted(total, 'text')} in {name} (said to be all that was trained on)"
 
     def recitation(self) -> list[Question]:
-        questions = [self._recited(name) for name in self.asked]
+        questions = [self._recited(name) for name in self.names]
         if self.secrets is not None:
             # The first thing that anyone wants to know, if secrets were marked.
             found = secrets.answer(self.figures, self.inputs, self.level)
@@ -225,7 +226,7 @@ class _Judge:
             explanations.append(_rule_question(*rule))
         return explanations
 
-    def unasked(self, questions: list[Question]) -> list[str]:
+    def gaps(self, questions: list[Question]) -> list[str]:
         """Which secrets and simple prompts were not asked, if no answer tells of it already."""
         if "members" not in self.inputs:
             return []
