@@ -477,7 +477,7 @@ def test_command_line(letters, tmp_path, capsys):
         in shown.out
     )
     assert (
-        f"no token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)"
+        f"no informative token dropped in every place: 1\n    {CODE} (rows 0, 1, 2, 3, 4, ...)"
         in shown.out
     )
     assert shown.out.splitlines()[-1] == (
@@ -572,7 +572,7 @@ def test_a_long_list_ends_with_the_number_of_the_rest(letters, tmp_path, count):
     path = write(tmp_path / "a.jsonl", rows)
     lines = list(check(path, letters[0], Goldfish(k=1e6), r"code is (\d+)").lines())
     after = lines[1 + lines.index("    19 (row 9)")]
-    assert after == ("    and 5 more" if count == 15 else "  only one such token: 0")
+    assert after == ("    and 5 more" if count == 15 else "  only one: 0")
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -100,9 +100,11 @@ class Check:
             found = f"{likely} (none are marked)"
             if self.full:
                 found = f"the first {likely}; there are more (none are marked)"
-        yield f"{found}; a token counts if it differs between secrets"
-        yield from self._listed("no token dropped in every place", self.exposed())
-        yield from self._listed("only one such token", self.exposed(tokens=1))
+        yield f"{found}; a token is informative if it differs between secrets"
+        yield from self._listed(
+            "no informative token dropped in every place", self.exposed()
+        )
+        yield from self._listed("only one", self.exposed(tokens=1))
         bits = self.bits()
         if bits:
             yield (
